@@ -1,0 +1,240 @@
+"""The whole configuration: frozen, validated once, before anything is allocated.
+
+Read a YAML file with `load_config(path, overrides)`; every block below is one section of that file and every
+field is one key. Unknown keys are errors that name the key, its place and the nearest valid one.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megatron_rl.errors import ConfigError
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class ModelConfig(_Block):
+    path: Path = Field(description="Hugging Face folder: config.json, safetensors, tokenizer")
+
+
+class ParallelConfig(_Block):
+    tensor: int = Field(1, ge=1)
+    pipeline: int = Field(1, ge=1)
+    virtual_pipeline: int = Field(1, ge=1, description="model chunks per pipeline stage")
+    context: int = Field(1, ge=1)
+    data: int = Field(1, ge=1, description="replicas; tensor x pipeline x context x data is the number of ranks")
+    sequence: bool = Field(False, description="sequence parallelism inside the tensor-parallel group")
+    recompute: Literal["none", "full"] = "none"
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.sequence and self.tensor == 1:
+            raise ValueError("sequence: true needs tensor > 1")
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError("virtual_pipeline > 1 needs pipeline > 1")
+        return self
+
+
+class PrecisionConfig(_Block):
+    train: Literal["fp32", "bf16"] = "fp32"
+    rollout: Literal["fp32", "bf16"] = "fp32"
+
+
+class RolloutConfig(_Block):
+    engine: Literal["embedded"] = "embedded"
+    servers: int = Field(1, ge=1, description="servers to start; ignored when urls are given")
+    urls: tuple[str, ...] = Field((), description="running servers to use instead; never stopped by us")
+    prompts_per_step: int = Field(32, ge=1)
+    samples_per_prompt: int = Field(8, ge=1)
+    max_prompt_tokens: int = Field(256, ge=1)
+    max_new_tokens: int = Field(64, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    deterministic: bool = Field(False, description="same seed, same trajectories: every request is its own batch")
+    timeout_s: float = Field(600.0, gt=0, description="per generation request")
+
+
+class OptimizerConfig(_Block):
+    lr: float = Field(1.0e-6, gt=0)
+    updates_per_step: int = Field(4, ge=1)
+    tokens_per_microbatch: int = Field(4096, ge=1, description="packed token budget of one micro-batch")
+    grad_clip: float = Field(1.0, ge=0, description="0 turns clipping off")
+    weight_decay: float = Field(0.01, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1.0e-8, gt=0)
+    warmup_updates: int = Field(0, ge=0, description="linear warm-up of the learning rate")
+    distributed: bool = Field(False, description="shard optimizer state over data-parallel ranks")
+
+
+class ObjectiveConfig(BaseModel):
+    """`name`, `advantage`, and the keys of that objective; checked by `objectives.make_objective`."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str = "drpo"
+    advantage: Literal["mean", "grpo"] = "mean"
+
+    def spec(self) -> dict[str, Any]:
+        """What `make_objective` takes: the name and its keys."""
+        return {"name": self.name, **(self.model_extra or {})}
+
+
+class TaskConfig(_Block):
+    name: Literal["arithmetic", "math"] = "arithmetic"
+    data: Path | None = Field(None, description="JSONL or parquet with prompts and answers (math)")
+    eval_data: Path | None = Field(None, description="held-out file; without it the last rows of data are held out")
+    prompt_column: str = "question"
+    answer_column: str = "answer"
+    max_operand: int = Field(20, ge=2, description="arithmetic: operands lie in [0, max_operand)")
+    held_out: int = Field(64, ge=0, description="problems kept out of training for evaluation")
+
+
+class EvalConfig(_Block):
+    every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after the run")
+    prompts: int = Field(0, ge=0, description="held-out problems per evaluation; 0: no evaluation")
+    samples: int = Field(4, ge=1, description="samples per problem for the sampled pass rate")
+
+
+class RunConfig(_Block):
+    name: str = "run"
+    dir: Path = Path("runs")
+    steps: int = Field(60, ge=0)
+    seed: int = 0
+    save_every: int = Field(20, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: int = Field(2, ge=1, description="checkpoints kept")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @property
+    def folder(self) -> Path:
+        return self.dir / self.name
+
+
+class Config(_Block):
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    task: TaskConfig = TaskConfig()
+    eval: EvalConfig = EvalConfig()
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _budgets(self) -> Self:
+        longest = self.rollout.max_prompt_tokens + self.rollout.max_new_tokens
+        align = 2 * self.parallel.context if self.parallel.context > 1 else 1
+        if -(-longest // align) * align > self.optimizer.tokens_per_microbatch:
+            raise ValueError(
+                f"optimizer.tokens_per_microbatch is {self.optimizer.tokens_per_microbatch}, but one trajectory may have "
+                f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens: raise the former or lower the latter"
+            )
+        unit = 2 * self.parallel.context * self.parallel.tensor
+        if self.optimizer.tokens_per_microbatch % unit:
+            raise ValueError(f"optimizer.tokens_per_microbatch must be a multiple of 2 x context x tensor = {unit}")
+        if self.optimizer.updates_per_step > self.rollout.prompts_per_step:
+            raise ValueError("optimizer.updates_per_step exceeds rollout.prompts_per_step: an update needs at least one prompt")
+        if self.task.name == "math" and self.task.data is None:
+            raise ValueError("task.data is required for task.name: math")
+        return self
+
+    def dump(self) -> str:
+        """The resolved configuration as YAML; loading it again gives an equal Config."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: Path | str, overrides: list[str] | None = None) -> Config:
+    """Read YAML, apply dotted overrides (`rollout.temperature=0.9`), validate.
+
+    Raises ConfigError naming file:line and key path of the first problem.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no configuration file at {path}")
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    lines: dict[tuple[str, ...], str] = {}
+    tree = _plain(node, (), lines, str(path)) if node is not None else {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: the top level must be a mapping of sections")
+    for override in overrides or []:
+        _apply(tree, override, lines)
+    return make_config(tree, lines)
+
+
+def make_config(tree: dict[str, Any], lines: dict[tuple[str, ...], str] | None = None) -> Config:
+    """Validate a nested mapping; `lines` maps key paths to file:line for the error messages."""
+    try:
+        return Config(**tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, lines or {})) from error
+
+
+def _plain(node: yaml.Node, at: tuple[str, ...], lines: dict[tuple[str, ...], str], file: str) -> Any:
+    """The value of a YAML node, noting the line of every key."""
+    if not isinstance(node, yaml.MappingNode):
+        return yaml.safe_load(yaml.serialize(node))
+    out: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = str(key_node.value)
+        place = f"{file}:{key_node.start_mark.line + 1}"
+        if key in out:
+            raise ConfigError(f"{place}: key '{'.'.join((*at, key))}' is given twice")
+        lines[(*at, key)] = place
+        out[key] = _plain(value_node, (*at, key), lines, file)
+    return out
+
+
+def _apply(tree: dict[str, Any], override: str, lines: dict[tuple[str, ...], str]) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override '{override}' must read section.key=value")
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override '{override}': '{section}' is not a section")
+    try:
+        tree[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override '{override}': the value is not valid YAML ({error})") from error
+    lines[(*sections, last)] = f"override '{override}'"
+
+
+def _explain(error: ValidationError, lines: dict[tuple[str, ...], str]) -> str:
+    problems = []
+    for item in error.errors():
+        where = tuple(str(part) for part in item["loc"])
+        key = ".".join(where)
+        place = lines.get(where)
+        prefix = f"{place}: " if place else ""
+        if item["type"] == "extra_forbidden":
+            valid = list(_fields_at(where[:-1]))
+            near = difflib.get_close_matches(where[-1], valid, n=1, cutoff=0.0)
+            problems.append(f"{prefix}unknown key '{key}'; did you mean '{'.'.join((*where[:-1], *near))}'?")
+        elif item["type"] == "missing":
+            problems.append(f"key '{key}' is missing and has no default")
+        elif not where or item["type"] == "value_error":
+            message = str(item.get("ctx", {}).get("error", item["msg"]))
+            problems.append(f"{prefix}{key + ': ' if key else ''}{message}")
+        else:
+            problems.append(f"{prefix}'{key}' is {item['input']!r}: {item['msg']}")
+    return "; ".join(problems)
+
+
+def _fields_at(where: tuple[str, ...]) -> dict[str, Any]:
+    model: Any = Config
+    for part in where:
+        model = model.model_fields[part].annotation
+    return model.model_fields

@@ -1,0 +1,80 @@
+"""Start the ranks of one run on this machine, and end all of them with the first that ends badly.
+
+On a cluster `srun` or `torchrun` starts the ranks; then RANK is set and this is not used. Workers get sessions of
+their own, so that Ctrl-C reaches the parent alone, which asks rank 0 to stop; the other ranks follow rank 0.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+
+def under_launcher() -> bool:
+    """True inside a rank that somebody started (ourselves, torchrun or srun with RANK exported)."""
+    return "RANK" in os.environ
+
+
+def run_ranks(arguments: list[str], ranks: int) -> int:
+    """Run `python -m megatron_rl ARGUMENTS` as `ranks` ranks; answers the exit code (the first non-zero one, if any)."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    shared = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared.setdefault("OMP_NUM_THREADS", "1" if ranks > 1 else str(os.cpu_count() or 1))
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "megatron_rl", *arguments],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            start_new_session=True,
+        )
+        for rank in range(ranks)
+    ]
+    asked_to_stop = 0
+
+    def forward(number: int, _: object) -> None:
+        nonlocal asked_to_stop
+        asked_to_stop += 1
+        if asked_to_stop == 1:
+            print("\nstopping: the engines end and a checkpoint is written (again to stop at once)", file=sys.stderr)
+            workers[0].send_signal(signal.SIGINT)
+        else:
+            _end(workers, at_once=True)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _wait(workers)
+    finally:
+        _end(workers, at_once=False)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait(workers: list[subprocess.Popen[bytes]]) -> int:
+    """Wait for all; when one ends badly, give the others a moment to say why, then end them."""
+    while True:
+        codes = [worker.poll() for worker in workers]
+        failed = [code for code in codes if code]
+        if failed:
+            deadline = time.monotonic() + 5
+            while time.monotonic() < deadline and any(worker.poll() is None for worker in workers):
+                time.sleep(0.05)
+            return 128 - failed[0] if failed[0] < 0 else failed[0]
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(0.05)
+
+
+def _end(workers: list[subprocess.Popen[bytes]], *, at_once: bool) -> None:
+    for worker in workers:
+        if worker.poll() is None:
+            worker.send_signal(signal.SIGKILL if at_once else signal.SIGTERM)
+    deadline = time.monotonic() + (0 if at_once else 10)
+    for worker in workers:
+        try:
+            worker.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()

@@ -1,0 +1,48 @@
+"""DRPO: a quadratic penalty on the probability shift (arXiv 2606.09821, Eq. 8)."""
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
+
+from megatron_rl.objectives.base import LossInputs, Objective, TokenLoss, positive
+
+# The paper says "regularization threshold 12.5", which Eq. 8 admits in two readings. As delta itself
+# (paper_literal) the weight never leaves [0.92, 1.08]; as the coefficient 1 / (2 delta) it gives 0.04 (coef_reading),
+# whose boundary is reachable. dppo_matched takes the boundary of DPPO.
+DELTA_PRESETS = MappingProxyType({"paper_literal": 12.5, "coef_reading": 0.04, "dppo_matched": 0.15})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DRPO(Objective):
+    r"""Pull back tokens whose probability has moved away from mu by more than delta.
+
+        loss = -A r + |A| mu (r - 1)^2 / (2 delta),          r = pi / mu
+        -dloss/dlogp = A r w,    w = 1 - sign(A) (pi - mu) / delta
+
+    w falls from 1 (on policy) to 0 at |pi - mu| = delta and turns negative beyond when the token diverges
+    (A (r - 1) > 0); it exceeds 1 when the token converges. w lies in [1 - 1/delta, 1 + 1/delta], also for rare tokens,
+    where a boundary on the ratio would be hit at once. No clipping, no truncation, advantages not divided by their std.
+    """
+
+    delta: float = positive(0.04, "half-width of the trust region, in units of probability", presets=DELTA_PRESETS)
+
+    name: ClassVar = "drpo"
+    default_norm: ClassVar = "seq_mean_token_sum_norm"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"logmu"})
+
+    def per_token(self, x: LossInputs) -> TokenLoss:
+        """x: logp, logmu, advantages [B, T] -> loss, weight [B, T]."""
+        assert x.logmu is not None
+        ratio = x.ratio()
+        mu = x.logmu.exp()
+        penalty = x.advantages.abs() * mu * (ratio - 1).square() / (2 * self.delta)
+        moved = (mu * (ratio - 1)).detach()  # pi - mu
+        weight = 1 - x.advantages.sign() * moved / self.delta
+        return TokenLoss(
+            loss=penalty - x.advantages * ratio,
+            weight=weight,
+            metrics={"penalty": penalty, "corrective": (weight < 0).to(mu.dtype)},
+        )

@@ -1,0 +1,6 @@
+"""The trained model on megatron-core: device port, process groups, model, log-probabilities, updates, checkpoints."""
+
+import warnings
+
+# megatron-core warns at import about every optional CUDA package; `megatron-rl doctor` says what is there.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core.*")

@@ -1,0 +1,218 @@
+"""The policy: a model under any parallel layout, asked for log-probabilities and for updates."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+
+from megatron_rl.config import Config
+from megatron_rl.errors import PrecisionError
+from megatron_rl.objectives import LossInputs, LossNorm, LossOutputs
+from megatron_rl.policy.model import DTYPES, build_chunks
+from megatron_rl.policy.normalisation import global_norm, sum_gradients
+from megatron_rl.policy.optimizer import PolicyOptimizer
+from megatron_rl.policy.packing import Microbatch, Shard, pack, shard, to_device
+from megatron_rl.policy.parallel import Mesh
+from megatron_rl.types import Batch
+from megatron_rl.weights.export import export_weights
+from megatron_rl.weights.hf import HFFolder
+from megatron_rl.weights.load import load_weights
+from megatron_rl.weights.plan import check_folder
+
+Objective = Callable[[LossInputs], LossOutputs]
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """What one optimizer update did. On rank 0; elsewhere only `grad_norm` and `lr` are filled.
+
+    logp, entropy [N] float32: per token of the batch (0 where nothing was trained), under the weights before the update.
+    """
+
+    grad_norm: float
+    lr: float
+    loss: float = float("nan")
+    metrics: dict[str, float] | None = None
+    logp: np.ndarray | None = None
+    entropy: np.ndarray | None = None
+
+
+class Policy:
+    """One actor. Every method is collective: all ranks call it with equal arguments."""
+
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        self.config, self.mesh = config, mesh
+        self.source = HFFolder(config.model.path)
+        self.family, self.shape = check_folder(self.source, tensor_parallel=mesh.tp_size)
+        models = build_chunks(config, self.shape, mesh)
+        load_weights(models, self.source, self.family, self.shape, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size)
+        self.tf_config = models[0].config
+        dtype = DTYPES[config.precision.train]
+        wrapped: list[Any] = [Float16Module(self.tf_config, m) for m in models] if dtype == torch.bfloat16 else list(models)
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.distributed, average_in_collective=False
+        )
+        self.models = models
+        self.chunks = [
+            DistributedDataParallel(self.tf_config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(wrapped)
+        ]
+        self.optimizer = PolicyOptimizer(config.optimizer, self.chunks, dtype)
+        self.tf_config.grad_scale_func = self.optimizer.core.scale_loss
+        self.tf_config.finalize_model_grads_func = sum_gradients
+
+    def update(self, batch: Batch, objective: Objective, norm: LossNorm) -> UpdateStats:
+        """One optimizer update on the whole batch.
+
+        Raises PrecisionError naming trajectory ids when a loss, log-probability or gradient is not finite; parameters
+        and optimizer state are then untouched.
+        """
+        whole = global_norm(norm, batch, self.config.rollout.max_new_tokens)
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        results = self._run(batch, lambda micro, logp, entropy: self._loss(micro, logp, entropy, objective, whole))
+        self._refuse_non_finite(batch, results)
+        grad_norm, lr = self.optimizer.gradient_norm(), self.optimizer.lr
+        self.optimizer.step(grad_norm)
+        return self._stats(batch, results, grad_norm, lr)
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch) -> np.ndarray:
+        """[N] float32 log-probabilities of every trained token of the batch (0 elsewhere), on every rank."""
+
+        def keep(micro: Microbatch, logp: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+            return logp.sum(), {"source": micro.source, "mask": micro.mask, "logp": logp, "loss": logp.new_zeros(())}
+
+        results = self._run(batch, keep, forward_only=True)
+        self._refuse_non_finite(batch, results)
+        return self.mesh.broadcast(self._collect(batch, results, ("logp",)).get("logp"))
+
+    def export(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Hugging Face names and tensors in table order, on rank 0 (None elsewhere); `dtype` None keeps the source's."""
+        dtypes = {name: dtype or info.dtype for name, info in self.source.tensors.items()}
+        return export_weights(self.models, self.family, self.shape, dtypes=dtypes)
+
+    def _run(self, batch: Batch, loss: Callable[..., Any], forward_only: bool = False) -> list[dict[str, Any]]:
+        """Drive megatron-core's schedule; answers the last stage's report of each of this rank's micro-batches."""
+        mesh, budget = self.mesh, self.config.optimizer.tokens_per_microbatch
+        align = 2 * mesh.cp_size if mesh.cp_size > 1 else 1
+        virtual = len(self.chunks) > 1
+        packed = pack(batch, budget=budget, align=align, multiple=mesh.dp_size * (mesh.pp_size if virtual else 1))
+        mine = packed[mesh.dp_rank :: mesh.dp_size]
+        shards = [
+            shard(m, cp_size=mesh.cp_size, cp_rank=mesh.cp_rank, device=mesh.device, max_length=budget + 1) for m in mine
+        ]
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        moved = [to_device(m, mesh.device) for m in mine] if last else mine
+        pairs = list(zip(moved, shards, strict=True))
+
+        def forward_step(feed: Iterator[tuple[Microbatch, Shard]], chunk: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
+            micro, piece = next(feed)
+            return chunk(piece), lambda scores: self._scored(micro, piece, scores, loss)
+
+        feeds = [iter(pairs) for _ in self.chunks]
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=feeds if virtual else feeds[0],
+            model=self.chunks if virtual else self.chunks[0],
+            num_microbatches=len(mine),
+            seq_length=budget,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _scored(
+        self, micro: Microbatch, piece: Shard, scores: tuple[torch.Tensor, torch.Tensor], loss: Callable[..., Any]
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """Put the scores of this rank's rows into the whole stream, then ask for the loss.
+
+        Under context parallelism every rank sees all log-probabilities of the stream, the others' as constants, and
+        computes the same loss; each sends gradients through its own rows only, and those add up to the gradient. So
+        an objective may look at whole sequences without knowing of any layout.
+        """
+        logp, entropy = (self._whole_stream(micro, piece, score) for score in scores)
+        value, report = loss(micro, logp, entropy)
+        return value, torch.zeros((), dtype=torch.int, device=value.device), report
+
+    def _whole_stream(self, micro: Microbatch, piece: Shard, score_R: torch.Tensor) -> torch.Tensor:
+        stream_T = score_R.new_zeros(len(micro.tokens))
+        if self.mesh.cp_size > 1:
+            local = torch.zeros_like(stream_T)
+            local[piece.index] = score_R.detach()
+            dist.all_reduce(local, group=parallel_state.get_context_parallel_group())
+            stream_T = local
+        return stream_T.index_put((piece.index,), score_R)
+
+    def _loss(
+        self, micro: Microbatch, logp: torch.Tensor, entropy: torch.Tensor, objective: Objective, norm: LossNorm
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        # A non-finite value must not raise on one rank in the middle of a schedule: it is noted here, replaced by a
+        # constant, and the whole update is refused before the optimizer steps.
+        finite = torch.isfinite(logp)
+        inputs = LossInputs(
+            logp=torch.where(finite, logp, 0.0)[None],
+            logmu=None if micro.logmu is None else micro.logmu[None],
+            advantages=micro.advantages[None],
+            mask=micro.mask[None],
+            logold=None if micro.logold is None else micro.logold[None],
+            logref=None if micro.logref is None else micro.logref[None],
+            seq_ids=micro.seq_ids[None],
+            entropy=entropy[None],
+            norm=norm,
+        )
+        out = objective(inputs)
+        report = {
+            "loss": out.loss.detach(),
+            "metrics": out.metrics,
+            "source": micro.source,
+            "mask": micro.mask,
+            "logp": logp.detach(),
+            "entropy": entropy.detach(),
+        }
+        return out.loss, report
+
+    def _refuse_non_finite(self, batch: Batch, results: list[dict[str, Any]]) -> None:
+        flags = [~torch.isfinite(r["logp"]).all() | ~torch.isfinite(r["loss"]) for r in results]
+        if not self.mesh.any(bool(torch.stack(flags).any()) if flags else False):
+            return
+        bad: set[int] = set()
+        for report in results:
+            rows = report["source"][~torch.isfinite(report["logp"])].cpu().numpy()
+            bad.update(batch.ids[np.searchsorted(batch.cu_seqlens, rows, side="right") - 1].tolist())
+        found = self.mesh.broadcast(sorted(set().union(*self.mesh.gather(bad))))
+        what = f"non-finite log-probabilities in trajectories {found[:20]}" if found else "a non-finite loss"
+        raise PrecisionError(f"{what}: the update is refused, parameters are untouched; lower optimizer.lr or train in fp32")
+
+    def _collect(self, batch: Batch, results: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """Per-token columns of the whole batch on rank 0, an empty dict elsewhere."""
+        parts = []
+        for report in results if self.mesh.reports else []:
+            trained = report["mask"] > 0
+            parts.append([report["source"][trained].cpu().numpy(), *(report[n][trained].cpu().numpy() for n in names)])
+        columns = {name: np.zeros(len(batch.tokens), dtype=np.float32) for name in names}
+        for part in (piece for pieces in self.mesh.gather(parts) for piece in pieces):
+            for name, values in zip(names, part[1:], strict=True):
+                columns[name][part[0]] = values
+        return columns if self.mesh.rank == 0 else {}
+
+    def _stats(self, batch: Batch, results: list[dict[str, Any]], grad_norm: float, lr: float) -> UpdateStats:
+        columns = self._collect(batch, results, ("logp", "entropy"))
+        sums: dict[str, float] = {}
+        for report in results if self.mesh.reports else []:
+            for name, value in {"loss": report["loss"], **report["metrics"]}.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        gathered = self.mesh.gather(sums)
+        if self.mesh.rank != 0:
+            return UpdateStats(grad_norm, lr)
+        totals: dict[str, float] = {}
+        for part in gathered:
+            for name, value in part.items():
+                totals[name] = totals.get(name, 0.0) + value
+        return UpdateStats(grad_norm, lr, totals.pop("loss"), totals, columns["logp"], columns["entropy"])

@@ -1,0 +1,152 @@
+"""The device port: megatron-core 0.16.1 on a torch without CUDA.
+
+megatron-core asks for CUDA in a few named places only (buffers, RNG state, scalars for the gradient norm).
+Each module that does so is listed in `PORTED_MODULES`; there, and nowhere else, the name `torch` is replaced
+by a view of torch whose allocations and `torch.cuda` calls mean the CPU. The functions that call `tensor.cuda()` or
+compare `tensor.type()` with `torch.cuda.*` are listed in `TENSOR_METHOD_SITES`. With CUDA present nothing is
+installed and the same project code runs on the GPU.
+"""
+
+import functools
+import importlib
+import os
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from megatron_rl.errors import ConfigError
+
+PORTED_MODULES = {
+    "megatron.core.tensor_parallel.layers": "parameters and all-gather buffers of the sharded linears",
+    "megatron.core.tensor_parallel.mappings": "receive buffers of all-gather and reduce-scatter",
+    "megatron.core.tensor_parallel.random": "RNG states of the tracker and of recomputation",
+    "megatron.core.models.common.embeddings.rotary_pos_embedding": "inverse frequencies moved to the device",
+    "megatron.core.models.common.language_module.language_module": "tied embedding on the last pipeline stage",
+    "megatron.core.transformer.attention": "parameters built on the current device",
+    "megatron.core.distributed.param_and_grad_buffer": "gradient and parameter buffers",
+    "megatron.core.optimizer.optimizer": "scale and overflow scalars",
+    "megatron.core.optimizer.clip_grads": "gradient-norm scalars",
+    "megatron.core.optimizer.distrib_optimizer": "sharded optimizer state",
+    "megatron.core.pipeline_parallel.schedules": "token counter",
+    "megatron.core.pipeline_parallel.p2p_communication": "receive buffers between pipeline stages",
+    "megatron.core.utils": "l2-norm and global memory buffers",
+    "megatron.core.parallel_state": "barriers of group creation",
+    "megatron.core.dist_checkpointing.strategies.async_utils": "synchronise before fork; liveness flags",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async": "synchronise after the copy to host",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver": "verification flags",
+    "megatron.core.dist_checkpointing.strategies.fully_parallel": "synchronise after the exchange",
+    "megatron.core.dist_checkpointing.exchange_utils": "exchanged shards",
+}
+TENSOR_METHOD_SITES = (
+    ("megatron.core.models.common.language_module.language_module", "LanguageModule.setup_embeddings_and_output_layer"),
+    ("megatron.core.optimizer.optimizer", "clip_grad_by_total_norm_fp32"),
+    ("megatron.core.optimizer.clip_grads", "clip_grad_by_total_norm_fp32"),
+    ("megatron.core.optimizer.optimizer", "Float16OptimizerWithFloat16Params.__init__"),
+    ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer._build_model_and_main_param_groups"),
+    ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer._get_model_param_range_map"),
+    ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer.__init__"),
+)
+_CPU = torch.device("cpu")
+_installed = False
+
+
+def pick_device(requested: str) -> torch.device:
+    """The device of this rank for `run.device`; installs the CPU port when CUDA is absent.
+
+    Raises ConfigError when "cuda" is asked for and is not there: never a silent CPU run.
+    """
+    if requested == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("run.device is cuda, but torch sees no CUDA device: set run.device to cpu or auto, or mend the driver")
+    if requested != "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        return device
+    if torch.cuda.is_available():
+        raise ConfigError("run.device is cpu on a machine with CUDA: hide the devices with CUDA_VISIBLE_DEVICES= instead")
+    install_cpu_port()
+    return _CPU
+
+
+def install_cpu_port() -> None:
+    """Redirect the call sites listed above. Does nothing when CUDA exists or on a second call."""
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    view = _cpu_view()
+    for name in PORTED_MODULES:
+        module: Any = importlib.import_module(name)
+        module.torch = view
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    for name, path in TENSOR_METHOD_SITES:
+        owner: Any = importlib.import_module(name)
+        *parents, attribute = path.split(".")
+        for parent in parents:
+            owner = getattr(owner, parent)
+        found = owner.__dict__[attribute]
+        if isinstance(found, classmethod):
+            setattr(owner, attribute, classmethod(_tensors_count_as_cuda(found.__func__)))
+        else:
+            setattr(owner, attribute, _tensors_count_as_cuda(found))
+    _installed = True
+
+
+class _View(types.ModuleType):
+    """A module that is another module but for a few names; what is read through is kept."""
+
+    def __init__(self, base: Any, **replaced: Any) -> None:
+        super().__init__(base.__name__)
+        self.__dict__.update(replaced)
+        self.__dict__["_base"] = base
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.__dict__["_base"], name)
+        self.__dict__[name] = value
+        return value
+
+
+def _cpu_view() -> types.ModuleType:
+    def on_cpu(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(function)
+        def allocate(*args: Any, device: Any = None, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+            return function(*args, device=_CPU if str(device).startswith("cuda") else device, **kwargs)
+
+        return allocate
+
+    random = _View(torch.cuda.random, get_rng_state=lambda device="cuda": torch.get_rng_state())
+    cuda = _View(
+        torch.cuda,
+        current_device=lambda: _CPU,
+        synchronize=lambda device=None: None,
+        empty_cache=lambda: None,
+        get_rng_state=lambda device="cuda": torch.get_rng_state(),
+        set_rng_state=lambda state, device="cuda": torch.set_rng_state(state),
+        manual_seed=lambda seed: torch.manual_seed(seed),
+        random=random,
+    )
+    allocators = {name: on_cpu(getattr(torch, name)) for name in ("tensor", "zeros", "ones", "empty", "full", "empty_like")}
+    return _View(torch, cuda=cuda, **allocators)
+
+
+class _TensorsCountAsCuda(TorchFunctionMode):
+    """Inside this mode a CPU tensor's `.cuda()` is itself and its `.type()` answers `torch.cuda.FloatTensor`."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.Tensor.cuda:
+            return args[0]
+        result = function(*args, **(kwargs or {}))
+        if function is torch.Tensor.type and len(args) == 1 and not kwargs and not result.startswith("torch.cuda."):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+def _tensors_count_as_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def ported(*args: Any, **kwargs: Any) -> Any:
+        with _TensorsCountAsCuda():
+            return function(*args, **kwargs)
+
+    return ported

@@ -1,0 +1,108 @@
+"""Log-probabilities and entropy of next tokens from the last hidden states, without ever holding all logits.
+
+The output projection is part of the function: forward and backward walk over chunks of rows and recompute the
+logits, so the largest buffer is [chunk, vocab / tensor_parallel] in fp32, whatever the number of tokens.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+CHUNK_BYTES = 1 << 28
+
+
+def token_scores(
+    hidden_RH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    labels_R: torch.Tensor,
+    *,
+    temperature: float,
+    vocab_size: int,
+    group: dist.ProcessGroup,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p(label) and entropy, both [R] fp32, of softmax(hidden @ weight.T / temperature).
+
+    hidden_RH: rows whose next token is wanted, equal on all ranks of `group`; its gradient is this rank's
+    share and must be summed over `group` by the caller's gather or copy. weight_VH: this rank's slice of the
+    output projection; rows that pad the vocabulary beyond vocab_size take no part. labels_R: global token ids.
+    d logp_y / dx_j = 1[j = y] - p_j and dH / dx_j = -p_j (log p_j + H).
+    """
+    shard = weight_VH.shape[0]
+    start = group.rank() * shard
+    real = min(shard, vocab_size - start)
+    rows = max(1, chunk_bytes // (4 * shard))
+    logp, entropy = _TokenScores.apply(hidden_RH, weight_VH, labels_R - start, temperature, real, group, rows)
+    return logp, entropy
+
+
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
+    logits = F.linear(hidden, weight).float()
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+class _TokenScores(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        local_labels: torch.Tensor,
+        temperature: float,
+        real: int,
+        group: dist.ProcessGroup,
+        rows: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        owned = (local_labels >= 0) & (local_labels < real)
+        column = local_labels.clamp(0, real - 1)[:, None]
+        total = hidden.shape[0]
+        logp, entropy, log_z = (hidden.new_empty(total, dtype=torch.float32) for _ in range(3))
+        for at in range(0, total, rows):
+            part = slice(at, at + rows)
+            x = _logits(hidden[part], weight[:real], temperature)
+            peak = x.amax(-1)
+            dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+            x.sub_(peak[:, None])
+            label_x = x.gather(-1, column[part])[:, 0].mul_(owned[part])
+            exp = x.exp()
+            stats = torch.stack([exp.sum(-1), torch.linalg.vecdot(exp, x), label_x])
+            dist.all_reduce(stats, group=group)
+            z, weighted, label_x = stats
+            log_z[part] = z.log()
+            logp[part] = label_x - log_z[part]
+            entropy[part] = log_z[part] - weighted / z
+            log_z[part] += peak
+        ctx.save_for_backward(hidden, weight, column, owned, log_z, entropy)
+        ctx.settings = temperature, real, rows
+        ctx.set_materialize_grads(False)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_logp: torch.Tensor | None, grad_entropy: torch.Tensor | None) -> tuple[Any, ...]:
+        hidden, weight, column, owned, log_z, entropy = ctx.saved_tensors
+        temperature, real, rows = ctx.settings
+        if grad_logp is None:
+            grad_logp = torch.zeros_like(log_z)
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for at in range(0, hidden.shape[0], rows):
+            part = slice(at, at + rows)
+            log_p = _logits(hidden[part], weight[:real], temperature).sub_(log_z[part, None])
+            p = log_p.exp()
+            if grad_entropy is None:
+                d_x = p.mul_(-grad_logp[part, None])
+            else:
+                log_p.add_(entropy[part, None]).mul_(grad_entropy[part, None]).add_(grad_logp[part, None])
+                d_x = p.mul_(log_p.neg_())
+            d_x.scatter_add_(-1, column[part], (grad_logp[part] * owned[part])[:, None])
+            if temperature != 1.0:
+                d_x.div_(temperature)
+            d_x = d_x.to(weight.dtype)
+            torch.mm(d_x, weight[:real], out=d_hidden[part])
+            if weight.dtype == torch.float32:
+                d_weight[:real].addmm_(d_x.t(), hidden[part])
+            else:
+                d_weight[:real].add_(d_x.t() @ hidden[part])
+        return d_hidden, d_weight.to(weight.dtype), None, None, None, None, None

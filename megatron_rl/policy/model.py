@@ -1,0 +1,152 @@
+"""megatron-core's GPTModel from a Hugging Face config, with a head that scores tokens instead of emitting logits."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_rl.config import Config
+from megatron_rl.errors import ConfigError
+from megatron_rl.policy.logprobs import token_scores
+from megatron_rl.policy.modules import HAVE_TE, block_spec
+from megatron_rl.policy.packing import Shard
+from megatron_rl.policy.parallel import Mesh
+from megatron_rl.weights.families.base import ModelShape
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class PolicyModel(GPTModel):
+    """A GPTModel chunk fed with packed shards; its last stage answers (logp, entropy) per scored row."""
+
+    def __init__(self, *args: Any, real_vocab_size: int, temperature: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.real_vocab_size = real_vocab_size
+        self.temperature = temperature
+
+    def forward(self, shard: Shard) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states for the next stage, or on the last stage logp and entropy, each [R] fp32."""
+        decoder_input, rotary, cos, sin, offset, _, *_ = self._preprocess(
+            input_ids=shard.tokens, position_ids=shard.positions, packed_seq_params=shard.stream
+        )
+        hidden = self.decoder(
+            hidden_states=decoder_input,
+            attention_mask=None,
+            rotary_pos_emb=rotary,
+            rotary_pos_cos=cos,
+            rotary_pos_sin=sin,
+            packed_seq_params=shard.stream,
+            sequence_len_offset=offset,
+        )
+        if not self.post_process:
+            return hidden
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        return token_scores(
+            hidden[shard.rows, 0],
+            weight,
+            shard.labels,
+            temperature=self.temperature,
+            vocab_size=self.real_vocab_size,
+            group=group,
+        )
+
+
+def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
+    """megatron-core's configuration of this model under this layout.
+
+    Weights always come from a checkpoint, so initialisers do nothing (and parameters are still marked
+    tensor-parallel, which `perform_initialization=False` would forget).
+    """
+    parallel = config.parallel
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    if shape.num_layers % stages:
+        raise ConfigError(f"parallel.pipeline x parallel.virtual_pipeline = {stages} does not divide {shape.num_layers} layers")
+    dtype = DTYPES[config.precision.train]
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+    def from_checkpoint(_: torch.Tensor) -> None:
+        return None
+
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        init_method=from_checkpoint,
+        output_layer_init_method=from_checkpoint,
+        embedding_init_method=from_checkpoint,
+        use_cpu_initialization=False,
+        persist_layer_norm=HAVE_TE,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence,
+        # With virtual stages the default point-to-point mode gives wrong gradients without any error.
+        overlap_p2p_comm=parallel.virtual_pipeline > 1,
+        batch_p2p_comm=parallel.virtual_pipeline == 1,
+        batch_p2p_sync=torch.cuda.is_available(),
+        # The loss is already divided by the global denominator: gradients are plain sums over micro-batches and ranks.
+        calculate_per_token_loss=True,
+        **(recompute if parallel.recompute == "full" else {}),
+    )
+
+
+def build_chunks(config: Config, shape: ModelShape, mesh: Mesh) -> list[PolicyModel]:
+    """This rank's model chunks (one, or `virtual_pipeline` of them), parameters unset, on the mesh's device."""
+    tf_config = transformer_config(config, shape)
+    virtual = config.parallel.virtual_pipeline
+    stages = list(range(virtual)) if virtual > 1 else [None]
+    padded_vocab = -(-shape.vocab_size // mesh.tp_size) * mesh.tp_size
+    chunks = []
+    for stage in stages:
+        chunk = PolicyModel(
+            config=tf_config,
+            transformer_layer_spec=block_spec(tf_config, vp_stage=stage),
+            vocab_size=padded_vocab,
+            max_sequence_length=config.optimizer.tokens_per_microbatch,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            parallel_output=True,
+            share_embeddings_and_output_weights=shape.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=shape.rope_theta,
+            vp_stage=stage,
+            real_vocab_size=shape.vocab_size,
+            temperature=config.rollout.temperature,
+        )
+        chunks.append(chunk.to(mesh.device))
+    return chunks

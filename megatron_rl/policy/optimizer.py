@@ -1,0 +1,101 @@
+"""megatron-core's optimizer, stepped so that a non-finite gradient is seen before any parameter moves."""
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
+from megatron.core.optimizer import clip_grads, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_rl.config import OptimizerConfig
+from megatron_rl.errors import PrecisionError
+
+
+class PolicyOptimizer:
+    """Adam with warm-up and a global gradient clip over the chunks of one rank."""
+
+    def __init__(self, config: OptimizerConfig, chunks: list[DistributedDataParallel], dtype: torch.dtype) -> None:
+        self.config = config
+        self.updates = 0
+        self.core: Any = get_megatron_optimizer(
+            CoreOptimizerConfig(
+                optimizer="adam",
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.beta1,
+                adam_beta2=config.beta2,
+                adam_eps=config.eps,
+                clip_grad=config.grad_clip,
+                params_dtype=dtype,
+                bf16=dtype == torch.bfloat16,
+                use_distributed_optimizer=config.distributed,
+            ),
+            chunks,
+        )
+        for part in self.core.chained_optimizers:
+            if type(part) is DistributedOptimizer and isinstance(part.optimizer, torch.optim.AdamW):
+                part.__class__ = TorchDistributedOptimizer
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next update."""
+        warmup = self.config.warmup_updates
+        return self.config.lr * min(1.0, (self.updates + 1) / warmup) if warmup else self.config.lr
+
+    def zero_grad(self) -> None:
+        self.core.zero_grad()
+
+    def gradient_norm(self) -> float:
+        """Global L2 norm of the summed gradients, the same on every rank."""
+        self.core.prepare_grads()
+        return float(self.core.get_grad_norm())
+
+    def step(self, grad_norm: float) -> None:
+        """Clip to `grad_clip` and update the parameters. Raises PrecisionError on a non-finite norm, parameters untouched."""
+        if not math.isfinite(grad_norm):
+            raise PrecisionError(f"gradient norm is {grad_norm}: the update is refused, parameters are untouched")
+        for part in self.core.chained_optimizers:
+            if self.config.grad_clip > 0 and part.get_parameters():
+                clip_grads.clip_grad_by_total_norm_fp32(part.get_parameters(), self.config.grad_clip, grad_norm)
+        for group in self.core.param_groups:  # lr_mult and wd_mult act only if somebody applies them
+            group["lr"] = self.lr * group.get("lr_mult", 1.0)
+            group["weight_decay"] = self.config.weight_decay * group.get("wd_mult", 1.0)
+        self.core.step_with_ready_grads()
+        self.updates += 1
+
+
+class TorchDistributedOptimizer(DistributedOptimizer):
+    """DistributedOptimizer over torch.optim.AdamW (no Apex, no Transformer Engine), whose checkpoints 0.16.1 gets wrong.
+
+    Its state_dict fails before the first step; loading fails on torch's per-parameter 'step'; and a load that
+    succeeds leaves ONE step tensor shared by all parameters, which then counts once per parameter: a silently
+    wrong bias correction.
+    """
+
+    def _ensure_state(self) -> None:
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = self.optimizer.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["exp_avg"] = torch.zeros_like(parameter.data)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter.data)
+
+    def state_dict(self) -> dict[str, Any]:
+        self._ensure_state()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._ensure_state()
+        super().load_state_dict(state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].detach().clone()
+
+    def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        main = self.optimizer.param_groups[group]["params"][order]
+        main.detach().copy_(tensors["param"])
+        for name in ("exp_avg", "exp_avg_sq"):
+            self.optimizer.state[main][name].copy_(tensors[name])

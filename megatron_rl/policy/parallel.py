@@ -1,0 +1,131 @@
+"""Process groups: one torch.distributed world, cut into megatron-core's groups."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_rl.config import ParallelConfig
+from megatron_rl.errors import ConfigError, MegatronRLError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Where this rank stands. `control` is a gloo group over all ranks for host objects."""
+
+    rank: int
+    world: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    cp_rank: int
+    cp_size: int
+    dp_rank: int
+    dp_size: int
+    device: torch.device
+    control: dist.ProcessGroup
+
+    @property
+    def reports(self) -> bool:
+        """True on the one rank per data-parallel replica whose last-stage results are collected."""
+        return self.pp_rank == self.pp_size - 1 and self.tp_rank == 0 and self.cp_rank == 0
+
+    def broadcast(self, value: Any) -> Any:
+        """The host object of rank 0, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Host objects of all ranks in rank order, on rank 0; an empty list elsewhere."""
+        boxes: list[Any] = [None] * self.world if self.rank == 0 else []
+        dist.gather_object(value, boxes if self.rank == 0 else None, dst=0, group=self.control)
+        return boxes
+
+    def on_lead(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0 and answer its result on every rank; an error or interrupt of it is raised on every rank."""
+        outcome: tuple[Any, BaseException | None] = (None, None)
+        if self.rank == 0:
+            try:
+                outcome = (work(), None)
+            except (MegatronRLError, KeyboardInterrupt) as error:
+                outcome = (None, error)
+        value, failure = self.broadcast(outcome)
+        if failure is not None:
+            raise failure
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank when any rank says so."""
+        word = torch.tensor([int(flag)])
+        dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(word.item())
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.control)
+
+
+_control: dist.ProcessGroup | None = None
+
+
+def initialize(config: ParallelConfig, device: torch.device, seed: int) -> Mesh:
+    """Join the world of RANK/WORLD_SIZE/MASTER_ADDR/MASTER_PORT (one rank alone when unset) and cut it.
+
+    May be called again in one process with another layout; the old groups are destroyed first.
+    Raises ConfigError when the number of ranks is not tensor x pipeline x context x data.
+    """
+    global _control
+    if not dist.is_initialized():
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+            os.environ.setdefault(name, value)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        _control = dist.new_group(backend="gloo", timeout=timedelta(hours=6))
+    world = dist.get_world_size()
+    if world != config.world_size:
+        raise ConfigError(
+            f"{world} ranks were started, but parallel asks for tensor {config.tensor} x pipeline {config.pipeline} x "
+            f"context {config.context} x data {config.data} = {config.world_size}: change parallel.data or the number of ranks"
+        )
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor,
+        pipeline_model_parallel_size=config.pipeline,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
+        context_parallel_size=config.context,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    assert _control is not None
+    return Mesh(
+        rank=dist.get_rank(),
+        world=world,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=config.tensor,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=config.pipeline,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=config.context,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=config.data,
+        device=device,
+        control=_control,
+    )
+
+
+def shutdown() -> None:
+    """Leave the world; safe to call when none was joined."""
+    global _control
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _control = None

@@ -1,0 +1,446 @@
+"""The trainer's side of the engines: one synchronous pool over SGLang's HTTP contract.
+
+All requests run in one asyncio loop on a thread of the pool's own. A server that stops answering is dropped and
+its requests are redone on the others; every request appears in the result exactly once.
+"""
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections.abc import Awaitable, Coroutine, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+
+from megatron_rl.errors import EngineError, UserError
+from megatron_rl.types import VersionSpan
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+_RETRIES = 4
+_BACKOFF_S = 0.1  # doubled at every retry
+_HEALTH_S = 5.0  # time a server has for /health
+_WATCH_S = 5.0  # between looks at servers that owe answers
+_MISSES = 3  # failed looks in a row that drop a server
+_IN_FLIGHT = 256  # requests per server at once
+
+
+class GenerationInterrupted(KeyboardInterrupt):
+    """`EnginePool.interrupt` was called while `generate` ran; the engines were asked to abort its requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """temperature 0 is greedy. top_p 1 and top_k -1 keep the model's own distribution: what training wants.
+
+    stop_token_ids are added to the model's end-of-text tokens. seed None: the engine draws one.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One prompt and n samples of it. rid: unique among the requests of one call."""
+
+    rid: str
+    prompt_tokens: tuple[int, ...]
+    n: int
+    sampling: SamplingParams
+    return_logprob: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One response, token for token as the engine gave it (the stop token included).
+
+    logprobs: None when not asked for; NaN where the engine had no finite number. finish_reason: "stop",
+    "length" or "abort". fault: what went wrong inside the engine, "" when nothing did.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...] | None
+    finish_reason: str
+    versions: tuple[VersionSpan, ...]
+    fault: str = ""
+
+
+@dataclass(eq=False)
+class _Engine:
+    url: str
+    load: int = 0  # samples owed
+    reason: str = ""  # why it was dropped
+    dead: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def live(self) -> bool:
+        return not self.reason
+
+
+class _Unanswered(Exception):
+    """A request got no answer, or a server error; it can be redone."""
+
+
+class EnginePool:
+    """Generation over several servers, and control of each. Use as a context manager or call `close`.
+
+    timeout_s bounds one generation request and one weight update.
+    """
+
+    def __init__(self, urls: Sequence[str], timeout_s: float = 600.0) -> None:
+        if not urls:
+            raise UserError("rollout.urls is empty: an engine pool needs at least one server")
+        self._engines = [_Engine(url.rstrip("/")) for url in dict.fromkeys(urls)]
+        self._timeout_s = timeout_s
+        self._interrupted = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="engine-pool", daemon=True)
+        self._thread.start()
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        # trust_env=False: an HTTP proxy of the site must not come between the trainer and its engines.
+        self._http = httpx.AsyncClient(timeout=httpx.Timeout(timeout_s, connect=_HEALTH_S), limits=limits, trust_env=False)
+        self._calls: set[asyncio.Task[Any]] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections; servers live on. Idempotent."""
+        if self._loop.is_closed():
+            return
+        asyncio.run_coroutine_threadsafe(self._http.aclose(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    @property
+    def live_urls(self) -> tuple[str, ...]:
+        return tuple(engine.url for engine in self._engines if engine.live)
+
+    # Generation --------------------------------------------------------------------------------------------
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Sample]]:
+        """The n samples of every request, in the order of the requests.
+
+        Raises EngineError when a server refuses a request or no server is left, GenerationInterrupted after
+        `interrupt`; either way the engines are asked to abort what was still running.
+        """
+        rids = [request.rid for request in requests]
+        if len(set(rids)) != len(rids):
+            raise UserError(f"generation request ids must differ; '{max(rids, key=rids.count)}' is given twice")
+        if not requests:
+            return []
+        self._interrupted = False
+        return self._run(self._generate(requests))
+
+    def interrupt(self) -> None:
+        """Make a running `generate` raise GenerationInterrupted; from any thread or a signal handler. Idle: no effect."""
+        self._loop.call_soon_threadsafe(self._cancel_calls)
+
+    def _cancel_calls(self) -> None:
+        for task in self._calls:
+            self._interrupted = True
+            task.cancel()
+
+    async def _generate(self, requests: Sequence[GenerationRequest]) -> list[list[Sample]]:
+        me = asyncio.current_task()
+        assert me is not None
+        self._calls.add(me)
+        gate = asyncio.Semaphore(_IN_FLIGHT * len(self._engines))
+        watch = asyncio.create_task(self._watch())
+        tasks = [asyncio.create_task(self._answered(request, gate)) for request in requests]
+        try:
+            return list(await asyncio.gather(*tasks))
+        except asyncio.CancelledError:
+            if self._interrupted:
+                raise GenerationInterrupted("generation was interrupted") from None
+            raise
+        finally:
+            self._calls.discard(me)
+            for task in (watch, *tasks):
+                task.cancel()
+            await asyncio.gather(watch, *tasks, return_exceptions=True)
+
+    async def _answered(self, request: GenerationRequest, gate: asyncio.Semaphore) -> list[Sample]:
+        """One request, redone on whatever server is live until one answers."""
+        async with gate:
+            failures = 0
+            while True:
+                engine = self._least_loaded()
+                try:
+                    return await self._ask(engine, request, failures)
+                except _Unanswered as error:
+                    failures += 1
+                    await self._suspect(engine, str(error))
+                    if engine.live and failures > _RETRIES:
+                        raise EngineError(f"{engine.url} failed request '{request.rid}' {failures} times: {error}") from error
+                    await asyncio.sleep(_BACKOFF_S * 2 ** min(failures, 6) if engine.live else 0)
+
+    def _least_loaded(self) -> _Engine:
+        live = [engine for engine in self._engines if engine.live]
+        if not live:
+            reasons = "; ".join(f"{engine.url}: {engine.reason}" for engine in self._engines)
+            raise EngineError(f"no engine is left ({reasons}): start them again and resume the run")
+        return min(live, key=lambda engine: engine.load)
+
+    async def _ask(self, engine: _Engine, request: GenerationRequest, attempt: int) -> list[Sample]:
+        # A server may still be ending the first attempt: a second one needs its own name there.
+        rid = f"{request.rid}~{attempt}" if attempt else request.rid
+        body = _generate_body(request, rid)
+        engine.load += request.n
+        answered = False
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                answer = await _unless(engine.dead, self._post(engine.url, "/generate", body))
+            answered = True
+        except TimeoutError:
+            await self._abort(engine, rid)
+            self._drop(engine, f"no answer to request '{request.rid}' within {self._timeout_s:g} s (rollout.timeout_s)")
+            raise _Unanswered("time-out") from None
+        except asyncio.CancelledError:
+            await self._abort(engine, rid)
+            raise
+        finally:
+            engine.load -= request.n
+        assert answered
+        return _samples(engine.url, request, answer)
+
+    async def _abort(self, engine: _Engine, rid: str) -> None:
+        """Ask for an end, briefly: closing the connection, which follows, says the same."""
+        if engine.live:
+            with suppress(httpx.HTTPError):
+                await self._http.post(f"{engine.url}/abort_request", json={"rid": rid}, timeout=2.0)
+
+    async def _suspect(self, engine: _Engine, what: str) -> None:
+        """After an error: a server that is not healthy either is dropped."""
+        if engine.live and not await self._healthy(engine.url):
+            self._drop(engine, what)
+
+    async def _watch(self) -> None:
+        """Drop servers that owe answers and miss several health checks: a lost node closes no connection."""
+        misses: dict[str, int] = {}
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            busy = [engine for engine in self._engines if engine.live and engine.load]
+            health = await asyncio.gather(*(self._healthy(engine.url) for engine in busy))
+            for engine, healthy in zip(busy, health, strict=True):
+                misses[engine.url] = 0 if healthy else misses.get(engine.url, 0) + 1
+                if misses[engine.url] >= _MISSES:
+                    self._drop(engine, f"{_MISSES} health checks in a row failed")
+
+    async def _healthy(self, url: str) -> bool:
+        try:
+            return (await self._http.get(f"{url}/health", timeout=_HEALTH_S)).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def _drop(self, engine: _Engine, reason: str) -> None:
+        if engine.live:
+            engine.reason = reason or "dropped"
+            engine.dead.set()
+            _log.warning("engine %s is not used any more: %s", engine.url, engine.reason)
+
+    async def _post(self, url: str, path: str, body: dict[str, Any]) -> Any:
+        """The JSON answer. EngineError for a refusal (4xx), _Unanswered for everything that may be redone."""
+        try:
+            response = await self._http.post(f"{url}{path}", json=body)
+        except httpx.HTTPError as error:
+            raise _Unanswered(f"{type(error).__name__} {error}".strip()) from error
+        if 400 <= response.status_code < 500:
+            raise EngineError(f"{url}{path} refused the request ({response.status_code}): {_message(response)}")
+        if response.status_code != 200:
+            raise _Unanswered(f"status {response.status_code}: {_message(response)}")
+        try:
+            return response.json()
+        except ValueError as error:
+            raise EngineError(f"{url}{path} did not answer in JSON: {response.text[:200]!r}") from error
+
+    # Control -----------------------------------------------------------------------------------------------
+
+    def wait_healthy(self, timeout_s: float) -> None:
+        """Until every live server answers /health; EngineError naming those that do not in time."""
+        self._run(self._wait_healthy(timeout_s))
+
+    async def _wait_healthy(self, timeout_s: float) -> None:
+        end = time.monotonic() + timeout_s
+        waiting = list(self.live_urls)
+        while waiting:
+            health = await asyncio.gather(*(self._healthy(url) for url in waiting))
+            waiting = [url for url, healthy in zip(waiting, health, strict=True) if not healthy]
+            if waiting and time.monotonic() > end:
+                raise EngineError(f"no healthy server at {', '.join(waiting)} within {timeout_s:g} s")
+            await asyncio.sleep(0.1 if waiting else 0)
+
+    def pause(self, url: str, mode: str) -> None:
+        """mode: "abort" ends requests, "retract" requeues them, "in_place" keeps them with their cache."""
+        self._control(url, "/pause_generation", {"mode": mode})
+
+    def resume(self, url: str) -> None:
+        self._control(url, "/continue_generation", {})
+
+    def flush(self, url: str) -> None:
+        self._control(url, "/flush_cache", {})
+
+    def update_weights_from_disk(self, url: str, folder: Path, version: int) -> None:
+        """Serve the weights in `folder` as `version`; EngineError with the server's words when it refuses."""
+        body = {"model_path": str(Path(folder).absolute()), "weight_version": str(version)}
+        self._control(url, "/update_weights_from_disk", body)
+
+    def weight_version(self, url: str) -> str:
+        """As the server names it; "default" for weights as SGLang loaded them."""
+        return str(self._run(self._controlled(url, "GET", "/model_info", None))["weight_version"])
+
+    def checksums(self, url: str) -> dict[str, str]:
+        """Digest of every tensor the server holds, as it received it."""
+        return dict(self._control(url, "/weights_checker", {"action": "checksum"})["checksums"])
+
+    def drop(self, url: str, reason: str) -> None:
+        """Route nothing to this server any more."""
+        engine = self._find(url)
+        self._loop.call_soon_threadsafe(self._drop, engine, reason)
+        self._run(_nothing())
+
+    def _find(self, url: str) -> _Engine:
+        for engine in self._engines:
+            if engine.url == url.rstrip("/"):
+                return engine
+        raise EngineError(f"{url} is not an engine of this pool: {', '.join(e.url for e in self._engines)}")
+
+    def _control(self, url: str, path: str, body: dict[str, Any]) -> Any:
+        answer = self._run(self._controlled(url, "POST", path, body))
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise EngineError(f"{url}{path} failed: {answer.get('message', answer)}")
+        return answer
+
+    async def _controlled(self, url: str, method: str, path: str, body: dict[str, Any] | None) -> Any:
+        """A control request; all of them may be repeated, so a lost connection is retried."""
+        url = self._find(url).url
+        for attempt in range(_RETRIES):
+            try:
+                response = await self._http.request(method, f"{url}{path}", json=body)
+                break
+            except httpx.TransportError as error:
+                if attempt + 1 == _RETRIES:
+                    raise EngineError(f"{url}{path} does not answer: {type(error).__name__} {error}".strip()) from error
+                await asyncio.sleep(_BACKOFF_S * 2**attempt)
+        if response.status_code != 200:
+            raise EngineError(f"{url}{path} refused the request ({response.status_code}): {_message(response)}")
+        try:
+            return response.json()
+        except ValueError:
+            return {}  # SGLang answers some controls in plain text
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._loop.is_closed():
+            work.close()
+            raise EngineError("the engine pool is closed")
+        future: Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            # A KeyboardInterrupt lands here, in the caller's thread: do not leave requests behind.
+            future.cancel()
+            raise
+
+
+async def _nothing() -> None:
+    """Run after everything handed to the loop before."""
+
+
+async def _unless(dead: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
+    """`work`, given up with _Unanswered once `dead` is set."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(dead.wait())
+    racing: set[Awaitable[Any]] = {task, gone}
+    try:
+        await asyncio.wait(racing, return_when=asyncio.FIRST_COMPLETED)  # type: ignore[type-var]
+        if not task.done():
+            raise _Unanswered("the server was dropped")
+        return task.result()
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+def _generate_body(request: GenerationRequest, rid: str) -> dict[str, Any]:
+    sampling = request.sampling
+    params: dict[str, Any] = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_new_tokens": sampling.max_new_tokens,
+        "n": request.n,
+    }
+    if sampling.stop_token_ids:
+        params["stop_token_ids"] = list(sampling.stop_token_ids)
+    if sampling.ignore_eos:
+        params["ignore_eos"] = True
+    if sampling.seed is not None:
+        params["sampling_seed"] = sampling.seed
+    return {
+        "rid": rid,
+        "input_ids": list(request.prompt_tokens),
+        "sampling_params": params,
+        "return_logprob": request.return_logprob,
+    }
+
+
+def _samples(url: str, request: GenerationRequest, answer: Any) -> list[Sample]:
+    entries = answer if isinstance(answer, list) else [answer]
+    if len(entries) != request.n:
+        raise EngineError(f"{url} gave {len(entries)} samples for request '{request.rid}', {request.n} were asked for")
+    try:
+        return [_sample(entry, request.return_logprob) for entry in entries]
+    except (KeyError, TypeError, ValueError) as error:
+        raise EngineError(f"{url} answered request '{request.rid}' in an unknown shape: {error!r}") from error
+
+
+def _sample(entry: dict[str, Any], return_logprob: bool) -> Sample:
+    meta = entry["meta_info"]
+    tokens = tuple(int(token) for token in entry["output_ids"])
+    logprobs = None
+    if return_logprob:
+        pairs = meta["output_token_logprobs"]
+        if tuple(pair[1] for pair in pairs) != tokens:
+            raise ValueError("output_token_logprobs do not belong to output_ids")
+        logprobs = tuple(math.nan if pair[0] is None else float(pair[0]) for pair in pairs)
+    finish = meta["finish_reason"]
+    spans = meta.get("weight_versions")
+    if spans is None:
+        spans = [{"version": meta["weight_version"], "start": 0, "end": len(tokens)}]
+    versions = tuple(VersionSpan(_version(s["version"]), int(s["start"]), int(s["end"])) for s in spans)
+    fault = str(finish.get("message", "")) if finish["type"] == "abort" and (finish.get("status_code") or 0) >= 500 else ""
+    return Sample(tokens, logprobs, str(finish["type"]), versions, fault)
+
+
+def _version(name: str) -> int:
+    """SGLang calls weights as loaded "default": version 0."""
+    return 0 if name == "default" else int(name)
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        body = response.json()
+    except ValueError:
+        return response.text[:500]
+    if isinstance(body, dict):
+        inner = body.get("error")
+        return str(body.get("message") or (inner.get("message") if isinstance(inner, dict) else inner) or body)
+    return str(body)

@@ -1,0 +1,165 @@
+"""The bodies of SGLang's HTTP contract that the embedded server takes; whatever it does not know is an error."""
+
+import secrets
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megatron_rl.errors import UserError
+from megatron_rl.rollout.engine import Engine
+from megatron_rl.rollout.rows import Job, Sampling
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class SamplingBody(_Body):
+    """sampling_params of /generate. top_k -1: off. ignore_eos: end by length alone."""
+
+    temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(-1, ge=-1)
+    max_new_tokens: int = Field(128, ge=0)
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    n: int = Field(1, ge=1)
+    sampling_seed: int | None = Field(None, ge=0, lt=1 << 64)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SamplingBody":
+        if self.top_k == 0:
+            raise ValueError("top_k is -1 (off) or at least 1")
+        if self.ignore_eos and self.stop_token_ids:
+            raise ValueError("ignore_eos also ignores stop_token_ids: send one of them")
+        return self
+
+    def sampling(self, eos_ids: frozenset[int]) -> Sampling:
+        stops = frozenset() if self.ignore_eos else eos_ids | frozenset(self.stop_token_ids or ())
+        return Sampling(self.temperature, self.top_p, self.top_k, self.max_new_tokens, stops, self.sampling_seed)
+
+
+class GenerateBody(_Body):
+    """One prompt or a list of them; sampling_params and rid may be lists of the same length."""
+
+    input_ids: list[Any]
+    sampling_params: dict[str, Any] | list[dict[str, Any]] = Field(default_factory=dict)
+    return_logprob: bool = False
+    logprob_start_len: int = Field(-1, ge=-1)
+    top_logprobs_num: Literal[0] = 0
+    stream: Literal[False] = False
+    rid: str | list[str] | None = None
+
+    @property
+    def batched(self) -> bool:
+        return bool(self.input_ids) and isinstance(self.input_ids[0], list)
+
+
+class _Prompt(_Body):
+    input_ids: list[int]
+
+
+class PauseBody(_Body):
+    mode: Literal["abort", "retract", "in_place"] = "abort"
+
+
+class EmptyBody(_Body):
+    pass
+
+
+class AbortBody(_Body):
+    """Exactly one of the two."""
+
+    rid: Annotated[str, Field(min_length=1)] | None = None
+    abort_all: bool = False
+
+    @model_validator(mode="after")
+    def _one(self) -> "AbortBody":
+        if (self.rid is None) == (not self.abort_all):
+            raise ValueError("give either rid or abort_all: true")
+        return self
+
+
+class UpdateBody(_Body):
+    """weight_version is required: a version must never be guessed."""
+
+    model_path: str = Field(min_length=1)
+    weight_version: str = Field(min_length=1)
+
+
+class ChecksumBody(_Body):
+    action: Literal["checksum"]
+
+
+def parse_jobs(engine: Engine, body: GenerateBody) -> list[Job]:
+    """One job for each prompt; UserError names the first field that cannot be taken."""
+    prompts = body.input_ids if body.batched else [body.input_ids]
+    params = body.sampling_params if isinstance(body.sampling_params, list) else [body.sampling_params] * len(prompts)
+    if isinstance(body.rid, list):
+        rids = body.rid
+    elif body.batched and body.rid is not None:
+        rids = [f"{body.rid}-{at}" for at in range(len(prompts))]
+    else:
+        rids = [body.rid or secrets.token_hex(16) for _ in prompts]
+    for name, given in (("sampling_params", params), ("rid", rids)):
+        if len(given) != len(prompts):
+            raise UserError(f"field '{name}': {len(given)} entries for {len(prompts)} prompts")
+    jobs = []
+    for at, (prompt, param, rid) in enumerate(zip(prompts, params, rids, strict=True)):
+        place = (at,) if body.batched else ()
+        tokens = _validated(_Prompt, {"input_ids": prompt}, ("input_ids", *place), drop=1).input_ids
+        where = ("sampling_params", *place) if isinstance(body.sampling_params, list) else ("sampling_params",)
+        sampling = _validated(SamplingBody, param, where)
+        start = body.logprob_start_len if body.return_logprob and body.logprob_start_len >= 0 else None
+        jobs.append(engine.job(tokens, sampling.sampling(engine.eos_ids), sampling.n, rid, start))
+    return jobs
+
+
+def _validated(model: Any, value: Any, where: tuple[str | int, ...], drop: int = 0) -> Any:
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(explain({**first, "loc": (*where, *first["loc"][drop:])}, model)) from error
+
+
+def explain(error: Any, model: type[BaseModel] | None = None) -> str:
+    """One sentence for a pydantic error: the field, and what is wrong with it."""
+    field = ".".join(str(part) for part in error["loc"] if part != "body")
+    what = str(error.get("ctx", {}).get("error", error["msg"])) if error["type"] == "value_error" else error["msg"]
+    if error["type"] == "extra_forbidden":
+        known = f"; known: {', '.join(sorted(model.model_fields))}" if model else ""
+        return f"field '{field}': not supported by the embedded engine{known}"
+    return f"field '{field}': {what}" if field else what
+
+
+def answers(engine: Engine, job: Job, return_logprob: bool) -> list[dict[str, Any]]:
+    """What /generate says of a finished job: one entry for each sample, in SGLang's shape.
+
+    output_ids include the stop token that matched; `text` does not. A non-finite log-probability is null.
+    """
+    out = []
+    for row in job.rows:
+        finish = row.finish or {}
+        meta: dict[str, Any] = {
+            "id": job.rid if job.n == 1 else f"{job.rid}-{row.index}",
+            "finish_reason": finish,
+            "prompt_tokens": len(job.prompt),
+            "completion_tokens": len(row.tokens),
+            "cached_tokens": 0,
+            "num_retractions": row.retractions,
+            "weight_version": job.version,
+            "weight_versions": [{"version": v, "start": start, "end": end} for v, start, end in row.spans],
+        }
+        if return_logprob:
+            pairs = zip(row.logprobs, row.tokens, strict=True)
+            # x - x is 0 for finite numbers alone; JSON has no NaN.
+            meta["output_token_logprobs"] = [[lp if lp - lp == 0 else None, token, None] for lp, token in pairs]
+            scored = job.prompt[job.input_start or 0 :].tolist() if job.input_logprobs else []
+            meta["input_token_logprobs"] = [[lp, t, None] for lp, t in zip(job.input_logprobs, scored, strict=True)]
+        answer: dict[str, Any] = {"output_ids": row.tokens, "meta_info": meta}
+        if engine.tokenizer is not None:
+            shown = row.tokens[:-1] if finish.get("type") == "stop" else row.tokens
+            answer["text"] = engine.tokenizer.decode(shown, skip_special_tokens=True)
+        out.append(answer)
+    return out

@@ -1,0 +1,217 @@
+"""The embedded engine behind SGLang's HTTP contract: `python -m megatron_rl.rollout.server --model FOLDER --port P`."""
+
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+
+from megatron_rl.errors import EngineError, MegatronRLError
+from megatron_rl.rollout.engine import Engine
+from megatron_rl.rollout.rows import Job
+from megatron_rl.rollout.schema import (
+    AbortBody,
+    ChecksumBody,
+    EmptyBody,
+    GenerateBody,
+    PauseBody,
+    UpdateBody,
+    answers,
+    explain,
+    parse_jobs,
+)
+
+_PR_SET_PDEATHSIG = 1
+
+
+def create_app(engine: Engine) -> FastAPI:
+    """The HTTP face of a started engine. Bad requests get 400 and a message that names the field."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(engine.stop)
+
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+
+    @app.exception_handler(MegatronRLError)
+    async def refused(_: Request, error: Exception) -> Response:
+        return _failure(str(error), 400 if engine.healthy else 503)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return _failure(explain(error.errors()[0]), 400)
+
+    _add_generation(app, engine)
+    _add_control(app, engine)
+    return app
+
+
+def _failure(message: str, status: int) -> Response:
+    return JSONResponse({"success": False, "message": message, "error": {"message": message}}, status)
+
+
+def _done(message: str = "ok", **more: Any) -> Response:
+    return JSONResponse({"success": True, "message": message, **more})
+
+
+def _add_generation(app: FastAPI, engine: Engine) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        if not engine.healthy:
+            return _failure(f"the engine has stopped: {engine.failure}", 503)
+        return _done()
+
+    @app.get("/model_info")
+    async def model_info() -> Response:
+        return JSONResponse(
+            {
+                "model_path": str(engine.model_dir),
+                "tokenizer_path": str(engine.model_dir) if engine.tokenizer is not None else None,
+                "is_generation": True,
+                "weight_version": engine.weight_version,
+                "engine": "embedded",
+                "dtype": engine.dtype,
+                "deterministic": engine.deterministic,
+                "paused": engine.paused,
+            }
+        )
+
+    @app.post("/generate")
+    async def generate(body: GenerateBody, request: Request) -> Response:
+        jobs = parse_jobs(engine, body)
+        finished = asyncio.gather(*(asyncio.wrap_future(future) for future in engine.submit(jobs)))
+        left = asyncio.create_task(_client_left(request))
+        racing: set[asyncio.Future[Any]] = {finished, left}
+        await asyncio.wait(racing, return_when=asyncio.FIRST_COMPLETED)
+        if not finished.done():
+            await asyncio.to_thread(_abort, engine, jobs)
+            await finished
+            return Response(status_code=499)
+        left.cancel()
+        out = [answer for job in await finished for answer in answers(engine, job, body.return_logprob)]
+        return JSONResponse(out if body.batched or len(out) > 1 else out[0])
+
+
+async def _client_left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _abort(engine: Engine, jobs: list[Job]) -> None:
+    for job in jobs:
+        engine.abort(job.rid)
+
+
+def _add_control(app: FastAPI, engine: Engine) -> None:
+    @app.post("/pause_generation")
+    async def pause_generation(body: PauseBody) -> Response:
+        await asyncio.to_thread(engine.pause, body.mode)
+        return _done(f"paused ({body.mode})")
+
+    @app.post("/continue_generation")
+    async def continue_generation(body: EmptyBody | None = None) -> Response:
+        await asyncio.to_thread(engine.resume)
+        return _done()
+
+    @app.post("/abort_request")
+    async def abort_request(body: AbortBody) -> Response:
+        ended = await asyncio.to_thread(engine.abort, body.rid)
+        return _done(f"{ended} requests aborted", aborted=ended)
+
+    @app.post("/flush_cache")
+    async def flush_cache(body: EmptyBody | None = None) -> Response:
+        await asyncio.to_thread(engine.flush)
+        return _done()
+
+    @app.post("/update_weights_from_disk")
+    async def update_weights_from_disk(body: UpdateBody) -> Response:
+        await asyncio.to_thread(engine.update_from_disk, Path(body.model_path), body.weight_version)
+        return _done(f"serving weight version {body.weight_version}", weight_version=body.weight_version)
+
+    @app.post("/weights_checker")
+    async def weights_checker(body: ChecksumBody) -> Response:
+        version, digests = await asyncio.to_thread(engine.checksums)
+        return _done(weight_version=version, checksums=digests)
+
+
+def serve(
+    model_dir: Path,
+    host: str = "127.0.0.1",
+    port: int = 30000,
+    dtype: str = "fp32",
+    threads: int = 0,
+    deterministic: bool = False,
+    weight_version: str = "default",
+    device: str = "cpu",
+    max_rows: int = 512,
+    parent_pid: int = 0,
+) -> None:
+    """Load the model and serve it until SIGTERM or SIGINT; requests still running then end as aborted.
+
+    parent_pid: die at once when that process (the parent) dies; 0: live on. Linux only.
+    """
+    if parent_pid:
+        _die_with(parent_pid)
+    engine = Engine(model_dir, dtype, threads, deterministic, weight_version, device, max_rows).start()
+    config = uvicorn.Config(
+        create_app(engine),
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        # A kept-alive connection that the server closes first looks like a dying server to the client.
+        timeout_keep_alive=3600,
+        timeout_graceful_shutdown=2,
+    )
+    try:
+        uvicorn.Server(config).run()
+    finally:
+        engine.stop()
+
+
+def _die_with(parent_pid: int) -> None:
+    if not sys.platform.startswith("linux"):
+        raise EngineError("--parent-pid needs Linux (prctl PR_SET_PDEATHSIG)")
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise EngineError(f"prctl(PR_SET_PDEATHSIG) failed: {os.strerror(ctypes.get_errno())}")
+    if os.getppid() != parent_pid:
+        raise EngineError(f"process {parent_pid} is not the parent (any more)")
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Hugging Face folder")],
+    host: Annotated[str, typer.Option(help="address to bind; the server knows no authentication")] = "127.0.0.1",
+    port: int = 30000,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
+    threads: Annotated[int, typer.Option(help="torch threads; 0: torch's choice")] = 0,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="every request is its own batch")] = False,
+    weight_version: Annotated[str, typer.Option(help="name of the weights as loaded")] = "default",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    max_rows: Annotated[int, typer.Option(help="samples decoded together")] = 512,
+    parent_pid: Annotated[int, typer.Option(help="die when this parent process dies")] = 0,
+) -> None:
+    """Serve a model with the embedded engine."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        serve(model, host, port, dtype, threads, deterministic, weight_version, device, max_rows, parent_pid)
+    except MegatronRLError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    typer.run(main)

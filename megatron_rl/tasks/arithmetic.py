@@ -1,0 +1,84 @@
+"""Additions and subtractions: a task that needs no data, for tiny models and tests."""
+
+from collections.abc import Sequence
+from math import isqrt
+from typing import TYPE_CHECKING, overload
+
+import numpy as np
+
+from megatron_rl.config import TaskConfig
+from megatron_rl.errors import ConfigError
+from megatron_rl.tasks.base import Task, encode_plain, strip_end
+from megatron_rl.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class ArithmeticTask(Task):
+    """`12+34=` -> `46`, `34-12=` -> `22`: every problem with operands in [0, max_operand) and a result >= 0.
+
+    The problems are shuffled by `seed`; the first `held_out` are kept apart, the rest is trained on. Raises ConfigError
+    when that leaves nothing to train on, or when a prompt has more than `max_prompt_tokens` tokens.
+    """
+
+    def __init__(self, config: TaskConfig, tokenizer: "PreTrainedTokenizerFast", *, seed: int, max_prompt_tokens: int) -> None:
+        self._tokenizer = tokenizer
+        size = config.max_operand
+        total = size * size + size * (size + 1) // 2
+        if config.held_out >= total:
+            raise ConfigError(
+                f"task.max_operand {size} gives {total} problems and task.held_out keeps {config.held_out} of them apart, "
+                "which leaves none to train on: raise the former or lower the latter"
+            )
+        order = np.random.default_rng([seed % 2**64, total]).permutation(total)
+        self.held_out = _Problems(order[: config.held_out], size, tokenizer, max_prompt_tokens)
+        self.train = _Problems(order[config.held_out :], size, tokenizer, max_prompt_tokens)
+        self.train.encode(f"{size - 1}+{size - 1}=")
+        self.train.encode(f"{size - 1}-{size - 1}=")
+
+    def verify(self, prompt: Prompt, response: str) -> float:
+        """1.0 when the response, without its end token and outer white space, is exactly the answer."""
+        return float(strip_end(self._tokenizer, response) == prompt.answer)
+
+
+class _Problems(Sequence[Prompt]):
+    """Problems by number, tokenised when asked for. 0 ... size^2 - 1 are a+b, the rest are a-b with b <= a."""
+
+    def __init__(self, numbers: np.ndarray, size: int, tokenizer: "PreTrainedTokenizerFast", max_tokens: int) -> None:
+        self._numbers, self._size = numbers, size
+        self._tokenizer, self._max_tokens = tokenizer, max_tokens
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Prompt]: ...
+    def __getitem__(self, index: int | slice) -> Prompt | Sequence[Prompt]:
+        if isinstance(index, slice):
+            return [self._prompt(int(number)) for number in self._numbers[index]]
+        return self._prompt(int(self._numbers[index]))
+
+    def _prompt(self, number: int) -> Prompt:
+        additions = self._size**2
+        if number < additions:
+            a, b = divmod(number, self._size)
+            problem, answer = f"{a}+{b}", a + b
+        else:
+            # Row a of the triangle b <= a starts at a (a + 1) / 2.
+            number -= additions
+            a = (isqrt(8 * number + 1) - 1) // 2
+            b = number - a * (a + 1) // 2
+            problem, answer = f"{a}-{b}", a - b
+        return Prompt(id=problem, text=f"{problem}=", tokens=self.encode(f"{problem}="), answer=str(answer))
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        tokens = encode_plain(self._tokenizer, [text])[0]
+        if len(tokens) > self._max_tokens:
+            raise ConfigError(
+                f"arithmetic prompt {text!r} has {len(tokens)} tokens, rollout.max_prompt_tokens is {self._max_tokens}: "
+                "raise rollout.max_prompt_tokens"
+            )
+        return tokens

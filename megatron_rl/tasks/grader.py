@@ -1,0 +1,120 @@
+"""Whether two mathematical answers are equal, decided by math-verify in a process of its own.
+
+The library's time limit is a signal, which works in a main thread alone and does not interrupt a number as
+large as 9^(9^9). A separate process has a main thread, can be killed when it is stuck, and takes no trainer with it
+when it runs out of memory. Requests and verdicts are JSON lines on its pipes.
+"""
+
+import json
+import logging
+import os
+import resource
+import select
+import subprocess
+import sys
+import threading
+import time
+import weakref
+
+from math_verify import parse, verify
+
+READY = b"ready\n"
+START_LIMIT_S = 120.0
+LIBRARY_LIMIT_S = 2
+MEMORY_LIMIT_BYTES = 4 << 30
+
+
+class Grader:
+    """Starts its process with the first question and again after it had to be killed. Safe to share between threads.
+
+    limit_s: seconds for one question, after which the verdict is "not equal".
+    """
+
+    def __init__(self, limit_s: float = 15.0) -> None:
+        self._limit_s = limit_s
+        self._lock = threading.Lock()
+        self._alive: list[subprocess.Popen[bytes]] = []  # none or one; a list, so that the finalizer can share it
+        weakref.finalize(self, _stop_all, self._alive)
+
+    def equal(self, gold: str, answer: str) -> bool:
+        """True when math-verify finds the two answers (LaTeX or plain) equal; False when it cannot read or decide them."""
+        if not answer.strip():
+            return False
+        if answer.strip() == gold.strip():
+            return True
+        with self._lock:
+            process = self._running()
+            try:
+                assert process.stdin is not None
+                process.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
+                process.stdin.flush()
+                verdict = _read_line(process, self._limit_s)
+            except BrokenPipeError:
+                verdict = b""
+            if verdict not in (b"true\n", b"false\n"):
+                _stop_all(self._alive)
+            return verdict == b"true\n"
+
+    def close(self) -> None:
+        with self._lock:
+            _stop_all(self._alive)
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._alive and self._alive[0].poll() is None:
+            return self._alive[0]
+        _stop_all(self._alive)
+        # -P: the folder of this file holds a math.py, which must not shadow the standard library's.
+        command = [sys.executable, "-P", __file__]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        self._alive.append(process)
+        if _read_line(process, START_LIMIT_S) != READY:
+            _stop_all(self._alive)
+            raise RuntimeError(f"the answer grader did not start: {' '.join(command)}")
+        return process
+
+
+def _stop_all(processes: list[subprocess.Popen[bytes]]) -> None:
+    while processes:
+        process = processes.pop()
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+def _read_line(process: subprocess.Popen[bytes], limit_s: float) -> bytes:
+    """One line of the process; what there is of it when the time is up or the process has ended."""
+    assert process.stdout is not None
+    until, line = time.monotonic() + limit_s, b""
+    while not line.endswith(b"\n"):
+        left = until - time.monotonic()
+        if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
+            break
+        byte = process.stdout.read(1)
+        if not byte:
+            break
+        line += byte
+    return line
+
+
+def _judge(gold: str, answer: str) -> bool:
+    # Boxes tell math-verify where the answer is; it reports its own failures and time-outs as [] and False.
+    expected, given = (parse(f"\\boxed{{{text}}}", parsing_timeout=LIBRARY_LIMIT_S) for text in (gold, answer))
+    return bool(expected and given and verify(expected, given, timeout_seconds=LIBRARY_LIMIT_S))
+
+
+def _serve() -> None:
+    """The life of the process: ends when its input does."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+    logging.disable(logging.CRITICAL)
+    out = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # whatever the parsers print is no verdict
+    out.write(READY)
+    for line in sys.stdin.buffer:
+        gold, answer = json.loads(line)
+        out.write(b"true\n" if _judge(gold, answer) else b"false\n")
+
+
+if __name__ == "__main__":
+    _serve()

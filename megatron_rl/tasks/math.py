@@ -1,0 +1,161 @@
+"""Mathematical word problems from a JSONL or parquet file, verified by math-verify."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_rl.config import TaskConfig
+from megatron_rl.errors import ConfigError, UserError
+from megatron_rl.tasks.base import Task, encode_plain, strip_end
+from megatron_rl.tasks.grader import Grader
+from megatron_rl.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_MARK = "####"
+_BOXES = ("\\boxed{", "\\fbox{")
+
+
+class MathTask(Task):
+    """Problems with one final answer each, in the columns `prompt_column` and `answer_column`.
+
+    The ground truth is what follows the last `####` of the answer column, else its last \\boxed{}, else all of it. The
+    prompt goes through the tokenizer's chat template where it has one, else it is the text and a newline. Held out are
+    the rows of `eval_data`, or the last `held_out` rows of `data`.
+
+    Everything is read, checked and tokenised here. Raises UserError naming file and line of the first malformed row
+    or over-long prompt, ConfigError when nothing is left to train on.
+    """
+
+    def __init__(self, config: TaskConfig, tokenizer: "PreTrainedTokenizerFast", *, max_prompt_tokens: int) -> None:
+        if config.data is None:
+            raise ConfigError("task.data is required for task.name: math")
+        self._tokenizer = tokenizer
+        self._grader = Grader()
+        rows = _load(config.data, config, tokenizer, max_prompt_tokens)
+        if config.eval_data is not None:
+            self.train, self.held_out = rows, _load(config.eval_data, config, tokenizer, max_prompt_tokens)
+            return
+        if config.held_out >= len(rows):
+            raise ConfigError(
+                f"{config.data} has {len(rows)} rows and task.held_out keeps {config.held_out} of them apart, which leaves "
+                "none to train on: lower task.held_out or give task.eval_data"
+            )
+        cut = len(rows) - config.held_out
+        self.train, self.held_out = rows[:cut], rows[cut:]
+
+    def verify(self, prompt: Prompt, response: str) -> float:
+        """1.0 when the last `####` or \\boxed{} answer of the response equals the ground truth, else 0.0."""
+        answer = response_answer(strip_end(self._tokenizer, response))
+        return float(answer is not None and self._grader.equal(prompt.answer, answer))
+
+    def solution(self, prompt: Prompt) -> str:
+        return f"{_MARK} {prompt.answer}"
+
+    def close(self) -> None:
+        self._grader.close()
+
+
+def ground_truth(text: str) -> str:
+    """The final answer in an answer column."""
+    if _MARK in text:
+        return text.rpartition(_MARK)[2].strip().rstrip(".")
+    boxed = _last_boxed(text)
+    return text.strip() if boxed is None else boxed[1]
+
+
+def response_answer(text: str) -> str | None:
+    """The answer a response ends on: the later of its last `####` line and its last box; None without either."""
+    boxed = _last_boxed(text)
+    mark = text.rfind(_MARK)
+    if mark < 0 or (boxed is not None and boxed[0] > mark):
+        return None if boxed is None else boxed[1]
+    return text[mark + len(_MARK) :].strip().partition("\n")[0].strip().rstrip(".")
+
+
+def _last_boxed(text: str) -> tuple[int, str] | None:
+    """Where the last box starts, and what is in it; None when there is none or it is never closed."""
+    start, box = max((text.rfind(box), box) for box in _BOXES)
+    if start < 0:
+        return None
+    depth = 1
+    for at in range(start + len(box), len(text)):
+        depth += (text[at] == "{") - (text[at] == "}")
+        if depth == 0:
+            return start, text[start + len(box) : at].strip()
+    return None
+
+
+def _load(path: Path, config: TaskConfig, tokenizer: "PreTrainedTokenizerFast", max_prompt_tokens: int) -> list[Prompt]:
+    if not path.is_file():
+        raise UserError(f"no data file at {path}; task.data and task.eval_data must name JSONL or parquet files")
+    places, texts, answers = [], [], []
+    for place, row in _rows(path):
+        places.append(place)
+        texts.append(_cell(place, row, config.prompt_column, "task.prompt_column"))
+        answers.append(ground_truth(_cell(place, row, config.answer_column, "task.answer_column")))
+        if not answers[-1]:
+            raise UserError(f"{place}: '{config.answer_column}' holds no final answer")
+    if not places:
+        raise UserError(f"{path} has no rows")
+    encoded = _encode(tokenizer, texts)
+    long = [at for at, tokens in enumerate(encoded) if len(tokens) > max_prompt_tokens]
+    if long:
+        longest = max(len(encoded[at]) for at in long)
+        raise UserError(
+            f"{places[long[0]]}: the prompt has {len(encoded[long[0]])} tokens, rollout.max_prompt_tokens is "
+            f"{max_prompt_tokens}; {len(long)} of {len(places)} prompts are too long: raise rollout.max_prompt_tokens to "
+            f"{longest} or remove them"
+        )
+    return [
+        Prompt(id=f"{path.name}:{place.rpartition(':')[2]}", text=text, tokens=tokens, answer=answer)
+        for place, text, tokens, answer in zip(places, texts, encoded, answers, strict=True)
+    ]
+
+
+def _encode(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[tuple[int, ...]]:
+    if tokenizer.chat_template is None:
+        return encode_plain(tokenizer, [f"{text}\n" for text in texts])
+    chats: Any = tokenizer.apply_chat_template(
+        [[{"role": "user", "content": text}] for text in texts], add_generation_prompt=True, tokenize=False
+    )
+    # The template has written the special tokens already.
+    return [tuple(row) for row in tokenizer(chats, add_special_tokens=False)["input_ids"]]
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(file:line, row) of every row; lines count from 1, rows of a parquet file too."""
+    if path.suffix == ".parquet":
+        try:
+            table = pq.read_table(path)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path} is not a readable parquet file: {error}") from error
+        yield from ((f"{path}:{number}", row) for number, row in enumerate(table.to_pylist(), start=1))
+        return
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        place = f"{path}:{number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{place}: not a JSON object ({error})") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: a JSON object is expected, found {type(row).__name__}")
+        yield place, row
+
+
+def _cell(place: str, row: Mapping[str, Any], column: str, key: str) -> str:
+    value = row.get(column)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    if isinstance(value, str) and value.strip():
+        return value
+    if column in row:
+        raise UserError(f"{place}: '{column}' is {value!r}; text is expected")
+    raise UserError(f"{place}: '{column}' is missing (columns here: {', '.join(map(str, row))}); set {key}")

@@ -1,0 +1,160 @@
+"""One run: its ranks, policy, engines, task, log and checkpoints, brought up in order and taken down in reverse."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from megatron_rl.config import Config
+from megatron_rl.diagnostics.runlog import RunLog
+from megatron_rl.errors import ConfigError
+from megatron_rl.objectives import Objective, make_objective
+from megatron_rl.policy import parallel
+from megatron_rl.policy.actor import Policy
+from megatron_rl.policy.checkpoint import Checkpoints, TrainState
+from megatron_rl.policy.device import pick_device
+from megatron_rl.policy.model import DTYPES
+from megatron_rl.policy.parallel import Mesh
+from megatron_rl.rollout.client import EnginePool
+from megatron_rl.rollout.lifecycle import EmbeddedServers
+from megatron_rl.tasks import make_task
+from megatron_rl.training.progress import ProgressLine
+from megatron_rl.training.records import Stopwatch
+from megatron_rl.training.rollouts import Rollouts
+from megatron_rl.types import Batch
+from megatron_rl.weights.sync import DiskSync
+
+START_TIMEOUT_S = 300.0
+
+
+class Run:
+    """What the loop works with. Rank 0 alone holds engines, task and log; every rank holds the policy."""
+
+    rollouts: Rollouts
+    pool: EnginePool
+    sync: DiskSync
+    log: RunLog
+    progress: ProgressLine
+
+    def __init__(self, config: Config, mesh: Mesh, policy: Policy, objective: Objective) -> None:
+        self.config, self.mesh, self.policy, self.objective = config, mesh, policy, objective
+        self.checkpoints = Checkpoints(config.run.folder / "checkpoints", policy, config.run.keep)
+        self.state = TrainState(seed=config.run.seed)
+        self.interrupted = False
+
+    def collect(self, step: int, watch: Stopwatch) -> Batch:
+        """Rank 0: the batch of a step. Raises KeyboardInterrupt when a stop was asked for."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+        return self.rollouts.collect(step, watch)
+
+    def publish(self, version: int) -> None:
+        """Put the policy's weights on every engine as `version`, verified, or raise EngineError. Collective."""
+        self.sync.push(self.policy.export(DTYPES[self.config.precision.rollout]), version)
+
+    def advance(self, step: int, version: int) -> None:
+        self.state = replace(self.state, step=step, version=version, updates=self.policy.optimizer.updates)
+
+    def record(self, record: dict[str, Any]) -> None:
+        self.log.append(record)
+        self.progress.step(record)
+
+    def evaluate(self) -> None:
+        """Held-out pass rates of the current weights, logged. Collective; nothing when `eval.prompts` is 0."""
+        if self.config.eval.prompts == 0:
+            return
+        rates = self.mesh.on_lead(lambda: self.rollouts.evaluate(self.state.step))
+        if self.mesh.rank == 0:
+            self.log.append({"kind": "eval", "step": self.state.step, "version": self.state.version, **rates})
+            text = ", ".join(f"{name.removeprefix('eval/')} {rate:.1%}" for name, rate in rates.items())
+            self.progress.note(f"held-out pass rate after {self.state.step} steps: {text}")
+
+    def save(self, *, wait: bool) -> None:
+        self.checkpoints.save(self.state, wait=wait)
+
+    def stop_soon(self, *_: object) -> None:
+        """Signal handler of rank 0: end at the next safe point; a running generation is called off."""
+        self.interrupted = True
+        self.pool.interrupt()
+
+
+@contextmanager
+def open_run(config: Config, *, resume: bool) -> Iterator[Run]:
+    """Bring a run up on this rank; everything it owns is gone afterwards, whatever happened.
+
+    Raises ConfigError when the run folder already holds a run and `resume` is False.
+    """
+    objective = make_objective(config.objective.spec())
+    device = pick_device(config.run.device)
+    torch.set_num_threads(1 if device.type == "cpu" and config.parallel.world_size > 1 else torch.get_num_threads())
+    mesh = parallel.initialize(config.parallel, device, config.run.seed)
+    with ExitStack() as stack:
+        stack.callback(parallel.shutdown)
+        if mesh.rank != 0:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides when all stop
+        mesh.on_lead(lambda: _prepare_folder(config, resume))
+        servers = _start_servers(config, mesh, stack)
+        policy = Policy(config, mesh)
+        run = Run(config, mesh, policy, objective)
+        stack.callback(run.checkpoints.close)
+        if resume:
+            found = run.checkpoints.load_newest()
+            if found is None and mesh.rank == 0:
+                print("no usable checkpoint found: starting from the model folder", flush=True)
+            run.state = found or run.state
+        mesh.on_lead(lambda: _open_lead(run, servers, stack))
+        run.sync = DiskSync(run.pool if mesh.rank == 0 else None, policy.source, group=mesh.control)
+        stack.callback(run.sync.close)
+        yield run
+
+
+def _prepare_folder(config: Config, resume: bool) -> None:
+    folder = config.run.folder
+    if (folder / "log.jsonl").exists() and not resume:
+        raise ConfigError(f"{folder} already holds a run: pass --resume to go on with it, or choose another run.name")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
+
+
+def _start_servers(config: Config, mesh: Mesh, stack: ExitStack) -> EmbeddedServers | None:
+    """Start our own engines first, on rank 0, so that they load while the policy is built. None elsewhere."""
+
+    def start() -> None:
+        if not config.rollout.urls:
+            box.append(stack.enter_context(_embedded(config)))
+
+    box: list[EmbeddedServers] = []
+    mesh.on_lead(start)
+    return box[0] if box else None
+
+
+def _embedded(config: Config) -> EmbeddedServers:
+    return EmbeddedServers(
+        model=config.model.path,
+        count=config.rollout.servers,
+        dtype=config.precision.rollout,
+        deterministic=config.rollout.deterministic,
+        log_folder=config.run.folder / "servers",
+    )
+
+
+def _open_lead(run: Run, servers: EmbeddedServers | None, stack: ExitStack) -> None:
+    """Rank 0: connect to the engines, read the task, open the log."""
+    config = run.config
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    task = make_task(config.task, tokenizer, seed=config.run.seed, max_prompt_tokens=config.rollout.max_prompt_tokens)
+    if servers is not None:
+        servers.wait_healthy(START_TIMEOUT_S)
+    urls = servers.urls if servers is not None else list(config.rollout.urls)
+    run.pool = stack.enter_context(EnginePool(urls, config.rollout.timeout_s))
+    run.pool.wait_healthy(START_TIMEOUT_S)
+    run.rollouts = Rollouts(config, task, tokenizer, run.pool, need_logmu="logmu" in run.objective.needs)
+    run.log = stack.enter_context(RunLog(Path(config.run.folder), resume_from=run.state.step or None))
+    run.progress = stack.enter_context(ProgressLine(config.run.name, config.run.steps, run.state.step, enabled=True))
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, run.stop_soon)

@@ -1,0 +1,102 @@
+"""What travels round the loop: a prompt, what an engine made of it, and the columns of one batch."""
+
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Self
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One problem of a task: its name there, its text, its tokens, and what the verifier compares with."""
+
+    id: str
+    text: str
+    tokens: tuple[int, ...]
+    answer: str
+
+
+class VersionSpan(NamedTuple):
+    """Response tokens [start, end) were sampled under weight version `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """One sampled response, exactly as the engine produced it (token in, token out: never re-tokenised).
+
+    id: unique in the run. group: trajectories of one prompt share it. prompt_id: the task's own name of
+    the prompt. logmu: behaviour log-probabilities of the response tokens, None when the objective does not
+    need them. reward: None until the task has verified the response. finish_reason: "stop", "length" or "abort".
+    """
+
+    id: int
+    group: int
+    prompt_id: str
+    prompt_tokens: tuple[int, ...]
+    response_tokens: tuple[int, ...]
+    logmu: tuple[float, ...] | None
+    finish_reason: str
+    versions: tuple[VersionSpan, ...] = ()
+    reward: float | None = None
+
+    def with_reward(self, reward: float) -> Self:
+        return replace(self, reward=reward)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Trajectories as columns; identical on every rank.
+
+    B trajectories, N = sum of their lengths (prompt and response). Per-token columns are flat and in
+    *token* order: entry t speaks of token t itself (packing shifts them to the position that predicts it).
+
+    tokens [N] int32; cu_seqlens [B + 1] int64, trajectory i is tokens[cu[i]:cu[i + 1]]; mask [N] float32,
+    1 on trained response tokens; logmu [N] float32 (0 where mask is 0) or None; rewards, advantages [B] float32;
+    ids, groups [B] int64. logold, logref: as logmu.
+    """
+
+    ids: np.ndarray
+    groups: np.ndarray
+    tokens: np.ndarray
+    cu_seqlens: np.ndarray
+    mask: np.ndarray
+    rewards: np.ndarray
+    advantages: np.ndarray
+    logmu: np.ndarray | None = None
+    logold: np.ndarray | None = None
+    logref: np.ndarray | None = None
+    prompt_ids: tuple[str, ...] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[B] int64, tokens per trajectory."""
+        return np.diff(self.cu_seqlens)
+
+    def select(self, rows: np.ndarray) -> "Batch":
+        """The batch of the given trajectories (row indices), in that order."""
+        lengths = self.lengths[rows]
+        flat = np.concatenate([np.arange(self.cu_seqlens[r], self.cu_seqlens[r + 1]) for r in rows])
+
+        def per_token(column: np.ndarray | None) -> np.ndarray | None:
+            return None if column is None else column[flat]
+
+        return Batch(
+            ids=self.ids[rows],
+            groups=self.groups[rows],
+            tokens=self.tokens[flat],
+            cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]),
+            mask=self.mask[flat],
+            rewards=self.rewards[rows],
+            advantages=self.advantages[rows],
+            logmu=per_token(self.logmu),
+            logold=per_token(self.logold),
+            logref=per_token(self.logref),
+            prompt_ids=tuple(self.prompt_ids[r] for r in rows) if self.prompt_ids else (),
+        )

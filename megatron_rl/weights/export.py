@@ -1,0 +1,120 @@
+"""The model's parameters -> Hugging Face tensors on global rank 0, one tensor at a time, from any parallel layout."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from megatron_rl.errors import CheckpointError
+from megatron_rl.weights.families import Family, ModelShape
+from megatron_rl.weights.plan import Entry, entries, local_parameters
+
+Holdings = tuple[int, dict[str, tuple[int, ...]]]
+"""What a rank contributes: its tensor-parallel rank, and the local shape of each parameter it holds."""
+
+
+def export_weights(
+    chunks: Sequence[nn.Module],
+    family: Family,
+    shape: ModelShape,
+    *,
+    dtypes: Mapping[str, torch.dtype],
+    control: dist.ProcessGroup | None = None,
+) -> Iterator[tuple[str, Tensor | None]]:
+    """Collective over all ranks: every rank must run the iterator to its end.
+
+    Yields (Hugging Face name, tensor in `dtypes[name]` on global rank 0, None elsewhere) in the same order on every
+    rank. Tied embeddings come once. A tensor may share memory with a parameter: use it before the next update.
+    Only one replica (data- and context-parallel rank 0) takes part. Peak extra memory: one mcore parameter, whole,
+    on the rank that merges it, and one Hugging Face tensor on rank 0.
+
+    dtypes: the same on every rank. control: group over all ranks for one exchange of names (default: the world).
+    Raises CheckpointError, on every rank alike, when the ranks together do not hold the model of the table.
+    """
+    plan = [entry for entry in entries(family, shape) if entry.rule.exported]
+    untyped = [name for entry in plan for name in entry.rule.hf if name not in dtypes]
+    if untyped:
+        raise CheckpointError(f"no dtype is given for tensor '{untyped[0]}' of the export")
+    parameters = {name: parameter for name, (_, parameter) in local_parameters(chunks, entries(family, shape)).items()}
+    owners = _owners(plan, _exchange(parameters, control), parallel_state.get_tensor_model_parallel_world_size())
+    return _stream(plan, parameters, owners, dtypes)
+
+
+def _exchange(parameters: Mapping[str, nn.Parameter], control: dist.ProcessGroup | None) -> list[Holdings | None]:
+    """What every rank holds, in rank order; None for the replicas that stay out."""
+    taking_part = parallel_state.get_data_parallel_rank() == 0 and parallel_state.get_context_parallel_rank() == 0
+    mine: Holdings | None = None
+    if taking_part:
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        mine = (parallel_state.get_tensor_model_parallel_rank(), shapes)
+    holdings: list[Holdings | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(holdings, mine, group=control)
+    return holdings
+
+
+def _owners(plan: Sequence[Entry], holdings: Sequence[Holdings | None], tp_size: int) -> dict[str, list[int]]:
+    """mcore name -> the global ranks that hold its shards, in tensor-parallel order. The same on every rank."""
+    holders: dict[str, list[tuple[int, int, tuple[int, ...]]]] = {}
+    for rank, held in enumerate(holdings):
+        if held is not None:
+            for name, local in held[1].items():
+                holders.setdefault(name, []).append((held[0], rank, local))
+    owners = {}
+    for entry in plan:
+        found = sorted(holders.get(entry.mcore, []))
+        if [tp_rank for tp_rank, _, _ in found] != list(range(tp_size)):
+            ranks = [rank for _, rank, _ in found]
+            raise CheckpointError(
+                f"parameter '{entry.mcore}' is held by ranks {ranks}, not by one tensor-parallel group of {tp_size}"
+            )
+        expected = entry.rule.layout.local_shape(tp_size)
+        for _, rank, local in found:
+            if local != expected:
+                raise CheckpointError(f"parameter '{entry.mcore}' has shape {list(local)} on rank {rank}, not {list(expected)}")
+        owners[entry.mcore] = [rank for _, rank, _ in found]
+    return owners
+
+
+def _stream(
+    plan: Sequence[Entry],
+    parameters: Mapping[str, nn.Parameter],
+    owners: Mapping[str, list[int]],
+    dtypes: Mapping[str, torch.dtype],
+) -> Iterator[tuple[str, Tensor | None]]:
+    rank = dist.get_rank()
+    device = next(iter(parameters.values())).device
+    for entry in plan:
+        group = owners[entry.mcore]
+        merged: tuple[Tensor, ...] | None = None
+        if rank in group:
+            merged = _merge(entry, parameters[entry.mcore].detach(), group)
+        for index, (name, full) in enumerate(zip(entry.rule.hf, entry.rule.layout.shapes, strict=True)):
+            dtype = dtypes[name]
+            tensor = None
+            if merged is not None:
+                tensor = merged[index].to(dtype)
+                if rank != 0:
+                    dist.send(_bytes(tensor), dst=0)
+            elif rank == 0:
+                tensor = torch.empty(full, dtype=dtype, device=device)
+                dist.recv(_bytes(tensor), src=group[0])
+            yield name, tensor if rank == 0 else None
+
+
+def _merge(entry: Entry, shard: Tensor, group: Sequence[int]) -> tuple[Tensor, ...] | None:
+    """The Hugging Face tensors on the first rank of `group`, None on its others."""
+    first = dist.get_rank() == group[0]
+    if len(group) == 1 or entry.rule.layout.replicated:
+        return entry.rule.layout.merge([shard]) if first else None
+    shard = shard.contiguous()
+    shards = [torch.empty_like(shard) for _ in group] if first else None
+    buffers = None if shards is None else [_bytes(buffer) for buffer in shards]
+    dist.gather(_bytes(shard), buffers, dst=group[0], group=parallel_state.get_tensor_model_parallel_group())
+    return None if shards is None else entry.rule.layout.merge(shards)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a contiguous tensor: what travels is the same for every dtype and backend."""
+    return tensor.view(-1).view(torch.uint8)

@@ -1,0 +1,23 @@
+"""The supported model families; a new one is one more file and one more entry here."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_rl.errors import ConfigError
+from megatron_rl.weights.families.base import Family, HFConfig, ModelShape, Rule
+from megatron_rl.weights.families.qwen3 import QWEN3
+
+__all__ = ["FAMILIES", "Family", "HFConfig", "ModelShape", "Rule", "family_of"]
+
+FAMILIES: tuple[Family, ...] = (QWEN3,)
+
+
+def family_of(config: Mapping[str, Any], where: str) -> Family:
+    """The family of a config.json; `where` names the file in the error. ConfigError when no family knows it."""
+    known = {architecture: family for family in FAMILIES for architecture in family.architectures}
+    named = config.get("architectures")
+    if not isinstance(named, list) or len(named) != 1:
+        raise ConfigError(f"{where}: 'architectures' is {named!r}; one of {', '.join(sorted(known))} is needed")
+    if named[0] not in known:
+        raise ConfigError(f"{where}: architecture '{named[0]}' is not supported; supported: {', '.join(sorted(known))}")
+    return known[named[0]]

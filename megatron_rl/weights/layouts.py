@@ -1,0 +1,230 @@
+"""How one mcore parameter is made of Hugging Face tensors, and how tensor parallelism cuts it.
+
+A layout knows the full shapes of its Hugging Face tensors. `read` builds one rank's parameter from only the slices
+that rank needs; `merge` rebuilds the Hugging Face tensors from the parameters of all ranks, bit for bit.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from megatron_rl.errors import ConfigError
+from megatron_rl.weights.hf import Reader
+
+Shape = tuple[int, ...]
+
+
+def check_divides(units: Mapping[str, int], size: int) -> None:
+    """Raise ConfigError when `size` tensor-parallel ranks do not divide every count (config.json key -> count)."""
+    bad = {key: count for key, count in units.items() if count % size}
+    if not bad:
+        return
+    common = gcd(*units.values())
+    nearest = min((n for n in range(1, common + 1) if common % n == 0), key=lambda n: (abs(n - size), n))
+    counts = ", ".join(f"{key} = {count}" for key, count in bad.items())
+    raise ConfigError(
+        f"parallel.tensor = {size} does not divide {counts} of the model; the nearest value that works is {nearest}"
+    )
+
+
+def padded_vocab(vocab_size: int, size: int) -> int:
+    """Rows of the embedding and the output layer under `size` tensor-parallel ranks: the next multiple of `size`."""
+    return -(-vocab_size // size) * size
+
+
+class Layout(ABC):
+    """One mcore parameter, its Hugging Face tensors, and the tensor-parallel cut between them."""
+
+    replicated: ClassVar[bool] = False
+    """Every tensor-parallel rank holds the whole parameter."""
+
+    @property
+    @abstractmethod
+    def shapes(self) -> tuple[Shape, ...]:
+        """Shapes of the Hugging Face tensors."""
+
+    @property
+    def units(self) -> dict[str, int]:
+        """config.json keys whose counts the tensor-parallel size must divide."""
+        return {}
+
+    @abstractmethod
+    def local_shape(self, size: int) -> Shape:
+        """Shape of the parameter on each of `size` ranks."""
+
+    @abstractmethod
+    def read(self, sources: Sequence[Reader], rank: int, size: int) -> Tensor:
+        """The parameter of `rank`, contiguous, in the stored dtype; `sources` are in the order of `shapes`."""
+
+    @abstractmethod
+    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The Hugging Face tensors, contiguous, from the parameters of all ranks in rank order."""
+
+    def check(self, size: int) -> None:
+        """Raise ConfigError unless `size` ranks can hold this parameter."""
+        check_divides(self.units, size)
+
+
+@dataclass(frozen=True)
+class Replicated(Layout):
+    """The same tensor on every rank (norms)."""
+
+    shape: Shape
+    replicated: ClassVar[bool] = True
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        return (self.shape,)
+
+    def local_shape(self, size: int) -> Shape:
+        return self.shape
+
+    def read(self, sources: Sequence[Reader], rank: int, size: int) -> Tensor:
+        return sources[0](0, self.shape[0])
+
+    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (shards[0].contiguous(),)
+
+
+@dataclass(frozen=True)
+class _Split(Layout):
+    """One tensor cut into equal parts along `dim`; `key` is the config.json key of that dimension."""
+
+    shape: Shape
+    key: str
+    dim: ClassVar[int]
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        return (self.shape,)
+
+    @property
+    def units(self) -> dict[str, int]:
+        return {self.key: self.shape[self.dim]}
+
+    def local_shape(self, size: int) -> Shape:
+        cut = list(self.shape)
+        cut[self.dim] //= size
+        return tuple(cut)
+
+    def read(self, sources: Sequence[Reader], rank: int, size: int) -> Tensor:
+        part = self.shape[self.dim] // size
+        return sources[0](rank * part, (rank + 1) * part, self.dim).contiguous()
+
+    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (torch.cat(list(shards), self.dim),)
+
+
+@dataclass(frozen=True)
+class Column(_Split):
+    """Output features cut over ranks (dimension 0)."""
+
+    dim: ClassVar[int] = 0
+
+
+@dataclass(frozen=True)
+class Row(_Split):
+    """Input features cut over ranks (dimension 1)."""
+
+    dim: ClassVar[int] = 1
+
+
+@dataclass(frozen=True)
+class VocabRows(Layout):
+    """[vocab_size, hidden] cut by rows, with zero rows after the last token up to a multiple of the ranks.
+
+    The zero rows exist only in the trainer: `merge` drops them.
+    """
+
+    vocab_size: int
+    hidden_size: int
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        return ((self.vocab_size, self.hidden_size),)
+
+    def local_shape(self, size: int) -> Shape:
+        return (padded_vocab(self.vocab_size, size) // size, self.hidden_size)
+
+    def read(self, sources: Sequence[Reader], rank: int, size: int) -> Tensor:
+        rows = self.local_shape(size)[0]
+        start = min(rank * rows, self.vocab_size)
+        stored = sources[0](start, min(start + rows, self.vocab_size))
+        if len(stored) == rows:
+            return stored
+        return torch.cat([stored, stored.new_zeros(rows - len(stored), self.hidden_size)])
+
+    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (torch.cat(list(shards))[: self.vocab_size].contiguous(),)
+
+
+@dataclass(frozen=True)
+class QKV(Layout):
+    """q, k, v projections as mcore's linear_qkv: for each key-value group its query heads, then k, then v.
+
+    inner: the shape after the output features, (hidden,) for weights and () for biases. A rank holds whole groups.
+    """
+
+    heads: int
+    groups: int
+    head_dim: int
+    inner: Shape
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        q, kv = self.heads * self.head_dim, self.groups * self.head_dim
+        return (q, *self.inner), (kv, *self.inner), (kv, *self.inner)
+
+    @property
+    def units(self) -> dict[str, int]:
+        return {"num_attention_heads": self.heads, "num_key_value_heads": self.groups}
+
+    def local_shape(self, size: int) -> Shape:
+        return ((self.heads + 2 * self.groups) * self.head_dim // size, *self.inner)
+
+    def read(self, sources: Sequence[Reader], rank: int, size: int) -> Tensor:
+        groups = self.groups // size
+        parts = []
+        for source, shape in zip(sources, self.shapes, strict=True):
+            rows = shape[0] // size
+            parts.append(source(rank * rows, (rank + 1) * rows).reshape(groups, rows // groups, *self.inner))
+        return torch.cat(parts, 1).reshape(self.local_shape(size))
+
+    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        queries = self.heads // self.groups * self.head_dim
+        grouped = torch.cat(list(shards)).reshape(self.groups, queries + 2 * self.head_dim, *self.inner)
+        parts = grouped.split([queries, self.head_dim, self.head_dim], 1)
+        return tuple(part.reshape(shape).contiguous() for part, shape in zip(parts, self.shapes, strict=True))
+
+
+@dataclass(frozen=True)
+class GateUp(Layout):
+    """gate and up projections as mcore's gated linear_fc1: each rank holds its gate rows, then its up rows."""
+
+    ffn_hidden_size: int
+    hidden_size: int
+    key: str = "intermediate_size"
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        return ((self.ffn_hidden_size, self.hidden_size),) * 2
+
+    @property
+    def units(self) -> dict[str, int]:
+        return {self.key: self.ffn_hidden_size}
+
+    def local_shape(self, size: int) -> Shape:
+        return (2 * self.ffn_hidden_size // size, self.hidden_size)
+
+    def read(self, sources: Sequence[Reader], rank: int, size: int) -> Tensor:
+        rows = self.ffn_hidden_size // size
+        return torch.cat([source(rank * rows, (rank + 1) * rows) for source in sources])
+
+    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        halves = [shard.chunk(2) for shard in shards]
+        return torch.cat([gate for gate, _ in halves]), torch.cat([up for _, up in halves])

@@ -1,0 +1,37 @@
+"""Fixtures shared by all tests: small random Qwen3 checkpoints, and one group of 2 and one of 4 ranks."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+from tests.models import make_qwen3
+from tests.parallel.group import RankGroup
+
+
+@pytest.fixture(scope="session")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3 folder, embeddings untied, whose vocabulary no layout divides."""
+    return make_qwen3(tmp_path_factory.mktemp("qwen3"), tied=False)
+
+
+@pytest.fixture(scope="session")
+def qwen3_tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_qwen3(tmp_path_factory.mktemp("qwen3_tied"), tied=True)
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    group = RankGroup(2)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="session")
+def four_ranks():
+    group = RankGroup(4)
+    yield group
+    group.close()

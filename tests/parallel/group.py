@@ -1,0 +1,82 @@
+"""Long-lived groups of ranks: processes that join one gloo world once and run many checks inside it."""
+
+import importlib
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            module, function, kwargs = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(("ok", getattr(importlib.import_module(module), function)(**kwargs)))
+        except BaseException as error:
+            pipe.send(("error", f"rank {rank}: {type(error).__name__}: {error}\n{traceback.format_exc()}"))
+
+
+class RankGroup:
+    """`run(module, function, **kwargs)` calls the function on every rank and answers the list of results."""
+
+    def __init__(self, world: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        port = _free_port()
+        self.pipes, self.processes = [], []
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world, port, theirs))
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, module: str, function: str, timeout: float = 240, **kwargs: Any) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((module, function, kwargs))
+        answers: dict[Connection, Any] = {}
+        deadline, errors = time.monotonic() + timeout, []
+        while len(answers) < len(self.pipes):
+            ready = wait([p for p in self.pipes if p not in answers], max(0.0, deadline - time.monotonic()))
+            for pipe in ready:
+                status, answers[pipe] = pipe.recv()
+                if status == "error":
+                    errors.append(answers[pipe])
+                    deadline = min(deadline, time.monotonic() + 5)  # the others may wait for the failed one
+            if not ready:
+                self._restart()
+                raise RuntimeError("\n".join(errors) or f"{function} did not end within {timeout} s")
+        if errors:
+            self._restart()
+            raise RuntimeError("\n".join(errors))
+        return [answers[pipe] for pipe in self.pipes]
+
+    def _restart(self) -> None:
+        """After a failure the ranks no longer agree on where they are: start afresh for the next check."""
+        world = len(self.pipes)
+        self.close(patience=0)
+        self.__init__(world)  # type: ignore[misc]
+
+    def close(self, patience: float = 10) -> None:
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.join(patience)
+            if process.is_alive():
+                process.kill()

@@ -1,0 +1,131 @@
+"""What the ranks of a group run: one training step under a layout, and what must be equal everywhere."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_rl.config import make_config
+from megatron_rl.objectives import make_objective
+from megatron_rl.policy import parallel
+from megatron_rl.policy.actor import Policy
+from megatron_rl.policy.device import pick_device
+from megatron_rl.types import Batch
+
+BUDGET = 192
+LENGTHS = [50, 7, 33, 61, 121, 9, 160, 5, 3, 5, 2, 90, 11, 30, 31, 29, 35, 177]
+OBJECTIVE = {"name": "drpo", "delta": 0.15, "norm": "seq_mean_token_mean"}
+OPTIMIZER = {"lr": 1e-2, "weight_decay": 0.01, "eps": 1e-2, "grad_clip": 0.05, "tokens_per_microbatch": BUDGET}
+
+
+def make_batch(vocab: int = 259) -> Batch:
+    """Trajectories with masks as uneven as they come: dense, one token, one half only, none at all."""
+    rng = np.random.default_rng(500)
+    tokens, masks = [], []
+    for i, n in enumerate(LENGTHS):
+        mask = np.zeros(n, dtype=np.float32)
+        kind = i % 5
+        if kind == 0:
+            mask[1:] = rng.random(n - 1) < 0.9
+        elif kind == 1:
+            mask[n // 2] = 1
+        elif kind == 2:
+            mask[n // 4 + 1 : 3 * n // 4] = 1
+        elif kind == 3:
+            mask[1:] = rng.random(n - 1) < 0.2
+        tokens.append(rng.integers(0, vocab, n))
+        masks.append(mask)
+    total = sum(LENGTHS)
+    mask = np.concatenate(masks)
+    return Batch(
+        ids=np.arange(len(LENGTHS)) + 1000,
+        groups=np.arange(len(LENGTHS)) // 2,
+        tokens=np.concatenate(tokens).astype(np.int32),
+        cu_seqlens=np.concatenate([[0], np.cumsum(LENGTHS)]),
+        mask=mask,
+        rewards=np.zeros(len(LENGTHS), dtype=np.float32),
+        advantages=rng.standard_normal(len(LENGTHS)).astype(np.float32),
+        logmu=(rng.uniform(-7, -4, total) * mask).astype(np.float32),
+    )
+
+
+def make_policy(model: Path, layout: dict[str, Any], **sections: Any) -> Policy:
+    config = make_config(
+        {
+            "model": {"path": str(model)},
+            "parallel": layout,
+            "optimizer": {**OPTIMIZER, **sections.pop("optimizer", {})},
+            "rollout": {"max_prompt_tokens": 100, "max_new_tokens": 92, "temperature": 0.7},
+            **sections,
+        }
+    )
+    device = pick_device(config.run.device)
+    return Policy(config, parallel.initialize(config.parallel, device, seed=1))
+
+
+def exported(policy: Policy, pick: Any = None) -> dict[str, np.ndarray]:
+    """Hugging Face names -> arrays on rank 0, of the weights or of another tensor per parameter."""
+    saved = [(p, p.data) for chunk in policy.models for p in chunk.parameters()]
+    for p, data in saved if pick else []:
+        p.data = pick(p).detach().clone().to(data.dtype)
+    try:
+        return {name: t.float().numpy().copy() for name, t in policy.export() if t is not None}
+    finally:
+        for p, data in saved:
+            p.data = data
+
+
+def replicas_differ(policy: Policy) -> float:
+    """Largest difference of a replicated parameter between tensor-parallel ranks."""
+    group, worst = parallel_state.get_tensor_model_parallel_group(), 0.0
+    for chunk in policy.models:
+        for p in chunk.parameters():
+            if not getattr(p, "tensor_model_parallel", False):
+                low, high = p.data.clone(), p.data.clone()
+                dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
+                dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)
+                worst = max(worst, float((high - low).abs().max()))
+    return worst
+
+
+def _divide_by_local_counts(policy: Policy) -> None:
+    """The tempting convention: each micro-batch divides by its own count of sequences."""
+    correct = policy._loss
+
+    def local_mean(micro: Any, logp: Any, entropy: Any, objective: Any, norm: Any) -> Any:
+        own = len(micro.seq_ids[micro.mask > 0].unique())
+        return correct(micro, logp, entropy, objective, replace(norm, sequences=max(1, own)))
+
+    policy._loss = local_mean  # type: ignore[method-assign]
+
+
+def step(model: Path, layout: dict[str, Any], sabotage: str | None = None, **sections: Any) -> dict[str, Any]:
+    """One update under `layout`; rank 0 answers gradients, norm, loss, log-probs and the weights after it."""
+    policy = make_policy(model, layout, **sections)
+    batch, objective = make_batch(), make_objective(OBJECTIVE)
+    grads: dict[str, np.ndarray] = {}
+    optimizer_step = policy.optimizer.step
+
+    def noting_step(grad_norm: float) -> None:
+        grads.update(exported(policy, lambda p: p.main_grad))
+        optimizer_step(grad_norm)
+
+    policy.optimizer.step = noting_step  # type: ignore[method-assign]
+    if sabotage == "local_mean":
+        _divide_by_local_counts(policy)
+    stats = policy.update(batch, objective, objective.norm)
+    weights = exported(policy)
+    differ = replicas_differ(policy)
+    return {
+        "grads": grads,
+        "weights": weights,
+        "loss": stats.loss,
+        "grad_norm": stats.grad_norm,
+        "logp": stats.logp,
+        "entropy": stats.entropy,
+        "replicas_differ": differ,
+    }

@@ -1,0 +1,128 @@
+"""One training step is the same step under every parallel layout, and the same as plain transformers and torch."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.parallel.steps import LENGTHS, OPTIMIZER, make_batch
+
+TEMPERATURE, DELTA = 0.7, 0.15
+FULL = {"recompute": "full"}
+TWO = {
+    "tp2": {"tensor": 2},
+    "tp2_sp": {"tensor": 2, "sequence": True},
+    "pp2": {"pipeline": 2},
+    "pp2_recompute": {"pipeline": 2, **FULL},
+    "pp2_vpp2": {"pipeline": 2, "virtual_pipeline": 2},
+    "pp2_vpp2_recompute": {"pipeline": 2, "virtual_pipeline": 2, **FULL},
+    "cp2": {"context": 2},
+    "dp2": {"data": 2},
+}
+FOUR = {
+    "tp2_pp2_sp": {"tensor": 2, "pipeline": 2, "sequence": True},
+    "tp2_pp2_sp_recompute": {"tensor": 2, "pipeline": 2, "sequence": True, **FULL},
+    "tp2_cp2_sp_recompute": {"tensor": 2, "context": 2, "sequence": True, **FULL},
+    "tp2_dp2": {"tensor": 2, "data": 2},
+    "tp4": {"tensor": 4},
+}
+
+
+def reference_step(folder):
+    """The update written out: one sequence at a time through transformers, torch autograd, torch AdamW."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    batch = make_batch()
+    logps, entropies, loss = [], [], torch.zeros(())
+    trained = [batch.mask[a:b].sum() for a, b in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True)]
+    sequences = sum(n > 0 for n in trained)
+    for i, n in enumerate(LENGTHS):
+        span = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])
+        tokens = torch.from_numpy(batch.tokens[span].astype(np.int64))
+        scores = torch.log_softmax(model(tokens[None]).logits[0] / TEMPERATURE, -1)
+        logp = torch.cat([torch.zeros(1), scores[:-1].gather(-1, tokens[1:, None])[:, 0]])
+        entropy = torch.cat([torch.zeros(1), -(scores.exp() * scores).sum(-1)[:-1]])
+        mask, logmu = torch.from_numpy(batch.mask[span]), torch.from_numpy(batch.logmu[span])
+        ratio, advantage = torch.exp((logp - logmu).clamp(-20, 20)), float(batch.advantages[i])
+        token_loss = -advantage * ratio + abs(advantage) * logmu.exp() * (ratio - 1) ** 2 / (2 * DELTA)
+        if trained[i] > 0:
+            loss = loss + (token_loss * mask).sum() / mask.sum() / sequences
+        logps.append((logp * mask).detach())
+        entropies.append((entropy * mask).detach())
+        assert n == len(tokens)
+    loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    norm = torch.sqrt(sum((g.double() ** 2).sum() for g in grads.values())).item()
+    for p in model.parameters():
+        p.grad.mul_(min(1.0, OPTIMIZER["grad_clip"] / (norm + 1e-6)))
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": OPTIMIZER["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}],
+        lr=OPTIMIZER["lr"],
+        eps=OPTIMIZER["eps"],
+    ).step()
+    return {
+        "grads": {k: v.numpy() for k, v in grads.items()},
+        "weights": {k: v.detach().numpy() for k, v in model.named_parameters()},
+        "loss": loss.item(),
+        "grad_norm": norm,
+        "logp": torch.cat(logps).numpy(),
+        "entropy": torch.cat(entropies).numpy(),
+    }
+
+
+@pytest.fixture(scope="module")
+def reference(qwen3):
+    return reference_step(qwen3)
+
+
+@pytest.fixture(scope="module")
+def reference_tied(qwen3_tied):
+    return reference_step(qwen3_tied)
+
+
+def worst(a, b):
+    """Largest difference of a tensor, relative to the reference tensor's largest entry."""
+    assert set(a) == set(b), sorted(set(a) ^ set(b))
+    return max((float(np.abs(a[k] - b[k]).max() / (np.abs(b[k]).max() + 1e-12)), k) for k in b)
+
+
+def assert_same_step(result, reference):
+    assert abs(result["loss"] - reference["loss"]) <= 1e-6 * max(1.0, abs(reference["loss"]))
+    np.testing.assert_allclose(result["logp"], reference["logp"], atol=1e-5)
+    np.testing.assert_allclose(result["entropy"], reference["entropy"], atol=2e-5)
+    assert worst(result["grads"], reference["grads"]) < (1e-5,)
+    assert abs(result["grad_norm"] / reference["grad_norm"] - 1) < 1e-5
+    assert reference["grad_norm"] > OPTIMIZER["grad_clip"], "the clip must be active for this test to say anything"
+    assert worst(result["weights"], reference["weights"]) < (1e-5,)
+    assert result["replicas_differ"] == 0.0
+
+
+@pytest.mark.parametrize("layout", TWO.values(), ids=TWO)
+def test_two_rank_layouts_make_the_reference_step(two_ranks, qwen3, reference, layout):
+    assert_same_step(two_ranks.run("tests.parallel.steps", "step", model=qwen3, layout=layout)[0], reference)
+
+
+@pytest.mark.parametrize("layout", FOUR.values(), ids=FOUR)
+def test_four_rank_layouts_make_the_reference_step(four_ranks, qwen3, reference, layout):
+    assert_same_step(four_ranks.run("tests.parallel.steps", "step", model=qwen3, layout=layout)[0], reference)
+
+
+@pytest.mark.parametrize("layout", [TWO["tp2_sp"], TWO["pp2"], TWO["pp2_vpp2"]], ids=["tp2_sp", "pp2", "pp2_vpp2"])
+def test_tied_embeddings_make_the_reference_step(two_ranks, qwen3_tied, reference_tied, layout):
+    assert_same_step(two_ranks.run("tests.parallel.steps", "step", model=qwen3_tied, layout=layout)[0], reference_tied)
+
+
+def test_the_distributed_optimizer_makes_the_reference_update(two_ranks, qwen3, reference):
+    result = two_ranks.run(
+        "tests.parallel.steps", "step", model=qwen3, layout=TWO["dp2"], optimizer={"distributed": True}
+    )[0]
+    assert abs(result["grad_norm"] / reference["grad_norm"] - 1) < 1e-5
+    assert worst(result["weights"], reference["weights"]) < (1e-5,)
+
+
+def test_a_local_denominator_fails_the_same_comparison(two_ranks, qwen3, reference):
+    result = two_ranks.run("tests.parallel.steps", "step", model=qwen3, layout=TWO["dp2"], sabotage="local_mean")[0]
+    with pytest.raises(AssertionError):
+        assert_same_step(result, reference)
+    assert worst(result["grads"], reference["grads"])[0] > 0.1

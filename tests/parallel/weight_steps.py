@@ -1,0 +1,40 @@
+"""What the ranks of a group run to load a model under a layout and export it again."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_rl.config import make_config
+from megatron_rl.policy import parallel
+from megatron_rl.policy.device import pick_device
+from megatron_rl.policy.model import build_chunks
+from megatron_rl.weights.digest import tensor_digest
+from megatron_rl.weights.export import export_weights
+from megatron_rl.weights.hf import HFFolder
+from megatron_rl.weights.load import load_weights
+from megatron_rl.weights.plan import check_folder
+
+
+def round_trip(
+    model: Path, layout: dict[str, Any], spoil_replicas: bool = False
+) -> tuple[list[str], dict[str, str], list[str]]:
+    """Names every rank yields, digests of what this rank got, and the mcore parameters left unfilled."""
+    config = make_config({"model": {"path": str(model)}, "parallel": layout})
+    mesh = parallel.initialize(config.parallel, pick_device("cpu"), seed=1)
+    folder = HFFolder(model)
+    family, shape = check_folder(folder, tensor_parallel=mesh.tp_size)
+    chunks = build_chunks(config, shape, mesh)
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            nn.init.constant_(parameter, float("nan"))
+    load_weights(chunks, folder, family, shape, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size)
+    unfilled = [name for chunk in chunks for name, parameter in chunk.named_parameters() if torch.isnan(parameter).any()]
+    if spoil_replicas and (mesh.dp_rank or mesh.cp_rank):
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                nn.init.constant_(parameter, 7.0)
+    exported = list(export_weights(chunks, family, shape, dtypes=folder.dtypes, control=mesh.control))
+    digests = {name: tensor_digest(tensor) for name, tensor in exported if tensor is not None}
+    return [name for name, _ in exported], digests, unfilled
