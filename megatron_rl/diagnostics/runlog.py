@@ -98,8 +98,8 @@ def _mend(path: Path, dropped: Path, resume_from: int | None) -> None:
     """Leave in `path` the whole lines before `resume_from`, each ended by a newline; move the rest to `dropped`."""
     content = path.read_bytes()
     records = _records(path)
-    kept = [line for line, record in records if resume_from is None or record["step"] < resume_from]
-    gone = [line for line, record in records if resume_from is not None and record["step"] >= resume_from]
+    kept = [line for line, record in records if _stays(record, resume_from)]
+    gone = [line for line, record in records if not _stays(record, resume_from)]
     torn = content[sum(len(line) + 1 for line, _ in records) :].strip()
     if torn:
         gone.append(torn)
@@ -112,6 +112,13 @@ def _mend(path: Path, dropped: Path, resume_from: int | None) -> None:
     new = path.with_name(path.name + ".new")
     _write(new, "wb", whole)
     new.replace(path)
+
+
+def _stays(record: dict[str, Any], resume_from: int | None) -> bool:
+    """A step record tells of the step of its number, an evaluation of the weights after that many steps."""
+    if resume_from is None or record["step"] < resume_from:
+        return True
+    return record.get("kind") == "eval" and record["step"] == resume_from
 
 
 def _write(path: Path, mode: str, content: bytes) -> None:

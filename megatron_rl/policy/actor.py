@@ -97,7 +97,7 @@ class Policy:
     def export(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor | None]]:
         """Hugging Face names and tensors in table order, on rank 0 (None elsewhere); `dtype` None keeps the source's."""
         dtypes = {name: dtype or info.dtype for name, info in self.source.tensors.items()}
-        return export_weights(self.models, self.family, self.shape, dtypes=dtypes)
+        return export_weights(self.models, self.family, self.shape, dtypes=dtypes, control=self.mesh.control)
 
     def _run(self, batch: Batch, loss: Callable[..., Any], forward_only: bool = False) -> list[dict[str, Any]]:
         """Drive megatron-core's schedule; answers the last stage's report of each of this rank's micro-batches."""
@@ -106,9 +106,7 @@ class Policy:
         virtual = len(self.chunks) > 1
         packed = pack(batch, budget=budget, align=align, multiple=mesh.dp_size * (mesh.pp_size if virtual else 1))
         mine = packed[mesh.dp_rank :: mesh.dp_size]
-        shards = [
-            shard(m, cp_size=mesh.cp_size, cp_rank=mesh.cp_rank, device=mesh.device, max_length=budget + 1) for m in mine
-        ]
+        shards = [shard(m, cp_size=mesh.cp_size, cp_rank=mesh.cp_rank, device=mesh.device, max_length=budget + 1) for m in mine]
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         moved = [to_device(m, mesh.device) for m in mine] if last else mine
         pairs = list(zip(moved, shards, strict=True))

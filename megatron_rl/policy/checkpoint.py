@@ -126,7 +126,7 @@ class Checkpoints:
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[tuple[str, str]]]:
     """The newest checkpoint whose every file is there in full, and (name, reason) of newer ones passed over."""
-    skipped = []
+    skipped: list[tuple[str, str]] = []
     for candidate in sorted(folder.glob("step_*"), reverse=True):
         reason = what_is_wrong(candidate)
         if reason is None:

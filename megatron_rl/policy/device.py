@@ -59,9 +59,11 @@ def pick_device(requested: str) -> torch.device:
     Raises ConfigError when "cuda" is asked for and is not there: never a silent CPU run.
     """
     if requested == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("run.device is cuda, but torch sees no CUDA device: set run.device to cpu or auto, or mend the driver")
+        raise ConfigError(
+            "run.device is cuda, but torch sees no CUDA device: set run.device to cpu or auto, or mend the driver"
+        )
     if requested != "cpu" and torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         return device
     if torch.cuda.is_available():
@@ -124,7 +126,7 @@ def _cpu_view() -> types.ModuleType:
         empty_cache=lambda: None,
         get_rng_state=lambda device="cuda": torch.get_rng_state(),
         set_rng_state=lambda state, device="cuda": torch.set_rng_state(state),
-        manual_seed=lambda seed: torch.manual_seed(seed),
+        manual_seed=torch.manual_seed,
         random=random,
     )
     allocators = {name: on_cpu(getattr(torch, name)) for name in ("tensor", "zeros", "ones", "empty", "full", "empty_like")}

@@ -19,6 +19,7 @@ from megatron_rl.policy.modules import HAVE_TE, block_spec
 from megatron_rl.policy.packing import Shard
 from megatron_rl.policy.parallel import Mesh
 from megatron_rl.weights.families.base import ModelShape
+from megatron_rl.weights.layouts import padded_vocab
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -130,13 +131,12 @@ def build_chunks(config: Config, shape: ModelShape, mesh: Mesh) -> list[PolicyMo
     tf_config = transformer_config(config, shape)
     virtual = config.parallel.virtual_pipeline
     stages = list(range(virtual)) if virtual > 1 else [None]
-    padded_vocab = -(-shape.vocab_size // mesh.tp_size) * mesh.tp_size
     chunks = []
     for stage in stages:
         chunk = PolicyModel(
             config=tf_config,
             transformer_layer_spec=block_spec(tf_config, vp_stage=stage),
-            vocab_size=padded_vocab,
+            vocab_size=padded_vocab(shape.vocab_size, mesh.tp_size),
             max_sequence_length=config.optimizer.tokens_per_microbatch,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),

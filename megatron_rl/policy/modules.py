@@ -5,6 +5,7 @@ context parallelism. With Transformer Engine and CUDA its own spec is used inste
 """
 
 import dataclasses
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class AttentionPlan:
 
 def plan_attention(cu_seqlens: list[int], cp_size: int, cp_rank: int, device: torch.device) -> AttentionPlan:
     """Plan for sequences `cu_seqlens` (global, padded to multiples of 2 x cp), split zig-zag per sequence."""
-    bounds = list(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True))
+    bounds = list(pairwise(cu_seqlens))
     if cp_size == 1:
         return AttentionPlan(tuple((a, b, a, b) for a, b in bounds), None)
     blocks, order = [], torch.empty(cu_seqlens[-1], dtype=torch.long)

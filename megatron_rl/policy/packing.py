@@ -6,6 +6,7 @@ logmu, ... at t speak of that label. The last token of a trajectory and all padd
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -171,5 +172,5 @@ def shard(micro: Microbatch, *, cp_size: int, cp_rank: int, device: torch.device
 
 def to_device(micro: Microbatch, device: torch.device) -> Microbatch:
     """The same micro-batch with its columns on the device the objective runs on."""
-    moved = {name: value.to(device) for name, value in vars(micro).items() if isinstance(value, torch.Tensor)}
+    moved: dict[str, Any] = {name: value.to(device) for name, value in vars(micro).items() if isinstance(value, torch.Tensor)}
     return replace(micro, **moved)

@@ -146,8 +146,10 @@ def _draw_kl(ax: Axes, history: History) -> None:
         if (values > 0).all():
             log_scale(ax)
         else:
-            # k1 changes sign: linear as far as it is negative, logarithmic outside.
-            ax.set_yscale("symlog", linthresh=float(np.abs(values[values <= 0]).max()) or float(sizes.min()))
+            # k1 changes sign: linear as far as it is negative, logarithmic far outside.
+            linear = float(np.abs(values[values <= 0]).max()) or float(sizes.min())
+            if sizes.max() > 10 * linear:
+                ax.set_yscale("symlog", linthresh=linear)
     finish(ax, "KL(mu || pi), nats per token")
 
 

@@ -6,10 +6,9 @@ its requests are redone on the others; every request appears in the result exact
 
 import asyncio
 import logging
-import math
 import threading
 import time
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,9 +19,10 @@ from typing import Any, Self, TypeVar
 import httpx
 
 from megatron_rl.errors import EngineError, UserError
-from megatron_rl.types import VersionSpan
+from megatron_rl.rollout.wire import GenerationRequest, Sample, SamplingParams, error_message, generate_body, read_samples
 
 T = TypeVar("T")
+__all__ = ["EnginePool", "GenerationInterrupted", "GenerationRequest", "Sample", "SamplingParams"]
 _log = logging.getLogger(__name__)
 
 _RETRIES = 4
@@ -35,48 +35,6 @@ _IN_FLIGHT = 256  # requests per server at once
 
 class GenerationInterrupted(KeyboardInterrupt):
     """`EnginePool.interrupt` was called while `generate` ran; the engines were asked to abort its requests."""
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """temperature 0 is greedy. top_p 1 and top_k -1 keep the model's own distribution: what training wants.
-
-    stop_token_ids are added to the model's end-of-text tokens. seed None: the engine draws one.
-    """
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    seed: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationRequest:
-    """One prompt and n samples of it. rid: unique among the requests of one call."""
-
-    rid: str
-    prompt_tokens: tuple[int, ...]
-    n: int
-    sampling: SamplingParams
-    return_logprob: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One response, token for token as the engine gave it (the stop token included).
-
-    logprobs: None when not asked for; NaN where the engine had no finite number. finish_reason: "stop",
-    "length" or "abort". fault: what went wrong inside the engine, "" when nothing did.
-    """
-
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...] | None
-    finish_reason: str
-    versions: tuple[VersionSpan, ...]
-    fault: str = ""
 
 
 @dataclass(eq=False)
@@ -106,7 +64,6 @@ class EnginePool:
             raise UserError("rollout.urls is empty: an engine pool needs at least one server")
         self._engines = [_Engine(url.rstrip("/")) for url in dict.fromkeys(urls)]
         self._timeout_s = timeout_s
-        self._interrupted = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine-pool", daemon=True)
         self._thread.start()
@@ -114,6 +71,7 @@ class EnginePool:
         # trust_env=False: an HTTP proxy of the site must not come between the trainer and its engines.
         self._http = httpx.AsyncClient(timeout=httpx.Timeout(timeout_s, connect=_HEALTH_S), limits=limits, trust_env=False)
         self._calls: set[asyncio.Task[Any]] = set()
+        self._interrupted: set[asyncio.Task[Any]] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -125,10 +83,17 @@ class EnginePool:
         """Close the connections; servers live on. Idempotent."""
         if self._loop.is_closed():
             return
-        asyncio.run_coroutine_threadsafe(self._http.aclose(), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self._wind_up(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _wind_up(self) -> None:
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        await self._http.aclose()
 
     @property
     def live_urls(self) -> tuple[str, ...]:
@@ -147,16 +112,16 @@ class EnginePool:
             raise UserError(f"generation request ids must differ; '{max(rids, key=rids.count)}' is given twice")
         if not requests:
             return []
-        self._interrupted = False
         return self._run(self._generate(requests))
 
     def interrupt(self) -> None:
         """Make a running `generate` raise GenerationInterrupted; from any thread or a signal handler. Idle: no effect."""
-        self._loop.call_soon_threadsafe(self._cancel_calls)
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._cancel_calls)
 
     def _cancel_calls(self) -> None:
+        self._interrupted |= self._calls
         for task in self._calls:
-            self._interrupted = True
             task.cancel()
 
     async def _generate(self, requests: Sequence[GenerationRequest]) -> list[list[Sample]]:
@@ -169,11 +134,12 @@ class EnginePool:
         try:
             return list(await asyncio.gather(*tasks))
         except asyncio.CancelledError:
-            if self._interrupted:
+            if me in self._interrupted:
                 raise GenerationInterrupted("generation was interrupted") from None
             raise
         finally:
             self._calls.discard(me)
+            self._interrupted.discard(me)
             for task in (watch, *tasks):
                 task.cancel()
             await asyncio.gather(watch, *tasks, return_exceptions=True)
@@ -203,13 +169,11 @@ class EnginePool:
     async def _ask(self, engine: _Engine, request: GenerationRequest, attempt: int) -> list[Sample]:
         # A server may still be ending the first attempt: a second one needs its own name there.
         rid = f"{request.rid}~{attempt}" if attempt else request.rid
-        body = _generate_body(request, rid)
+        body = generate_body(request, rid)
         engine.load += request.n
-        answered = False
         try:
             async with asyncio.timeout(self._timeout_s):
                 answer = await _unless(engine.dead, self._post(engine.url, "/generate", body))
-            answered = True
         except TimeoutError:
             await self._abort(engine, rid)
             self._drop(engine, f"no answer to request '{request.rid}' within {self._timeout_s:g} s (rollout.timeout_s)")
@@ -219,8 +183,7 @@ class EnginePool:
             raise
         finally:
             engine.load -= request.n
-        assert answered
-        return _samples(engine.url, request, answer)
+        return read_samples(engine.url, request, answer)
 
     async def _abort(self, engine: _Engine, rid: str) -> None:
         """Ask for an end, briefly: closing the connection, which follows, says the same."""
@@ -264,9 +227,9 @@ class EnginePool:
         except httpx.HTTPError as error:
             raise _Unanswered(f"{type(error).__name__} {error}".strip()) from error
         if 400 <= response.status_code < 500:
-            raise EngineError(f"{url}{path} refused the request ({response.status_code}): {_message(response)}")
+            raise EngineError(f"{url}{path} refused the request ({response.status_code}): {error_message(response)}")
         if response.status_code != 200:
-            raise _Unanswered(f"status {response.status_code}: {_message(response)}")
+            raise _Unanswered(f"status {response.status_code}: {error_message(response)}")
         try:
             return response.json()
         except ValueError as error:
@@ -313,9 +276,10 @@ class EnginePool:
 
     def drop(self, url: str, reason: str) -> None:
         """Route nothing to this server any more."""
-        engine = self._find(url)
-        self._loop.call_soon_threadsafe(self._drop, engine, reason)
-        self._run(_nothing())
+        self._run(self._dropped(self._find(url), reason))
+
+    async def _dropped(self, engine: _Engine, reason: str) -> None:
+        self._drop(engine, reason)
 
     def _find(self, url: str) -> _Engine:
         for engine in self._engines:
@@ -341,7 +305,7 @@ class EnginePool:
                     raise EngineError(f"{url}{path} does not answer: {type(error).__name__} {error}".strip()) from error
                 await asyncio.sleep(_BACKOFF_S * 2**attempt)
         if response.status_code != 200:
-            raise EngineError(f"{url}{path} refused the request ({response.status_code}): {_message(response)}")
+            raise EngineError(f"{url}{path} refused the request ({response.status_code}): {error_message(response)}")
         try:
             return response.json()
         except ValueError:
@@ -360,16 +324,12 @@ class EnginePool:
             raise
 
 
-async def _nothing() -> None:
-    """Run after everything handed to the loop before."""
-
-
 async def _unless(dead: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
     """`work`, given up with _Unanswered once `dead` is set."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(dead.wait())
-    racing: set[Awaitable[Any]] = {task, gone}
+    racing: set[asyncio.Future[Any]] = {task, gone}
     try:
-        await asyncio.wait(racing, return_when=asyncio.FIRST_COMPLETED)  # type: ignore[type-var]
+        await asyncio.wait(racing, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise _Unanswered("the server was dropped")
         return task.result()
@@ -377,70 +337,3 @@ async def _unless(dead: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
         for one in (task, gone):
             one.cancel()
         await asyncio.gather(task, gone, return_exceptions=True)
-
-
-def _generate_body(request: GenerationRequest, rid: str) -> dict[str, Any]:
-    sampling = request.sampling
-    params: dict[str, Any] = {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "max_new_tokens": sampling.max_new_tokens,
-        "n": request.n,
-    }
-    if sampling.stop_token_ids:
-        params["stop_token_ids"] = list(sampling.stop_token_ids)
-    if sampling.ignore_eos:
-        params["ignore_eos"] = True
-    if sampling.seed is not None:
-        params["sampling_seed"] = sampling.seed
-    return {
-        "rid": rid,
-        "input_ids": list(request.prompt_tokens),
-        "sampling_params": params,
-        "return_logprob": request.return_logprob,
-    }
-
-
-def _samples(url: str, request: GenerationRequest, answer: Any) -> list[Sample]:
-    entries = answer if isinstance(answer, list) else [answer]
-    if len(entries) != request.n:
-        raise EngineError(f"{url} gave {len(entries)} samples for request '{request.rid}', {request.n} were asked for")
-    try:
-        return [_sample(entry, request.return_logprob) for entry in entries]
-    except (KeyError, TypeError, ValueError) as error:
-        raise EngineError(f"{url} answered request '{request.rid}' in an unknown shape: {error!r}") from error
-
-
-def _sample(entry: dict[str, Any], return_logprob: bool) -> Sample:
-    meta = entry["meta_info"]
-    tokens = tuple(int(token) for token in entry["output_ids"])
-    logprobs = None
-    if return_logprob:
-        pairs = meta["output_token_logprobs"]
-        if tuple(pair[1] for pair in pairs) != tokens:
-            raise ValueError("output_token_logprobs do not belong to output_ids")
-        logprobs = tuple(math.nan if pair[0] is None else float(pair[0]) for pair in pairs)
-    finish = meta["finish_reason"]
-    spans = meta.get("weight_versions")
-    if spans is None:
-        spans = [{"version": meta["weight_version"], "start": 0, "end": len(tokens)}]
-    versions = tuple(VersionSpan(_version(s["version"]), int(s["start"]), int(s["end"])) for s in spans)
-    fault = str(finish.get("message", "")) if finish["type"] == "abort" and (finish.get("status_code") or 0) >= 500 else ""
-    return Sample(tokens, logprobs, str(finish["type"]), versions, fault)
-
-
-def _version(name: str) -> int:
-    """SGLang calls weights as loaded "default": version 0."""
-    return 0 if name == "default" else int(name)
-
-
-def _message(response: httpx.Response) -> str:
-    try:
-        body = response.json()
-    except ValueError:
-        return response.text[:500]
-    if isinstance(body, dict):
-        inner = body.get("error")
-        return str(body.get("message") or (inner.get("message") if isinstance(inner, dict) else inner) or body)
-    return str(body)

@@ -129,9 +129,9 @@ class Batch:
     def model_inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
         """One decode step: input_ids and position_ids [R, 1], attention_mask [R, columns + 1] bool."""
         now = self.cache.length
-        pads = torch.from_numpy(np.ascontiguousarray(self.columns["pad"])).to(device)
+        pads = torch.from_numpy(self.columns["pad"].copy()).to(device)
         return {
-            "input_ids": torch.from_numpy(np.ascontiguousarray(self.columns["last"])).to(device)[:, None],
+            "input_ids": torch.from_numpy(self.columns["last"].copy()).to(device)[:, None],
             "position_ids": (now - pads)[:, None],
             "attention_mask": torch.arange(now + 1, device=device) >= pads[:, None],
         }

@@ -1,6 +1,7 @@
 """The bodies of SGLang's HTTP contract that the embedded server takes; whatever it does not know is an error."""
 
 import secrets
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -119,17 +120,21 @@ def _validated(model: Any, value: Any, where: tuple[str | int, ...], drop: int =
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(explain({**first, "loc": (*where, *first["loc"][drop:])}, model)) from error
+        located = [{**one, "loc": (*where, *one["loc"][drop:])} for one in error.errors()]
+        raise UserError(explain(located, model)) from error
 
 
-def explain(error: Any, model: type[BaseModel] | None = None) -> str:
-    """One sentence for a pydantic error: the field, and what is wrong with it."""
+def explain(errors: Sequence[Any], model: type[BaseModel] | None = None) -> str:
+    """What pydantic found wrong, field by field; at most three of them."""
+    return "; ".join(_explain_one(error, model) for error in errors[:3])
+
+
+def _explain_one(error: Any, model: type[BaseModel] | None) -> str:
     field = ".".join(str(part) for part in error["loc"] if part != "body")
     what = str(error.get("ctx", {}).get("error", error["msg"])) if error["type"] == "value_error" else error["msg"]
     if error["type"] == "extra_forbidden":
         known = f"; known: {', '.join(sorted(model.model_fields))}" if model else ""
-        return f"field '{field}': not supported by the embedded engine{known}"
+        what = f"not supported by the embedded engine{known}"
     return f"field '{field}': {what}" if field else what
 
 

@@ -52,7 +52,7 @@ def create_app(engine: Engine) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return _failure(explain(error.errors()[0]), 400)
+        return _failure(explain(error.errors()), 400)
 
     _add_generation(app, engine)
     _add_control(app, engine)

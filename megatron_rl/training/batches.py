@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_rl.errors import UserError
-from megatron_rl.objectives import group_advantages
+from megatron_rl.objectives.advantages import AdvantageKind, group_advantages
 from megatron_rl.types import Batch, Trajectory
 
 
-def make_batch(trajectories: Sequence[Trajectory], advantage: str) -> Batch:
+def make_batch(trajectories: Sequence[Trajectory], advantage: AdvantageKind) -> Batch:
     """One batch; every response token is trained.
 
     Raises UserError with the trajectory ids when a reward is missing or not finite.

@@ -1,6 +1,7 @@
 """The loop: one way round, once per step, on every rank alike."""
 
 from dataclasses import replace
+from functools import partial
 
 from megatron_rl.training.batches import split_updates
 from megatron_rl.training.records import Stopwatch, step_record
@@ -18,19 +19,19 @@ def train(run: Run) -> None:
         run.evaluate()
     while run.state.step < config.run.steps:
         step, version, watch = run.state.step, run.state.version, Stopwatch()
-        batch = run.mesh.on_lead(lambda step=step, watch=watch: run.collect(step, watch))
+        batch = run.mesh.on_lead(partial(run.collect, step, watch))
         with watch("update"):
             if "logold" in objective.needs:
                 batch = replace(batch, logold=policy.logprobs(batch))
             parts = split_updates(batch, config.optimizer.updates_per_step)
-            stats = [policy.update(part, objective, objective.norm) for part in parts]
+            stats = [policy.update(part, objective, run.norm) for part in parts]
         with watch("sync"):
             run.publish(version + 1)
         run.advance(step + 1, version + 1)
         if run.mesh.rank == 0:
             run.record(step_record(step, version, parts, stats, watch, run.rollouts.truncated))
         last = run.state.step == config.run.steps
-        if last or (config.run.save_every and run.state.step % config.run.save_every == 0):
-            run.save(wait=last)
         if last or (config.eval.every and run.state.step % config.eval.every == 0):
             run.evaluate()
+        if last or (config.run.save_every and run.state.step % config.run.save_every == 0):
+            run.save(wait=last)

@@ -34,7 +34,7 @@ class ProgressLine:
         if "kl/k3" in record:
             parts.append(f"KL {record['kl/k3']:.2e}")
         parts.append(f"{record['tokens_per_s']:,.0f} tok/s")
-        self._show(" | ".join(parts), record["step"] + 1)
+        self.show(" | ".join(parts), record["step"] + 1)
 
     def note(self, text: str) -> None:
         """Print a line that stays."""
@@ -43,7 +43,8 @@ class ProgressLine:
         elif self.enabled:
             print(text, flush=True)
 
-    def _show(self, text: str, done: int) -> None:
+    def show(self, text: str, done: int) -> None:
+        """Move to `done` and show `text` there."""
         if self.live:
             self.live.update(self.task, completed=done, note=text)
         elif self.enabled:

@@ -2,9 +2,8 @@
 
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +42,8 @@ class Run:
 
     def __init__(self, config: Config, mesh: Mesh, policy: Policy, objective: Objective) -> None:
         self.config, self.mesh, self.policy, self.objective = config, mesh, policy, objective
+        assert objective.norm is not None  # filled in by the objective itself
+        self.norm = objective.norm
         self.checkpoints = Checkpoints(config.run.folder / "checkpoints", policy, config.run.keep)
         self.state = TrainState(seed=config.run.seed)
         self.interrupted = False
@@ -122,39 +123,45 @@ def _prepare_folder(config: Config, resume: bool) -> None:
 
 
 def _start_servers(config: Config, mesh: Mesh, stack: ExitStack) -> EmbeddedServers | None:
-    """Start our own engines first, on rank 0, so that they load while the policy is built. None elsewhere."""
-
-    def start() -> None:
-        if not config.rollout.urls:
-            box.append(stack.enter_context(_embedded(config)))
-
-    box: list[EmbeddedServers] = []
-    mesh.on_lead(start)
-    return box[0] if box else None
+    """Launch our own engines first, on rank 0, so that they load while the policy is built. None elsewhere."""
+    if mesh.rank != 0 or config.rollout.urls:
+        return None
+    servers = embedded_servers(config)
+    stack.callback(servers.stop)
+    return servers.launch()
 
 
-def _embedded(config: Config) -> EmbeddedServers:
+def embedded_servers(config: Config) -> EmbeddedServers:
+    """The engines this configuration asks us to start."""
     return EmbeddedServers(
-        model=config.model.path,
+        config.model.path,
+        config.run.folder / "servers",
         count=config.rollout.servers,
         dtype=config.precision.rollout,
         deterministic=config.rollout.deterministic,
-        log_folder=config.run.folder / "servers",
+        start_timeout_s=START_TIMEOUT_S,
     )
+
+
+@contextmanager
+def open_rollouts(config: Config, urls: list[str], *, need_logmu: bool) -> Iterator[Rollouts]:
+    """Tokenizer, task and a pool over healthy engines."""
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    task = make_task(config.task, tokenizer, seed=config.run.seed, max_prompt_tokens=config.rollout.max_prompt_tokens)
+    with closing(task), EnginePool(urls, config.rollout.timeout_s) as pool:
+        pool.wait_healthy(START_TIMEOUT_S)
+        yield Rollouts(config, task, tokenizer, pool, need_logmu)
 
 
 def _open_lead(run: Run, servers: EmbeddedServers | None, stack: ExitStack) -> None:
     """Rank 0: connect to the engines, read the task, open the log."""
     config = run.config
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    task = make_task(config.task, tokenizer, seed=config.run.seed, max_prompt_tokens=config.rollout.max_prompt_tokens)
     if servers is not None:
-        servers.wait_healthy(START_TIMEOUT_S)
-    urls = servers.urls if servers is not None else list(config.rollout.urls)
-    run.pool = stack.enter_context(EnginePool(urls, config.rollout.timeout_s))
-    run.pool.wait_healthy(START_TIMEOUT_S)
-    run.rollouts = Rollouts(config, task, tokenizer, run.pool, need_logmu="logmu" in run.objective.needs)
-    run.log = stack.enter_context(RunLog(Path(config.run.folder), resume_from=run.state.step or None))
+        servers.wait_healthy()
+    urls = list(servers.urls if servers is not None else config.rollout.urls)
+    run.rollouts = stack.enter_context(open_rollouts(config, urls, need_logmu="logmu" in run.objective.needs))
+    run.pool = run.rollouts.pool
+    run.log = stack.enter_context(RunLog(config.run.folder, resume_from=run.state.step or None))
     run.progress = stack.enter_context(ProgressLine(config.run.name, config.run.steps, run.state.step, enabled=True))
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, run.stop_soon)

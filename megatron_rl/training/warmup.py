@@ -5,18 +5,23 @@ negative log-likelihood of the solution in place of an objective.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_rl.config import Config
+from megatron_rl.errors import UserError
 from megatron_rl.objectives import LossInputs, LossNorm, LossOutputs
 from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.device import pick_device
 from megatron_rl.tasks import Task, make_task
+from megatron_rl.training.progress import ProgressLine
 from megatron_rl.training.rollouts import stop_token_ids
 from megatron_rl.types import Batch, Prompt
+from megatron_rl.weights.hf import write_hf_folder
 
 NORM = LossNorm("token_mean")
 
@@ -24,23 +29,25 @@ NORM = LossNorm("token_mean")
 def negative_log_likelihood(inputs: LossInputs) -> LossOutputs:
     """-log p of every trained token, aggregated by the inputs' norm."""
     x = inputs.cleaned()
-    return LossOutputs(loss=-(x.logp * x.token_weights(inputs.norm or NORM)).sum(), loss_tok=-x.logp, weight_tok=None, metrics={})
+    return LossOutputs(
+        loss=-(x.logp * x.token_weights(inputs.norm or NORM)).sum(), loss_tok=-x.logp, weight_tok=None, metrics={}
+    )
 
 
-def solution_batch(task: Task, prompts: Sequence[Prompt], tokenizer, eos: int) -> Batch:
+def solution_batch(task: Task, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, end: int) -> Batch:
     """Prompts followed by their solutions and the end token; solution and end are trained."""
-    answers = [(*tokenizer.encode(task.solution(p), add_special_tokens=False), eos) for p in prompts]
-    lengths = np.array([len(p.tokens) + len(a) for p, a in zip(prompts, answers, strict=True)])
+    asked = [p.tokens for p in prompts]
+    answers = [(*tokenizer.encode(task.solution(p), add_special_tokens=False), end) for p in prompts]
+    lengths = np.array([[len(a), len(b)] for a, b in zip(asked, answers, strict=True)])
+    zeros = np.zeros(len(prompts), dtype=np.float32)
     return Batch(
         ids=np.arange(len(prompts)),
         groups=np.arange(len(prompts)),
-        tokens=np.concatenate([np.asarray(p.tokens + a, dtype=np.int32) for p, a in zip(prompts, answers, strict=True)]),
-        cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]),
-        mask=np.concatenate([[0.0] * len(p.tokens) + [1.0] * len(a) for p, a in zip(prompts, answers, strict=True)]).astype(
-            np.float32
-        ),
-        rewards=np.zeros(len(prompts), dtype=np.float32),
-        advantages=np.zeros(len(prompts), dtype=np.float32),
+        tokens=np.concatenate([part for pair in zip(asked, answers, strict=True) for part in pair]).astype(np.int32),
+        cu_seqlens=np.concatenate([[0], np.cumsum(lengths.sum(1))]),
+        mask=np.repeat(np.tile(np.array([0, 1], dtype=np.float32), len(prompts)), lengths.ravel()),
+        rewards=zeros,
+        advantages=zeros,
     )
 
 
@@ -48,3 +55,43 @@ def expected_pass_rate(policy: Policy, batch: Batch) -> float:
     """Probability that one sample at the rollout temperature is exactly the solution, mean over the batch's problems."""
     logp = policy.logprobs(batch).astype(np.float64)
     return float(np.exp(np.add.reduceat(logp * batch.mask, batch.cu_seqlens[:-1])).mean())
+
+
+def warm_up(config: Config, dest: Path, *, target: float, batch_size: int, max_updates: int, check_every: int = 10) -> float:
+    """Train `config.model.path` on solutions until the held-out pass rate reaches `target`; write it to `dest`.
+
+    Collective over the ranks of `config.parallel`; answers the pass rate reached. Raises UserError when `max_updates`
+    do not get there.
+    """
+    device = pick_device(config.run.device)
+    if device.type == "cpu" and config.parallel.world_size > 1:
+        torch.set_num_threads(1)
+    mesh = parallel.initialize(config.parallel, device, config.run.seed)
+    policy = Policy(config, mesh)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    task = make_task(config.task, tokenizer, seed=config.run.seed, max_prompt_tokens=config.rollout.max_prompt_tokens)
+    end = stop_token_ids(config.model.path)[0]
+    everything = solution_batch(task, task.train, tokenizer, end)
+    held_out = solution_batch(task, task.held_out, tokenizer, end)
+    rng = np.random.default_rng(config.run.seed)
+    rate = 0.0
+    with ProgressLine("warm-up", max_updates, 0, enabled=mesh.rank == 0) as progress:
+        for update in range(1, max_updates + 1):
+            rows = rng.choice(len(everything), min(batch_size, len(everything)), replace=False)
+            stats = policy.update(everything.select(rows), negative_log_likelihood, NORM)
+            if update % check_every == 0:
+                rate = expected_pass_rate(policy, held_out)
+                progress.show(f"loss {stats.loss:.3f} | held-out pass rate {rate:.1%}", update)
+                if rate >= target:
+                    break
+    if rate < target:
+        raise UserError(f"warm-up reached a pass rate of {rate:.1%} in {max_updates} updates, {target:.1%} was asked for")
+    weights = ((name, tensor) for name, tensor in policy.export() if tensor is not None)
+    if mesh.rank == 0:
+        write_hf_folder(dest, weights, policy.source)
+    else:
+        for _ in weights:
+            pass
+    mesh.barrier()
+    parallel.shutdown()
+    return rate

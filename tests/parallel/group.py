@@ -17,7 +17,9 @@ def _free_port() -> int:
 
 
 def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1"
+    )
     import torch
 
     torch.set_num_threads(1)
@@ -28,7 +30,7 @@ def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
             return
         try:
             pipe.send(("ok", getattr(importlib.import_module(module), function)(**kwargs)))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  a rank's process boundary
             pipe.send(("error", f"rank {rank}: {type(error).__name__}: {error}\n{traceback.format_exc()}"))
 
 

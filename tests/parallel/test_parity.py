@@ -114,9 +114,7 @@ def test_tied_embeddings_make_the_reference_step(two_ranks, qwen3_tied, referenc
 
 
 def test_the_distributed_optimizer_makes_the_reference_update(two_ranks, qwen3, reference):
-    result = two_ranks.run(
-        "tests.parallel.steps", "step", model=qwen3, layout=TWO["dp2"], optimizer={"distributed": True}
-    )[0]
+    result = two_ranks.run("tests.parallel.steps", "step", model=qwen3, layout=TWO["dp2"], optimizer={"distributed": True})[0]
     assert abs(result["grad_norm"] / reference["grad_norm"] - 1) < 1e-5
     assert worst(result["weights"], reference["weights"]) < (1e-5,)
 

@@ -1,4 +1,4 @@
-"""What the ranks of a group run to load a model under a layout and export it again."""
+"""What the ranks of a group run to load a model under a layout, export it again, and push it to engines."""
 
 from pathlib import Path
 from typing import Any
@@ -7,14 +7,17 @@ import torch
 from torch import nn
 
 from megatron_rl.config import make_config
+from megatron_rl.errors import MegatronRLError
 from megatron_rl.policy import parallel
 from megatron_rl.policy.device import pick_device
 from megatron_rl.policy.model import build_chunks
+from megatron_rl.rollout.client import EnginePool
 from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.export import export_weights
 from megatron_rl.weights.hf import HFFolder
 from megatron_rl.weights.load import load_weights
 from megatron_rl.weights.plan import check_folder
+from megatron_rl.weights.sync import DiskSync
 
 
 def round_trip(
@@ -38,3 +41,30 @@ def round_trip(
     exported = list(export_weights(chunks, family, shape, dtypes=folder.dtypes, control=mesh.control))
     digests = {name: tensor_digest(tensor) for name, tensor in exported if tensor is not None}
     return [name for name, _ in exported], digests, unfilled
+
+
+def push(model: Path, layout: dict[str, Any], url: str, staging: Path) -> list[str]:
+    """Three pushes, the second one with NaN in the last layer; the version or the error of each."""
+    config = make_config({"model": {"path": str(model)}, "parallel": layout})
+    mesh = parallel.initialize(config.parallel, pick_device("cpu"), seed=1)
+    folder = HFFolder(model)
+    family, shape = check_folder(folder, tensor_parallel=mesh.tp_size)
+    chunks = build_chunks(config, shape, mesh)
+    pool = EnginePool([url]) if mesh.rank == 0 else None
+    sync = DiskSync(pool, folder, staging, group=mesh.control)
+    outcomes = []
+    for version, value in ((1, 0.5), (2, float("nan")), (3, 0.25)):
+        load_weights(chunks, folder, family, shape, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size)
+        for chunk in chunks:
+            for layer in chunk.decoder.layers:
+                if layer.layer_number == shape.num_layers:
+                    nn.init.constant_(layer.mlp.linear_fc2.weight, value)
+        try:
+            report = sync.push(export_weights(chunks, family, shape, dtypes=folder.dtypes, control=mesh.control), version)
+            outcomes.append(str(report.version))
+        except MegatronRLError as error:
+            outcomes.append(f"{type(error).__name__}: {error}")
+    sync.close()
+    if pool is not None:
+        pool.close()
+    return outcomes

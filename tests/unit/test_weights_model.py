@@ -137,6 +137,13 @@ def test_a_module_without_layers_is_not_a_model(case: Case) -> None:
         case.load(nn.Linear(2, 2))
 
 
+def test_an_export_of_too_few_layers_is_refused(case: Case) -> None:
+    case.load()
+    del case.model.decoder.layers[3]
+    with pytest.raises(CheckpointError, match=r"'decoder\.layers\.3\.input_layernorm\.weight' is held by ranks \[\]"):
+        case.export()
+
+
 def test_an_export_without_a_dtype_for_a_tensor_is_refused(case: Case) -> None:
     case.load()
     with pytest.raises(CheckpointError, match=r"no dtype is given for tensor 'model\.embed_tokens\.weight'"):

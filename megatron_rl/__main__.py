@@ -1,0 +1,5 @@
+"""`python -m megatron_rl` is `megatron-rl`."""
+
+from megatron_rl.cli import main
+
+main()

@@ -1,0 +1,129 @@
+"""The command line. Heavy rooms are imported by the command that needs them, so that `--help` and `doctor` are quick."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from megatron_rl.config import load_config
+from megatron_rl.errors import MegatronRLError
+from megatron_rl.launch import run_ranks, under_launcher
+
+app = typer.Typer(
+    name="megatron-rl",
+    help="Reinforcement learning of language models on megatron-core and SGLang.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see configs/")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="dotted overrides")]
+
+
+def main() -> None:
+    """Entry point: errors a user can mend are one paragraph and exit code 2; Ctrl-C is 130."""
+    try:
+        app()
+    except MegatronRLError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.command()
+def train(
+    config_file: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest valid checkpoint of the run folder")] = False,
+) -> None:
+    """Train a policy by reinforcement learning; starts one process per rank unless a launcher already did."""
+    config = load_config(config_file, overrides)
+    if not under_launcher():
+        _seam("training.preflight").check(config)
+        arguments = ["train", str(config_file), *(overrides or []), *(["--resume"] if resume else [])]
+        sys.exit(run_ranks(arguments, config.parallel.world_size))
+    with _seam("training.run").open_run(config, resume=resume) as run:
+        try:
+            _seam("training.loop").train(run)
+        except KeyboardInterrupt:
+            run.save(wait=True)
+            if run.mesh.rank == 0:
+                print(f"stopped after {run.state.step} steps; go on with --resume", file=sys.stderr, flush=True)
+            raise
+
+
+@app.command()
+def eval(
+    config_file: ConfigFile,
+    overrides: Overrides = None,
+) -> None:
+    """Held-out greedy and sampled pass rates of `model.path`, without training."""
+    config = load_config(config_file, overrides)
+    _seam("training.evaluate").evaluate_model(config)
+
+
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Option(help="Hugging Face folder")],
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option()] = 30000,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
+    threads: Annotated[int, typer.Option(help="torch threads; 0: all cores")] = 0,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="every request is its own batch")] = False,
+) -> None:
+    """Serve a model over SGLang's HTTP contract with the embedded engine."""
+    _seam("rollout.server").serve(model, host=host, port=port, dtype=dtype, threads=threads, deterministic=deterministic)
+
+
+@app.command()
+def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="run folder with a log.jsonl")]) -> None:
+    """Redraw report/index.html of a run from its log alone."""
+    print(_seam("report").write_report(run_folder))
+
+
+@app.command()
+def doctor(config_file: Annotated[Path | None, typer.Option("--config", help="also check this configuration")] = None) -> None:
+    """Say what this machine can do, and whether a configuration can run on it."""
+    _seam("doctor").examine()
+    if config_file is not None:
+        _seam("training.preflight").check(load_config(config_file))
+        print(f"{config_file}: can run")
+
+
+@app.command()
+def warmup(
+    config_file: ConfigFile,
+    dest: Annotated[Path, typer.Option(help="Hugging Face folder to write")],
+    overrides: Overrides = None,
+    target: Annotated[float, typer.Option(help="held-out pass rate at which to stop")] = 0.4,
+    batch_size: Annotated[int, typer.Option(help="problems per update")] = 200,
+    max_updates: Annotated[int, typer.Option()] = 1000,
+) -> None:
+    """Supervised training of `model.path` on the task's own solutions until it solves some of them."""
+    config = load_config(config_file, overrides)
+    if not under_launcher():
+        options = ["--dest", dest, "--target", target, "--batch-size", batch_size, "--max-updates", max_updates]
+        arguments = ["warmup", str(config_file), *map(str, options), *(overrides or [])]
+        sys.exit(run_ranks(arguments, config.parallel.world_size))
+    rate = _seam("training.warmup").warm_up(config, dest, target=target, batch_size=batch_size, max_updates=max_updates)
+    if os.environ["RANK"] == "0":
+        print(f"warmed up to a held-out pass rate of {rate:.1%}: {dest}")
+
+
+@app.command()
+def quickstart(
+    folder: Annotated[Path, typer.Option(help="where models and the run go")] = Path("runs"),
+    config_dir: Annotated[Path, typer.Option(help="folder with warmup.yaml and quickstart.yaml")] = Path("configs"),
+) -> None:
+    """Build a small model, warm it up, improve it by reinforcement learning at TP2, report. Minutes on a laptop."""
+    _seam("quickstart").run(folder, config_dir)
+
+
+def _seam(module: str) -> Any:
+    """The one place where commands meet the heavy rooms."""
+    return importlib.import_module(f"megatron_rl.{module}")

@@ -1,0 +1,119 @@
+"""What travels between the client and a server, and its JSON: SGLang's /generate request and answer."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from megatron_rl.errors import EngineError
+from megatron_rl.types import VersionSpan
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """temperature 0 is greedy. top_p 1 and top_k -1 keep the model's own distribution: what training wants.
+
+    stop_token_ids are added to the model's end-of-text tokens. seed None: the engine draws one.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One prompt and n samples of it. rid: unique among the requests of one call."""
+
+    rid: str
+    prompt_tokens: tuple[int, ...]
+    n: int
+    sampling: SamplingParams
+    return_logprob: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One response, token for token as the engine gave it (the stop token included).
+
+    logprobs: None when not asked for; NaN where the engine had no finite number. finish_reason: "stop",
+    "length" or "abort". fault: what went wrong inside the engine, "" when nothing did.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...] | None
+    finish_reason: str
+    versions: tuple[VersionSpan, ...]
+    fault: str = ""
+
+
+def generate_body(request: GenerationRequest, rid: str) -> dict[str, Any]:
+    sampling = request.sampling
+    params: dict[str, Any] = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_new_tokens": sampling.max_new_tokens,
+        "n": request.n,
+    }
+    if sampling.stop_token_ids:
+        params["stop_token_ids"] = list(sampling.stop_token_ids)
+    if sampling.ignore_eos:
+        params["ignore_eos"] = True
+    if sampling.seed is not None:
+        params["sampling_seed"] = sampling.seed
+    return {
+        "rid": rid,
+        "input_ids": list(request.prompt_tokens),
+        "sampling_params": params,
+        "return_logprob": request.return_logprob,
+    }
+
+
+def read_samples(url: str, request: GenerationRequest, answer: Any) -> list[Sample]:
+    entries = answer if isinstance(answer, list) else [answer]
+    if len(entries) != request.n:
+        raise EngineError(f"{url} gave {len(entries)} samples for request '{request.rid}', {request.n} were asked for")
+    try:
+        return [_sample(entry, request.return_logprob) for entry in entries]
+    except (KeyError, TypeError, ValueError) as error:
+        raise EngineError(f"{url} answered request '{request.rid}' in an unknown shape: {error!r}") from error
+
+
+def _sample(entry: dict[str, Any], return_logprob: bool) -> Sample:
+    meta = entry["meta_info"]
+    tokens = tuple(int(token) for token in entry["output_ids"])
+    logprobs = None
+    if return_logprob:
+        pairs = meta["output_token_logprobs"]
+        if tuple(pair[1] for pair in pairs) != tokens:
+            raise ValueError("output_token_logprobs do not belong to output_ids")
+        logprobs = tuple(math.nan if pair[0] is None else float(pair[0]) for pair in pairs)
+    finish = meta["finish_reason"]
+    spans = meta.get("weight_versions")
+    if spans is None:
+        spans = [{"version": meta["weight_version"], "start": 0, "end": len(tokens)}]
+    versions = tuple(VersionSpan(_version(s["version"]), int(s["start"]), int(s["end"])) for s in spans)
+    fault = str(finish.get("message", "")) if finish["type"] == "abort" and (finish.get("status_code") or 0) >= 500 else ""
+    return Sample(tokens, logprobs, str(finish["type"]), versions, fault)
+
+
+def _version(name: str) -> int:
+    """SGLang calls weights as loaded "default": version 0."""
+    return 0 if name == "default" else int(name)
+
+
+def error_message(response: httpx.Response) -> str:
+    try:
+        body = response.json()
+    except ValueError:
+        return response.text[:500]
+    if isinstance(body, dict):
+        inner = body.get("error")
+        return str(body.get("message") or (inner.get("message") if isinstance(inner, dict) else inner) or body)
+    return str(body)

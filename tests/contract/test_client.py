@@ -1,0 +1,269 @@
+"""EnginePool, sample_groups and EmbeddedServers with real server processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import VOCAB, logp_of
+from transformers import Qwen3ForCausalLM
+
+from megatron_rl.config import RolloutConfig
+from megatron_rl.errors import EngineError, UserError
+from megatron_rl.rollout.client import EnginePool, GenerationInterrupted, GenerationRequest, Sample, SamplingParams
+from megatron_rl.rollout.lifecycle import EmbeddedServers
+from megatron_rl.rollout.sampling import sample_groups
+from megatron_rl.types import Prompt
+
+PROMPT = (5, 17, 250, 99, 3)
+
+
+@pytest.fixture
+def pool(url: str) -> Iterator[EnginePool]:
+    with EnginePool([url], timeout_s=60) as pool:
+        yield pool
+
+
+@pytest.fixture
+def two(model_dir: Path, tmp_path: Path) -> Iterator[EmbeddedServers]:
+    """Two servers of a test's own: it may kill them."""
+    with EmbeddedServers(model_dir, tmp_path / "logs", count=2, threads=1, deterministic=True) as servers:
+        yield servers
+
+
+def requests(count: int, tokens: int, n: int = 2) -> list[GenerationRequest]:
+    return [
+        GenerationRequest(f"q{at}", (2 + at, 3), n, SamplingParams(tokens, ignore_eos=True, seed=at)) for at in range(count)
+    ]
+
+
+def kill_after(seconds: float, pids: tuple[int, ...]) -> threading.Timer:
+    timer = threading.Timer(seconds, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids])
+    timer.start()
+    return timer
+
+
+def one(pool: EnginePool, **sampling: object) -> Sample:
+    params = SamplingParams(**{"max_new_tokens": 8, "ignore_eos": True, **sampling})  # type: ignore[arg-type]
+    return pool.generate([GenerationRequest("one", PROMPT, 1, params)])[0][0]
+
+
+def test_results_keep_the_order_of_the_requests(pool: EnginePool) -> None:
+    asked = [
+        GenerationRequest(f"o{at}", PROMPT, 1 + at % 3, SamplingParams(1 + (7 * at) % 11, ignore_eos=True)) for at in range(30)
+    ]
+    answers = pool.generate(asked)
+    assert [len(samples) for samples in answers] == [request.n for request in asked]
+    assert [len(samples[0].tokens) for samples in answers] == [request.sampling.max_new_tokens for request in asked]
+
+
+def test_a_sample_carries_tokens_log_probs_and_versions(pool: EnginePool, model: Qwen3ForCausalLM) -> None:
+    sample = one(pool)
+    assert sample.finish_reason == "length"
+    assert [tuple(span) for span in sample.versions] == [(0, 0, 8)]
+    want = logp_of(model, list(PROMPT), list(sample.tokens))
+    assert sample.logprobs is not None
+    torch.testing.assert_close(torch.tensor(sample.logprobs), want, atol=1e-4, rtol=0)
+
+
+def test_a_refused_request_is_one_error_with_the_servers_words(pool: EnginePool) -> None:
+    with pytest.raises(EngineError, match=r"refused.*input_ids.*outside the vocabulary"):
+        pool.generate([*requests(4, 50), GenerationRequest("bad", (VOCAB,), 1, SamplingParams(4))])
+    assert one(pool).finish_reason == "length"
+
+
+def test_request_ids_must_differ(pool: EnginePool) -> None:
+    with pytest.raises(UserError, match="q0"):
+        pool.generate(requests(1, 2) * 2)
+
+
+def test_interrupting_raises_at_once_and_aborts_on_the_engine(pool: EnginePool, url: str) -> None:
+    threading.Timer(0.4, pool.interrupt).start()
+    began = time.monotonic()
+    with pytest.raises(GenerationInterrupted):
+        pool.generate(requests(3, 1900))
+    assert time.monotonic() - began < 3
+    pool.flush(url)  # refused while any sample still runs
+
+
+def test_an_interrupt_without_a_running_call_has_no_effect(pool: EnginePool) -> None:
+    pool.interrupt()
+    assert one(pool).finish_reason == "length"
+
+
+def test_a_server_killed_while_generating_costs_no_prompt(two: EmbeddedServers) -> None:
+    with EnginePool(two.urls, timeout_s=60) as pool:
+        asked = requests(12, 60)
+        calm = pool.generate(asked)
+        killer = kill_after(0.15, two.pids[:1])
+        answers = pool.generate(asked)
+        killer.join()
+        # The servers are deterministic and every request has its seed: redone samples are the same samples.
+        assert [[sample.tokens for sample in samples] for samples in answers] == [
+            [sample.tokens for sample in samples] for samples in calm
+        ]
+        assert len(pool.generate(requests(3, 4))) == 3
+        assert pool.live_urls == two.urls[1:]
+        kill_after(0.2, two.pids[1:])
+        with pytest.raises(EngineError, match="no engine is left") as caught:
+            pool.generate(requests(8, 1500))
+        assert all(url in str(caught.value) for url in two.urls)
+        assert pool.live_urls == ()
+
+
+def test_a_server_that_hangs_is_dropped_at_the_time_out(two: EmbeddedServers) -> None:
+    with EnginePool(two.urls, timeout_s=3.0) as pool:
+        os.kill(two.pids[0], signal.SIGSTOP)
+        try:
+            assert [len(samples) for samples in pool.generate(requests(4, 10))] == [2] * 4
+            assert pool.live_urls == two.urls[1:]
+        finally:
+            os.kill(two.pids[0], signal.SIGCONT)
+
+
+def test_stopping_ends_the_own_servers_and_no_other(model_dir: Path, tmp_path: Path, url: str) -> None:
+    servers = EmbeddedServers(model_dir, tmp_path, threads=1).start()
+    pids = servers.pids
+    assert os.getsid(pids[0]) != os.getsid(0), "a terminal's Ctrl-C would reach the server"
+    servers.stop()
+    servers.stop()
+    assert servers.urls == ()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+    with EnginePool([url]) as pool:
+        pool.wait_healthy(5)
+
+
+def test_a_server_that_cannot_start_is_an_error_with_its_log(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"(?s)ended with code 2.*no config\.json"):
+        EmbeddedServers(tmp_path / "nothing", tmp_path / "logs").start()
+
+
+def test_servers_die_with_the_process_that_started_them(model_dir: Path, tmp_path: Path) -> None:
+    program = (
+        "import os, sys\n"
+        "from megatron_rl.rollout.lifecycle import EmbeddedServers\n"
+        f"servers = EmbeddedServers({str(model_dir)!r}, {str(tmp_path)!r}, threads=1).start()\n"
+        "print(servers.pids[0], flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root, check=False, timeout=60)
+    pid = int(done.stdout)
+    for _ in range(50):
+        if not _runs(pid):
+            return
+        time.sleep(0.1)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("the server outlived its parent")
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_waiting_for_a_server_that_is_not_there_names_it() -> None:
+    with EnginePool(["http://127.0.0.1:9"]) as pool, pytest.raises(EngineError, match=r"127\.0\.0\.1:9"):
+        pool.wait_healthy(0.3)
+
+
+def test_control_calls_reach_the_server(pool: EnginePool, url: str, model: Qwen3ForCausalLM) -> None:
+    assert pool.weight_version(url) == "0"
+    assert pool.checksums(url).keys() == model.state_dict().keys()
+    pool.pause(url, "retract")
+    pool.flush(url)
+    pool.resume(url)
+    with pytest.raises(EngineError, match="nowhere"):
+        pool.update_weights_from_disk(url, Path("nowhere"), 1)
+    with pytest.raises(EngineError, match="not an engine of this pool"):
+        pool.resume("http://127.0.0.1:9")
+
+
+def test_a_dropped_server_gets_no_request(pool: EnginePool, url: str) -> None:
+    pool.drop(url, "it serves other weights")
+    with pytest.raises(EngineError, match="it serves other weights"):
+        one(pool)
+
+
+# Groups of trajectories --------------------------------------------------------------------------------------
+
+ROLLOUT = RolloutConfig(samples_per_prompt=3, max_new_tokens=10, max_prompt_tokens=8)
+PROMPTS = [Prompt(f"p{at}", "", tuple(range(2 + at, 5 + 2 * at)), "") for at in range(4)]
+
+
+def test_groups_are_numbered_and_carry_behaviour_log_probs(pool: EnginePool, model: Qwen3ForCausalLM) -> None:
+    found = sample_groups(pool, PROMPTS, ROLLOUT, first_id=100, first_group=20, seed=1, stop_token_ids=(7, 8), need_logmu=True)
+    assert [trajectory.id for trajectory in found] == list(range(100, 112))
+    assert [trajectory.group for trajectory in found] == [20 + at // 3 for at in range(12)]
+    for trajectory in found:
+        prompt = PROMPTS[trajectory.group - 20]
+        assert (trajectory.prompt_id, trajectory.prompt_tokens) == (prompt.id, prompt.tokens)
+        assert trajectory.logmu is not None
+        want = logp_of(model, list(prompt.tokens), list(trajectory.response_tokens))
+        torch.testing.assert_close(torch.tensor(trajectory.logmu), want, atol=1e-4, rtol=0)
+        ends = [at for at, token in enumerate(trajectory.response_tokens) if token in (1, 7, 8)]
+        assert ends == ([len(trajectory.response_tokens) - 1] if trajectory.finish_reason == "stop" else [])
+
+
+def test_the_seed_fixes_the_trajectories_and_their_ids_vary_them(pool: EnginePool) -> None:
+    def tokens(seed: int, first_id: int) -> list[tuple[int, ...]]:
+        found = sample_groups(
+            pool, PROMPTS, ROLLOUT, first_id=first_id, first_group=0, seed=seed, stop_token_ids=(), need_logmu=False
+        )
+        assert all(trajectory.logmu is None for trajectory in found)
+        return [trajectory.response_tokens for trajectory in found]
+
+    first = tokens(1, 0)
+    assert tokens(1, 0) == first
+    assert tokens(2, 0) != first
+    assert tokens(1, 12) != first
+
+
+def test_evaluation_may_override_temperature_and_number_of_samples(pool: EnginePool) -> None:
+    found = sample_groups(
+        pool,
+        PROMPTS,
+        ROLLOUT,
+        first_id=0,
+        first_group=0,
+        seed=1,
+        stop_token_ids=(),
+        need_logmu=False,
+        temperature=0.0,
+        samples=2,
+    )
+    assert [a.response_tokens for a in found[::2]] == [b.response_tokens for b in found[1::2]]
+
+
+@pytest.mark.parametrize(("tokens", "match"), [((), "'odd' has no tokens"), (tuple(range(9)), "'odd' has 9 tokens")])
+def test_a_prompt_that_cannot_be_sampled_is_named(pool: EnginePool, tokens: tuple[int, ...], match: str) -> None:
+    bad = Prompt("odd", "", tokens, "")
+    with pytest.raises(UserError, match=match):
+        sample_groups(pool, [*PROMPTS, bad], ROLLOUT, first_id=0, first_group=0, seed=1, stop_token_ids=(), need_logmu=False)
+
+
+def test_a_group_aborted_by_someone_else_is_sampled_again(pool: EnginePool, url: str) -> None:
+    rollout = RolloutConfig(samples_per_prompt=2, max_new_tokens=500, max_prompt_tokens=8)
+    prompts = [Prompt("long", "", PROMPT, "")]
+
+    def abort() -> None:
+        with EnginePool([url]) as operator:
+            operator.pause(url, "abort")
+            operator.resume(url)
+
+    timer = threading.Timer(0.3, abort)
+    timer.start()
+    found = sample_groups(
+        pool, prompts, rollout, first_id=0, first_group=0, seed=1, stop_token_ids=(), need_logmu=True, temperature=0.02
+    )
+    timer.join()
+    assert [trajectory.finish_reason for trajectory in found] in (["length"] * 2, ["stop", "length"], ["stop"] * 2)

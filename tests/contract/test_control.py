@@ -1,0 +1,292 @@
+"""Pausing, aborting and changing weights of a real server."""
+
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from conftest import WriteWeights, logp_of
+from transformers import Qwen3ForCausalLM
+
+from megatron_rl.weights.digest import tensor_digest
+
+PROMPT = [5, 17, 250, 99, 3]
+LONG = 1200
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as threads:
+        yield threads
+
+
+def ask(api: httpx.Client, rid: str, n: int = 1, tokens: int = LONG, seed: int = 1) -> Any:
+    params = {"max_new_tokens": tokens, "ignore_eos": True, "n": n, "sampling_seed": seed}
+    body = {"input_ids": PROMPT, "sampling_params": params, "return_logprob": True, "rid": rid}
+    return api.post("/generate", json=body)
+
+
+def post(api: httpx.Client, path: str, **body: Any) -> httpx.Response:
+    return api.post(path, json=body)
+
+
+def update(api: httpx.Client, folder: Path, version: str) -> httpx.Response:
+    return post(api, "/update_weights_from_disk", model_path=str(folder), weight_version=version)
+
+
+def start_long(pool: ThreadPoolExecutor, api: httpx.Client, rid: str, **more: Any) -> "Future[httpx.Response]":
+    future = pool.submit(ask, api, rid, **more)
+    time.sleep(0.3)
+    assert not future.done(), "the request should still be running"
+    return future
+
+
+def logprobs(answer: dict[str, Any]) -> torch.Tensor:
+    return torch.tensor([pair[0] for pair in answer["meta_info"]["output_token_logprobs"]])
+
+
+def greedy_first(api: httpx.Client) -> dict[str, Any]:
+    params = {"max_new_tokens": 6, "ignore_eos": True, "temperature": 0.0}
+    return api.post("/generate", json={"input_ids": PROMPT, "sampling_params": params, "return_logprob": True}).json()
+
+
+def test_an_aborted_request_keeps_its_partial_output(api: httpx.Client, pool: ThreadPoolExecutor, model: Any) -> None:
+    running = start_long(pool, api, "long", n=2)
+    other = pool.submit(ask, api, "other", tokens=300)
+    assert post(api, "/abort_request", rid="long").status_code == 200
+    for answer in running.result().json():
+        assert answer["meta_info"]["finish_reason"]["type"] == "abort"
+        output = answer["output_ids"]
+        assert 0 < len(output) < LONG
+        torch.testing.assert_close(logprobs(answer), logp_of(model, PROMPT, output), atol=1e-4, rtol=0)
+    assert len(other.result().json()["output_ids"]) == 300
+
+
+def test_abort_all_ends_every_request(api: httpx.Client, pool: ThreadPoolExecutor) -> None:
+    running = [start_long(pool, api, f"r{at}") for at in range(2)]
+    post(api, "/abort_request", abort_all=True)
+    reasons = [future.result().json()["meta_info"]["finish_reason"]["type"] for future in running]
+    assert reasons == ["abort", "abort"]
+
+
+def test_a_request_whose_client_left_is_ended(api: httpx.Client, embedded_only: None) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        body = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": LONG, "ignore_eos": True}, "rid": "left"}
+        api.post("/generate", json=body, timeout=0.3)
+    time.sleep(0.3)
+    assert post(api, "/abort_request", rid="left").json()["aborted"] == 0
+
+
+def test_a_request_id_in_use_is_refused(api: httpx.Client, pool: ThreadPoolExecutor) -> None:
+    running = start_long(pool, api, "twin")
+    second = ask(api, "twin", tokens=1)
+    assert second.status_code == 400
+    assert "twin" in second.text
+    post(api, "/abort_request", abort_all=True)
+    running.result()
+
+
+def test_pausing_with_abort_ends_requests_and_holds_new_ones(api: httpx.Client, pool: ThreadPoolExecutor) -> None:
+    running = start_long(pool, api, "old")
+    post(api, "/pause_generation", mode="abort")
+    assert running.result().json()["meta_info"]["finish_reason"]["type"] == "abort"
+    waiting = pool.submit(ask, api, "new", tokens=3)
+    time.sleep(0.2)
+    assert not waiting.done()
+    post(api, "/continue_generation")
+    assert len(waiting.result().json()["output_ids"]) == 3
+
+
+@pytest.mark.parametrize("mode", ["retract", "in_place"])
+def test_a_paused_request_goes_on_where_it_was(api: httpx.Client, pool: ThreadPoolExecutor, mode: str, model: Any) -> None:
+    running = start_long(pool, api, "paused", n=2, seed=4, tokens=400)
+    post(api, "/pause_generation", mode=mode)
+    time.sleep(0.1)
+    assert not running.done()
+    post(api, "/continue_generation")
+    for answer in running.result().json():
+        assert answer["meta_info"]["num_retractions"] == (mode == "retract")
+        assert answer["meta_info"]["finish_reason"] == {"type": "length", "length": 400}
+        torch.testing.assert_close(logprobs(answer), logp_of(model, PROMPT, answer["output_ids"]), atol=1e-4, rtol=0)
+
+
+def test_flushing_needs_a_cache_without_requests(api: httpx.Client, pool: ThreadPoolExecutor) -> None:
+    running = start_long(pool, api, "holder")
+    post(api, "/pause_generation", mode="in_place")
+    assert post(api, "/flush_cache").status_code == 400
+    post(api, "/pause_generation", mode="retract")
+    assert post(api, "/flush_cache").status_code == 200
+    post(api, "/abort_request", abort_all=True)
+    running.result()
+
+
+@pytest.mark.parametrize("mode", ["retract", "in_place"])
+def test_tokens_carry_the_version_they_were_sampled_under(
+    api: httpx.Client,
+    pool: ThreadPoolExecutor,
+    mode: str,
+    model: Qwen3ForCausalLM,
+    other_tensors: dict[str, torch.Tensor],
+    write_weights: WriteWeights,
+) -> None:
+    running = start_long(pool, api, "across", tokens=600)
+    post(api, "/pause_generation", mode=mode)
+    assert update(api, write_weights(other_tensors, 7), "7").status_code == 200
+    post(api, "/continue_generation")
+    answer = running.result().json()
+    output, spans = answer["output_ids"], answer["meta_info"]["weight_versions"]
+    change = spans[0]["end"]
+    assert spans == [{"version": "0", "start": 0, "end": change}, {"version": "7", "start": change, "end": 600}]
+    assert answer["meta_info"]["weight_version"] == "7"
+    before = logp_of(model, PROMPT, output)[:change]
+    torch.testing.assert_close(logprobs(answer)[:change], before, atol=1e-4, rtol=0)
+    if mode == "retract":
+        original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        model.load_state_dict(other_tensors)
+        after = logp_of(model, PROMPT, output)[change:]
+        model.load_state_dict(original)
+        torch.testing.assert_close(logprobs(answer)[change:], after, atol=1e-4, rtol=0)
+
+
+def test_an_update_while_running_waits_for_the_running_requests(
+    api: httpx.Client, pool: ThreadPoolExecutor, other_tensors: dict[str, torch.Tensor], write_weights: WriteWeights
+) -> None:
+    running = start_long(pool, api, "first", tokens=500)
+    assert update(api, write_weights(other_tensors, 2), "2").status_code == 200
+    assert running.done()
+    assert [span["version"] for span in running.result().json()["meta_info"]["weight_versions"]] == ["0"]
+    assert ask(api, "second", tokens=2).json()["meta_info"]["weight_version"] == "2"
+
+
+def test_new_weights_are_served_and_their_digests_reported(
+    api: httpx.Client, model: Qwen3ForCausalLM, other_tensors: dict[str, torch.Tensor], write_weights: WriteWeights
+) -> None:
+    assert update(api, write_weights(other_tensors, 3), "3").status_code == 200
+    assert api.get("/model_info").json()["weight_version"] == "3"
+    checksums = post(api, "/weights_checker", action="checksum").json()["checksums"]
+    assert checksums == {name: tensor_digest(tensor) for name, tensor in other_tensors.items()}
+    answer = greedy_first(api)
+    original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(other_tensors)
+    want = logp_of(model, PROMPT, answer["output_ids"])
+    model.load_state_dict(original)
+    torch.testing.assert_close(logprobs(answer), want, atol=1e-4, rtol=0)
+
+
+def test_weights_in_another_dtype_are_cast_and_reported_as_received(
+    api: httpx.Client, other_tensors: dict[str, torch.Tensor], write_weights: WriteWeights
+) -> None:
+    half = {name: tensor.bfloat16() for name, tensor in other_tensors.items()}
+    assert update(api, write_weights(half, 4), "4").status_code == 200
+    checksums = post(api, "/weights_checker", action="checksum").json()["checksums"]
+    assert checksums == {name: tensor_digest(tensor) for name, tensor in half.items()}
+
+
+def test_rewriting_the_folder_later_does_not_change_what_is_served(
+    api: httpx.Client, other_tensors: dict[str, torch.Tensor], write_weights: WriteWeights
+) -> None:
+    folder = write_weights(other_tensors, 5)
+    update(api, folder, "5")
+    before = greedy_first(api)
+    file = folder / "model.safetensors"
+    with file.open("r+b") as handle:
+        handle.seek(file.stat().st_size // 2)
+        handle.write(b"\x3f" * (file.stat().st_size // 4))
+    assert logprobs(greedy_first(api)).tolist() == logprobs(before).tolist()
+
+
+def _spoil(tensors: dict[str, torch.Tensor], how: str) -> str:
+    """Change the tensors in place; returns what the refusal must name."""
+    name = "model.layers.1.mlp.down_proj.weight"
+    if how == "missing":
+        del tensors[name]
+    elif how == "unknown":
+        tensors["model.layers.9.extra"] = torch.zeros(2)
+        return "model.layers.9.extra"
+    elif how == "shape":
+        tensors[name] = tensors[name].T.contiguous()
+    elif how == "dtype":
+        tensors[name] = tensors[name].to(torch.int32)
+    elif how == "nan":
+        tensors[name][0, 0] = torch.nan
+    return name
+
+
+@pytest.mark.parametrize("how", ["missing", "unknown", "shape", "dtype", "nan"])
+def test_a_wrong_tensor_is_refused_by_name_and_the_old_weights_keep_serving(
+    api: httpx.Client, embedded_only: None, other_tensors: dict[str, torch.Tensor], write_weights: WriteWeights, how: str
+) -> None:
+    before = greedy_first(api)
+    name = _spoil(other_tensors, how)
+    refused = update(api, write_weights(other_tensors, 9), "9")
+    assert refused.status_code == 400
+    assert name in refused.json()["message"]
+    assert greedy_first(api) | {"meta_info": None} == before | {"meta_info": None}
+    assert api.get("/model_info").json()["weight_version"] == "0"
+
+
+def test_a_tensor_that_does_not_match_its_digest_is_refused(
+    api: httpx.Client, embedded_only: None, other_tensors: dict[str, torch.Tensor], write_weights: WriteWeights
+) -> None:
+    folder = write_weights(other_tensors, 9)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["tensors"][name] = "0" * 64
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    refused = update(api, folder, "9")
+    assert refused.status_code == 400
+    assert name in refused.json()["message"]
+    assert api.get("/model_info").json()["weight_version"] == "0"
+
+
+def test_a_manifest_of_another_version_is_refused(
+    api: httpx.Client, embedded_only: None, other_tensors: dict[str, torch.Tensor], write_weights: WriteWeights
+) -> None:
+    refused = update(api, write_weights(other_tensors, 8), "9")
+    assert refused.status_code == 400
+    assert "version 8" in refused.json()["message"]
+
+
+def test_a_truncated_file_is_refused(
+    api: httpx.Client, other_tensors: dict[str, torch.Tensor], write_weights: WriteWeights
+) -> None:
+    folder = write_weights(other_tensors)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    before = greedy_first(api)
+    refused = update(api, folder, "9")
+    assert refused.status_code == 400
+    assert str(file) in refused.json()["message"]
+    assert greedy_first(api)["output_ids"] == before["output_ids"]
+
+
+def test_a_bad_model_path_is_refused_and_the_old_weights_keep_serving(api: httpx.Client, tmp_path: Path) -> None:
+    before = greedy_first(api)
+    refused = update(api, tmp_path / "nowhere", "9")
+    assert refused.status_code == 400
+    assert "nowhere" in refused.json()["message"]
+    assert greedy_first(api)["output_ids"] == before["output_ids"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/pause_generation", {"mode": "gently"}, "mode"),
+        ("/abort_request", {}, "rid"),
+        ("/abort_request", {"rid": "a", "abort_all": True}, "rid"),
+        ("/update_weights_from_disk", {"model_path": "/nowhere"}, "weight_version"),
+        ("/update_weights_from_disk", {"model_path": "/x", "weight_version": "1", "load_format": "gguf"}, "load_format"),
+        ("/weights_checker", {"action": "reset"}, "action"),
+    ],
+)
+def test_a_malformed_control_request_is_refused_by_field(
+    api: httpx.Client, embedded_only: None, path: str, body: dict[str, Any], field: str
+) -> None:
+    answer = api.post(path, json=body)
+    assert answer.status_code == 400
+    assert field in answer.json()["message"]

@@ -1,0 +1,326 @@
+"""Weight sync is a transaction: every engine serves the new weights, or every engine serves the old ones."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_rl.errors import CheckpointError, EngineError, UserError
+from megatron_rl.rollout.client import EnginePool, GenerationRequest, SamplingParams
+from megatron_rl.weights.digest import tensor_digest
+from megatron_rl.weights.hf import MANIFEST, SINGLE, HFFolder
+from megatron_rl.weights.sync import DiskSync
+from tests.models import make_qwen3
+from tests.parallel.group import RankGroup
+
+Hook = Callable[[str, Path, int], int]
+
+
+class HookedPool(EnginePool):
+    """A real pool in which something happens to the staged folder, or to a server, right before one update.
+
+    The hook gets (url, folder, version) and answers the version to ask for.
+    """
+
+    hook: Hook | None = None
+
+    def update_weights_from_disk(self, url: str, folder: Path, version: int) -> None:
+        hook, self.hook = self.hook, None
+        super().update_weights_from_disk(url, folder, version if hook is None else hook(url, folder, version))
+
+
+class Server:
+    """An embedded engine in its own process."""
+
+    def __init__(self, model: Path, log: Path) -> None:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "megatron_rl.rollout.server", "--model", str(model), "--port", str(port)]
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                [*command, "--threads", "1", "--parent-pid", str(os.getpid())], stdout=out, stderr=subprocess.STDOUT
+            )
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_qwen3(tmp_path_factory.mktemp("model"), tied=True, layers=2)
+
+
+@pytest.fixture(scope="module")
+def servers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
+    started = [Server(model, tmp_path_factory.mktemp("logs") / f"{i}.log") for i in range(2)]
+    with EnginePool([server.url for server in started]) as pool:
+        pool.wait_healthy(120)
+    yield started
+    for server in started:
+        if server.process.poll() is None:
+            server.process.send_signal(signal.SIGTERM)
+            server.process.wait(30)
+
+
+@pytest.fixture
+def pool(servers: list[Server], model: Path) -> Iterator[HookedPool]:
+    """Both engines, at version 0 with the source's weights."""
+    with HookedPool([server.url for server in servers], timeout_s=60) as pool:
+        for server in servers:
+            pool.update_weights_from_disk(server.url, model, 0)
+            pool.resume(server.url)
+        yield pool
+
+
+@pytest.fixture
+def source(model: Path) -> HFFolder:
+    return HFFolder(model)
+
+
+@pytest.fixture
+def sync(pool: HookedPool, source: HFFolder, tmp_path: Path) -> Iterator[DiskSync]:
+    sync = DiskSync(pool, source, tmp_path / "staging")
+    yield sync
+    sync.close()
+
+
+def weights(source: HFFolder, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """The source's weights, moved by noise of that seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for name in source.tensors:
+        stored = source.read(name)
+        yield name, stored + 0.05 * torch.randn(stored.shape, generator=generator)
+
+
+def digests(source: HFFolder, seed: int | None) -> dict[str, str]:
+    chosen = ((name, source.read(name)) for name in source.tensors) if seed is None else weights(source, seed)
+    return {name: tensor_digest(tensor) for name, tensor in chosen}
+
+
+def logprobs(pool: EnginePool) -> list[tuple[float, ...] | None]:
+    """What each live engine answers for one greedy request."""
+    sampling = SamplingParams(max_new_tokens=6, temperature=0.0, ignore_eos=True)
+    out = []
+    for url in pool.live_urls:
+        with EnginePool([url]) as one:
+            out.append(one.generate([GenerationRequest(f"probe-{url}", (5, 6, 7), 1, sampling)])[0][0].logprobs)
+    return out
+
+
+def assert_serving(pool: EnginePool, source: HFFolder, version: int, seed: int | None, count: int = 2) -> None:
+    assert len(pool.live_urls) == count
+    for url in pool.live_urls:
+        assert pool.weight_version(url) == str(version)
+        assert pool.checksums(url) == digests(source, seed)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None], *, manifest: bool) -> None:
+    """Change the tensors of a staged folder, and its manifest with them when asked."""
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / SINGLE).items()}
+    change(tensors)
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    if manifest:
+        stated = json.loads((folder / MANIFEST).read_text())
+        stated["tensors"] = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+        (folder / MANIFEST).write_text(json.dumps(stated))
+
+
+def nudge(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 4] += 1e-4
+
+
+def test_a_push_makes_every_engine_serve_the_new_version(pool: HookedPool, source: HFFolder, sync: DiskSync) -> None:
+    before = logprobs(pool)
+    report = sync.push(weights(source, 1), 1)
+    after = logprobs(pool)
+    assert before[0] == before[1] and after[0] == after[1] and before[0] != after[0]
+    assert_serving(pool, source, 1, 1)
+    assert (report.version, report.nbytes, report.dropped, sync.version) == (1, source.nbytes, {}, 1)
+
+
+def test_generation_that_runs_through_a_push_ends_whole_under_the_new_version(
+    pool: HookedPool, source: HFFolder, sync: DiskSync
+) -> None:
+    sampling = SamplingParams(max_new_tokens=450, temperature=1.0, ignore_eos=True)
+    requests = [GenerationRequest(f"long-{i}", (1, 2, 3), 1, sampling) for i in range(2)]
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(pool.generate, requests)
+        time.sleep(0.3)  # long enough to be under way, far too short for 450 tokens
+        sync.push(weights(source, 1), 1)
+        samples = [sample for request in running.result() for sample in request]
+    assert [(len(sample.tokens), sample.finish_reason) for sample in samples] == [(450, "length")] * 2
+    assert [sample.versions[-1].version for sample in samples] == [1, 1]
+
+
+def spoiled_byte(_: str, folder: Path, version: int) -> int:
+    with (folder / SINGLE).open("r+b") as stream:
+        stream.seek(-3, os.SEEK_END)
+        byte = stream.read(1)
+        stream.seek(-3, os.SEEK_END)
+        stream.write(bytes([byte[0] ^ 1]))
+    return version
+
+
+def truncated_file(_: str, folder: Path, version: int) -> int:
+    os.truncate(folder / SINGLE, (folder / SINGLE).stat().st_size - 1)
+    return version
+
+
+def other_weights_that_the_engine_believes(_: str, folder: Path, version: int) -> int:
+    rewrite(folder, nudge, manifest=True)
+    return version
+
+
+def another_version(_: str, folder: Path, version: int) -> int:
+    (folder / MANIFEST).unlink()
+    return version + 1
+
+
+@pytest.mark.parametrize(
+    ("hook", "words"),
+    [
+        (spoiled_byte, "model.norm.weight"),
+        (truncated_file, "safetensors"),
+        (other_weights_that_the_engine_believes, "'model.layers.1.mlp.down_proj.weight' should have digest"),
+        (another_version, "reports weight version '8' after loading version 7"),
+    ],
+)
+@pytest.mark.parametrize("committed", [0, 3])
+def test_an_engine_with_other_weights_makes_the_push_fail_and_all_serve_the_old(
+    pool: HookedPool, source: HFFolder, sync: DiskSync, tmp_path: Path, hook: Hook, words: str, committed: int
+) -> None:
+    if committed:
+        sync.push(weights(source, committed), committed)
+    before = logprobs(pool)
+    pool.hook = hook
+    with pytest.raises(EngineError) as caught:
+        sync.push(weights(source, 7), 7)
+    assert words in str(caught.value) and any(url in str(caught.value) for url in pool.live_urls)
+    assert logprobs(pool) == before
+    assert_serving(pool, source, committed, committed or None)
+    assert sync.version == committed
+    assert [folder.name for folder in (tmp_path / "staging").iterdir()] == ([f"v{committed:06d}"] if committed else [])
+    sync.push(weights(source, 7), 7)
+    assert_serving(pool, source, 7, 7)
+
+
+def test_weights_that_are_not_finite_never_reach_an_engine(pool: HookedPool, source: HFFolder, sync: DiskSync) -> None:
+    def poisoned() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights(source, 1):
+            if name == "model.layers.0.mlp.up_proj.weight":
+                tensor[1, 2] = float("nan")
+            yield name, tensor
+
+    stream = poisoned()
+    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj\.weight' holds values that are not finite"):
+        sync.push(stream, 1)
+    assert next(stream, None) is None  # a collective export was run to its end all the same
+    assert_serving(pool, source, 0, None)
+
+
+def test_a_tensor_that_was_not_sent_is_noticed(pool: HookedPool, source: HFFolder, sync: DiskSync) -> None:
+    with pytest.raises(EngineError, match=r"model\.norm\.weight"):
+        sync.push((pair for pair in weights(source, 1) if pair[0] != "model.norm.weight"), 1)
+    assert_serving(pool, source, 0, None)
+
+
+def test_versions_only_grow(source: HFFolder, sync: DiskSync) -> None:
+    sync.push(weights(source, 4), 4)
+    with pytest.raises(UserError, match="version 4 does not follow version 4"):
+        sync.push(weights(source, 5), 4)
+    assert sync.version == 4
+
+
+def test_only_the_last_versions_stay_on_disk_and_close_removes_them(
+    pool: HookedPool, source: HFFolder, sync: DiskSync, tmp_path: Path
+) -> None:
+    for version in (1, 2, 3):
+        sync.push(weights(source, version), version)
+    assert sorted(folder.name for folder in (tmp_path / "staging").iterdir()) == ["v000002", "v000003"]
+    sync.close()
+    assert list((tmp_path / "staging").iterdir()) == []
+    assert_serving(pool, source, 3, 3)
+
+
+def test_an_engine_that_fell_back_is_restored_to_the_committed_version(
+    pool: HookedPool, source: HFFolder, sync: DiskSync, model: Path
+) -> None:
+    sync.push(weights(source, 1), 1)
+    url = pool.live_urls[1]
+    pool.update_weights_from_disk(url, model, 0)
+    sync.restore(url)
+    assert_serving(pool, source, 1, 1)
+
+
+def test_the_default_staging_folder_is_private_and_removed(pool: HookedPool, source: HFFolder) -> None:
+    seen: list[Path] = []
+
+    def note(_: str, folder: Path, version: int) -> int:
+        seen.append(folder)
+        return version
+
+    sync, pool.hook = DiskSync(pool, source), note
+    sync.push(weights(source, 1), 1)
+    assert seen[0].is_dir() and seen[0].parent.stat().st_mode & 0o777 == 0o700
+    sync.close()
+    assert not seen[0].parent.exists()
+
+
+def test_a_staging_folder_that_cannot_be_written_is_named(pool: HookedPool, source: HFFolder, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    sync = DiskSync(pool, source, tmp_path / "file")
+    with pytest.raises(CheckpointError, match=r"cannot be written to .*/file/v000001 .*another staging folder"):
+        sync.push(weights(source, 1), 1)
+    assert_serving(pool, source, 0, None)
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}], ids=str)
+def test_every_rank_of_the_trainer_learns_the_outcome(
+    two_ranks: RankGroup, pool: HookedPool, model: Path, tmp_path: Path, layout: dict[str, int]
+) -> None:
+    url = pool.live_urls[0]
+    first, second = two_ranks.run(
+        "tests.parallel.weight_steps", "push", model=model, layout=layout, url=url, staging=tmp_path / "staging"
+    )
+    assert first == second
+    assert first[0] == "1" and first[2] == "3"
+    assert first[1].startswith("CheckpointError: tensor 'model.layers.1.mlp.down_proj.weight' holds values that are not finite")
+    assert pool.weight_version(url) == "3"
+    pushed = dict.fromkeys(["model.layers.1.mlp.down_proj.weight"], torch.full((64, 96), 0.25))
+    served = pool.checksums(url)
+    for name, digest in digests(HFFolder(model), None).items():
+        assert served[name] == (tensor_digest(pushed[name]) if name in pushed else digest)
+
+
+def test_a_killed_engine_is_dropped_and_the_others_serve_the_old_version(
+    servers: list[Server], pool: HookedPool, source: HFFolder, sync: DiskSync, model: Path, tmp_path: Path
+) -> None:
+    """Keep this one last: the module's second server is gone afterwards."""
+    sync.push(weights(source, 1), 1)
+    before = logprobs(pool)
+
+    def kill(_: str, folder: Path, version: int) -> int:
+        servers[1].kill()
+        return version
+
+    pool.hook = kill
+    with pytest.raises(EngineError, match=f"{servers[1].url}.*does not answer"):
+        sync.push(weights(source, 2), 2)
+    assert pool.live_urls == (servers[0].url,)
+    assert logprobs(pool) == before[:1]
+    assert_serving(pool, source, 1, 1, count=1)
+    sync.push(weights(source, 2), 2)
+    assert_serving(pool, source, 2, 2, count=1)
