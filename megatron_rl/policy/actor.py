@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
 from megatron_rl.config import Config
-from megatron_rl.errors import PrecisionError
+from megatron_rl.errors import CheckpointError, PrecisionError
 from megatron_rl.objectives import LossInputs, LossNorm, LossOutputs
 from megatron_rl.policy.model import DTYPES, build_chunks
 from megatron_rl.policy.normalisation import global_norm, sum_gradients
@@ -22,7 +23,7 @@ from megatron_rl.policy.packing import Microbatch, Shard, pack, shard, to_device
 from megatron_rl.policy.parallel import Mesh
 from megatron_rl.types import Batch
 from megatron_rl.weights.export import export_weights
-from megatron_rl.weights.hf import HFFolder
+from megatron_rl.weights.hf import HFFolder, write_hf_folder
 from megatron_rl.weights.load import load_weights
 from megatron_rl.weights.plan import check_folder
 
@@ -98,6 +99,23 @@ class Policy:
         """Hugging Face names and tensors in table order, on rank 0 (None elsewhere); `dtype` None keeps the source's."""
         dtypes = {name: dtype or info.dtype for name, info in self.source.tensors.items()}
         return export_weights(self.models, self.family, self.shape, dtypes=dtypes, control=self.mesh.control)
+
+    def save_hf(self, dest: Path) -> None:
+        """Write a complete Hugging Face folder, whole or not at all. Raises CheckpointError on every rank if it cannot be."""
+        tensors = self.export()
+        failure: CheckpointError | None = None
+        if self.mesh.rank == 0:
+            try:
+                write_hf_folder(dest, ((name, t) for name, t in tensors if t is not None), self.source)
+            except OSError as error:
+                failure = CheckpointError(f"{dest} cannot be written ({error}): free space or choose another place")
+            except CheckpointError as error:
+                failure = error
+        for _ in tensors:  # the export is collective: after a failure too, every rank runs it to its end
+            pass
+        failure = self.mesh.broadcast(failure)
+        if failure is not None:
+            raise failure
 
     def _run(self, batch: Batch, loss: Callable[..., Any], forward_only: bool = False) -> list[dict[str, Any]]:
         """Drive megatron-core's schedule; answers the last stage's report of each of this rank's micro-batches."""

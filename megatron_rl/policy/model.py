@@ -129,6 +129,11 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
 def build_chunks(config: Config, shape: ModelShape, mesh: Mesh) -> list[PolicyModel]:
     """This rank's model chunks (one, or `virtual_pipeline` of them), parameters unset, on the mesh's device."""
     tf_config = transformer_config(config, shape)
+    vocab_rows = padded_vocab(shape.vocab_size, mesh.tp_size)
+    if vocab_rows - shape.vocab_size >= vocab_rows // mesh.tp_size:
+        raise ConfigError(
+            f"parallel.tensor = {mesh.tp_size} leaves a rank without any of the model's {shape.vocab_size} tokens: lower it"
+        )
     virtual = config.parallel.virtual_pipeline
     stages = list(range(virtual)) if virtual > 1 else [None]
     chunks = []
@@ -136,7 +141,7 @@ def build_chunks(config: Config, shape: ModelShape, mesh: Mesh) -> list[PolicyMo
         chunk = PolicyModel(
             config=tf_config,
             transformer_layer_spec=block_spec(tf_config, vp_stage=stage),
-            vocab_size=padded_vocab(shape.vocab_size, mesh.tp_size),
+            vocab_size=vocab_rows,
             max_sequence_length=config.optimizer.tokens_per_microbatch,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),

@@ -37,40 +37,67 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionPlan:
-    """Which query rows attend to which key rows, worked out once per micro-batch and shared by all layers.
+class AttentionGroup:
+    """Blocks of one shape: `count` times `rows` queries that attend to `columns` keys, the last rows aligned.
 
-    blocks: (query start, stop, key start, stop); queries in this rank's stream, keys in the natural order of
-    the whole stream. order: permutation that brings keys gathered over context-parallel ranks to that order.
+    queries [count x rows]: positions in this rank's stream. keys [count x columns]: positions in the stream of keys,
+    gathered over context-parallel ranks. mask [rows, columns] where the block is not square, else None (causal).
     """
 
-    blocks: tuple[tuple[int, int, int, int], ...]
-    order: torch.Tensor | None
+    count: int
+    rows: int
+    columns: int
+    queries: torch.Tensor
+    keys: torch.Tensor
+    mask: torch.Tensor | None
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionPlan:
+    """Who attends to whom, worked out once per micro-batch and shared by all layers.
+
+    Sequences of equal length are one group and one batched call. inverse [t]: brings the groups' outputs, one after
+    the other, back to stream order.
+    """
+
+    groups: tuple[AttentionGroup, ...]
+    inverse: torch.Tensor
 
 
 def plan_attention(cu_seqlens: list[int], cp_size: int, cp_rank: int, device: torch.device) -> AttentionPlan:
-    """Plan for sequences `cu_seqlens` (global, padded to multiples of 2 x cp), split zig-zag per sequence."""
-    bounds = list(pairwise(cu_seqlens))
-    if cp_size == 1:
-        return AttentionPlan(tuple((a, b, a, b) for a, b in bounds), None)
-    blocks, order = [], torch.empty(cu_seqlens[-1], dtype=torch.long)
-    local_total, local = cu_seqlens[-1] // cp_size, 0
-    for start, stop in bounds:
+    """Plan for sequences `cu_seqlens` (global, padded to multiples of 2 x cp), split zig-zag per sequence.
+
+    Keys arrive rank after rank; rank r holds chunks r and 2 cp - 1 - r of every sequence.
+    """
+    total = cu_seqlens[-1] // cp_size
+    blocks: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    local = 0
+    for start, stop in pairwise(cu_seqlens):
         half = (stop - start) // (2 * cp_size)
-        for j, chunk in enumerate((cp_rank, 2 * cp_size - 1 - cp_rank)):
-            blocks.append((local + j * half, local + (j + 1) * half, start, start + (chunk + 1) * half))
-        for rank in range(cp_size):
-            for j, chunk in enumerate((rank, 2 * cp_size - 1 - rank)):
-                at = rank * local_total + local + j * half
-                order[start + chunk * half : start + (chunk + 1) * half] = torch.arange(at, at + half)
+        if cp_size == 1:
+            rows = torch.arange(start, stop)
+            blocks.setdefault((stop - start, stop - start), []).append((rows, rows))
+            continue
+        owner = [(chunk, 0) if chunk < cp_size else (2 * cp_size - 1 - chunk, 1) for chunk in range(2 * cp_size)]
+        keys = torch.cat([torch.arange(half) + rank * total + local + second * half for rank, second in owner])
+        for second, chunk in enumerate((cp_rank, 2 * cp_size - 1 - cp_rank)):
+            rows = torch.arange(half) + local + second * half
+            blocks.setdefault((half, (chunk + 1) * half), []).append((rows, keys[: (chunk + 1) * half]))
         local += 2 * half
-    return AttentionPlan(tuple(blocks), order.to(device))
+    groups, order = [], []
+    for (rows_each, columns), members in blocks.items():
+        queries, keys = (torch.cat(column) for column in zip(*members, strict=True))
+        square = rows_each == columns
+        mask = None if square else torch.ones(rows_each, columns, dtype=torch.bool, device=device).tril(columns - rows_each)
+        groups.append(AttentionGroup(len(members), rows_each, columns, queries.to(device), keys.to(device), mask))
+        order.append(queries)
+    return AttentionPlan(tuple(groups), torch.cat(order).argsort().to(device))
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention over a packed (THD) stream, one SDPA call per sequence, keys gathered over CP.
+    """Causal attention over a packed (THD) stream: one SDPA call per sequence length, keys gathered over CP.
 
-    A loop over sequences needs no [T, T] mask; on CPU it is about 8x faster than one.
+    No [T, T] mask exists, and short sequences of equal length share a call.
     """
 
     def __init__(
@@ -103,25 +130,21 @@ class PackedAttention(MegatronModule):
         """query [t, heads, d], key and value [t, kv_heads, d] -> [t, heads x d]; t is this rank's token slice."""
         assert packed_seq_params is not None, "the data path is packed: every forward carries cu_seqlens"
         plan: AttentionPlan = packed_seq_params.plan
-        if plan.order is not None:
+        if self.cp_group.size() > 1:
             both = gather_from_sequence_parallel_region(
                 torch.stack([key, value], 1), tensor_parallel_output_grad=True, group=self.cp_group
-            ).index_select(0, plan.order)
+            )
             key, value = both[:, 0], both[:, 1]
         grouped = query.shape[1] != key.shape[1]
-        pieces = []
-        for q_start, q_stop, k_start, k_stop in plan.blocks:
-            q = query[q_start:q_stop].transpose(0, 1)[None]
-            k, v = (x[k_start:k_stop].transpose(0, 1)[None] for x in (key, value))
-            rows, columns = q_stop - q_start, k_stop - k_start
-            mask = None
-            if rows != columns:
-                mask = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)
+        outputs = []
+        for g in plan.groups:
+            q = query.index_select(0, g.queries).unflatten(0, (g.count, g.rows)).transpose(1, 2)
+            k, v = (x.index_select(0, g.keys).unflatten(0, (g.count, g.columns)).transpose(1, 2) for x in (key, value))
             out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped
+                q, k, v, attn_mask=g.mask, is_causal=g.mask is None, scale=self.scale, enable_gqa=grouped
             )
-            pieces.append(out[0].transpose(0, 1).reshape(rows, self.width))
-        return torch.cat(pieces)
+            outputs.append(out.transpose(1, 2).reshape(g.count * g.rows, self.width))
+        return torch.cat(outputs).index_select(0, plan.inverse)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         return {}

@@ -49,6 +49,10 @@ class _Engine:
         return not self.reason
 
 
+class _Cancelled(Exception):
+    """GenerationInterrupted inside the loop: asyncio lets a KeyboardInterrupt end the loop itself."""
+
+
 class _Unanswered(Exception):
     """A request got no answer, or a server error; it can be redone."""
 
@@ -112,7 +116,10 @@ class EnginePool:
             raise UserError(f"generation request ids must differ; '{max(rids, key=rids.count)}' is given twice")
         if not requests:
             return []
-        return self._run(self._generate(requests))
+        try:
+            return self._run(self._generate(requests))
+        except _Cancelled:
+            raise GenerationInterrupted("generation was interrupted") from None
 
     def interrupt(self) -> None:
         """Make a running `generate` raise GenerationInterrupted; from any thread or a signal handler. Idle: no effect."""
@@ -135,7 +142,7 @@ class EnginePool:
             return list(await asyncio.gather(*tasks))
         except asyncio.CancelledError:
             if me in self._interrupted:
-                raise GenerationInterrupted("generation was interrupted") from None
+                raise _Cancelled from None
             raise
         finally:
             self._calls.discard(me)

@@ -45,6 +45,8 @@ class EmbeddedServers:
     They live in sessions of their own, so that Ctrl-C in a terminal reaches the trainer alone, and die with
     this process. Enter it (or call `start`) on the main thread: Linux takes the end of the thread that started
     a child for the end of its parent. `stop` ends only what `start` started.
+    threads: torch threads of each server; 0: half of this process's cores, shared by the servers, for threads that
+    outnumber the free cores make small models ten times slower.
     """
 
     def __init__(
@@ -58,9 +60,10 @@ class EmbeddedServers:
         weight_version: str = "0",
         start_timeout_s: float = 300.0,
     ) -> None:
-        self._log_dir, self._count, self._threads = Path(log_dir), count, threads
+        self._log_dir, self._count = Path(log_dir), count
+        self._threads = threads or max(_cores() // (2 * count), 1)
         self._flags = ["--model", str(Path(model_dir).absolute()), "--dtype", dtype, "--weight-version", weight_version]
-        self._flags += ["--threads", str(threads)] if threads else []
+        self._flags += ["--threads", str(self._threads)]
         self._flags += ["--deterministic"] if deterministic else []
         self._start_timeout_s = start_timeout_s
         self._servers: list[_Server] = []
@@ -134,8 +137,7 @@ class EmbeddedServers:
         env = {key: value for key, value in os.environ.items() if key not in mine and not key.startswith("TORCHELASTIC_")}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), env.get("PYTHONPATH")]))
         env["HF_HUB_OFFLINE"] = "1"
-        if self._threads:
-            env["OMP_NUM_THREADS"] = str(self._threads)
+        env["OMP_NUM_THREADS"] = str(self._threads)
         return env
 
     def _await_health(self, index: int, deadline: float) -> None:
@@ -161,6 +163,10 @@ class EmbeddedServers:
                 )
             else:
                 time.sleep(0.1)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _free_port() -> int:

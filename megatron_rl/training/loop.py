@@ -35,3 +35,4 @@ def train(run: Run) -> None:
             run.evaluate()
         if last or (config.run.save_every and run.state.step % config.run.save_every == 0):
             run.save(wait=last)
+    run.export()

@@ -78,6 +78,10 @@ class Run:
     def save(self, *, wait: bool) -> None:
         self.checkpoints.save(self.state, wait=wait)
 
+    def export(self) -> None:
+        """Write the policy as a complete Hugging Face folder, `hf/` in the run folder. Collective."""
+        self.policy.save_hf(self.config.run.folder / "hf")
+
     def stop_soon(self, *_: object) -> None:
         """Signal handler of rank 0: end at the next safe point; a running generation is called off."""
         self.interrupted = True

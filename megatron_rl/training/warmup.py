@@ -21,7 +21,6 @@ from megatron_rl.tasks import Task, make_task
 from megatron_rl.training.progress import ProgressLine
 from megatron_rl.training.rollouts import stop_token_ids
 from megatron_rl.types import Batch, Prompt
-from megatron_rl.weights.hf import write_hf_folder
 
 NORM = LossNorm("token_mean")
 
@@ -86,12 +85,6 @@ def warm_up(config: Config, dest: Path, *, target: float, batch_size: int, max_u
                     break
     if rate < target:
         raise UserError(f"warm-up reached a pass rate of {rate:.1%} in {max_updates} updates, {target:.1%} was asked for")
-    weights = ((name, tensor) for name, tensor in policy.export() if tensor is not None)
-    if mesh.rank == 0:
-        write_hf_folder(dest, weights, policy.source)
-    else:
-        for _ in weights:
-            pass
-    mesh.barrier()
+    policy.save_hf(dest)
     parallel.shutdown()
     return rate

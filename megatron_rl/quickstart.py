@@ -1,0 +1,63 @@
+"""The whole way on a laptop: build a small model, warm it up, improve it by reinforcement learning, report."""
+
+import shutil
+import time
+from pathlib import Path
+
+from megatron_rl.config import load_config
+from megatron_rl.diagnostics.runlog import read_log
+from megatron_rl.errors import UserError
+from megatron_rl.launch import run_ranks
+from megatron_rl.report import write_report
+from megatron_rl.training.tiny import make_tiny_model
+
+WARM_PASS_RATE = 0.40
+
+
+def run(folder: Path, config_dir: Path) -> None:
+    """Models go to FOLDER/quickstart-models, the run to FOLDER/quickstart; both are made anew.
+
+    Raises UserError when a stage fails; its own message was printed by its ranks.
+    """
+    started = time.monotonic()
+    warmup_file, train_file = config_dir / "warmup.yaml", config_dir / "quickstart.yaml"
+    models = folder / "quickstart-models"
+    fresh, warm = models / "fresh", models / "warm"
+    place = [f"run.dir={folder}"]
+    target = load_config(train_file, [f"model.path={warm}", *place]).run.folder
+    for old in (models, target):
+        shutil.rmtree(old, ignore_errors=True)
+
+    _say("1/4 building a small Qwen3 model and its tokenizer")
+    warmup = load_config(warmup_file, [f"model.path={fresh}", *place])
+    numbers = range(warmup.task.max_operand)
+    make_tiny_model(fresh, [f"{a}+{b}={a + b}" for a in numbers for b in numbers], seed=warmup.run.seed)
+
+    _say(f"2/4 supervised warm-up to a held-out pass rate of {WARM_PASS_RATE:.0%}")
+    options = ["--dest", str(warm), "--target", str(WARM_PASS_RATE), "--batch-size", "224", "--max-updates", "1500"]
+    _ranks(["warmup", str(warmup_file), f"model.path={fresh}", *place, *options], warmup.parallel.world_size)
+
+    _say("3/4 reinforcement learning, rollouts from a server of its own")
+    ranks = load_config(train_file, [f"model.path={warm}", *place]).parallel.world_size
+    _ranks(["train", str(train_file), f"model.path={warm}", *place], ranks)
+
+    _say("4/4 report")
+    page = write_report(target)
+    before, after = (r for r in read_log(target) if r.get("kind") == "eval")
+    _say(
+        f"held-out pass rate: sampled {before['eval/sampled']:.1%} -> {after['eval/sampled']:.1%}, "
+        f"greedy {before['eval/greedy']:.1%} -> {after['eval/greedy']:.1%}, in {time.monotonic() - started:.0f} s\n"
+        f"the improved model: {target / 'hf'}\nplots: {page}"
+    )
+
+
+def _ranks(arguments: list[str], count: int) -> None:
+    code = run_ranks(arguments, count)
+    if code == 130:
+        raise KeyboardInterrupt
+    if code:
+        raise UserError(f"`megatron-rl {arguments[0]}` ended with code {code}; its message is above")
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,107 @@
+"""What the ranks of a group run to score tokens over a vocabulary cut by tensor parallelism, and the same in float64."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+from megatron_rl.config import ParallelConfig
+from megatron_rl.policy import parallel
+from megatron_rl.policy.device import pick_device
+from megatron_rl.policy.logprobs import token_scores
+from megatron_rl.weights.layouts import padded_vocab
+
+
+@dataclass(frozen=True)
+class Case:
+    """T hidden states of width H, an output projection of V rows, the rows scored, and gradients from above."""
+
+    hidden: Tensor  # [T, H]
+    weight: Tensor  # [V, H]
+    rows: Tensor  # [R]
+    labels: Tensor  # [R]
+    grad_logp: Tensor  # [R]
+    grad_entropy: Tensor  # [R]
+
+    @staticmethod
+    def make(vocab: int = 259, tokens: int = 48, width: int = 24, seed: int = 3) -> "Case":
+        g = torch.Generator().manual_seed(seed)
+        rows = torch.randperm(tokens, generator=g)[: 3 * tokens // 4].sort().values
+        labels = torch.randint(0, vocab, (len(rows),), generator=g)
+        labels[0], labels[-1] = 0, vocab - 1
+        return Case(
+            hidden=torch.randn(tokens, width, generator=g),
+            weight=torch.randn(vocab, width, generator=g) * 0.6,  # logits of about +-3
+            rows=rows,
+            labels=labels,
+            grad_logp=torch.randn(len(rows), generator=g),
+            grad_entropy=torch.randn(len(rows), generator=g),
+        )
+
+    def reference(self, temperature: float, *, logp: bool = True, entropy: bool = True) -> dict[str, np.ndarray]:
+        """torch.log_softmax over all logits in float64, and its autograd."""
+        hidden, weight = (t.double().requires_grad_() for t in (self.hidden, self.weight))
+        scores_RV = torch.log_softmax(hidden[self.rows] @ weight.T / temperature, -1)
+        logp_R = scores_RV.gather(-1, self.labels[:, None])[:, 0]
+        entropy_R = -(scores_RV.exp() * scores_RV).sum(-1)
+        value = (logp_R * self.grad_logp).sum() * logp + (entropy_R * self.grad_entropy).sum() * entropy
+        value.backward()
+        assert hidden.grad is not None and weight.grad is not None
+        return {
+            "logp": logp_R.detach().numpy(),
+            "entropy": entropy_R.detach().numpy(),
+            "d_hidden": hidden.grad.numpy(),
+            "d_weight": weight.grad.numpy(),
+        }
+
+
+def scores(layout: dict[str, Any], vocab: int, temperature: float, chunk_bytes: int) -> dict[str, np.ndarray]:
+    """Scores and gradients as the policy's head computes them; d_hidden and d_weight of the whole tensors, on every rank."""
+    config = ParallelConfig(**layout)
+    mesh = parallel.initialize(config, pick_device("cpu"), seed=0)
+    group = parallel_state.get_tensor_model_parallel_group()
+    case = Case.make(vocab)
+    size = padded_vocab(vocab, mesh.tp_size) // mesh.tp_size
+    # What pads the vocabulary must not matter, so it is large.
+    padded = torch.full((size * mesh.tp_size, case.weight.shape[1]), 50.0)
+    padded[:vocab] = case.weight
+    weight = padded[mesh.tp_rank * size : (mesh.tp_rank + 1) * size].clone().requires_grad_()
+    if config.sequence:
+        leaf = case.hidden.chunk(mesh.tp_size)[mesh.tp_rank].clone().requires_grad_()
+        hidden = gather_from_sequence_parallel_region(leaf, tensor_parallel_output_grad=True, group=group)
+    else:
+        leaf = case.hidden.clone().requires_grad_()
+        hidden = copy_to_tensor_model_parallel_region(leaf, group=group)
+    logp, entropy = token_scores(
+        hidden[case.rows],
+        weight,
+        case.labels,
+        temperature=temperature,
+        vocab_size=vocab,
+        group=group,
+        chunk_bytes=chunk_bytes,
+    )
+    torch.autograd.backward([logp, entropy], [case.grad_logp, case.grad_entropy])
+    assert leaf.grad is not None and weight.grad is not None
+    d_weight = _whole(weight.grad, group)
+    assert not d_weight[vocab:].any(), "rows that pad the vocabulary got a gradient"
+    return {
+        "logp": logp.detach().numpy(),
+        "entropy": entropy.detach().numpy(),
+        "d_hidden": (_whole(leaf.grad, group) if config.sequence else leaf.grad).numpy(),
+        "d_weight": d_weight[:vocab].numpy(),
+    }
+
+
+def _whole(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    parts = [torch.empty_like(part) for _ in range(group.size())]
+    dist.all_gather(parts, part.contiguous(), group=group)
+    return torch.cat(parts)

@@ -1,0 +1,27 @@
+"""Log-probabilities and entropy over a vocabulary cut by tensor parallelism are those of the whole softmax."""
+
+import numpy as np
+import pytest
+
+from tests.parallel.score_steps import Case
+
+LAYOUTS = {"tp2": {"tensor": 2}, "tp2_sp": {"tensor": 2, "sequence": True}}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("vocab", [258, 259])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_every_rank_scores_and_differentiates_the_whole_vocabulary(two_ranks, layout, vocab, temperature):
+    expected = Case.make(vocab).reference(temperature)
+    for chunk_bytes in (1 << 20, 1):  # all rows at once, and row by row
+        results = two_ranks.run(
+            "tests.parallel.score_steps",
+            "scores",
+            layout=layout,
+            vocab=vocab,
+            temperature=temperature,
+            chunk_bytes=chunk_bytes,
+        )
+        for result in results:
+            for name, value in expected.items():
+                np.testing.assert_allclose(result[name], value, atol=1e-5 * np.abs(value).max(), err_msg=name)

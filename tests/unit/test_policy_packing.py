@@ -1,0 +1,210 @@
+"""Packing loses nothing, repeats nothing and shifts every column to the position that predicts its token."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_rl.errors import UserError
+from megatron_rl.policy.modules import AttentionPlan, plan_attention
+from megatron_rl.policy.packing import pack, shard, to_device, zigzag_index
+from megatron_rl.types import Batch
+
+BUDGET = 48
+CPU = torch.device("cpu")
+
+
+def batch_of(lengths: list[int], seed: int = 0, *, columns: bool = True) -> Batch:
+    """Random trajectories in which no two tokens and no two values of a column are equal."""
+    rng = np.random.default_rng(seed)
+    total = sum(lengths)
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    mask = (rng.random(total) < 0.6).astype(np.float32)
+    mask[cu_seqlens[:-1]] = 0  # a first token is never a response token: every prompt has one
+
+    def column() -> np.ndarray | None:
+        return (-1 - rng.permutation(total) / max(1, total)).astype(np.float32) * mask if columns else None
+
+    return Batch(
+        ids=rng.permutation(1000)[: len(lengths)],
+        groups=np.arange(len(lengths)),
+        tokens=rng.permutation(total).astype(np.int32),
+        cu_seqlens=cu_seqlens,
+        mask=mask,
+        rewards=np.zeros(len(lengths), dtype=np.float32),
+        advantages=rng.standard_normal(len(lengths)).astype(np.float32),
+        logmu=column(),
+        logold=column(),
+        logref=column(),
+    )
+
+
+batches = st.builds(batch_of, st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(0, 1000))
+aligned = st.sampled_from([1, 2, 4, 8])
+
+
+@given(batches, aligned, st.integers(1, 4))
+def test_every_trained_token_is_a_label_exactly_once_with_its_own_columns(batch, align, multiple):
+    micros = pack(batch, budget=BUDGET, align=align, multiple=multiple)
+    for name in ("mask", "logmu", "logold", "logref"):
+        column = getattr(batch, name)
+        found = np.zeros_like(column)
+        for micro in micros:
+            keep = micro.mask > 0
+            np.add.at(found, micro.source[keep].numpy(), getattr(micro, name)[keep].numpy())
+        np.testing.assert_array_equal(found, column * batch.mask)
+    labels = torch.cat([m.labels[m.mask > 0] for m in micros])
+    assert sorted(labels.tolist()) == sorted(batch.tokens[batch.mask > 0].tolist())
+
+
+@given(batches, aligned)
+def test_every_token_is_fed_exactly_once(batch, align):
+    fed = [m.tokens[m.seq_ids >= 0] for m in pack(batch, budget=BUDGET, align=align, multiple=1)]
+    assert sorted(torch.cat(fed).tolist()) == sorted(batch.tokens.tolist())
+
+
+@given(batches, aligned)
+def test_a_label_is_the_next_token_of_the_same_trajectory(batch, align):
+    for micro in pack(batch, budget=BUDGET, align=align, multiple=1):
+        for at in torch.nonzero(micro.source >= 0)[:, 0].tolist():
+            assert micro.labels[at] == micro.tokens[at + 1]
+            assert micro.seq_ids[at] == micro.seq_ids[at + 1]
+            assert batch.tokens[micro.source[at]] == micro.labels[at]
+        last = torch.nonzero((micro.seq_ids >= 0) & (micro.source < 0))[:, 0]
+        for at in last.tolist():  # only the last token of a trajectory predicts nothing
+            row = micro.seq_ids[at]
+            assert micro.positions[at] == batch.lengths[row] - 1
+
+
+@given(batches, aligned)
+def test_positions_count_from_zero_in_every_sequence(batch, align):
+    for micro in pack(batch, budget=BUDGET, align=align, multiple=1):
+        cu = micro.cu_seqlens
+        assert cu[0] == 0 and cu[-1] == BUDGET == len(micro.positions)
+        assert torch.equal(micro.positions, torch.cat([torch.arange(b - a) for a, b in pairwise(cu)]))
+        assert all(a % align == 0 for a in cu)
+        for a, b in pairwise(cu):
+            real = micro.seq_ids[a:b]
+            assert len(set(real[real >= 0].tolist())) <= 1, "two trajectories share one attention segment"
+
+
+@given(batches, aligned, st.integers(1, 4))
+def test_padding_belongs_to_no_trajectory_and_trains_nothing(batch, align, multiple):
+    for micro in pack(batch, budget=BUDGET, align=align, multiple=multiple):
+        padding = micro.seq_ids == -1
+        assert torch.equal(micro.source[padding], torch.full_like(micro.source[padding], -1))
+        for name in ("mask", "advantages", "logmu", "logold", "logref", "tokens", "labels"):
+            assert not getattr(micro, name)[padding].any()
+
+
+@given(batches, aligned)
+def test_every_token_carries_the_advantage_of_its_trajectory(batch, align):
+    for micro in pack(batch, budget=BUDGET, align=align, multiple=1):
+        real = micro.seq_ids >= 0
+        expected = batch.advantages[micro.seq_ids[real].numpy()]
+        np.testing.assert_array_equal(micro.advantages[real].numpy(), expected)
+
+
+@given(batches, st.integers(1, 6))
+def test_the_number_of_microbatches_is_a_multiple_of_what_was_asked(batch, multiple):
+    micros = pack(batch, budget=BUDGET, align=1, multiple=multiple)
+    assert len(micros) % multiple == 0
+    empty = [m for m in micros if not (m.seq_ids >= 0).any()]
+    assert len(empty) < multiple
+    assert all(len(m.tokens) == BUDGET for m in micros)
+
+
+@given(batches)
+def test_packing_wastes_less_than_half_of_all_streams_but_one(batch):
+    """First fit: two streams that are each at most half full would have been one."""
+    used = [int((m.seq_ids >= 0).sum()) for m in pack(batch, budget=BUDGET, align=1, multiple=1)]
+    assert sum(u <= BUDGET // 2 for u in used) <= 1
+
+
+def test_columns_a_batch_does_not_have_are_not_made_up():
+    (micro,) = pack(batch_of([3, 4], columns=False), budget=BUDGET, align=1, multiple=1)
+    assert (micro.logmu, micro.logold, micro.logref) == (None, None, None)
+
+
+def test_a_trajectory_longer_than_the_budget_is_refused_by_its_id():
+    batch = batch_of([3, BUDGET + 1])
+    with pytest.raises(UserError, match=rf"trajectory {batch.ids[1]} has 49 tokens, more than .*tokens_per_microbatch = 48"):
+        pack(batch, budget=BUDGET, align=1, multiple=1)
+
+
+def test_a_trajectory_that_only_its_alignment_makes_too_long_is_refused():
+    batch = batch_of([BUDGET - 1])
+    assert len(pack(batch, budget=BUDGET, align=16, multiple=1)) == 1
+    with pytest.raises(UserError, match="47 tokens"):
+        pack(batch, budget=BUDGET, align=32, multiple=1)
+
+
+@given(batches, st.sampled_from([2, 3, 4]))
+def test_context_parallel_slices_split_every_sequence_evenly(batch, cp_size):
+    budget = 2 * cp_size * 8 * 3
+    for micro in pack(batch, budget=budget, align=2 * cp_size, multiple=1):
+        slices = [zigzag_index(micro.cu_seqlens, cp_size, rank) for rank in range(cp_size)]
+        assert sorted(torch.cat(slices).tolist()) == list(range(budget))
+        for a, b in pairwise(micro.cu_seqlens):
+            half = (b - a) // (2 * cp_size)
+            for rank, index in enumerate(slices):
+                mine = index[(index >= a) & (index < b)] - a
+                late = 2 * cp_size - 1 - rank
+                expected = [*range(rank * half, (rank + 1) * half), *range(late * half, (late + 1) * half)]
+                assert mine.tolist() == expected
+
+
+@given(batches, st.sampled_from([1, 2, 3]))
+def test_every_trained_position_is_scored_by_exactly_one_context_parallel_rank(batch, cp_size):
+    budget = 2 * cp_size * 20
+    for micro in pack(batch, budget=budget, align=2 * cp_size, multiple=1):
+        shards = [shard(micro, cp_size=cp_size, cp_rank=r, device=CPU, max_length=budget + 1) for r in range(cp_size)]
+        scored = torch.cat([s.index for s in shards])
+        assert sorted(scored.tolist()) == torch.nonzero(micro.mask > 0)[:, 0].tolist()
+        for rank, piece in enumerate(shards):
+            index = zigzag_index(micro.cu_seqlens, cp_size, rank)
+            assert torch.equal(index[piece.rows], piece.index)
+            assert torch.equal(piece.labels, micro.labels[piece.index])
+            assert torch.equal(piece.tokens[0], micro.tokens[index])
+            assert torch.equal(piece.positions[0], micro.positions[index])
+
+
+def visible(plan: AttentionPlan, rows: int, keys: int) -> torch.Tensor:
+    """[rows, keys] bool: which gathered key each local query may attend to."""
+    seen = torch.zeros(rows, keys, dtype=torch.bool)
+    for group in plan.groups:
+        queries, columns = group.queries.view(group.count, group.rows), group.keys.view(group.count, group.columns)
+        mask = torch.ones(group.rows, group.columns, dtype=torch.bool).tril() if group.mask is None else group.mask
+        for q, k in zip(queries, columns, strict=True):
+            assert not seen[q].any(), "a query is in two blocks"
+            seen[q[:, None], k[None]] = mask
+    return seen
+
+
+@given(batches, st.sampled_from([1, 2, 3]))
+def test_every_query_sees_its_own_past_and_nothing_else(batch, cp_size):
+    """Worked out by brute force: a query at stream position t sees keys s <= t of its own sequence."""
+    budget = 2 * cp_size * 20
+    micro = pack(batch, budget=budget, align=2 * cp_size, multiple=1)[0]
+    cu = micro.cu_seqlens
+    sequence = torch.repeat_interleave(torch.arange(len(cu) - 1), torch.tensor(cu).diff())
+    gathered = torch.cat([zigzag_index(cu, cp_size, rank) for rank in range(cp_size)])
+    for rank in range(cp_size):
+        index = zigzag_index(cu, cp_size, rank)
+        plan = plan_attention(cu, cp_size, rank, CPU)
+        past = gathered[None] <= index[:, None]
+        assert torch.equal(visible(plan, len(index), budget), past & (sequence[gathered][None] == sequence[index][:, None]))
+        order = torch.cat([group.queries for group in plan.groups])
+        assert torch.equal(order[plan.inverse], torch.arange(len(index)))
+
+
+def test_moving_to_a_device_keeps_every_column():
+    (micro,) = pack(batch_of([5, 9]), budget=BUDGET, align=1, multiple=1)
+    moved = to_device(micro, torch.device("meta"))
+    for name, value in vars(micro).items():
+        if isinstance(value, torch.Tensor):
+            assert getattr(moved, name).device.type == "meta" and getattr(moved, name).shape == value.shape
+    assert moved.cu_seqlens == micro.cu_seqlens
