@@ -181,6 +181,17 @@ def make_config(tree: dict[str, Any], lines: dict[tuple[str, ...], str] | None =
         raise ConfigError(_explain(error, lines or {})) from error
 
 
+def changed_keys(old: Config, new: Config) -> list[str]:
+    """`section.key: old -> new` for every value that differs."""
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    return [
+        f"{section}.{key}: {before[section].get(key)} -> {after[section].get(key)}"
+        for section in after
+        for key in sorted({*before[section], *after[section]})
+        if before[section].get(key) != after[section].get(key)
+    ]
+
+
 def _plain(node: yaml.Node, at: tuple[str, ...], lines: dict[tuple[str, ...], str], file: str) -> Any:
     """The value of a YAML node, noting the line of every key."""
     if not isinstance(node, yaml.MappingNode):

@@ -11,7 +11,7 @@ from megatron_rl.launch import run_ranks
 from megatron_rl.report import write_report
 from megatron_rl.training.tiny import make_tiny_model
 
-WARM_PASS_RATE = 0.40
+WARM_PASS_RATE = 0.30
 
 
 def run(folder: Path, config_dir: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_rl.errors import CheckpointError
@@ -79,9 +80,16 @@ class Checkpoints:
     def _load(self, folder: Path) -> TrainState:
         template = self._content(TrainState(), loading=True)
         try:
-            content = dist_checkpointing.load(template, str(folder))
+            content, *differing = dist_checkpointing.load(template, str(folder), strict=StrictHandling.RETURN_ALL)
         except (KeyError, ValueError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
             raise CheckpointError(f"{folder} cannot be loaded into this model and layout: {error}") from error
+        # Random states belong to a number of ranks; another number starts its own.
+        foreign = sorted(key for keys in differing for key in keys if not key.startswith("rng_of_"))
+        if foreign:
+            raise CheckpointError(
+                f"{folder} cannot be loaded into this model and layout: {len(foreign)} entries are on one side only, "
+                f"'{foreign[0]}' among them; resume with the model and optimizer settings of the run"
+            )
         for i, model in enumerate(self.policy.models):
             model.load_state_dict(content[f"model{i}"])
         self.policy.optimizer.core.load_state_dict(content["optimizer"])
@@ -106,7 +114,7 @@ class Checkpoints:
         content["optimizer"] = self.policy.optimizer.core.sharded_state_dict(models, is_loading=loading, metadata=metadata)
         content["state"] = asdict(state)
         rng = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
-        content["rng"] = ShardedObject(f"rng/{mesh.world}", rng, (mesh.world,), (mesh.rank,), replica_id=0)
+        content["rng"] = ShardedObject(f"rng_of_{mesh.world}", rng, (mesh.world,), (mesh.rank,), replica_id=0)
         return content
 
     def _complete(self, partial: Path, final: Path) -> None:

@@ -48,6 +48,7 @@ TENSOR_METHOD_SITES = (
     ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer._build_model_and_main_param_groups"),
     ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer._get_model_param_range_map"),
     ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer.__init__"),
+    ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer.get_parameter_state_dp_zero"),
 )
 _CPU = torch.device("cpu")
 _installed = False

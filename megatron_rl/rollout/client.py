@@ -71,7 +71,8 @@ class EnginePool:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine-pool", daemon=True)
         self._thread.start()
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        # Idle connections cost more than new ones: httpx walks all pairs of them, and a server may close them first.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         # trust_env=False: an HTTP proxy of the site must not come between the trainer and its engines.
         self._http = httpx.AsyncClient(timeout=httpx.Timeout(timeout_s, connect=_HEALTH_S), limits=limits, trust_env=False)
         self._calls: set[asyncio.Task[Any]] = set()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from megatron_rl.config import Config
+from megatron_rl.config import Config, changed_keys, load_config
 from megatron_rl.diagnostics.runlog import RunLog
 from megatron_rl.errors import ConfigError
 from megatron_rl.objectives import Objective, make_objective
@@ -123,7 +123,12 @@ def _prepare_folder(config: Config, resume: bool) -> None:
     if (folder / "log.jsonl").exists() and not resume:
         raise ConfigError(f"{folder} already holds a run: pass --resume to go on with it, or choose another run.name")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
+    resolved = folder / "config.yaml"
+    if resume and resolved.is_file():
+        changed = changed_keys(load_config(resolved), config)
+        if changed:
+            print(f"resuming with other settings than the run had so far: {', '.join(changed)}", flush=True)
+    resolved.write_text(config.dump(), encoding="utf-8")
 
 
 def _start_servers(config: Config, mesh: Mesh, stack: ExitStack) -> EmbeddedServers | None:

@@ -89,7 +89,7 @@ def test_interrupting_raises_at_once_and_aborts_on_the_engine(pool: EnginePool, 
     began = time.monotonic()
     with pytest.raises(GenerationInterrupted):
         pool.generate(requests(3, 1900))
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 5
     pool.flush(url)  # refused while any sample still runs
 
 

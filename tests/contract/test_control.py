@@ -16,7 +16,7 @@ from transformers import Qwen3ForCausalLM
 from megatron_rl.weights.digest import tensor_digest
 
 PROMPT = [5, 17, 250, 99, 3]
-LONG = 1200
+LONG = 2000
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def update(api: httpx.Client, folder: Path, version: str) -> httpx.Response:
 
 def start_long(pool: ThreadPoolExecutor, api: httpx.Client, rid: str, **more: Any) -> "Future[httpx.Response]":
     future = pool.submit(ask, api, rid, **more)
-    time.sleep(0.3)
+    time.sleep(0.15)
     assert not future.done(), "the request should still be running"
     return future
 
@@ -104,14 +104,14 @@ def test_pausing_with_abort_ends_requests_and_holds_new_ones(api: httpx.Client, 
 
 @pytest.mark.parametrize("mode", ["retract", "in_place"])
 def test_a_paused_request_goes_on_where_it_was(api: httpx.Client, pool: ThreadPoolExecutor, mode: str, model: Any) -> None:
-    running = start_long(pool, api, "paused", n=2, seed=4, tokens=400)
+    running = start_long(pool, api, "paused", n=2, seed=4, tokens=700)
     post(api, "/pause_generation", mode=mode)
     time.sleep(0.1)
     assert not running.done()
     post(api, "/continue_generation")
     for answer in running.result().json():
         assert answer["meta_info"]["num_retractions"] == (mode == "retract")
-        assert answer["meta_info"]["finish_reason"] == {"type": "length", "length": 400}
+        assert answer["meta_info"]["finish_reason"] == {"type": "length", "length": 700}
         torch.testing.assert_close(logprobs(answer), logp_of(model, PROMPT, answer["output_ids"]), atol=1e-4, rtol=0)
 
 
@@ -134,14 +134,14 @@ def test_tokens_carry_the_version_they_were_sampled_under(
     other_tensors: dict[str, torch.Tensor],
     write_weights: WriteWeights,
 ) -> None:
-    running = start_long(pool, api, "across", tokens=600)
+    running = start_long(pool, api, "across", tokens=700)
     post(api, "/pause_generation", mode=mode)
     assert update(api, write_weights(other_tensors, 7), "7").status_code == 200
     post(api, "/continue_generation")
     answer = running.result().json()
     output, spans = answer["output_ids"], answer["meta_info"]["weight_versions"]
     change = spans[0]["end"]
-    assert spans == [{"version": "0", "start": 0, "end": change}, {"version": "7", "start": change, "end": 600}]
+    assert spans == [{"version": "0", "start": 0, "end": change}, {"version": "7", "start": change, "end": 700}]
     assert answer["meta_info"]["weight_version"] == "7"
     before = logp_of(model, PROMPT, output)[:change]
     torch.testing.assert_close(logprobs(answer)[:change], before, atol=1e-4, rtol=0)
@@ -156,10 +156,9 @@ def test_tokens_carry_the_version_they_were_sampled_under(
 def test_an_update_while_running_waits_for_the_running_requests(
     api: httpx.Client, pool: ThreadPoolExecutor, other_tensors: dict[str, torch.Tensor], write_weights: WriteWeights
 ) -> None:
-    running = start_long(pool, api, "first", tokens=500)
+    running = start_long(pool, api, "first", tokens=700)
     assert update(api, write_weights(other_tensors, 2), "2").status_code == 200
-    assert running.done()
-    assert [span["version"] for span in running.result().json()["meta_info"]["weight_versions"]] == ["0"]
+    assert running.result().json()["meta_info"]["weight_versions"] == [{"version": "0", "start": 0, "end": 700}]
     assert ask(api, "second", tokens=2).json()["meta_info"]["weight_version"] == "2"
 
 

@@ -1,0 +1,97 @@
+"""What the ranks of a group run to save a policy, to load it under a layout, and to make the update that follows."""
+
+import contextlib
+import functools
+import io
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+from megatron_rl.objectives import make_objective
+from megatron_rl.policy.actor import Policy
+from megatron_rl.policy.checkpoint import Checkpoints, TrainState
+from tests.parallel.steps import OBJECTIVE, exported, make_batch, make_policy
+
+
+def update(policy: Policy) -> dict[str, Any]:
+    """One update; rank 0 answers what it did and the weights after it."""
+    objective = make_objective(OBJECTIVE)
+    stats = policy.update(make_batch(), objective, objective.norm)
+    return {"loss": stats.loss, "grad_norm": stats.grad_norm, "logp": stats.logp, "weights": exported(policy)}
+
+
+def save_and_go_on(model: Path, layout: dict[str, Any], folder: Path, **sections: Any) -> dict[str, Any]:
+    """Two updates, a checkpoint, a third update: the weights saved, the random numbers to come, the third update."""
+    policy = make_policy(model, layout, **sections)
+    update(policy)
+    saved = update(policy)["weights"]
+    checkpoints = Checkpoints(folder, policy, keep=2)
+    checkpoints.save(TrainState(step=2, version=3, updates=policy.optimizer.updates, seed=9), wait=True)
+    checkpoints.close()
+    random = torch.rand(4).numpy()
+    return {"weights": saved, "random": random, "next": update(policy)}
+
+
+def load_and_go_on(model: Path, layout: dict[str, Any], folder: Path, **sections: Any) -> dict[str, Any]:
+    """The newest checkpoint into a fresh policy, what was said about it, and the next update."""
+    policy = make_policy(model, layout, **sections)
+    torch.manual_seed(1234)
+    checkpoints, said = Checkpoints(folder, policy, keep=2), io.StringIO()
+    with contextlib.redirect_stdout(said):
+        state = checkpoints.load_newest()
+    random = torch.rand(4).numpy()
+    loaded = exported(policy)
+    after = update(policy)
+    checkpoints.close()
+    return {"state": state, "said": said.getvalue(), "weights": loaded, "random": random, "next": after}
+
+
+def save_each_update(model: Path, layout: dict[str, Any], folder: Path, count: int, keep: int) -> list[dict[str, np.ndarray]]:
+    """`count` updates with a checkpoint after each; the weights of every checkpoint."""
+    policy = make_policy(model, layout)
+    checkpoints, weights = Checkpoints(folder, policy, keep), []
+    for step in range(1, count + 1):
+        weights.append(update(policy)["weights"])
+        checkpoints.save(TrainState(step=step, version=step + 1, updates=step))
+    checkpoints.close()
+    return weights
+
+
+def update_while_saving(model: Path, layout: dict[str, Any], folder: Path, gate: Path, **sections: Any) -> dict[str, Any]:
+    """A checkpoint whose files are written only after two further updates were made."""
+    policy = make_policy(model, layout, **sections)
+    before = update(policy)["weights"]
+    checkpoints = Checkpoints(folder, policy, keep=2)
+    with _writers_wait_for(gate):
+        checkpoints.save(TrainState(step=1, version=2, updates=1))
+    under_way = {"next": update(policy), "after": update(policy)["weights"]}
+    checkpoints.finish(wait=False)
+    names = sorted(path.name for path in folder.iterdir())
+    policy.mesh.barrier()
+    gate.touch()
+    checkpoints.close()
+    return {"weights": before, "names_while_writing": names, **under_way}
+
+
+@contextlib.contextmanager
+def _writers_wait_for(gate: Path) -> Iterator[None]:
+    """Writer processes forked inside write nothing until `gate` exists: as on a slow disk."""
+    write_item = filesystem_async._write_item
+
+    @functools.wraps(write_item)
+    def patient(*args: Any, **kwargs: Any) -> Any:
+        deadline = time.monotonic() + 120
+        while not gate.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return write_item(*args, **kwargs)
+
+    filesystem_async._write_item = patient
+    try:
+        yield
+    finally:
+        filesystem_async._write_item = write_item

@@ -1,0 +1,188 @@
+"""A checkpoint gives back the state it was made of, under any layout; what is not whole is never loaded."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_rl.policy.checkpoint import COMPLETE, TrainState, newest_valid
+from tests.parallel.group import RankGroup
+
+STEPS = "tests.parallel.checkpoint_steps"
+SHARDED = {"optimizer": {"distributed": True}}
+
+
+def same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    assert a.keys() == b.keys() and a
+    return all(np.array_equal(a[name], b[name]) for name in b)
+
+
+def close(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return all(np.abs(a[name] - b[name]).max() <= 1e-5 * np.abs(b[name]).max() for name in b)
+
+
+def round_trip(
+    group: RankGroup, model: Path, folder: Path, saving: dict[str, Any], loading: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    saved = group.run(STEPS, "save_and_go_on", model=model, folder=folder, **saving)[0]
+    return saved, group.run(STEPS, "load_and_go_on", model=model, folder=folder, **loading)[0]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"layout": {"tensor": 2}},
+        {"layout": {"pipeline": 2}},
+        {"layout": {"pipeline": 2, "virtual_pipeline": 2}},
+        {"layout": {"data": 2}},
+        {"layout": {"data": 2}, **SHARDED},
+        {"layout": {"tensor": 2}, "precision": {"train": "bf16"}},
+        {"layout": {"data": 2}, "precision": {"train": "bf16"}, **SHARDED},
+    ],
+    ids=["tp2", "pp2", "pp2_vpp2", "dp2", "dp2_sharded", "tp2_bf16", "dp2_sharded_bf16"],
+)
+def test_loading_under_the_same_layout_continues_bit_for_bit(two_ranks, qwen3, tmp_path, arguments):
+    saved, loaded = round_trip(two_ranks, qwen3, tmp_path, arguments, arguments)
+    assert loaded["state"] == TrainState(step=2, version=3, updates=2, seed=9)
+    assert same_bits(loaded["weights"], saved["weights"])
+    assert not same_bits(loaded["next"]["weights"], loaded["weights"])
+    assert same_bits(loaded["next"]["weights"], saved["next"]["weights"])
+    assert np.array_equal(loaded["next"]["logp"], saved["next"]["logp"])
+    assert (loaded["next"]["loss"], loaded["next"]["grad_norm"]) == (saved["next"]["loss"], saved["next"]["grad_norm"])
+    assert np.array_equal(loaded["random"], saved["random"])
+
+
+@pytest.mark.parametrize(
+    "loading",
+    [{"layout": {"pipeline": 2}}, {"layout": {"data": 2}}, {"layout": {"pipeline": 2, "virtual_pipeline": 2}}],
+    ids=["pp2", "dp2", "pp2_vpp2"],
+)
+def test_a_tensor_parallel_checkpoint_loads_under_other_layouts(two_ranks, qwen3, tmp_path, loading):
+    saved, loaded = round_trip(two_ranks, qwen3, tmp_path, {"layout": {"tensor": 2}}, loading)
+    assert same_bits(loaded["weights"], saved["weights"])
+    assert close(loaded["next"]["weights"], saved["next"]["weights"]), "the optimizer's state was not carried over"
+
+
+def test_sharded_optimizer_state_loads_under_tensor_parallelism(two_ranks, qwen3, tmp_path):
+    saving = {"layout": {"data": 2}, **SHARDED}
+    saved, loaded = round_trip(two_ranks, qwen3, tmp_path, saving, {"layout": {"tensor": 2}, **SHARDED})
+    assert same_bits(loaded["weights"], saved["weights"])
+    assert close(loaded["next"]["weights"], saved["next"]["weights"])
+
+
+def test_a_checkpoint_of_two_ranks_loads_on_four(two_ranks, four_ranks, qwen3, tmp_path):
+    saved = two_ranks.run(STEPS, "save_and_go_on", model=qwen3, folder=tmp_path, layout={"tensor": 2})[0]
+    layout = {"tensor": 2, "pipeline": 2}
+    loaded = four_ranks.run(STEPS, "load_and_go_on", model=qwen3, folder=tmp_path, layout=layout)[0]
+    assert same_bits(loaded["weights"], saved["weights"])
+    assert close(loaded["next"]["weights"], saved["next"]["weights"])
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"layout": {"tensor": 2}}, {"layout": {"data": 2}, **SHARDED}], ids=["tp2", "dp2_sharded"]
+)
+def test_updates_made_while_files_are_written_are_not_in_them(two_ranks, qwen3, tmp_path, arguments):
+    folder, gate = tmp_path / "checkpoints", tmp_path / "gate"
+    saved = two_ranks.run(STEPS, "update_while_saving", model=qwen3, folder=folder, gate=gate, **arguments)[0]
+    assert saved["names_while_writing"] == ["step_000001.partial"]
+    loaded = two_ranks.run(STEPS, "load_and_go_on", model=qwen3, folder=folder, **arguments)[0]
+    assert not same_bits(saved["after"], saved["weights"])
+    assert same_bits(loaded["weights"], saved["weights"])
+    assert same_bits(loaded["next"]["weights"], saved["next"]["weights"])
+
+
+class Saved:
+    """Three checkpoints, and the weights each was made of."""
+
+    def __init__(self, folder: Path, weights: list[dict[str, np.ndarray]]) -> None:
+        self.folder, self.weights = folder, weights
+
+
+@pytest.fixture(scope="module")
+def three(two_ranks, qwen3, tmp_path_factory) -> Saved:
+    folder = tmp_path_factory.mktemp("three")
+    weights = two_ranks.run(STEPS, "save_each_update", model=qwen3, layout={"tensor": 2}, folder=folder, count=3, keep=3)[0]
+    return Saved(folder, weights)
+
+
+@pytest.fixture
+def copied(three, tmp_path) -> Saved:
+    return Saved(Path(shutil.copytree(three.folder, tmp_path / "copy")), three.weights)
+
+
+def half_written(newest: Path) -> str:
+    newest.rename(newest.with_name(newest.name + ".partial"))
+    (newest.with_name(newest.name + ".partial") / COMPLETE).unlink()
+    return f"step_000003.partial is not usable (half-written: no {COMPLETE})"
+
+
+def without_its_list(newest: Path) -> str:
+    (newest / COMPLETE).unlink()
+    return f"step_000003 is not usable (half-written: no {COMPLETE})"
+
+
+def with_a_damaged_list(newest: Path) -> str:
+    (newest / COMPLETE).write_text('{"files": {', encoding="utf-8")
+    return f"step_000003 is not usable ({COMPLETE} is damaged)"
+
+
+def with_a_truncated_file(newest: Path) -> str:
+    file = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    size = file.stat().st_size
+    with file.open("r+b") as stream:
+        stream.truncate(size // 2)
+    return f"step_000003 is not usable ({file.name} has {size // 2} bytes instead of {size})"
+
+
+def without_a_file(newest: Path) -> str:
+    file = sorted(newest.glob("*.distcp"))[0]
+    file.unlink()
+    return f"step_000003 is not usable ({file.name} is missing)"
+
+
+DAMAGE = [half_written, without_its_list, with_a_damaged_list, with_a_truncated_file, without_a_file]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_a_checkpoint_that_is_not_whole_is_passed_over_with_the_reason(two_ranks, qwen3, copied, damage):
+    reason = damage(copied.folder / "step_000003")
+    loaded = two_ranks.run(STEPS, "load_and_go_on", model=qwen3, layout={"tensor": 2}, folder=copied.folder)
+    assert loaded[0]["said"] == f"checkpoint {reason}; trying an older one\n" and loaded[1]["said"] == ""
+    assert [answer["state"].step for answer in loaded] == [2, 2]
+    assert same_bits(loaded[0]["weights"], copied.weights[1])
+
+
+def test_several_bad_checkpoints_are_passed_over_one_after_the_other(copied):
+    with_a_truncated_file(copied.folder / "step_000003")
+    (copied.folder / "step_000002" / COMPLETE).unlink()
+    found, skipped = newest_valid(copied.folder)
+    assert found == copied.folder / "step_000001"
+    assert [name for name, _ in skipped] == ["step_000003", "step_000002"]
+
+
+def test_no_usable_checkpoint_leaves_the_model_folder_s_weights(two_ranks, qwen3, copied):
+    for folder in copied.folder.iterdir():
+        (folder / COMPLETE).unlink()
+    loaded = two_ranks.run(STEPS, "load_and_go_on", model=qwen3, layout={"tensor": 2}, folder=copied.folder)[0]
+    assert loaded["state"] is None and loaded["said"].count("not usable") == 3
+    assert same_bits(loaded["next"]["weights"], copied.weights[0])
+
+
+def test_only_the_newest_checkpoints_are_kept(two_ranks, qwen3, tmp_path):
+    two_ranks.run(STEPS, "save_each_update", model=qwen3, layout={"tensor": 2}, folder=tmp_path, count=4, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000003", "step_000004"]
+
+
+def test_the_list_of_a_complete_checkpoint_names_every_file_and_its_size(three):
+    folder = three.folder / "step_000003"
+    listed = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["files"]
+    there = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.name != COMPLETE}
+    assert listed == there and len([name for name in listed if name.endswith(".distcp")]) >= 2
+
+
+def test_a_checkpoint_of_another_model_is_refused(two_ranks, qwen3_tied, copied):
+    with pytest.raises(RuntimeError, match=r"CheckpointError: .*step_000003 cannot be loaded into this model and layout"):
+        two_ranks.run(STEPS, "load_and_go_on", model=qwen3_tied, layout={"tensor": 2}, folder=copied.folder)
