@@ -259,6 +259,17 @@ class EnginePool:
                 raise EngineError(f"no healthy server at {', '.join(waiting)} within {timeout_s:g} s")
             await asyncio.sleep(0.1 if waiting else 0)
 
+    def drop_dead(self) -> None:
+        """Drop every live server that does not answer /health."""
+        self._run(self._drop_dead())
+
+    async def _drop_dead(self) -> None:
+        live = [engine for engine in self._engines if engine.live]
+        health = await asyncio.gather(*(self._healthy(engine.url) for engine in live))
+        for engine, healthy in zip(live, health, strict=True):
+            if not healthy:
+                self._drop(engine, "it does not answer /health")
+
     def pause(self, url: str, mode: str) -> None:
         """mode: "abort" ends requests, "retract" requeues them, "in_place" keeps them with their cache."""
         self._control(url, "/pause_generation", {"mode": mode})

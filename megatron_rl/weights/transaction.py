@@ -22,6 +22,8 @@ class Engines(Protocol):
     @property
     def live_urls(self) -> Sequence[str]: ...
 
+    def drop_dead(self) -> None: ...
+
     def pause(self, url: str, mode: str) -> None: ...
 
     def resume(self, url: str) -> None: ...
@@ -50,9 +52,12 @@ class Version:
 def update_engines(engines: Engines, new: Version, old: Version) -> dict[str, str]:
     """Move every live engine from `old` to `new`, paused meanwhile (running requests are requeued).
 
+    A dead engine serves nothing and is dropped beforehand; one that dies on the way fails the update.
+
     Returns engine -> reason for engines that were dropped because they confirmed `new` but could not resume. Raises
     EngineError, with every engine on `old` again or dropped, when one did not confirm, naming engine and tensor.
     """
+    engines.drop_dead()
     urls = list(engines.live_urls)
     if not urls:
         raise EngineError(f"weight version {new.number} has no engine to go to: every engine was dropped or none was started")

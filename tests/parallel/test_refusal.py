@@ -1,0 +1,78 @@
+"""Numbers that are not finite refuse the update on every rank alike, by name, and leave the policy as it was."""
+
+import re
+
+import numpy as np
+import pytest
+
+from tests.parallel.refusal_steps import MARKED
+from tests.parallel.steps import make_batch
+
+STEPS = "tests.parallel.refusal_steps"
+NAN, INF = float("nan"), float("inf")
+LAYOUTS = {"pp2": {"pipeline": 2}, "dp2": {"data": 2}, "tp2": {"tensor": 2}, "cp2": {"context": 2}}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(two_ranks, qwen3):
+    """Layout -> two updates without any poison, worked out once each."""
+    known = {}
+
+    def run(name):
+        if name not in known:
+            known[name] = two_ranks.run(STEPS, "two_updates", model=qwen3, layout=LAYOUTS[name])
+        return known[name]
+
+    return run
+
+
+def named_ids(error: str) -> list[int]:
+    found = re.fullmatch(
+        r"PrecisionError: non-finite log-probabilities in trajectories \[([\d, ]+)\]: the update is refused, .*", error
+    )
+    assert found, error
+    return [int(word) for word in found[1].split(",")]
+
+
+def assert_refused(answers, expected_ids, reference):
+    for answer, plain in zip(answers, reference, strict=True):
+        assert [named_ids(error) for error in answer["errors"]] == [expected_ids, expected_ids]
+        assert answer["untouched"]
+        assert plain["moved"], "an update that moves nothing could not be told from a refused one"
+        np.testing.assert_equal(answer["loss"], plain["loss"])
+        assert answer["weights"].keys() == plain["weights"].keys()
+        assert all(np.array_equal(answer["weights"][name], plain["weights"][name]) for name in plain["weights"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_a_poisoned_last_stage_names_every_trained_trajectory(two_ranks, qwen3, undisturbed, layout, value):
+    batch = make_batch()
+    trained = np.add.reduceat(batch.mask, batch.cu_seqlens[:-1]) > 0
+    answers = two_ranks.run(STEPS, "refused_update", model=qwen3, layout=LAYOUTS[layout], kind="last_stage", value=value)
+    assert_refused(answers, batch.ids[trained].tolist(), undisturbed(layout))
+
+
+@pytest.mark.parametrize("layout", ["pp2", "dp2"])
+def test_a_poisoned_embedding_names_the_one_trajectory_that_uses_it(two_ranks, qwen3, undisturbed, layout):
+    answers = two_ranks.run(STEPS, "refused_update", model=qwen3, layout=LAYOUTS[layout], kind="embedding", value=NAN)
+    assert_refused(answers, [1000 + MARKED], undisturbed(layout))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_poison_on_one_replica_refuses_the_update_on_all(two_ranks, qwen3, undisturbed, rank):
+    answers = two_ranks.run(
+        STEPS, "refused_update", model=qwen3, layout=LAYOUTS["dp2"], kind="last_stage", value=NAN, only_rank=rank
+    )
+    named = named_ids(answers[0]["errors"][0])
+    batch = make_batch()
+    trained = np.add.reduceat(batch.mask, batch.cu_seqlens[:-1]) > 0
+    assert 0 < len(named) < trained.sum(), "only what that replica was given can be named"
+    assert_refused(answers, named, undisturbed("dp2"))
+
+
+@pytest.mark.parametrize("layout", ["pp2", "dp2"])
+def test_a_gradient_that_overflows_leaves_the_policy_as_it_was(two_ranks, qwen3, layout):
+    for answer in two_ranks.run(STEPS, "overflowing_gradient", model=qwen3, layout=LAYOUTS[layout]):
+        assert re.fullmatch(r"PrecisionError: gradient norm is (inf|nan): the update is refused, .*", answer["error"])
+        assert answer["untouched"]
