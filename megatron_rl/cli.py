@@ -101,16 +101,20 @@ def warmup(
     dest: Annotated[Path, typer.Option(help="Hugging Face folder to write")],
     overrides: Overrides = None,
     target: Annotated[float, typer.Option(help="held-out pass rate at which to stop")] = 0.4,
+    careless: Annotated[float, typer.Option(help="share of demonstrations with one wrong digit")] = 0.0,
     batch_size: Annotated[int, typer.Option(help="problems per update")] = 200,
     max_updates: Annotated[int, typer.Option()] = 1000,
 ) -> None:
     """Supervised training of `model.path` on the task's own solutions until it solves some of them."""
     config = load_config(config_file, overrides)
     if not under_launcher():
-        options = ["--dest", dest, "--target", target, "--batch-size", batch_size, "--max-updates", max_updates]
-        arguments = ["warmup", str(config_file), *map(str, options), *(overrides or [])]
+        options = {"dest": dest, "target": target, "careless": careless, "batch-size": batch_size, "max-updates": max_updates}
+        flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        arguments = ["warmup", str(config_file), *flags, *(overrides or [])]
         sys.exit(run_ranks(arguments, config.parallel.world_size))
-    rate = _seam("training.warmup").warm_up(config, dest, target=target, batch_size=batch_size, max_updates=max_updates)
+    rate = _seam("training.warmup").warm_up(
+        config, dest, target=target, careless=careless, batch_size=batch_size, max_updates=max_updates
+    )
     if os.environ["RANK"] == "0":
         print(f"warmed up to a held-out pass rate of {rate:.1%}: {dest}")
 

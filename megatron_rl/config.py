@@ -59,6 +59,9 @@ class RolloutConfig(_Block):
     max_new_tokens: int = Field(64, ge=1)
     temperature: float = Field(1.0, gt=0)
     deterministic: bool = Field(False, description="same seed, same trajectories: every request is its own batch")
+    weights_dir: Path | None = Field(
+        None, description="where weight versions are staged; engines must be able to read it; default: shared memory here"
+    )
     timeout_s: float = Field(600.0, gt=0, description="per generation request")
 
 

@@ -115,10 +115,13 @@ def _mend(path: Path, dropped: Path, resume_from: int | None) -> None:
 
 
 def _stays(record: dict[str, Any], resume_from: int | None) -> bool:
-    """A step record tells of the step of its number, an evaluation of the weights after that many steps."""
+    """A step record tells of the step of its number, an evaluation of the weights after that many steps.
+
+    A run that starts over from 0 evaluates again.
+    """
     if resume_from is None or record["step"] < resume_from:
         return True
-    return record.get("kind") == "eval" and record["step"] == resume_from
+    return record.get("kind") == "eval" and 0 < record["step"] == resume_from
 
 
 def _write(path: Path, mode: str, content: bytes) -> None:

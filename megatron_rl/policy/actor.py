@@ -1,5 +1,6 @@
 """The policy: a model under any parallel layout, asked for log-probabilities and for updates."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,7 +172,7 @@ class Policy:
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         # A non-finite value must not raise on one rank in the middle of a schedule: it is noted here, replaced by a
         # constant, and the whole update is refused before the optimizer steps.
-        finite = torch.isfinite(logp)
+        finite = torch.isfinite(logp) & torch.isfinite(entropy)
         inputs = LossInputs(
             logp=torch.where(finite, logp, 0.0)[None],
             logmu=None if micro.logmu is None else micro.logmu[None],
@@ -180,7 +181,7 @@ class Policy:
             logold=None if micro.logold is None else micro.logold[None],
             logref=None if micro.logref is None else micro.logref[None],
             seq_ids=micro.seq_ids[None],
-            entropy=entropy[None],
+            entropy=torch.where(finite, entropy, 0.0)[None],
             norm=norm,
         )
         out = objective(inputs)
@@ -189,7 +190,7 @@ class Policy:
             "metrics": out.metrics,
             "source": micro.source,
             "mask": micro.mask,
-            "logp": logp.detach(),
+            "logp": torch.where(finite, logp, math.nan).detach(),
             "entropy": entropy.detach(),
         }
         return out.loss, report

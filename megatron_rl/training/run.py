@@ -59,6 +59,8 @@ class Run:
         self.sync.push(self.policy.export(DTYPES[self.config.precision.rollout]), version)
 
     def advance(self, step: int, version: int) -> None:
+        """A step is done; a checkpoint whose files are on disk by now is completed. Collective."""
+        self.checkpoints.finish(wait=False)
         self.state = replace(self.state, step=step, version=version, updates=self.policy.optimizer.updates)
 
     def record(self, record: dict[str, Any]) -> None:
@@ -113,7 +115,7 @@ def open_run(config: Config, *, resume: bool) -> Iterator[Run]:
                 print("no usable checkpoint found: starting from the model folder", flush=True)
             run.state = found or run.state
         mesh.on_lead(lambda: _open_lead(run, servers, stack))
-        run.sync = DiskSync(run.pool if mesh.rank == 0 else None, policy.source, group=mesh.control)
+        run.sync = DiskSync(run.pool if mesh.rank == 0 else None, policy.source, config.rollout.weights_dir, group=mesh.control)
         stack.callback(run.sync.close)
         yield run
 
@@ -170,7 +172,7 @@ def _open_lead(run: Run, servers: EmbeddedServers | None, stack: ExitStack) -> N
     urls = list(servers.urls if servers is not None else config.rollout.urls)
     run.rollouts = stack.enter_context(open_rollouts(config, urls, need_logmu="logmu" in run.objective.needs))
     run.pool = run.rollouts.pool
-    run.log = stack.enter_context(RunLog(config.run.folder, resume_from=run.state.step or None))
+    run.log = stack.enter_context(RunLog(config.run.folder, resume_from=run.state.step))
     run.progress = stack.enter_context(ProgressLine(config.run.name, config.run.steps, run.state.step, enabled=True))
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, run.stop_soon)

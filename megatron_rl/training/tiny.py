@@ -33,13 +33,13 @@ def make_tokenizer(corpus: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 
 def make_tiny_model(folder: Path, corpus: list[str], *, seed: int, vocab_size: int = 320) -> Path:
-    """Write a complete Hugging Face folder: random weights (about 0.7 M), tokenizer, generation config."""
+    """Write a complete Hugging Face folder: random weights (about 0.4 M), tokenizer, generation config."""
     tokenizer = make_tokenizer(corpus, vocab_size)
     config = Qwen3Config(
         vocab_size=vocab_size,
         hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
+        intermediate_size=256,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,

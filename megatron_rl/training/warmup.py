@@ -33,10 +33,10 @@ def negative_log_likelihood(inputs: LossInputs) -> LossOutputs:
     )
 
 
-def solution_batch(task: Task, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, end: int) -> Batch:
+def solution_batch(prompts: Sequence[Prompt], solutions: Sequence[str], tokenizer: PreTrainedTokenizerBase, end: int) -> Batch:
     """Prompts followed by their solutions and the end token; solution and end are trained."""
     asked = [p.tokens for p in prompts]
-    answers = [(*tokenizer.encode(task.solution(p), add_special_tokens=False), end) for p in prompts]
+    answers = [(*tokenizer.encode(solution, add_special_tokens=False), end) for solution in solutions]
     lengths = np.array([[len(a), len(b)] for a, b in zip(asked, answers, strict=True)])
     zeros = np.zeros(len(prompts), dtype=np.float32)
     return Batch(
@@ -50,17 +50,30 @@ def solution_batch(task: Task, prompts: Sequence[Prompt], tokenizer: PreTrainedT
     )
 
 
+def with_a_slip(solution: str, rng: np.random.Generator) -> str:
+    """The solution with one of its digits replaced by another digit."""
+    places = [i for i, character in enumerate(solution) if character.isdigit()]
+    if not places:
+        raise UserError(f"solution {solution!r} has no digit to get wrong: warm up with careless 0")
+    at = int(rng.choice(places))
+    digit = (int(solution[at]) + int(rng.integers(1, 10))) % 10
+    return f"{solution[:at]}{digit}{solution[at + 1 :]}"
+
+
 def expected_pass_rate(policy: Policy, batch: Batch) -> float:
     """Probability that one sample at the rollout temperature is exactly the solution, mean over the batch's problems."""
     logp = policy.logprobs(batch).astype(np.float64)
     return float(np.exp(np.add.reduceat(logp * batch.mask, batch.cu_seqlens[:-1])).mean())
 
 
-def warm_up(config: Config, dest: Path, *, target: float, batch_size: int, max_updates: int, check_every: int = 10) -> float:
+def warm_up(
+    config: Config, dest: Path, *, target: float, careless: float, batch_size: int, max_updates: int, check_every: int = 10
+) -> float:
     """Train `config.model.path` on solutions until the held-out pass rate reaches `target`; write it to `dest`.
 
-    Collective over the ranks of `config.parallel`; answers the pass rate reached. Raises UserError when `max_updates`
-    do not get there.
+    careless: share of demonstrations with one wrong digit. Such a teacher shows the way and cannot be trusted: what is
+    left to learn is there for the verifier to reward. Collective over the ranks of `config.parallel`; answers the pass
+    rate reached. Raises UserError when `max_updates` do not get there.
     """
     device = pick_device(config.run.device)
     if device.type == "cpu" and config.parallel.world_size > 1:
@@ -70,13 +83,17 @@ def warm_up(config: Config, dest: Path, *, target: float, batch_size: int, max_u
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     task = make_task(config.task, tokenizer, seed=config.run.seed, max_prompt_tokens=config.rollout.max_prompt_tokens)
     end = stop_token_ids(config.model.path)[0]
-    everything = solution_batch(task, task.train, tokenizer, end)
-    held_out = solution_batch(task, task.held_out, tokenizer, end)
     rng = np.random.default_rng(config.run.seed)
+    right = [task.solution(p) for p in task.train]
+    wrong = [with_a_slip(solution, rng) for solution in right] if careless else right
+    problems = len(right)
+    everything = solution_batch([*task.train, *task.train], [*right, *wrong], tokenizer, end)
+    held_out = solution_batch(task.held_out, [task.solution(p) for p in task.held_out], tokenizer, end)
     rate = 0.0
     with ProgressLine("warm-up", max_updates, 0, enabled=mesh.rank == 0) as progress:
         for update in range(1, max_updates + 1):
-            rows = rng.choice(len(everything), min(batch_size, len(everything)), replace=False)
+            rows = rng.choice(problems, min(batch_size, problems), replace=False)
+            rows += problems * (rng.random(len(rows)) < careless)
             stats = policy.update(everything.select(rows), negative_log_likelihood, NORM)
             if update % check_every == 0:
                 rate = expected_pass_rate(policy, held_out)

@@ -113,6 +113,15 @@ def test_tied_embeddings_make_the_reference_step(two_ranks, qwen3_tied, referenc
     assert_same_step(two_ranks.run("tests.parallel.steps", "step", model=qwen3_tied, layout=layout)[0], reference_tied)
 
 
+@pytest.mark.parametrize("layout", [TWO["tp2_sp"], TWO["pp2"]], ids=["tp2_sp", "pp2"])
+def test_bfloat16_training_stays_near_the_reference(two_ranks, qwen3, reference, layout):
+    result = two_ranks.run("tests.parallel.steps", "step", model=qwen3, layout=layout, precision={"train": "bf16"})[0]
+    assert 0 < np.abs(result["logp"] - reference["logp"]).max() < 0.1
+    assert abs(result["grad_norm"] / reference["grad_norm"] - 1) < 0.05
+    for name, grad in reference["grads"].items():
+        assert np.linalg.norm(result["grads"][name] - grad) < 0.1 * np.linalg.norm(grad), name
+
+
 def test_the_distributed_optimizer_makes_the_reference_update(two_ranks, qwen3, reference):
     result = two_ranks.run("tests.parallel.steps", "step", model=qwen3, layout=TWO["dp2"], optimizer={"distributed": True})[0]
     assert abs(result["grad_norm"] / reference["grad_norm"] - 1) < 1e-5

@@ -1,0 +1,121 @@
+"""The real command line in a process of its own, watched with everything it starts and ended with it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+TAG = "MEGATRON_RL_TEST_COMMAND"
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+    @property
+    def all(self) -> str:
+        return f"exit code {self.code}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
+
+
+class Command:
+    """`python -m megatron_rl ARGUMENTS`. Every process that descends from it carries its tag, orphans included."""
+
+    def __init__(self, arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
+        self.tag = uuid.uuid4().hex
+        env = {name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES}
+        paths = [environment.pop("PYTHONPATH", ""), str(ROOT)]
+        env |= {"OMP_NUM_THREADS": "1", TAG: self.tag, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **environment}
+        self.out, self.err = folder / f"{self.tag}.out", folder / f"{self.tag}.err"
+        self.started = time.monotonic()
+        with self.out.open("wb") as out, self.err.open("wb") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_rl", *arguments], cwd=folder, env=env, stdout=out, stderr=err
+            )
+
+    def wait(self, timeout: float = 300) -> Result:
+        """The end of the command; fails when it does not end in time or leaves a process behind."""
+        try:
+            code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.end()
+            raise AssertionError(f"the command did not end within {timeout} s\n{self._result(-1).all}") from None
+        result = self._result(code)
+        self.until_gone(self.members)
+        return result
+
+    def until(self, condition: Callable[[], Any], timeout: float = 180) -> Any:
+        """The first true value of `condition`; fails when the command ends before, or the time is up."""
+        deadline = time.monotonic() + timeout
+        while not (value := condition()):
+            running = self.process.poll() is None and time.monotonic() < deadline
+            assert running or condition(), f"waited in vain\n{self._result(self.process.poll() or 0).all}"
+            time.sleep(0.02)
+        return value
+
+    def until_gone(self, processes: Callable[[], list[psutil.Process]], patience: float = 10) -> None:
+        """Fails when these processes of the command, which has ended, live on; all are ended in any case."""
+        self.process.wait(patience)
+        deadline = time.monotonic() + patience
+        while (left := processes()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        names = [" ".join(process.cmdline()) for process in left]
+        self.end()
+        assert not names, f"processes were left behind: {names}\n{self._result(self.process.returncode).all}"
+
+    def interrupt(self) -> None:
+        """Ctrl-C."""
+        self.process.send_signal(signal.SIGINT)
+
+    def members(self) -> list[psutil.Process]:
+        """Every living process of this command."""
+        return [process for process in psutil.process_iter() if _tag(process) == self.tag]
+
+    def servers(self) -> list[psutil.Process]:
+        return [p for p in self.members() if "megatron_rl.rollout.server" in p.cmdline()]
+
+    def ranks(self) -> list[psutil.Process]:
+        """The trainer's processes, the one that started them first."""
+        return [p for p in self.members() if p.cmdline()[1:4] == ["-m", "megatron_rl", "train"]]
+
+    def end(self) -> None:
+        """Kill whatever is left, by process id."""
+        for process in self.members():
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        self.process.wait()
+
+    def _result(self, code: int) -> Result:
+        return Result(code, self.out.read_text(), self.err.read_text(), time.monotonic() - self.started)
+
+
+def _tag(process: psutil.Process) -> str | None:
+    try:
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.environ().get(TAG)
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return None
+
+
+def records(run: Path, kind: str = "step") -> list[dict[str, Any]]:
+    """The whole lines of a run's log."""
+    log = run / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True) if log.is_file() else []
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [record for record in found if record["kind"] == kind]

@@ -1,0 +1,45 @@
+"""Complete small models: random weights by transformers, a tokenizer, and the settings that make a run of seconds."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from megatron_rl.training.tiny import make_tokenizer
+from tests.unit.char_tokenizer import char_tokenizer
+
+ARITHMETIC = "012+-="
+
+
+def make_model(folder: Path, tokenizer: PreTrainedTokenizerFast, *, layers: int = 2, seed: int = 0) -> Path:
+    """A Qwen3 folder with random weights, the tokenizer's vocabulary and its end token."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.05,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_arithmetic_model(folder: Path) -> Path:
+    """Nine tokens in all, so that random answers to `1+1=` are right now and then and there is something to learn."""
+    return make_model(folder, char_tokenizer(ARITHMETIC))
+
+
+def make_math_model(folder: Path, questions: list[str]) -> Path:
+    """A byte-level vocabulary trained on the questions, with a chat template."""
+    return make_model(folder, make_tokenizer(questions, 1024))
