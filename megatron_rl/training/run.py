@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from megatron_rl.config import Config, changed_keys, load_config
 from megatron_rl.diagnostics.runlog import RunLog
-from megatron_rl.errors import ConfigError
+from megatron_rl.errors import ConfigError, EngineError
 from megatron_rl.objectives import Objective, make_objective
 from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy
@@ -55,8 +55,21 @@ class Run:
         return self.rollouts.collect(step, watch)
 
     def publish(self, version: int) -> None:
-        """Put the policy's weights on every engine as `version`, verified, or raise EngineError. Collective."""
-        self.sync.push(self.policy.export(DTYPES[self.config.precision.rollout]), version)
+        """Put the policy's weights on every engine as `version`, verified, or raise EngineError. Collective.
+
+        An update that lost an engine on the way is made again with those that are left.
+        """
+        while True:
+            before = self.mesh.on_lead(lambda: self.pool.live_urls)
+            try:
+                self.sync.push(self.policy.export(DTYPES[self.config.precision.rollout]), version)
+                return
+            except EngineError as error:
+                left = self.mesh.on_lead(lambda: self.pool.live_urls)
+                if not 0 < len(left) < len(before):
+                    raise
+                if self.mesh.rank == 0:
+                    print(f"weight update repeated with {len(left)} of {len(before)} engines: {error}", flush=True)
 
     def advance(self, step: int, version: int) -> None:
         """A step is done; a checkpoint whose files are on disk by now is completed. Collective."""
