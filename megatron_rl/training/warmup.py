@@ -17,7 +17,7 @@ from megatron_rl.objectives import LossInputs, LossNorm, LossOutputs
 from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.device import pick_device
-from megatron_rl.tasks import Task, make_task
+from megatron_rl.tasks import make_task
 from megatron_rl.training.progress import ProgressLine
 from megatron_rl.training.rollouts import stop_token_ids
 from megatron_rl.types import Batch, Prompt
