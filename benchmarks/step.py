@@ -50,14 +50,14 @@ def make_model(folder: Path, args: argparse.Namespace) -> Path:
 
 
 def make_batch(args: argparse.Namespace) -> Batch:
-    """Trajectories that fill one micro-batch exactly; every token but each first one is trained, as the bare step does."""
+    """Trajectories that fill one micro-batch exactly; `prompt_share` of each is prompt, the rest is trained."""
     rng = np.random.default_rng(0)
     share = np.array([0.15, 0.1, 0.25, 0.06, 0.03, 0.2, 0.12, 0.09])
     lengths = (share * args.tokens).astype(int)
     lengths[-1] = args.tokens - lengths[:-1].sum()
     cu = np.concatenate([[0], np.cumsum(lengths)])
-    mask = np.ones(args.tokens, dtype=np.float32)
-    mask[cu[:-1]] = 0
+    position = np.arange(args.tokens) - np.repeat(cu[:-1], lengths)
+    mask = (position >= np.maximum(1, args.prompt_share * np.repeat(lengths, lengths))).astype(np.float32)
     rows = np.arange(len(lengths))
     return Batch(
         ids=rows,
@@ -147,6 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("hidden", 128), ("layers", 4), ("vocab", 512), ("tokens", 2048), ("repeat", 15)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--prompt-share", type=float, default=0.0, help="part of each trajectory that is not trained")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         config = make_config(

@@ -44,7 +44,9 @@ def train(
     """Train a policy by reinforcement learning; starts one process per rank unless a launcher already did."""
     config = load_config(config_file, overrides)
     if not under_launcher():
-        _seam("training.preflight").check(config)
+        preflight = _seam("training.preflight")
+        preflight.check_run_folder(config, resume=resume)
+        preflight.check(config)
         arguments = ["train", str(config_file), *(overrides or []), *(["--resume"] if resume else [])]
         sys.exit(run_ranks(arguments, config.parallel.world_size))
     with _seam("training.run").open_run(config, resume=resume) as run:

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from megatron_rl.config import Config, changed_keys, load_config
 from megatron_rl.diagnostics.runlog import RunLog
-from megatron_rl.errors import ConfigError, EngineError
+from megatron_rl.errors import EngineError
 from megatron_rl.objectives import Objective, make_objective
 from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy
@@ -22,6 +22,7 @@ from megatron_rl.policy.parallel import Mesh
 from megatron_rl.rollout.client import EnginePool
 from megatron_rl.rollout.lifecycle import EmbeddedServers
 from megatron_rl.tasks import make_task
+from megatron_rl.training.preflight import check_run_folder
 from megatron_rl.training.progress import ProgressLine
 from megatron_rl.training.records import Stopwatch
 from megatron_rl.training.rollouts import Rollouts
@@ -29,6 +30,7 @@ from megatron_rl.types import Batch
 from megatron_rl.weights.sync import DiskSync
 
 START_TIMEOUT_S = 300.0
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Run:
@@ -115,8 +117,7 @@ def open_run(config: Config, *, resume: bool) -> Iterator[Run]:
     mesh = parallel.initialize(config.parallel, device, config.run.seed)
     with ExitStack() as stack:
         stack.callback(parallel.shutdown)
-        if mesh.rank != 0:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides when all stop
+        stops = _note_stops(mesh)
         mesh.on_lead(lambda: _prepare_folder(config, resume))
         servers = _start_servers(config, mesh, stack)
         policy = Policy(config, mesh)
@@ -127,16 +128,15 @@ def open_run(config: Config, *, resume: bool) -> Iterator[Run]:
             if found is None and mesh.rank == 0:
                 print("no usable checkpoint found: starting from the model folder", flush=True)
             run.state = found or run.state
-        mesh.on_lead(lambda: _open_lead(run, servers, stack))
+        mesh.on_lead(lambda: _open_lead(run, servers, stack, stops))
         run.sync = DiskSync(run.pool if mesh.rank == 0 else None, policy.source, config.rollout.weights_dir, group=mesh.control)
         stack.callback(run.sync.close)
         yield run
 
 
 def _prepare_folder(config: Config, resume: bool) -> None:
+    check_run_folder(config, resume=resume)
     folder = config.run.folder
-    if (folder / "log.jsonl").exists() and not resume:
-        raise ConfigError(f"{folder} already holds a run: pass --resume to go on with it, or choose another run.name")
     folder.mkdir(parents=True, exist_ok=True)
     resolved = folder / "config.yaml"
     if resume and resolved.is_file():
@@ -177,9 +177,24 @@ def open_rollouts(config: Config, urls: list[str], *, need_logmu: bool) -> Itera
         yield Rollouts(config, task, tokenizer, pool, need_logmu)
 
 
-def _open_lead(run: Run, servers: EmbeddedServers | None, stack: ExitStack) -> None:
-    """Rank 0: connect to the engines, read the task, open the log."""
+def _note_stops(mesh: Mesh) -> list[int]:
+    """Until rank 0 works alone, a stop is only noted: raised between two collectives it would strand the other ranks."""
+    noted: list[int] = []
+    if mesh.rank != 0:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides when all stop
+        return noted
+    for name in STOP_SIGNALS:
+        signal.signal(name, lambda number, _: noted.append(number))
+    return noted
+
+
+def _open_lead(run: Run, servers: EmbeddedServers | None, stack: ExitStack, stops: list[int]) -> None:
+    """Rank 0: connect to the engines, read the task, open the log. KeyboardInterrupt when a stop was asked for."""
     config = run.config
+    for name in STOP_SIGNALS:
+        signal.signal(name, signal.default_int_handler)
+    if stops:
+        raise KeyboardInterrupt
     if servers is not None:
         servers.wait_healthy()
     urls = list(servers.urls if servers is not None else config.rollout.urls)
@@ -187,5 +202,5 @@ def _open_lead(run: Run, servers: EmbeddedServers | None, stack: ExitStack) -> N
     run.pool = run.rollouts.pool
     run.log = stack.enter_context(RunLog(config.run.folder, resume_from=run.state.step))
     run.progress = stack.enter_context(ProgressLine(config.run.name, config.run.steps, run.state.step, enabled=True))
-    for name in (signal.SIGINT, signal.SIGTERM):
+    for name in STOP_SIGNALS:
         signal.signal(name, run.stop_soon)

@@ -68,3 +68,13 @@ def test_resuming_before_any_checkpoint_starts_over_with_one_record_a_step(start
     assert "no usable checkpoint found" in result.out
     assert [r["step"] for r in records(run_folder)] == [0]
     assert [r["step"] for r in records(run_folder, "eval")] == [0, 1]
+
+
+def test_ctrl_c_during_the_start_leaves_nothing_behind(start, small_run, run_folder):
+    command = start("train", small_run, "run.steps=500", "parallel.tensor=2")
+    command.until(command.servers)
+    command.interrupt()
+    result = command.wait(timeout=60)
+    assert result.code == 130, result.all
+    assert "Traceback" not in result.err, result.all
+    assert not (run_folder / "checkpoints").exists() or newest_valid(run_folder / "checkpoints")[0] is not None

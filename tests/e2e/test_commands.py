@@ -1,0 +1,83 @@
+"""The commands around training: report, doctor, eval."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.command import Command, records
+from tests.e2e.conftest import SMALL_RUN
+
+
+@pytest.fixture(scope="module")
+def finished_run(arithmetic_model, tmp_path_factory) -> Path:
+    """The folder of a run of three steps with evaluations."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = folder / "small.yaml"
+    config.write_text(SMALL_RUN.format(model=arithmetic_model), encoding="utf-8")
+    command = Command(["train", str(config), "run.steps=3", "eval.prompts=2"], folder, {})
+    try:
+        result = command.wait()
+    finally:
+        command.end()
+    assert result.code == 0, result.all
+    return folder / "runs" / "small"
+
+
+def test_report_redraws_a_run_from_its_log_alone(cli, finished_run, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(finished_run / "log.jsonl", bare)
+    result = cli("report", bare)
+    assert result.code == 0, result.all
+    page = Path(result.out.strip())
+    assert page == bare / "report" / "index.html"
+    html = page.read_text(encoding="utf-8")
+    assert "mean reward" in html and "held-out pass rate, greedy" in html
+    pictures = re.findall(r'src="([^"]+)"', html)
+    assert pictures
+    for picture in pictures:
+        assert picture.startswith("data:image/") or (page.parent / picture).is_file(), f"{picture[:80]} is not there"
+    assert not re.search(r'(src|href)="https?://', html), "a report must be readable without a network"
+
+
+def test_report_of_a_folder_without_a_run_is_refused(cli, tmp_path):
+    result = cli("report", tmp_path)
+    assert result.code == 2 and result.err.startswith(f"UserError: no run log at {tmp_path / 'log.jsonl'}"), result.all
+
+
+def test_doctor_tells_versions_and_what_they_mean(cli):
+    result = cli("doctor")
+    assert result.code == 0, result.all
+    for word in ("megatron-core", "0.16.1", "torch", "layer spec"):
+        assert word in result.out
+    assert "warning" not in result.out
+
+
+def test_doctor_warns_of_a_package_that_only_shares_apex_s_name(cli, tmp_path):
+    impostor = tmp_path / "impostor"
+    (impostor / "apex").mkdir(parents=True)
+    (impostor / "apex" / "__init__.py").write_text('raise RuntimeError("doctor must not run what it looks at")\n')
+    result = cli("doctor", PYTHONPATH=str(impostor))
+    assert result.code == 0, result.all
+    assert "warning: a package called 'apex' without NVIDIA's kernels" in result.out
+
+
+def test_doctor_checks_a_configuration(cli, small_run):
+    result = cli("doctor", "--config", small_run)
+    assert result.code == 0 and f"{small_run}: can run" in result.out.replace("\n", ""), result.all
+
+
+def test_eval_prints_the_pass_rates_of_the_model_it_is_given(cli, small_run, finished_run):
+    """The exported model answers as the last weights did inside the run."""
+    result = cli("eval", small_run, "eval.prompts=2", "eval.samples=32", f"model.path={finished_run / 'hf'}")
+    assert result.code == 0, result.all
+    rates = {name: float(rate) for name, rate in re.findall(r"^eval/(\w+): ([\d.]+)%$", result.out, re.MULTILINE)}
+    assert rates.keys() == {"greedy", "sampled"} and 0 <= rates["sampled"] <= 100
+    assert rates["greedy"] == 100 * records(finished_run, "eval")[-1]["eval/greedy"]
+
+
+def test_eval_of_no_problems_is_refused(cli, small_run):
+    result = cli("eval", small_run)
+    assert result.code == 2 and result.err.startswith("ConfigError: eval.prompts is 0"), result.all
