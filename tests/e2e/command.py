@@ -89,9 +89,10 @@ class Command:
     def servers(self) -> list[psutil.Process]:
         return [p for p in self.members() if "megatron_rl.rollout.server" in p.cmdline()]
 
-    def ranks(self) -> list[psutil.Process]:
-        """The trainer's processes, the one that started them first."""
-        return [p for p in self.members() if p.cmdline()[1:4] == ["-m", "megatron_rl", "train"]]
+    def rank(self, number: int) -> psutil.Process:
+        """The trainer's process of that rank."""
+        trainers = [p for p in self.members() if p.cmdline()[1:4] == ["-m", "megatron_rl", "train"]]
+        return next(p for p in trainers if p.environ().get("RANK") == str(number))
 
     def end(self) -> None:
         """Kill whatever is left, by process id."""

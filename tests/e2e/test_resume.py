@@ -43,18 +43,17 @@ def test_ctrl_c_saves_the_last_whole_step_and_the_run_goes_on(start, cli, small_
     assert [r["step"] for r in records(run_folder)] == list(range(done + 1))
 
 
-def test_a_killed_trainer_loses_only_the_steps_after_its_last_checkpoint(start, cli, small_run, run_folder, tmp_path):
+def test_a_killed_rank_ends_the_run_which_loses_only_the_steps_after_its_last_checkpoint(start, cli, small_run, run_folder):
     """A checkpoint is complete soon after it was begun, not only when the next one is due."""
-    weights = f"rollout.weights_dir={tmp_path / 'weights'}"
-    command = start("train", small_run, "run.steps=500", "run.save_every=30", weights)
+    command = start("train", small_run, "run.steps=500", "run.save_every=30", "parallel.tensor=2")
     newest = command.until(lambda: newest_valid(run_folder / "checkpoints")[0])
     assert newest.name == "step_000030" and len(records(run_folder)) < 60
-    for process in command.ranks():
-        process.kill()
-    command.until_gone(lambda: command.ranks() + command.servers())
+    command.rank(1).kill()
+    result = command.wait(timeout=60)
+    assert result.code not in (0, 2, 130), result.all
     known = len(records(run_folder))
     assert newest_valid(run_folder / "checkpoints")[0] == newest
-    result = cli("train", "--resume", small_run, f"run.steps={known + 1}")
+    result = cli("train", "--resume", small_run, f"run.steps={known + 1}", "parallel.tensor=2")
     assert result.code == 0, result.all
     assert [r["step"] for r in records(run_folder)] == list(range(known + 1))
 
