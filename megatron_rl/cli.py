@@ -28,8 +28,10 @@ def main() -> None:
     try:
         app()
     except MegatronRLError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not error.everywhere:
+            where = "" if rank == "0" else f"rank {rank}: "
+            print(f"{where}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -6,7 +6,9 @@ line prints these in one paragraph and exits 2; anything else is a bug and shows
 
 
 class MegatronRLError(Exception):
-    """Root of every error a user can cause or mend."""
+    """Root of every error a user can cause or mend. everywhere: the same error is raised on all ranks, so one prints it."""
+
+    everywhere = False
 
 
 class UserError(MegatronRLError):

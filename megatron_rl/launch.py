@@ -10,6 +10,9 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
+
+SAME_STOP_S = 1.0  # one request may arrive twice: `timeout` and schedulers signal a process and then its group
 
 
 def under_launcher() -> bool:
@@ -24,36 +27,28 @@ def run_ranks(arguments: list[str], ranks: int) -> int:
         port = s.getsockname()[1]
     shared = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     shared.setdefault("OMP_NUM_THREADS", "1" if ranks > 1 else str(os.cpu_count() or 1))
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", "megatron_rl", *arguments],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            start_new_session=True,
-        )
-        for rank in range(ranks)
-    ]
-    asked_to_stop = 0
-
-    def forward(number: int, _: object) -> None:
-        nonlocal asked_to_stop
-        asked_to_stop += 1
-        if asked_to_stop == 1:
-            print("\nstopping: the engines end and a checkpoint is written (again to stop at once)", file=sys.stderr)
-            workers[0].send_signal(signal.SIGINT)
-        else:
-            _end(workers, at_once=True)
-
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    stops: list[float] = []
+    previous = {
+        number: signal.signal(number, lambda *_: stops.append(time.monotonic())) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    workers: list[subprocess.Popen[bytes]] = []
     try:
-        return _wait(workers)
+        for rank in range(ranks):
+            env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            workers.append(subprocess.Popen([sys.executable, "-m", "megatron_rl", *arguments], env=env, start_new_session=True))
+        return _wait(workers, stops)
     finally:
         _end(workers, at_once=False)
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _wait(workers: list[subprocess.Popen[bytes]]) -> int:
-    """Wait for all; when one ends badly, give the others a moment to say why, then end them."""
+def _wait(workers: list[subprocess.Popen[bytes]], stops: list[float]) -> int:
+    """Wait for all; when one ends badly, give the others a moment to say why.
+
+    stops: times at which a stop was asked for. Acted on here, since a signal handler may have interrupted anything.
+    """
+    asked = False
     while True:
         codes = [worker.poll() for worker in workers]
         failed = [code for code in codes if code]
@@ -61,16 +56,26 @@ def _wait(workers: list[subprocess.Popen[bytes]]) -> int:
             deadline = time.monotonic() + 5
             while time.monotonic() < deadline and any(worker.poll() is None for worker in workers):
                 time.sleep(0.05)
-            return 128 - failed[0] if failed[0] < 0 else failed[0]
+            killed = 130 if stops else 128 - failed[0]
+            return killed if failed[0] < 0 else failed[0]
         if all(code == 0 for code in codes):
             return 0
+        if stops and not asked:
+            print(
+                "\nstopping: a checkpoint is written and the engines end (again to stop at once)", file=sys.stderr, flush=True
+            )
+            workers[0].send_signal(signal.SIGINT)
+            asked = True
+        if stops and stops[-1] - stops[0] > SAME_STOP_S:
+            _end(workers, at_once=True)
         time.sleep(0.05)
 
 
 def _end(workers: list[subprocess.Popen[bytes]], *, at_once: bool) -> None:
-    for worker in workers:
+    """End what still runs: rank 0 is asked, since it owns engines; the others only follow it, and are killed."""
+    for rank, worker in enumerate(workers):
         if worker.poll() is None:
-            worker.send_signal(signal.SIGKILL if at_once else signal.SIGTERM)
+            worker.send_signal(signal.SIGKILL if at_once or rank else signal.SIGTERM)
     deadline = time.monotonic() + (0 if at_once else 10)
     for worker in workers:
         try:
@@ -78,3 +83,5 @@ def _end(workers: list[subprocess.Popen[bytes]], *, at_once: bool) -> None:
         except subprocess.TimeoutExpired:
             worker.kill()
             worker.wait()
+        with suppress(ProcessLookupError):  # helpers of a rank that was killed: checkpoint writers and their manager
+            os.killpg(worker.pid, signal.SIGKILL)

@@ -114,9 +114,7 @@ class Policy:
                 failure = error
         for _ in tensors:  # the export is collective: after a failure too, every rank runs it to its end
             pass
-        failure = self.mesh.broadcast(failure)
-        if failure is not None:
-            raise failure
+        self.mesh.raise_everywhere(self.mesh.broadcast(failure))
 
     def _run(self, batch: Batch, loss: Callable[..., Any], forward_only: bool = False) -> list[dict[str, Any]]:
         """Drive megatron-core's schedule; answers the last stage's report of each of this rank's micro-batches."""
@@ -205,7 +203,8 @@ class Policy:
             bad.update(batch.ids[np.searchsorted(batch.cu_seqlens, rows, side="right") - 1].tolist())
         found = self.mesh.broadcast(sorted(set().union(*self.mesh.gather(bad))))
         what = f"non-finite log-probabilities in trajectories {found[:20]}" if found else "a non-finite loss"
-        raise PrecisionError(f"{what}: the update is refused, parameters are untouched; lower optimizer.lr or train in fp32")
+        mend = "the update is refused, parameters are untouched; lower optimizer.lr or train in fp32"
+        self.mesh.raise_everywhere(PrecisionError(f"{what}: {mend}"))
 
     def _collect(self, batch: Batch, results: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, np.ndarray]:
         """Per-token columns of the whole batch on rank 0, an empty dict elsewhere."""

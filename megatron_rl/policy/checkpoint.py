@@ -10,6 +10,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_rl.errors import CheckpointError
 from megatron_rl.policy.actor import Policy
@@ -62,11 +64,21 @@ class Checkpoints:
 
     def finish(self, *, wait: bool) -> None:
         """Complete a save whose files are on disk; with `wait`, until they are. Collective."""
-        self.queue.maybe_finalize_async_calls(blocking=wait)
+        try:
+            self.queue.maybe_finalize_async_calls(blocking=wait)
+        except (CheckpointException, OSError) as error:
+            raise CheckpointError(f"the checkpoint in {self.folder} cannot be written ({error}): free space there") from error
 
     def close(self) -> None:
         self.finish(wait=True)
         self.queue.close()
+
+    def leave(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Close at the end of a run. After an error of this rank alone the others cannot be waited for, so nothing is
+        completed: the unfinished checkpoint stays `.partial`."""
+        together = kind is None or issubclass(kind, KeyboardInterrupt) or getattr(error, "everywhere", False)
+        if together:
+            self.close()
 
     def load_newest(self) -> TrainState | None:
         """Restore the newest valid checkpoint into the policy; None when the folder holds none."""

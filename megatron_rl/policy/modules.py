@@ -5,6 +5,7 @@ context parallelism. With Transformer Engine and CUDA its own spec is used inste
 """
 
 import dataclasses
+import importlib.util
 from itertools import pairwise
 from typing import Any
 
@@ -20,12 +21,21 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import divide
 
-try:
-    import transformer_engine.pytorch  # noqa: F401
+from megatron_rl.errors import PrecisionError
 
-    HAVE_TE = torch.cuda.is_available()
-except ImportError:
-    HAVE_TE = False
+
+def _transformer_engine() -> bool:
+    """True where its layers are used. Installed but broken is an error: the local layers would be another computation."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None:
+        return False
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError, RuntimeError) as error:
+        raise PrecisionError(f"transformer-engine is installed but cannot be loaded ({error}): mend or remove it") from error
+    return True
+
+
+HAVE_TE = _transformer_engine()
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -57,12 +57,18 @@ class Mesh:
         if self.rank == 0:
             try:
                 outcome = (work(), None)
-            except (MegatronRLError, KeyboardInterrupt) as error:
+            except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  a rank boundary: the others wait for an answer
                 outcome = (None, error)
         value, failure = self.broadcast(outcome)
+        self.raise_everywhere(failure)
+        return value
+
+    def raise_everywhere(self, failure: BaseException | None) -> None:
+        """Raise an error that every rank holds; rank 0 alone will print it."""
+        if isinstance(failure, MegatronRLError):
+            failure.everywhere = True
         if failure is not None:
             raise failure
-        return value
 
     def any(self, flag: bool) -> bool:
         """True on every rank when any rank says so."""

@@ -287,11 +287,11 @@ class EnginePool:
 
     def weight_version(self, url: str) -> str:
         """As the server names it; "default" for weights as SGLang loaded them."""
-        return str(self._run(self._controlled(url, "GET", "/model_info", None))["weight_version"])
+        return str(_field(self._run(self._controlled(url, "GET", "/model_info", None)), "weight_version", url))
 
     def checksums(self, url: str) -> dict[str, str]:
         """Digest of every tensor the server holds, as it received it."""
-        return dict(self._control(url, "/weights_checker", {"action": "checksum"})["checksums"])
+        return dict(_field(self._control(url, "/weights_checker", {"action": "checksum"}), "checksums", url))
 
     def drop(self, url: str, reason: str) -> None:
         """Route nothing to this server any more."""
@@ -320,7 +320,7 @@ class EnginePool:
                 response = await self._http.request(method, f"{url}{path}", json=body)
                 break
             except httpx.TransportError as error:
-                if attempt + 1 == _RETRIES:
+                if attempt + 1 == _RETRIES or isinstance(error, httpx.ReadTimeout):  # slow work is not asked for twice
                     raise EngineError(f"{url}{path} does not answer: {type(error).__name__} {error}".strip()) from error
                 await asyncio.sleep(_BACKOFF_S * 2**attempt)
         if response.status_code != 200:
@@ -341,6 +341,12 @@ class EnginePool:
             # A KeyboardInterrupt lands here, in the caller's thread: do not leave requests behind.
             future.cancel()
             raise
+
+
+def _field(answer: Any, name: str, url: str) -> Any:
+    if not isinstance(answer, dict) or name not in answer:
+        raise EngineError(f"{url} does not name its '{name}': {str(answer)[:200]}")
+    return answer[name]
 
 
 async def _unless(dead: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:

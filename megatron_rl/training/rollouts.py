@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_rl.config import Config
-from megatron_rl.errors import ConfigError
+from megatron_rl.errors import ConfigError, EngineError
 from megatron_rl.rollout.client import EnginePool
 from megatron_rl.rollout.sampling import sample_groups
 from megatron_rl.tasks import Task, prompts_for_step
@@ -43,8 +43,11 @@ class Rollouts:
         self.stop = stop_token_ids(config.model.path)
         self.truncated = 0.0
 
-    def collect(self, step: int, timer: Timer) -> Batch:
-        """The batch of one step; a pure function of weights, seed and step when the engine is deterministic."""
+    def collect(self, step: int, version: int, timer: Timer) -> Batch:
+        """The batch of one step; a pure function of weights, seed and step when the engine is deterministic.
+
+        Raises EngineError naming the trajectories that were not sampled under weight version `version`.
+        """
         config = self.config.rollout
         per_step = config.prompts_per_step * config.samples_per_prompt
         prompts = prompts_for_step(self.task, step, config.prompts_per_step, self.config.run.seed)
@@ -59,6 +62,9 @@ class Rollouts:
                 stop_token_ids=self.stop,
                 need_logmu=self.need_logmu,
             )
+        stale = [t.id for t in trajectories if any(span.version != version for span in t.versions)]
+        if stale:
+            raise EngineError(f"trajectories {stale[:20]} were not sampled under weight version {version}: an engine restarted")
         with timer("reward"):
             rewards = self.verify(prompts, trajectories)
             batch = make_batch(

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from megatron_rl.config import Config, changed_keys, load_config
 from megatron_rl.diagnostics.runlog import RunLog
-from megatron_rl.errors import EngineError
+from megatron_rl.errors import ConfigError, EngineError
 from megatron_rl.objectives import Objective, make_objective
 from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy
@@ -54,7 +54,7 @@ class Run:
         """Rank 0: the batch of a step. Raises KeyboardInterrupt when a stop was asked for."""
         if self.interrupted:
             raise KeyboardInterrupt
-        return self.rollouts.collect(step, watch)
+        return self.rollouts.collect(step, self.state.version, watch)
 
     def publish(self, version: int) -> None:
         """Put the policy's weights on every engine as `version`, verified, or raise EngineError. Collective.
@@ -122,7 +122,7 @@ def open_run(config: Config, *, resume: bool) -> Iterator[Run]:
         servers = _start_servers(config, mesh, stack)
         policy = Policy(config, mesh)
         run = Run(config, mesh, policy, objective)
-        stack.callback(run.checkpoints.close)
+        stack.push(run.checkpoints.leave)
         if resume:
             found = run.checkpoints.load_newest()
             if found is None and mesh.rank == 0:
@@ -172,6 +172,11 @@ def open_rollouts(config: Config, urls: list[str], *, need_logmu: bool) -> Itera
     """Tokenizer, task and a pool over healthy engines."""
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     task = make_task(config.task, tokenizer, seed=config.run.seed, max_prompt_tokens=config.rollout.max_prompt_tokens)
+    if config.eval.prompts > len(task.held_out):
+        raise ConfigError(
+            f"eval.prompts is {config.eval.prompts}, but the task holds out {len(task.held_out)} problems: "
+            "lower it, or raise task.held_out or give a larger task.eval_data"
+        )
     with closing(task), EnginePool(urls, config.rollout.timeout_s) as pool:
         pool.wait_healthy(START_TIMEOUT_S)
         yield Rollouts(config, task, tokenizer, pool, need_logmu)
@@ -181,7 +186,8 @@ def _note_stops(mesh: Mesh) -> list[int]:
     """Until rank 0 works alone, a stop is only noted: raised between two collectives it would strand the other ranks."""
     noted: list[int] = []
     if mesh.rank != 0:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides when all stop
+        for name in STOP_SIGNALS:  # rank 0 decides when all stop
+            signal.signal(name, signal.SIG_IGN)
         return noted
     for name in STOP_SIGNALS:
         signal.signal(name, lambda number, _: noted.append(number))

@@ -1,5 +1,6 @@
 """Weights from the trainer to the engines through a folder both can read, as one transaction per version."""
 
+import os
 import shutil
 import tempfile
 import time
@@ -7,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -17,6 +19,7 @@ from megatron_rl.weights.hf import HFFolder, write_hf_folder
 from megatron_rl.weights.transaction import Engines, Version, load_version, update_engines
 
 _SHARED_MEMORY = Path("/dev/shm")
+_PREFIX = "megatron_rl-weights-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,7 @@ class DiskSync:
         if dist.is_initialized():
             dist.broadcast_object_list(outcome, src=0, group=self._group)
         if isinstance(outcome[0], MegatronRLError):
+            outcome[0].everywhere = True
             raise outcome[0]
         return outcome[0]
 
@@ -149,5 +153,11 @@ class _Counted:
 
 
 def _private_folder(nbytes: int) -> Path:
+    """A folder named after this process; those of processes that were killed are removed first, for they hold memory."""
+    for place in (_SHARED_MEMORY, Path(tempfile.gettempdir())):
+        for folder in place.glob(f"{_PREFIX}*-*"):
+            owner = folder.name.removeprefix(_PREFIX).partition("-")[0]
+            if owner.isdigit() and not psutil.pid_exists(int(owner)):
+                shutil.rmtree(folder, ignore_errors=True)
     roomy = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > nbytes
-    return Path(tempfile.mkdtemp(prefix="megatron_rl-weights-", dir=_SHARED_MEMORY if roomy else None))
+    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_SHARED_MEMORY if roomy else None))

@@ -1,0 +1,72 @@
+"""A step's trajectories become the columns of a batch, and the batch is cut into updates of whole groups."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_rl.errors import UserError
+from megatron_rl.training.batches import make_batch, split_updates
+from megatron_rl.types import Trajectory
+
+
+def trajectory(at: int, group: int, prompt: int, response: int, reward: float | None = 0.0, logmu: bool = True) -> Trajectory:
+    return Trajectory(
+        id=100 + at,
+        group=group,
+        prompt_id=f"p{group}",
+        prompt_tokens=tuple(range(10, 10 + prompt)),
+        response_tokens=tuple(range(500 + 10 * at, 500 + 10 * at + response)),
+        logmu=tuple(-0.5 - k for k in range(response)) if logmu else None,
+        finish_reason="stop",
+        reward=reward,
+    )
+
+
+THREE = [trajectory(0, 7, 2, 3, 1.0), trajectory(1, 7, 2, 1, 0.0), trajectory(2, 9, 1, 2, 1.0)]
+
+
+def test_every_response_token_is_trained_and_carries_its_own_log_probability():
+    batch = make_batch(THREE, "mean")
+    assert batch.tokens.tolist() == [10, 11, 500, 501, 502, 10, 11, 510, 10, 520, 521]
+    assert batch.cu_seqlens.tolist() == [0, 5, 8, 11]
+    assert batch.mask.tolist() == [0, 0, 1, 1, 1, 0, 0, 1, 0, 1, 1]
+    assert batch.logmu is not None
+    assert batch.logmu.tolist() == [0, 0, -0.5, -1.5, -2.5, 0, 0, -0.5, 0, -0.5, -1.5]
+    assert (batch.ids.tolist(), batch.groups.tolist(), batch.prompt_ids) == ([100, 101, 102], [7, 7, 9], ("p7", "p7", "p9"))
+    assert (batch.rewards.tolist(), batch.advantages.tolist()) == ([1, 0, 1], [0.5, -0.5, 0])
+
+
+def test_the_dtypes_are_those_a_batch_promises():
+    batch = make_batch(THREE, "grpo")
+    found = {
+        name: getattr(batch, name).dtype.name for name in ("tokens", "mask", "logmu", "rewards", "advantages", "cu_seqlens")
+    }
+    expected = {"tokens": "int32", "mask": "float32", "logmu": "float32", "rewards": "float32", "advantages": "float32"}
+    assert found == {**expected, "cu_seqlens": "int64"}
+
+
+def test_without_behaviour_log_probabilities_there_is_no_column_of_them():
+    assert make_batch([trajectory(0, 0, 1, 1, logmu=False)], "mean").logmu is None
+
+
+@pytest.mark.parametrize("reward", [None, float("nan"), float("inf")])
+def test_a_reward_that_is_no_number_refuses_the_step_by_trajectory(reward):
+    with pytest.raises(UserError, match=r"not finite for trajectories \[101\]"):
+        make_batch([THREE[0], replace(THREE[1], reward=reward), THREE[2]], "mean")
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=8), st.data())
+def test_updates_are_whole_groups_and_together_the_whole_batch(sizes, data):
+    rows = [group for group, size in enumerate(sizes) for _ in range(size)]
+    batch = make_batch([trajectory(i, group, 1 + i % 3, 1 + i % 2) for i, group in enumerate(rows)], "mean")
+    updates = data.draw(st.integers(1, len(sizes)))
+    parts = split_updates(batch, updates)
+    assert len(parts) == updates and all(len(part) for part in parts)
+    assert sorted(np.concatenate([part.ids for part in parts]).tolist()) == sorted(batch.ids.tolist())
+    groups = [set(part.groups.tolist()) for part in parts]
+    assert sum(len(found) for found in groups) == len(sizes), "a group is in two updates"
+    assert sum(part.mask.sum() for part in parts) == batch.mask.sum()
+    assert max(map(len, groups)) - min(map(len, groups)) <= 1

@@ -1,0 +1,74 @@
+"""What is known to fail is refused before a process is started."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.config import Config, make_config
+from megatron_rl.errors import CheckpointError, ConfigError, UserError
+from megatron_rl.training.preflight import check, check_run_folder
+from tests.e2e.models import make_arithmetic_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_arithmetic_model(tmp_path_factory.mktemp("model") / "hf")
+
+
+def config(model: Path, **sections: dict) -> Config:
+    task = {"name": "arithmetic", "max_operand": 2, "held_out": 1}
+    return make_config({"model": {"path": str(model)}, "task": task, **sections})
+
+
+def test_what_can_run_passes(model):
+    check(config(model))
+    check(config(model, parallel={"tensor": 2, "pipeline": 2}))
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"parallel": {"pipeline": 4}}, r"= 4 does not divide 2 layers"),
+        ({"rollout": {"max_prompt_tokens": 2000, "max_new_tokens": 96}}, r"= 2096 exceeds the model's .* = 2048"),
+        ({"objective": {"name": "dropo"}}, "drpo"),
+        ({"objective": {"name": "drpo", "detla": 0.1}}, "delta"),
+        ({"rollout": {"max_prompt_tokens": 2}}, "has 4 tokens, rollout.max_prompt_tokens is 2"),
+    ],
+    ids=["stages", "positions", "objective", "objective_key", "prompts"],
+)
+def test_what_cannot_run_is_a_configuration_error(model, sections, message):
+    with pytest.raises(ConfigError, match=message):
+        check(config(model, **sections))
+
+
+def test_a_model_that_never_stops_is_refused(model, tmp_path):
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((model / name).read_text())
+        settings["eos_token_id"] = None
+        (tmp_path / name).write_text(json.dumps(settings))
+    (tmp_path / "model.safetensors").symlink_to(model / "model.safetensors")
+    with pytest.raises(ConfigError, match="names no eos_token_id"):
+        check(config(tmp_path))
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        check(config(tmp_path))
+
+
+def test_bad_data_is_refused_by_file_and_line(model, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"question": "1+1=", "answer": "2"}\n{"question": "1+1="}\n')
+    with pytest.raises(UserError, match=r"data\.jsonl:2: 'answer' is missing"):
+        check(config(model, task={"name": "math", "data": str(data), "held_out": 0}))
+
+
+def test_a_run_folder_is_taken_by_its_log_unless_the_run_is_resumed(model, tmp_path):
+    settings = config(model, run={"dir": str(tmp_path), "name": "taken"})
+    (tmp_path / "taken" / "servers").mkdir(parents=True)
+    check_run_folder(settings, resume=False)
+    (tmp_path / "taken" / "log.jsonl").touch()
+    check_run_folder(settings, resume=True)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        check_run_folder(settings, resume=False)

@@ -1,0 +1,77 @@
+"""The record of a step, compared with numbers worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from megatron_rl.policy.actor import UpdateStats
+from megatron_rl.training.batches import make_batch, split_updates
+from megatron_rl.training.records import Stopwatch, step_record
+from megatron_rl.types import Batch, Trajectory
+
+
+def parts(logmu: bool = True) -> list[Batch]:
+    """Two updates of one group each; responses of 1, 2 and 3 tokens behind prompts of 2."""
+    made = [
+        Trajectory(i, group, "p", (5, 6), tuple(range(n)), (-1.0,) * n if logmu else None, "stop", reward=reward)
+        for i, (group, n, reward) in enumerate([(0, 1, 1.0), (0, 2, 0.0), (1, 3, 1.0)])
+    ]
+    return split_updates(make_batch(made, "mean"), 2)
+
+
+def stats_of(part: Batch, logp: float, **more: float) -> UpdateStats:
+    column = np.full(len(part.tokens), logp, dtype=np.float32)
+    return UpdateStats(
+        grad_norm=more["norm"], lr=more["lr"], loss=more["loss"], metrics={"penalty": logp}, logp=column, entropy=-column
+    )
+
+
+def record_of(parts: list[Batch]) -> dict:
+    stats = [stats_of(parts[0], -1.0, norm=1.0, lr=0.1, loss=2.0), stats_of(parts[1], -2.0, norm=3.0, lr=0.2, loss=4.0)]
+    return step_record(4, 5, parts, stats, Stopwatch(), truncated=0.25)
+
+
+def test_the_record_says_what_the_step_did():
+    record = record_of(parts())
+    expected = {
+        "kind": "step",
+        "step": 4,
+        "version": 5,
+        "reward/mean": 2 / 3,
+        "reward/std": math.sqrt(2) / 3,
+        "pass_rate": 2 / 3,
+        "loss": 3.0,
+        "grad_norm": 2.0,
+        "lr": 0.2,
+        "entropy": 1.5,
+        "response_length/mean": 2.0,
+        "truncated": 0.25,
+        "tokens/response": 6,
+        "tokens/total": 12,
+        "penalty": -1.5,
+    }
+    assert {name: record[name] for name in expected} == pytest.approx(expected)
+    assert all(isinstance(value, (int, float, str)) for value in record.values())
+
+
+def test_the_mismatch_of_equal_weights_is_that_of_the_first_update_alone():
+    record = record_of(parts())
+    assert record["mismatch/ratio/max"] == record["mismatch/ratio/min"] == 1.0 and record["mismatch/kl/k3"] == 0.0
+    assert record["ratio/max"] == 1.0 and record["ratio/min"] == pytest.approx(math.exp(-1))
+    assert record["kl/k1"] == pytest.approx(0.5)  # half of the six trained tokens lost one nat
+
+
+def test_without_behaviour_log_probabilities_no_ratio_is_claimed():
+    assert not [name for name in record_of(parts(logmu=False)) if name.startswith(("ratio", "kl", "mismatch", "dp"))]
+
+
+def test_a_stopwatch_adds_up_the_phases_of_a_step():
+    watch = Stopwatch()
+    for _ in range(2):
+        with watch("update"):
+            pass
+    with watch("sync"):
+        pass
+    assert watch.seconds.keys() == {"update", "sync"}
+    assert 0 <= watch.seconds["update"] + watch.seconds["sync"] <= watch.total

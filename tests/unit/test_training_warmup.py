@@ -1,0 +1,51 @@
+"""Warm-up batches: the prompt is given, the solution and its end are learnt."""
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_rl.config import TaskConfig
+from megatron_rl.errors import UserError
+from megatron_rl.objectives import LossInputs, LossNorm
+from megatron_rl.tasks import make_task
+from megatron_rl.training.warmup import negative_log_likelihood, solution_batch, with_a_slip
+from tests.unit.char_tokenizer import char_tokenizer
+
+
+def test_solutions_and_the_end_token_are_trained_and_prompts_are_not():
+    tokenizer = char_tokenizer("0123456789+-=")
+    task = make_task(TaskConfig(max_operand=12, held_out=5), tokenizer, seed=0, max_prompt_tokens=8)
+    prompts = list(task.train[:20])
+    batch = solution_batch(prompts, [task.solution(p) for p in prompts], tokenizer, tokenizer.eos_token_id)
+    for row, prompt in enumerate(prompts):
+        span = slice(batch.cu_seqlens[row], batch.cu_seqlens[row + 1])
+        tokens, mask = batch.tokens[span], batch.mask[span]
+        assert tokenizer.decode(tokens[mask == 0]).replace(" ", "") == prompt.text
+        trained = tokens[mask == 1].tolist()
+        assert trained[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(trained[:-1]).replace(" ", "") == prompt.answer
+        assert mask.tolist() == sorted(mask.tolist())
+
+
+def test_the_loss_is_the_mean_negative_log_likelihood_of_trained_tokens():
+    logp = torch.tensor([[-1.0, -2.0, -4.0, -8.0]], requires_grad=True)
+    mask = torch.tensor([[0.0, 1.0, 1.0, 0.0]])
+    inputs = LossInputs(logp, None, torch.zeros(1, 4), mask, norm=LossNorm("token_mean", tokens=4))
+    out = negative_log_likelihood(inputs)
+    out.loss.backward()
+    assert out.loss.item() == 1.5  # six nats over the four tokens of the whole update
+    assert logp.grad is not None and logp.grad.tolist() == [[0, -0.25, -0.25, 0]]
+
+
+@pytest.mark.parametrize("solution", ["7", "120", "#### 45"])
+def test_a_slip_changes_exactly_one_digit(solution):
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        slipped = with_a_slip(solution, rng)
+        changed = [i for i, (a, b) in enumerate(zip(solution, slipped, strict=True)) if a != b]
+        assert len(changed) == 1 and slipped[changed[0]].isdigit()
+
+
+def test_a_solution_without_digits_cannot_slip():
+    with pytest.raises(UserError, match="has no digit to get wrong"):
+        with_a_slip("none", np.random.default_rng(0))
