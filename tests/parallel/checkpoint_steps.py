@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from megatron_rl.errors import CheckpointError
 from megatron_rl.objectives import make_objective
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.checkpoint import Checkpoints, TrainState
@@ -49,6 +50,18 @@ def load_and_go_on(model: Path, layout: dict[str, Any], folder: Path, **sections
     after = update(policy)
     checkpoints.close()
     return {"state": state, "said": said.getvalue(), "weights": loaded, "random": random, "next": after}
+
+
+def refused_load(model: Path, layout: dict[str, Any], folder: Path) -> str:
+    """What loading the newest checkpoint says when it is refused."""
+    checkpoints = Checkpoints(folder, make_policy(model, layout), keep=2)
+    try:
+        checkpoints.load_newest()
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        checkpoints.close()
+    return "not refused"
 
 
 def save_each_update(model: Path, layout: dict[str, Any], folder: Path, count: int, keep: int) -> list[dict[str, np.ndarray]]:

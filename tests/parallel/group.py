@@ -9,6 +9,8 @@ import traceback
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import psutil
+
 
 def _free_port() -> int:
     with socket.socket() as s:
@@ -81,4 +83,6 @@ class RankGroup:
         for process in self.processes:
             process.join(patience)
             if process.is_alive():
-                process.kill()
+                helpers = psutil.Process(process.pid).children(recursive=True)  # managers of checkpoint writers
+                for one in (process, *helpers):
+                    one.kill()

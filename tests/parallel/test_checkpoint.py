@@ -184,5 +184,5 @@ def test_the_list_of_a_complete_checkpoint_names_every_file_and_its_size(three):
 
 
 def test_a_checkpoint_of_another_model_is_refused(two_ranks, qwen3_tied, copied):
-    with pytest.raises(RuntimeError, match=r"CheckpointError: .*step_000003 cannot be loaded into this model and layout"):
-        two_ranks.run(STEPS, "load_and_go_on", model=qwen3_tied, layout={"tensor": 2}, folder=copied.folder)
+    for message in two_ranks.run(STEPS, "refused_load", model=qwen3_tied, layout={"tensor": 2}, folder=copied.folder):
+        assert "step_000003 cannot be loaded into this model and layout" in message and "output_layer.weight" in message
