@@ -33,7 +33,7 @@ def make_tokenizer(corpus: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 
 def make_tiny_model(folder: Path, corpus: list[str], *, seed: int, vocab_size: int = 320) -> Path:
-    """Write a complete Hugging Face folder: random weights (about 0.4 M), tokenizer, generation config."""
+    """Write a complete Hugging Face folder: random weights (about 0.34 M), tokenizer, generation config."""
     tokenizer = make_tokenizer(corpus, vocab_size)
     config = Qwen3Config(
         vocab_size=vocab_size,
