@@ -1,8 +1,11 @@
 """Commands that are ended with their test, and the models they run on."""
 
+import socket
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.e2e.command import Command, Result
@@ -22,6 +25,50 @@ run: {{name: small, steps: 2, save_every: 1, seed: 3}}
 @pytest.fixture(scope="session")
 def arithmetic_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_arithmetic_model(tmp_path_factory.mktemp("arithmetic") / "hf")
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run of a few steps on a server that somebody else had started, and what became of that server.
+
+    versions: the server's weight version before and after.
+    """
+
+    folder: Path
+    steps: int
+    versions: tuple[str, str]
+    server_lives: bool
+
+
+@pytest.fixture(scope="session")
+def finished_run(arithmetic_model: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    folder, steps = tmp_path_factory.mktemp("finished"), 3
+    (folder / "small.yaml").write_text(SMALL_RUN.format(model=arithmetic_model), encoding="utf-8")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    server = Command(["serve", "--model", str(arithmetic_model), "--port", str(port), "--threads", "1"], folder, {})
+    arguments = ["train", "small.yaml", f"run.steps={steps}", "eval.prompts=2", f"rollout.urls=[{url}]"]
+    try:
+        before = server.until(lambda: _version(url))
+        command = Command(arguments, folder, {})
+        try:
+            result = command.wait()
+        finally:
+            command.end()
+        assert result.code == 0, result.all
+        return FinishedRun(folder / "runs" / "small", steps, (before, _version(url)), server.process.poll() is None)
+    finally:
+        server.end()
+
+
+def _version(url: str) -> str:
+    """The weight version of a server, "" while it does not answer."""
+    try:
+        return str(httpx.get(f"{url}/model_info", trust_env=False, timeout=5).json()["weight_version"])
+    except httpx.HTTPError:
+        return ""
 
 
 @pytest.fixture

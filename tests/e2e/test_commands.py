@@ -4,31 +4,13 @@ import re
 import shutil
 from pathlib import Path
 
-import pytest
-
-from tests.e2e.command import Command, records
-from tests.e2e.conftest import SMALL_RUN
-
-
-@pytest.fixture(scope="module")
-def finished_run(arithmetic_model, tmp_path_factory) -> Path:
-    """The folder of a run of three steps with evaluations."""
-    folder = tmp_path_factory.mktemp("finished")
-    config = folder / "small.yaml"
-    config.write_text(SMALL_RUN.format(model=arithmetic_model), encoding="utf-8")
-    command = Command(["train", str(config), "run.steps=3", "eval.prompts=2"], folder, {})
-    try:
-        result = command.wait()
-    finally:
-        command.end()
-    assert result.code == 0, result.all
-    return folder / "runs" / "small"
+from tests.e2e.command import records
 
 
 def test_report_redraws_a_run_from_its_log_alone(cli, finished_run, tmp_path):
     bare = tmp_path / "bare"
     bare.mkdir()
-    shutil.copy(finished_run / "log.jsonl", bare)
+    shutil.copy(finished_run.folder / "log.jsonl", bare)
     result = cli("report", bare)
     assert result.code == 0, result.all
     page = Path(result.out.strip())
@@ -40,11 +22,6 @@ def test_report_redraws_a_run_from_its_log_alone(cli, finished_run, tmp_path):
     for picture in pictures:
         assert picture.startswith("data:image/") or (page.parent / picture).is_file(), f"{picture[:80]} is not there"
     assert not re.search(r'(src|href)="https?://', html), "a report must be readable without a network"
-
-
-def test_report_of_a_folder_without_a_run_is_refused(cli, tmp_path):
-    result = cli("report", tmp_path)
-    assert result.code == 2 and result.err.startswith(f"UserError: no run log at {tmp_path / 'log.jsonl'}"), result.all
 
 
 def test_doctor_tells_versions_and_what_they_mean(cli):
@@ -71,13 +48,8 @@ def test_doctor_checks_a_configuration(cli, small_run):
 
 def test_eval_prints_the_pass_rates_of_the_model_it_is_given(cli, small_run, finished_run):
     """The exported model answers as the last weights did inside the run."""
-    result = cli("eval", small_run, "eval.prompts=2", "eval.samples=32", f"model.path={finished_run / 'hf'}")
+    result = cli("eval", small_run, "eval.prompts=2", "eval.samples=32", f"model.path={finished_run.folder / 'hf'}")
     assert result.code == 0, result.all
     rates = {name: float(rate) for name, rate in re.findall(r"^eval/(\w+): ([\d.]+)%$", result.out, re.MULTILINE)}
     assert rates.keys() == {"greedy", "sampled"} and 0 <= rates["sampled"] <= 100
-    assert rates["greedy"] == 100 * records(finished_run, "eval")[-1]["eval/greedy"]
-
-
-def test_eval_of_no_problems_is_refused(cli, small_run):
-    result = cli("eval", small_run)
-    assert result.code == 2 and result.err.startswith("ConfigError: eval.prompts is 0"), result.all
+    assert rates["greedy"] == 100 * records(finished_run.folder, "eval")[-1]["eval/greedy"]

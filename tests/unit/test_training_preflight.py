@@ -7,6 +7,7 @@ import pytest
 
 from megatron_rl.config import Config, make_config
 from megatron_rl.errors import CheckpointError, ConfigError, UserError
+from megatron_rl.training.evaluate import evaluate_model
 from megatron_rl.training.preflight import check, check_run_folder
 from tests.e2e.models import make_arithmetic_model
 
@@ -72,3 +73,8 @@ def test_a_run_folder_is_taken_by_its_log_unless_the_run_is_resumed(model, tmp_p
     check_run_folder(settings, resume=True)
     with pytest.raises(ConfigError, match="already holds a run"):
         check_run_folder(settings, resume=False)
+
+
+def test_an_evaluation_of_no_problems_is_refused(model):
+    with pytest.raises(ConfigError, match=r"eval\.prompts is 0"):
+        evaluate_model(config(model))
