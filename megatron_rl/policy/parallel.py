@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch.distributed import distributed_c10d
 
 from megatron_rl.config import ParallelConfig
 from megatron_rl.errors import ConfigError, MegatronRLError
@@ -102,7 +103,7 @@ def initialize(config: ParallelConfig, device: torch.device, seed: int) -> Mesh:
             f"context {config.context} x data {config.data} = {config.world_size}: change parallel.data or the number of ranks"
         )
     if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+        _leave_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
@@ -125,6 +126,15 @@ def initialize(config: ParallelConfig, device: torch.device, seed: int) -> Mesh:
         device=device,
         control=_control,
     )
+
+
+def _leave_groups() -> None:
+    """End megatron-core's groups, which by itself it only forgets: their threads and sockets would stay. Collective."""
+    dist.barrier(group=_control)  # nobody may still be inside a collective of a group that another rank closes
+    parallel_state.destroy_model_parallel()
+    for group in list(distributed_c10d._world.pg_map):
+        if group not in (dist.group.WORLD, _control):
+            dist.destroy_process_group(group)
 
 
 def shutdown() -> None:

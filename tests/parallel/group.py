@@ -1,8 +1,10 @@
 """Long-lived groups of ranks: processes that join one gloo world once and run many checks inside it."""
 
+import faulthandler
 import importlib
 import multiprocessing
 import os
+import signal
 import socket
 import time
 import traceback
@@ -10,6 +12,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import psutil
+
+STUCK = signal.SIGUSR1
 
 
 def _free_port() -> int:
@@ -25,6 +29,7 @@ def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    faulthandler.register(STUCK, all_threads=False)
     while True:
         try:
             module, function, kwargs = pipe.recv()
@@ -64,12 +69,19 @@ class RankGroup:
                     errors.append(answers[pipe])
                     deadline = min(deadline, time.monotonic() + 5)  # the others may wait for the failed one
             if not ready:
+                self._say_where_they_are()
                 self._restart()
                 raise RuntimeError("\n".join(errors) or f"{function} did not end within {timeout} s")
         if errors:
             self._restart()
             raise RuntimeError("\n".join(errors))
         return [answers[pipe] for pipe in self.pipes]
+
+    def _say_where_they_are(self) -> None:
+        """Every rank writes its stack to standard error, which pytest shows with the failure."""
+        for process in self.processes:
+            os.kill(process.pid, STUCK)
+        time.sleep(1)
 
     def _restart(self) -> None:
         """After a failure the ranks no longer agree on where they are: start afresh for the next check."""

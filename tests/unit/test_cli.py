@@ -53,9 +53,27 @@ def test_a_mistake_is_one_paragraph_and_exit_code_2(monkeypatch, capsys, tmp_pat
     assert (code, out, err) == (2, "", f"ConfigError: no configuration file at {tmp_path / 'none.yaml'}\n")
 
 
-def test_ranks_other_than_the_first_leave_the_word_to_it(monkeypatch, capsys, tmp_path):
+def test_an_error_that_all_ranks_share_is_said_by_the_first_alone(monkeypatch, capsys):
+    def refuse(*_: object) -> None:
+        error = ConfigError("no")
+        error.everywhere = True
+        raise error
+
+    monkeypatch.setattr(cli, "load_config", refuse)
     monkeypatch.setenv("RANK", "1")
-    assert say(monkeypatch, capsys, "train", str(tmp_path / "none.yaml")) == (2, "", "")
+    assert say(monkeypatch, capsys, "train", "x.yaml") == (2, "", "")
+    monkeypatch.setenv("RANK", "0")
+    assert say(monkeypatch, capsys, "train", "x.yaml") == (2, "", "ConfigError: no\n")
+
+
+def test_an_error_of_one_rank_is_said_by_it(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("RANK", "1")
+    missing = tmp_path / "none.yaml"
+    assert say(monkeypatch, capsys, "train", str(missing)) == (
+        2,
+        "",
+        f"rank 1: ConfigError: no configuration file at {missing}\n",
+    )
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
