@@ -8,10 +8,10 @@ from megatron_rl.errors import ConfigError
 from megatron_rl.objectives.advantages import group_advantages
 from megatron_rl.objectives.base import LossInputs, LossNorm, LossOutputs, Objective, TokenLoss
 from megatron_rl.objectives.drpo import DRPO
-from megatron_rl.objectives.grpo import GRPO
+from megatron_rl.objectives.grpo import DAPO, GRPO, PPO
 from megatron_rl.objectives.options import suggest
 
-OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in (DRPO, GRPO)}
+OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in (DAPO, DRPO, GRPO, PPO)}
 
 __all__ = [
     "OBJECTIVES",

@@ -14,27 +14,32 @@ from torch import Tensor
 
 from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.objectives.inputs import LossInputs, LossNorm, NormMode
-from megatron_rl.objectives.options import checked, choice, positive, suggest
+from megatron_rl.objectives.options import checked, choice, nonnegative, positive, suggest
 
 __all__ = ["LossInputs", "LossNorm", "LossOutputs", "Objective", "TokenLoss", "choice", "positive"]
+
+_PER_SEQUENCE = LossNorm("seq_mean_token_mean")
 
 
 @dataclass(frozen=True)
 class TokenLoss:
     """What a method computes: loss [B, T] differentiable; weight [B, T], the w of -dloss/dlogp = A r w, or None
-    where the method has no such form; metrics [B, T] each, averaged over trained tokens."""
+    where the method has no such form; metrics [B, T] each, averaged over trained tokens; sequence_metrics [B, T] each,
+    averaged within each sequence and then over sequences."""
 
     loss: Tensor
     weight: Tensor | None = None
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    sequence_metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class LossOutputs:
-    """loss: 0-d, to call backward on. loss_tok, weight_tok [B, T]: per token, before aggregation, 0 where mask is 0.
+    """loss: 0-d, to call backward on. loss_tok, weight_tok [B, T]: the method's own, per token, before aggregation and
+    without KL and entropy terms; 0 where mask is 0.
 
-    metrics: detached 0-d tensors, sums over this micro-batch divided by the *global* token count (`norm.tokens`), so
-    that the values of all micro-batches add up to the mean of the batch.
+    metrics: detached 0-d tensors, sums over this micro-batch divided by the *global* counts (`norm.tokens`,
+    `norm.sequences`), so that the values of all micro-batches add up to the mean of the batch.
     """
 
     loss: Tensor
@@ -45,17 +50,28 @@ class LossOutputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective(ABC):
-    """A pure function from LossInputs to LossOutputs. Raises ConfigError for an illegal option when it is built."""
+    """A pure function from LossInputs to LossOutputs. Raises ConfigError for an illegal option when it is built.
+
+        loss = aggregate(loss_tok) + kl_coef x aggregate(kl to the reference) - entropy_coef x aggregate(entropy)
+
+    The last two are computed, and their tensors needed, only when their coefficient is not 0.
+    """
 
     norm: LossNorm | None = None  # None stands for the paper's; a LossNorm once built
+    kl_coef: float = nonnegative(0.0, "weight of the KL divergence to the reference policy")
+    kl: str = choice("k3", ("k1", "k2", "k3"), "its estimator, with x = logref - logp: -x, x^2 / 2, exp(x) - x - 1")
+    entropy_coef: float = nonnegative(0.0, "weight of the entropy bonus")
 
     name: ClassVar[str] = ""
     default_norm: ClassVar[NormMode] = "token_mean"
 
     @property
     def needs(self) -> frozenset[str]:
-        """Names of the optional tensors of LossInputs that must be there; the others need not be computed."""
-        return frozenset()
+        """Names of the optional tensors of LossInputs that must be there; the others need not be computed.
+
+        A method adds its own: `super().needs | {"logmu"}`.
+        """
+        return frozenset(name for name, coef in (("logref", self.kl_coef), ("entropy", self.entropy_coef)) if coef)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "norm", _as_norm(self.norm, self.default_norm))
@@ -65,6 +81,10 @@ class Objective(ABC):
     @abstractmethod
     def per_token(self, x: LossInputs) -> TokenLoss:
         """The method. Every tensor of x is [B, T] in one dtype, constants detached, exact zeros where mask is 0."""
+
+    def summary(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Metrics made of the means of others over a whole update, such as a ratio of two of them."""
+        return {}
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
         """Loss of one micro-batch. Raises UserError naming a tensor that is missing or malformed.
@@ -85,14 +105,48 @@ class Objective(ABC):
         token = self.per_token(x)
         keep = x.mask.bool()
         loss_tok = torch.where(keep, token.loss, 0.0)
-        tokens = x.token_count(norm)
-        per_token_share = x.mask / (tokens.clamp(min=1) if isinstance(tokens, Tensor) else tokens)
+        weights = x.token_weights(norm)
+        terms, term_metrics = self._terms(x)
         return LossOutputs(
-            loss=(loss_tok * x.token_weights(norm)).sum(),
+            loss=((loss_tok if terms is None else loss_tok + terms) * weights).sum(),
             loss_tok=loss_tok,
             weight_tok=None if token.weight is None else torch.where(keep, token.weight, 0.0).detach(),
-            metrics={name: (value.detach() * per_token_share).sum() for name, value in token.metrics.items()},
+            metrics=_averaged(x, norm, {**token.metrics, **term_metrics}, token.sequence_metrics),
         )
+
+    def _terms(self, x: LossInputs) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The KL and entropy terms per token, None when both are off, and their metrics."""
+        terms: list[Tensor] = []
+        metrics: dict[str, Tensor] = {}
+        if self.kl_coef:
+            divergence = _kl(-x.log_ratio("logref"), self.kl)
+            terms.append(self.kl_coef * divergence)
+            metrics["kl_ref"] = divergence
+        if self.entropy_coef:
+            assert x.entropy is not None
+            terms.append(-self.entropy_coef * x.entropy)
+        return (sum(terms[1:], terms[0]) if terms else None), metrics
+
+
+def _kl(x: Tensor, estimator: str) -> Tensor:
+    """Per-token estimates of KL(pi || ref) from tokens of pi; x = logref - logp (J. Schulman, Approximating KL Divergence)."""
+    if estimator == "k1":
+        return -x
+    if estimator == "k2":
+        return x.square() / 2
+    return x.exp() - x - 1
+
+
+def _averaged(
+    x: LossInputs, norm: LossNorm, per_token: Mapping[str, Tensor], per_sequence: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    tokens = x.token_count(norm)
+    share = x.mask / (tokens.clamp(min=1) if isinstance(tokens, Tensor) else tokens)
+    out = {name: (value.detach() * share).sum() for name, value in per_token.items()}
+    if per_sequence:
+        share = x.token_weights(replace(_PER_SEQUENCE, sequences=norm.sequences))
+        out |= {name: (value.detach() * share).sum() for name, value in per_sequence.items()}
+    return out
 
 
 def _as_norm(norm: Any, default: NormMode) -> LossNorm:

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
 
-from megatron_rl.objectives.base import LossInputs, Objective, TokenLoss, positive
+from megatron_rl.objectives.base import LossInputs, TokenLoss, positive
+from megatron_rl.objectives.inputs import NormMode
+from megatron_rl.objectives.ratio import RatioObjective
 
 # The paper says "regularization threshold 12.5", which Eq. 8 admits in two readings. As delta itself
 # (paper_literal) the weight never leaves [0.92, 1.08]; as the coefficient 1 / (2 delta) it gives 0.04 (coef_reading),
@@ -13,7 +15,7 @@ DELTA_PRESETS = MappingProxyType({"paper_literal": 12.5, "coef_reading": 0.04, "
 
 
 @dataclass(frozen=True, kw_only=True)
-class DRPO(Objective):
+class DRPO(RatioObjective):
     r"""Pull back tokens whose probability has moved away from mu by more than delta.
 
         loss = -A r + |A| mu (r - 1)^2 / (2 delta),          r = pi / mu
@@ -27,17 +29,12 @@ class DRPO(Objective):
     delta: float = positive(0.04, "half-width of the trust region, in units of probability", presets=DELTA_PRESETS)
 
     name: ClassVar = "drpo"
-    default_norm: ClassVar = "seq_mean_token_sum_norm"
+    default_norm: ClassVar[NormMode] = "seq_mean_token_sum_norm"
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"logmu"})
-
-    def per_token(self, x: LossInputs) -> TokenLoss:
+    def surrogate(self, x: LossInputs) -> TokenLoss:
         """x: logp, logmu, advantages [B, T] -> loss, weight [B, T]."""
-        assert x.logmu is not None
-        ratio = x.ratio()
-        mu = x.logmu.exp()
+        ratio = x.ratio(self.below)
+        mu = getattr(x, self.below).exp()
         penalty = x.advantages.abs() * mu * (ratio - 1).square() / (2 * self.delta)
         moved = (mu * (ratio - 1)).detach()  # pi - mu
         weight = 1 - x.advantages.sign() * moved / self.delta

@@ -1,51 +1,70 @@
-"""GRPO: PPO's clipped surrogate on group advantages (arXiv 2402.03300, 1707.06347; dual clip 1912.09729)."""
+"""PPO's clipped surrogate and its kin: ppo, grpo, dapo (arXiv 1707.06347, 2402.03300, 2503.14476)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from megatron_rl.objectives.base import LossInputs, Objective, TokenLoss, choice, positive
-
-_TENSOR = {"rollout": "logmu", "trainer_old": "logold"}
+from megatron_rl.objectives.base import LossInputs, TokenLoss, positive
+from megatron_rl.objectives.inputs import NormMode
+from megatron_rl.objectives.options import choice
+from megatron_rl.objectives.ratio import LEVELS, RatioObjective
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPO(Objective):
+class PPO(RatioObjective):
     r"""Stop pushing a token once its ratio has left [1 - clip_low, 1 + clip_high] in the direction of the push.
 
         loss = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high));    A < 0: loss = min(loss, -A dual_clip)
         -dloss/dlogp = A r w,    w = 0 if (A > 0, r > 1 + clip_high) or (A < 0, r < 1 - clip_low)
                                         or (A < 0, r > dual_clip), else 1
 
-    r = pi / mu with denominator `rollout` (bypass: staleness and engine mismatch in one ratio, no extra forward pass),
-    pi / pi_old with `trainer_old`.
+    Eq. 7 of arXiv 1707.06347; dual clip arXiv 1912.09729. At level `sequence` or `geometric` one ratio stands for a whole
+    sequence and a clip silences all of it; presets of arXiv 2603.19470: 0.2 / 0.28 for tokens, 0.5 / 3.0 for sequences.
     """
 
     clip_low: float = positive(0.2, "the ratio is bounded below by 1 - clip_low", at_most=1.0)
     clip_high: float = positive(0.2, "the ratio is bounded above by 1 + clip_high")
     dual_clip: float | None = positive(None, "bound of the ratio for A < 0", above=1.0)
-    denominator: str = choice("rollout", _TENSOR, "the policy below the fraction bar")
+    level: str = choice("token", LEVELS, "what one ratio spans")
 
-    name: ClassVar = "grpo"
-    default_norm: ClassVar = "seq_mean_token_mean"
+    name: ClassVar = "ppo"
+    default_norm: ClassVar[NormMode] = "token_mean"
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({_TENSOR[self.denominator]})
-
-    def per_token(self, x: LossInputs) -> TokenLoss:
+    def surrogate(self, x: LossInputs) -> TokenLoss:
         """x: logp, logmu or logold, advantages [B, T] -> loss, weight [B, T]."""
-        ratio = x.ratio(_TENSOR[self.denominator])
+        ratio = x.ratio(self.below, self.level)  # type: ignore[arg-type]  # checked when built
         low, high = 1 - self.clip_low, 1 + self.clip_high
         dual = self.dual_clip if self.dual_clip is not None else float("inf")
         # Written by region, not with min and max, whose subgradients halve where two branches tie.
         above = (x.advantages > 0) & (ratio > high)
         below = (x.advantages < 0) & (ratio < low)
         far = (x.advantages < 0) & (ratio > dual)
-        clipped = above | below | far
-        bounded = ratio.masked_fill(above, high).masked_fill(below, low).masked_fill(far, dual)
-        flags = {"clip/high": above, "clip/low": below, "clip/dual": far}
+        bounded = ratio.masked_fill(above, high).masked_fill(below, low)
+        flags = {"clip/high": above, "clip/low": below}
+        if self.dual_clip is not None:
+            bounded = bounded.masked_fill(far, dual)
+            flags["clip/dual"] = far
         return TokenLoss(
             loss=-x.advantages * bounded,
-            weight=(~clipped).to(ratio.dtype),
+            weight=(~(above | below | far)).to(ratio.dtype),
             metrics={name: flag.to(ratio.dtype) for name, flag in flags.items()},
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPO(PPO):
+    """PPO's surrogate on group advantages, every sequence of equal weight (arXiv 2402.03300, Eq. 3)."""
+
+    name: ClassVar = "grpo"
+    default_norm: ClassVar[NormMode] = "seq_mean_token_mean"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DAPO(PPO):
+    """PPO's surrogate with the upper clip raised and every token of equal weight (arXiv 2503.14476, Eq. 8 to 12).
+
+    Its penalty on overlong responses belongs to the reward: `objectives.advantages.overlong_penalty`.
+    """
+
+    clip_high: float = positive(0.28, "the ratio is bounded above by 1 + clip_high")
+
+    name: ClassVar = "dapo"

@@ -12,6 +12,7 @@ from megatron_rl.objectives.options import suggest
 LOG_RATIO_LIMIT = 20.0  # exp(20) is far outside any trust region, and its square still fits float32
 
 NormMode = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
+Level = Literal["token", "sequence", "geometric", "cumulative"]
 
 _PER_TOKEN = ("logp", "logmu", "logold", "logref", "entropy")
 
@@ -77,16 +78,53 @@ class LossInputs:
     topk: tuple[Tensor, Tensor] | None = None
     norm: LossNorm | None = None
 
-    def log_ratio(self, denominator: str = "logmu") -> Tensor:
-        """[B, T] logp - denominator, clamped to +-20; differentiable in logp. Every ratio goes through here."""
-        below = getattr(self, denominator)
-        if below is None:
-            raise UserError(f"{denominator} is missing: the importance ratio needs it")
-        return (self.logp - below).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    def log_ratio(self, denominator: str = "logmu", level: Level = "token", numerator: str = "logp") -> Tensor:
+        """[B, T] log(numerator / denominator), clamped to +-20; differentiable in logp. Every ratio goes through here.
 
-    def ratio(self, denominator: str = "logmu") -> Tensor:
+        With x_t the ratio of token t: token x_t; sequence sum of x over the sequence; geometric mean of x over it (GSPO,
+        arXiv 2507.18071); cumulative sum of x up to and including t. Beyond the token level the pooled value is a
+        constant, and d log_ratio_t / d logp_t = 1: the gradient of token t is ratio x A x grad logp_t (arXiv 2603.19470).
+        """
+        above, below = getattr(self, numerator), getattr(self, denominator)
+        for name, tensor in ((numerator, above), (denominator, below)):
+            if tensor is None:
+                raise UserError(f"{name} is missing: the importance ratio needs it")
+        x = above - below
+        if level != "token":
+            x = self._pooled(x.detach(), level) + (above - above.detach())
+        return x.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+    def ratio(self, denominator: str = "logmu", level: Level = "token", numerator: str = "logp") -> Tensor:
         """[B, T] exp(log_ratio), differentiable in logp."""
-        return self.log_ratio(denominator).exp()
+        return self.log_ratio(denominator, level, numerator).exp()
+
+    def sequence_sum(self, values: Tensor) -> Tensor:
+        """Sum of values [B, T] over each sequence, to be broadcast over its tokens: [B, 1], packed [1, T].
+
+        values must be 0 where mask is 0, as those of cleaned inputs are.
+        """
+        if self.seq_ids is None:
+            return values.sum(1, keepdim=True)
+        rows = self._rows()
+        return values.new_zeros(values.shape[1]).index_add(0, rows, values[0])[rows][None]
+
+    def sequence_mean(self, values: Tensor) -> Tensor:
+        """As `sequence_sum`, divided by the trained tokens of the sequence (at least 1)."""
+        return self.sequence_sum(values) / self.sequence_sum(self.mask).clamp(min=1)
+
+    def _pooled(self, x: Tensor, level: Level) -> Tensor:
+        if level == "sequence":
+            return self.sequence_sum(x)
+        if level == "geometric":
+            return self.sequence_mean(x)
+        if self.seq_ids is None:
+            return x.cumsum(1)
+        rows = self._rows()
+        order = rows.argsort(stable=True)  # a sequence's tokens side by side, in the order they came
+        running = x[0, order].double().cumsum(0)
+        first = torch.searchsorted(rows[order], rows[order])  # where the token's sequence begins
+        before = (running - x[0, order])[first]
+        return torch.zeros_like(x).index_copy(1, order, (running - before).to(x.dtype)[None])
 
     def check_shapes(self) -> None:
         """Raises UserError naming the tensor whose shape or dtype is wrong; reads no values, so it is free on a GPU."""
@@ -101,6 +139,9 @@ class LossInputs:
             tensor = getattr(self, name)
             if tensor is not None and tensor.dtype not in (torch.float32, torch.float64):
                 raise UserError(f"{name} is {tensor.dtype}; log-probabilities must be computed and kept in float32")
+        for tensor in self.topk or ():
+            if tensor.ndim != 3 or tensor.shape[:2] != shape or tensor.shape != self.topk[0].shape:  # type: ignore[index]
+                raise UserError(f"topk holds a tensor of shape {list(tensor.shape)}; both must be [{shape[0]}, {shape[1]}, K]")
         self._check_packing()
         for name in ("advantages", "rewards"):
             tensor = getattr(self, name)
@@ -137,13 +178,10 @@ class LossInputs:
             raise UserError("mask is 1 on padding: seq_ids is negative there")
         for name in (*_PER_TOKEN, "advantages", "rewards"):
             tensor = getattr(self, name)
-            if tensor is None:
-                continue
-            bad = (~torch.isfinite(_per_token(tensor, keep)) & keep).nonzero()
-            if len(bad):
-                row, position = bad[0].tolist()
-                value = _per_token(tensor, keep)[row, position].item()
-                raise UserError(f"{name}[{row}, {position}] is {value} on a trained token ({len(bad)} such tokens)")
+            if tensor is not None:
+                _check_finite(name, _per_token(tensor, keep), keep)
+        for name, tensor in zip(("topk[0] (logp)", "topk[1] (logmu)"), self.topk or (), strict=False):
+            _check_finite(name, tensor.amax(-1), keep)
         return self
 
     def cleaned(self) -> Self:
@@ -156,6 +194,9 @@ class LossInputs:
         def constant(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else clean(tensor.detach())
 
+        def constant_rows(tensor: Tensor) -> Tensor:
+            return torch.where(keep[..., None], tensor.detach().to(self.logp.dtype), 0.0)
+
         return replace(
             self,
             logp=clean(self.logp),
@@ -166,35 +207,52 @@ class LossInputs:
             logref=constant(self.logref),
             rewards=constant(self.rewards),
             entropy=None if self.entropy is None else clean(self.entropy),
+            topk=None if self.topk is None else (constant_rows(self.topk[0]), constant_rows(self.topk[1])),
         )
 
     def token_weights(self, norm: LossNorm) -> Tensor:
         """[B, T]: the factor of each token in the aggregated loss; 0 where mask is 0. Needs no device synchronisation."""
         if norm.mode == "token_mean":
             return self.mask / self.token_count(norm)
-        rows, size = self._rows()
-        lengths = self.mask.new_zeros(size).index_add(0, rows, self.mask.flatten())
-        sequences = (lengths > 0).sum() if norm.sequences is None else norm.sequences
+        sequences = self.sequence_count() if norm.sequences is None else norm.sequences
         if norm.mode == "seq_mean_token_mean":
-            return self.mask / (lengths.clamp(min=1)[rows].view_as(self.mask) * sequences)
+            return self.mask / (self.sequence_sum(self.mask).clamp(min=1) * sequences)
         if norm.mode == "seq_mean_token_sum":
             return self.mask / sequences
         return self.mask / (sequences * (norm.horizon or self.mask.shape[1]))
+
+    def sequence_count(self) -> Tensor:
+        """0-d: sequences with at least one trained token."""
+        if self.seq_ids is None:
+            return (self.mask.sum(1) > 0).sum()
+        rows = self._rows()
+        return (self.mask.new_zeros(len(rows)).index_add(0, rows, self.mask[0]) > 0).sum()
 
     def token_count(self, norm: LossNorm) -> int | Tensor:
         """Trained tokens of the whole optimizer batch."""
         return self.mask.sum() if norm.tokens is None else norm.tokens
 
-    def _rows(self) -> tuple[Tensor, int]:
-        """Sequence index of every token, flat [B * T], and an upper bound of their number."""
-        batch, length = self.mask.shape
-        if self.seq_ids is None:
-            return torch.arange(batch, device=self.mask.device).repeat_interleave(length), batch
+    def _rows(self) -> Tensor:
+        """[T] of packed inputs: the sequence of every token, numbered from 0."""
+        assert self.seq_ids is not None
         # Not torch.unique: its output size depends on the data, which would wait for the device.
-        ids, order = self.seq_ids.flatten().sort()
+        ids, order = self.seq_ids[0].sort()
         ranks = torch.zeros_like(order)
         ranks[1:] = (ids[1:] != ids[:-1]).cumsum(0)
-        return torch.zeros_like(order).scatter(0, order, ranks), length
+        return torch.zeros_like(order).scatter(0, order, ranks)
+
+
+def _check_finite(name: str, tensor: Tensor, keep: Tensor) -> None:
+    """Raises UserError naming the first value of a trained token that is not finite."""
+    # One sum tells in the usual case; what overflows it is looked at in full.
+    if bool(torch.isfinite(torch.where(keep, tensor.detach(), 0.0).sum())):
+        return
+    bad = (~torch.isfinite(tensor) & keep).nonzero()
+    if len(bad):
+        row, position = bad[0].tolist()
+        raise UserError(
+            f"{name}[{row}, {position}] is {tensor[row, position].item()} on a trained token ({len(bad)} such tokens)"
+        )
 
 
 def _per_token(tensor: Tensor, like: Tensor) -> Tensor:

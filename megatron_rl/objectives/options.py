@@ -23,30 +23,53 @@ def positive(
     )
 
 
-def choice(default: str, names: Iterable[str], doc: str) -> Any:
-    """One of `names`."""
+def nonnegative(default: float, doc: str) -> Any:
+    """A finite number, 0 allowed."""
+    return field(
+        default=default, metadata={"kind": "number", "doc": doc, "above": -math.inf, "at_least": 0.0, "at_most": math.inf}
+    )
+
+
+def flag(default: bool, doc: str) -> Any:
+    """true or false."""
+    return field(default=default, metadata={"kind": "flag", "doc": doc})
+
+
+def choice(default: str | None, names: Iterable[str], doc: str) -> Any:
+    """One of `names`; None is legal only as the default."""
     return field(default=default, metadata={"kind": "choice", "doc": doc, "names": tuple(names)})
 
 
 def checked(owner: str, option: Field, value: Any) -> Any:
     """`value` as the option wants it (a preset name becomes its number). Raises ConfigError naming `owner.option`."""
     rules, where = option.metadata, f"objective {owner}: '{option.name}'"
-    if rules.get("kind") == "choice":
+    if "kind" not in rules or (value is None and option.default is None):
+        return value
+    if rules["kind"] == "choice":
         if value not in rules["names"]:
             raise ConfigError(f"{where} is {value!r}; {suggest(value, rules['names'])}")
         return value
-    if rules.get("kind") != "number" or (value is None and option.default is None):
+    if rules["kind"] == "flag":
+        if not isinstance(value, bool):
+            raise ConfigError(f"{where} is {value!r}; it must be true or false ({rules['doc']})")
         return value
+    return _checked_number(where, rules, value)
+
+
+def _checked_number(where: str, rules: Mapping[str, Any], value: Any) -> float:
+    presets = rules.get("presets", {})
     if isinstance(value, str):
-        if value not in rules["presets"]:
-            hint = suggest(value, rules["presets"]) if rules["presets"] else "it must be a number"
+        if value not in presets:
+            hint = suggest(value, presets) if presets else "it must be a number"
             raise ConfigError(f"{where} is {value!r}; {hint}")
-        return rules["presets"][value]
+        return presets[value]
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ConfigError(f"{where} is {value!r}; it must be a number")
-    if not math.isfinite(value) or not rules["above"] < value <= rules["at_most"]:
+    least = rules.get("at_least")
+    if not math.isfinite(value) or not rules["above"] < value <= rules["at_most"] or (least is not None and value < least):
+        floor = f"above {rules['above']:g}" if least is None else f"at least {least:g}"
         limit = f" and at most {rules['at_most']:g}" if math.isfinite(rules["at_most"]) else ""
-        raise ConfigError(f"{where} is {value!r}; it must be finite, above {rules['above']:g}{limit} ({rules['doc']})")
+        raise ConfigError(f"{where} is {value!r}; it must be finite, {floor}{limit} ({rules['doc']})")
     return float(value)
 
 

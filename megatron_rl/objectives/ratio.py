@@ -1,0 +1,77 @@
+"""What objectives on an importance ratio share: the policy below the fraction bar, the level, the corrections."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from megatron_rl.errors import ConfigError
+from megatron_rl.objectives.base import Objective, TokenLoss
+from megatron_rl.objectives.corrections import make_corrections
+from megatron_rl.objectives.inputs import LossInputs
+from megatron_rl.objectives.options import choice
+
+DENOMINATORS = {"rollout": "logmu", "trainer_old": "logold"}
+LEVELS = ("token", "sequence", "geometric", "cumulative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatioObjective(Objective):
+    """An objective on r = pi / pi_below.
+
+    denominator: `rollout` (bypass) puts mu, as the engine reported it, below: staleness and engine mismatch in one ratio,
+    and no extra forward pass. `trainer_old` puts the trainer's own policy before the update below; `corrections` then
+    weigh or mask by pi_old / mu. Unset, it is trainer_old when a correction weighs, else rollout.
+    With `rollout` corrections may only mask, since the ratio already holds what they would weigh by.
+    """
+
+    level: str = choice("token", ("token",), "what one ratio spans")
+    denominator: str | None = choice(None, DENOMINATORS, "the policy below the fraction bar")
+    corrections: Any = field(default=())
+
+    default_denominator: ClassVar[str] = "rollout"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        corrections = make_corrections(self.corrections)
+        weighing = [c.name for c in corrections if c.weighs]
+        if self.denominator is None:
+            object.__setattr__(self, "denominator", "trainer_old" if weighing else self.default_denominator)
+        if weighing and self.denominator == "rollout":
+            raise ConfigError(
+                f"objective {self.name}: correction {weighing[0]} weighs by pi_old / mu, which the ratio of denominator: "
+                "rollout already holds; set denominator: trainer_old, or weight: false for a mask alone"
+            )
+        object.__setattr__(self, "corrections", corrections)
+
+    @property
+    def below(self) -> str:
+        """The tensor of LossInputs below the fraction bar."""
+        assert self.denominator is not None  # resolved when built
+        return DENOMINATORS[self.denominator]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | {self.below} | ({"logmu"} if self.corrections else set())
+
+    @abstractmethod
+    def surrogate(self, x: LossInputs) -> TokenLoss:
+        """The method without corrections; as `per_token`."""
+
+    def per_token(self, x: LossInputs) -> TokenLoss:
+        token = self.surrogate(x)
+        numerator = "logold" if self.below == "logold" else "logp"
+        for correction in self.corrections:
+            weight, mask, metrics = correction.apply(x, numerator)
+            token = _scaled(token, weight, mask, metrics)
+        return token
+
+
+def _scaled(token: TokenLoss, weight: Tensor | None, mask: Tensor | None, metrics: Mapping[str, Tensor]) -> TokenLoss:
+    loss, w = token.loss, token.weight
+    for factor in (weight, mask):
+        if factor is not None:
+            loss, w = loss * factor, None if w is None else w * factor
+    return replace(token, loss=loss, weight=w, metrics={**token.metrics, **metrics})
