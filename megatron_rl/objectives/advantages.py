@@ -1,4 +1,4 @@
-"""Advantages of trajectories within the group of their prompt."""
+"""Advantages of trajectories within the group of their prompt, and what shapes rewards and advantages."""
 
 from typing import Literal, get_args
 
@@ -7,17 +7,23 @@ import numpy as np
 from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.objectives.options import suggest
 
-AdvantageKind = Literal["mean", "grpo"]
+AdvantageKind = Literal["mean", "grpo", "rloo", "dr_grpo", "whiten"]
 
-_STD_FLOOR = 1e-6
+_GRPO_FLOOR = 1e-6
+_WHITEN_FLOOR = 1e-8
 
 
 def group_advantages(rewards: np.ndarray, groups: np.ndarray, kind: AdvantageKind) -> np.ndarray:
     """rewards [B], groups [B] (any ids) -> advantages [B] float32, computed in float64.
 
-    mean: R - mean(R) of the group (Dr. GRPO, DRPO, DPPO). grpo: (R - mean) / (std + 1e-6), unbiased std; a group
-    of one has mean 0 and std 1. A group of equal rewards gets exact zeros. Raises UserError for a reward that is
-    not finite or arrays that do not match, ConfigError for an unknown kind.
+    mean: R - mean(R) of the group (DRPO, DPPO, ASymPO). dr_grpo: the same; the constant length that Dr. GRPO
+    (arXiv 2503.20783) divides the loss by is the objective's norm, seq_mean_token_sum_norm with a horizon.
+    grpo: (R - mean) / (std + 1e-6), unbiased std of the group (arXiv 2402.03300); a group of one has mean 0 and std 1.
+    rloo: R - mean of the others of the group (arXiv 2402.14740); a group of one has no others and gets 0.
+    whiten: (R - mean) / (std + 1e-8), unbiased std of R - mean over all B (arXiv 2501.03262, with a group baseline).
+
+    A group of equal rewards gets exact zeros (but for a group of one under grpo, which keeps its reward). Raises
+    UserError for a reward that is not finite or arrays that do not match, ConfigError for an unknown kind.
     """
     if kind not in get_args(AdvantageKind):
         raise ConfigError(f"advantage is {kind!r}; {suggest(kind, get_args(AdvantageKind))}")
@@ -30,6 +36,50 @@ def group_advantages(rewards: np.ndarray, groups: np.ndarray, kind: AdvantageKin
 
     _, group = np.unique(groups, return_inverse=True)
     size = np.bincount(group)
+    out = _centred(rewards, group, size)
+    if kind == "rloo":
+        out = out * (size / np.maximum(size - 1, 1))[group]
+    elif kind == "whiten":
+        out = out / (np.sqrt((out**2).sum() / max(len(out) - 1, 1)) + _WHITEN_FLOOR)
+    elif kind == "grpo":
+        std = np.sqrt(np.bincount(group, out**2) / np.maximum(size - 1, 1))
+        out = np.where((size == 1)[group], rewards / (1 + _GRPO_FLOOR), out / (std[group] + _GRPO_FLOOR))
+    return out.astype(np.float32)
+
+
+def whiten_tokens(raw: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """(raw - mean) / sqrt(variance + 1e-8) over the tokens with mask 1, unbiased variance: [N], mask [N] -> [N] float64.
+
+    0 where mask is 0, whatever raw holds there; exact zeros everywhere when all masked-in values are equal, one alone
+    included. Raises UserError when shapes differ or a value that counts is not finite.
+    """
+    raw, keep = np.asarray(raw, dtype=np.float64), np.asarray(mask) != 0
+    if raw.ndim != 1 or raw.shape != keep.shape:
+        raise UserError(f"raw {list(raw.shape)} and mask {list(keep.shape)} must be of one shape [N]")
+    values, out = raw[keep], np.zeros(len(raw))
+    bad = np.flatnonzero(keep)[~np.isfinite(values)]
+    if len(bad):
+        raise UserError(f"raw[{bad[0]}] is {raw[bad[0]]} on a trained token ({len(bad)} such tokens): nothing can be whitened")
+    # The mean of equal numbers need not be that number in floating point.
+    if len(values) and values.max() > values.min():
+        out[keep] = (values - values.mean()) / np.sqrt(values.var(ddof=1) + _WHITEN_FLOOR)
+    return out
+
+
+def overlong_penalty(lengths: np.ndarray, max_tokens: int, buffer: int, penalty: float = 1.0) -> np.ndarray:
+    """lengths [B] of responses in tokens -> [B] float64, to be added to their rewards (arXiv 2503.14476, Eq. 13).
+
+    0 up to max_tokens - buffer, then linearly down to -penalty at max_tokens, and -penalty beyond.
+    Raises ConfigError unless 0 < buffer <= max_tokens.
+    """
+    if not 0 < buffer <= max_tokens:
+        raise ConfigError(f"the overlong buffer is {buffer} tokens; it must lie in 1..{max_tokens}, the longest response")
+    over = np.asarray(lengths, dtype=np.float64) - (max_tokens - buffer)
+    return -penalty * np.clip(over / buffer, 0.0, 1.0) + 0.0  # + 0.0: no negative zeros
+
+
+def _centred(rewards: np.ndarray, group: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """[B]: rewards less the mean of their group, numbered by `group` [B]; `size`: rewards of each group."""
     centred = rewards - (np.bincount(group, rewards) / size)[group]
     highest = np.full(len(size), -np.inf)
     np.maximum.at(highest, group, rewards)
@@ -37,8 +87,4 @@ def group_advantages(rewards: np.ndarray, groups: np.ndarray, kind: AdvantageKin
     np.minimum.at(lowest, group, rewards)
     # The mean of equal numbers need not be that number in floating point.
     centred[(highest == lowest)[group]] = 0.0
-    if kind == "mean":
-        return centred.astype(np.float32)
-    std = np.sqrt(np.bincount(group, centred**2) / np.maximum(size - 1, 1))
-    alone = (size == 1)[group]
-    return np.where(alone, rewards / (1 + _STD_FLOOR), centred / (std[group] + _STD_FLOOR)).astype(np.float32)
+    return centred

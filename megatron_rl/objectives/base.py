@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.errors import ConfigError, UserError
-from megatron_rl.objectives.inputs import LossInputs, LossNorm, NormMode
+from megatron_rl.objectives.inputs import OPTIONAL, LossInputs, LossNorm, NormMode
 from megatron_rl.objectives.options import checked, choice, nonnegative, positive, suggest
 
 __all__ = ["LossInputs", "LossNorm", "LossOutputs", "Objective", "TokenLoss", "choice", "positive"]
@@ -80,7 +80,10 @@ class Objective(ABC):
 
     @abstractmethod
     def per_token(self, x: LossInputs) -> TokenLoss:
-        """The method. Every tensor of x is [B, T] in one dtype, constants detached, exact zeros where mask is 0."""
+        """The method. Every tensor of x is [B, T] in one dtype, constants detached, zeros where mask is 0.
+
+        What it returns there is dropped, but must be finite. On CPU `torch.where` and `masked_fill` cost 3 to 15 products.
+        """
 
     def summary(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Metrics made of the means of others over a whole update, such as a ratio of two of them."""
@@ -93,7 +96,8 @@ class Objective(ABC):
         stream, so callers use `LossInputs.validated` where they build the batch.
         """
         norm = inputs.norm or _as_norm(self.norm, self.default_norm)
-        inputs = replace(inputs, norm=norm)
+        unused = {tensor: None for tensor in OPTIONAL if tensor not in self.needs}
+        inputs = replace(inputs, norm=norm, **unused)  # type: ignore[arg-type]
         for tensor in sorted(self.needs):
             if getattr(inputs, tensor) is None:
                 raise UserError(f"objective {self.name} needs '{tensor}', which is missing from its inputs")
@@ -103,14 +107,12 @@ class Objective(ABC):
             inputs.check_shapes()
         x = inputs.cleaned()
         token = self.per_token(x)
-        keep = x.mask.bool()
-        loss_tok = torch.where(keep, token.loss, 0.0)
-        weights = x.token_weights(norm)
+        loss_tok = token.loss * x.mask
         terms, term_metrics = self._terms(x)
         return LossOutputs(
-            loss=((loss_tok if terms is None else loss_tok + terms) * weights).sum(),
+            loss=x.aggregate(loss_tok if terms is None else loss_tok + terms, norm),
             loss_tok=loss_tok,
-            weight_tok=None if token.weight is None else torch.where(keep, token.weight, 0.0).detach(),
+            weight_tok=None if token.weight is None else token.weight.detach() * x.mask,
             metrics=_averaged(x, norm, {**token.metrics, **term_metrics}, token.sequence_metrics),
         )
 
@@ -141,12 +143,16 @@ def _averaged(
     x: LossInputs, norm: LossNorm, per_token: Mapping[str, Tensor], per_sequence: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     tokens = x.token_count(norm)
-    share = x.mask / (tokens.clamp(min=1) if isinstance(tokens, Tensor) else tokens)
-    out = {name: (value.detach() * share).sum() for name, value in per_token.items()}
+    out = {name: _dot(value, x.mask) / tokens for name, value in per_token.items()}
     if per_sequence:
         share = x.token_weights(replace(_PER_SEQUENCE, sequences=norm.sequences))
-        out |= {name: (value.detach() * share).sum() for name, value in per_sequence.items()}
+        out |= {name: _dot(value, share) for name, value in per_sequence.items()}
     return out
+
+
+def _dot(values: Tensor, weights: Tensor) -> Tensor:
+    """sum(values x weights) in one pass, without gradient; values: what broadcasts to weights."""
+    return torch.dot(values.detach().expand_as(weights).reshape(-1), weights.reshape(-1))
 
 
 def _as_norm(norm: Any, default: NormMode) -> LossNorm:

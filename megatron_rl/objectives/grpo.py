@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from megatron_rl.objectives.base import LossInputs, TokenLoss, positive
 from megatron_rl.objectives.inputs import NormMode
 from megatron_rl.objectives.options import choice
@@ -33,21 +35,15 @@ class PPO(RatioObjective):
         """x: logp, logmu or logold, advantages [B, T] -> loss, weight [B, T]."""
         ratio = x.ratio(self.below, self.level)  # type: ignore[arg-type]  # checked when built
         low, high = 1 - self.clip_low, 1 + self.clip_high
-        dual = self.dual_clip if self.dual_clip is not None else float("inf")
-        # Written by region, not with min and max, whose subgradients halve where two branches tie.
-        above = (x.advantages > 0) & (ratio > high)
-        below = (x.advantages < 0) & (ratio < low)
-        far = (x.advantages < 0) & (ratio > dual)
-        bounded = ratio.masked_fill(above, high).masked_fill(below, low)
-        flags = {"clip/high": above, "clip/low": below}
+        # Each sign has its own bounds. Not min and max over both branches: their subgradients halve where two tie.
+        positive = x.advantages.relu()
+        bounded = positive * ratio.clamp(max=high) + (x.advantages - positive) * ratio.clamp(low, self.dual_clip)
+        raised, lowered = x.advantages > 0, x.advantages < 0
+        flags = {"clip/high": raised & (ratio > high), "clip/low": lowered & (ratio < low)}
         if self.dual_clip is not None:
-            bounded = bounded.masked_fill(far, dual)
-            flags["clip/dual"] = far
-        return TokenLoss(
-            loss=-x.advantages * bounded,
-            weight=(~(above | below | far)).to(ratio.dtype),
-            metrics={name: flag.to(ratio.dtype) for name, flag in flags.items()},
-        )
+            flags["clip/dual"] = lowered & (ratio > self.dual_clip)
+        metrics = {name: flag.to(ratio.dtype) for name, flag in flags.items()}
+        return TokenLoss(loss=-bounded, weight=1 - sum(metrics.values(), torch.zeros_like(ratio)), metrics=metrics)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,11 +23,16 @@ def positive(
     )
 
 
-def nonnegative(default: float, doc: str) -> Any:
-    """A finite number, 0 allowed."""
+def nonnegative(default: float, doc: str, *, at_most: float = math.inf) -> Any:
+    """A finite number in [0, at_most]."""
     return field(
-        default=default, metadata={"kind": "number", "doc": doc, "above": -math.inf, "at_least": 0.0, "at_most": math.inf}
+        default=default, metadata={"kind": "number", "doc": doc, "above": -math.inf, "at_least": 0.0, "at_most": at_most}
     )
+
+
+def integer(default: int, doc: str, *, at_least: int = 1) -> Any:
+    """A whole number of at least `at_least`."""
+    return field(default=default, metadata={"kind": "integer", "doc": doc, "at_least": at_least})
 
 
 def flag(default: bool, doc: str) -> Any:
@@ -52,6 +57,12 @@ def checked(owner: str, option: Field, value: Any) -> Any:
     if rules["kind"] == "flag":
         if not isinstance(value, bool):
             raise ConfigError(f"{where} is {value!r}; it must be true or false ({rules['doc']})")
+        return value
+    if rules["kind"] == "integer":
+        if isinstance(value, bool) or not isinstance(value, int) or value < rules["at_least"]:
+            raise ConfigError(
+                f"{where} is {value!r}; it must be a whole number of at least {rules['at_least']} ({rules['doc']})"
+            )
         return value
     return _checked_number(where, rules, value)
 

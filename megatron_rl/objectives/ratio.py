@@ -24,7 +24,8 @@ class RatioObjective(Objective):
     denominator: `rollout` (bypass) puts mu, as the engine reported it, below: staleness and engine mismatch in one ratio,
     and no extra forward pass. `trainer_old` puts the trainer's own policy before the update below; `corrections` then
     weigh or mask by pi_old / mu. Unset, it is trainer_old when a correction weighs, else rollout.
-    With `rollout` corrections may only mask, since the ratio already holds what they would weigh by.
+    Corrections may only mask where the loss already holds what they would weigh by: with `rollout`, and in methods whose
+    weight is pi / mu whatever the denominator (`always_over_mu`), for which it names the policy that their mask compares to.
     """
 
     level: str = choice("token", ("token",), "what one ratio spans")
@@ -32,11 +33,17 @@ class RatioObjective(Objective):
     corrections: Any = field(default=())
 
     default_denominator: ClassVar[str] = "rollout"
+    always_over_mu: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         corrections = make_corrections(self.corrections)
         weighing = [c.name for c in corrections if c.weighs]
+        if weighing and self.always_over_mu:
+            raise ConfigError(
+                f"objective {self.name}: correction {weighing[0]} weighs by pi_old / mu, but its loss is always weighted by "
+                "pi / mu; drop the correction, or set weight: false for a mask alone"
+            )
         if self.denominator is None:
             object.__setattr__(self, "denominator", "trainer_old" if weighing else self.default_denominator)
         if weighing and self.denominator == "rollout":
@@ -54,7 +61,7 @@ class RatioObjective(Objective):
 
     @property
     def needs(self) -> frozenset[str]:
-        return super().needs | {self.below} | ({"logmu"} if self.corrections else set())
+        return super().needs | {self.below} | ({"logmu"} if self.corrections or self.always_over_mu else set())
 
     @abstractmethod
     def surrogate(self, x: LossInputs) -> TokenLoss:

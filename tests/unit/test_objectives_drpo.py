@@ -10,11 +10,8 @@ from hypothesis import strategies as st
 from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.objectives import LossInputs, LossNorm, make_objective
 from megatron_rl.objectives.drpo import DELTA_PRESETS
-
-MU = [[0.5, 0.5, 0.01, 0.9], [0.2, 0.02, 0.3, 0.3]]
-PI = [[0.6, 0.4, 0.03, 0.6], [0.45, 0.30, 0.3, 0.3]]
-ADVANTAGES = [[1, 1, 0.5, -1], [-0.5, 2, 1, 1]]
-MASK = [[1, 1, 1, 1], [1, 1, 0, 0]]
+from tests.unit.objective_specs import ADVANTAGES, MASK, MU, PI, f64, worked_inputs
+from tests.unit.objective_specs import one_token as token_of
 
 WORKED = {
     0.15: {
@@ -23,6 +20,7 @@ WORKED = {
         "grad": [[-0.4, -1.333333, -1.3, -0.666667], [3.0, 26.0, 0, 0]],
         "token_mean": -0.753472,
         "seq_mean_token_mean": -0.842708,
+        "seq_mean_token_sum": -2.260417,
         "seq_mean_token_sum_norm": -0.565104,
     },
     12.5: {
@@ -31,6 +29,7 @@ WORKED = {
         "grad": [[-1.1904, -0.8064, -1.4976, 0.650667], [1.1475, -29.328, 0, 0]],
         "token_mean": -5.230347,
         "seq_mean_token_mean": -7.492154,
+        "seq_mean_token_sum": -15.691042,
         "seq_mean_token_sum_norm": -3.922760,
     },
 }
@@ -40,22 +39,9 @@ delta = st.floats(0.01, 20)
 advantage = st.floats(-5, 5).filter(lambda a: abs(a) > 1e-3)
 
 
-def f64(values) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def worked_inputs(logp: torch.Tensor | None = None, **kwargs) -> LossInputs:
-    return LossInputs(f64(PI).log() if logp is None else logp, f64(MU).log(), f64(ADVANTAGES), f64(MASK), **kwargs)
-
-
 def one_token(pi: float, mu: float, a: float, d: float) -> tuple[float, float, float]:
     """loss, weight and dloss/dlogp of a single token."""
-    logp = f64([[math.log(pi)]]).requires_grad_()
-    out = make_objective({"name": "drpo", "delta": d})(LossInputs(logp, f64([[math.log(mu)]]), f64([a]), f64([[1]])))
-    out.loss.backward()
-    assert out.weight_tok is not None
-    assert logp.grad is not None
-    return out.loss_tok.item(), out.weight_tok.item(), logp.grad.item()
+    return token_of({"name": "drpo", "delta": d}, pi, mu, a)
 
 
 @pytest.mark.parametrize("d", [0.15, 12.5])
@@ -69,7 +55,7 @@ def test_per_token_loss_weight_and_gradient_equal_the_worked_numbers(d):
 
 
 @pytest.mark.parametrize("d", [0.15, 12.5])
-@pytest.mark.parametrize("mode", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"])
+@pytest.mark.parametrize("mode", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"])
 def test_aggregated_loss_equals_the_worked_numbers(d, mode):
     out = make_objective({"name": "drpo", "delta": d, "norm": {"mode": mode, "horizon": 4}})(worked_inputs())
     assert out.loss.item() == pytest.approx(WORKED[d][mode], abs=6e-7)
@@ -120,14 +106,6 @@ def test_a_huge_delta_leaves_the_plain_importance_sampled_loss(pi, mu, a):
     assert weight == pytest.approx(1, rel=1e-6)
 
 
-@given(probability, probability, advantage, st.floats(0.01, 0.9))
-def test_the_sign_of_the_weight_is_the_hard_mask_of_dppo(pi, mu, a, d):
-    moved = pi - mu
-    assume(abs(abs(moved) - d) > 1e-9)
-    dppo_keeps = moved <= d if a > 0 else moved >= -d
-    assert (one_token(pi, mu, a, d)[1] > 0) == dppo_keeps
-
-
 @given(probability, probability, advantage, delta, st.floats(0.1, 10))
 def test_the_loss_is_positively_homogeneous_in_the_advantage(pi, mu, a, d, k):
     loss, weight, _ = one_token(pi, mu, a, d)
@@ -138,10 +116,13 @@ def test_the_loss_is_positively_homogeneous_in_the_advantage(pi, mu, a, d, k):
 
 
 @given(probability, probability, advantage, delta)
-def test_simple_po_with_epsilon_delta_over_mu_has_the_same_loss(pi, mu, a, d):
-    r, epsilon = pi / mu, d / mu
-    simple_po = -a * r + abs(a) * (r - 1) ** 2 / (2 * epsilon)
-    assert one_token(pi, mu, a, d)[0] == pytest.approx(simple_po, rel=1e-9, abs=1e-9)
+def test_simple_po_with_epsilon_delta_over_mu_has_the_same_loss_and_gradient(pi, mu, a, d):
+    loss, weight, gradient = token_of({"name": "simple_po", "epsilon": d / mu}, pi, mu, a)
+    assert one_token(pi, mu, a, d) == (
+        pytest.approx(loss, rel=1e-9, abs=1e-9),
+        pytest.approx(weight, rel=1e-9, abs=1e-9),
+        pytest.approx(gradient, rel=1e-9, abs=1e-9),
+    )
 
 
 def test_the_expected_penalty_is_the_squared_l2_distance():
@@ -149,6 +130,8 @@ def test_the_expected_penalty_is_the_squared_l2_distance():
     out = make_objective({"name": "drpo", "delta": 0.5})(LossInputs(pi.log(), mu.log(), a, torch.ones_like(mu)))
     penalty = out.loss_tok + a * pi / mu  # with delta 1/2 exactly |A| mu (r - 1)^2
     assert (mu * penalty).sum().item() == pytest.approx(0.039, abs=1e-12)
+    out = make_objective({"name": "simple_po", "epsilon": 0.5})(LossInputs(pi.log(), mu.log(), a, torch.ones_like(mu)))
+    assert (mu * (out.loss_tok + a * pi / mu)).sum().item() == pytest.approx(0.715357, abs=6e-7), "the chi-squared form"
 
 
 @given(probability, advantage, delta)
@@ -166,6 +149,7 @@ def test_the_loss_is_convex_in_the_ratio_with_its_minimum_at_the_boundary(mu, a,
 @given(st.floats(1e-7, 1e-2), delta)
 def test_the_weight_of_a_rare_token_depends_on_the_shift_alone(mu, d):
     assert one_token(mu + 0.05, mu, 1.0, d)[1] == pytest.approx(1 - 0.05 / d, rel=1e-6, abs=1e-9)
+    assert token_of({"name": "simple_po", "epsilon": d}, mu + 0.05, mu, 1.0)[1] == pytest.approx(1 - 0.05 / mu / d, rel=1e-6)
 
 
 def test_the_loss_does_not_depend_on_padding_when_the_horizon_is_given():

@@ -9,15 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.objectives import LossInputs, make_objective
-
-MU = [[0.5, 0.5, 0.01, 0.9], [0.2, 0.02, 0.3, 0.3]]
-PI = [[0.6, 0.4, 0.03, 0.6], [0.45, 0.30, 0.3, 0.3]]
-ADVANTAGES = [[1, 1, 0.5, -1], [-0.5, 2, 1, 1]]
-MASK = [[1, 1, 1, 1], [1, 1, 0, 0]]
-
-
-def f64(values) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+from tests.unit.objective_specs import ADVANTAGES, MASK, MU, PI, f64
 
 
 def run(logp: torch.Tensor, **keys):

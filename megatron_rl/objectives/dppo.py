@@ -1,0 +1,155 @@
+"""DPPO: tokens leave the batch by the divergence of their distribution, not by their ratio (arXiv 2602.04879)."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from megatron_rl.errors import ConfigError
+from megatron_rl.objectives.base import LossInputs, TokenLoss, positive
+from megatron_rl.objectives.inputs import NormMode
+from megatron_rl.objectives.options import choice, integer
+from megatron_rl.objectives.ratio import RatioObjective
+
+DEFAULT_DELTA = {"tv": 0.15, "kl": 0.05}
+
+_EPSILON = 1e-8  # keeps the odds of a token that is all but certain finite
+_LEAST_REST = 1e-12  # mass of the tokens outside the top-K
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPPO(RatioObjective):
+    r"""Drop a token that moves away from where it was sampled once its distribution has moved by more than delta.
+
+        loss = -A sg[min(r, truncation)] M logp,    r = pi / mu
+        -dloss/dlogp = A r w,    w = M min(r, truncation) / r
+        M = 0 if D > delta_high, A > 0, pi > q  or  D > delta_low, A <= 0, pi < q;  else 1
+
+    D is the divergence of pi from q, the policy that denominator names: mu with rollout; with trainer_old the trainer's
+    own before the update (the `recompute` variants), while r stays pi / mu. Moving back towards q is always allowed.
+    """
+
+    delta_low: float | None = positive(None, "bound of the divergence for A <= 0; delta when unset")
+    delta_high: float | None = positive(None, "bound of the divergence for A > 0; delta when unset")
+    truncation: float = positive(20.0, "upper bound of the weight pi / mu")
+
+    default_norm: ClassVar[NormMode] = "seq_mean_token_sum_norm"
+    always_over_mu: ClassVar = True
+
+    @property
+    @abstractmethod
+    def bounds(self) -> tuple[float, float]:
+        """delta_low, delta_high, each with delta in its place when unset."""
+
+    @abstractmethod
+    def divergence_of(self, x: LossInputs) -> Tensor:
+        """D [B, T] without gradient, at least 0 up to rounding."""
+
+    def surrogate(self, x: LossInputs) -> TokenLoss:
+        """x: logp, logmu, logold with denominator trainer_old, advantages [B, T] -> loss, weight [B, T]."""
+        low, high = self.bounds
+        ratio, direction = x.ratio("logmu").detach(), x.log_ratio(self.below).detach()
+        divergence = self.divergence_of(x)
+        above = (x.advantages > 0) & (direction > 0) & (divergence > high)
+        below = (x.advantages <= 0) & (direction < 0) & (divergence > low)
+        weight = ratio.clamp(max=self.truncation) * ~(above | below)
+        flags = {"mask/high": above, "mask/low": below, "truncated": ratio > self.truncation}
+        return TokenLoss(
+            loss=-x.advantages * weight * x.logp,
+            weight=weight / ratio,
+            metrics={"divergence": divergence} | {name: flag.to(ratio.dtype) for name, flag in flags.items()},
+        )
+
+    def _bounds(self, delta: float) -> tuple[float, float]:
+        low, high = self.delta_low, self.delta_high
+        return delta if low is None else low, delta if high is None else high
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPPOTV(DPPO):
+    """Binary total variation: the sampled token against all others. D = |pi - q|."""
+
+    delta: float = positive(DEFAULT_DELTA["tv"], "bound of |pi - q|")
+
+    name: ClassVar = "dppo_tv"
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return self._bounds(self.delta)
+
+    def divergence_of(self, x: LossInputs) -> Tensor:
+        return (x.logp.detach().exp() - getattr(x, self.below).exp()).abs()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPPOKL(DPPO):
+    """Binary KL: the sampled token against all others. D = q log(q / pi) + (1 - q) log((1 - q) / (1 - pi))."""
+
+    delta: float = positive(DEFAULT_DELTA["kl"], "bound of the divergence, in nats")
+
+    name: ClassVar = "dppo_kl"
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return self._bounds(self.delta)
+
+    def divergence_of(self, x: LossInputs) -> Tensor:
+        base = getattr(x, self.below)
+        others = _others(base)
+        return -base.exp() * x.log_ratio(self.below).detach() + others * torch.log(
+            (others + _EPSILON) / (_others(x.logp.detach()) + _EPSILON)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPPOTopK(DPPO):
+    """Divergence over the K tokens the engine held likeliest, all others in one bucket of at least 1e-12.
+
+        tv:  D = (sum_K |p - q| + |p_rest - q_rest|) / 2          kl:  D = sum_K p log(p / q) + p_rest log(p_rest / q_rest)
+
+    p is the engine's distribution and q the trainer's; whether a token moves away is that of the sampled one.
+    denominator is always rollout: of the trainer's old policy no top-K is kept.
+    """
+
+    divergence: str = choice("tv", tuple(DEFAULT_DELTA), "total variation or KL")
+    top_k: int = integer(20, "how many of its likeliest tokens the engine reports")
+    delta: float | None = positive(None, "bound of the divergence; unset: 0.15 for tv, 0.05 for kl")
+
+    name: ClassVar = "dppo_topk"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.denominator != "rollout":
+            raise ConfigError(
+                "objective dppo_topk: denominator is 'trainer_old', but the top-K of the trainer's old policy is not kept; "
+                "set denominator: rollout, or use dppo_tv or dppo_kl"
+            )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | {"topk"}
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return self._bounds(DEFAULT_DELTA[self.divergence] if self.delta is None else self.delta)
+
+    def divergence_of(self, x: LossInputs) -> Tensor:
+        """x.topk: logp of the trainer, logmu of the engine [B, T, K], constants."""
+        assert x.topk is not None
+        logq_K, logp_K = x.topk
+        p_K, q_K = logp_K.exp(), logq_K.exp()
+        p_rest, q_rest = _rest(p_K), _rest(q_K)
+        if self.divergence == "tv":
+            return ((p_K - q_K).abs().sum(-1) + (p_rest - q_rest).abs()) / 2
+        return (p_K * (logp_K - logq_K)).sum(-1) + p_rest * (p_rest / q_rest).log()
+
+
+def _others(log_probability: Tensor) -> Tensor:
+    """1 - p, exact also where p is all but 1, and 0 where rounding made p exceed 1."""
+    return -torch.expm1(log_probability).clamp(max=0)
+
+
+def _rest(p_K: Tensor) -> Tensor:
+    return (1 - p_K.sum(-1)).clamp(min=_LEAST_REST)

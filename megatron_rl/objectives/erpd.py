@@ -1,0 +1,122 @@
+"""ERPD: distil a teacher that was trained far off policy (arXiv 2605.25582).
+
+Stage 1 trains the teacher on a fixed batch with a weakly constrained loss: `erpd_mse` or `erpd_ce` (or `sapo`, `grpo`).
+Stage 2 starts from the old policy again and follows the teacher's token advantages under a clip: `erpd_distill`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.nn.functional import logsigmoid
+
+from megatron_rl.objectives.base import LossInputs, Objective, TokenLoss, choice, positive
+from megatron_rl.objectives.grpo import PPO
+from megatron_rl.objectives.inputs import NormMode
+
+_POSITIVE = 0.5  # a reward below it makes a trajectory a negative one
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErpdMSE(Objective):
+    r"""Pull the probability of every token towards the outcome of its trajectory.
+
+        loss = c (pi - R)^2,    R in {0, 1},    c = negative_weight if R < 0.5 else 1
+        dloss/dlogp = 2 c (pi - R) pi
+
+    Stage 1 of arXiv 2605.25582. Rewards must lie in [0, 1]: pi is a probability, so others mean nothing here and are
+    not meant to be used. Advantages are not used. Negatives vanish as pi^2, positives as pi -> 0 and as pi -> 1. Early
+    updates lower the positives too ("unlearning"), later ones bring them back: the log's pi_positive shows the turn.
+    """
+
+    negative_weight: float = positive(1.0, "weight of trajectories with a reward below 0.5")
+
+    name: ClassVar = "erpd_mse"
+    default_norm: ClassVar[NormMode] = "token_mean"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | {"rewards"}
+
+    def per_token(self, x: LossInputs) -> TokenLoss:
+        """x: logp, rewards [B, T] -> loss [B, T]; there is no ratio, so no weight."""
+        assert x.rewards is not None
+        pi = x.logp.exp()
+        loss = (pi - x.rewards).square()
+        positives = (x.rewards >= _POSITIVE).to(pi.dtype)
+        if self.negative_weight != 1:
+            loss = loss * (positives + self.negative_weight * (1 - positives))
+        return TokenLoss(
+            loss=loss,
+            metrics={
+                f"{self.name}/pi": pi,
+                f"{self.name}/positives": positives,
+                f"{self.name}/pi_times_positives": pi.detach() * positives,
+            },
+        )
+
+    def summary(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """pi_positive and pi_negative: mean probability of a token of a positive and of a negative trajectory, where
+        there are such."""
+        names = [f"{self.name}/{name}" for name in ("pi", "positives", "pi_times_positives")]
+        if not all(name in metrics for name in names):
+            return {}
+        pi, share, joint = (metrics[name] for name in names)
+        out = {f"{self.name}/pi_positive": joint / share} if share > 0 else {}
+        return out | ({f"{self.name}/pi_negative": (pi - joint) / (1 - share)} if share < 1 else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErpdCE(Objective):
+    r"""Classify trajectories by their likelihood ratio to the old policy.
+
+        R(y) = beta sum_t log(pi / pi_old)   (or beta mean_t),    l: reward in [0, 1]
+        L_y = -l log sigma(R) - (1 - l) log(1 - sigma(R)),        L = mean of L_y over trajectories
+        dL_y/dlogp_t = -beta (l - sigma(R))   (/ length for the mean)
+
+    Stage 1 of arXiv 2605.25582 (which prints the likelihood without the minus sign). Rewards must lie in [0, 1];
+    advantages are not used. The paper's beta lies in 0.001..0.05. Keep the norm: it makes L the mean over trajectories.
+    """
+
+    beta: float = positive(0.01, "reward per nat of log-ratio")
+    reduction: str = choice("sum", ("sum", "mean"), "how the log-ratios of a trajectory become one")
+
+    name: ClassVar = "erpd_ce"
+    default_norm: ClassVar[NormMode] = "seq_mean_token_sum"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | {"rewards", "logold"}
+
+    def per_token(self, x: LossInputs) -> TokenLoss:
+        """x: logp, logold, rewards [B, T] -> loss [B, T]: L_y / length in value, with the gradient above."""
+        assert x.rewards is not None
+        log_ratio = x.log_ratio("logold")
+        total = x.sequence_sum(log_ratio.detach())  # [B, 1], packed [1, T]
+        length = x.sequence_sum(x.mask).clamp(min=1)
+        mean = self.reduction == "mean"
+        implicit = self.beta * (total / length if mean else total)
+        likely = logsigmoid(implicit) - (1 - x.rewards) * implicit  # log(1 - sigma(R)) = log sigma(R) - R
+        push = self.beta * (x.rewards - implicit.sigmoid())
+        return TokenLoss(
+            loss=-likely / length - (push / length if mean else push) * (log_ratio - log_ratio.detach()),
+            sequence_metrics={
+                f"{self.name}/implicit_reward": implicit,
+                f"{self.name}/accuracy": ((implicit > 0) == (x.rewards >= _POSITIVE)).to(implicit.dtype),
+            },
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErpdDistill(PPO):
+    r"""PPO's clip on token advantages that come from a teacher instead of an outcome.
+
+        A = whiten(log pi_e - log pi_den),    r = pi / pi_old,    loss as `ppo`
+
+    Stage 2 of arXiv 2605.25582: an approximation of min KL(pi | pi_e) under KL(pi | pi_old) <= epsilon. `advantages` are
+    [B, T]; pi_e, pi_den and pi_old are the trainer's own figures, or A would hold the engine's noise. The paper names no clip
+    for this stage; 0.2 is PPO's.
+    """
+
+    name: ClassVar = "erpd_distill"
+    default_denominator: ClassVar[str] = "trainer_old"

@@ -1,0 +1,69 @@
+"""ScaledPO: the policy gradient with its negative side scaled down; alpha 1 is the plain one (arXiv 2606.03070)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from megatron_rl.objectives.base import LossInputs, Objective, TokenLoss
+from megatron_rl.objectives.inputs import NormMode
+from megatron_rl.objectives.options import nonnegative
+
+
+@dataclass(frozen=True, kw_only=True)
+class Naive(Objective):
+    r"""REINFORCE with a group baseline, every response of equal weight.
+
+        loss = -A logp;    L = (1/G) sum_g A_g S_g,    S_g = -mean_t logp_t, the mean token NLL of response g
+
+    L_C of arXiv 2606.03070 with C = 1. It knows of no behaviour policy, hence neither of staleness nor of mismatch, and
+    has no trust region: the unlikelier a negative response, the larger its term, and training collapses late.
+    Metrics (names begin with the objective's): s_p and s_n, the means over sequences of max(A, 0) S and max(-A, 0) S,
+    naive_loss = s_p - s_n, and s_ratio = s_n / s_p.
+    """
+
+    name: ClassVar = "naive"
+    default_norm: ClassVar[NormMode] = "seq_mean_token_mean"
+
+    def per_token(self, x: LossInputs) -> TokenLoss:
+        """x: logp, advantages [B, T] -> loss [B, T]; there is no ratio, so no weight."""
+        return TokenLoss(loss=-x.advantages * x.logp, sequence_metrics=self.scales(x))
+
+    def scales(self, x: LossInputs) -> dict[str, Tensor]:
+        """What s_p, s_n and naive_loss are the sequence means of."""
+        logp = x.logp.detach()
+        naive = -x.advantages * logp
+        positive = -x.advantages.relu() * logp
+        return {
+            f"{self.name}/naive_loss": naive,
+            f"{self.name}/s_p": positive,
+            f"{self.name}/s_n": positive - naive,
+        }
+
+    def summary(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """s_ratio; absent where no advantage is positive."""
+        positive, negative = (metrics.get(f"{self.name}/{name}", 0.0) for name in ("s_p", "s_n"))
+        return {f"{self.name}/s_ratio": negative / positive} if positive > 0 else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledPO(Naive):
+    r"""Multiply the negative side of the policy gradient by a constant alpha.
+
+        loss = -C A logp,    C = 1 if A >= 0 else alpha
+
+    "SPO" of arXiv 2606.03070, Eq. of L_C. alpha 1 is `naive`, alpha 0 imitates positive responses alone. The two sides
+    cancel where s_n / s_p = 1 / alpha, whereas `asympo` balances them at every scale. The coefficients of a group add up
+    to (1 - alpha) times its positive part: there is a net push upwards, under which entropy may fall faster.
+    """
+
+    alpha: float = nonnegative(0.2, "factor of negative advantages", at_most=1.0)
+
+    name: ClassVar = "scaled_po"
+
+    def per_token(self, x: LossInputs) -> TokenLoss:
+        """x: logp, advantages [B, T] -> loss [B, T]; there is no ratio, so no weight."""
+        scaled = torch.where(x.advantages < 0, self.alpha * x.advantages, x.advantages)
+        return TokenLoss(loss=-scaled * x.logp, sequence_metrics=self.scales(x))

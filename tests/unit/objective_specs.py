@@ -1,0 +1,163 @@
+"""The table of objectives that the statements about every one of them run over, and the inputs they are fed with."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_rl.objectives import LossInputs, Objective, make_objective
+
+MODES = ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
+TENSORS = ["logp", "logmu", "logold", "logref", "entropy"]  # [B, T] each
+HORIZON = 9  # fixed response length, given wherever tensors are packed or split
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One row of the table: what `make_objective` is given, and what does not hold for this objective."""
+
+    id: str
+    options: dict[str, Any]
+    advantages: bool = True  # False: the method looks at rewards instead, so that advantages of 0 are nothing special
+    weight: bool = True  # False: -dloss/dlogp has no form A r w
+
+    def make(self, **more: Any) -> Objective:
+        return make_objective({**self.options, **more})
+
+
+def _spec(id: str, **options: Any) -> Spec:
+    return Spec(id, {"name": id, **options})
+
+
+_MASKS = [{"name": "mis", "weight": False, "level": "sequence"}, {"name": "geo_mask", "low": 0.7, "high": 1.4}]
+_WEIGHTS = [{"name": "tis", "level": "sequence"}, {"name": "icepop", "low": 0.6, "high": 1.8}]
+
+RATIO_SPECS = [
+    _spec("ppo"),
+    _spec("grpo", dual_clip=3.0),
+    _spec("dapo"),
+    _spec("gspo", clip_low=0.1, clip_high=0.1),
+    _spec("cispo", clip_high=0.5),
+    _spec("sapo"),
+    _spec("simple_po"),
+    _spec("minirl", truncation=1.5),
+    _spec("dppo_tv", delta=0.1),
+    _spec("dppo_kl"),
+    _spec("dppo_topk", divergence="kl", top_k=3),
+    _spec("drpo", delta=0.15),
+    Spec("ppo-sequence", {"name": "ppo", "level": "sequence", "clip_low": 0.5, "clip_high": 3.0, "dual_clip": 3.0}),
+    Spec("ppo-geometric", {"name": "ppo", "level": "geometric"}),
+    Spec("ppo-cumulative", {"name": "ppo", "level": "cumulative", "clip_low": 0.5, "clip_high": 3.0}),
+    Spec("dppo_tv-trainer_old", {"name": "dppo_tv", "denominator": "trainer_old", "delta_low": 0.05}),
+    Spec("minirl-rollout", {"name": "minirl", "denominator": "rollout"}),
+    Spec("drpo-masked", {"name": "drpo", "corrections": _MASKS}),
+    Spec("grpo-weighted", {"name": "grpo", "corrections": _WEIGHTS}),
+]
+
+OTHER_SPECS = [
+    Spec("naive", {"name": "naive"}, weight=False),
+    Spec("scaled_po", {"name": "scaled_po"}, weight=False),
+    Spec("asympo", {"name": "asympo"}, weight=False),
+    Spec("asympo-bounded", {"name": "asympo", "p_low": 0.1, "p_high": 0.9}, weight=False),
+    Spec("erpd_mse", {"name": "erpd_mse", "negative_weight": 0.5}, advantages=False, weight=False),
+    Spec("erpd_ce", {"name": "erpd_ce", "beta": 0.05}, advantages=False, weight=False),
+    Spec("erpd_ce-mean", {"name": "erpd_ce", "beta": 0.05, "reduction": "mean"}, advantages=False, weight=False),
+    _spec("erpd_distill"),
+]
+
+SPECS = [*RATIO_SPECS, *OTHER_SPECS]
+
+every_objective = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
+
+
+def f64(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def batch(seed: int, lengths: list[int], top_k: int = 3, vocabulary: int = 6) -> LossInputs:
+    """Right-padded float64 inputs holding every tensor; `lengths` trained tokens a row (some rows may have none)."""
+    g = torch.Generator().manual_seed(seed)
+    shape = (len(lengths), max([*lengths, 1]))
+
+    def normal(*more: int) -> Tensor:
+        return torch.randn((*shape, *more), generator=g, dtype=torch.float64)
+
+    logp = -3 * torch.rand(shape, generator=g, dtype=torch.float64)
+    logits_V = normal(vocabulary)
+    logmu_K, ids_K = logits_V.log_softmax(-1).topk(top_k)
+    return LossInputs(
+        logp=logp,
+        logmu=(logp + 0.5 * normal()).clamp(max=-1e-3),
+        logold=(logp + 0.5 * normal()).clamp(max=-1e-3),
+        logref=(logp + 0.5 * normal()).clamp(max=-1e-3),
+        entropy=normal().abs(),
+        advantages=torch.randn(len(lengths), generator=g, dtype=torch.float64),
+        rewards=torch.randint(2, (len(lengths),), generator=g).double(),
+        topk=((logits_V + 0.5 * normal(vocabulary)).log_softmax(-1).gather(-1, ids_K), logmu_K),
+        mask=(torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).double(),
+    )
+
+
+def only_needed(objective: Objective, x: LossInputs) -> LossInputs:
+    """x without the tensors that the objective does not ask for."""
+    return replace(x, **{name: None for name in (*TENSORS[1:], "rewards", "topk") if name not in objective.needs})
+
+
+def mapped(x: LossInputs, change) -> LossInputs:
+    """x with `change(name, tensor)` in place of every tensor that is there; the two of topk are called topk."""
+    tensors = {name: getattr(x, name) for name in (*TENSORS, "advantages", "mask", "rewards", "seq_ids")}
+    changed = {name: change(name, tensor) for name, tensor in tensors.items() if tensor is not None}
+    if x.topk is not None:
+        changed["topk"] = (change("topk", x.topk[0]), change("topk", x.topk[1]))
+    return replace(x, **changed)
+
+
+def packed(x: LossInputs, source: Tensor, ids: list[int], padding: int) -> LossInputs:
+    """The tokens at `source`, positions in the flat padded tensor, in one row; nan on the padding, where it may be."""
+    width = x.mask.shape[1]
+
+    def row(name: str, tensor: Tensor) -> Tensor:
+        per_token = tensor if tensor.shape[:2] == x.mask.shape else tensor[:, None].expand_as(x.mask)
+        out = per_token.flatten(0, 1)[source]
+        return torch.cat([out, out.new_full((padding, *out.shape[1:]), 0.0 if name == "mask" else float("nan"))])[None]
+
+    seq_ids = torch.tensor([[ids[s // width] for s in source.tolist()] + [-1] * padding])
+    return replace(mapped(x, row), seq_ids=seq_ids)
+
+
+def trained(x: LossInputs, order: list[int]) -> Tensor:
+    """Positions of the trained tokens in the flat padded tensor, row after row in the given order."""
+    return torch.cat([(x.mask[row] > 0).nonzero()[:, 0] + row * x.mask.shape[1] for row in order])
+
+
+def gradient(objective: Objective, x: LossInputs) -> tuple[float, Tensor]:
+    """The loss, and its gradient in logp and entropy, [B, T, 2]."""
+    logp = x.logp.clone().requires_grad_()
+    entropy = torch.zeros_like(logp) if x.entropy is None else x.entropy.clone()
+    entropy.requires_grad_()
+    loss = objective(replace(x, logp=logp, entropy=None if x.entropy is None else entropy)).loss
+    grads = torch.autograd.grad(loss, [logp, entropy], allow_unused=True)
+    return loss.item(), torch.stack([torch.zeros_like(logp) if grad is None else grad for grad in grads], dim=-1)
+
+
+# Six tokens, of which three policies' worked values are known to six digits.
+MU = [[0.5, 0.5, 0.01, 0.9], [0.2, 0.02, 0.3, 0.3]]
+PI = [[0.6, 0.4, 0.03, 0.6], [0.45, 0.30, 0.3, 0.3]]
+ADVANTAGES = [[1, 1, 0.5, -1], [-0.5, 2, 1, 1]]
+MASK = [[1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+def worked_inputs(logp: Tensor | None = None, **more: Any) -> LossInputs:
+    return LossInputs(f64(PI).log() if logp is None else logp, f64(MU).log(), f64(ADVANTAGES), f64(MASK), **more)
+
+
+def one_token(options: dict[str, Any], pi: float, mu: float, a: float, **more: float) -> tuple[float, float, float]:
+    """loss, weight and dloss/dlogp of a single token; `more`: the probabilities of further policies, such as logold."""
+    logp = f64([[pi]]).log().requires_grad_()
+    others = {name: f64([[value]]).log() for name, value in more.items()}
+    out = make_objective(options)(LossInputs(logp, f64([[mu]]).log(), f64([a]), f64([[1]]), **others))
+    out.loss_tok.sum().backward()
+    assert out.weight_tok is not None and logp.grad is not None
+    return out.loss_tok.item(), out.weight_tok.item(), logp.grad.item()
