@@ -59,6 +59,9 @@ class RolloutConfig(_Block):
     max_new_tokens: int = Field(64, ge=1)
     temperature: float = Field(1.0, gt=0)
     deterministic: bool = Field(False, description="same seed, same trajectories: every request is its own batch")
+    record_logmu: bool = Field(
+        False, description="ask for behaviour log-probs, and log the mismatch, also when the objective does without them"
+    )
     weights_dir: Path | None = Field(
         None, description="where weight versions are staged; engines must be able to read it; default: shared memory here"
     )
@@ -79,12 +82,15 @@ class OptimizerConfig(_Block):
 
 
 class ObjectiveConfig(BaseModel):
-    """`name`, `advantage`, and the keys of that objective; checked by `objectives.make_objective`."""
+    """`name`, what makes advantages of rewards, and the keys of that objective; checked by `objectives.make_objective`."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
     name: str = "drpo"
-    advantage: Literal["mean", "grpo"] = "mean"
+    advantage: Literal["mean", "grpo", "rloo", "dr_grpo", "whiten"] = "mean"
+    overlong_buffer: int = Field(
+        0, ge=0, description="tokens before rollout.max_new_tokens over which the reward falls by up to 1; 0: it does not"
+    )
 
     def spec(self) -> dict[str, Any]:
         """What `make_objective` takes: the name and its keys."""
@@ -146,6 +152,8 @@ class Config(_Block):
             raise ValueError(f"optimizer.tokens_per_microbatch must be a multiple of 2 x context x tensor = {unit}")
         if self.optimizer.updates_per_step > self.rollout.prompts_per_step:
             raise ValueError("optimizer.updates_per_step exceeds rollout.prompts_per_step: an update needs at least one prompt")
+        if self.objective.overlong_buffer > self.rollout.max_new_tokens:
+            raise ValueError("objective.overlong_buffer exceeds rollout.max_new_tokens: it is a part of the longest response")
         if self.task.name == "math" and self.task.data is None:
             raise ValueError("task.data is required for task.name: math")
         return self

@@ -24,6 +24,16 @@ class VersionSpan(NamedTuple):
     end: int
 
 
+class TopK(NamedTuple):
+    """The K likeliest tokens of the behaviour policy at each of R response positions, likeliest first.
+
+    ids [R, K] int32; logmu [R, K] float32, their log-probabilities, finite. The sampled token need not be among them.
+    """
+
+    ids: np.ndarray
+    logmu: np.ndarray
+
+
 @dataclass(frozen=True, slots=True)
 class Trajectory:
     """One sampled response, exactly as the engine produced it (token in, token out: never re-tokenised).
@@ -31,6 +41,7 @@ class Trajectory:
     id: unique in the run. group: trajectories of one prompt share it. prompt_id: the task's own name of
     the prompt. logmu: behaviour log-probabilities of the response tokens, None when the objective does not
     need them. reward: None until the task has verified the response. finish_reason: "stop", "length" or "abort".
+    topk: None when the objective does not need it; not compared.
     """
 
     id: int
@@ -42,6 +53,7 @@ class Trajectory:
     finish_reason: str
     versions: tuple[VersionSpan, ...] = ()
     reward: float | None = None
+    topk: TopK | None = field(default=None, compare=False)
 
     def with_reward(self, reward: float) -> Self:
         return replace(self, reward=reward)
@@ -56,7 +68,9 @@ class Batch:
 
     tokens [N] int32; cu_seqlens [B + 1] int64, trajectory i is tokens[cu[i]:cu[i + 1]]; mask [N] float32,
     1 on trained response tokens; logmu [N] float32 (0 where mask is 0) or None; rewards, advantages [B] float32;
-    ids, groups [B] int64. logold, logref: as logmu.
+    ids, groups [B] int64. logold, logref: as logmu. topk_ids [N, K] int32 and topk_logmu [N, K] float32: the behaviour
+    policy's K likeliest tokens in place of each token, or None; 0 where mask is 0. token_advantages [N] float32: take the
+    place of advantages in the loss; 0 where mask is 0.
     """
 
     ids: np.ndarray
@@ -70,6 +84,9 @@ class Batch:
     logold: np.ndarray | None = None
     logref: np.ndarray | None = None
     prompt_ids: tuple[str, ...] = field(default=())
+    topk_ids: np.ndarray | None = None
+    topk_logmu: np.ndarray | None = None
+    token_advantages: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -99,4 +116,7 @@ class Batch:
             logold=per_token(self.logold),
             logref=per_token(self.logref),
             prompt_ids=tuple(self.prompt_ids[r] for r in rows) if self.prompt_ids else (),
+            topk_ids=per_token(self.topk_ids),
+            topk_logmu=per_token(self.topk_logmu),
+            token_advantages=per_token(self.token_advantages),
         )

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
 from megatron_rl.config import Config
-from megatron_rl.errors import CheckpointError, PrecisionError
+from megatron_rl.errors import CheckpointError, PrecisionError, UserError
 from megatron_rl.objectives import LossInputs, LossNorm, LossOutputs
 from megatron_rl.policy.model import DTYPES, build_chunks
 from megatron_rl.policy.normalisation import global_norm, sum_gradients
@@ -46,6 +47,15 @@ class UpdateStats:
     entropy: np.ndarray | None = None
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What the model says of a whole stream: logp, entropy [T] fp32, differentiable; topk [T, K] constants, or None."""
+
+    logp: torch.Tensor
+    entropy: torch.Tensor
+    topk: torch.Tensor | None = None
+
+
 class Policy:
     """One actor. Every method is collective: all ranks call it with equal arguments."""
 
@@ -68,6 +78,7 @@ class Policy:
         self.optimizer = PolicyOptimizer(config.optimizer, self.chunks, dtype)
         self.tf_config.grad_scale_func = self.optimizer.core.scale_loss
         self.tf_config.finalize_model_grads_func = sum_gradients
+        self._reference: list[torch.Tensor] | None = None
 
     def update(self, batch: Batch, objective: Objective, norm: LossNorm) -> UpdateStats:
         """One optimizer update on the whole batch.
@@ -79,7 +90,7 @@ class Policy:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        results = self._run(batch, lambda micro, logp, entropy: self._loss(micro, logp, entropy, objective, whole))
+        results = self._run(batch, lambda micro, scores: self._loss(micro, scores, objective, whole))
         self._refuse_non_finite(batch, results)
         grad_norm, lr = self.optimizer.gradient_norm(), self.optimizer.lr
         self.optimizer.step(grad_norm)
@@ -89,12 +100,50 @@ class Policy:
     def logprobs(self, batch: Batch) -> np.ndarray:
         """[N] float32 log-probabilities of every trained token of the batch (0 elsewhere), on every rank."""
 
-        def keep(micro: Microbatch, logp: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        def keep(micro: Microbatch, scores: Scores) -> tuple[torch.Tensor, dict[str, Any]]:
+            logp = scores.logp
             return logp.sum(), {"source": micro.source, "mask": micro.mask, "logp": logp, "loss": logp.new_zeros(())}
 
-        results = self._run(batch, keep, forward_only=True)
+        results = self._run(replace(batch, topk_ids=None, topk_logmu=None), keep, forward_only=True)
         self._refuse_non_finite(batch, results)
         return self.mesh.broadcast(self._collect(batch, results, ("logp",)).get("logp"))
+
+    @torch.no_grad()
+    def keep_reference(self) -> None:
+        """Make the present weights the reference policy: a copy of this rank's parameters, in host memory.
+
+        To be called before a checkpoint is restored, so that a resumed run measures against the same model as before.
+        """
+        self._reference = [p.data.to("cpu", copy=True) for p in self._parameters()]
+
+    def reference_logprobs(self, batch: Batch) -> np.ndarray:
+        """[N] float32: `logprobs` under the reference policy. The policy's own weights are back afterwards, bit by bit,
+        also when an error is raised. Raises UserError when no reference is kept.
+        """
+        with self._as_reference():
+            return self.logprobs(batch)
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[None]:
+        if self._reference is None:
+            raise UserError("no reference policy is kept: call Policy.keep_reference() once the model folder is loaded")
+        self._swap(self._reference)
+        try:
+            yield
+        finally:
+            self._swap(self._reference)
+
+    @torch.no_grad()
+    def _swap(self, kept: list[torch.Tensor]) -> None:
+        """Exchange parameters and copies in place: views into the optimizer's buffers stay views, and no third copy exists."""
+        for p, other in zip(self._parameters(), kept, strict=True):
+            mine = p.data.to("cpu", copy=True)
+            p.data.copy_(other)
+            other.copy_(mine)
+
+    def _parameters(self) -> Iterator[torch.nn.Parameter]:
+        for model in self.models:
+            yield from model.parameters()
 
     def export(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor | None]]:
         """Hugging Face names and tensors in table order, on rank 0 (None elsewhere); `dtype` None keeps the source's."""
@@ -144,7 +193,7 @@ class Policy:
         )
 
     def _scored(
-        self, micro: Microbatch, piece: Shard, scores: tuple[torch.Tensor, torch.Tensor], loss: Callable[..., Any]
+        self, micro: Microbatch, piece: Shard, scores: tuple[torch.Tensor, ...], loss: Callable[..., Any]
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         """Put the scores of this rank's rows into the whole stream, then ask for the loss.
 
@@ -152,12 +201,11 @@ class Policy:
         computes the same loss; each sends gradients through its own rows only, and those add up to the gradient. So
         an objective may look at whole sequences without knowing of any layout.
         """
-        logp, entropy = (self._whole_stream(micro, piece, score) for score in scores)
-        value, report = loss(micro, logp, entropy)
+        value, report = loss(micro, Scores(*(self._whole_stream(micro, piece, score) for score in scores)))
         return value, torch.zeros((), dtype=torch.int, device=value.device), report
 
     def _whole_stream(self, micro: Microbatch, piece: Shard, score_R: torch.Tensor) -> torch.Tensor:
-        stream_T = score_R.new_zeros(len(micro.tokens))
+        stream_T = score_R.new_zeros(len(micro.tokens), *score_R.shape[1:])
         if self.mesh.cp_size > 1:
             local = torch.zeros_like(stream_T)
             local[piece.index] = score_R.detach()
@@ -166,11 +214,15 @@ class Policy:
         return stream_T.index_put((piece.index,), score_R)
 
     def _loss(
-        self, micro: Microbatch, logp: torch.Tensor, entropy: torch.Tensor, objective: Objective, norm: LossNorm
+        self, micro: Microbatch, scores: Scores, objective: Objective, norm: LossNorm
     ) -> tuple[torch.Tensor, dict[str, Any]]:
+        logp, entropy = scores.logp, scores.entropy
         # A non-finite value must not raise on one rank in the middle of a schedule: it is noted here, replaced by a
         # constant, and the whole update is refused before the optimizer steps.
         finite = torch.isfinite(logp) & torch.isfinite(entropy)
+        topk = None
+        if scores.topk is not None and micro.topk_logmu is not None:
+            topk = torch.where(finite[:, None], scores.topk, 0.0)[None], micro.topk_logmu[None]
         inputs = LossInputs(
             logp=torch.where(finite, logp, 0.0)[None],
             logmu=None if micro.logmu is None else micro.logmu[None],
@@ -178,8 +230,10 @@ class Policy:
             mask=micro.mask[None],
             logold=None if micro.logold is None else micro.logold[None],
             logref=None if micro.logref is None else micro.logref[None],
+            rewards=micro.rewards[None],
             seq_ids=micro.seq_ids[None],
             entropy=torch.where(finite, entropy, 0.0)[None],
+            topk=topk,
             norm=norm,
         )
         out = objective(inputs)

@@ -22,8 +22,11 @@ def token_scores(
     vocab_size: int,
     group: dist.ProcessGroup,
     chunk_bytes: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    topk_labels_RK: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
     """log p(label) and entropy, both [R] fp32, of softmax(hidden @ weight.T / temperature).
+
+    Third, with topk_labels_RK (global token ids): log p of those tokens, [R, K] fp32, without gradient.
 
     hidden_RH: rows whose next token is wanted, equal on all ranks of `group`; its gradient is this rank's
     share and must be summed over `group` by the caller's gather or copy. weight_VH: this rank's slice of the
@@ -34,8 +37,8 @@ def token_scores(
     start = group.rank() * shard
     real = min(shard, vocab_size - start)
     rows = max(1, (chunk_bytes or CHUNK_BYTES[hidden_RH.device.type]) // (4 * shard))
-    logp, entropy = _TokenScores.apply(hidden_RH, weight_VH, labels_R - start, temperature, real, group, rows)
-    return logp, entropy
+    topk = None if topk_labels_RK is None else topk_labels_RK - start
+    return _TokenScores.apply(hidden_RH, weight_VH, labels_R - start, topk, temperature, real, group, rows)
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -50,14 +53,18 @@ class _TokenScores(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         local_labels: torch.Tensor,
+        local_topk: torch.Tensor | None,
         temperature: float,
         real: int,
         group: dist.ProcessGroup,
         rows: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        owned = (local_labels >= 0) & (local_labels < real)
-        column = local_labels.clamp(0, real - 1)[:, None]
+    ) -> tuple[torch.Tensor, ...]:
+        # Column 0 is the label, the others are further tokens to score.
+        local = local_labels[:, None] if local_topk is None else torch.cat([local_labels[:, None], local_topk], dim=1)
+        owned = (local >= 0) & (local < real)
+        column = local.clamp(0, real - 1)
         total = hidden.shape[0]
+        topk = None if local_topk is None else hidden.new_empty(local_topk.shape, dtype=torch.float32)
         logp, entropy, log_z = (hidden.new_empty(total, dtype=torch.float32) for _ in range(3))
         for at in range(0, total, rows):
             part = slice(at, at + rows)
@@ -65,22 +72,27 @@ class _TokenScores(torch.autograd.Function):
             peak = x.amax(-1)
             dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
             x.sub_(peak[:, None])
-            label_x = x.gather(-1, column[part])[:, 0].mul_(owned[part])
+            wanted = x.gather(-1, column[part]).mul_(owned[part]).t()
             exp = x.exp()
-            stats = torch.stack([exp.sum(-1), torch.linalg.vecdot(exp, x), label_x])
+            stats = torch.cat([exp.sum(-1)[None], torch.linalg.vecdot(exp, x)[None], wanted])
             dist.all_reduce(stats, group=group)
-            z, weighted, label_x = stats
+            z, weighted, wanted = stats[0], stats[1], stats[2:]
             log_z[part] = z.log()
-            logp[part] = label_x - log_z[part]
+            logp[part] = wanted[0] - log_z[part]
+            if topk is not None:
+                topk[part] = (wanted[1:] - log_z[part]).t()
             entropy[part] = log_z[part] - weighted / z
             log_z[part] += peak
-        ctx.save_for_backward(hidden, weight, column, owned, log_z, entropy)
+        ctx.save_for_backward(hidden, weight, column[:, :1].contiguous(), owned[:, 0].contiguous(), log_z, entropy)
         ctx.settings = temperature, real, rows
         ctx.set_materialize_grads(False)
-        return logp, entropy
+        if topk is None:
+            return logp, entropy
+        ctx.mark_non_differentiable(topk)
+        return logp, entropy, topk
 
     @staticmethod
-    def backward(ctx: Any, grad_logp: torch.Tensor | None, grad_entropy: torch.Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_logp: torch.Tensor | None, grad_entropy: torch.Tensor | None, *_: None) -> tuple[Any, ...]:
         hidden, weight, column, owned, log_z, entropy = ctx.saved_tensors
         temperature, real, rows = ctx.settings
         if grad_logp is None:
@@ -105,4 +117,4 @@ class _TokenScores(torch.autograd.Function):
                 d_weight[:real].addmm_(d_x.t(), hidden[part])
             else:
                 d_weight[:real].add_(d_x.t() @ hidden[part])
-        return d_hidden, d_weight.to(weight.dtype), None, None, None, None, None
+        return d_hidden, d_weight.to(weight.dtype), *[None] * 6

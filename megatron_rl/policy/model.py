@@ -25,15 +25,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class PolicyModel(GPTModel):
-    """A GPTModel chunk fed with packed shards; its last stage answers (logp, entropy) per scored row."""
+    """A GPTModel chunk fed with packed shards; its last stage answers (logp, entropy[, topk]) per scored row."""
 
     def __init__(self, *args: Any, real_vocab_size: int, temperature: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.real_vocab_size = real_vocab_size
         self.temperature = temperature
 
-    def forward(self, shard: Shard) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states for the next stage, or on the last stage logp and entropy, each [R] fp32."""
+    def forward(self, shard: Shard) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Hidden states for the next stage, or on the last stage what `token_scores` answers for the shard's rows."""
         decoder_input, rotary, cos, sin, offset, _, *_ = self._preprocess(
             input_ids=shard.tokens, position_ids=shard.positions, packed_seq_params=shard.stream
         )
@@ -62,6 +62,7 @@ class PolicyModel(GPTModel):
             temperature=self.temperature,
             vocab_size=self.real_vocab_size,
             group=group,
+            topk_labels_RK=shard.topk_labels,
         )
 
 

@@ -20,11 +20,13 @@ PADDING_SEGMENT = 128  # padding is cut into short sequences: attention over one
 
 @dataclass(frozen=True)
 class Microbatch:
-    """One packed stream, whole (not cut over context parallel). All tensors [T].
+    """One packed stream, whole (not cut over context parallel). All tensors [T], topk_* [T, K].
 
     tokens, labels, positions int64; seq_ids int64, the row of the trajectory in its batch, -1 on padding;
     source int64, the flat index in the batch of the label, -1 where nothing is predicted; mask, advantages,
-    logmu, logold, logref float32 (None when the batch has none). cu_seqlens: host list, multiples of the alignment.
+    rewards, logmu, logold, logref, topk_logmu float32, topk_ids int64 (the last five None when the batch has none).
+    advantages: the batch's token_advantages where it has them, else those of the trajectory on each of its tokens;
+    rewards likewise of the trajectory. cu_seqlens: host list, multiples of the alignment.
     """
 
     tokens: torch.Tensor
@@ -34,10 +36,13 @@ class Microbatch:
     source: torch.Tensor
     mask: torch.Tensor
     advantages: torch.Tensor
+    rewards: torch.Tensor
     cu_seqlens: list[int]
     logmu: torch.Tensor | None = None
     logold: torch.Tensor | None = None
     logref: torch.Tensor | None = None
+    topk_ids: torch.Tensor | None = None
+    topk_logmu: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Shard:
     """What one rank feeds its model: its context-parallel slice of a micro-batch.
 
     tokens, positions [1, T / cp]; rows [R]: local positions whose next token is scored; labels [R]: those
-    tokens; index [R]: the same positions in the whole stream.
+    tokens; index [R]: the same positions in the whole stream; topk_labels [R, K]: further tokens to score there.
     """
 
     tokens: torch.Tensor
@@ -54,6 +59,7 @@ class Shard:
     labels: torch.Tensor
     index: torch.Tensor
     stream: PackedStream
+    topk_labels: torch.Tensor | None = None
 
 
 def pack(batch: Batch, *, budget: int, align: int, multiple: int) -> list[Microbatch]:
@@ -99,12 +105,13 @@ def _stream(batch: Batch, rows: list[int], padded: np.ndarray, budget: int, alig
     real = positions < length[seq]
     predicts = positions < length[seq] - 1
 
-    def shifted(column: np.ndarray | None) -> torch.Tensor | None:
-        if column is None:
-            return None
-        out = np.zeros(budget, dtype=np.float32)
+    def shifted(column: np.ndarray, dtype: type = np.float32) -> torch.Tensor:
+        out = np.zeros((budget, *column.shape[1:]), dtype=dtype)
         out[predicts] = column[flat[predicts] + 1]
         return torch.from_numpy(out)
+
+    def if_any(column: np.ndarray | None, dtype: type = np.float32) -> torch.Tensor | None:
+        return None if column is None else shifted(column, dtype)
 
     tokens = np.zeros(budget, dtype=np.int64)
     tokens[real] = batch.tokens[flat[real]]
@@ -114,21 +121,26 @@ def _stream(batch: Batch, rows: list[int], padded: np.ndarray, budget: int, alig
     row_ids = np.full(len(cu) - 1, -1, dtype=np.int64)
     row_ids[: len(rows)] = rows
     seq_ids = np.where(real, row_ids[seq], -1)
-    advantages = np.where(real, batch.advantages[np.maximum(seq_ids, 0)] if len(batch) else 0, 0).astype(np.float32)
-    mask = shifted(batch.mask)
-    assert mask is not None
+
+    def spread(per_trajectory: np.ndarray) -> torch.Tensor:
+        values = per_trajectory[np.maximum(seq_ids, 0)] if len(batch) else 0
+        return torch.from_numpy(np.where(real, values, 0).astype(np.float32))
+
     return Microbatch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
         positions=torch.from_numpy(positions),
         seq_ids=torch.from_numpy(seq_ids),
         source=torch.from_numpy(source),
-        mask=mask,
-        advantages=torch.from_numpy(advantages),
+        mask=shifted(batch.mask),
+        advantages=spread(batch.advantages) if batch.token_advantages is None else shifted(batch.token_advantages),
+        rewards=spread(batch.rewards),
         cu_seqlens=cu.tolist(),
-        logmu=shifted(batch.logmu),
-        logold=shifted(batch.logold),
-        logref=shifted(batch.logref),
+        logmu=if_any(batch.logmu),
+        logold=if_any(batch.logold),
+        logref=if_any(batch.logref),
+        topk_ids=if_any(batch.topk_ids, np.int64),
+        topk_logmu=if_any(batch.topk_logmu),
     )
 
 
@@ -167,6 +179,7 @@ def shard(micro: Microbatch, *, cp_size: int, cp_rank: int, device: torch.device
         labels=micro.labels[index[scored]].to(device),
         index=index[scored].to(device),
         stream=stream,
+        topk_labels=None if micro.topk_ids is None else micro.topk_ids[index[scored]].to(device),
     )
 
 

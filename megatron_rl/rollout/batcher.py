@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,12 @@ class Batcher:
         """Nothing outlives its request here; EngineError while requests hold keys and values."""
         if self.running is not None:
             raise EngineError(f"the cache holds {int(self.running.alive.sum())} running samples: abort or retract them first")
+
+    def release(self) -> None:
+        """Give the weights' memory back; EngineError while requests run or wait."""
+        if self.running is not None or self.waiting:
+            raise EngineError("requests run or wait here: abort them before the memory is released")
+        self.weights = replace(self.weights, model=self.weights.model.to("meta"), digests={})
 
     def swap(self, weights: Weights, version: str) -> None:
         """Serve other weights from the next token on; running rows keep their cache."""

@@ -280,6 +280,14 @@ class EnginePool:
     def flush(self, url: str) -> None:
         self._control(url, "/flush_cache", {})
 
+    def release_memory(self, url: str) -> None:
+        """Have an idle server give the memory of weights and cache back; it generates nothing until it has new weights."""
+        self._control(url, "/release_memory_occupation", {})
+
+    def resume_memory(self, url: str) -> None:
+        """Have the server take its memory again; its weights are undefined until the next update."""
+        self._control(url, "/resume_memory_occupation", {})
+
     def update_weights_from_disk(self, url: str, folder: Path, version: int) -> None:
         """Serve the weights in `folder` as `version`; EngineError with the server's words when it refuses."""
         body = {"model_path": str(Path(folder).absolute()), "weight_version": str(version)}

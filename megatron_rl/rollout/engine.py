@@ -26,6 +26,8 @@ from megatron_rl.rollout.rows import Job, Sampling
 T = TypeVar("T")
 PauseMode = Literal["abort", "retract", "in_place"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_RELEASED = "the engine's memory is released: POST /resume_memory_occupation, then update its weights"
+_EMPTY = "the engine's memory was released and holds no weights yet: update them first"
 _log = logging.getLogger(__name__)
 
 # Requests of one step arrive one by one within milliseconds; prefilling them together is much cheaper.
@@ -80,6 +82,7 @@ class Engine:
         self._first_arrival = self._last_arrival = 0.0
         self._stopping = False
         self.paused = False
+        self.memory: Literal["held", "released", "empty"] = "held"  # of the weights; empty: taken back, nothing in it yet
         self.failure = ""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -105,7 +108,13 @@ class Engine:
         return self._batcher.version
 
     def job(
-        self, prompt: Sequence[int], sampling: Sampling, n: int = 1, rid: str | None = None, input_start: int | None = None
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        n: int = 1,
+        rid: str | None = None,
+        input_start: int | None = None,
+        top_logprobs: int = 0,
     ) -> Job:
         """Check a request and make a job of it; UserError names what the model cannot take."""
         if not prompt:
@@ -121,14 +130,20 @@ class Engine:
             )
         if input_start is not None and not 0 <= input_start < len(prompt):
             raise UserError(f"field 'logprob_start_len': {input_start} is outside the prompt of {len(prompt)} tokens")
+        if top_logprobs > self.vocab_size:
+            raise UserError(f"field 'top_logprobs_num': {top_logprobs} is more than the vocabulary of {self.vocab_size}")
+        # A filter may leave fewer tokens with any mass than are wanted; what would the rest report?
+        if top_logprobs and (sampling.top_p < 1 or sampling.top_k > 0):
+            raise UserError("field 'top_logprobs_num' needs the whole distribution: send top_p 1 and top_k -1, or leave it out")
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        return Job.make(rid or secrets.token_hex(16), prompt, n, sampling, seed, input_start)
+        return Job.make(rid or secrets.token_hex(16), prompt, n, sampling, seed, input_start, top_logprobs)
 
     def submit(self, jobs: Sequence[Job]) -> list["Future[Job]"]:
         """Queue the jobs; each future gives its finished job. All are taken or none."""
         rids = [job.rid for job in jobs]
         with self._lock:
             self._check_alive()
+            self._check_weights()
             for at, rid in enumerate(rids):
                 if rid in self._jobs or rid in rids[:at]:
                     raise UserError(f"field 'rid': request '{rid}' is already being served")
@@ -153,7 +168,16 @@ class Engine:
 
     def checksums(self) -> tuple[str, dict[str, str]]:
         """The version served, and the digest of every tensor as it was received (before any cast)."""
+        self._check_weights()
         return self._call(lambda: (self._batcher.version, dict(self._batcher.weights.digests)))
+
+    def release_memory(self) -> None:
+        """Drop the weights; nothing is generated until `resume_memory` and new weights. EngineError while requests are here."""
+        self._call(self._release)
+
+    def resume_memory(self) -> None:
+        """Take weights again: the next update brings the engine back. Nothing to do where nothing was released."""
+        self._call(self._take_back)
 
     def update_from_disk(self, folder: Path, version: str) -> None:
         """Serve the weights of `folder` as `version`: checked first, swapped when nothing runs or while paused.
@@ -161,12 +185,18 @@ class Engine:
         Raises CheckpointError naming the tensor or file; the weights served so far then go on serving.
         """
         self._check_alive()
+        if self.memory == "released":
+            raise EngineError(_RELEASED)
         fresh = load_weights(folder, self.config, DTYPES[self.dtype], self._device, self._shapes, version)
         swapped: Future[None] = Future()
         self._call(lambda: self._swaps.append((fresh, version, swapped)))
         swapped.result()
 
     # The thread --------------------------------------------------------------------------------------------
+
+    def _check_weights(self) -> None:
+        if self.memory != "held":
+            raise EngineError(_RELEASED if self.memory == "released" else _EMPTY)
 
     def _check_alive(self) -> None:
         if not self.healthy:
@@ -209,6 +239,7 @@ class Engine:
         if self._swaps and (self.paused or batcher.running is None):
             fresh, version, swapped = self._swaps.popleft()
             batcher.swap(fresh, version)
+            self.memory = "held"
             swapped.set_result(None)
         elif not self.paused and not self._stopping:
             # A pending swap waits for the running rows alone: whatever still waits gets the new weights.
@@ -245,6 +276,18 @@ class Engine:
 
     def _resume(self) -> None:
         self.paused = False
+
+    def _release(self) -> None:
+        with self._lock:  # no job may be taken between the look at the queue and the end of the weights
+            if self._jobs:
+                raise EngineError(f"{len(self._jobs)} requests are being served: abort them before the memory is released")
+            if self.memory == "held":
+                self._batcher.release()
+            self.memory = "released"
+
+    def _take_back(self) -> None:
+        if self.memory == "released":
+            self.memory = "empty"
 
     def _deliver(self, job: Job) -> None:
         with self._lock:

@@ -24,9 +24,11 @@ _COLUMNS = np.dtype(
         ("temperature", np.float32),
         ("top_p", np.float64),
         ("top_k", np.int64),
+        ("top_logprobs", np.int64),  # how many of the likeliest tokens are wanted at every position
         ("alive", np.bool_),
     ]
 )
+_LIKELY = np.dtype([("id", np.int32), ("logp", np.float32)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class Row:
     index: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    tops: list[np.ndarray] = field(default_factory=list)  # pieces of `likeliest`
     spans: list[tuple[str, int, int]] = field(default_factory=list)
     span_start: int = 0
     retractions: int = 0
@@ -60,10 +63,18 @@ class Row:
             self.spans.append((version, self.span_start, end))
             self.span_start = end
 
+    @property
+    def likeliest(self) -> np.ndarray:
+        """[tokens, job.top_logprobs] of `id` int32 and `logp` float32: at every output position, the likeliest tokens."""
+        return np.concatenate([np.zeros((0, self.job.top_logprobs), dtype=_LIKELY), *self.tops])
+
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """A request: one prompt, n samples. `input_start` None: no log-probabilities of the prompt are wanted."""
+    """A request: one prompt, n samples. `input_start` None: no log-probabilities of the prompt are wanted.
+
+    top_logprobs: how many of the likeliest tokens to report at every output position.
+    """
 
     rid: str
     prompt: np.ndarray
@@ -71,15 +82,25 @@ class Job:
     sampling: Sampling
     keys: np.ndarray
     input_start: int | None
+    top_logprobs: int = 0
     future: "Future[Job]" = field(default_factory=Future)
     rows: list[Row] = field(default_factory=list)
     input_logprobs: list[float | None] = field(default_factory=list)
     version: str = ""
 
     @classmethod
-    def make(cls, rid: str, prompt: Iterable[int], n: int, sampling: Sampling, seed: int, input_start: int | None) -> Self:
+    def make(
+        cls,
+        rid: str,
+        prompt: Iterable[int],
+        n: int,
+        sampling: Sampling,
+        seed: int,
+        input_start: int | None,
+        top_logprobs: int = 0,
+    ) -> Self:
         keys = row_keys(seed, np.arange(n))
-        job = cls(rid, np.fromiter(prompt, dtype=np.int64), n, sampling, keys, input_start)
+        job = cls(rid, np.fromiter(prompt, dtype=np.int64), n, sampling, keys, input_start, top_logprobs)
         job.rows = [Row(job, index) for index in range(n)]
         return job
 
@@ -98,6 +119,7 @@ class Batch:
         self.stops_RK = stops
         self.tokens_RC = np.zeros((len(rows), room), dtype=np.int64)
         self.logprobs_RC = np.zeros((len(rows), room), dtype=np.float32)
+        self.likeliest_RCK = np.zeros((len(rows), room, int(columns["top_logprobs"].max(initial=0))), dtype=_LIKELY)
 
     @classmethod
     def start(cls, rows: list[Row], pads: np.ndarray, cache: GrowingCache) -> Self:
@@ -106,6 +128,7 @@ class Batch:
         columns["pad"], columns["alive"] = pads, True
         columns["prior"] = [len(row.tokens) for row in rows]
         columns["key"] = [row.job.keys[row.index] for row in rows]
+        columns["top_logprobs"] = [row.job.top_logprobs for row in rows]
         for name, source in (("limit", "max_new_tokens"), ("temperature",) * 2, ("top_p",) * 2, ("top_k",) * 2):
             columns[name] = [getattr(row.job.sampling, source) for row in rows]
         width = max((len(row.job.sampling.stop_token_ids) for row in rows), default=0)
@@ -140,7 +163,9 @@ class Batch:
         """Sample one token for every row; returns (rows that ended now, why: STOP, LENGTH or BROKEN)."""
         columns = self.columns
         noise = uniforms(columns["key"], self.lengths)
-        picked, logp = choose(logits_RV.float(), columns["temperature"], columns["top_p"], columns["top_k"], noise)
+        settings = (columns["temperature"], columns["top_p"], columns["top_k"])
+        most_likely = self.likeliest_RCK.shape[2]
+        picked, logp, likeliest = choose(logits_RV.float(), *settings, noise, most_likely)
         tokens, logprobs = picked.cpu().numpy(), logp.cpu().numpy()
         at = columns["filled"]
         if at.max(initial=0) >= self.tokens_RC.shape[1]:
@@ -148,6 +173,10 @@ class Batch:
         live = np.flatnonzero(columns["alive"])
         self.tokens_RC[live, at[live]] = tokens[live]
         self.logprobs_RC[live, at[live]] = logprobs[live]
+        if likeliest is not None:
+            logp_RK, ids_RK = (tensor.cpu().numpy() for tensor in likeliest)
+            self.likeliest_RCK["logp"][live, at[live]] = logp_RK[live]
+            self.likeliest_RCK["id"][live, at[live]] = ids_RK[live]
         columns["filled"][live] += 1
         columns["last"] = tokens
         reason = np.where(self.lengths >= columns["limit"], LENGTH, 0)
@@ -162,6 +191,9 @@ class Batch:
         filled = int(self.columns["filled"][at])
         self.rows[at].tokens += self.tokens_RC[at, :filled].tolist()
         self.rows[at].logprobs += self.logprobs_RC[at, :filled].tolist()
+        wanted = int(self.columns["top_logprobs"][at])
+        if wanted:
+            self.rows[at].tops.append(self.likeliest_RCK[at, :filled, :wanted].copy())
         self.columns["prior"][at] += filled
         self.columns["filled"][at] = 0
 
@@ -176,6 +208,7 @@ class Batch:
         cache = self.cache.select(torch.from_numpy(keep).to(device), drop_left)
         out = Batch([self.rows[at] for at in keep], cache, columns, self.stops_RK[keep])
         out.tokens_RC, out.logprobs_RC = self.tokens_RC[keep], self.logprobs_RC[keep]
+        out.likeliest_RCK = self.likeliest_RCK[keep, :, : columns["top_logprobs"].max()]
         return out
 
     def join(self, other: "Batch") -> "Batch":
@@ -183,21 +216,26 @@ class Batch:
         mine, theirs = self.columns.copy(), other.columns.copy()
         mine["pad"] += max(other.cache.length - self.cache.length, 0)
         theirs["pad"] += max(self.cache.length - other.cache.length, 0)
-        stops = _stack(self.stops_RK, other.stops_RK, -1)
+        stops = _stack(self.stops_RK, other.stops_RK, fill=-1)
         out = Batch(self.rows + other.rows, self.cache.join(other.cache), np.concatenate([mine, theirs]), stops, room=1)
-        out.tokens_RC = _stack(self.tokens_RC, other.tokens_RC, 0)
-        out.logprobs_RC = _stack(self.logprobs_RC, other.logprobs_RC, 0)
+        out.tokens_RC = _stack(self.tokens_RC, other.tokens_RC)
+        out.logprobs_RC = _stack(self.logprobs_RC, other.logprobs_RC)
+        out.likeliest_RCK = _stack(self.likeliest_RCK, other.likeliest_RCK)
         return out
 
     def _widen(self, room: int) -> None:
-        self.tokens_RC = _padded(self.tokens_RC, room, 0)
-        self.logprobs_RC = _padded(self.logprobs_RC, room, 0)
+        self.tokens_RC = _padded(self.tokens_RC, (room,))
+        self.logprobs_RC = _padded(self.logprobs_RC, (room,))
+        self.likeliest_RCK = _padded(self.likeliest_RCK, (room, self.likeliest_RCK.shape[2]))
 
 
-def _stack(first: np.ndarray, second: np.ndarray, fill: int) -> np.ndarray:
-    width = max(first.shape[1], second.shape[1])
-    return np.concatenate([_padded(first, width, fill), _padded(second, width, fill)])
+def _stack(first: np.ndarray, second: np.ndarray, fill: int = 0) -> np.ndarray:
+    widths = tuple(np.maximum(first.shape[1:], second.shape[1:]).tolist())
+    return np.concatenate([_padded(first, widths, fill), _padded(second, widths, fill)])
 
 
-def _padded(array: np.ndarray, width: int, fill: int) -> np.ndarray:
-    return np.pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=fill)
+def _padded(array: np.ndarray, widths: tuple[int, ...], fill: int = 0) -> np.ndarray:
+    """The array with every axis but the first grown to its width."""
+    out = np.full((len(array), *widths), fill, dtype=array.dtype)
+    out[tuple(slice(size) for size in array.shape)] = array
+    return out

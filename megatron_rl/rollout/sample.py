@@ -27,9 +27,17 @@ def uniforms(keys: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 
 def choose(
-    logits_RV: torch.Tensor, temperature: np.ndarray, top_p: np.ndarray, top_k: np.ndarray, noise: np.ndarray
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logits_RV: torch.Tensor,
+    temperature: np.ndarray,
+    top_p: np.ndarray,
+    top_k: np.ndarray,
+    noise: np.ndarray,
+    most_likely: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
     """Tokens [R] int64 and their log-probabilities [R] float32 under the distribution sampled from.
+
+    Third, for most_likely K > 0: log-probabilities [R, K] float32, falling, and ids [R, K] int64 of that distribution's
+    K likeliest tokens; else None.
 
     logits_RV float32. temperature [R]: 0 is greedy, with log-probabilities at temperature 1 and no filter, as
     SGLang reports them. top_p [R] in (0, 1], top_k [R] (0 or less: off) filter jointly and renormalise: a token
@@ -48,7 +56,11 @@ def choose(
         tokens = _inverse_cdf(logp_RV, noise)
         if greedy.any():
             tokens = torch.where(torch.from_numpy(greedy).to(tokens.device), logp_RV.argmax(-1), tokens)
-    return tokens, logp_RV.gather(1, tokens[:, None])[:, 0]
+    logp = logp_RV.gather(1, tokens[:, None])[:, 0]
+    if not most_likely:
+        return tokens, logp, None
+    top_logp, top_ids = logp_RV.topk(most_likely, dim=-1)
+    return tokens, logp, (top_logp, top_ids)
 
 
 def _inverse_cdf(logp_RV: torch.Tensor, noise: np.ndarray) -> torch.Tensor:

@@ -4,6 +4,8 @@ import hashlib
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from megatron_rl.config import RolloutConfig
 from megatron_rl.errors import EngineError, UserError
 from megatron_rl.rollout.client import EnginePool, GenerationRequest, Sample, SamplingParams
@@ -24,12 +26,14 @@ def sample_groups(
     need_logmu: bool,
     temperature: float | None = None,
     samples: int | None = None,
+    topk: int = 0,
 ) -> list[Trajectory]:
     """`samples` (default rollout.samples_per_prompt) trajectories of every prompt, prompt by prompt.
 
     Sample k of prompt g has id first_id + g * samples + k and group first_group + g. Request names and sampling
     seeds are pure functions of (seed, trajectory id). Response tokens are the engine's, a stop token that
-    matched included. A group with an aborted sample is asked for again.
+    matched included. A group with an aborted sample is asked for again. topk K > 0: trajectories carry the K likeliest
+    tokens of the behaviour policy at every position, and logmu.
     Raises UserError for a prompt that is empty or longer than rollout.max_prompt_tokens, EngineError naming the
     trajectories whose behaviour log-probabilities are not finite or that stay aborted.
     """
@@ -46,7 +50,7 @@ def sample_groups(
             seed=sampling_seed(seed, first),
         )
         rid = f"s{seed}-t{first}" + (f"-again{attempt}" if attempt else "")
-        return GenerationRequest(rid, prompts[group].tokens, n, sampling, need_logmu)
+        return GenerationRequest(rid, prompts[group].tokens, n, sampling, need_logmu or topk > 0, topk)
 
     answers = pool.generate([request(group, 0) for group in range(len(prompts))])
     for attempt in range(1, _ROUNDS + 1):
@@ -83,9 +87,14 @@ def _check_samples(answers: list[list[Sample]], first_id: int, n: int) -> None:
     faulty = [(number, sample.fault) for number, sample in numbered if sample.fault]
     if faulty:
         raise EngineError(f"the engine failed on {_named([number for number, _ in faulty])}: {faulty[0][1]}")
-    broken = [number for number, s in numbered if s.logprobs is not None and not all(map(math.isfinite, s.logprobs))]
+    broken = [number for number, sample in numbered if not _finite(sample)]
     if broken:
         raise EngineError(f"non-finite behaviour log-probabilities in {_named(broken)}: check the weights the engines serve")
+
+
+def _finite(sample: Sample) -> bool:
+    likeliest = sample.topk is None or bool(np.isfinite(sample.topk.logmu).all())
+    return likeliest and (sample.logprobs is None or all(map(math.isfinite, sample.logprobs)))
 
 
 def _trajectories(
@@ -101,6 +110,7 @@ def _trajectories(
             logmu=sample.logprobs,
             finish_reason=sample.finish_reason,
             versions=sample.versions,
+            topk=sample.topk,
         )
         for group, (prompt, samples_of) in enumerate(zip(prompts, answers, strict=True))
         for k, sample in enumerate(samples_of)

@@ -41,15 +41,26 @@ class SamplingBody(_Body):
 
 
 class GenerateBody(_Body):
-    """One prompt or a list of them; sampling_params and rid may be lists of the same length."""
+    """One prompt or a list of them; sampling_params and rid may be lists of the same length.
+
+    top_logprobs_num: how many of the likeliest tokens to report at every output position.
+    """
 
     input_ids: list[Any]
     sampling_params: dict[str, Any] | list[dict[str, Any]] = Field(default_factory=dict)
     return_logprob: bool = False
     logprob_start_len: int = Field(-1, ge=-1)
-    top_logprobs_num: Literal[0] = 0
+    top_logprobs_num: int = Field(0, ge=0, le=64)
     stream: Literal[False] = False
     rid: str | list[str] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "GenerateBody":
+        if self.top_logprobs_num and not self.return_logprob:
+            raise ValueError("top_logprobs_num needs return_logprob: true")
+        if self.top_logprobs_num and self.logprob_start_len >= 0:
+            raise ValueError("top_logprobs_num is not supported together with logprob_start_len by the embedded engine")
+        return self
 
     @property
     def batched(self) -> bool:
@@ -88,6 +99,16 @@ class UpdateBody(_Body):
     weight_version: str = Field(min_length=1)
 
 
+class MemoryBody(_Body):
+    """tags: what to release or resume; None: everything. Keys and values outlive no request here, so only weights count."""
+
+    tags: list[Literal["kv_cache", "weights"]] | None = None
+
+    @property
+    def weights(self) -> bool:
+        return self.tags is None or "weights" in self.tags
+
+
 class ChecksumBody(_Body):
     action: Literal["checksum"]
 
@@ -112,7 +133,8 @@ def parse_jobs(engine: Engine, body: GenerateBody) -> list[Job]:
         where = ("sampling_params", *place) if isinstance(body.sampling_params, list) else ("sampling_params",)
         sampling = _validated(SamplingBody, param, where)
         start = body.logprob_start_len if body.return_logprob and body.logprob_start_len >= 0 else None
-        jobs.append(engine.job(tokens, sampling.sampling(engine.eos_ids), sampling.n, rid, start))
+        chosen = sampling.sampling(engine.eos_ids)
+        jobs.append(engine.job(tokens, chosen, sampling.n, rid, start, body.top_logprobs_num))
     return jobs
 
 
@@ -157,14 +179,21 @@ def answers(engine: Engine, job: Job, return_logprob: bool) -> list[dict[str, An
             "weight_versions": [{"version": v, "start": start, "end": end} for v, start, end in row.spans],
         }
         if return_logprob:
-            pairs = zip(row.logprobs, row.tokens, strict=True)
-            # x - x is 0 for finite numbers alone; JSON has no NaN.
-            meta["output_token_logprobs"] = [[lp if lp - lp == 0 else None, token, None] for lp, token in pairs]
+            meta["output_token_logprobs"] = _entries(row.logprobs, row.tokens)
             scored = job.prompt[job.input_start or 0 :].tolist() if job.input_logprobs else []
             meta["input_token_logprobs"] = [[lp, t, None] for lp, t in zip(job.input_logprobs, scored, strict=True)]
+        if job.top_logprobs:
+            likeliest = row.likeliest
+            tops = zip(likeliest["logp"].tolist(), likeliest["id"].tolist(), strict=True)
+            meta["output_top_logprobs"] = [_entries(logps, ids) for logps, ids in tops]
         answer: dict[str, Any] = {"output_ids": row.tokens, "meta_info": meta}
         if engine.tokenizer is not None:
             shown = row.tokens[:-1] if finish.get("type") == "stop" else row.tokens
             answer["text"] = engine.tokenizer.decode(shown, skip_special_tokens=True)
         out.append(answer)
     return out
+
+
+def _entries(logprobs: Sequence[float], tokens: Sequence[int]) -> list[list[Any]]:
+    # x - x is 0 for finite numbers alone; JSON has no NaN.
+    return [[lp if lp - lp == 0 else None, token, None] for lp, token in zip(logprobs, tokens, strict=True)]

@@ -25,6 +25,7 @@ from megatron_rl.rollout.schema import (
     ChecksumBody,
     EmptyBody,
     GenerateBody,
+    MemoryBody,
     PauseBody,
     UpdateBody,
     answers,
@@ -86,6 +87,7 @@ def _add_generation(app: FastAPI, engine: Engine) -> None:
                 "dtype": engine.dtype,
                 "deterministic": engine.deterministic,
                 "paused": engine.paused,
+                "memory": engine.memory,
             }
         )
 
@@ -140,6 +142,18 @@ def _add_control(app: FastAPI, engine: Engine) -> None:
     async def update_weights_from_disk(body: UpdateBody) -> Response:
         await asyncio.to_thread(engine.update_from_disk, Path(body.model_path), body.weight_version)
         return _done(f"serving weight version {body.weight_version}", weight_version=body.weight_version)
+
+    @app.post("/release_memory_occupation")
+    async def release_memory_occupation(body: MemoryBody | None = None) -> Response:
+        if body is None or body.weights:
+            await asyncio.to_thread(engine.release_memory)
+        return _done()
+
+    @app.post("/resume_memory_occupation")
+    async def resume_memory_occupation(body: MemoryBody | None = None) -> Response:
+        if body is None or body.weights:
+            await asyncio.to_thread(engine.resume_memory)
+        return _done()
 
     @app.post("/weights_checker")
     async def weights_checker(body: ChecksumBody) -> Response:

@@ -1,13 +1,14 @@
 """What travels between the client and a server, and its JSON: SGLang's /generate request and answer."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import numpy as np
 
 from megatron_rl.errors import EngineError
-from megatron_rl.types import VersionSpan
+from megatron_rl.types import TopK, VersionSpan
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +29,17 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One prompt and n samples of it. rid: unique among the requests of one call."""
+    """One prompt and n samples of it. rid: unique among the requests of one call.
+
+    top_logprobs_num: the K of `Sample.topk`, 0 for none; needs return_logprob.
+    """
 
     rid: str
     prompt_tokens: tuple[int, ...]
     n: int
     sampling: SamplingParams
     return_logprob: bool = True
+    top_logprobs_num: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,8 @@ class Sample:
     """One response, token for token as the engine gave it (the stop token included).
 
     logprobs: None when not asked for; NaN where the engine had no finite number. finish_reason: "stop",
-    "length" or "abort". fault: what went wrong inside the engine, "" when nothing did.
+    "length" or "abort". fault: what went wrong inside the engine, "" when nothing did. topk: at every position the
+    likeliest tokens of the distribution sampled from, None when not asked for, NaN as in logprobs; not compared.
     """
 
     tokens: tuple[int, ...]
@@ -50,6 +56,7 @@ class Sample:
     finish_reason: str
     versions: tuple[VersionSpan, ...]
     fault: str = ""
+    topk: TopK | None = field(default=None, compare=False)
 
 
 def generate_body(request: GenerationRequest, rid: str) -> dict[str, Any]:
@@ -67,12 +74,15 @@ def generate_body(request: GenerationRequest, rid: str) -> dict[str, Any]:
         params["ignore_eos"] = True
     if sampling.seed is not None:
         params["sampling_seed"] = sampling.seed
-    return {
+    body = {
         "rid": rid,
         "input_ids": list(request.prompt_tokens),
         "sampling_params": params,
         "return_logprob": request.return_logprob,
     }
+    if request.top_logprobs_num:
+        body["top_logprobs_num"] = request.top_logprobs_num
+    return body
 
 
 def read_samples(url: str, request: GenerationRequest, answer: Any) -> list[Sample]:
@@ -80,27 +90,39 @@ def read_samples(url: str, request: GenerationRequest, answer: Any) -> list[Samp
     if len(entries) != request.n:
         raise EngineError(f"{url} gave {len(entries)} samples for request '{request.rid}', {request.n} were asked for")
     try:
-        return [_sample(entry, request.return_logprob) for entry in entries]
+        return [_sample(entry, request) for entry in entries]
     except (KeyError, TypeError, ValueError) as error:
         raise EngineError(f"{url} answered request '{request.rid}' in an unknown shape: {error!r}") from error
 
 
-def _sample(entry: dict[str, Any], return_logprob: bool) -> Sample:
+def _sample(entry: dict[str, Any], request: GenerationRequest) -> Sample:
     meta = entry["meta_info"]
     tokens = tuple(int(token) for token in entry["output_ids"])
     logprobs = None
-    if return_logprob:
+    if request.return_logprob:
         pairs = meta["output_token_logprobs"]
         if tuple(pair[1] for pair in pairs) != tokens:
             raise ValueError("output_token_logprobs do not belong to output_ids")
         logprobs = tuple(math.nan if pair[0] is None else float(pair[0]) for pair in pairs)
+    topk = None
+    if request.top_logprobs_num:
+        topk = _topk(meta["output_top_logprobs"], len(tokens), request.top_logprobs_num)
     finish = meta["finish_reason"]
     spans = meta.get("weight_versions")
     if spans is None:
         spans = [{"version": meta["weight_version"], "start": 0, "end": len(tokens)}]
     versions = tuple(VersionSpan(_version(s["version"]), int(s["start"]), int(s["end"])) for s in spans)
     fault = str(finish.get("message", "")) if finish["type"] == "abort" and (finish.get("status_code") or 0) >= 500 else ""
-    return Sample(tokens, logprobs, str(finish["type"]), versions, fault)
+    return Sample(tokens, logprobs, str(finish["type"]), versions, fault, topk)
+
+
+def _topk(entries: list[list[list[Any]]], tokens: int, k: int) -> TopK:
+    """From one list of k entries [logprob, token, text] a token; ValueError when there are more or fewer."""
+    if len(entries) != tokens or any(len(likeliest) != k for likeliest in entries):
+        raise ValueError(f"output_top_logprobs do not hold {k} entries for each of {tokens} tokens")
+    # Numbers below 2^53 pass through float64 unharmed; None becomes NaN.
+    pairs_RK2 = np.array([[pair[:2] for pair in likeliest] for likeliest in entries], dtype=np.float64).reshape(tokens, k, 2)
+    return TopK(pairs_RK2[..., 1].astype(np.int32), pairs_RK2[..., 0].astype(np.float32))
 
 
 def _version(name: str) -> int:

@@ -6,14 +6,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_rl.errors import UserError
-from megatron_rl.objectives.advantages import AdvantageKind, group_advantages
+from megatron_rl.objectives.advantages import AdvantageKind, group_advantages, overlong_penalty
 from megatron_rl.types import Batch, Trajectory
 
 
-def make_batch(trajectories: Sequence[Trajectory], advantage: AdvantageKind) -> Batch:
+def make_batch(
+    trajectories: Sequence[Trajectory], advantage: AdvantageKind, overlong_buffer: int = 0, max_new_tokens: int = 0
+) -> Batch:
     """One batch; every response token is trained.
 
-    Raises UserError with the trajectory ids when a reward is missing or not finite.
+    overlong_buffer: when not 0, advantages are those of rewards plus `overlong_penalty` of the response lengths, whose
+    limit is max_new_tokens; the batch's `rewards` stay the verifier's.
+    Raises UserError with the trajectory ids when a reward is missing or not finite, or top-K tokens are there for some only.
     """
     bad = [t.id for t in trajectories if t.reward is None or not math.isfinite(t.reward)]
     if bad:
@@ -27,7 +31,9 @@ def make_batch(trajectories: Sequence[Trajectory], advantage: AdvantageKind) -> 
     if trajectories[0].logmu is not None:
         logmu = np.zeros(cu_seqlens[-1], dtype=np.float32)
         logmu[mask > 0] = np.concatenate([np.asarray(t.logmu, dtype=np.float32) for t in trajectories])
+    topk_ids, topk_logmu = _topk_columns(trajectories, mask)
     rewards = np.array([t.reward for t in trajectories], dtype=np.float32)
+    shaped = rewards + overlong_penalty(responses, max_new_tokens, overlong_buffer) if overlong_buffer else rewards
     groups = np.array([t.group for t in trajectories])
     return Batch(
         ids=np.array([t.id for t in trajectories]),
@@ -36,10 +42,27 @@ def make_batch(trajectories: Sequence[Trajectory], advantage: AdvantageKind) -> 
         cu_seqlens=cu_seqlens,
         mask=mask,
         rewards=rewards,
-        advantages=group_advantages(rewards, groups, advantage),
+        advantages=group_advantages(shaped, groups, advantage),
         logmu=logmu,
         prompt_ids=tuple(t.prompt_id for t in trajectories),
+        topk_ids=topk_ids,
+        topk_logmu=topk_logmu,
     )
+
+
+def _topk_columns(trajectories: Sequence[Trajectory], mask: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Ids [N, K] int32 and log-probabilities [N, K] float32 of the engine's likeliest tokens; 0 where mask is 0."""
+    given = [t.topk for t in trajectories if t.topk is not None]
+    if not given:
+        return None, None
+    if len(given) < len(trajectories):
+        missing = [t.id for t in trajectories if t.topk is None]
+        raise UserError(f"trajectories {missing[:20]} carry no top-K tokens while others do: ask the engines for all or none")
+    ids = np.zeros((len(mask), given[0].ids.shape[1]), dtype=np.int32)
+    logmu = np.zeros(ids.shape, dtype=np.float32)
+    ids[mask > 0] = np.concatenate([topk.ids for topk in given])
+    logmu[mask > 0] = np.concatenate([topk.logmu for topk in given])
+    return ids, logmu
 
 
 def split_updates(batch: Batch, updates: int) -> list[Batch]:

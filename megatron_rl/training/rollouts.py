@@ -36,10 +36,16 @@ class Rollouts:
     """Draws prompts, has them answered by the engines, verifies the answers."""
 
     def __init__(
-        self, config: Config, task: Task, tokenizer: PreTrainedTokenizerBase, pool: EnginePool, need_logmu: bool
+        self,
+        config: Config,
+        task: Task,
+        tokenizer: PreTrainedTokenizerBase,
+        pool: EnginePool,
+        need_logmu: bool,
+        topk: int = 0,
     ) -> None:
         self.config, self.task, self.tokenizer, self.pool = config, task, tokenizer, pool
-        self.need_logmu = need_logmu
+        self.need_logmu, self.topk = need_logmu, topk
         self.stop = stop_token_ids(config.model.path)
         self.truncated = 0.0
 
@@ -61,6 +67,7 @@ class Rollouts:
                 seed=self.config.run.seed,
                 stop_token_ids=self.stop,
                 need_logmu=self.need_logmu,
+                topk=self.topk,
             )
         stale = [t.id for t in trajectories if any(span.version != version for span in t.versions)]
         if stale:
@@ -68,7 +75,10 @@ class Rollouts:
         with timer("reward"):
             rewards = self.verify(prompts, trajectories)
             batch = make_batch(
-                [t.with_reward(r) for t, r in zip(trajectories, rewards, strict=True)], self.config.objective.advantage
+                [t.with_reward(r) for t, r in zip(trajectories, rewards, strict=True)],
+                self.config.objective.advantage,
+                overlong_buffer=self.config.objective.overlong_buffer,
+                max_new_tokens=config.max_new_tokens,
             )
         self.truncated = float(np.mean([t.finish_reason == "length" for t in trajectories]))
         return batch

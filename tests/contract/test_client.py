@@ -213,6 +213,33 @@ def test_groups_are_numbered_and_carry_behaviour_log_probs(pool: EnginePool, mod
         assert ends == ([len(trajectory.response_tokens) - 1] if trajectory.finish_reason == "stop" else [])
 
 
+def test_trajectories_carry_the_likeliest_tokens_when_asked_for(pool: EnginePool, model: Qwen3ForCausalLM) -> None:
+    found = sample_groups(
+        pool, PROMPTS, ROLLOUT, first_id=0, first_group=0, seed=1, stop_token_ids=(7, 8), need_logmu=False, topk=6
+    )
+    for trajectory in found:
+        assert trajectory.topk is not None and trajectory.logmu is not None
+        ids_RK, logmu_RK = trajectory.topk
+        length = len(trajectory.response_tokens)
+        assert (ids_RK.dtype.name, ids_RK.shape, logmu_RK.dtype.name, logmu_RK.shape) == (
+            "int32",
+            (length, 6),
+            "float32",
+            (length, 6),
+        )
+        for at in (0, length - 1):
+            seen = [*trajectory.prompt_tokens, *trajectory.response_tokens[:at]]
+            with torch.no_grad():
+                want = torch.log_softmax(model(torch.tensor([seen])).logits[0, -1].float(), -1).topk(6)
+            assert ids_RK[at].tolist() == want.indices.tolist()
+            torch.testing.assert_close(torch.from_numpy(logmu_RK[at]), want.values, atol=1e-4, rtol=0)
+
+
+def test_more_top_log_probs_than_a_server_gives_are_refused(pool: EnginePool) -> None:
+    with pytest.raises(EngineError, match="top_logprobs_num"):
+        sample_groups(pool, PROMPTS, ROLLOUT, first_id=0, first_group=0, seed=1, stop_token_ids=(), need_logmu=True, topk=65)
+
+
 def test_the_seed_fixes_the_trajectories_and_their_ids_vary_them(pool: EnginePool) -> None:
     def tokens(seed: int, first_id: int) -> list[tuple[int, ...]]:
         found = sample_groups(

@@ -174,6 +174,59 @@ def test_many_requests_at_once_are_all_answered(api: httpx.Client) -> None:
         assert sorted(pool.map(one, range(40))) == [(at, 2 * (1 + at % 7)) for at in range(40)]
 
 
+def assert_top_logprobs(model: Qwen3ForCausalLM, prompt: list[int], answer: dict[str, Any], k: int, heat: float = 1.0) -> None:
+    """At every output position the k likeliest tokens of a plain forward pass, with its log-probabilities."""
+    output, tops = answer["output_ids"], answer["meta_info"]["output_top_logprobs"]
+    assert [len(entries) for entries in tops] == [k] * len(output)
+    assert all(entry[2] is None for entries in tops for entry in entries)
+    with torch.no_grad():
+        logits_TV = model(torch.tensor([prompt + output])).logits[0].float() / heat
+    logp_TV = torch.log_softmax(logits_TV[len(prompt) - 1 : -1], dim=-1)
+    found_TK, ids_TK = (torch.tensor([[entry[at] for entry in entries] for entries in tops]) for at in (0, 1))
+    torch.testing.assert_close(found_TK, logp_TV.topk(k).values, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found_TK, logp_TV.gather(1, ids_TK), atol=1e-4, rtol=0)
+    assert all(len(set(row)) == k for row in ids_TK.tolist())
+
+
+@pytest.mark.parametrize(("temperature", "k"), [(1.0, 1), (0.5, 5), (2.0, 64)])
+def test_top_log_probs_are_those_of_the_distribution_sampled_from(
+    api: httpx.Client, model: Qwen3ForCausalLM, temperature: float, k: int
+) -> None:
+    answer = generate(api, more={"top_logprobs_num": k}, temperature=temperature)
+    assert_top_logprobs(model, PROMPT, answer, k, temperature)
+
+
+def test_top_log_probs_agree_with_the_sampled_tokens_own(api: httpx.Client) -> None:
+    answer = generate(api, more={"top_logprobs_num": 20}, max_new_tokens=60, temperature=0.7)
+    sampled = zip(answer["meta_info"]["output_token_logprobs"], answer["meta_info"]["output_top_logprobs"], strict=True)
+    both = [
+        (logprob, {i: lp for lp, i, _ in top}[token]) for (logprob, token, _), top in sampled if token in {e[1] for e in top}
+    ]
+    assert len(both) > 10
+    assert all(mine == theirs for mine, theirs in both)
+
+
+def test_no_top_log_probs_are_sent_unless_asked_for(api: httpx.Client) -> None:
+    assert not generate(api)["meta_info"].get("output_top_logprobs")
+
+
+def test_requests_with_and_without_top_log_probs_share_a_batch(api: httpx.Client, model: Qwen3ForCausalLM) -> None:
+    """They arrive one after the other and end one after the other: rows join, widen and compact."""
+    prompts, wanted = [list(range(2 + at, 6 + 3 * at)) for at in range(10)], [0, 3, 7, 0, 1, 12, 0, 5, 2, 0]
+
+    def late(at: int) -> Any:
+        time.sleep(0.01 * at)
+        return generate(api, prompts[at], more={"top_logprobs_num": wanted[at]}, max_new_tokens=50 - 4 * at, n=2)
+
+    with ThreadPoolExecutor(10) as pool:
+        found = list(pool.map(late, range(10)))
+    for prompt, k, answers in zip(prompts, wanted, found, strict=True):
+        for answer in answers:
+            torch.testing.assert_close(logprobs(answer), logp_of(model, prompt, answer["output_ids"]), atol=1e-4, rtol=0)
+            if k:
+                assert_top_logprobs(model, prompt, answer, k)
+
+
 @pytest.mark.parametrize(
     ("body", "field"),
     [
@@ -199,6 +252,18 @@ def test_many_requests_at_once_are_all_answered(api: httpx.Client) -> None:
         ({"input_ids": [[1], [2]], "sampling_params": [{}, {"best_of": 2}]}, "sampling_params.1.best_of"),
         ({"input_ids": [[1], [2]], "rid": ["a", "a"]}, "rid"),
         ({"input_ids": [1], "return_logprob": True, "logprob_start_len": 1}, "logprob_start_len"),
+        ({"input_ids": [1], "top_logprobs_num": 2}, "return_logprob"),
+        ({"input_ids": [1], "return_logprob": True, "top_logprobs_num": 65}, "top_logprobs_num"),
+        ({"input_ids": [1], "return_logprob": True, "top_logprobs_num": -1}, "top_logprobs_num"),
+        (
+            {"input_ids": [1], "return_logprob": True, "top_logprobs_num": 2, "sampling_params": {"top_p": 0.9}},
+            "top_logprobs_num",
+        ),
+        (
+            {"input_ids": [1], "return_logprob": True, "top_logprobs_num": 2, "sampling_params": {"top_k": 5}},
+            "top_logprobs_num",
+        ),
+        ({"input_ids": [1], "return_logprob": True, "top_logprobs_num": 2, "logprob_start_len": 0}, "logprob_start_len"),
     ],
 )
 def test_a_malformed_request_is_refused_by_field(

@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron_rl.errors import CheckpointError
 from megatron_rl.objectives import make_objective
 from megatron_rl.policy.actor import Policy
-from megatron_rl.policy.checkpoint import Checkpoints, TrainState
+from megatron_rl.policy.checkpoint import Checkpoints, TrainState, parameter_digest
 from tests.parallel.steps import OBJECTIVE, exported, make_batch, make_policy
 
 
@@ -108,3 +108,35 @@ def _writers_wait_for(gate: Path) -> Iterator[None]:
         yield
     finally:
         filesystem_async._write_item = write_item
+
+
+def start_again(model: Path, layout: dict[str, Any], folder: Path, **sections: Any) -> dict[str, Any]:
+    """Checkpoint 0 of an untouched policy, three updates with one each, then back to 0 with a fresh optimizer.
+
+    The weights after the first two updates, then again from a live policy, and from one that never made an update;
+    the digests at 0, after loading 0, after loading the weights of 2 alone; those weights; what is left on disk.
+    """
+    policy = make_policy(model, layout, **sections)
+    checkpoints = Checkpoints(folder, policy, keep=1, pinned=[0, 2])
+    checkpoints.save(TrainState(), wait=True)
+    digests, first = [parameter_digest(policy)], []
+    for at in range(1, 4):
+        first.append(update(policy)["weights"])
+        checkpoints.save(TrainState(step=at, updates=at, stage="teacher", stage_updates=at), wait=True)
+    checkpoints.load(0)
+    digests.append(parameter_digest(policy))
+    checkpoints.load_weights(2)
+    digests.append(parameter_digest(policy))
+    second = exported(policy)
+    checkpoints.load(0)
+    policy.optimizer.restart()
+    again = [update(policy)["weights"] for _ in range(2)]
+    checkpoints.close()
+    fresh = make_policy(model, layout, **sections)
+    other = Checkpoints(folder, fresh, keep=1)
+    state = other.load(0)
+    other.close()
+    afresh = [update(fresh)["weights"] for _ in range(2)]
+    names = sorted(path.name for path in folder.iterdir())
+    weights = {"first": first[:2], "again": again, "afresh": afresh, "second": second}
+    return {**weights, "digests": digests, "names": names, "state": state}

@@ -28,6 +28,7 @@ class Case:
     weight: Tensor  # [V, H]
     rows: Tensor  # [R]
     labels: Tensor  # [R]
+    topk: Tensor  # [R, K], further tokens to score
     grad_logp: Tensor  # [R]
     grad_entropy: Tensor  # [R]
 
@@ -37,11 +38,14 @@ class Case:
         rows = torch.randperm(tokens, generator=g)[: 3 * tokens // 4].sort().values
         labels = torch.randint(0, vocab, (len(rows),), generator=g)
         labels[0], labels[-1] = 0, vocab - 1
+        topk = torch.randint(0, vocab, (len(rows), 5), generator=torch.Generator().manual_seed(seed))
+        topk[0, 0], topk[-1, -1] = 0, vocab - 1
         return Case(
             hidden=torch.randn(tokens, width, generator=g),
             weight=torch.randn(vocab, width, generator=g) * 0.6,  # logits of about +-3
             rows=rows,
             labels=labels,
+            topk=topk,
             grad_logp=torch.randn(len(rows), generator=g),
             grad_entropy=torch.randn(len(rows), generator=g),
         )
@@ -58,6 +62,7 @@ class Case:
         return {
             "logp": logp_R.detach().numpy(),
             "entropy": entropy_R.detach().numpy(),
+            "topk": scores_RV.detach().gather(-1, self.topk).numpy(),
             "d_hidden": hidden.grad.numpy(),
             "d_weight": weight.grad.numpy(),
         }
@@ -80,7 +85,7 @@ def scores(layout: dict[str, Any], vocab: int, temperature: float, chunk_bytes: 
     else:
         leaf = case.hidden.clone().requires_grad_()
         hidden = copy_to_tensor_model_parallel_region(leaf, group=group)
-    logp, entropy = token_scores(
+    logp, entropy, topk = token_scores(
         hidden[case.rows],
         weight,
         case.labels,
@@ -88,6 +93,7 @@ def scores(layout: dict[str, Any], vocab: int, temperature: float, chunk_bytes: 
         vocab_size=vocab,
         group=group,
         chunk_bytes=chunk_bytes,
+        topk_labels_RK=case.topk,
     )
     torch.autograd.backward([logp, entropy], [case.grad_logp, case.grad_entropy])
     assert leaf.grad is not None and weight.grad is not None
@@ -96,6 +102,7 @@ def scores(layout: dict[str, Any], vocab: int, temperature: float, chunk_bytes: 
     return {
         "logp": logp.detach().numpy(),
         "entropy": entropy.detach().numpy(),
+        "topk": topk.numpy(),
         "d_hidden": (_whole(leaf.grad, group) if config.sequence else leaf.grad).numpy(),
         "d_weight": d_weight[:vocab].numpy(),
     }

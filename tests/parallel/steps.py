@@ -95,9 +95,9 @@ def _divide_by_local_counts(policy: Policy) -> None:
     """The tempting convention: each micro-batch divides by its own count of sequences."""
     correct = policy._loss
 
-    def local_mean(micro: Any, logp: Any, entropy: Any, objective: Any, norm: Any) -> Any:
+    def local_mean(micro: Any, scores: Any, objective: Any, norm: Any) -> Any:
         own = len(micro.seq_ids[micro.mask > 0].unique())
-        return correct(micro, logp, entropy, objective, replace(norm, sequences=max(1, own)))
+        return correct(micro, scores, objective, replace(norm, sequences=max(1, own)))
 
     policy._loss = local_mean  # type: ignore[method-assign]
 

@@ -186,3 +186,26 @@ def test_the_list_of_a_complete_checkpoint_names_every_file_and_its_size(three):
 def test_a_checkpoint_of_another_model_is_refused(two_ranks, qwen3_tied, copied):
     for message in two_ranks.run(STEPS, "refused_load", model=qwen3_tied, layout={"tensor": 2}, folder=copied.folder):
         assert "step_000003 cannot be loaded into this model and layout" in message and "output_layer.weight" in message
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"layout": {"tensor": 2}},
+        {"layout": {"data": 2}, **SHARDED},
+        {"layout": {"tensor": 2}, "precision": {"train": "bf16"}},
+        {"layout": {"data": 2}, "precision": {"train": "bf16"}, **SHARDED},
+    ],
+    ids=["tp2", "dp2_sharded", "tp2_bf16", "dp2_sharded_bf16"],
+)
+def test_training_begins_again_from_a_named_checkpoint_as_it_did_the_first_time(two_ranks, qwen3, tmp_path, arguments):
+    ours, other = two_ranks.run(STEPS, "start_again", model=qwen3, folder=tmp_path, **arguments)
+    for way in ("again", "afresh"):
+        assert all(same_bits(a, b) for a, b in zip(ours[way], ours["first"], strict=True))
+    assert not same_bits(*ours["first"])
+    at_zero, loaded, scored = ours["digests"]
+    assert at_zero == loaded and len(at_zero) == 2 and all(at_zero[rank] != scored[rank] for rank in at_zero)
+    assert ours["digests"] == other["digests"]
+    assert same_bits(ours["second"], ours["first"][1]), "the weights of a checkpoint can be looked at alone"
+    assert ours["names"] == ["step_000000", "step_000002", "step_000003"], "pinned ones stay besides the newest"
+    assert ours["state"] == TrainState()

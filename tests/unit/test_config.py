@@ -50,6 +50,13 @@ def test_an_override_replaces_one_key_and_leaves_its_neighbours(write):
     assert config.run.folder == Path("runs/other")
 
 
+def test_what_makes_advantages_of_rewards_is_no_key_of_the_objective(write):
+    config = load_config(write(SMALL), ["objective.advantage=rloo", "objective.overlong_buffer=8"])
+    assert (config.objective.advantage, config.objective.overlong_buffer) == ("rloo", 8)
+    assert config.objective.spec() == {"name": "drpo"}
+    assert "overlong_buffer exceeds" in refusal(write(SMALL), "objective.overlong_buffer=1000000")
+
+
 def test_the_last_override_of_a_key_wins(write):
     assert load_config(write(SMALL), ["run.seed=1", "run.seed=2"]).run.seed == 2
 

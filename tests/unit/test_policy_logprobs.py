@@ -32,7 +32,7 @@ def scored(case: Case, group: dist.ProcessGroup, *, rows: int = 10_000, temperat
     """Scores and the gradients of both with respect to hidden states and projection, `rows` rows at a time."""
     hidden, weight = (t.clone().requires_grad_() for t in (case.hidden, case.weight))
     vocab = len(weight)
-    logp, entropy = token_scores(
+    logp, entropy, topk = token_scores(
         hidden[case.rows],
         weight,
         case.labels,
@@ -40,15 +40,19 @@ def scored(case: Case, group: dist.ProcessGroup, *, rows: int = 10_000, temperat
         vocab_size=vocab,
         group=group,
         chunk_bytes=rows * vocab * 4,
+        topk_labels_RK=case.topk,
     )
     torch.autograd.backward([logp, entropy], [case.grad_logp, case.grad_entropy])
     assert hidden.grad is not None and weight.grad is not None
-    return {"logp": logp.detach(), "entropy": entropy.detach(), "d_hidden": hidden.grad, "d_weight": weight.grad}
+    grads = {"d_hidden": hidden.grad, "d_weight": weight.grad}
+    return {"logp": logp.detach(), "entropy": entropy.detach(), "topk": topk, **grads}
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, np.ndarray], tolerance: float = 5e-6) -> None:
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name].numpy(), value, atol=tolerance * np.abs(value).max(), err_msg=name)
+        # A sure thing has an entropy next to 0, worked out from numbers next to 1: two steps of float32 there are allowed.
+        atol = max(tolerance * np.abs(value).max(), 2.4e-7)
+        np.testing.assert_allclose(found[name].numpy(), value, atol=atol, err_msg=name)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.3])
@@ -74,6 +78,19 @@ def test_each_score_can_be_differentiated_alone(alone, wanted):
     expected = case.reference(0.7, logp=wanted == "logp", entropy=wanted == "entropy")
     assert hidden.grad is not None and weight.grad is not None
     assert_close({"d_hidden": hidden.grad, "d_weight": weight.grad}, {k: expected[k] for k in ("d_hidden", "d_weight")})
+
+
+def test_further_tokens_are_scored_without_gradient_and_change_nothing_else(alone):
+    case = Case.make()
+    hidden, weight = (t.clone().requires_grad_() for t in (case.hidden, case.weight))
+    settings: dict[str, Any] = {"temperature": 0.7, "vocab_size": len(weight), "group": alone, "chunk_bytes": 5000}
+    logp, entropy, topk = token_scores(hidden[case.rows], weight, case.labels, topk_labels_RK=case.topk, **settings)
+    assert not topk.requires_grad and logp.requires_grad and topk.dtype == torch.float32
+    plain = token_scores(hidden[case.rows], weight, case.labels, **settings)
+    assert len(plain) == 2
+    assert torch.equal(logp, plain[0]) and torch.equal(entropy, plain[1])
+    twice = token_scores(hidden[case.rows], weight, case.labels, topk_labels_RK=case.labels[:, None].expand(-1, 2), **settings)
+    assert torch.equal(twice[2], logp.detach()[:, None].expand(-1, 2)), "the label itself scores as the label"
 
 
 def test_rows_that_pad_the_vocabulary_take_no_part(alone):
@@ -102,6 +119,11 @@ def test_no_scored_rows_give_empty_scores_and_zero_gradients(alone):
     labels = torch.zeros(0, dtype=torch.long)
     logp, entropy = token_scores(hidden, weight, labels, temperature=1.0, vocab_size=7, group=alone)
     assert logp.shape == entropy.shape == (0,)
+    more = labels.reshape(0, 1).expand(0, 6)
+    assert token_scores(hidden, weight, labels, temperature=1.0, vocab_size=7, group=alone, topk_labels_RK=more)[2].shape == (
+        0,
+        6,
+    )
     (logp.sum() + entropy.sum()).backward()
     assert weight.grad is not None and not weight.grad.any()
 
@@ -119,7 +141,8 @@ def test_bfloat16_weights_give_float32_scores_and_bfloat16_gradients(alone):
     rounded = replace(case, hidden=hidden.detach().float(), weight=weight.detach().float())
     grads = {"d_hidden": hidden.grad.float(), "d_weight": weight.grad.float()}
     found = {"logp": logp.detach(), "entropy": entropy.detach(), **grads}
-    assert_close(found, rounded.reference(1.0), tolerance=0.02)
+    expected = rounded.reference(1.0)
+    assert_close(found, {name: expected[name] for name in found}, tolerance=0.02)
 
 
 class Largest(TorchDispatchMode):

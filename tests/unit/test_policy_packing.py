@@ -1,5 +1,6 @@
 """Packing loses nothing, repeats nothing and shifts every column to the position that predicts its token."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -25,8 +26,12 @@ def batch_of(lengths: list[int], seed: int = 0, *, columns: bool = True) -> Batc
     mask = (rng.random(total) < 0.6).astype(np.float32)
     mask[cu_seqlens[:-1]] = 0  # a first token is never a response token: every prompt has one
 
+    def distinct(*shape: int) -> np.ndarray:
+        size = int(np.prod(shape))
+        return (-1 - rng.permutation(size).reshape(shape) / max(1, size)).astype(np.float32)
+
     def column() -> np.ndarray | None:
-        return (-1 - rng.permutation(total) / max(1, total)).astype(np.float32) * mask if columns else None
+        return distinct(total) * mask if columns else None
 
     return Batch(
         ids=rng.permutation(1000)[: len(lengths)],
@@ -34,11 +39,13 @@ def batch_of(lengths: list[int], seed: int = 0, *, columns: bool = True) -> Batc
         tokens=rng.permutation(total).astype(np.int32),
         cu_seqlens=cu_seqlens,
         mask=mask,
-        rewards=np.zeros(len(lengths), dtype=np.float32),
+        rewards=distinct(len(lengths)),
         advantages=rng.standard_normal(len(lengths)).astype(np.float32),
         logmu=column(),
         logold=column(),
         logref=column(),
+        topk_ids=rng.permutation(3 * total).reshape(total, 3).astype(np.int32) if columns else None,
+        topk_logmu=distinct(total, 3) * mask[:, None] if columns else None,
     )
 
 
@@ -49,13 +56,15 @@ aligned = st.sampled_from([1, 2, 4, 8])
 @given(batches, aligned, st.integers(1, 4))
 def test_every_trained_token_is_a_label_exactly_once_with_its_own_columns(batch, align, multiple):
     micros = pack(batch, budget=BUDGET, align=align, multiple=multiple)
-    for name in ("mask", "logmu", "logold", "logref"):
+    for name in ("mask", "logmu", "logold", "logref", "topk_ids", "topk_logmu"):
         column = getattr(batch, name)
         found = np.zeros_like(column)
         for micro in micros:
             keep = micro.mask > 0
             np.add.at(found, micro.source[keep].numpy(), getattr(micro, name)[keep].numpy())
-        np.testing.assert_array_equal(found, column * batch.mask)
+        trained = batch.mask > 0
+        np.testing.assert_array_equal(found[trained], column[trained])
+        assert not found[~trained].any()
     labels = torch.cat([m.labels[m.mask > 0] for m in micros])
     assert sorted(labels.tolist()) == sorted(batch.tokens[batch.mask > 0].tolist())
 
@@ -96,16 +105,29 @@ def test_padding_belongs_to_no_trajectory_and_trains_nothing(batch, align, multi
     for micro in pack(batch, budget=BUDGET, align=align, multiple=multiple):
         padding = micro.seq_ids == -1
         assert torch.equal(micro.source[padding], torch.full_like(micro.source[padding], -1))
-        for name in ("mask", "advantages", "logmu", "logold", "logref", "tokens", "labels"):
+        names = ("mask", "advantages", "rewards", "logmu", "logold", "logref", "tokens", "labels", "topk_ids", "topk_logmu")
+        for name in names:
             assert not getattr(micro, name)[padding].any()
 
 
 @given(batches, aligned)
-def test_every_token_carries_the_advantage_of_its_trajectory(batch, align):
+def test_every_token_carries_the_advantage_and_the_reward_of_its_trajectory(batch, align):
     for micro in pack(batch, budget=BUDGET, align=align, multiple=1):
         real = micro.seq_ids >= 0
-        expected = batch.advantages[micro.seq_ids[real].numpy()]
-        np.testing.assert_array_equal(micro.advantages[real].numpy(), expected)
+        row = micro.seq_ids[real].numpy()
+        np.testing.assert_array_equal(micro.advantages[real].numpy(), batch.advantages[row])
+        np.testing.assert_array_equal(micro.rewards[real].numpy(), batch.rewards[row])
+
+
+@given(batches, aligned)
+def test_advantages_of_tokens_take_the_place_of_those_of_trajectories(batch, align):
+    given = replace(batch, token_advantages=np.random.default_rng(1).standard_normal(len(batch.tokens)).astype(np.float32))
+    for micro in pack(given, budget=BUDGET, align=align, multiple=1):
+        predicts = micro.source >= 0
+        np.testing.assert_array_equal(
+            micro.advantages[predicts].numpy(), given.token_advantages[micro.source[predicts].numpy()]
+        )
+        assert not micro.advantages[~predicts].any()
 
 
 @given(batches, st.integers(1, 6))
@@ -126,7 +148,8 @@ def test_packing_wastes_less_than_half_of_all_streams_but_one(batch):
 
 def test_columns_a_batch_does_not_have_are_not_made_up():
     (micro,) = pack(batch_of([3, 4], columns=False), budget=BUDGET, align=1, multiple=1)
-    assert (micro.logmu, micro.logold, micro.logref) == (None, None, None)
+    assert (micro.logmu, micro.logold, micro.logref, micro.topk_ids, micro.topk_logmu) == (None,) * 5
+    assert shard(micro, cp_size=1, cp_rank=0, device=CPU, max_length=BUDGET + 1).topk_labels is None
 
 
 def test_a_trajectory_longer_than_the_budget_is_refused_by_its_id():
@@ -168,6 +191,7 @@ def test_every_trained_position_is_scored_by_exactly_one_context_parallel_rank(b
             index = zigzag_index(micro.cu_seqlens, cp_size, rank)
             assert torch.equal(index[piece.rows], piece.index)
             assert torch.equal(piece.labels, micro.labels[piece.index])
+            assert torch.equal(piece.topk_labels, micro.topk_ids[piece.index])
             assert torch.equal(piece.tokens[0], micro.tokens[index])
             assert torch.equal(piece.positions[0], micro.positions[index])
 

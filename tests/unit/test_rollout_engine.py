@@ -126,6 +126,28 @@ def test_without_a_seed_samples_differ_between_requests(engine: Engine) -> None:
     assert outputs(run(engine, seed=None)[0]) != outputs(run(engine, seed=None)[0])
 
 
+def test_likeliest_tokens_stay_with_their_positions_through_a_retraction(engine: Engine, folder: Path) -> None:
+    futures = engine.submit([engine.job([4, 5], Sampling(max_new_tokens=150), n=3, top_logprobs=4)])
+    while not engine._call(lambda: engine._batcher.running is not None and engine._batcher.running.lengths.max() > 5):
+        assert not futures[0].done(), "it ended before anyone looked"
+    engine.pause("retract")
+    engine.resume()
+    (job,) = [future.result(60) for future in futures]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for row in job.rows:
+        assert row.retractions == 1 and len(row.tops) > 1, "the pieces of before and after"
+        with torch.no_grad():
+            logits_TV = model(torch.tensor([[4, 5, *row.tokens]])).logits[0, 1:-1].float()
+        want = torch.log_softmax(logits_TV, -1).topk(4).values
+        torch.testing.assert_close(torch.from_numpy(row.likeliest["logp"].copy()), want, atol=1e-4, rtol=0)
+
+
+def test_more_likeliest_tokens_than_the_vocabulary_has_are_refused(engine: Engine) -> None:
+    assert engine.job([4], Sampling(), top_logprobs=90).top_logprobs == 90
+    with pytest.raises(UserError, match=r"top_logprobs_num.*91.*vocabulary of 90"):
+        engine.job([4], Sampling(), top_logprobs=91)
+
+
 def test_requests_still_running_at_the_end_are_aborted(folder: Path) -> None:
     engine = Engine(folder).start()
     engine.pause("in_place")

@@ -13,9 +13,8 @@ def pick(
     logits_RV: torch.Tensor, noise: list[float], temperature: float = 1.0, top_p: float = 1.0, top_k: int = -1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows = len(logits_RV)
-    return choose(
-        logits_RV, np.full(rows, temperature, np.float32), np.full(rows, top_p), np.full(rows, top_k), np.array(noise)
-    )
+    settings = np.full(rows, temperature, np.float32), np.full(rows, top_p), np.full(rows, top_k)
+    return choose(logits_RV, *settings, np.array(noise))[:2]
 
 
 def test_splitmix64_gives_the_published_sequence() -> None:
@@ -87,11 +86,25 @@ def test_rows_with_their_own_settings_do_not_touch_each_other() -> None:
     logits_RV = torch.randn(3, 11, generator=torch.Generator().manual_seed(2))
     noise = np.array([0.3, 0.6, 0.9])
     heat, top_p, top_k = np.array([0.0, 0.7, 1.3], np.float32), np.array([1.0, 0.6, 1.0]), np.array([-1, -1, 4])
-    tokens, logp = choose(logits_RV, heat, top_p, top_k, noise)
+    tokens, logp, _ = choose(logits_RV, heat, top_p, top_k, noise)
     for at in range(3):
         row = slice(at, at + 1)
         alone = choose(logits_RV[row], heat[row], top_p[row], top_k[row], noise[row])
         assert (int(tokens[at]), float(logp[at])) == (int(alone[0]), pytest.approx(float(alone[1]), abs=1e-6))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 2.0])
+def test_the_likeliest_tokens_are_those_of_the_distribution_sampled_from(temperature: float) -> None:
+    logits_RV = torch.randn(4, 13, generator=torch.Generator().manual_seed(3))
+    heat, off = np.full(4, temperature, np.float32), np.full(4, -1)
+    tokens, logp, likeliest = choose(logits_RV, heat, np.ones(4), off, np.linspace(0.1, 0.9, 4), most_likely=13)
+    assert likeliest is not None
+    logp_RK, ids_RK = likeliest
+    assert [sorted(row) for row in ids_RK.tolist()] == [list(range(13))] * 4
+    assert (logp_RK.diff(dim=1) <= 0).all()
+    want_RV = torch.log_softmax(logits_RV / (temperature or 1.0), -1)
+    torch.testing.assert_close(logp_RK, want_RV.gather(1, ids_RK))
+    assert torch.equal(logp_RK[ids_RK == tokens[:, None]], logp)
 
 
 def test_logits_of_nan_give_a_token_with_a_nan_log_prob() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_rl.errors import UserError
 from megatron_rl.training.batches import make_batch, split_updates
-from megatron_rl.types import Trajectory
+from megatron_rl.types import TopK, Trajectory
 
 
 def trajectory(at: int, group: int, prompt: int, response: int, reward: float | None = 0.0, logmu: bool = True) -> Trajectory:
@@ -50,6 +50,54 @@ def test_the_dtypes_are_those_a_batch_promises():
 
 def test_without_behaviour_log_probabilities_there_is_no_column_of_them():
     assert make_batch([trajectory(0, 0, 1, 1, logmu=False)], "mean").logmu is None
+
+
+def with_topk(one: Trajectory, k: int = 2) -> Trajectory:
+    """Ids and log-probabilities that name trajectory, position and rank."""
+    ids = (one.id * 100 + np.arange(len(one.response_tokens) * k)).reshape(-1, k).astype(np.int32)
+    return replace(one, topk=TopK(ids, (-ids / 1000).astype(np.float32)))
+
+
+def test_the_likeliest_tokens_stand_at_the_response_tokens_they_were_sampled_with():
+    batch = make_batch([with_topk(one) for one in THREE], "mean")
+    none = [0, 0]
+    first, second, third = [[10000, 10001], [10002, 10003], [10004, 10005]], [[10100, 10101]], [[10200, 10201], [10202, 10203]]
+    assert batch.topk_ids is not None and batch.topk_logmu is not None
+    assert batch.topk_ids.tolist() == [none, none, *first, none, none, *second, none, *third]
+    np.testing.assert_array_equal(batch.topk_logmu, (-batch.topk_ids / 1000).astype(np.float32))
+    assert (batch.topk_ids.dtype.name, batch.topk_logmu.dtype.name) == ("int32", "float32")
+
+
+def test_without_likeliest_tokens_there_are_no_columns_of_them():
+    batch = make_batch(THREE, "mean")
+    assert (batch.topk_ids, batch.topk_logmu, batch.token_advantages) == (None, None, None)
+
+
+def test_likeliest_tokens_of_some_trajectories_only_are_refused():
+    with pytest.raises(UserError, match=r"trajectories \[101\] carry no top-K tokens"):
+        make_batch([with_topk(THREE[0]), THREE[1], with_topk(THREE[2])], "mean")
+
+
+def test_a_selection_takes_every_column_of_a_token_along():
+    batch = make_batch([with_topk(one) for one in THREE], "mean")
+    batch = replace(batch, token_advantages=np.arange(11, dtype=np.float32))
+    chosen = batch.select(np.array([2, 0]))
+    place = [8, 9, 10, 0, 1, 2, 3, 4]
+    for name in ("tokens", "mask", "logmu", "topk_ids", "topk_logmu", "token_advantages"):
+        np.testing.assert_array_equal(getattr(chosen, name), getattr(batch, name)[place])
+
+
+def test_an_overlong_response_loses_advantage_and_keeps_its_reward():
+    rows = [
+        trajectory(0, 7, 2, 8, 1.0),
+        trajectory(1, 7, 2, 10, 1.0),
+        trajectory(2, 9, 1, 10, 1.0),
+        trajectory(3, 9, 1, 10, 0.0),
+    ]
+    batch = make_batch(rows, "mean", overlong_buffer=4, max_new_tokens=10)
+    assert batch.rewards.tolist() == [1, 1, 1, 0]
+    np.testing.assert_allclose(batch.advantages, [0.25, -0.25, 0.5, -0.5])
+    assert not make_batch(rows, "mean").advantages[:2].any()
 
 
 @pytest.mark.parametrize("reward", [None, float("nan"), float("inf")])

@@ -1,0 +1,82 @@
+"""Likeliest tokens, rewards and a reference policy mean the same under every layout."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.parallel.steps import OPTIMIZER
+from tests.parallel.topk_steps import shift, topk_batch
+
+TEMPERATURE = 0.7
+LAYOUTS = {
+    "tp2": {"tensor": 2},
+    "tp2_sp": {"tensor": 2, "sequence": True},
+    "pp2": {"pipeline": 2},
+    "pp2_vpp2": {"pipeline": 2, "virtual_pipeline": 2},
+    "cp2": {"context": 2},
+    "dp2": {"data": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def expected(qwen3):
+    """The same update through transformers, one sequence at a time, with plain log_softmax over the whole vocabulary."""
+    model = AutoModelForCausalLM.from_pretrained(qwen3, dtype=torch.float32)
+    batch = topk_batch()
+    tokens_trained, loss, moved_sum = float(batch.mask.sum()), torch.zeros(()), 0.0
+    for i, (a, b) in enumerate(zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True)):
+        tokens = torch.from_numpy(batch.tokens[a:b].astype(np.int64))
+        ids, logmu = torch.from_numpy(batch.topk_ids[a:b].astype(np.int64)), torch.from_numpy(batch.topk_logmu[a:b])
+        mask, advantages = torch.from_numpy(batch.mask[a:b])[1:], torch.from_numpy(batch.token_advantages[a:b])[1:]
+        scores = torch.log_softmax(model(tokens[None]).logits[0, :-1] / TEMPERATURE, -1)
+        logp = scores.gather(-1, tokens[1:, None])[:, 0]
+        moved = shift(scores.gather(-1, ids[1:]), logmu[1:]).detach()
+        loss = loss - (advantages * logp * (1 + float(batch.rewards[i]) ** 2) * moved * mask).sum() / tokens_trained
+        moved_sum += float((moved * mask).sum())
+    loss.backward()
+    norm = torch.sqrt(sum((p.grad.double() ** 2).sum() for p in model.parameters())).item()
+    for p in model.parameters():
+        p.grad.mul_(min(1.0, OPTIMIZER["grad_clip"] / (norm + 1e-6)))
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == wide] for wide in (True, False))
+    torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": OPTIMIZER["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}],
+        lr=OPTIMIZER["lr"],
+        eps=OPTIMIZER["eps"],
+    ).step()
+    weights = {name: p.detach().numpy() for name, p in model.named_parameters()}
+    return {"loss": loss.item(), "grad_norm": norm, "shift": moved_sum / tokens_trained, "weights": weights}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_an_update_that_reads_the_likeliest_tokens_is_that_of_plain_transformers(two_ranks, qwen3, expected, layout):
+    result = two_ranks.run("tests.parallel.topk_steps", "step", model=qwen3, layout=layout)[0]
+    assert result["loss"] == pytest.approx(expected["loss"], rel=1e-5, abs=1e-6)
+    assert result["metrics"]["shift"] == pytest.approx(expected["shift"], rel=1e-5)
+    assert result["metrics"]["attached"] == 0.0
+    assert result["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    assert set(result["weights"]) == set(expected["weights"])
+    for name, weight in expected["weights"].items():
+        np.testing.assert_allclose(result["weights"][name], weight, atol=1e-5 * np.abs(weight).max(), err_msg=name)
+
+
+DISTRIBUTED = {"optimizer": {"distributed": True}}
+REFERENCE = {
+    "tp2": (LAYOUTS["tp2"], {}),
+    "pp2": (LAYOUTS["pp2"], {}),
+    "dp2_distributed": (LAYOUTS["dp2"], DISTRIBUTED),
+    "tp2_bf16_distributed": (LAYOUTS["tp2"], {**DISTRIBUTED, "precision": {"train": "bf16"}}),
+}
+
+
+@pytest.mark.parametrize(("layout", "sections"), REFERENCE.values(), ids=REFERENCE)
+def test_the_reference_is_the_policy_as_it_was_kept_and_asking_it_leaves_no_trace(two_ranks, qwen3_tied, layout, sections):
+    for result in two_ranks.run("tests.parallel.topk_steps", "reference", model=qwen3_tied, layout=layout, **sections):
+        assert "keep_reference" in result["unkept"]
+        assert "tokens_per_microbatch" in result["refused"]
+        for found in result["found"]:
+            np.testing.assert_array_equal(found, result["before"])
+        assert np.abs(result["after"] - result["before"]).max() > 1e-3, "training must have moved the policy"
+        assert result["same_bits"] == [True, True]
+        assert result["same_places"], "parameters must stay where the optimizer has them"
+        assert result["same_training"]

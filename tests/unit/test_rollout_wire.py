@@ -1,0 +1,67 @@
+"""What the client makes of a server's answer to /generate."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_rl.errors import EngineError
+from megatron_rl.rollout.sampling import _check_samples
+from megatron_rl.rollout.wire import GenerationRequest, SamplingParams, generate_body, read_samples
+
+URL = "http://engine"
+PLAIN = GenerationRequest("r", (1, 2), 1, SamplingParams(3))
+TOP2 = GenerationRequest("r", (1, 2), 1, SamplingParams(3), top_logprobs_num=2)
+
+
+def answer(tops: list[list[list[Any]]] | None, tokens: tuple[int, ...] = (7, 9)) -> dict[str, Any]:
+    meta = {
+        "output_token_logprobs": [[-0.5, token, None] for token in tokens],
+        "finish_reason": {"type": "length", "length": len(tokens)},
+        "weight_version": "3",
+    }
+    return {"output_ids": list(tokens), "meta_info": meta if tops is None else {**meta, "output_top_logprobs": tops}}
+
+
+def test_likeliest_tokens_are_read_as_columns() -> None:
+    big = 2**31 - 1
+    (sample,) = read_samples(URL, TOP2, answer([[[-0.25, big, "a"], [-1.5, 7, "b"]], [[-0.5, 9, None], [-2.0, 0, None]]]))
+    assert sample.topk is not None
+    assert (sample.topk.ids.dtype, sample.topk.logmu.dtype) == (np.int32, np.float32)
+    assert sample.topk.ids.tolist() == [[big, 7], [9, 0]]
+    assert sample.topk.logmu.tolist() == [[-0.25, -1.5], [-0.5, -2.0]]
+
+
+def test_a_sample_without_tokens_has_no_likeliest_ones() -> None:
+    (sample,) = read_samples(URL, TOP2, answer([], ()))
+    assert sample.topk is not None and sample.topk.ids.shape == sample.topk.logmu.shape == (0, 2)
+
+
+def test_likeliest_tokens_are_asked_for_and_read_only_when_wanted() -> None:
+    assert "top_logprobs_num" not in generate_body(PLAIN, "r")
+    assert generate_body(TOP2, "r")["top_logprobs_num"] == 2
+    assert read_samples(URL, PLAIN, answer([[[-1.0, 1, None]]] * 2))[0].topk is None
+
+
+@pytest.mark.parametrize(
+    "tops",
+    [
+        None,
+        [[[-0.5, 7, None], [-1.0, 8, None]]],
+        [[[-0.5, 7, None], [-1.0, 8, None]], [[-0.5, 9, None]]],
+        [[[-0.5, 7, None], [-1.0, 8, None], [-2.0, 3, None]]] * 2,
+        [[[-0.5, "seven", None], [-1.0, 8, None]]] * 2,
+        [[[-0.5], [-1.0]]] * 2,
+    ],
+    ids=["none at all", "one position missing", "one entry missing", "one entry too many", "no token id", "no ids"],
+)
+def test_an_answer_with_other_than_k_tokens_at_every_position_is_refused(tops: Any) -> None:
+    with pytest.raises(EngineError, match="http://engine answered request 'r' in an unknown shape"):
+        read_samples(URL, TOP2, answer(tops))
+
+
+def test_a_likeliest_token_without_a_finite_log_probability_refuses_the_trajectory() -> None:
+    samples = read_samples(URL, TOP2, answer([[[-0.5, 7, None], [None, 8, None]], [[-0.5, 9, None], [-1.0, 0, None]]]))
+    assert samples[0].topk is not None and np.isnan(samples[0].topk.logmu[0, 1])
+    with pytest.raises(EngineError, match="non-finite behaviour log-probabilities in trajectory 40"):
+        _check_samples([samples], 40, 1)
