@@ -1,7 +1,7 @@
 """The run log: one JSON object a line, on disk before the loop goes on, and TensorBoard beside it.
 
 Everything a report shows is in `log.jsonl`. Records are flat, with slash keys; every record has a `step`
-(int) and a `kind` ("step" or "eval").
+(int) and a `kind` ("step", "eval" or "erpd").
 """
 
 import json
@@ -39,7 +39,8 @@ class RunLog:
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record and wait until it is on disk. Numbers that are not finite become null.
 
-        Raises UserError for a record without an integer `step`, or a value that is no number, text, bool or None.
+        A list of numbers is kept in the log and left out of TensorBoard. Raises UserError for a record without an
+        integer `step`, or a value that is none of number, text, bool, None or a list of numbers.
         """
         row = {key: _plain(key, value) for key, value in record.items()}
         step = row.get("step")
@@ -139,4 +140,8 @@ def _plain(key: str, value: Any) -> Any:
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, (bool, int, str)):
         return value
-    raise UserError(f"log record: '{key}' is a {type(value).__name__}; a number, text, bool or None is expected")
+    if isinstance(value, (list, tuple)) and all(isinstance(one, (bool, int, float)) or one is None for one in value):
+        return [_plain(key, one) for one in value]
+    raise UserError(
+        f"log record: '{key}' is a {type(value).__name__}; a number, text, bool, None or a list of numbers is expected"
+    )

@@ -5,13 +5,15 @@ A checkpoint is written into `step_000020.partial` and renamed when every rank's
 never loaded: the next older one is taken, and it is said so.
 """
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
@@ -23,8 +25,10 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_rl.errors import CheckpointError
 from megatron_rl.policy.actor import Policy
+from megatron_rl.policy.complete import COMPLETE, newest_valid, what_is_wrong
+from megatron_rl.weights.digest import tensor_digest
 
-COMPLETE = "complete.json"
+__all__ = ["COMPLETE", "Checkpoints", "TrainState", "newest_valid", "parameter_digest", "what_is_wrong"]
 
 
 @dataclass(frozen=True)
@@ -32,26 +36,51 @@ class TrainState:
     """Everything a run needs besides tensors. step: steps done; version: weight version the engines serve.
 
     Version 0 is the folder engines start from; the first one a run publishes, and proves, is 1.
+    updates: of the optimizer, for its warm-up. stage: "" between steps, else the stage of step `step` that is under way,
+    stage_updates of whose updates are done.
     """
 
     step: int = 0
     version: int = 1
     updates: int = 0
     seed: int = 0
+    stage: str = ""
+    stage_updates: int = 0
+
+    @property
+    def number(self) -> int:
+        """What a checkpoint of this state is called by: steps of a run, updates of a stage."""
+        return self.stage_updates if self.stage else self.step
 
 
 class Checkpoints:
-    """The `checkpoints/` folder of one run. `save` returns once the state is captured; files follow asynchronously."""
+    """The checkpoints of one run, or of one stage. `save` returns once the state is captured; files follow asynchronously.
 
-    def __init__(self, folder: Path, policy: Policy, keep: int) -> None:
-        self.folder, self.policy, self.keep = folder, policy, keep
+    keep: how many of the newest stay. pinned: numbers that stay besides.
+    """
+
+    def __init__(self, folder: Path, policy: Policy, keep: int, pinned: Iterable[int] = ()) -> None:
+        self.folder, self.policy, self.keep, self.pinned = folder, policy, keep, frozenset(pinned)
         # The persistent writer of 0.16.1 divides by the number of CUDA devices; the per-save one works everywhere.
         self.queue = AsyncCallsQueue(persistent=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.leave(kind, error, trace)
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"step_{number:06d}"
+
+    def has(self, number: int) -> bool:
+        """Whether that checkpoint is complete on disk. Collective."""
+        return self.policy.mesh.on_lead(lambda: what_is_wrong(self.path(number)) is None)
 
     def save(self, state: TrainState, *, wait: bool = False) -> None:
         """Write a checkpoint of `state`. wait: return only when it is complete."""
         self.finish(wait=True)
-        final = self.folder / f"step_{state.step:06d}"
+        final = self.path(state.number)
         partial = final.with_name(final.name + ".partial")
         if self.policy.mesh.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -89,12 +118,31 @@ class Checkpoints:
                 print(f"checkpoint {name} is not usable ({reason}); trying an older one", flush=True)
         return None if found is None else self._load(found)
 
+    def load(self, number: int) -> TrainState:
+        """Restore that checkpoint into the policy. Raises CheckpointError when it is not whole."""
+        return self._load(self._whole(number))
+
+    def load_weights(self, number: int) -> None:
+        """Its model weights alone, to be scored with. The optimizer keeps what it has: load a whole one before an update."""
+        folder = self._whole(number)
+        content, _, lacking = _read(self._models(), folder)
+        if lacking:
+            raise CheckpointError(f"{folder} holds other weights than this model: '{min(lacking)}' is missing there")
+        self._restore_models(content)
+
+    def _whole(self, number: int) -> Path:
+        folder = self.path(number)
+        reason = self.policy.mesh.on_lead(lambda: what_is_wrong(folder))
+        if reason is not None:
+            self.policy.mesh.raise_everywhere(CheckpointError(f"checkpoint {folder} is needed and not usable: {reason}"))
+        return folder
+
+    def _restore_models(self, content: dict[str, Any]) -> None:
+        for i, model in enumerate(self.policy.models):
+            model.load_state_dict(content[f"model{i}"])
+
     def _load(self, folder: Path) -> TrainState:
-        template = self._content(TrainState(), loading=True)
-        try:
-            content, *differing = dist_checkpointing.load(template, str(folder), strict=StrictHandling.RETURN_ALL)
-        except (KeyError, ValueError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
-            raise CheckpointError(f"{folder} cannot be loaded into this model and layout: {error}") from error
+        content, *differing = _read(self._content(TrainState(), loading=True), folder)
         # Random states belong to a number of ranks; another number starts its own.
         foreign = sorted(key for keys in differing for key in keys if not key.startswith("rng_of_"))
         if foreign:
@@ -102,9 +150,8 @@ class Checkpoints:
                 f"{folder} cannot be loaded into this model and layout: {len(foreign)} entries are on one side only, "
                 f"'{foreign[0]}' among them; resume with the model and optimizer settings of the run"
             )
-        for i, model in enumerate(self.policy.models):
-            model.load_state_dict(content[f"model{i}"])
-        self.policy.optimizer.core.load_state_dict(content["optimizer"])
+        self._restore_models(content)
+        self.policy.optimizer.load_state_dict(content["optimizer"])
         if "rng" in content:
             torch.set_rng_state(content["rng"]["torch"])
             get_cuda_rng_tracker().set_states(content["rng"]["tracker"])
@@ -112,18 +159,15 @@ class Checkpoints:
         self.policy.optimizer.updates = state.updates
         return state
 
+    def _models(self) -> dict[str, Any]:
+        return {f"model{i}": model.sharded_state_dict(metadata=_metadata()) for i, model in enumerate(self.policy.models)}
+
     def _content(self, state: TrainState, loading: bool = False) -> dict[str, Any]:
         mesh = self.policy.mesh
-        metadata = {
-            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-            "distrib_optim_sharding_type": "fully_reshardable",
-            "distrib_optim_fully_reshardable_mem_efficient": False,
-        }
-        content: dict[str, Any] = {
-            f"model{i}": model.sharded_state_dict(metadata=metadata) for i, model in enumerate(self.policy.models)
-        }
-        models = {name: part for name, part in content.items() if name.startswith("model")}
-        content["optimizer"] = self.policy.optimizer.core.sharded_state_dict(models, is_loading=loading, metadata=metadata)
+        models = self._models()
+        self.policy.optimizer.allocate()
+        content: dict[str, Any] = dict(models)
+        content["optimizer"] = self.policy.optimizer.core.sharded_state_dict(models, is_loading=loading, metadata=_metadata())
         content["state"] = asdict(state)
         rng = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
         content["rng"] = ShardedObject(f"rng_of_{mesh.world}", rng, (mesh.world,), (mesh.rank,), replica_id=0)
@@ -140,34 +184,38 @@ class Checkpoints:
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
+        pinned = {self.path(number) for number in self.pinned}
         for old in sorted(self.folder.glob("step_??????"))[: -self.keep]:
-            shutil.rmtree(old)
+            if old not in pinned:
+                shutil.rmtree(old)
 
 
-def newest_valid(folder: Path) -> tuple[Path | None, list[tuple[str, str]]]:
-    """The newest checkpoint whose every file is there in full, and (name, reason) of newer ones passed over."""
-    skipped: list[tuple[str, str]] = []
-    for candidate in sorted(folder.glob("step_*"), reverse=True):
-        reason = what_is_wrong(candidate)
-        if reason is None:
-            return candidate, skipped
-        skipped.append((candidate.name, reason))
-    return None, skipped
+def parameter_digest(policy: Policy) -> dict[str, str]:
+    """SHA-256 over each rank's parameters, names included: "rank r of TPxPPxCPxDP" -> hex digest. On every rank.
+
+    Equal digests mean bit-identical weights under one layout; those of two layouts share no key.
+    """
+    digest = hashlib.sha256()
+    for i, model in enumerate(policy.models):
+        for name, parameter in model.named_parameters():
+            digest.update(f"{i} {name} {tensor_digest(parameter)} ".encode())
+    mesh = policy.mesh
+    digests = mesh.broadcast(mesh.gather(digest.hexdigest()))
+    layout = f"{mesh.tp_size}x{mesh.pp_size}x{mesh.cp_size}x{mesh.dp_size}, {len(policy.models)} chunk(s)"
+    return {f"rank {rank} of {layout}": text for rank, text in enumerate(digests)}
 
 
-def what_is_wrong(folder: Path) -> str | None:
-    """None for a complete checkpoint, else the reason in words."""
-    note = folder / COMPLETE
-    if not note.is_file():
-        return f"half-written: no {COMPLETE}"
+def _metadata() -> dict[str, Any]:
+    return {
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+    }
+
+
+def _read(template: dict[str, Any], folder: Path) -> tuple[Any, set[str], set[str]]:
+    """What `folder` holds of `template`, its keys that the template lacks, and those of the template that it lacks."""
     try:
-        files = json.loads(note.read_text(encoding="utf-8"))["files"]
-    except (json.JSONDecodeError, KeyError):
-        return f"{COMPLETE} is damaged"
-    for name, size in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-    return None
+        return dist_checkpointing.load(template, str(folder), strict=StrictHandling.RETURN_ALL)
+    except (KeyError, ValueError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
+        raise CheckpointError(f"{folder} cannot be loaded into this model and layout: {error}") from error

@@ -18,6 +18,7 @@ class PolicyOptimizer:
 
     def __init__(self, config: OptimizerConfig, chunks: list[DistributedDataParallel], dtype: torch.dtype) -> None:
         self.config = config
+        self.base_lr = config.lr
         self.updates = 0
         self.core: Any = get_megatron_optimizer(
             CoreOptimizerConfig(
@@ -42,7 +43,39 @@ class PolicyOptimizer:
     def lr(self) -> float:
         """Learning rate of the next update."""
         warmup = self.config.warmup_updates
-        return self.config.lr * min(1.0, (self.updates + 1) / warmup) if warmup else self.config.lr
+        return self.base_lr * min(1.0, (self.updates + 1) / warmup) if warmup else self.base_lr
+
+    def restart(self) -> None:
+        """As if no update had been made: moments and counts are zero, the warm-up begins anew. Parameters stay."""
+        self.updates = 0
+        for part in self.core.chained_optimizers:
+            for group in part.optimizer.param_groups:
+                if "step" in group:  # fused optimizers count there
+                    group["step"] = 0
+            for state in part.optimizer.state.values():
+                for name, value in state.items():
+                    if isinstance(value, torch.Tensor) and name != "master_param":
+                        value.zero_()
+
+    def allocate(self) -> None:
+        """Moments of zero, and counts, where no update was made yet: what the first update would make.
+
+        megatron-core saves an optimizer without them as one that it cannot load.
+        """
+        for part in self.core.chained_optimizers:
+            if isinstance(part.optimizer, torch.optim.AdamW):
+                _zero_moments(part.optimizer)
+            else:
+                part.init_state_fn(part.optimizer, part.config)
+
+    def load_state_dict(self, content: Any) -> None:
+        """Take over what a checkpoint holds; megatron-core leaves a count of 0 out of it."""
+        parts = self.core.chained_optimizers
+        for part, state in zip(parts, [content] if len(parts) == 1 else [content[i] for i in range(len(parts))], strict=True):
+            inner = state.get("optimizer", state)
+            if isinstance(part.optimizer, torch.optim.AdamW) and "state" in inner:
+                inner["state"].setdefault("common_step", torch.zeros((), dtype=torch.float32))
+        self.core.load_state_dict(content)
 
     def zero_grad(self) -> None:
         self.core.zero_grad()
@@ -74,21 +107,12 @@ class TorchDistributedOptimizer(DistributedOptimizer):
     wrong bias correction.
     """
 
-    def _ensure_state(self) -> None:
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                state = self.optimizer.state[parameter]
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32)
-                    state["exp_avg"] = torch.zeros_like(parameter.data)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter.data)
-
     def state_dict(self) -> dict[str, Any]:
-        self._ensure_state()
+        _zero_moments(self.optimizer)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._ensure_state()
+        _zero_moments(self.optimizer)
         super().load_state_dict(state_dict)
         for state in self.optimizer.state.values():
             state["step"] = state["step"].detach().clone()
@@ -99,3 +123,13 @@ class TorchDistributedOptimizer(DistributedOptimizer):
         main.detach().copy_(tensors["param"])
         for name in ("exp_avg", "exp_avg_sq"):
             self.optimizer.state[main][name].copy_(tensors[name])
+
+
+def _zero_moments(optimizer: torch.optim.AdamW) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"] = torch.zeros_like(parameter.data)
+                state["exp_avg_sq"] = torch.zeros_like(parameter.data)

@@ -1,7 +1,6 @@
 """The figures of a report. Each is a function from a History to one pair of axes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -10,7 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from megatron_rl.report.erpd_plots import ERPD_PANELS
 from megatron_rl.report.history import History
+from megatron_rl.report.panel import Panel
 from megatron_rl.report.style import (
     BLUE,
     GREEN,
@@ -29,30 +30,12 @@ from megatron_rl.report.style import (
 _FAN = ("min", "q01", "q05", "q25", "q50", "q75", "q95", "q99", "max")
 _FAN_REACH = 1e3
 _BARS = 80  # steps up to which each has its own bar
-_SECONDS = (("rollout", BLUE), ("reward", GREEN), ("update", ORANGE), ("sync", PURPLE))
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One figure: drawn when a record carries one of the `keys`, saved as `name`.png."""
-
-    name: str
-    title: str
-    caption: str
-    keys: tuple[str, ...]
-    draw: Callable[[Axes, History], None]
-
-    def shown(self, history: History) -> bool:
-        return any(history.has(key) for key in self.keys)
-
-    def on(self, ax: Axes, history: History) -> None:
-        ax.set_title(self.title)
-        self.draw(ax, history)
+_SECONDS = (("rollout", BLUE), ("reward", GREEN), ("update", ORANGE), ("teacher", RED), ("student", ORANGE), ("sync", PURPLE))
 
 
 def save_panels(history: History, folder: Path) -> list[Panel]:
     """Write one PNG for every panel the log has numbers for; returns those panels in order."""
-    drawn = [panel for panel in PANELS if panel.shown(history)]
+    drawn = [panel for panel in (*PANELS, *ERPD_PANELS) if panel.shown(history)]
     with matplotlib.rc_context(RC):
         for panel in drawn:
             figure = Figure(figsize=(6.4, 3.5), layout="constrained")

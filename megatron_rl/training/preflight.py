@@ -4,8 +4,9 @@ from transformers import AutoTokenizer
 
 from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError
-from megatron_rl.objectives import make_objective
+from megatron_rl.policy.complete import newest_valid, what_is_wrong
 from megatron_rl.tasks import make_task
+from megatron_rl.training.erpd_plan import make_run_objective, plan_of
 from megatron_rl.training.rollouts import stop_token_ids
 from megatron_rl.weights.hf import HFFolder
 from megatron_rl.weights.plan import check_folder
@@ -16,7 +17,7 @@ def check(config: Config) -> None:
 
     Raises ConfigError, CheckpointError or UserError.
     """
-    make_objective(config.objective.spec())
+    make_run_objective(config)
     _, shape = check_folder(HFFolder(config.model.path), tensor_parallel=config.parallel.tensor)
     stages = config.parallel.pipeline * config.parallel.virtual_pipeline
     if shape.num_layers % stages:
@@ -33,7 +34,16 @@ def check(config: Config) -> None:
 
 
 def check_run_folder(config: Config, *, resume: bool) -> None:
-    """Raises ConfigError when the run folder already holds a run that is not to be resumed."""
+    """Raises ConfigError when the run folder already holds a run that is not to be resumed, or lacks an older student."""
     folder = config.run.folder
     if (folder / "log.jsonl").exists() and not resume:
         raise ConfigError(f"{folder} already holds a run: pass --resume to go on with it, or choose another run.name")
+    plan, checkpoints = plan_of(config), folder / "checkpoints"
+    new = newest_valid(checkpoints)[0] is None  # step 0 will be written before anybody asks for it
+    for j in plan.older_students if plan is not None else ():
+        reason = what_is_wrong(checkpoints / f"step_{j:06d}")
+        if reason is not None and not (new and j == 0):
+            raise ConfigError(
+                f"objective.signals: student@{j} is the run's checkpoint after {j} steps, and {checkpoints} has no "
+                f"usable one ({reason}): train to that step with another signal and run.steps={j}, then --resume with this one"
+            )

@@ -37,43 +37,69 @@ def step_record(
     parts, stats: the step's updates in order. `mismatch/...` is the first update alone, where trainer and engine
     hold the same weights; `kl/...` and `ratio/...` are all updates, staleness within the step included.
     """
+    record = batch_record(step, version, parts, watch, truncated)
+    record |= mean_update([update_record(part, one) for part, one in zip(parts, stats, strict=True)])
+    if parts[0].logmu is not None:
+        pairs = [_trained_pair(p, s.logp) for p, s in zip(parts, stats, strict=True)]
+        logp, logmu = (np.concatenate(column) for column in zip(*pairs, strict=True))
+        record |= ratio_record(logp, logmu)
+        record |= {f"mismatch/{name}": value for name, value in ratio_record(*pairs[0]).items()}
+    return record
+
+
+def batch_record(
+    step: int, version: int, parts: list[Batch], watch: Stopwatch, truncated: float
+) -> dict[str, float | int | str]:
+    """What a step trained on, and the time it took so far. version: the weights that sampled it."""
     rewards = np.concatenate([p.rewards for p in parts])
     tokens, trained = (int(sum(c)) for c in ([len(p.tokens) for p in parts], [p.mask.sum() for p in parts]))
     responses = np.concatenate([np.add.reduceat(p.mask, p.cu_seqlens[:-1]) for p in parts])
-    record: dict[str, float | int | str] = {
+    total = watch.total
+    return {
         "kind": "step",
         "step": step,
         "version": version,
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
         "pass_rate": float((rewards > 0.5).mean()),
-        "loss": float(np.mean([s.loss for s in stats])),
-        "grad_norm": float(np.mean([s.grad_norm for s in stats])),
-        "lr": stats[-1].lr,
-        "entropy": _trained_mean(parts, [s.entropy for s in stats]),
         "response_length/mean": float(responses.mean()),
         "truncated": truncated,
         "tokens/response": trained,
         "tokens/total": tokens,
-        "tokens_per_s": tokens / watch.total,
+        "tokens_per_s": tokens / total,
+        **{f"seconds/{phase}": seconds for phase, seconds in watch.seconds.items()},
+        "seconds/total": total,
     }
-    for name in stats[0].metrics or {}:
-        record[name] = float(np.mean([(s.metrics or {})[name] for s in stats]))
-    if parts[0].logmu is not None:
-        pairs = [_trained_pair(p, s.logp) for p, s in zip(parts, stats, strict=True)]
-        logp, logmu = (np.concatenate(column) for column in zip(*pairs, strict=True))
-        record |= ratio_record(logp, logmu)
-        record |= {f"mismatch/{name}": value for name, value in ratio_record(*pairs[0]).items()}
-    record |= {f"seconds/{phase}": seconds for phase, seconds in watch.seconds.items()}
-    record["seconds/total"] = watch.total
-    return record
+
+
+def update_record(part: Batch, stats: UpdateStats) -> dict[str, float]:
+    """What one update did, on rank 0. tokens: trained ones."""
+    trained = part.mask > 0
+    assert stats.entropy is not None
+    return {
+        "loss": stats.loss,
+        "grad_norm": stats.grad_norm,
+        "lr": stats.lr,
+        "entropy": float(stats.entropy[trained].mean(dtype=np.float64)) if trained.any() else 0.0,
+        "tokens": float(trained.sum()),
+        **(stats.metrics or {}),
+    }
+
+
+def mean_update(updates: list[dict[str, float]]) -> dict[str, float]:
+    """Their means; the entropy is a token's, the learning rate is the last one. Empty without updates."""
+    if not updates:
+        return {}
+    everywhere = set.intersection(*(set(u) for u in updates)) - {"tokens", "lr", "entropy"}
+    names = [name for name in updates[0] if name in everywhere]
+    tokens = [u["tokens"] for u in updates]
+    return {
+        **{name: float(np.mean([u[name] for u in updates])) for name in names},
+        "lr": updates[-1]["lr"],
+        "entropy": float(np.average([u["entropy"] for u in updates], weights=tokens)),
+    }
 
 
 def _trained_pair(part: Batch, logp: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     assert logp is not None and part.logmu is not None
     return logp[part.mask > 0], part.logmu[part.mask > 0]
-
-
-def _trained_mean(parts: list[Batch], columns: list[np.ndarray | None]) -> float:
-    values = [c[p.mask > 0] for p, c in zip(parts, columns, strict=True) if c is not None]
-    return float(np.concatenate(values).mean())

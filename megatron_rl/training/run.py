@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from megatron_rl.config import Config, changed_keys, load_config
 from megatron_rl.diagnostics.runlog import RunLog
 from megatron_rl.errors import ConfigError, EngineError
-from megatron_rl.objectives import Objective, make_objective
+from megatron_rl.objectives import Objective
 from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.checkpoint import Checkpoints, TrainState
@@ -22,9 +22,11 @@ from megatron_rl.policy.parallel import Mesh
 from megatron_rl.rollout.client import EnginePool
 from megatron_rl.rollout.lifecycle import EmbeddedServers
 from megatron_rl.tasks import make_task
+from megatron_rl.training.erpd_plan import ERPDPlan, make_run_objective, plan_of
 from megatron_rl.training.preflight import check_run_folder
 from megatron_rl.training.progress import ProgressLine
 from megatron_rl.training.records import Stopwatch
+from megatron_rl.training.resting import RestingEngines
 from megatron_rl.training.rollouts import Rollouts
 from megatron_rl.types import Batch
 from megatron_rl.weights.sync import DiskSync
@@ -42,12 +44,15 @@ class Run:
     log: RunLog
     progress: ProgressLine
 
-    def __init__(self, config: Config, mesh: Mesh, policy: Policy, objective: Objective) -> None:
-        self.config, self.mesh, self.policy, self.objective = config, mesh, policy, objective
+    def __init__(self, config: Config, mesh: Mesh, policy: Policy, objective: Objective, plan: ERPDPlan | None = None) -> None:
+        self.config, self.mesh, self.policy, self.objective, self.plan = config, mesh, policy, objective, plan
         assert objective.norm is not None  # filled in by the objective itself
         self.norm = objective.norm
-        self.checkpoints = Checkpoints(config.run.folder / "checkpoints", policy, config.run.keep)
+        pinned = plan.older_students if plan else ()
+        self.checkpoints = Checkpoints(config.run.folder / "checkpoints", policy, config.run.keep, pinned)
+        self.resting = RestingEngines(config.run.folder / "engines_released.json")
         self.state = TrainState(seed=config.run.seed)
+        self.at_step = True  # the policy holds the weights of `state.step`, not those of a stage on the way to the next
         self.interrupted = False
 
     def collect(self, step: int, watch: Stopwatch) -> Batch:
@@ -77,10 +82,17 @@ class Run:
         """A step is done; a checkpoint whose files are on disk by now is completed. Collective."""
         self.checkpoints.finish(wait=False)
         self.state = replace(self.state, step=step, version=version, updates=self.policy.optimizer.updates)
+        self.at_step = True
 
     def record(self, record: dict[str, Any]) -> None:
         self.log.append(record)
-        self.progress.step(record)
+        if record["kind"] == "step":
+            self.progress.step(record)
+
+    def say(self, text: str) -> None:
+        """A line that stays, from rank 0."""
+        if self.mesh.rank == 0:
+            self.progress.note(text)
 
     def evaluate(self) -> None:
         """Held-out pass rates of the current weights, logged. Collective; nothing when `eval.prompts` is 0."""
@@ -92,8 +104,27 @@ class Run:
             text = ", ".join(f"{name.removeprefix('eval/')} {rate:.1%}" for name, rate in rates.items())
             self.progress.note(f"held-out pass rate after {self.state.step} steps: {text}")
 
+    def due(self, step: int, every: int) -> bool:
+        """Whether something done every so many steps (0: at the end only) is to be done after `step` steps."""
+        return step == self.config.run.steps or bool(every and step % every == 0)
+
     def save(self, *, wait: bool) -> None:
-        self.checkpoints.save(self.state, wait=wait)
+        """A checkpoint of the last whole step. Nothing inside a stage: that checkpoint is complete by then. Collective."""
+        if self.at_step:
+            self.checkpoints.save(self.state, wait=wait)
+
+    def ensure_saved(self) -> None:
+        """Return once the checkpoint of this step is complete on disk. Collective."""
+        self.checkpoints.finish(wait=True)
+        if not self.checkpoints.has(self.state.step):
+            self.save(wait=True)
+
+    def rest_engines(self) -> None:
+        """Have the engines give their memory back until `wake_engines` and the next publish. Collective."""
+        self.mesh.on_lead(lambda: self.resting.rest(self.pool))
+
+    def wake_engines(self) -> None:
+        self.mesh.on_lead(lambda: self.resting.wake(self.pool))
 
     def export(self) -> None:
         """Write the policy as a complete Hugging Face folder, `hf/` in the run folder. Collective."""
@@ -111,7 +142,7 @@ def open_run(config: Config, *, resume: bool) -> Iterator[Run]:
 
     Raises ConfigError when the run folder already holds a run and `resume` is False.
     """
-    objective = make_objective(config.objective.spec())
+    plan, objective = plan_of(config), make_run_objective(config)
     device = pick_device(config.run.device)
     torch.set_num_threads(1 if device.type == "cpu" and config.parallel.world_size > 1 else torch.get_num_threads())
     mesh = parallel.initialize(config.parallel, device, config.run.seed)
@@ -121,7 +152,9 @@ def open_run(config: Config, *, resume: bool) -> Iterator[Run]:
         mesh.on_lead(lambda: _prepare_folder(config, resume))
         servers = _start_servers(config, mesh, stack)
         policy = Policy(config, mesh)
-        run = Run(config, mesh, policy, objective)
+        run = Run(config, mesh, policy, objective, plan)
+        if "logref" in (objective.needs if plan is None else objective.needs | plan.teacher_objective().needs):
+            policy.keep_reference()
         stack.push(run.checkpoints.leave)
         if resume:
             found = run.checkpoints.load_newest()
@@ -168,7 +201,7 @@ def embedded_servers(config: Config) -> EmbeddedServers:
 
 
 @contextmanager
-def open_rollouts(config: Config, urls: list[str], *, need_logmu: bool) -> Iterator[Rollouts]:
+def open_rollouts(config: Config, urls: list[str], *, need_logmu: bool, topk: int = 0) -> Iterator[Rollouts]:
     """Tokenizer, task and a pool over healthy engines."""
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     task = make_task(config.task, tokenizer, seed=config.run.seed, max_prompt_tokens=config.rollout.max_prompt_tokens)
@@ -179,7 +212,7 @@ def open_rollouts(config: Config, urls: list[str], *, need_logmu: bool) -> Itera
         )
     with closing(task), EnginePool(urls, config.rollout.timeout_s) as pool:
         pool.wait_healthy(START_TIMEOUT_S)
-        yield Rollouts(config, task, tokenizer, pool, need_logmu)
+        yield Rollouts(config, task, tokenizer, pool, need_logmu, topk)
 
 
 def _note_stops(mesh: Mesh) -> list[int]:
@@ -204,8 +237,12 @@ def _open_lead(run: Run, servers: EmbeddedServers | None, stack: ExitStack, stop
     if servers is not None:
         servers.wait_healthy()
     urls = list(servers.urls if servers is not None else config.rollout.urls)
-    run.rollouts = stack.enter_context(open_rollouts(config, urls, need_logmu="logmu" in run.objective.needs))
+    needs = run.objective.needs
+    topk = run.objective.top_k if "topk" in needs else 0  # type: ignore[attr-defined]
+    need_logmu = "logmu" in needs or config.rollout.record_logmu
+    run.rollouts = stack.enter_context(open_rollouts(config, urls, need_logmu=need_logmu, topk=topk))
     run.pool = run.rollouts.pool
+    run.resting.wake(run.pool)
     run.log = stack.enter_context(RunLog(config.run.folder, resume_from=run.state.step))
     run.progress = stack.enter_context(ProgressLine(config.run.name, config.run.steps, run.state.step, enabled=True))
     for name in STOP_SIGNALS:

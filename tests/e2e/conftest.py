@@ -51,19 +51,19 @@ def finished_run(arithmetic_model: Path, tmp_path_factory: pytest.TempPathFactor
     server = Command(["serve", "--model", str(arithmetic_model), "--port", str(port), "--threads", "1"], folder, {})
     arguments = ["train", "small.yaml", f"run.steps={steps}", "eval.prompts=2", f"rollout.urls=[{url}]"]
     try:
-        before = server.until(lambda: _version(url))
+        before = server.until(lambda: version_of(url))
         command = Command(arguments, folder, {})
         try:
             result = command.wait()
         finally:
             command.end()
         assert result.code == 0, result.all
-        return FinishedRun(folder / "runs" / "small", steps, (before, _version(url)), server.process.poll() is None)
+        return FinishedRun(folder / "runs" / "small", steps, (before, version_of(url)), server.process.poll() is None)
     finally:
         server.end()
 
 
-def _version(url: str) -> str:
+def version_of(url: str) -> str:
     """The weight version of a server, "" while it does not answer."""
     try:
         return str(httpx.get(f"{url}/model_info", trust_env=False, timeout=5).json()["weight_version"])

@@ -110,7 +110,7 @@ def test_tensorboard_shows_the_same_scalars_and_forgets_the_steps_run_again(tmp_
 
 
 def test_a_record_that_cannot_be_logged_is_refused_by_key_and_leaves_no_trace(tmp_path):
-    bad = [({"loss": 1.0}, "'step'"), ({"step": 1, "a": [1]}, "'a' is a list"), ({"step": True}, "'step'")]
+    bad = [({"loss": 1.0}, "'step'"), ({"step": 1, "a": ["x"]}, "'a' is a list"), ({"step": True}, "'step'")]
     with RunLog(tmp_path) as log:
         for record, message in bad:
             with pytest.raises(UserError, match=message):
@@ -121,3 +121,11 @@ def test_a_record_that_cannot_be_logged_is_refused_by_key_and_leaves_no_trace(tm
 def test_a_folder_without_a_log_is_refused(tmp_path):
     with pytest.raises(UserError, match="no run log"):
         read_log(tmp_path)
+
+
+def test_lists_of_numbers_are_logged_and_left_out_of_tensorboard(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.append({"kind": "erpd", "step": 1, "losses": [1, 0.5, float("nan"), None]})
+    assert read_log(tmp_path) == [{"kind": "erpd", "step": 1, "losses": [1, 0.5, None, None]}]
+    written = b"".join(path.read_bytes() for path in (tmp_path / "tb").iterdir())
+    assert written and b"losses" not in written

@@ -103,6 +103,20 @@ def test_a_ratio_that_reached_zero_or_infinity_is_still_drawn(tmp_path):
     assert is_drawn(write_report(folder).parent / "ratio.png")
 
 
+def test_rounds_of_teacher_and_student_are_drawn(tmp_path):
+    with RunLog(tmp_path) as log:
+        for step in range(2):
+            lists = {f"erpd/{stage}/loss": [0.5, None, 0.25] for stage in ("teacher", "student")}
+            bins = {"edges": [0.0, 0.1, 1.0], "count": [4, 5, 0], "mean": [0.3, 90.0, None], "median": [0.2, 80.0, None]}
+            lists |= {f"erpd/shift/{name}": values for name, values in bins.items()}
+            rates = {"erpd/teacher/greedy": 0.5} if step else {}
+            log.append({"kind": "erpd", "step": step, "erpd/teacher/kl": 0.2, "erpd/student/kl": 0.001} | lists | rates)
+            log.append({"kind": "eval", "step": step + 1, "eval/greedy": 0.6, "eval/sampled": 0.5})
+    page = write_report(tmp_path)
+    assert images(page) == {"held_out", "erpd_kl", "erpd_rates", "erpd_shift", "erpd_stages"}
+    assert all(is_drawn(page.parent / f"{name}.png") for name in images(page))
+
+
 def test_the_summary_is_one_picture(tmp_path):
     plot_summary(write_run(tmp_path, 10, (0, 9)), tmp_path / "summary.png")
     assert is_drawn(tmp_path / "summary.png")

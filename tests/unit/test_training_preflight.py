@@ -7,6 +7,7 @@ import pytest
 
 from megatron_rl.config import Config, make_config
 from megatron_rl.errors import CheckpointError, ConfigError, UserError
+from megatron_rl.policy.complete import COMPLETE
 from megatron_rl.training.evaluate import evaluate_model
 from megatron_rl.training.preflight import check, check_run_folder
 from tests.e2e.models import make_arithmetic_model
@@ -34,9 +35,10 @@ def test_what_can_run_passes(model):
         ({"rollout": {"max_prompt_tokens": 2000, "max_new_tokens": 96}}, r"= 2096 exceeds the model's .* = 2048"),
         ({"objective": {"name": "dropo"}}, "drpo"),
         ({"objective": {"name": "drpo", "detla": 0.1}}, "delta"),
+        ({"objective": {"name": "erpd", "teacher": {"name": "erpd_mse"}, "teacher_update": 2}}, "teacher_updates"),
         ({"rollout": {"max_prompt_tokens": 2}}, "has 4 tokens, rollout.max_prompt_tokens is 2"),
     ],
-    ids=["stages", "positions", "objective", "objective_key", "prompts"],
+    ids=["stages", "positions", "objective", "objective_key", "plan", "prompts"],
 )
 def test_what_cannot_run_is_a_configuration_error(model, sections, message):
     with pytest.raises(ConfigError, match=message):
@@ -78,3 +80,20 @@ def test_a_run_folder_is_taken_by_its_log_unless_the_run_is_resumed(model, tmp_p
 def test_an_evaluation_of_no_problems_is_refused(model):
     with pytest.raises(ConfigError, match=r"eval\.prompts is 0"):
         evaluate_model(config(model))
+
+
+def test_an_older_student_must_be_on_disk_unless_it_is_the_start_of_a_new_run(model, tmp_path):
+    def settings(step: int) -> Config:
+        objective = {"name": "erpd", "teacher": {"name": "erpd_mse"}, "signals": [{"denominator": f"student@{step}"}]}
+        return config(model, run={"dir": str(tmp_path), "name": "rounds"}, objective=objective)
+
+    check_run_folder(settings(0), resume=False)
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match=r"student@2 .* no usable one \(half-written.* run\.steps=2, then --resume"):
+            check_run_folder(settings(2), resume=resume)
+    newest = tmp_path / "rounds" / "checkpoints" / "step_000002"
+    newest.mkdir(parents=True)
+    (newest / COMPLETE).write_text('{"files": {}}')
+    check_run_folder(settings(2), resume=True)
+    with pytest.raises(ConfigError, match="student@0"):
+        check_run_folder(settings(0), resume=True)

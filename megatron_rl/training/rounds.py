@@ -1,0 +1,119 @@
+"""The folder of one ERPD round: what must survive a kill besides tensors. Rank 0 alone reads and writes it.
+
+`runs/<name>/erpd/step_000003/` holds `batch.npz` (the fixed batch), `columns.npz` (log-probabilities of its tokens
+under every model that takes part), `round.json` (what the round was begun with), one `.jsonl` line for each update of
+a stage, and the stages' own checkpoints. Every file is whole or absent.
+"""
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from megatron_rl.errors import CheckpointError
+from megatron_rl.types import Batch
+
+STAGES = ("teacher", "student")
+_TRUNCATED = "truncated"
+
+
+class RoundFolder:
+    """One round's folder; made when something is first written."""
+
+    def __init__(self, rounds: Path, step: int) -> None:
+        self.path = rounds / f"step_{step:06d}"
+
+    def write_batch(self, batch: Batch, truncated: float) -> None:
+        """truncated: share of responses that were cut off, for the step's record."""
+        columns = {f.name: getattr(batch, f.name) for f in fields(Batch)}
+        arrays = {name: np.asarray(value) for name, value in columns.items() if value is not None}
+        self._write_arrays("batch.npz", {**arrays, _TRUNCATED: np.asarray(truncated)})
+
+    def read_batch(self) -> tuple[Batch, float] | None:
+        """None when the batch was not sampled yet. Raises CheckpointError when the file is damaged."""
+        arrays = self._read_arrays("batch.npz")
+        if arrays is None:
+            return None
+        truncated = float(arrays.pop(_TRUNCATED))
+        prompt_ids = tuple(str(name) for name in arrays.pop("prompt_ids"))
+        return Batch(**arrays, prompt_ids=prompt_ids), truncated
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Log-probabilities [N] float32 by the model they are of."""
+        return self._read_arrays("columns.npz") or {}
+
+    def add_column(self, name: str, values: np.ndarray) -> None:
+        self._write_arrays("columns.npz", {**self.columns(), name: values})
+
+    def note(self) -> dict[str, Any]:
+        """What `add_note` was told so far."""
+        path = self.path / "round.json"
+        if not path.is_file():
+            return {}
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise CheckpointError(f"{path} is damaged ({error}): {self.mend}") from error
+
+    def add_note(self, **more: Any) -> None:
+        text = json.dumps({**self.note(), **more}, indent=1).encode()
+        self._write("round.json", lambda file: file.write(text))
+
+    def updates(self, stage: str, done: int) -> list[dict[str, float]]:
+        """Records of the first `done` updates of a stage; later ones, which will be made again, are forgotten."""
+        path = self.path / f"{stage}.jsonl"
+        content = path.read_bytes() if path.is_file() else b""
+        lines = content.split(b"\n")[:-1]  # behind the last newline: nothing, or a line cut short
+        if len(lines) < done:
+            raise CheckpointError(f"{path} has {len(lines)} lines, but {done} updates are done: {self.mend}")
+        kept = b"".join(line + b"\n" for line in lines[:done])
+        if kept != content:
+            self._write(path.name, lambda file: file.write(kept))
+        return [json.loads(line) for line in lines[:done]]
+
+    def add_update(self, stage: str, record: dict[str, float]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / f"{stage}.jsonl").open("ab") as file:
+            file.write(json.dumps(record).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def drop_checkpoints(self) -> None:
+        """Remove the stages' checkpoints; batch, columns and notes stay."""
+        for stage in STAGES:
+            shutil.rmtree(self.path / stage, ignore_errors=True)
+
+    @property
+    def mend(self) -> str:
+        return f"remove {self.path} to begin the round again with a new batch"
+
+    def _read_arrays(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
+        if not path.is_file():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as found:
+                return {key: found[key] for key in found.files}
+        except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+            raise CheckpointError(f"{path} is damaged ({error}): {self.mend}") from error
+
+    def _write_arrays(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        self._write(name, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]  # keys are names
+
+    def _write(self, name: str, fill: Callable[[IO[bytes]], Any]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        partial = self.path / f"{name}.partial"
+        try:
+            with partial.open("wb") as file:
+                fill(file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self.path / name)
+        except OSError as error:
+            raise CheckpointError(f"{self.path / name} cannot be written ({error}): free space there") from error

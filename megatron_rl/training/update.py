@@ -1,0 +1,69 @@
+"""An ordinary step's learning: one pass over the batch, cut into the step's optimizer updates."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from megatron_rl.objectives import Objective
+from megatron_rl.policy.actor import Policy, UpdateStats
+from megatron_rl.training.batches import split_updates
+from megatron_rl.training.records import Stopwatch, step_record
+from megatron_rl.training.run import Run
+from megatron_rl.types import Batch
+
+
+class Learned(Protocol):
+    """What a step has learned, as the loop needs it."""
+
+    def records(self, step: int, version: int, watch: Stopwatch, truncated: float) -> list[dict[str, Any]]:
+        """For the run log, on rank 0. version: the weights that sampled the step's batch."""
+        ...
+
+
+@dataclass(frozen=True)
+class Updates:
+    """The updates of a step in order, and what each did."""
+
+    parts: list[Batch]
+    stats: list[UpdateStats]
+    objective: Objective
+
+    def records(self, step: int, version: int, watch: Stopwatch, truncated: float) -> list[dict[str, Any]]:
+        record = step_record(step, version, self.parts, self.stats, watch, truncated)
+        metrics = {name: value for name, value in record.items() if isinstance(value, float)}
+        return [record | self.objective.summary(metrics)]
+
+
+def collect(run: Run, watch: Stopwatch) -> Batch:
+    """The batch of the next step, sampled from the weights the engines serve. Collective."""
+    return run.mesh.on_lead(lambda: run.collect(run.state.step, watch))
+
+
+def learn(run: Run, batch: Batch, watch: Stopwatch) -> Updates:
+    """Make the step's updates. Collective."""
+    with watch("update"):
+        batch = with_columns(run.policy, batch, run.objective.needs)
+        parts = split_updates(batch, run.config.optimizer.updates_per_step)
+        stats = [run.policy.update(part, run.objective, run.norm) for part in parts]
+    return Updates(parts, stats, run.objective)
+
+
+def with_columns(policy: Policy, batch: Batch, needs: frozenset[str]) -> Batch:
+    """The batch with the log-probabilities that the trainer itself computes, where they are needed. Collective."""
+    if "logold" in needs and batch.logold is None:
+        batch = replace(batch, logold=policy.logprobs(batch))
+    if "logref" in needs and batch.logref is None:
+        batch = replace(batch, logref=policy.reference_logprobs(batch))
+    return batch
+
+
+def epoch_part(batch: Batch, parts: int, update: int, seed: tuple[int, ...]) -> Batch:
+    """The part of update number `update` (from 0) of a stage that goes through the batch again and again.
+
+    Each epoch cuts it into `parts` parts of whole groups, in an order that follows from (seed, epoch) alone.
+    """
+    epoch, at = divmod(update, parts)
+    order = np.random.default_rng((*seed, epoch)).permutation(np.unique(batch.groups))
+    chosen = np.array_split(order, parts)[at]
+    return batch.select(np.flatnonzero(np.isin(batch.groups, chosen)))

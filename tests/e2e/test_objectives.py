@@ -1,0 +1,67 @@
+"""Every objective trains: three steps of the small arithmetic run at tensor parallel 2, as the command line would."""
+
+import math
+import socket
+
+import pytest
+
+from megatron_rl.objectives import OBJECTIVES
+from tests.e2e.command import Command, records
+from tests.e2e.conftest import version_of
+
+STEPS = 3
+KEYS = {
+    "gspo": "clip_low: 0.05, clip_high: 0.05",
+    "dppo_topk": "top_k: 4",
+    "drpo": "delta: dppo_matched",
+    "ppo": "corrections: [{name: tis}, {name: geo_mask, low: 0.5, high: 2.0}]",
+    "dapo": "overlong_buffer: 1",
+    "grpo": "kl_coef: 0.01, entropy_coef: 0.001, level: cumulative",
+}
+TEACHER = "teacher: {name: erpd_mse}, teacher_updates: 4, keep: [2], signals: [{denominator: unlearned@2, updates: 2}]"
+# erpd_distill takes the token advantages that the second stage of erpd makes; alone it clips the outcome's.
+NAMES = [*sorted(OBJECTIVES), "erpd"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server(arithmetic_model, tmp_path_factory):
+    """One engine for all runs; each publishes its own weights to it before it samples."""
+    port = free_port()
+    arguments = ["serve", "--model", str(arithmetic_model), "--port", str(port), "--threads", "1"]
+    command = Command(arguments, tmp_path_factory.mktemp("server"), {})
+    url = f"http://127.0.0.1:{port}"
+    try:
+        command.until(lambda: version_of(url))
+        yield url
+    finally:
+        command.end()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_objective_trains_at_tensor_parallel_two(two_ranks, server, small_run, run_folder, name):
+    keys = TEACHER if name == "erpd" else KEYS.get(name, "")
+    overrides = [
+        f"objective={{name: {name}{', ' if keys else ''}{keys}}}",
+        "parallel.tensor=2",
+        f"rollout.urls=[{server}]",
+        f"run.dir={run_folder.parent}",
+        f"run.steps={STEPS}",
+        "run.save_every=0",
+        "rollout.samples_per_prompt=32",
+    ]
+    answers = two_ranks.run("tests.e2e.objective_steps", "train_run", file=small_run, overrides=overrides, port=free_port())
+    steps = records(run_folder)
+    assert [r["step"] for r in steps] == list(range(STEPS))
+    assert all(math.isfinite(r["loss"]) and math.isfinite(r["grad_norm"]) for r in steps)
+    assert any(0 < r["reward/mean"] < 1 for r in steps), "without a difference in rewards nothing could be learnt"
+    assert answers[0]["before"] != answers[0]["after"], "the weights did not move"
+    asked = answers[0]["asked_logmu"]
+    assert all(("kl/k3" in r) == asked for r in steps)
+    if name in OBJECTIVES:
+        assert asked == ("logmu" in answers[0]["needs"])
