@@ -24,7 +24,7 @@ from megatron_rl.diagnostics import read_log
 from megatron_rl.errors import UserError
 from megatron_rl.launch import run_ranks
 from megatron_rl.quickstart import CARELESS, WARM_PASS_RATE
-from megatron_rl.report.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RC, RED
+from megatron_rl.report.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RC, RED, log_scale
 from megatron_rl.training.tiny import make_tiny_model
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -37,7 +37,8 @@ METHODS = {
     "ScaledPO": ["objective.name=scaled_po", "objective.advantage=mean"],
     "ERPD": [
         "objective={name: erpd, teacher: {name: erpd_ce, beta: 0.05}, teacher_updates: 16, keep: [], save_every: 16, "
-        "signals: [{teacher: last, denominator: old, updates: 4}]}"
+        "signals: [{teacher: last, denominator: old, updates: 4}]}",
+        "optimizer.warmup_updates=0",  # each stage would warm up anew
     ],
 }
 COLOURS = dict(zip(METHODS, (GREY, BLUE, GREEN, ORANGE, PURPLE, RED), strict=True))
@@ -140,11 +141,11 @@ def draw(histories: dict[str, Sequence[Sequence[dict]]], path: Path) -> None:
                 if axes is rate:
                     low, high = values.min(0), values.max(0)
                     axes.fill_between(curves[0][0], low, high, color=COLOURS[method], alpha=0.12, linewidth=0)
-        rate.set_title("held-out pass rate (sampled); range over seeds shaded")
-        tails.set_title("ratio pi / mu of trained tokens: 1 % and 99 % quantiles")
-        kl.set_title("KL(mu || pi) within a step, nats a token (k3)")
-        tails.set_yscale("log")
-        kl.set_yscale("log")
+        rate.set_title("held-out pass rate, sampled")
+        tails.set_title("ratio pi / mu: 1 % and 99 % quantiles")
+        kl.set_title("KL(mu || pi), nats a token (k3)")
+        log_scale(tails)
+        log_scale(kl)
         for axes in (rate, tails, kl):
             axes.set_xlabel("step")
         rate.legend(frameon=False, ncols=2)
