@@ -5,11 +5,12 @@ field is one key. Unknown keys are errors that name the key, its place and the n
 """
 
 import difflib
+import math
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from megatron_rl.errors import ConfigError
 
@@ -97,6 +98,36 @@ class ObjectiveConfig(BaseModel):
         return {"name": self.name, **(self.model_extra or {})}
 
 
+class AlpConfig(_Block):
+    """Adaptive layerwise perturbation (arXiv 2603.19470): learnable noise at the input of every layer in updates."""
+
+    enabled: bool = False
+    sigma_init: float = Field(1.0e-4, description="standard deviation of the noise that every layer starts from")
+    learnable: bool = Field(True, description="false: every layer keeps sigma_init")
+    lr: float = Field(5.0e-4, gt=0, description="of log sigma; warmed up like optimizer.lr")
+    weight_decay: float = Field(
+        0.0, ge=0, description="of log sigma, which it pulls towards 0, that is sigma upwards; 0.01 in the paper's runs"
+    )
+    layers: Literal["all"] | tuple[int, int] = Field("all", description="all, or [start, end) of the layers, from 0")
+    level: Literal["token", "sequence", "cumulative", "geometric"] | None = Field(
+        None, description="what one ratio spans; unset: what the objective says"
+    )
+
+    @field_validator("sigma_init")
+    @classmethod
+    def _positive(cls, value: float) -> float:
+        if not 0 < value < math.inf:
+            raise ValueError(f"it is {value}; it must be above 0, since its logarithm is learnt (no noise: enabled: false)")
+        return value
+
+    @field_validator("layers")
+    @classmethod
+    def _range(cls, value: Any) -> Any:
+        if value != "all" and not 0 <= value[0] < value[1]:
+            raise ValueError(f"it is {list(value)}; a range is [start, end) with 0 <= start < end")
+        return value
+
+
 class TaskConfig(_Block):
     name: Literal["arithmetic", "math"] = "arithmetic"
     data: Path | None = Field(None, description="JSONL or parquet with prompts and answers (math)")
@@ -133,6 +164,7 @@ class Config(_Block):
     precision: PrecisionConfig = PrecisionConfig()
     rollout: RolloutConfig = RolloutConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    alp: AlpConfig = AlpConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     task: TaskConfig = TaskConfig()
     eval: EvalConfig = EvalConfig()

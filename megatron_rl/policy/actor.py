@@ -18,10 +18,11 @@ from megatron.core.transformer.module import Float16Module
 from megatron_rl.config import Config
 from megatron_rl.errors import CheckpointError, PrecisionError, UserError
 from megatron_rl.objectives import LossInputs, LossNorm, LossOutputs
+from megatron_rl.perturbation.layer import Draw
 from megatron_rl.policy.model import DTYPES, build_chunks
 from megatron_rl.policy.normalisation import global_norm, sum_gradients
 from megatron_rl.policy.optimizer import PolicyOptimizer
-from megatron_rl.policy.packing import Microbatch, Shard, pack, shard, to_device
+from megatron_rl.policy.packing import Microbatch, Shard, noise_rows, pack, shard, to_device
 from megatron_rl.policy.parallel import Mesh
 from megatron_rl.types import Batch
 from megatron_rl.weights.export import export_weights
@@ -75,13 +76,13 @@ class Policy:
         self.chunks = [
             DistributedDataParallel(self.tf_config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(wrapped)
         ]
-        self.optimizer = PolicyOptimizer(config.optimizer, self.chunks, dtype)
+        self.optimizer = PolicyOptimizer(config.optimizer, config.alp, self.chunks, dtype)
         self.tf_config.grad_scale_func = self.optimizer.core.scale_loss
         self.tf_config.finalize_model_grads_func = sum_gradients
         self._reference: list[torch.Tensor] | None = None
 
     def update(self, batch: Batch, objective: Objective, norm: LossNorm) -> UpdateStats:
-        """One optimizer update on the whole batch.
+        """One optimizer update on the whole batch. With ALP its forward alone is perturbed, anew in every update.
 
         Raises PrecisionError naming trajectory ids when a loss, log-probability or gradient is not finite; parameters
         and optimizer state are then untouched.
@@ -90,7 +91,8 @@ class Policy:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        results = self._run(batch, lambda micro, scores: self._loss(micro, scores, objective, whole))
+        draw = self.optimizer.updates if self.config.alp.enabled else None
+        results = self._run(batch, lambda micro, scores: self._loss(micro, scores, objective, whole), draw=draw)
         self._refuse_non_finite(batch, results)
         grad_norm, lr = self.optimizer.gradient_norm(), self.optimizer.lr
         self.optimizer.step(grad_norm)
@@ -165,14 +167,21 @@ class Policy:
             pass
         self.mesh.raise_everywhere(self.mesh.broadcast(failure))
 
-    def _run(self, batch: Batch, loss: Callable[..., Any], forward_only: bool = False) -> list[dict[str, Any]]:
-        """Drive megatron-core's schedule; answers the last stage's report of each of this rank's micro-batches."""
+    def _run(
+        self, batch: Batch, loss: Callable[..., Any], forward_only: bool = False, draw: int | None = None
+    ) -> list[dict[str, Any]]:
+        """Drive megatron-core's schedule; answers the last stage's report of each of this rank's micro-batches.
+
+        draw: the draw of noise that perturbs every layer, None for none.
+        """
         mesh, budget = self.mesh, self.config.optimizer.tokens_per_microbatch
         align = 2 * mesh.cp_size if mesh.cp_size > 1 else 1
         virtual = len(self.chunks) > 1
         packed = pack(batch, budget=budget, align=align, multiple=mesh.dp_size * (mesh.pp_size if virtual else 1))
         mine = packed[mesh.dp_rank :: mesh.dp_size]
         shards = [shard(m, cp_size=mesh.cp_size, cp_rank=mesh.cp_rank, device=mesh.device, max_length=budget + 1) for m in mine]
+        for micro, piece in zip(mine, shards, strict=True):
+            piece.stream.noise = None if draw is None else self._noise(micro, draw)
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         moved = [to_device(m, mesh.device) for m in mine] if last else mine
         pairs = list(zip(moved, shards, strict=True))
@@ -191,6 +200,17 @@ class Policy:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+
+    def _noise(self, micro: Microbatch, draw: int) -> Draw:
+        mesh, cut = self.mesh, self.config.parallel.sequence
+        rows = noise_rows(
+            micro,
+            cp_size=mesh.cp_size,
+            cp_rank=mesh.cp_rank,
+            sp_size=mesh.tp_size if cut else 1,
+            sp_rank=mesh.tp_rank if cut else 0,
+        )
+        return Draw(rows.to(mesh.device), self.config.run.seed, draw)
 
     def _scored(
         self, micro: Microbatch, piece: Shard, scores: tuple[torch.Tensor, ...], loss: Callable[..., Any]
@@ -278,11 +298,26 @@ class Policy:
         for report in results if self.mesh.reports else []:
             for name, value in {"loss": report["loss"], **report["metrics"]}.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
-        gathered = self.mesh.gather(sums)
+        gathered, sigmas = self.mesh.gather(sums), self._sigmas()
         if self.mesh.rank != 0:
             return UpdateStats(grad_norm, lr)
         totals: dict[str, float] = {}
         for part in gathered:
             for name, value in part.items():
                 totals[name] = totals.get(name, 0.0) + value
-        return UpdateStats(grad_norm, lr, totals.pop("loss"), totals, columns["logp"], columns["entropy"])
+        return UpdateStats(grad_norm, lr, totals.pop("loss"), totals | sigmas, columns["logp"], columns["entropy"])
+
+    def _sigmas(self) -> dict[str, float]:
+        """The scales of the perturbation by now, per layer (from 0) and over layers; empty without one. On rank 0."""
+        if not self.config.alp.enabled:
+            return {}
+        layers = [layer for model in self.models for layer in model.decoder.layers if layer.log_sigma is not None]
+        parts = self.mesh.gather({layer.layer_index: float(layer.log_sigma.detach().exp()) for layer in layers})
+        by_layer = dict(sorted(item for part in parts for item in part.items()))
+        if not by_layer:
+            return {}
+        values = list(by_layer.values())
+        over = {"min": min(values), "mean": sum(values) / len(values), "max": max(values)}
+        width = len(str(self.shape.num_layers - 1))
+        each = {f"alp/sigma/{layer:0{width}d}": sigma for layer, sigma in by_layer.items()}
+        return {f"alp/sigma_{name}": value for name, value in over.items()} | each

@@ -17,6 +17,7 @@ from megatron_rl.errors import ConfigError
 from megatron_rl.policy.logprobs import token_scores
 from megatron_rl.policy.modules import HAVE_TE, block_spec
 from megatron_rl.policy.packing import Shard
+from megatron_rl.perturbation.plan import layer_noise
 from megatron_rl.policy.parallel import Mesh
 from megatron_rl.weights.families.base import ModelShape
 from megatron_rl.weights.layouts import padded_vocab
@@ -130,6 +131,7 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
 def build_chunks(config: Config, shape: ModelShape, mesh: Mesh) -> list[PolicyModel]:
     """This rank's model chunks (one, or `virtual_pipeline` of them), parameters unset, on the mesh's device."""
     tf_config = transformer_config(config, shape)
+    noise = layer_noise(config.alp, shape.num_layers)
     vocab_rows = padded_vocab(shape.vocab_size, mesh.tp_size)
     if vocab_rows - shape.vocab_size >= vocab_rows // mesh.tp_size:
         raise ConfigError(
@@ -141,7 +143,7 @@ def build_chunks(config: Config, shape: ModelShape, mesh: Mesh) -> list[PolicyMo
     for stage in stages:
         chunk = PolicyModel(
             config=tf_config,
-            transformer_layer_spec=block_spec(tf_config, vp_stage=stage),
+            transformer_layer_spec=block_spec(tf_config, vp_stage=stage, noise=noise),
             vocab_size=vocab_rows,
             max_sequence_length=config.optimizer.tokens_per_microbatch,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import divide
 
 from megatron_rl.errors import PrecisionError
+from megatron_rl.perturbation.layer import Draw, LayerNoise, perturbed
 
 
 def _transformer_engine() -> bool:
@@ -162,15 +163,22 @@ class PackedAttention(MegatronModule):
 
 @dataclasses.dataclass
 class PackedStream(PackedSeqParams):
-    """megatron-core's packing parameters, and the attention plan made from them."""
+    """megatron-core's packing parameters, the attention plan made from them, and the noise that layers add, if any."""
 
     plan: AttentionPlan | None = None
+    noise: Draw | None = None
 
 
-def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules | ModuleSpec:
-    """The transformer block: Transformer Engine's layers with CUDA, megatron-core's local ones without."""
+def block_spec(
+    config: TransformerConfig, vp_stage: int | None = None, noise: LayerNoise | None = None
+) -> TransformerBlockSubmodules | ModuleSpec:
+    """The transformer block: Transformer Engine's layers with CUDA, megatron-core's local ones without.
+
+    noise: how the inputs of its layers can be perturbed; None for plain layers.
+    """
     if HAVE_TE:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        return layer if noise is None else perturbed(layer, noise)
     local = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     attention = local.submodules.self_attention
     norms = {"q_layernorm": RMSNorm, "k_layernorm": RMSNorm} if config.qk_layernorm else {}
@@ -187,5 +195,6 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
             ),
         ),
     )
+    layer = layer if noise is None else perturbed(layer, noise)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)

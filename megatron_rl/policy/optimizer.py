@@ -6,35 +6,44 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
-from megatron.core.optimizer import clip_grads, get_megatron_optimizer
+from megatron.core.optimizer import ParamKey, clip_grads, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
-from megatron_rl.config import OptimizerConfig
+from megatron_rl.config import AlpConfig, OptimizerConfig
 from megatron_rl.errors import PrecisionError
+from megatron_rl.perturbation.names import LOG_SIGMA
 
 
 class PolicyOptimizer:
-    """Adam with warm-up and a global gradient clip over the chunks of one rank."""
+    """Adam with warm-up and a global gradient clip over the chunks of one rank.
 
-    def __init__(self, config: OptimizerConfig, chunks: list[DistributedDataParallel], dtype: torch.dtype) -> None:
-        self.config = config
+    The scales of a perturbation are a group of their own, with the learning rate and weight decay of `alp`.
+    """
+
+    def __init__(
+        self, config: OptimizerConfig, alp: AlpConfig, chunks: list[DistributedDataParallel], dtype: torch.dtype
+    ) -> None:
+        self.config, self.alp = config, alp
         self.base_lr = config.lr
         self.updates = 0
-        self.core: Any = get_megatron_optimizer(
-            CoreOptimizerConfig(
-                optimizer="adam",
-                lr=config.lr,
-                weight_decay=config.weight_decay,
-                adam_beta1=config.beta1,
-                adam_beta2=config.beta2,
-                adam_eps=config.eps,
-                clip_grad=config.grad_clip,
-                params_dtype=dtype,
-                bf16=dtype == torch.bfloat16,
-                use_distributed_optimizer=config.distributed,
-            ),
-            chunks,
+        core = CoreOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.beta1,
+            adam_beta2=config.beta2,
+            adam_eps=config.eps,
+            clip_grad=config.grad_clip,
+            params_dtype=dtype,
+            bf16=dtype == torch.bfloat16,
+            use_distributed_optimizer=config.distributed,
         )
+        groups = get_standard_config_overrides(core)
+        if alp.enabled and alp.learnable:
+            # megatron-core's mark of a group with another learning rate; its checkpoints know groups by it.
+            groups[ParamKey(name=f"*.{LOG_SIGMA}")] = ParamGroupOverride(is_decoupled_lr=True)
+        self.core: Any = get_megatron_optimizer(core, chunks, config_overrides=groups)
         for part in self.core.chained_optimizers:
             if type(part) is DistributedOptimizer and isinstance(part.optimizer, torch.optim.AdamW):
                 part.__class__ = TorchDistributedOptimizer
@@ -42,8 +51,12 @@ class PolicyOptimizer:
     @property
     def lr(self) -> float:
         """Learning rate of the next update."""
+        return self.base_lr * self._warmth
+
+    @property
+    def _warmth(self) -> float:
         warmup = self.config.warmup_updates
-        return self.base_lr * min(1.0, (self.updates + 1) / warmup) if warmup else self.base_lr
+        return min(1.0, (self.updates + 1) / warmup) if warmup else 1.0
 
     def restart(self) -> None:
         """As if no update had been made: moments and counts are zero, the warm-up begins anew. Parameters stay."""
@@ -93,6 +106,9 @@ class PolicyOptimizer:
             if self.config.grad_clip > 0 and part.get_parameters():
                 clip_grads.clip_grad_by_total_norm_fp32(part.get_parameters(), self.config.grad_clip, grad_norm)
         for group in self.core.param_groups:  # lr_mult and wd_mult act only if somebody applies them
+            if group.get("is_decoupled_lr", False):
+                group["lr"], group["weight_decay"] = self.alp.lr * self._warmth, self.alp.weight_decay
+                continue
             group["lr"] = self.lr * group.get("lr_mult", 1.0)
             group["weight_decay"] = self.config.weight_decay * group.get("wd_mult", 1.0)
         self.core.step_with_ready_grads()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from megatron_rl.errors import UserError
+from megatron_rl.perturbation.noise import NoiseRows
 from megatron_rl.policy.modules import PackedStream, plan_attention
 from megatron_rl.types import Batch
 
@@ -22,7 +23,8 @@ PADDING_SEGMENT = 128  # padding is cut into short sequences: attention over one
 class Microbatch:
     """One packed stream, whole (not cut over context parallel). All tensors [T], topk_* [T, K].
 
-    tokens, labels, positions int64; seq_ids int64, the row of the trajectory in its batch, -1 on padding;
+    tokens, labels, positions int64; seq_ids int64, the row of the trajectory in its batch, -1 on padding; ids int64, the
+    id of the trajectory in the run, -1 on padding;
     source int64, the flat index in the batch of the label, -1 where nothing is predicted; mask, advantages,
     rewards, logmu, logold, logref, topk_logmu float32, topk_ids int64 (the last five None when the batch has none).
     advantages: the batch's token_advantages where it has them, else those of the trajectory on each of its tokens;
@@ -33,6 +35,7 @@ class Microbatch:
     labels: torch.Tensor
     positions: torch.Tensor
     seq_ids: torch.Tensor
+    ids: torch.Tensor
     source: torch.Tensor
     mask: torch.Tensor
     advantages: torch.Tensor
@@ -131,6 +134,7 @@ def _stream(batch: Batch, rows: list[int], padded: np.ndarray, budget: int, alig
         labels=torch.from_numpy(labels),
         positions=torch.from_numpy(positions),
         seq_ids=torch.from_numpy(seq_ids),
+        ids=torch.from_numpy(np.where(real, batch.ids[np.maximum(seq_ids, 0)], -1) if len(batch) else seq_ids),
         source=torch.from_numpy(source),
         mask=shifted(batch.mask),
         advantages=spread(batch.advantages) if batch.token_advantages is None else shifted(batch.token_advantages),
@@ -155,6 +159,16 @@ def zigzag_index(cu_seqlens: list[int], cp_size: int, cp_rank: int) -> torch.Ten
     seq = np.repeat(np.arange(len(cu) - 1), np.diff(cu))
     chunk = (np.arange(cu[-1]) - cu[seq]) // (np.diff(cu) // (2 * cp_size))[seq]
     return torch.from_numpy(np.flatnonzero((chunk == cp_rank) | (chunk == 2 * cp_size - 1 - cp_rank)))
+
+
+def noise_rows(micro: Microbatch, *, cp_size: int, cp_rank: int, sp_size: int, sp_rank: int) -> NoiseRows:
+    """The tokens whose hidden states this rank holds: its context-parallel slice, of that its sequence-parallel part.
+
+    sp_size: ranks that cut it, 1 without sequence parallelism.
+    """
+    index = zigzag_index(micro.cu_seqlens, cp_size, cp_rank)
+    own = index.view(sp_size, -1)[sp_rank]
+    return NoiseRows(micro.positions[own], micro.ids[own])
 
 
 def shard(micro: Microbatch, *, cp_size: int, cp_rank: int, device: torch.device, max_length: int) -> Shard:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from megatron_rl.errors import CheckpointError
+from megatron_rl.perturbation.names import is_sigma
 from megatron_rl.weights.families import Family, HFConfig, ModelShape, Rule, family_of
 from megatron_rl.weights.hf import HFFolder
 from megatron_rl.weights.layouts import check_divides
@@ -71,7 +72,8 @@ def check_folder(folder: HFFolder, *, tensor_parallel: int) -> tuple[Family, Mod
 def local_parameters(chunks: Sequence[nn.Module], plan: Sequence[Entry]) -> dict[str, tuple[Entry, nn.Parameter]]:
     """The parameters this rank holds, keyed by their global mcore name under the local layer spec.
 
-    chunks: GPTModel, wrapped or not (DistributedDataParallel, Float16Module), one per virtual pipeline stage.
+    chunks: GPTModel, wrapped or not (DistributedDataParallel, Float16Module), one per virtual pipeline stage. The scales
+    of a perturbation are no part of the model: they are left out.
     Raises CheckpointError for a parameter without a rule and for a rule whose parameter the model lacks.
     """
     by_name = {name: entry for entry in plan for name in (entry.rule.mcore, entry.rule.fused) if name is not None}
@@ -79,6 +81,8 @@ def local_parameters(chunks: Sequence[nn.Module], plan: Sequence[Entry]) -> dict
     for chunk in chunks:
         body = _unwrap(chunk)
         for name, parameter in body.named_parameters():
+            if is_sigma(name):
+                continue
             entry = by_name.get(_global_name(body, name))
             if entry is None:
                 raise CheckpointError(

@@ -28,16 +28,22 @@ FOUR = {
 }
 
 
-def reference_step(folder):
-    """The update written out: one sequence at a time through transformers, torch autograd, torch AdamW."""
+def reference_step(folder, perturbation=None):
+    """The update written out: one sequence at a time through transformers, torch autograd, torch AdamW.
+
+    perturbation: hooks itself into the model, is told which trajectory comes, and brings parameters of its own.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     batch = make_batch()
+    own = {} if perturbation is None else perturbation.attach(model)
     logps, entropies, loss = [], [], torch.zeros(())
     trained = [batch.mask[a:b].sum() for a, b in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True)]
     sequences = sum(n > 0 for n in trained)
     for i, n in enumerate(LENGTHS):
         span = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])
         tokens = torch.from_numpy(batch.tokens[span].astype(np.int64))
+        if perturbation is not None:
+            perturbation.trajectory = int(batch.ids[i])
         scores = torch.log_softmax(model(tokens[None]).logits[0] / TEMPERATURE, -1)
         logp = torch.cat([torch.zeros(1), scores[:-1].gather(-1, tokens[1:, None])[:, 0]])
         entropy = torch.cat([torch.zeros(1), -(scores.exp() * scores).sum(-1)[:-1]])
@@ -50,20 +56,25 @@ def reference_step(folder):
         entropies.append((entropy * mask).detach())
         assert n == len(tokens)
     loss.backward()
-    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    named = {**dict(model.named_parameters()), **own}
+    grads = {name: p.grad.clone() for name, p in named.items()}
     norm = torch.sqrt(sum((g.double() ** 2).sum() for g in grads.values())).item()
-    for p in model.parameters():
+    for p in named.values():
         p.grad.mul_(min(1.0, OPTIMIZER["grad_clip"] / (norm + 1e-6)))
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": OPTIMIZER["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}],
+        [
+            {"params": matrices, "weight_decay": OPTIMIZER["weight_decay"]},
+            {"params": vectors, "weight_decay": 0.0},
+            *([perturbation.group(own)] if own else []),
+        ],
         lr=OPTIMIZER["lr"],
         eps=OPTIMIZER["eps"],
     ).step()
     return {
         "grads": {k: v.numpy() for k, v in grads.items()},
-        "weights": {k: v.detach().numpy() for k, v in model.named_parameters()},
+        "weights": {k: v.detach().numpy() for k, v in named.items()},
         "loss": loss.item(),
         "grad_norm": norm,
         "logp": torch.cat(logps).numpy(),

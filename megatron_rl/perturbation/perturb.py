@@ -1,0 +1,65 @@
+"""h + sigma * eps as one autograd step that keeps no noise: backward makes the same eps again."""
+
+from typing import Any
+
+import torch
+
+from megatron_rl.perturbation import kernels
+from megatron_rl.perturbation.noise import Key, NoiseRows, chunks
+
+
+class Perturb(torch.autograd.Function):
+    """perturb(h, log_sigma) = h + exp(log_sigma) * eps, with eps the normals of the rows under the key.
+
+    The gradient of h passes unchanged; that of log_sigma is sum(grad * sigma * eps) over the rows of this rank. Saved for
+    it: log_sigma and which rows these are, nothing of the size of h.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, log_sigma: torch.Tensor, rows: NoiseRows, key: Key) -> torch.Tensor:
+        """hidden [t, ..., H] in any float dtype, added to in at least float32 and rounded once; log_sigma [1] float32."""
+        ctx.save_for_backward(log_sigma)
+        ctx.rows, ctx.key = rows, key
+        return add_noise(hidden, log_sigma.exp(), rows, key)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grads
+        (log_sigma,) = ctx.saved_tensors
+        d_log_sigma = None
+        if ctx.needs_input_grad[1]:
+            total = dot_noise(grad, ctx.rows, ctx.key)
+            d_log_sigma = (total * log_sigma.to(total.dtype).exp()).to(log_sigma.dtype)
+        return grad, d_log_sigma, None, None
+
+
+def add_noise(hidden: torch.Tensor, sigma: torch.Tensor, rows: NoiseRows, key: Key) -> torch.Tensor:
+    """hidden [t, ..., H] + sigma [1] * eps, as a new tensor of the same shape and dtype."""
+    flat = _rows_of(hidden, rows)
+    if hidden.is_cuda:
+        return kernels.add_noise(flat, sigma, rows, key).view(hidden.shape)
+    work, scale = torch.promote_types(hidden.dtype, torch.float32), sigma.item()
+    out = torch.empty_like(flat)
+    for at, eps in chunks(rows, key, flat.shape[1]):
+        out[at] = torch.add(flat[at].to(work), eps.to(work), alpha=scale)
+    return out.view(hidden.shape)
+
+
+def dot_noise(grad: torch.Tensor, rows: NoiseRows, key: Key) -> torch.Tensor:
+    """[1] float64: the sum of grad [t, ..., H] * eps."""
+    flat = _rows_of(grad, rows)
+    if grad.is_cuda:
+        return kernels.dot_noise(flat, rows, key)
+    work = torch.promote_types(grad.dtype, torch.float32)
+    parts = [
+        torch.dot(flat[at].to(work).reshape(-1), eps.to(work).reshape(-1)) for at, eps in chunks(rows, key, flat.shape[1])
+    ]
+    return torch.stack(parts).sum(0, keepdim=True, dtype=torch.float64)
+
+
+def _rows_of(hidden: torch.Tensor, rows: NoiseRows) -> torch.Tensor:
+    """[t, H] of [t, ..., H]: one row per token."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    if len(flat) != len(rows):
+        raise ValueError(f"{len(flat)} rows of hidden state, but {len(rows)} names of tokens: the slice of this rank is wrong")
+    return flat
