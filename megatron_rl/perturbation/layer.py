@@ -14,7 +14,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron_rl.perturbation.names import LOG_SIGMA
 from megatron_rl.perturbation.noise import NoiseRows, noise_key
 from megatron_rl.perturbation.perturb import Perturb
-
+from megatron_rl.perturbation.plan import LayerNoise
 
 
 @dataclass(frozen=True)
@@ -24,18 +24,6 @@ class Draw:
     rows: NoiseRows
     seed: int
     step: int
-
-
-@dataclass(frozen=True)
-class LayerNoise:
-    """What a perturbed layer is built with. layers: [start, end) of the global layers, None for all."""
-
-    sigma_init: float
-    learnable: bool = True
-    layers: tuple[int, int] | None = None
-
-    def perturbs(self, layer: int) -> bool:
-        return self.layers is None or self.layers[0] <= layer < self.layers[1]
 
 
 class PerturbedLayer(TransformerLayer):
@@ -93,5 +81,3 @@ def perturbed(layer: ModuleSpec, noise: LayerNoise) -> ModuleSpec:
     """The spec of a TransformerLayer, local or Transformer Engine's, with noise at its input."""
     assert layer.module is TransformerLayer, f"{layer.module} cannot be perturbed"
     return ModuleSpec(module=PerturbedLayer, params={**layer.params, "noise": noise}, submodules=layer.submodules)
-
-

@@ -1,10 +1,13 @@
 """h + sigma * eps as one autograd step that keeps no noise: backward makes the same eps again."""
 
+import functools
+import importlib
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from megatron_rl.perturbation import kernels
+from megatron_rl.errors import ConfigError
 from megatron_rl.perturbation.noise import Key, NoiseRows, chunks
 
 
@@ -37,7 +40,7 @@ def add_noise(hidden: torch.Tensor, sigma: torch.Tensor, rows: NoiseRows, key: K
     """hidden [t, ..., H] + sigma [1] * eps, as a new tensor of the same shape and dtype."""
     flat = _rows_of(hidden, rows)
     if hidden.is_cuda:
-        return kernels.add_noise(flat, sigma, rows, key).view(hidden.shape)
+        return _kernels().add_noise(flat, sigma, rows, key).view(hidden.shape)
     work, scale = torch.promote_types(hidden.dtype, torch.float32), sigma.item()
     out = torch.empty_like(flat)
     for at, eps in chunks(rows, key, flat.shape[1]):
@@ -49,12 +52,19 @@ def dot_noise(grad: torch.Tensor, rows: NoiseRows, key: Key) -> torch.Tensor:
     """[1] float64: the sum of grad [t, ..., H] * eps."""
     flat = _rows_of(grad, rows)
     if grad.is_cuda:
-        return kernels.dot_noise(flat, rows, key)
+        return _kernels().dot_noise(flat, rows, key)
     work = torch.promote_types(grad.dtype, torch.float32)
-    parts = [
-        torch.dot(flat[at].to(work).reshape(-1), eps.to(work).reshape(-1)) for at, eps in chunks(rows, key, flat.shape[1])
-    ]
+    parts = [torch.dot(flat[at].to(work).reshape(-1), eps.to(work).reshape(-1)) for at, eps in chunks(rows, key, flat.shape[1])]
     return torch.stack(parts).sum(0, keepdim=True, dtype=torch.float64)
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    """The GPU's own; only here is triton asked for."""
+    try:
+        return importlib.import_module("megatron_rl.perturbation.kernels")
+    except ImportError as error:
+        raise ConfigError(f"alp.enabled: on a GPU it needs triton, which cannot be imported ({error}): install it") from error
 
 
 def _rows_of(hidden: torch.Tensor, rows: NoiseRows) -> torch.Tensor:

@@ -1,13 +1,35 @@
 """What the `alp` section asks for, checked against the model and the objective before anything is allocated."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from megatron_rl.config import AlpConfig
 from megatron_rl.errors import ConfigError
-from megatron_rl.objectives import OBJECTIVES, Objective
+from megatron_rl.objectives import OBJECTIVES, Objective, make_objective
+from megatron_rl.objectives.grpo import PPO
 from megatron_rl.objectives.ratio import RatioObjective
-from megatron_rl.perturbation.layer import LayerNoise
+
+# The clips of arXiv 2603.19470, for objectives that clip as PPO does and name none of their own.
+CLIPS = MappingProxyType(
+    {
+        "token": {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 10.0},
+        "sequence": {"clip_low": 0.5, "clip_high": 3.0, "dual_clip": 3.0},
+    }
+)
+
+
+@dataclass(frozen=True)
+class LayerNoise:
+    """What a perturbed layer is built with. layers: [start, end) of the global layers, None for all."""
+
+    sigma_init: float
+    learnable: bool = True
+    layers: tuple[int, int] | None = None
+
+    def perturbs(self, layer: int) -> bool:
+        return self.layers is None or self.layers[0] <= layer < self.layers[1]
 
 
 def layer_noise(alp: AlpConfig, num_layers: int) -> LayerNoise | None:
@@ -22,26 +44,33 @@ def layer_noise(alp: AlpConfig, num_layers: int) -> LayerNoise | None:
     return LayerNoise(alp.sigma_init, alp.learnable, layers)
 
 
-def check_ratio(alp: AlpConfig, objective: Objective, key: str = "objective") -> Objective:
-    """The objective. Raises ConfigError when perturbation is asked for and this one has no ratio to perturb."""
-    if alp.enabled and not isinstance(objective, RatioObjective):
-        with_ratio = ", ".join(sorted(name for name, kind in OBJECTIVES.items() if issubclass(kind, RatioObjective)))
-        raise ConfigError(
-            f"alp.enabled is true, but {key} {objective.name} uses no importance ratio: the perturbed policy is the numerator "
-            f"of a ratio, and without one noise only blurs the gradient; set alp.enabled: false, or use one of {with_ratio}"
-        )
-    return objective
+def alp_objective(alp: AlpConfig, spec: Mapping[str, Any]) -> Objective:
+    """The objective `spec`, with the level of `alp.level` and, where it names no clip, the clips of that level.
 
-
-def with_level(alp: AlpConfig, spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The spec of an objective with the level that `alp.level` asks for. Raises ConfigError when it names another one."""
-    if not alp.enabled or alp.level is None:
-        return dict(spec)
-    if spec.get("level", alp.level) != alp.level:
-        raise ConfigError(
-            f"objective.level is '{spec['level']}', but alp.level is '{alp.level}': give it in one of the two places"
-        )
+    Raises ConfigError for an illegal objective, one without a ratio, and one that names another level itself.
+    """
     kind = OBJECTIVES.get(str(spec.get("name")))
-    if alp.level == "token" and (kind is None or not issubclass(kind, RatioObjective)):
-        return dict(spec)
-    return {**spec, "level": alp.level}
+    if alp.enabled and kind is not None:
+        check_ratio(alp, kind)
+        if alp.level is not None:
+            spec = _levelled(alp.level, kind, spec)
+    return make_objective(spec)
+
+
+def check_ratio(alp: AlpConfig, kind: type[Objective], key: str = "objective") -> None:
+    """Raises ConfigError when perturbation is asked for and the objective under `key` has no ratio to perturb."""
+    if not alp.enabled or issubclass(kind, RatioObjective):
+        return
+    others = ", ".join(sorted(name for name, other in OBJECTIVES.items() if issubclass(other, RatioObjective)))
+    raise ConfigError(
+        f"alp.enabled is true, but {key} {kind.name} uses no importance ratio: the perturbed policy is the numerator of one, "
+        f"and without it the noise would only blur the gradient; set alp.enabled: false, or use one of {others}"
+    )
+
+
+def _levelled(level: str, kind: type[Objective], spec: Mapping[str, Any]) -> dict[str, Any]:
+    if spec.get("level", level) != level:
+        raise ConfigError(f"objective.level is '{spec['level']}', but alp.level is '{level}': give it in one of the two places")
+    clips = CLIPS.get(level, {}) if issubclass(kind, PPO) else {}
+    own = any(name in spec for name in ("clip_low", "clip_high", "dual_clip"))
+    return {**({} if own else clips), **spec, "level": level}

@@ -14,10 +14,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError
+from megatron_rl.perturbation.plan import layer_noise
 from megatron_rl.policy.logprobs import token_scores
 from megatron_rl.policy.modules import HAVE_TE, block_spec
 from megatron_rl.policy.packing import Shard
-from megatron_rl.perturbation.plan import layer_noise
 from megatron_rl.policy.parallel import Mesh
 from megatron_rl.weights.families.base import ModelShape
 from megatron_rl.weights.layouts import padded_vocab

@@ -22,7 +22,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import divide
 
 from megatron_rl.errors import PrecisionError
-from megatron_rl.perturbation.layer import Draw, LayerNoise, perturbed
+from megatron_rl.perturbation.layer import Draw, perturbed
+from megatron_rl.perturbation.plan import LayerNoise
 
 
 def _transformer_engine() -> bool:

@@ -10,6 +10,7 @@ from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError
 from megatron_rl.objectives import Objective, make_objective
 from megatron_rl.objectives.options import suggest
+from megatron_rl.perturbation.plan import alp_objective, check_ratio
 
 NAME = "erpd"
 STUDENT = "erpd_distill"
@@ -143,7 +144,15 @@ def plan_of(config: Config) -> ERPDPlan | None:
 def make_run_objective(config: Config) -> Objective:
     """The objective whose needs decide what the engines report: in erpd the student's. Raises ConfigError."""
     plan = plan_of(config)
-    return make_objective(config.objective.spec()) if plan is None else plan.student_objective()
+    if plan is None:
+        return alp_objective(config.alp, config.objective.spec())
+    student = plan.student_objective()
+    check_ratio(config.alp, type(plan.teacher_objective()), "objective.teacher")
+    if config.alp.enabled and config.alp.level is not None:
+        raise ConfigError(
+            "alp.level is set, but erpd has two objectives: give the level in objective.teacher, objective.student"
+        )
+    return student
 
 
 def _without_engine(key: str, objective: Objective) -> Objective:

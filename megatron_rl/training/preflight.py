@@ -4,6 +4,7 @@ from transformers import AutoTokenizer
 
 from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError
+from megatron_rl.perturbation.plan import layer_noise
 from megatron_rl.policy.complete import newest_valid, what_is_wrong
 from megatron_rl.tasks import make_task
 from megatron_rl.training.erpd_plan import make_run_objective, plan_of
@@ -13,12 +14,13 @@ from megatron_rl.weights.plan import check_folder
 
 
 def check(config: Config) -> None:
-    """Objective, checkpoint headers, layout against the model, the task's data.
+    """Objective, checkpoint headers, layout and perturbation against the model, the task's data.
 
     Raises ConfigError, CheckpointError or UserError.
     """
     make_run_objective(config)
     _, shape = check_folder(HFFolder(config.model.path), tensor_parallel=config.parallel.tensor)
+    layer_noise(config.alp, shape.num_layers)
     stages = config.parallel.pipeline * config.parallel.virtual_pipeline
     if shape.num_layers % stages:
         raise ConfigError(f"parallel.pipeline x parallel.virtual_pipeline = {stages} does not divide {shape.num_layers} layers")
