@@ -9,31 +9,34 @@ import triton.language as tl
 
 from megatron_rl.perturbation.noise import WORD, Key, NoiseRows
 
-_BLOCK = 512  # counters per program: four elements each
+_BLOCK = 512  # counters per program, at most: four elements each
 
 
 def add_noise(hidden: torch.Tensor, sigma: torch.Tensor, rows: NoiseRows, key: Key) -> torch.Tensor:
     """hidden [t, H] (float32, bfloat16, float16) + sigma [1] * eps, added in float32 and rounded once."""
     hidden = hidden.contiguous()
     out = torch.empty_like(hidden)
-    _launch(_add_noise, hidden, rows, key, sigma, out)
+    grid, block = _grid(hidden)
+    _add_noise[grid](hidden, rows.positions, rows.ids, sigma, out, *map(_signed, key), hidden.shape[1] // 4, BLOCK=block)
     return out
 
 
 def dot_noise(grad: torch.Tensor, rows: NoiseRows, key: Key) -> torch.Tensor:
-    """[1] float64: the sum of grad [t, H] * eps; sums of 2048 products in float32, those in float64, in a fixed order."""
+    """[1] float64: the sum of grad [t, H] * eps; up to 2048 products in float32, then in float64, in a fixed order."""
     grad = grad.contiguous()
-    parts = torch.empty(triton.cdiv(grad.numel() // 4, _BLOCK), dtype=torch.float32, device=grad.device)
-    _launch(_dot_noise, grad, rows, key, parts)
-    return parts.sum(0, keepdim=True, dtype=torch.float64)
+    grid, block = _grid(grad)
+    parts = torch.empty(grid, dtype=torch.float32, device=grad.device)
+    _dot_noise[grid](grad, rows.positions, rows.ids, parts, *map(_signed, key), grad.shape[1] // 4, BLOCK=block)
+    return parts.sum(dtype=torch.float64)[None]
 
 
-def _launch(kernel: triton.JITFunction, x: torch.Tensor, rows: NoiseRows, key: Key, *others: torch.Tensor) -> None:
-    hidden, counters = x.shape[1], x.numel() // 4
+def _grid(x: torch.Tensor) -> tuple[tuple[int, int], int]:
+    """A program per row and stretch of a row, so that it reads the name of one token."""
+    rows, hidden = x.shape
     if hidden % 4:
         raise ValueError(f"the hidden size is {hidden}; it must be a multiple of 4")
-    grid = (triton.cdiv(counters, _BLOCK),)
-    kernel[grid](x, rows.positions, rows.ids, *others, *map(_signed, key), counters, hidden // 4, BLOCK=_BLOCK)
+    block = min(_BLOCK, triton.next_power_of_2(hidden // 4))
+    return (rows, triton.cdiv(hidden // 4, block)), block
 
 
 def _signed(word: int) -> int:
@@ -42,40 +45,60 @@ def _signed(word: int) -> int:
 
 
 @triton.jit
-def _uniforms(words):
-    return (words >> 8).to(tl.float32) * 5.9604644775390625e-08
+def _sine_and_cosine(word):
+    """Of the same float32 angle as on a CPU, 2 pi times the upper 24 bits as a fraction.
+
+    The nearest quarter turn is taken off in three parts, so that it costs no digit; what is left is at most pi / 4, where
+    the polynomials of the Cephes library are right to one unit in the last place. No slow path as in sin and cos.
+    """
+    fraction = word >> 8
+    quarters = (fraction + (1 << 21)) >> 22
+    angle = fraction.to(tl.float32) * 5.9604644775390625e-08 * 6.283185307179586
+    turns = quarters.to(tl.float32)
+    x = angle - turns * 1.5703125 - turns * 4.837512969970703e-4 - turns * 7.549789948768648e-8
+    z = x * x
+    sine = x + x * z * (-1.6666654611e-1 + z * (8.3321608736e-3 - z * 1.9515295891e-4))
+    cosine = 1 - 0.5 * z + z * z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
+    odd = (quarters & 1) == 1
+    across, along = tl.where(odd, cosine, sine), tl.where(odd, sine, cosine)
+    return tl.where((quarters & 2) == 2, -across, across), tl.where(((quarters + 1) & 2) == 2, -along, along)
 
 
 @triton.jit
-def _normals(positions, ids, k0, k1, counters, lanes, BLOCK: tl.constexpr):
-    """[4 * BLOCK] normals of this program's counters, in the order of memory, and their places and which exist."""
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    n = first + tl.arange(0, BLOCK)
-    row = n // lanes
-    real = n < counters
-    position = tl.load(positions + row, mask=real, other=0).to(tl.uint32)
-    token = tl.load(ids + row, mask=real, other=0)
+def _radius(word):
+    uniform = ((word >> 8) + 1).to(tl.float32) * 5.9604644775390625e-08  # 2**-24
+    return tl.sqrt_rn(-2 * tl.log(uniform))
+
+
+@triton.jit
+def _normals(positions, ids, k0, k1, lanes, BLOCK: tl.constexpr):
+    """[4 * BLOCK] normals of this program in the order of memory, their places, and which of them exist."""
+    row, first = tl.program_id(0), tl.program_id(1) * BLOCK
+    token = tl.load(ids + row)
+    position = tl.load(positions + row).to(tl.uint32)
     low, high = (token & 0xFFFFFFFF).to(tl.uint32), ((token >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    lane = (n - row * lanes).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox_impl(lane, position, low, high, k0.to(tl.uint32), k1.to(tl.uint32), 10)
-    radius0 = tl.sqrt_rn(-2 * tl.log(_uniforms(w0) + 5.9604644775390625e-08))
-    radius1 = tl.sqrt_rn(-2 * tl.log(_uniforms(w2) + 5.9604644775390625e-08))
-    angle0, angle1 = _uniforms(w1) * 6.283185307179586, _uniforms(w3) * 6.283185307179586
-    cosines = tl.interleave(tl.cos(angle0) * radius0, tl.cos(angle1) * radius1)
-    sines = tl.interleave(tl.sin(angle0) * radius0, tl.sin(angle1) * radius1)
-    places = 4 * first + tl.arange(0, 4 * BLOCK)
-    return tl.interleave(cosines, sines), places, places < 4 * counters
+    lane = (first + tl.arange(0, BLOCK)).to(tl.uint32)
+    same = tl.zeros_like(lane)
+    w0, w1, w2, w3 = tl.philox_impl(
+        lane, same + position, same + low, same + high, same + k0.to(tl.uint32), same + k1.to(tl.uint32), 10
+    )
+    radius0, radius1 = _radius(w0), _radius(w2)
+    sine0, cosine0 = _sine_and_cosine(w1)
+    sine1, cosine1 = _sine_and_cosine(w3)
+    eps = tl.interleave(tl.interleave(cosine0 * radius0, cosine1 * radius1), tl.interleave(sine0 * radius0, sine1 * radius1))
+    column = 4 * first + tl.arange(0, 4 * BLOCK)
+    return eps, row.to(tl.int64) * (4 * lanes) + column, column < 4 * lanes
 
 
 @triton.jit(do_not_specialize=["k0", "k1"])
-def _add_noise(hidden, positions, ids, sigma, out, k0, k1, counters, lanes, BLOCK: tl.constexpr):
-    eps, places, real = _normals(positions, ids, k0, k1, counters, lanes, BLOCK)
+def _add_noise(hidden, positions, ids, sigma, out, k0, k1, lanes, BLOCK: tl.constexpr):
+    eps, places, real = _normals(positions, ids, k0, k1, lanes, BLOCK)
     h = tl.load(hidden + places, mask=real, other=0.0).to(tl.float32)
     tl.store(out + places, (h + tl.load(sigma) * eps).to(out.dtype.element_ty), mask=real)
 
 
 @triton.jit(do_not_specialize=["k0", "k1"])
-def _dot_noise(grad, positions, ids, parts, k0, k1, counters, lanes, BLOCK: tl.constexpr):
-    eps, places, real = _normals(positions, ids, k0, k1, counters, lanes, BLOCK)
+def _dot_noise(grad, positions, ids, parts, k0, k1, lanes, BLOCK: tl.constexpr):
+    eps, places, real = _normals(positions, ids, k0, k1, lanes, BLOCK)
     g = tl.load(grad + places, mask=real, other=0.0).to(tl.float32)
-    tl.store(parts + tl.program_id(0), tl.sum(g * eps, axis=0))
+    tl.store(parts + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(g * eps, axis=0))

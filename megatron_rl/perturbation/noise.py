@@ -21,7 +21,7 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 
 _FULL = 0xFFFFFFFFFFFFFFFF
-_CHUNK = 1 << 14  # counters worked on at once on CPU: their words stay in the cache
+_CHUNK = 1 << 15  # counters worked on at once on CPU: their words stay in the cache
 _UNIT = 2.0**-24  # uniforms have 24 bits, which float32 holds exactly: CPU and GPU start from the same numbers
 
 Words = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -61,12 +61,16 @@ def philox4x32(counter: Words, key: Key) -> Words:
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(ROUNDS):
+    for turn in range(ROUNDS):
         # A product of two words may pass 2^63; its bits are right all the same, so mask after shifting. The low
         # words keep their upper bits for now: the next round only XORs them, and masks what comes of it.
         wide0, wide1 = c0 * MULTIPLY[0], c2 * MULTIPLY[1]
-        c0 = ((wide1 >> 32) ^ (c1 ^ k0)) & WORD
-        c2 = ((wide0 >> 32) ^ (c3 ^ k1)) & WORD
+        high0, high1 = wide0 >> 32, wide1 >> 32
+        if turn < 2:
+            c0, c2 = (high1 ^ (c1 ^ k0)) & WORD, (high0 ^ (c3 ^ k1)) & WORD
+        else:  # by now the words are as large as they will be
+            c0 = high1.bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(WORD)
+            c2 = high0.bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(WORD)
         c1, c3 = wide1, wide0
         k0, k1 = (k0 + WEYL[0]) & WORD, (k1 + WEYL[1]) & WORD
     return c0, c1 & WORD, c2, c3 & WORD
@@ -93,10 +97,13 @@ def chunks(rows: NoiseRows, key: Key, hidden: int) -> Iterator[tuple[slice, torc
 
 def _box_muller(words: Words) -> torch.Tensor:
     """Four words [...] -> [..., 4] float32 normals: two pairs, each from a radius and an angle."""
-    radius = torch.stack((words[0], words[2]), -1).bitwise_right_shift_(8).add_(1).float().mul_(_UNIT)  # in (0, 1]
-    radius.log_().mul_(-2).sqrt_()
-    angle = torch.stack((words[1], words[3]), -1).bitwise_right_shift_(8).float().mul_(_UNIT).mul_(2 * torch.pi)
-    return torch.stack((angle.cos().mul_(radius), angle.sin_().mul_(radius)), -1).flatten(-2)
+    out = torch.empty(*words[0].shape, 4, device=words[0].device)
+    for pair in (0, 2):
+        radius = (words[pair] >> 8).add_(1).float().mul_(_UNIT).log_().mul_(-2).sqrt_()  # of a uniform in (0, 1]
+        angle = (words[pair + 1] >> 8).float().mul_(_UNIT).mul_(2 * torch.pi)
+        torch.mul(angle.cos(), radius, out=out[..., pair])
+        torch.mul(angle.sin_(), radius, out=out[..., pair + 1])
+    return out
 
 
 def _mix64(x: int) -> int:

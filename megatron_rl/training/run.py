@@ -53,7 +53,7 @@ class Run:
         self.resting = RestingEngines(config.run.folder / "engines_released.json")
         self.state = TrainState(seed=config.run.seed)
         self.at_step = True  # the policy holds the weights of `state.step`, not those of a stage on the way to the next
-        self.interrupted = False
+        self.interrupted = self.warned = False
 
     def collect(self, step: int, watch: Stopwatch) -> Batch:
         """Rank 0: the batch of a step. Raises KeyboardInterrupt when a stop was asked for."""
@@ -93,6 +93,12 @@ class Run:
         """A line that stays, from rank 0."""
         if self.mesh.rank == 0:
             self.progress.note(text)
+
+    def warn_once(self, text: str | None) -> None:
+        """Say a warning, None being none, if it is the run's first. On rank 0."""
+        if text is not None and not self.warned:
+            self.warned = True
+            self.say(f"warning: {text}")
 
     def evaluate(self) -> None:
         """Held-out pass rates of the current weights, logged. Collective; nothing when `eval.prompts` is 0."""

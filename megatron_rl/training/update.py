@@ -1,13 +1,15 @@
 """An ordinary step's learning: one pass over the batch, cut into the step's optimizer updates."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_rl.diagnostics.perturbation import swallowed
 from megatron_rl.objectives import Objective
 from megatron_rl.policy.actor import Policy, UpdateStats
 from megatron_rl.training.batches import split_updates
+from megatron_rl.training.probe import probe
 from megatron_rl.training.records import Stopwatch, step_record
 from megatron_rl.training.run import Run
 from megatron_rl.types import Batch
@@ -23,16 +25,17 @@ class Learned(Protocol):
 
 @dataclass(frozen=True)
 class Updates:
-    """The updates of a step in order, and what each did."""
+    """The updates of a step in order, and what each did. probe: what a perturbation did to some tokens of the first."""
 
     parts: list[Batch]
     stats: list[UpdateStats]
     objective: Objective
+    probe: dict[str, float] = field(default_factory=dict)
 
     def records(self, step: int, version: int, watch: Stopwatch, truncated: float) -> list[dict[str, Any]]:
         record = step_record(step, version, self.parts, self.stats, watch, truncated)
         metrics = {name: value for name, value in record.items() if isinstance(value, float)}
-        return [record | self.objective.summary(metrics)]
+        return [record | self.objective.summary(metrics) | self.probe]
 
 
 def collect(run: Run, watch: Stopwatch) -> Batch:
@@ -45,8 +48,13 @@ def learn(run: Run, batch: Batch, watch: Stopwatch) -> Updates:
     with watch("update"):
         batch = with_columns(run.policy, batch, run.objective.needs)
         parts = split_updates(batch, run.config.optimizer.updates_per_step)
+        clean = probe(run.policy, parts[0]) if run.config.alp.enabled else None
         stats = [run.policy.update(part, run.objective, run.norm) for part in parts]
-    return Updates(parts, stats, run.objective)
+    if clean is None or run.mesh.rank != 0:
+        return Updates(parts, stats, run.objective)
+    record = clean.record(stats[0])
+    run.warn_once(swallowed(record) if record else None)
+    return Updates(parts, stats, run.objective, record)
 
 
 def with_columns(policy: Policy, batch: Batch, needs: frozenset[str]) -> Batch:
