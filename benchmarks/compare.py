@@ -36,7 +36,8 @@ METHODS = {
     "ASymPO": ["objective.name=asympo", "objective.advantage=mean", "objective.p_low=0.02", "objective.p_high=0.95"],
     "ScaledPO": ["objective.name=scaled_po", "objective.advantage=mean"],
     "ERPD": [
-        "objective={name: erpd, teacher: {name: erpd_ce, beta: 0.05}, teacher_updates: 16, keep: [], save_every: 16, "
+        "objective={name: erpd, teacher: {name: erpd_ce, beta: 0.05}, teacher_updates: 16, teacher_lr: 1.0e-4, "
+        "keep: [], save_every: 16, "
         "signals: [{teacher: last, denominator: old, updates: 4}]}",
         "optimizer.warmup_updates=0",  # each stage would warm up anew
     ],
