@@ -36,8 +36,8 @@ METHODS = {
     "ASymPO": ["objective.name=asympo", "objective.advantage=mean", "objective.p_low=0.02", "objective.p_high=0.95"],
     "ScaledPO": ["objective.name=scaled_po", "objective.advantage=mean"],
     "ERPD": [
-        "objective={name: erpd, teacher: {name: erpd_ce, beta: 0.05}, teacher_updates: 16, keep: [], save_every: 16, "
-        "signals: [{teacher: last, denominator: old, updates: 4}]}",
+        "objective={name: erpd, advantage: grpo, teacher: {name: sapo, denominator: trainer_old}, teacher_updates: 16, "
+        "keep: [], save_every: 16, signals: [{teacher: last, denominator: old, updates: 4}]}",
         "optimizer.warmup_updates=0",  # each stage would warm up anew
     ],
 }
@@ -45,6 +45,7 @@ COLOURS = dict(zip(METHODS, (GREY, BLUE, GREEN, ORANGE, PURPLE, RED), strict=Tru
 PASS_RATE = "eval/sampled"
 TAILS = ("ratio/q01", "ratio/q99")
 KL = "kl/k3"
+STUDENT_KL = "erpd/student/kl"  # ERPD's own figure: KL(pi || pi_old) at the end of a step, not the mean over its updates
 
 
 def main() -> None:
@@ -117,11 +118,19 @@ def summary(method: str, logs: Sequence[Sequence[dict]]) -> dict:
         "after_max": float(last.max()),
         "mean_over_run": float(rates.mean()),
     }
-    for name, key, worst in (("q01", TAILS[0], np.min), ("q99", TAILS[1], np.max), ("k3", KL, np.max)):
+    for name, key, worst in (
+        ("q01", TAILS[0], np.min),
+        ("q99", TAILS[1], np.max),
+        ("k3", KL, np.max),
+        ("student_kl", STUDENT_KL, np.max),
+    ):
         found = [column(log, key)[1] for log in logs]
         row[f"{name}_median"] = float(np.median(np.concatenate(found))) if all(map(len, found)) else None
         row[f"{name}_worst"] = float(worst(np.concatenate(found))) if all(map(len, found)) else None
-    row["update_seconds"] = float(np.median(np.concatenate([column(log, "seconds/update")[1] for log in logs])))
+    learning = [
+        sum(r.get(f"seconds/{p}") or 0 for p in ("update", "teacher", "student")) for log in logs for r in log if "loss" in r
+    ]
+    row["update_seconds"] = float(np.median(learning))
     return row
 
 
@@ -131,19 +140,20 @@ def draw(histories: dict[str, Sequence[Sequence[dict]]], path: Path) -> None:
         figure = Figure(figsize=(12, 3.8), layout="constrained")
         rate, tails, kl = figure.subplots(1, 3)
         for method, logs in histories.items():
-            for axes, key in ((rate, PASS_RATE), (tails, TAILS[0]), (tails, TAILS[1]), (kl, KL)):
+            for axes, key in ((rate, PASS_RATE), (tails, TAILS[0]), (tails, TAILS[1]), (kl, KL), (kl, STUDENT_KL)):
                 curves = [column(log, key) for log in logs]
                 if not all(len(steps) for steps, _ in curves):
                     continue
                 values = np.array([v for _, v in curves])
                 label = method if key != TAILS[0] else None
-                axes.plot(curves[0][0], values.mean(0), color=COLOURS[method], label=label, linewidth=1.4)
+                style = ":" if key == STUDENT_KL else "-"
+                axes.plot(curves[0][0], values.mean(0), style, color=COLOURS[method], label=label, linewidth=1.4)
                 if axes is rate:
                     low, high = values.min(0), values.max(0)
                     axes.fill_between(curves[0][0], low, high, color=COLOURS[method], alpha=0.12, linewidth=0)
         rate.set_title("held-out pass rate, sampled")
         tails.set_title("ratio pi / mu: 1 % and 99 % quantiles")
-        kl.set_title("KL(mu || pi), nats a token (k3)")
+        kl.set_title("KL(mu || pi), k3; dotted: KL(student || old)")
         log_scale(tails)
         log_scale(kl)
         for axes in (rate, tails, kl):

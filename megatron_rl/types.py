@@ -5,6 +5,8 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
+from megatron_rl.errors import UserError
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -95,6 +97,23 @@ class Batch:
     def lengths(self) -> np.ndarray:
         """[B] int64, tokens per trajectory."""
         return np.diff(self.cu_seqlens)
+
+    def check_finite(self) -> None:
+        """Raises UserError naming the column and the trajectory of the first trained token whose number is not finite."""
+        trained = self.mask > 0
+        per_token = {
+            name: column
+            for name in ("logmu", "logold", "logref", "token_advantages", "topk_logmu")
+            if (column := getattr(self, name)) is not None
+        }
+        spread = {name: np.repeat(getattr(self, name), self.lengths) for name in ("advantages", "rewards")}
+        for name, column in {**per_token, **spread}.items():
+            bad = trained & ~np.isfinite(column.reshape(len(trained), -1)).all(1)
+            if bad.any():
+                rows = np.searchsorted(self.cu_seqlens, np.flatnonzero(bad), side="right") - 1
+                raise UserError(
+                    f"{name} is not finite in trajectories {np.unique(self.ids[rows])[:20].tolist()}: the update is refused"
+                )
 
     def select(self, rows: np.ndarray) -> "Batch":
         """The batch of the given trajectories (row indices), in that order."""

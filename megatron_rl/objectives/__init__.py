@@ -42,9 +42,11 @@ def make_objective(spec: Mapping[str, Any]) -> Objective:
 
     Raises ConfigError with the nearest valid name for an unknown objective or key, or for an illegal value.
     """
+    if not isinstance(spec, Mapping):
+        raise ConfigError(f"an objective is {spec!r}; it must be a mapping such as {{name: drpo, delta: 0.04}}")
     options = dict(spec)
     name = options.pop("name", None)
-    if name not in OBJECTIVES:
+    if not isinstance(name, str) or name not in OBJECTIVES:
         raise ConfigError(f"unknown objective {name!r}; {suggest(name, OBJECTIVES)}")
     keys = [f.name for f in fields(OBJECTIVES[name])]
     for key in options:

@@ -64,6 +64,7 @@ class Objective(ABC):
 
     name: ClassVar[str] = ""
     default_norm: ClassVar[NormMode] = "token_mean"
+    uses_advantages: ClassVar[bool] = True
 
     @property
     def needs(self) -> frozenset[str]:
@@ -85,6 +86,9 @@ class Objective(ABC):
         What it returns there is dropped, but must be finite. On CPU `torch.where` and `masked_fill` cost 3 to 15 products.
         """
 
+    def check_values(self, x: LossInputs) -> None:  # noqa: B027  most methods take any finite number
+        """Raises UserError for values the method cannot take; called on CPU tensors only, x as in `per_token`."""
+
     def summary(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Metrics made of the means of others over a whole update, such as a ratio of two of them."""
         return {}
@@ -93,7 +97,7 @@ class Objective(ABC):
         """Loss of one micro-batch. Raises UserError naming a tensor that is missing or malformed.
 
         Values (finite numbers, a mask with tokens in it) are checked on CPU tensors; on a GPU that would stall the
-        stream, so callers use `LossInputs.validated` where they build the batch.
+        stream, so the trainer checks the columns of a batch on the host.
         """
         norm = inputs.norm or _as_norm(self.norm, self.default_norm)
         unused = {tensor: None for tensor in OPTIONAL if tensor not in self.needs}
@@ -101,11 +105,14 @@ class Objective(ABC):
         for tensor in sorted(self.needs):
             if getattr(inputs, tensor) is None:
                 raise UserError(f"objective {self.name} needs '{tensor}', which is missing from its inputs")
+        if inputs.advantages is None and self.uses_advantages:
+            raise UserError(f"objective {self.name} needs 'advantages', which is missing from its inputs")
         if inputs.logp.device.type == "cpu":
-            inputs.validated()
+            x = inputs.validated().cleaned()
+            self.check_values(x)
         else:
             inputs.check_shapes()
-        x = inputs.cleaned()
+            x = inputs.cleaned()
         token = self.per_token(x)
         loss_tok = token.loss * x.mask
         terms, term_metrics = self._terms(x)

@@ -37,6 +37,11 @@ class Correction(ABC):
         """True when the loss is multiplied by rho, which only a ratio without mu in it can bear."""
         return False
 
+    @property
+    def prefix(self) -> str:
+        """Of its metrics' names; one that has levels tells the sequence level apart."""
+        return f"{self.name}_sequence" if getattr(self, "level", "token") == "sequence" else self.name
+
     @abstractmethod
     def apply(self, x: LossInputs, numerator: str) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]: ...
 
@@ -57,7 +62,14 @@ class TIS(Correction):
     def apply(self, x: LossInputs, numerator: str) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
         rho = _rho(x, numerator, self.level)
         weight = rho.clamp(max=self.threshold)
-        return weight, None, {"tis/weight": weight, "tis/truncated": (rho > self.threshold).to(rho.dtype)}
+        return (
+            weight,
+            None,
+            {
+                f"{self.prefix}/weight": weight,
+                f"{self.prefix}/truncated": (rho > self.threshold).to(rho.dtype),
+            },
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +92,7 @@ class MIS(Correction):
     def apply(self, x: LossInputs, numerator: str) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
         rho = _rho(x, numerator, self.level)
         mask = (rho <= self.threshold).to(rho.dtype)
-        return (rho if self.weight else None), mask, {"mis/masked": 1 - mask}
+        return (rho if self.weight else None), mask, {f"{self.prefix}/masked": 1 - mask}
 
 
 @dataclass(frozen=True, kw_only=True)

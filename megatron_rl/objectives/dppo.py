@@ -15,6 +15,7 @@ from megatron_rl.objectives.ratio import RatioObjective
 
 DEFAULT_DELTA = {"tv": 0.15, "kl": 0.05}
 
+MOST_TOP_K = 64  # what engines are asked for at most: every token ships K pairs
 _EPSILON = 1e-8  # keeps the odds of a token that is all but certain finite
 _LEAST_REST = 1e-12  # mass of the tokens outside the top-K
 
@@ -114,7 +115,7 @@ class DPPOTopK(DPPO):
     """
 
     divergence: str = choice("tv", tuple(DEFAULT_DELTA), "total variation or KL")
-    top_k: int = integer(20, "how many of its likeliest tokens the engine reports")
+    top_k: int = integer(20, "how many of its likeliest tokens the engine reports", at_most=MOST_TOP_K)
     delta: float | None = positive(None, "bound of the divergence; unset: 0.15 for tv, 0.05 for kl")
 
     name: ClassVar = "dppo_topk"
@@ -126,6 +127,8 @@ class DPPOTopK(DPPO):
                 "objective dppo_topk: denominator is 'trainer_old', but the top-K of the trainer's old policy is not kept; "
                 "set denominator: rollout, or use dppo_tv or dppo_kl"
             )
+        if self.delta is None:
+            object.__setattr__(self, "delta", DEFAULT_DELTA[self.divergence])
 
     @property
     def needs(self) -> frozenset[str]:
@@ -133,7 +136,8 @@ class DPPOTopK(DPPO):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        return self._bounds(DEFAULT_DELTA[self.divergence] if self.delta is None else self.delta)
+        assert self.delta is not None  # resolved when built
+        return self._bounds(self.delta)
 
     def divergence_of(self, x: LossInputs) -> Tensor:
         """x.topk: logp of the trainer, logmu of the engine [B, T, K], constants."""

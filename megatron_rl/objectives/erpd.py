@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from torch.nn.functional import logsigmoid
 
+from megatron_rl.errors import UserError
 from megatron_rl.objectives.base import LossInputs, Objective, TokenLoss, choice, positive
 from megatron_rl.objectives.grpo import PPO
 from megatron_rl.objectives.inputs import NormMode
@@ -18,14 +19,31 @@ _POSITIVE = 0.5  # a reward below it makes a trajectory a negative one
 
 
 @dataclass(frozen=True, kw_only=True)
-class ErpdMSE(Objective):
+class _Outcome(Objective):
+    """An objective that takes the reward of a trajectory for the probability that it is right. Advantages are not used."""
+
+    uses_advantages: ClassVar[bool] = False
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | {"rewards"}
+
+    def check_values(self, x: LossInputs) -> None:
+        assert x.rewards is not None
+        low, high = x.rewards.aminmax()
+        if low < 0 or high > 1:
+            raise UserError(f"rewards reach from {low:g} to {high:g}; {self.name} needs them in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErpdMSE(_Outcome):
     r"""Pull the probability of every token towards the outcome of its trajectory.
 
         loss = c (pi - R)^2,    R in {0, 1},    c = negative_weight if R < 0.5 else 1
         dloss/dlogp = 2 c (pi - R) pi
 
     Stage 1 of arXiv 2605.25582. Rewards must lie in [0, 1]: pi is a probability, so others mean nothing here and are
-    not meant to be used. Advantages are not used. Negatives vanish as pi^2, positives as pi -> 0 and as pi -> 1. Early
+    not meant to be used. Negatives vanish as pi^2, positives as pi -> 0 and as pi -> 1. Early
     updates lower the positives too ("unlearning"), later ones bring them back: the log's pi_positive shows the turn.
     """
 
@@ -33,10 +51,6 @@ class ErpdMSE(Objective):
 
     name: ClassVar = "erpd_mse"
     default_norm: ClassVar[NormMode] = "token_mean"
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return super().needs | {"rewards"}
 
     def per_token(self, x: LossInputs) -> TokenLoss:
         """x: logp, rewards [B, T] -> loss [B, T]; there is no ratio, so no weight."""
@@ -67,15 +81,15 @@ class ErpdMSE(Objective):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ErpdCE(Objective):
+class ErpdCE(_Outcome):
     r"""Classify trajectories by their likelihood ratio to the old policy.
 
         R(y) = beta sum_t log(pi / pi_old)   (or beta mean_t),    l: reward in [0, 1]
         L_y = -l log sigma(R) - (1 - l) log(1 - sigma(R)),        L = mean of L_y over trajectories
         dL_y/dlogp_t = -beta (l - sigma(R))   (/ length for the mean)
 
-    Stage 1 of arXiv 2605.25582 (which prints the likelihood without the minus sign). Rewards must lie in [0, 1];
-    advantages are not used. The paper's beta lies in 0.001..0.05. Keep the norm: it makes L the mean over trajectories.
+    Stage 1 of arXiv 2605.25582 (which prints the likelihood without the minus sign). Rewards must lie in [0, 1].
+    The paper's beta lies in 0.001..0.05. Keep the norm: it makes L the mean over trajectories.
     """
 
     beta: float = positive(0.01, "reward per nat of log-ratio")
@@ -86,7 +100,7 @@ class ErpdCE(Objective):
 
     @property
     def needs(self) -> frozenset[str]:
-        return super().needs | {"rewards", "logold"}
+        return super().needs | {"logold"}
 
     def per_token(self, x: LossInputs) -> TokenLoss:
         """x: logp, logold, rewards [B, T] -> loss [B, T]: L_y / length in value, with the gradient above."""

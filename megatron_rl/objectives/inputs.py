@@ -70,9 +70,10 @@ class LossInputs:
     """
 
     logp: Tensor
-    logmu: Tensor | None
-    advantages: Tensor
-    mask: Tensor
+    logmu: Tensor | None = None
+    # Missing ones are refused before a method sees them; advantages may be missing where the method has no use for them.
+    advantages: Tensor = None  # type: ignore[assignment]
+    mask: Tensor = None  # type: ignore[assignment]
     logold: Tensor | None = None
     logref: Tensor | None = None
     rewards: Tensor | None = None
@@ -130,6 +131,8 @@ class LossInputs:
 
     def check_shapes(self) -> None:
         """Raises UserError naming the tensor whose shape or dtype is wrong; reads no values, so it is free on a GPU."""
+        if self.mask is None:
+            raise UserError("mask is missing: it must be 1 on trained response tokens and 0 elsewhere")
         if self.logp.ndim != 2:
             raise UserError(f"logp has shape {list(self.logp.shape)}; it must be [B, T]")
         shape = self.logp.shape
@@ -141,9 +144,7 @@ class LossInputs:
             tensor = getattr(self, name)
             if tensor is not None and tensor.dtype not in (torch.float32, torch.float64):
                 raise UserError(f"{name} is {tensor.dtype}; log-probabilities must be computed and kept in float32")
-        for tensor in self.topk or ():
-            if tensor.ndim != 3 or tensor.shape[:2] != shape or tensor.shape != self.topk[0].shape:  # type: ignore[index]
-                raise UserError(f"topk holds a tensor of shape {list(tensor.shape)}; both must be [{shape[0]}, {shape[1]}, K]")
+        self._check_topk()
         self._check_packing()
         for name in ("advantages", "rewards"):
             tensor = getattr(self, name)
@@ -153,6 +154,18 @@ class LossInputs:
                 raise UserError(f"{name} has shape {list(tensor.shape)}; packed inputs need one value a token, {list(shape)}")
             if tensor.shape != shape[:1]:
                 raise UserError(f"{name} has shape {list(tensor.shape)}; it must be [{shape[0]}] or {list(shape)}")
+
+    def _check_topk(self) -> None:
+        if self.topk is None:
+            return
+        if not isinstance(self.topk, (tuple, list)) or len(self.topk) != 2:
+            raise UserError("topk must be two tensors: logp and logmu of the engine's top-K tokens")
+        first, batch, length = self.topk[0], *self.logp.shape
+        for tensor in self.topk:
+            if tensor.ndim != 3 or tensor.shape[:2] != (batch, length) or tensor.shape != first.shape:
+                raise UserError(f"topk holds a tensor of shape {list(tensor.shape)}; both must be [{batch}, {length}, K]")
+            if tensor.dtype not in (torch.float32, torch.float64):
+                raise UserError(f"topk holds {tensor.dtype}; log-probabilities must be computed and kept in float32")
 
     def _check_packing(self) -> None:
         if self.seq_ids is None:
@@ -167,8 +180,9 @@ class LossInputs:
     def validated(self) -> Self:
         """These inputs, their shapes and values checked; raises UserError naming tensor, row and position.
 
-        Looking at values waits for the device. Objectives therefore do it by themselves on CPU tensors only; code that
-        feeds a GPU calls this where the batch is built. Checked where mask is 1: every number is finite.
+        Looking at values waits for the device. Objectives therefore do it by themselves on CPU tensors only; the trainer
+        checks the columns of a batch on the host (`Batch.check_finite`), before they go to a GPU. Checked where mask is 1:
+        every number is finite.
         """
         self.check_shapes()
         mask = self.mask.to(self.logp.dtype)
@@ -209,7 +223,7 @@ class LossInputs:
             self,
             logp=clean(self.logp),
             logmu=constant(self.logmu),
-            advantages=clean(self.advantages.detach()),
+            advantages=torch.zeros_like(mask) if self.advantages is None else clean(self.advantages.detach()),
             mask=mask,
             logold=constant(self.logold),
             logref=constant(self.logref),
@@ -240,10 +254,9 @@ class LossInputs:
         return sequences * (norm.horizon or self.mask.shape[1])
 
     def sequence_count(self) -> Tensor:
-        """0-d: sequences with at least one trained token."""
-        if self.seq_ids is None:
-            return (self.mask.sum(1) > 0).sum()
-        return (self._trained_by_row > 0).sum()
+        """0-d: sequences with at least one trained token; at least 1."""
+        trained = self.mask.sum(1) if self.seq_ids is None else self._trained_by_row
+        return (trained > 0).sum().clamp(min=1)
 
     def token_count(self, norm: LossNorm) -> int | Tensor:
         """Trained tokens of the whole optimizer batch; at least 1 when they are counted here."""

@@ -30,9 +30,9 @@ def nonnegative(default: float, doc: str, *, at_most: float = math.inf) -> Any:
     )
 
 
-def integer(default: int, doc: str, *, at_least: int = 1) -> Any:
-    """A whole number of at least `at_least`."""
-    return field(default=default, metadata={"kind": "integer", "doc": doc, "at_least": at_least})
+def integer(default: int, doc: str, *, at_least: int = 1, at_most: int = 1 << 31) -> Any:
+    """A whole number in [at_least, at_most]."""
+    return field(default=default, metadata={"kind": "integer", "doc": doc, "at_least": at_least, "at_most": at_most})
 
 
 def flag(default: bool, doc: str) -> Any:
@@ -59,10 +59,9 @@ def checked(owner: str, option: Field, value: Any) -> Any:
             raise ConfigError(f"{where} is {value!r}; it must be true or false ({rules['doc']})")
         return value
     if rules["kind"] == "integer":
-        if isinstance(value, bool) or not isinstance(value, int) or value < rules["at_least"]:
-            raise ConfigError(
-                f"{where} is {value!r}; it must be a whole number of at least {rules['at_least']} ({rules['doc']})"
-            )
+        low, high = rules["at_least"], rules["at_most"]
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ConfigError(f"{where} is {value!r}; it must be a whole number from {low} to {high} ({rules['doc']})")
         return value
     return _checked_number(where, rules, value)
 

@@ -20,8 +20,8 @@ class Naive(Objective):
 
     L_C of arXiv 2606.03070 with C = 1. It knows of no behaviour policy, hence neither of staleness nor of mismatch, and
     has no trust region: the unlikelier a negative response, the larger its term, and training collapses late.
-    Metrics (names begin with the objective's): s_p and s_n, the means over sequences of max(A, 0) S and max(-A, 0) S,
-    naive_loss = s_p - s_n, and s_ratio = s_n / s_p.
+    Metrics (names begin with the objective's): naive_loss, the L above; and of a whole update, by `summary`, s_p and s_n,
+    the means of S over positive and over negative responses, weighted by |A|, and s_ratio = s_n / s_p.
     """
 
     name: ClassVar = "naive"
@@ -32,20 +32,27 @@ class Naive(Objective):
         return TokenLoss(loss=-x.advantages * x.logp, sequence_metrics=self.scales(x))
 
     def scales(self, x: LossInputs) -> dict[str, Tensor]:
-        """What s_p, s_n and naive_loss are the sequence means of."""
+        """What naive_loss, and the sums that s_p and s_n are made of, are the sequence means of."""
         logp = x.logp.detach()
-        naive = -x.advantages * logp
-        positive = -x.advantages.relu() * logp
-        return {
-            f"{self.name}/naive_loss": naive,
-            f"{self.name}/s_p": positive,
-            f"{self.name}/s_n": positive - naive,
+        naive, positive = -x.advantages * logp, x.advantages.relu()
+        negative = positive - x.advantages
+        found = {
+            "naive_loss": naive,
+            "pull": -positive * logp,
+            "push": -negative * logp,
+            "positive": positive,
+            "negative": negative,
         }
+        return {f"{self.name}/{name}": value for name, value in found.items()}
 
     def summary(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """s_ratio; absent where no advantage is positive."""
-        positive, negative = (metrics.get(f"{self.name}/{name}", 0.0) for name in ("s_p", "s_n"))
-        return {f"{self.name}/s_ratio": negative / positive} if positive > 0 else {}
+        pull, push, positive, negative = (
+            metrics.get(f"{self.name}/{k}", 0.0) for k in ("pull", "push", "positive", "negative")
+        )
+        if positive <= 0 or negative <= 0 or pull <= 0:
+            return {}
+        s_p, s_n = pull / positive, push / negative
+        return {f"{self.name}/s_p": s_p, f"{self.name}/s_n": s_n, f"{self.name}/s_ratio": s_n / s_p}
 
 
 @dataclass(frozen=True, kw_only=True)

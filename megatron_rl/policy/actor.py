@@ -84,9 +84,13 @@ class Policy:
     def update(self, batch: Batch, objective: Objective, norm: LossNorm) -> UpdateStats:
         """One optimizer update on the whole batch. With ALP its forward alone is perturbed, anew in every update.
 
-        Raises PrecisionError naming trajectory ids when a loss, log-probability or gradient is not finite; parameters
-        and optimizer state are then untouched.
+        Raises PrecisionError naming trajectory ids when a loss, log-probability or gradient is not finite, UserError for
+        a column that is not; parameters and optimizer state are then untouched.
         """
+        try:
+            batch.check_finite()
+        except UserError as error:  # every rank holds the same batch
+            self.mesh.raise_everywhere(error)
         whole = global_norm(norm, batch, self.config.rollout.max_new_tokens)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()

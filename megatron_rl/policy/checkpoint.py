@@ -25,7 +25,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_rl.errors import CheckpointError
 from megatron_rl.policy.actor import Policy
-from megatron_rl.policy.complete import COMPLETE, newest_valid, what_is_wrong
+from megatron_rl.policy.complete import COMPLETE, PARTIAL, newest_valid, what_is_wrong
 from megatron_rl.weights.digest import tensor_digest
 
 __all__ = ["COMPLETE", "Checkpoints", "TrainState", "newest_valid", "parameter_digest", "what_is_wrong"]
@@ -81,7 +81,7 @@ class Checkpoints:
         """Write a checkpoint of `state`. wait: return only when it is complete."""
         self.finish(wait=True)
         final = self.path(state.number)
-        partial = final.with_name(final.name + ".partial")
+        partial = final.with_name(final.name + PARTIAL)
         if self.policy.mesh.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 COMPLETE = "complete.json"
+PARTIAL = ".partial"  # suffix of a checkpoint on its way
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[tuple[str, str]]]:
@@ -11,6 +12,8 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[tuple[str, str]]]:
     skipped: list[tuple[str, str]] = []
     for candidate in sorted(folder.glob("step_*"), reverse=True):
         reason = what_is_wrong(candidate)
+        if reason is None and candidate.suffix == PARTIAL:  # nobody who asks for it by its number would find it
+            reason = "half-written: it was not renamed any more"
         if reason is None:
             return candidate, skipped
         skipped.append((candidate.name, reason))

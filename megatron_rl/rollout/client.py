@@ -297,6 +297,15 @@ class EnginePool:
         """As the server names it; "default" for weights as SGLang loaded them."""
         return str(_field(self._run(self._controlled(url, "GET", "/model_info", None)), "weight_version", url))
 
+    def memory(self, url: str) -> str | None:
+        """Of the weights: "held", "released", or "empty" (taken back, nothing in it yet); None where a server does not say."""
+        answer = self._run(self._controlled(url, "GET", "/model_info", None))
+        return answer.get("memory") if isinstance(answer, dict) else None
+
+    def holds_weights(self, url: str) -> bool:
+        """False for a server that says its memory was given back; True where a server does not say."""
+        return self.memory(url) in ("held", None)
+
     def checksums(self, url: str) -> dict[str, str]:
         """Digest of every tensor the server holds, as it received it."""
         return dict(_field(self._control(url, "/weights_checker", {"action": "checksum"}), "checksums", url))

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from megatron_rl.config import Config
 from megatron_rl.errors import CheckpointError, ConfigError, UserError
 from megatron_rl.policy.checkpoint import Checkpoints, parameter_digest
 from megatron_rl.training.erpd_plan import ERPDPlan
-from megatron_rl.training.erpd_records import RoundRecords, round_record
+from megatron_rl.training.erpd_records import RoundRecords, mu_record, round_record
 from megatron_rl.training.erpd_signals import Signals, teacher_column
 from megatron_rl.training.records import Stopwatch
-from megatron_rl.training.rounds import STAGES, RoundFolder
+from megatron_rl.training.rounds import STAGES, TEACHER_RATES, RoundFolder
 from megatron_rl.training.run import Run
 from megatron_rl.training.stages import Stage, run_stage
 from megatron_rl.training.update import with_columns
@@ -48,6 +49,20 @@ def learn(run: Run, plan: ERPDPlan, batch: Batch, watch: Stopwatch) -> RoundReco
     Raises CheckpointError when pi_old is not what the round began with, KeyboardInterrupt when a stop was asked for.
     """
     return _Round(run, plan, batch, watch).learn()
+
+
+def asked_settings(config: Config, plan: ERPDPlan) -> dict[str, Any]:
+    """Every setting that a round's outcome depends on, by key: a round is ended with those it was begun with."""
+    sections = {"objective": plan, "optimizer": config.optimizer}
+    asked = {f"{name}.{key}": value for name, part in sections.items() for key, value in part.model_dump(mode="json").items()}
+    return asked | {
+        "objective.advantage": config.objective.advantage,
+        "objective.overlong_buffer": config.objective.overlong_buffer,
+        "model.path": str(config.model.path),
+        "precision.train": config.precision.train,
+        "rollout.temperature": config.rollout.temperature,
+        "run.seed": config.run.seed,
+    }
 
 
 def _folder(run: Run, step: int) -> RoundFolder:
@@ -84,19 +99,14 @@ class _Round:
             run_stage(run, self.folder, self._student_stage(signals))
             logp = self.policy.logprobs(self.batch)
         run.wake_engines()
-        record, student = self.mesh.on_lead(lambda: self._record(logp))
+        record, student, ratios = self.mesh.on_lead(lambda: self._record(logp))
         record |= {f"erpd/teacher/{name.removeprefix('eval/')}": rate for name, rate in rates.items()}
-        return RoundRecords(self.bare, student, self.student_objective, record)
+        return RoundRecords(self.bare, student, self.student_objective, record, ratios)
 
     def _begin(self) -> None:
         """Note pi_old and the settings of the round, or find them as they were; drop what earlier rounds need no more."""
         digest = parameter_digest(self.policy)
-        asked = {
-            "plan": self.plan.model_dump(mode="json"),
-            "optimizer.lr": self.run.config.optimizer.lr,
-            "optimizer.updates_per_step": self.run.config.optimizer.updates_per_step,
-            "run.seed": self.run.config.run.seed,
-        }
+        asked = asked_settings(self.run.config, self.plan)
         self.mesh.on_lead(lambda: self._note_beginning(digest, asked))
 
     def _note_beginning(self, digest: dict[str, str], asked: dict[str, Any]) -> None:
@@ -157,7 +167,7 @@ class _Round:
             batch=lambda _: self.batch,
             checkpoints=self.teacher,
             save_every=plan.save_every,
-            restart=self._restart,
+            restart=self._restart_teacher,
             kept=plan.kept,
         )
 
@@ -179,6 +189,11 @@ class _Round:
         digest = parameter_digest(self.policy)
         self.mesh.on_lead(lambda: self._compare(self.folder.note()["digest"], digest))
 
+    def _restart_teacher(self) -> None:
+        """What was measured of a teacher that is gone is not true of the next."""
+        self.mesh.on_lead(self.folder.forget_teacher)
+        self._restart()
+
     # Reporting ---------------------------------------------------------------------------------------------
 
     def _evaluate_teacher(self) -> dict[str, float]:
@@ -189,7 +204,7 @@ class _Round:
         run = self.run
         if run.config.eval.prompts == 0 or not run.due(self.step + 1, run.config.eval.every):
             return {}
-        rates: dict[str, float] | None = self.mesh.on_lead(lambda: self.folder.note().get("teacher_rates"))
+        rates: dict[str, float] | None = self.mesh.on_lead(lambda: self.folder.note().get(TEACHER_RATES))
         run.state = replace(run.state, version=run.state.version + 1)
         if rates is None:
             with self.watch("teacher_eval"):
@@ -197,14 +212,14 @@ class _Round:
                 run.wake_engines()
                 run.publish(run.state.version)
                 rates = self.mesh.on_lead(lambda: run.rollouts.evaluate(self.step + 1))
-                self.mesh.on_lead(lambda: self.folder.add_note(teacher_rates=rates))
+                self.mesh.on_lead(lambda: self.folder.add_note(**{TEACHER_RATES: rates}))
                 run.rest_engines()
         assert rates is not None
         self.run.say(f"step {self.step}: teacher, " + ", ".join(f"{k.removeprefix('eval/')} {v:.1%}" for k, v in rates.items()))
         return rates
 
-    def _record(self, logp: np.ndarray) -> tuple[dict[str, Any], list[dict[str, float]]]:
-        """The round's record, and those of the student's updates. logp [N]: of the student."""
+    def _record(self, logp: np.ndarray) -> tuple[dict[str, Any], list[dict[str, float]], dict[str, float]]:
+        """The round's record, those of the student's updates, and the ratios to mu. logp [N]: of the student."""
         columns = self.folder.columns()
         teacher = self.folder.updates(TEACHER, self.plan.teacher_updates)
         student = self.folder.updates(STUDENT, self.plan.student_updates)
@@ -218,4 +233,4 @@ class _Round:
             trained=self.trained,
             outcome=self.teacher_objective.name == "erpd_mse",
         )
-        return record, student
+        return record, student, mu_record(self.bare, columns["old"], logp)

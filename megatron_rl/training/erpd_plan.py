@@ -8,8 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError
-from megatron_rl.objectives import Objective, make_objective
+from megatron_rl.objectives import OBJECTIVES, Objective, make_objective
+from megatron_rl.objectives.erpd import ErpdMSE
 from megatron_rl.objectives.options import suggest
+from megatron_rl.objectives.ratio import RatioObjective
 from megatron_rl.perturbation.plan import alp_objective, check_ratio
 
 NAME = "erpd"
@@ -30,11 +32,20 @@ class SignalPlan(_Part):
     denominator: str = Field("old", description="old | unlearned@k | student@j | moving")
     updates: int = Field(16, ge=1)
 
+    @field_validator("teacher")
+    @classmethod
+    def _trained(cls, value: str | int) -> str | int:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"it is {value}, but a teacher has made at least 1 update")
+        return value
+
     @field_validator("denominator")
     @classmethod
     def _known(cls, value: str) -> str:
         if value not in ("old", "moving") and not re.fullmatch(r"(unlearned|student)@\d+", value):
             raise ValueError(f"it is {value!r}; {suggest(value, _DENOMINATORS)} (k teacher updates, j steps of the run)")
+        if re.fullmatch(r"unlearned@0+", value):
+            raise ValueError(f"it is {value!r}, but k is at least 1: before its first update the teacher is old")
         return value
 
     @property
@@ -60,7 +71,11 @@ class ERPDPlan(_Part):
     teacher_lr: float | None = Field(None, gt=0, description="default: optimizer.lr")
     keep: tuple[int, ...] | None = Field(None, description="teacher checkpoints kept, in updates; default: 10, 20, 30")
     save_every: int = Field(10, ge=1, description="updates between resumable checkpoints inside a stage")
-    signals: tuple[SignalPlan, ...] = Field((SignalPlan(),), min_length=1, description="followed one after the other")
+    signals: tuple[SignalPlan, ...] = Field(
+        (SignalPlan(),),
+        min_length=1,
+        description="followed one after the other; default: one, over the first of keep for erpd_mse, else over old",
+    )
     outliers: Literal["none", "negative_on_positives"] = "none"
     floor: float = Field(-20.0, lt=0, description="least log-probability of a teacher")
     student: dict[str, Any] = Field(default_factory=dict, description=f"keys of {STUDENT}")
@@ -79,6 +94,8 @@ class ERPDPlan(_Part):
         late = [k for k in self.keep or () if not 0 < k <= self.teacher_updates]
         if late:
             raise ValueError(f"keep names update {late[0]}, but the teacher makes updates 1 to {self.teacher_updates}")
+        if "signals" not in self.model_fields_set and self.teacher["name"] == ErpdMSE.name:
+            object.__setattr__(self, "signals", (SignalPlan(denominator=f"unlearned@{self._first_kept()}"),))
         for at, signal in enumerate(self.signals):
             for key, k in (("teacher", signal.teacher), ("denominator", signal.unlearned)):
                 if isinstance(k, int) and k not in (*self.kept, self.teacher_updates):
@@ -86,6 +103,14 @@ class ERPDPlan(_Part):
                         f"signals.{at}.{key} is the teacher after {k} updates, which is not kept: add {k} to keep = {self.kept}"
                     )
         return self
+
+    def _first_kept(self) -> int:
+        if not self.kept or self.kept[0] == self.teacher_updates:
+            raise ValueError(
+                f"{ErpdMSE.name} is measured against an early checkpoint of its own, but keep = {self.kept} names none before "
+                f"its last update {self.teacher_updates}: add one, or say what to measure against in signals"
+            )
+        return self.kept[0]
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -115,8 +140,17 @@ class ERPDPlan(_Part):
         raise IndexError(f"the student makes {self.student_updates} updates")
 
     def teacher_objective(self) -> Objective:
-        """Raises ConfigError for an illegal objective, or one that needs something of the engine's."""
-        return _without_engine("teacher", make_objective(self.teacher))
+        """A ratio's denominator is the trainer's old policy unless another is named. Raises ConfigError for an illegal
+        objective, or one that needs something of the engine's."""
+        kind = _ratio(self.teacher["name"])
+        if kind is None:
+            return _without_engine("teacher", make_objective(self.teacher))
+        if kind.always_over_mu:
+            raise ConfigError(
+                f"objective.teacher: {kind.name} cannot be a teacher: its loss is always weighted by pi / mu, but in erpd "
+                f"{_ENGINE['logmu']}; take one of {', '.join(_teachers())}"
+            )
+        return _without_engine("teacher", make_objective(_over_old(self.teacher)))
 
     def student_objective(self) -> Objective:
         """Raises ConfigError for an illegal key, or one that needs something of the engine's."""
@@ -153,6 +187,29 @@ def make_run_objective(config: Config) -> Objective:
             "alp.level is set, but erpd has two objectives: give the level in objective.teacher, objective.student"
         )
     return student
+
+
+def _ratio(name: str) -> type[RatioObjective] | None:
+    """The class of that name when it is an objective on a ratio."""
+    kind = OBJECTIVES.get(name)
+    return kind if kind is not None and issubclass(kind, RatioObjective) else None
+
+
+def _over_old(spec: Mapping[str, Any]) -> dict[str, Any]:
+    return {**spec, "denominator": spec.get("denominator") or "trainer_old"}
+
+
+def _teachers() -> list[str]:
+    """Objectives that can be a teacher with nothing set but their name."""
+    names = []
+    for name in OBJECTIVES:
+        kind = _ratio(name)
+        if name == STUDENT or (kind is not None and kind.always_over_mu):
+            continue
+        made = make_objective({"name": name} if kind is None else _over_old({"name": name}))
+        if not made.needs & _ENGINE.keys():
+            names.append(name)
+    return sorted(names)
 
 
 def _without_engine(key: str, objective: Objective) -> Objective:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_rl.diagnostics.mismatch import ratio_record
 from megatron_rl.objectives import Objective
 from megatron_rl.training.records import Stopwatch, batch_record, mean_update
 from megatron_rl.training.signals import explained_variance, kl_to_old, shift_table
@@ -16,18 +17,19 @@ Updates = Sequence[dict[str, float]]
 
 @dataclass(frozen=True)
 class RoundRecords:
-    """One round: its batch, its student's updates, and the record of kind "erpd" without its step."""
+    """One round: its batch, its student's updates, the record of kind "erpd" without its step, and `mu_record`'s ratios."""
 
     batch: Batch
     student: list[dict[str, float]]
     objective: Objective
     round: dict[str, Any]
+    ratios: dict[str, float]
 
     def records(self, step: int, version: int, watch: Stopwatch, truncated: float) -> list[dict[str, Any]]:
         """The round's record, and the step's, whose loss and gradient are the student's."""
         means = mean_update(self.student)
         step_record = batch_record(step, version, [self.batch], watch, truncated) | means | self.objective.summary(means)
-        return [{"kind": "erpd", "step": step, **self.round}, step_record]
+        return [{"kind": "erpd", "step": step, **self.round}, step_record | self.ratios]
 
 
 def round_record(
@@ -64,6 +66,20 @@ def round_record(
     if outcome:
         record["erpd/teacher/explained_variance"] = explained_variance(loge, rewards, trained)
     return record
+
+
+def mu_record(batch: Batch, logold: np.ndarray, logp: np.ndarray) -> dict[str, float]:
+    """Statistics against the engine's policy mu, empty when the batch carries no logmu.
+
+    `mismatch/...` is pi_old, the weights that sampled; `kl/...`, `ratio/...` and `dp/...` are the student after the round.
+    logold, logp [N]: of pi_old and of the student.
+    """
+    if batch.logmu is None:
+        return {}
+    trained = batch.mask > 0
+    logmu = batch.logmu[trained]
+    mismatch = {f"mismatch/{name}": value for name, value in ratio_record(logold[trained], logmu).items()}
+    return ratio_record(logp[trained], logmu) | mismatch
 
 
 def _clipped(update: dict[str, float]) -> float:

@@ -9,7 +9,7 @@ from megatron_rl.objectives.advantages import whiten_tokens
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.checkpoint import Checkpoints
 from megatron_rl.training.erpd_plan import ERPDPlan, SignalPlan
-from megatron_rl.training.rounds import RoundFolder
+from megatron_rl.training.rounds import TEACHER_COLUMN, RoundFolder
 from megatron_rl.training.signals import negative_on_positives, raw_signal
 from megatron_rl.types import Batch
 
@@ -75,4 +75,4 @@ class Signals:
 
 def teacher_column(updates: int) -> str:
     """Name of the column of the teacher after that many updates."""
-    return f"teacher@{updates}"
+    return f"{TEACHER_COLUMN}{updates}"

@@ -20,6 +20,8 @@ from megatron_rl.errors import CheckpointError
 from megatron_rl.types import Batch
 
 STAGES = ("teacher", "student")
+TEACHER_COLUMN = "teacher@"  # followed by the updates that the teacher had made
+TEACHER_RATES = "teacher_rates"
 _TRUNCATED = "truncated"
 
 
@@ -62,8 +64,16 @@ class RoundFolder:
             raise CheckpointError(f"{path} is damaged ({error}): {self.mend}") from error
 
     def add_note(self, **more: Any) -> None:
-        text = json.dumps({**self.note(), **more}, indent=1).encode()
-        self._write("round.json", lambda file: file.write(text))
+        self._write_note({**self.note(), **more})
+
+    def forget_teacher(self) -> None:
+        """Remove what was measured of this round's teacher: its columns and its pass rates."""
+        columns, note = self.columns(), self.note()
+        kept = {name: values for name, values in columns.items() if not name.startswith(TEACHER_COLUMN)}
+        if len(kept) < len(columns):
+            self._write_arrays("columns.npz", kept)
+        if note.pop(TEACHER_RATES, None) is not None:
+            self._write_note(note)
 
     def updates(self, stage: str, done: int) -> list[dict[str, float]]:
         """Records of the first `done` updates of a stage; later ones, which will be made again, are forgotten."""
@@ -78,11 +88,16 @@ class RoundFolder:
         return [json.loads(line) for line in lines[:done]]
 
     def add_update(self, stage: str, record: dict[str, float]) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / f"{stage}.jsonl").open("ab") as file:
-            file.write(json.dumps(record).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Raises CheckpointError when the line cannot be written."""
+        path = self.path / f"{stage}.jsonl"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as file:
+                file.write(json.dumps(record).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise _unwritable(path, error) from error
 
     def drop_checkpoints(self) -> None:
         """Remove the stages' checkpoints; batch, columns and notes stay."""
@@ -106,14 +121,22 @@ class RoundFolder:
     def _write_arrays(self, name: str, arrays: dict[str, np.ndarray]) -> None:
         self._write(name, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]  # keys are names
 
+    def _write_note(self, note: dict[str, Any]) -> None:
+        text = json.dumps(note, indent=1).encode()
+        self._write("round.json", lambda file: file.write(text))
+
     def _write(self, name: str, fill: Callable[[IO[bytes]], Any]) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
         partial = self.path / f"{name}.partial"
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
                 fill(file)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(self.path / name)
         except OSError as error:
-            raise CheckpointError(f"{self.path / name} cannot be written ({error}): free space there") from error
+            raise _unwritable(self.path / name, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be written ({error}): free space there")

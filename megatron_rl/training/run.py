@@ -1,9 +1,11 @@
 """One run: its ranks, policy, engines, task, log and checkpoints, brought up in order and taken down in reverse."""
 
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -132,6 +134,13 @@ class Run:
     def wake_engines(self) -> None:
         self.mesh.on_lead(lambda: self.resting.wake(self.pool))
 
+    def name_resting(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """At the end of a run that did not come to its own: say which engines of somebody else's it leaves resting."""
+        if kind is None or self.mesh.rank != 0 or not self.config.rollout.urls or not self.resting.urls:
+            return
+        urls = ", ".join(self.resting.urls)
+        print(f"engines left without their memory: {urls}; --resume of this run wakes them", file=sys.stderr, flush=True)
+
     def export(self) -> None:
         """Write the policy as a complete Hugging Face folder, `hf/` in the run folder. Collective."""
         self.policy.save_hf(self.config.run.folder / "hf")
@@ -162,6 +171,7 @@ def open_run(config: Config, *, resume: bool) -> Iterator[Run]:
         if "logref" in (objective.needs if plan is None else objective.needs | plan.teacher_objective().needs):
             policy.keep_reference()
         stack.push(run.checkpoints.leave)
+        stack.push(run.name_resting)
         if resume:
             found = run.checkpoints.load_newest()
             if found is None and mesh.rank == 0:
@@ -248,7 +258,10 @@ def _open_lead(run: Run, servers: EmbeddedServers | None, stack: ExitStack, stop
     need_logmu = "logmu" in needs or config.rollout.record_logmu
     run.rollouts = stack.enter_context(open_rollouts(config, urls, need_logmu=need_logmu, topk=topk))
     run.pool = run.rollouts.pool
-    run.resting.wake(run.pool)
+    if servers is None:
+        run.resting.wake(run.pool)
+    else:
+        run.resting.forget()  # engines of ours ended with the run that rested them
     run.log = stack.enter_context(RunLog(config.run.folder, resume_from=run.state.step))
     run.progress = stack.enter_context(ProgressLine(config.run.name, config.run.steps, run.state.step, enabled=True))
     for name in STOP_SIGNALS:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 SHIFT_EDGES = (0.0, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, np.inf)
-_POSITIVE = 0.5  # a trajectory of a larger reward is a positive one
+_POSITIVE = 0.5  # a trajectory of this reward or a larger one is a positive one
 
 
 def raw_signal(loge: np.ndarray, logden: np.ndarray, floor: float) -> np.ndarray:
@@ -25,7 +25,7 @@ def negative_on_positives(raw: np.ndarray, rewards: np.ndarray) -> np.ndarray:
 
     rewards [N]: the reward of each token's trajectory.
     """
-    return np.where(rewards > _POSITIVE, np.minimum(raw, 0.0), raw)
+    return np.where(rewards >= _POSITIVE, np.minimum(raw, 0.0), raw)
 
 
 def kl_to_old(logp: np.ndarray, logold: np.ndarray, trained: np.ndarray) -> float:

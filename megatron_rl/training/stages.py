@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from megatron_rl.objectives import Objective
+from megatron_rl.policy.actor import UpdateStats
 from megatron_rl.policy.checkpoint import Checkpoints
 from megatron_rl.training.records import update_record
 from megatron_rl.training.rounds import STAGES, RoundFolder
@@ -45,12 +47,15 @@ def run_stage(run: Run, folder: RoundFolder, stage: Stage) -> None:
         stats = run.policy.update(part, stage.objective, norm)
         done += 1
         stage.checkpoints.finish(wait=False)
-        if run.mesh.rank == 0:
-            record = update_record(part, stats)
-            folder.add_update(stage.name, record | stage.objective.summary(record))
+        run.mesh.on_lead(partial(_log_update, folder, stage, part, stats))
         if done in stage.kept or done == stage.updates or done % stage.save_every == 0:
             _save(run, stage, done, wait=done == stage.updates)
             run.say(f"step {run.state.step}: {stage.name} {done}/{stage.updates} | loss {stats.loss:.4g}")
+
+
+def _log_update(folder: RoundFolder, stage: Stage, part: Batch, stats: UpdateStats) -> None:
+    record = update_record(part, stats)
+    folder.add_update(stage.name, record | stage.objective.summary(record))
 
 
 def _enter(run: Run, folder: RoundFolder, stage: Stage) -> int:

@@ -1,7 +1,8 @@
 """One weight update over all engines: every one confirms the new version, or all go back to the old one.
 
 An engine confirms by naming the version and the digest of every tensor it holds. An engine that can neither confirm
-the new version nor be brought back to the old one is dropped: it may hold anything.
+the new version nor be brought back to the old one is dropped: it may hold anything. One whose memory was given back
+holds nothing at first, so it takes an update like the others, but may have nothing to go back to.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,8 @@ class Engines(Protocol):
 
     def weight_version(self, url: str) -> str: ...
 
+    def holds_weights(self, url: str) -> bool: ...
+
     def checksums(self, url: str) -> Digests: ...
 
     def flush(self, url: str) -> None: ...
@@ -61,18 +64,28 @@ def update_engines(engines: Engines, new: Version, old: Version) -> dict[str, st
     urls = list(engines.live_urls)
     if not urls:
         raise EngineError(f"weight version {new.number} has no engine to go to: every engine was dropped or none was started")
+    holds, mute = _each(urls, engines.holds_weights)
+    empty = {
+        url: EngineError(f"{url} held no weights before: its memory had been released")
+        for url in urls
+        if not holds.get(url, True)
+    }
+    if mute:
+        _abandon(engines, new, urls, empty, mute)
     _, unpaused = _each(urls, lambda url: engines.pause(url, "retract"))
     if unpaused:
-        _abandon(engines, new, urls, {}, unpaused)
+        _abandon(engines, new, urls, empty, unpaused)
     before: Mapping[str, Digests] = {}
     if old.digests is None:
-        before, silent = _each(urls, engines.checksums)
+        before, silent = _each([url for url in urls if url not in empty], engines.checksums)
         if silent:
-            _abandon(engines, new, urls, {}, silent)
+            _abandon(engines, new, urls, empty, silent)
     _, refused = _each(urls, lambda url: load_version(engines, url, new, new.digests))
     if refused:
-        _, lost = _each(urls, lambda url: load_version(engines, url, old, old.digests or before[url]))
-        _abandon(engines, new, urls, lost, refused)
+        lost = {} if old.digests is not None else empty  # a version whose digests are known can be loaded into any engine
+        back = [url for url in urls if url not in lost]
+        _, failed = _each(back, lambda url: load_version(engines, url, old, old.digests or before[url]))
+        _abandon(engines, new, urls, {**lost, **failed}, refused)
     _, stuck = _each(urls, engines.resume)
     dropped = {url: f"it holds weight version {new.number} but cannot resume: {error}" for url, error in stuck.items()}
     for url, reason in dropped.items():

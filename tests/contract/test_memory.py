@@ -1,5 +1,6 @@
 """An engine whose memory is given back while somebody else needs it."""
 
+import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,9 @@ from transformers import Qwen3ForCausalLM
 from megatron_rl.errors import EngineError
 from megatron_rl.rollout.client import EnginePool, GenerationRequest, SamplingParams
 from megatron_rl.training.resting import RestingEngines
+from megatron_rl.weights.digest import tensor_digest
+from megatron_rl.weights.hf import HFFolder
+from megatron_rl.weights.sync import DiskSync
 
 PROMPT = [5, 17, 250, 99, 3]
 
@@ -116,3 +120,104 @@ def test_engines_that_rest_are_woken_by_a_later_process(
             pool.generate([request])
         pool.update_weights_from_disk(url, write_weights(other_tensors, 8), 8)
         assert pool.generate([request])[0][0].tokens
+
+
+@pytest.fixture
+def resting(restored: httpx.Client, embedded_only: None, url: str, tmp_path: Path) -> RestingEngines:
+    """The note of a run that was killed while the server rests."""
+    resting = RestingEngines(tmp_path / "released.json")
+    with EnginePool([url]) as pool:
+        resting.rest(pool)
+    return resting
+
+
+def test_a_woken_engine_without_weights_is_brought_to_a_later_process_s_first_version(
+    resting: RestingEngines,
+    restored: httpx.Client,
+    url: str,
+    model_dir: Path,
+    tmp_path: Path,
+    other_tensors: dict[str, torch.Tensor],
+) -> None:
+    with EnginePool([url]) as pool:
+        resting.wake(pool)
+        assert pool.memory(url) == "empty" and not pool.holds_weights(url)
+    with EnginePool([url]) as pool:  # another one: the note is gone, the engine is empty
+        sync = DiskSync(pool, HFFolder(model_dir), tmp_path / "staging")
+        assert sync.push(iter(other_tensors.items()), 5).dropped == {}
+        assert pool.weight_version(url) == "5" and pool.holds_weights(url)
+        assert pool.checksums(url) == {name: tensor_digest(tensor) for name, tensor in other_tensors.items()}
+        sync.close()
+    assert ask(restored).json()["meta_info"]["weight_version"] == "5"
+
+
+class SpoilingPool(EnginePool):
+    """A real pool; the weights it is told to load are damaged right before, `times` times."""
+
+    times = 1
+
+    def update_weights_from_disk(self, url: str, folder: Path, version: int) -> None:
+        if self.times:
+            self.times -= 1
+            (folder / "model.safetensors").write_bytes(b"nothing")
+        super().update_weights_from_disk(url, folder, version)
+
+
+def test_an_empty_engine_is_dropped_when_its_first_update_fails_for_it_has_nothing_to_go_back_to(
+    resting: RestingEngines, url: str, model_dir: Path, tmp_path: Path, other_tensors: dict[str, torch.Tensor]
+) -> None:
+    with SpoilingPool([url]) as pool:
+        resting.wake(pool)
+        sync = DiskSync(pool, HFFolder(model_dir), tmp_path / "staging")
+        with pytest.raises(EngineError, match=f"weight version 5 is not served .*no engine is left; dropped: {url}"):
+            sync.push(iter(other_tensors.items()), 5)
+        assert pool.live_urls == ()
+        with pytest.raises(EngineError, match="held no weights before: its memory had been released"):
+            pool.generate([GenerationRequest("a", tuple(PROMPT), 1, SamplingParams(max_new_tokens=2))])
+        sync.close()
+
+
+def test_an_engine_that_rested_within_one_process_goes_back_to_the_version_before(
+    restored: httpx.Client,
+    embedded_only: None,
+    url: str,
+    model_dir: Path,
+    tmp_path: Path,
+    other_tensors: dict[str, torch.Tensor],
+) -> None:
+    resting = RestingEngines(tmp_path / "released.json")
+    with SpoilingPool([url]) as pool:
+        sync, pool.times = DiskSync(pool, HFFolder(model_dir), tmp_path / "staging"), 0
+        sync.push(iter(other_tensors.items()), 5)
+        resting.rest(pool)
+        resting.wake(pool)
+        pool.times = 1
+        with pytest.raises(EngineError, match="again serve"):
+            sync.push(iter((name, tensor + 1) for name, tensor in other_tensors.items()), 6)
+        assert pool.live_urls == (url,) and pool.weight_version(url) == "5" and pool.holds_weights(url)
+        sync.close()
+
+
+def test_an_engine_is_resumed_once_whoever_woke_it(resting: RestingEngines, restored: httpx.Client, url: str) -> None:
+    class CountingPool(EnginePool):
+        resumed = 0
+
+        def resume_memory(self, url: str) -> None:
+            self.resumed += 1
+            super().resume_memory(url)
+
+    restored.post("/resume_memory_occupation", json={}).raise_for_status()  # by a process killed before it could note it
+    with CountingPool([url]) as pool:
+        resting.wake(pool)
+        assert pool.resumed == 0 and resting.urls == []
+
+
+def test_an_engine_that_cannot_be_reached_stays_noted_and_the_others_wake(resting: RestingEngines, url: str) -> None:
+    gone = "http://127.0.0.1:9"
+    resting.note.write_text(json.dumps([gone, url]))
+    with EnginePool([gone, url]) as pool:
+        resting.wake(pool)
+        assert pool.memory(url) == "empty"
+    assert resting.urls == [gone]
+    resting.forget()
+    assert not resting.note.exists()

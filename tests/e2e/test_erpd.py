@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from megatron_rl.policy.complete import newest_valid
 from megatron_rl.report import write_report
 from tests.e2e.command import Command, records
+from tests.e2e.conftest import version_of
 from tests.e2e.test_bad_input import assert_refused
 from tests.e2e.test_resume import untimed
 
@@ -18,7 +20,13 @@ TEACHER, STUDENT = 12, 10  # updates
 ERPD_RUN = f"""\
 parallel: {{{{tensor: 2}}}}
 model: {{{{path: {{model}}}}}}
-rollout: {{{{prompts_per_step: 8, samples_per_prompt: 8, max_prompt_tokens: 4, max_new_tokens: 2, deterministic: true}}}}
+rollout:
+  prompts_per_step: 8
+  samples_per_prompt: 8
+  max_prompt_tokens: 4
+  max_new_tokens: 2
+  deterministic: true
+  record_logmu: true
 objective:
   name: erpd
   teacher: {{{{name: erpd_mse}}}}
@@ -81,6 +89,9 @@ def test_a_round_logs_both_stages_and_what_the_student_took_over(straight):
     first, second = records(straight, "erpd")
     assert "erpd/teacher/greedy" not in first and 0 <= second["erpd/teacher/greedy"] <= 1
     assert second["erpd/teacher/explained_variance"] is not None
+    for step in records(straight):
+        assert step["mismatch/ratio/min"] == pytest.approx(1, abs=1e-3) == step["mismatch/ratio/max"]
+        assert step["kl/k3"] > 1e-4 > step["mismatch/kl/k3"], "the student has left the policy that sampled"
     # pi_old of the first round is the policy after no step
     columns = arrays(straight / "erpd" / "step_000000" / "columns.npz")
     assert np.array_equal(columns["student@0"], columns["old"])
@@ -131,6 +142,29 @@ def test_a_round_stopped_and_killed_inside_either_stage_ends_bit_for_bit_like_an
         assert [untimed(r) for r in records(folder, kind)] == [untimed(r) for r in records(straight, kind)]
     ours, theirs = (load_file(run / "hf" / "model.safetensors") for run in (folder, straight))
     assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
+
+
+def test_servers_of_somebody_else_that_rest_when_a_run_stops_are_named_and_woken_by_resuming(start, arithmetic_model, tmp_path):
+    path, folder = configuration(tmp_path, arithmetic_model), tmp_path / "runs" / "rounds"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    server = start("serve", "--model", arithmetic_model, "--port", port, "--threads", "1")
+    server.until(lambda: version_of(url))
+    settings = ("run.steps=1", "eval.prompts=0", "parallel.tensor=1", f"rollout.urls=[{url}]")
+    command = start("train", path, *settings)
+    command.until(lambda: done(folder, 0, "teacher") >= 2)
+    command.interrupt()
+    result = command.wait()
+    assert result.code == 130, result.all
+    assert f"left without their memory: {url}; --resume of this run wakes them" in result.err, result.all
+    other = start("train", "--resume", path, *settings, "rollout.temperature=0.5", "optimizer.weight_decay=0.5").wait()
+    assert other.code == 2 and "begun with other settings (optimizer.weight_decay, rollout.temperature)" in other.err, other.all
+    assert "without their memory" not in other.err, "it was woken and given weights before the round was looked at"
+    result = start("train", "--resume", path, *settings).wait()
+    assert result.code == 0, result.all
+    assert not (folder / "engines_released.json").exists() and version_of(url) == "2"
 
 
 def test_a_policy_that_is_not_the_one_the_round_began_with_is_refused(cli, arithmetic_model, tmp_path, straight):

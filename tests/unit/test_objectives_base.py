@@ -156,6 +156,34 @@ def test_a_missing_tensor_is_refused_by_name_and_an_unneeded_one_is_never_touche
 
 
 @every_objective
+def test_only_what_is_needed_has_to_be_given(spec):
+    objective, x = spec.make(), batch(5, [3, 3])
+    given = {name: getattr(x, name) for name in ("logp", "mask", *objective.needs)}
+    if objective.uses_advantages:
+        with pytest.raises(UserError, match="needs 'advantages'"):
+            objective(LossInputs(**given))
+        given["advantages"] = x.advantages
+    assert objective(LossInputs(**given)).loss.item() == objective(x).loss.item()
+    with pytest.raises(UserError, match="mask is missing"):
+        objective(LossInputs(**{**given, "mask": None}))
+
+
+@pytest.mark.parametrize("wrong", ["one", "single", "flat", "half"])
+def test_a_malformed_top_k_is_refused(wrong):
+    x = batch(5, [3, 3])
+    logp, logmu = x.topk
+    given = {"one": logp, "single": (logp,), "flat": (logp[..., 0], logmu[..., 0]), "half": (logp.half(), logmu.half())}
+    with pytest.raises(UserError, match="topk"):
+        make_objective({"name": "dppo_topk"})(replace(x, topk=given[wrong]))
+
+
+@pytest.mark.parametrize("spec", ["drpo", None, {"name": ["drpo"]}, [("name", "drpo")]])
+def test_an_objective_is_asked_for_by_a_mapping_with_a_name(spec):
+    with pytest.raises(ConfigError):
+        make_objective(spec)
+
+
+@every_objective
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_number_that_is_not_finite_is_refused_by_tensor_and_position(spec, value):
     objective = spec.make()

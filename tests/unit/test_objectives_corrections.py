@@ -158,3 +158,12 @@ def test_a_weight_stays_finite_where_the_policies_are_worlds_apart():
     out = make_objective({**PPO, "corrections": [{"name": "mis", "threshold": 1e300, "level": "sequence"}]})(x)
     assert out.loss.isfinite()
     assert out.loss_tok[0, 0].item() == pytest.approx(-math.exp(20.1), rel=1e-9)
+
+
+def test_two_corrections_of_one_kind_keep_their_own_metrics():
+    both = [{"name": "mis", "threshold": 1.0}, {"name": "mis", "threshold": 1.0, "level": "sequence"}]
+    together = make_objective({**PPO, "corrections": both})(inputs()).metrics
+    for correction, key in zip(both, ("mis/masked", "mis_sequence/masked"), strict=True):
+        alone = make_objective({**PPO, "corrections": [correction]})(inputs()).metrics
+        assert together[key] == alone[key]
+    assert together["mis/masked"] != together["mis_sequence/masked"]

@@ -244,3 +244,11 @@ def test_the_stages_ask_for_what_they_use_and_no_more():
 def test_an_illegal_option_is_refused(spec, message):
     with pytest.raises(ConfigError, match=message):
         make_objective(spec)
+
+
+@pytest.mark.parametrize("name", ["erpd_mse", "erpd_ce"])
+@pytest.mark.parametrize("reward", [-0.1, 7.0])
+def test_a_reward_that_is_no_probability_is_refused(name, reward):
+    x = inputs(LOGE, rewards=f64([reward, 0]), logold=f64(LOGOLD))
+    with pytest.raises(UserError, match=f"{name} needs them in"):
+        make_objective({"name": name})(x)

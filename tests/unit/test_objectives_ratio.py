@@ -193,7 +193,7 @@ DEFAULTS = {
     "minirl": {"clip_low": 0.2, "clip_high": 0.27, "truncation": 5.0, "denominator": "trainer_old", "norm": "token_mean"},
     "dppo_tv": {"delta": 0.15, "truncation": 20.0, "norm": SUMMED},
     "dppo_kl": {"delta": 0.05, "truncation": 20.0, "norm": SUMMED},
-    "dppo_topk": {"divergence": "tv", "top_k": 20, "truncation": 20.0, "norm": SUMMED},
+    "dppo_topk": {"divergence": "tv", "delta": 0.15, "top_k": 20, "truncation": 20.0, "norm": SUMMED},
     "drpo": {"delta": 0.04, "norm": SUMMED},
 }
 

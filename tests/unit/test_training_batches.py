@@ -118,3 +118,23 @@ def test_updates_are_whole_groups_and_together_the_whole_batch(sizes, data):
     assert sum(len(found) for found in groups) == len(sizes), "a group is in two updates"
     assert sum(part.mask.sum() for part in parts) == batch.mask.sum()
     assert max(map(len, groups)) - min(map(len, groups)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("column", "bad_id"), [("logmu", 101), ("token_advantages", 101), ("advantages", 102), ("rewards", 102)]
+)
+def test_a_column_that_is_not_finite_names_its_trajectory(column, bad_id):
+    batch = make_batch(THREE, "mean")
+    columns = {"logmu": batch.logmu, "token_advantages": batch.mask, "advantages": batch.advantages, "rewards": batch.rewards}
+    values = columns[column].astype(np.float32)
+    row = int(np.flatnonzero(batch.ids == bad_id)[0])
+    values[row if len(values) == len(batch) else batch.cu_seqlens[row + 1] - 1] = np.nan
+    batch.check_finite()
+    with pytest.raises(UserError, match=rf"{column} is not finite in trajectories \[{bad_id}\]"):
+        replace(batch, **{column: values}).check_finite()
+
+
+def test_numbers_of_tokens_that_are_not_trained_do_not_matter():
+    batch = make_batch(THREE, "mean")
+    logmu = np.where(batch.mask > 0, batch.logmu, np.nan)
+    replace(batch, logmu=logmu).check_finite()

@@ -16,8 +16,29 @@ def plan(**keys):
 def test_a_teacher_is_all_a_plan_needs():
     made = plan()
     assert (made.teacher_updates, made.kept, made.save_every, made.student_updates) == (50, (10, 20, 30), 10, 16)
-    assert [(s.teacher, s.denominator, s.updates) for s in made.signals] == [("last", "old", 16)]
+    assert [(s.teacher, s.denominator, s.updates) for s in made.signals] == [("last", "unlearned@10", 16)]
     assert made.student_objective().needs == {"logold"}
+
+
+def test_only_a_teacher_of_outcome_regression_is_measured_against_itself_by_default():
+    assert plan(keep=[5, 20]).signals[0].unlearned == 5
+    assert plan(signals=[{}]).signals[0].denominator == "old"
+    for name in ("erpd_ce", "sapo"):
+        assert [s.denominator for s in plan(teacher={"name": name}).signals] == ["old"]
+
+
+@pytest.mark.parametrize("name", ["sapo", "grpo", "ppo", "dapo", "gspo", "cispo", "drpo"])
+def test_a_ratio_teacher_compares_to_the_trainer_s_own_old_policy_unless_told_otherwise(name):
+    objective = plan(teacher={"name": name}).teacher_objective()
+    assert objective.denominator == "trainer_old" and "logmu" not in objective.needs and "logold" in objective.needs
+
+
+@pytest.mark.parametrize("name", ["dppo_tv", "dppo_kl", "dppo_topk", "minirl"])
+def test_objectives_that_always_weigh_by_the_engine_s_policy_cannot_be_teachers(name):
+    with pytest.raises(ConfigError, match=f"{name} cannot be a teacher: .*take one of .*erpd_ce, erpd_mse.*sapo") as refusal:
+        plan(teacher={"name": name})
+    offered = str(refusal.value).rpartition("take one of ")[2].split(", ")
+    assert name not in offered and all(plan(teacher={"name": other}).teacher_updates for other in offered)
 
 
 def test_the_default_checkpoints_are_those_the_teacher_reaches():
@@ -44,6 +65,11 @@ def test_older_students_are_named_by_steps_of_the_run():
         ({"signals": [{"denomnator": "old"}]}, ["objective.signals.0.denomnator", "did you mean 'denominator'"]),
         ({"signals": [{"denominator": "unlearnt@10"}]}, ["objective.signals.0.denominator", "unlearned@k"]),
         ({"signals": [{"denominator": "unlearned@7"}]}, ["signals.0.denominator", "after 7 updates", "add 7 to keep"]),
+        ({"signals": [{"denominator": "unlearned@0"}]}, ["signals.0.denominator", "at least 1"]),
+        ({"signals": [{"teacher": 0}]}, ["signals.0.teacher", "at least 1 update"]),
+        ({"signals": [{"teacher": -3}]}, ["signals.0.teacher", "at least 1 update"]),
+        ({"teacher_updates": 5}, ["keep = ()", "erpd_mse", "last update 5", "signals"]),
+        ({"teacher_updates": 10}, ["keep = (10,)", "names none before"]),
         ({"signals": [{"teacher": 7}]}, ["signals.0.teacher", "after 7 updates"]),
         ({"signals": []}, ["objective.signals"]),
         ({"keep": [60]}, ["keep names update 60", "1 to 50"]),

@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 
+from megatron_rl.objectives import make_objective
 from megatron_rl.policy.actor import UpdateStats
 from megatron_rl.training.batches import make_batch, split_updates
+from megatron_rl.training.erpd_records import RoundRecords, mu_record
 from megatron_rl.training.records import Stopwatch, step_record
 from megatron_rl.types import Batch, Trajectory
 
@@ -64,6 +66,24 @@ def test_the_mismatch_of_equal_weights_is_that_of_the_first_update_alone():
 
 def test_without_behaviour_log_probabilities_no_ratio_is_claimed():
     assert not [name for name in record_of(parts(logmu=False)) if name.startswith(("ratio", "kl", "mismatch", "dp"))]
+
+
+@pytest.mark.parametrize("logmu", [True, False])
+def test_a_round_compares_old_policy_and_student_with_the_engine_s_where_it_reported_any(logmu):
+    batch = make_batch(
+        [Trajectory(i, 0, "p", (5, 6), (7, 8), (-1.0, -1.0) if logmu else None, "stop", reward=float(i)) for i in range(2)],
+        "mean",
+    )
+    trained = batch.mask > 0
+    logold, logp = (np.where(trained, value, 9.0).astype(np.float32) for value in (-1.0, -2.0))
+    update = {"loss": 1.0, "grad_norm": 1.0, "lr": 0.1, "entropy": 0.5, "tokens": 4.0}
+    made = RoundRecords(batch, [update], make_objective({"name": "erpd_distill"}), {}, mu_record(batch, logold, logp))
+    step = made.records(0, 1, Stopwatch(), 0.0)[1]
+    if logmu:
+        assert step["mismatch/ratio/max"] == 1 and step["mismatch/kl/k1"] == 0
+        assert step["kl/k1"] == 1 and step["ratio/max"] == step["ratio/min"] == pytest.approx(math.exp(-1))
+    else:
+        assert not [name for name in step if name.startswith(("ratio", "kl", "mismatch", "dp"))]
 
 
 def test_a_stopwatch_adds_up_the_phases_of_a_step():

@@ -1,10 +1,15 @@
 """The folder of a round: whole files or none, and the order in which a stage goes through its batch."""
 
+import json
+
 import numpy as np
 import pytest
 
+from megatron_rl.config import make_config
 from megatron_rl.errors import CheckpointError
 from megatron_rl.training.batches import make_batch
+from megatron_rl.training.erpd import asked_settings
+from megatron_rl.training.erpd_plan import plan_of
 from megatron_rl.training.rounds import RoundFolder
 from megatron_rl.training.update import epoch_part
 from megatron_rl.types import Batch, Trajectory
@@ -53,6 +58,54 @@ def test_columns_and_notes_add_up(folder):
     folder.add_note(b=[2])
     assert folder.note() == {"a": 1, "b": [2]}
     assert not list(folder.path.glob("*.partial"))
+
+
+def test_what_was_measured_of_a_teacher_that_is_gone_is_forgotten_alone(folder):
+    folder.forget_teacher()
+    assert not folder.path.exists()
+    for name in ("old", "teacher@5", "student@0", "teacher@50"):
+        folder.add_column(name, np.zeros(3, dtype=np.float32))
+    folder.add_note(digest={"rank 0": "a"}, teacher_rates={"eval/greedy": 0.5})
+    folder.forget_teacher()
+    assert folder.columns().keys() == {"old", "student@0"} and folder.note() == {"digest": {"rank 0": "a"}}
+
+
+def test_an_update_that_cannot_be_logged_is_an_error_that_names_the_file(folder):
+    (folder.path / "teacher.jsonl").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"step_000003/teacher\.jsonl cannot be written .*free space"):
+        folder.add_update("teacher", {"loss": 0.5})
+
+
+def settings(tree: dict) -> dict:
+    base = {"model": {"path": "m"}, "objective": {"name": "erpd", "teacher": {"name": "erpd_mse"}}}
+    config = make_config({name: {**base.get(name, {}), **tree.get(name, {})} for name in {*base, *tree}})
+    return asked_settings(config, plan_of(config))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("optimizer", "lr", 0.5),
+        ("optimizer", "weight_decay", 0.5),
+        ("optimizer", "warmup_updates", 7),
+        ("rollout", "temperature", 0.5),
+        ("precision", "train", "bf16"),
+        ("objective", "advantage", "grpo"),
+        ("objective", "overlong_buffer", 2),
+        ("objective", "teacher_updates", 60),
+        ("objective", "student", {"clip_high": 0.3}),
+        ("model", "path", "other"),
+        ("run", "seed", 5),
+    ],
+)
+def test_a_round_notes_each_setting_its_outcome_depends_on(section, key, value):
+    before, after = settings({}), settings({section: {key: value}})
+    assert [name for name in after if after[name] != before[name]] == [f"{section}.{key}"]
+    assert json.loads(json.dumps(after)) == after, "it is compared with what a file holds"
+
+
+def test_settings_that_a_round_does_not_depend_on_may_change():
+    assert settings({"run": {"steps": 7, "save_every": 3}, "rollout": {"timeout_s": 5}}) == settings({})
 
 
 def test_updates_after_the_resumed_one_and_a_line_cut_short_are_forgotten(folder):

@@ -4,10 +4,13 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_rl.objectives import LossInputs
 from megatron_rl.objectives.advantages import whiten_tokens
+from megatron_rl.objectives.erpd import ErpdMSE
 from megatron_rl.training.signals import (
     SHIFT_EDGES,
     explained_variance,
@@ -38,6 +41,12 @@ def test_the_signal_of_an_unlearned_policy_in_worked_numbers():
     raw = raw_signal(LOGE, LOGUN, FLOOR)
     np.testing.assert_allclose(raw, [0.5, 1.3, -0.3, -0.5, -0.1, -2.2], atol=1e-12)
     np.testing.assert_allclose(negative_on_positives(raw, REWARDS), [0, 0, -0.3, -0.5, -0.1, -2.2], atol=1e-12)
+
+
+def test_a_reward_of_one_half_is_positive_here_as_it_is_for_the_teacher():
+    assert negative_on_positives(np.ones(3), np.array([0.49, 0.5, 0.51])).tolist() == [1, 0, 0]
+    inputs = LossInputs(logp=-torch.ones(1, 3), mask=torch.ones(1, 3), rewards=torch.tensor([[0.49, 0.5, 0.51]]))
+    assert ErpdMSE().per_token(inputs).metrics["erpd_mse/positives"].tolist() == [[0, 1, 1]]
 
 
 @given(logprobs)
