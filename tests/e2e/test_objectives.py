@@ -8,6 +8,7 @@ import pytest
 from megatron_rl.objectives import OBJECTIVES
 from tests.e2e.command import Command, records
 from tests.e2e.conftest import version_of
+from tests.parallel.group import RankGroup
 
 STEPS = 3
 KEYS = {
@@ -30,6 +31,14 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
+def ranks():
+    """A group of its own: each run joins a world and leaves it, which ranks that others use must not."""
+    group = RankGroup(2)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="module")
 def server(arithmetic_model, tmp_path_factory):
     """One engine for all runs; each publishes its own weights to it before it samples."""
     port = free_port()
@@ -44,7 +53,7 @@ def server(arithmetic_model, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_objective_trains_at_tensor_parallel_two(two_ranks, server, small_run, run_folder, name):
+def test_every_objective_trains_at_tensor_parallel_two(ranks, server, small_run, run_folder, name):
     keys = TEACHER if name == "erpd" else KEYS.get(name, "")
     overrides = [
         f"objective={{name: {name}{', ' if keys else ''}{keys}}}",
@@ -55,7 +64,7 @@ def test_every_objective_trains_at_tensor_parallel_two(two_ranks, server, small_
         "run.save_every=0",
         "rollout.samples_per_prompt=32",
     ]
-    answers = two_ranks.run("tests.e2e.objective_steps", "train_run", file=small_run, overrides=overrides, port=free_port())
+    answers = ranks.run("tests.e2e.objective_steps", "train_run", file=small_run, overrides=overrides, port=free_port())
     steps = records(run_folder)
     assert [r["step"] for r in steps] == list(range(STEPS))
     assert all(math.isfinite(r["loss"]) and math.isfinite(r["grad_norm"]) for r in steps)
@@ -68,7 +77,7 @@ def test_every_objective_trains_at_tensor_parallel_two(two_ranks, server, small_
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_perturbed_layers_train_and_say_what_the_noise_did(two_ranks, server, small_run, run_folder, level):
+def test_perturbed_layers_train_and_say_what_the_noise_did(ranks, server, small_run, run_folder, level):
     overrides = [
         "objective={name: ppo, advantage: grpo}",
         f"alp={{enabled: true, sigma_init: 0.01, level: {level}}}",
@@ -79,7 +88,7 @@ def test_perturbed_layers_train_and_say_what_the_noise_did(two_ranks, server, sm
         "run.save_every=0",
         "rollout.samples_per_prompt=32",
     ]
-    answers = two_ranks.run("tests.e2e.objective_steps", "train_run", file=small_run, overrides=overrides, port=free_port())
+    answers = ranks.run("tests.e2e.objective_steps", "train_run", file=small_run, overrides=overrides, port=free_port())
     steps = records(run_folder)
     assert [r["step"] for r in steps] == list(range(STEPS))
     assert answers[0]["before"] != answers[0]["after"], "the weights did not move"
