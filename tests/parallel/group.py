@@ -1,6 +1,7 @@
 """Long-lived groups of ranks: processes that join one gloo world once and run many checks inside it."""
 
 import faulthandler
+import gc
 import importlib
 import multiprocessing
 import os
@@ -31,6 +32,7 @@ def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
     faulthandler.register(STUCK, all_threads=False)
     while True:
+        gc.collect()  # models of the last check hold each other, and with them the threads of its process groups
         try:
             module, function, kwargs = pipe.recv()
         except EOFError:
