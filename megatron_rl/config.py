@@ -46,8 +46,22 @@ class ParallelConfig(_Block):
 
 
 class PrecisionConfig(_Block):
-    train: Literal["fp32", "bf16"] = "fp32"
-    rollout: Literal["fp32", "bf16"] = "fp32"
+    train: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="parameters and activations of the trainer; fp32 masters"
+    )
+    recipe: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8", "nvfp4"] = Field(
+        "none", description="how the layers' matrix products are quantised in training, named as in megatron-core"
+    )
+    format: Literal["e4m3", "hybrid"] = Field("e4m3", description="of FP8 gradients: hybrid takes e5m2 for them")
+    pow2_scales: bool = Field(False, description="blockwise: scales are powers of two (Transformer Engine's own default)")
+    first_last_bf16: bool = Field(False, description="the first and the last layer are not quantised, on neither side")
+    fp32_lm_head: bool = Field(False, description="log-probabilities from a float32 product with the output weights")
+    rollout: Literal["fp32", "bf16", "fp16", "fp8_blockwise", "fp8_blockwise_pow2", "int8"] = Field(
+        "fp32", description="weights of the engines; the quantised ones compute in bf16"
+    )
+    rollout_activations: Literal["none", "fp8"] = Field(
+        "none", description="fp8: engines quantise the inputs of quantised layers, 1 x 128 per token"
+    )
 
 
 class RolloutConfig(_Block):
