@@ -32,6 +32,7 @@ class DPPO(RatioObjective):
     own before the update (the `recompute` variants), while r stays pi / mu. Moving back towards q is always allowed.
     """
 
+    delta: float | None
     delta_low: float | None = positive(None, "bound of the divergence for A <= 0; delta when unset")
     delta_high: float | None = positive(None, "bound of the divergence for A > 0; delta when unset")
     truncation: float = positive(20.0, "upper bound of the weight pi / mu")
@@ -40,9 +41,11 @@ class DPPO(RatioObjective):
     always_over_mu: ClassVar = True
 
     @property
-    @abstractmethod
     def bounds(self) -> tuple[float, float]:
         """delta_low, delta_high, each with delta in its place when unset."""
+        assert self.delta is not None  # every kind of DPPO resolves it when built
+        low, high = self.delta_low, self.delta_high
+        return self.delta if low is None else low, self.delta if high is None else high
 
     @abstractmethod
     def divergence_of(self, x: LossInputs) -> Tensor:
@@ -63,22 +66,14 @@ class DPPO(RatioObjective):
             metrics={"divergence": divergence} | {name: flag.to(ratio.dtype) for name, flag in flags.items()},
         )
 
-    def _bounds(self, delta: float) -> tuple[float, float]:
-        low, high = self.delta_low, self.delta_high
-        return delta if low is None else low, delta if high is None else high
-
 
 @dataclass(frozen=True, kw_only=True)
 class DPPOTV(DPPO):
     """Binary total variation: the sampled token against all others. D = |pi - q|."""
 
-    delta: float = positive(DEFAULT_DELTA["tv"], "bound of |pi - q|")
+    delta: float | None = positive(DEFAULT_DELTA["tv"], "bound of |pi - q|")
 
     name: ClassVar = "dppo_tv"
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        return self._bounds(self.delta)
 
     def divergence_of(self, x: LossInputs) -> Tensor:
         return (x.logp.detach().exp() - getattr(x, self.below).exp()).abs()
@@ -88,13 +83,9 @@ class DPPOTV(DPPO):
 class DPPOKL(DPPO):
     """Binary KL: the sampled token against all others. D = q log(q / pi) + (1 - q) log((1 - q) / (1 - pi))."""
 
-    delta: float = positive(DEFAULT_DELTA["kl"], "bound of the divergence, in nats")
+    delta: float | None = positive(DEFAULT_DELTA["kl"], "bound of the divergence, in nats")
 
     name: ClassVar = "dppo_kl"
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        return self._bounds(self.delta)
 
     def divergence_of(self, x: LossInputs) -> Tensor:
         base = getattr(x, self.below)
@@ -133,11 +124,6 @@ class DPPOTopK(DPPO):
     @property
     def needs(self) -> frozenset[str]:
         return super().needs | {"topk"}
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        assert self.delta is not None  # resolved when built
-        return self._bounds(self.delta)
 
     def divergence_of(self, x: LossInputs) -> Tensor:
         """x.topk: logp of the trainer, logmu of the engine [B, T, K], constants."""

@@ -120,3 +120,13 @@ def records(run: Path, kind: str = "step") -> list[dict[str, Any]]:
     lines = log.read_text().splitlines(keepends=True) if log.is_file() else []
     found = [json.loads(line) for line in lines if line.endswith("\n")]
     return [record for record in found if record["kind"] == kind]
+
+
+def assert_refused(result: Result, kind: str, *words: object) -> None:
+    """One paragraph on stderr, of this kind of error, with these words in it, and nothing besides."""
+    assert result.code == 2, result.all
+    paragraph = result.err.strip()
+    assert paragraph.startswith(f"{kind}: ") and "\n" not in paragraph, result.all
+    for word in words:
+        assert str(word) in paragraph, result.all
+    assert result.out == "", result.all

@@ -1,6 +1,8 @@
 """Commands that are ended with their test, and the models they run on."""
 
 import socket
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from megatron_rl import cli as command_line
 from tests.e2e.command import Command, Result
 from tests.e2e.models import make_arithmetic_model
 
@@ -106,3 +109,19 @@ def cli(start: Callable[..., Command]) -> Callable[..., Result]:
         return start(*arguments, **environment).wait()
 
     return cli
+
+
+@pytest.fixture
+def refused(monkeypatch, capfd, tmp_path) -> Callable[..., Result]:
+    """Runs a command inside this process, where nothing has to be imported again: it ends before it starts another."""
+
+    def refused(*arguments: object) -> Result:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["megatron-rl", *map(str, arguments)])
+        started = time.monotonic()
+        with pytest.raises(SystemExit) as ended:
+            command_line.main()
+        out, err = capfd.readouterr()
+        return Result(int(ended.value.code), out, err, time.monotonic() - started)
+
+    return refused

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.e2e.command import Result, records
+from tests.e2e.command import assert_refused, records
 
 WEIGHTS = "model.safetensors"
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -27,16 +27,6 @@ def rewrite(model: Path, change) -> None:
     save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
 
 
-def assert_refused(result: Result, kind: str, *words: object) -> None:
-    """One paragraph on stderr, of this kind of error, with these words in it, and nothing besides."""
-    assert result.code == 2, result.all
-    paragraph = result.err.strip()
-    assert paragraph.startswith(f"{kind}: ") and "\n" not in paragraph, result.all
-    for word in words:
-        assert str(word) in paragraph, result.all
-    assert result.out == "", result.all
-
-
 def test_an_unknown_key(cli, small_run, run_folder):
     with small_run.open("a") as file:
         file.write("evaluation: {prompts: 4}\n")
@@ -45,60 +35,60 @@ def test_an_unknown_key(cli, small_run, run_folder):
     assert not run_folder.exists()
 
 
-def test_an_unknown_key_of_the_objective(cli, small_run, run_folder):
-    assert_refused(cli("train", small_run, "objective.detla=0.1"), "ConfigError", "detla", "delta")
+def test_an_unknown_key_of_the_objective(refused, small_run, run_folder):
+    assert_refused(refused("train", small_run, "objective.detla=0.1"), "ConfigError", "detla", "delta")
     assert not run_folder.exists()
 
 
-def test_a_truncated_weight_file(cli, small_run, run_folder, own_model):
+def test_a_truncated_weight_file(refused, small_run, run_folder, own_model):
     size = (own_model / WEIGHTS).stat().st_size
     os.truncate(own_model / WEIGHTS, size - 4)
-    result = cli("train", small_run, f"model.path={own_model}")
+    result = refused("train", small_run, f"model.path={own_model}")
     assert_refused(result, "CheckpointError", own_model / WEIGHTS, "truncated", size, size - 4)
     assert not run_folder.exists()
 
 
-def test_a_tensor_of_the_wrong_shape(cli, small_run, run_folder, own_model):
+def test_a_tensor_of_the_wrong_shape(refused, small_run, run_folder, own_model):
     rewrite(own_model, lambda tensors: tensors.update({DOWN: torch.zeros(64, 95)}))
-    result = cli("train", small_run, f"model.path={own_model}")
+    result = refused("train", small_run, f"model.path={own_model}")
     assert_refused(result, "CheckpointError", DOWN, own_model / WEIGHTS, "[64, 95]", "[64, 96]")
     assert not run_folder.exists()
 
 
-def test_a_tensor_the_model_does_not_know(cli, small_run, run_folder, own_model):
+def test_a_tensor_the_model_does_not_know(refused, small_run, run_folder, own_model):
     rewrite(own_model, lambda tensors: tensors.update({"model.layers.1.mlp.extra.weight": torch.zeros(2)}))
-    result = cli("train", small_run, f"model.path={own_model}")
+    result = refused("train", small_run, f"model.path={own_model}")
     assert_refused(result, "CheckpointError", "model.layers.1.mlp.extra.weight", own_model / WEIGHTS)
     assert not run_folder.exists()
 
 
-def test_heads_that_do_not_divide_over_tensor_parallel_ranks(cli, small_run, run_folder):
+def test_heads_that_do_not_divide_over_tensor_parallel_ranks(refused, small_run, run_folder):
     budget = "optimizer.tokens_per_microbatch=258"
-    result = cli("train", small_run, "parallel.tensor=3", budget)
+    result = refused("train", small_run, "parallel.tensor=3", budget)
     assert_refused(result, "ConfigError", "num_attention_heads", "4", "parallel.tensor", "3")
     assert not run_folder.exists()
 
 
-def test_layers_that_do_not_divide_over_pipeline_stages(cli, small_run, run_folder):
-    result = cli("train", small_run, "parallel.pipeline=3")
+def test_layers_that_do_not_divide_over_pipeline_stages(refused, small_run, run_folder):
+    result = refused("train", small_run, "parallel.pipeline=3")
     assert_refused(result, "ConfigError", "parallel.pipeline", "3", "does not divide 2 layers")
     assert not run_folder.exists()
 
 
-def test_a_malformed_line_of_data(cli, small_run, run_folder, tmp_path):
+def test_a_malformed_line_of_data(refused, small_run, run_folder, tmp_path):
     data = tmp_path / "problems.jsonl"
     rows = [json.dumps({"question": f"1+{i}=", "answer": f"#### {i + 1}"}) for i in range(2)]
     data.write_text("\n".join([*rows, '{"question": "1+1=", "answer": ', *rows]), encoding="utf-8")
-    result = cli("train", small_run, "task.name=math", f"task.data={data}", "task.held_out=1")
+    result = refused("train", small_run, "task.name=math", f"task.data={data}", "task.held_out=1")
     assert_refused(result, "UserError", f"{data}:3: not a JSON object")
     assert not run_folder.exists()
 
 
-def test_a_run_folder_that_holds_a_run_already(cli, small_run, run_folder):
+def test_a_run_folder_that_holds_a_run_already(refused, small_run, run_folder):
     run_folder.mkdir(parents=True)
     log = '{"kind": "step", "step": 0}\n'
     (run_folder / "log.jsonl").write_text(log)
-    result = cli("train", small_run)
+    result = refused("train", small_run)
     assert_refused(result, "ConfigError", run_folder.relative_to(small_run.parent), "--resume")
     assert (run_folder / "log.jsonl").read_text() == log
     assert [path.name for path in run_folder.iterdir()] == ["log.jsonl"]

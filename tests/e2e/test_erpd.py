@@ -11,9 +11,8 @@ from safetensors.torch import load_file
 
 from megatron_rl.policy.complete import newest_valid
 from megatron_rl.report import write_report
-from tests.e2e.command import Command, records
+from tests.e2e.command import Command, assert_refused, records
 from tests.e2e.conftest import version_of
-from tests.e2e.test_bad_input import assert_refused
 from tests.e2e.test_resume import untimed
 
 TEACHER, STUDENT = 12, 10  # updates
@@ -182,7 +181,7 @@ def test_a_policy_that_is_not_the_one_the_round_began_with_is_refused(cli, arith
     assert str(note.parent.relative_to(tmp_path)) in result.err
 
 
-def test_a_plan_that_cannot_be_carried_out_is_refused_before_anything_starts(cli, arithmetic_model, tmp_path):
-    result = cli("train", configuration(tmp_path, arithmetic_model), "objective.signals=[{denominator: student@7}]")
+def test_a_plan_that_cannot_be_carried_out_is_refused_before_anything_starts(refused, arithmetic_model, tmp_path):
+    result = refused("train", configuration(tmp_path, arithmetic_model), "objective.signals=[{denominator: student@7}]")
     assert_refused(result, "ConfigError", "student@7", "run.steps=7", "--resume")
     assert not (tmp_path / "runs").exists()

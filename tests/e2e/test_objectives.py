@@ -52,24 +52,35 @@ def server(arithmetic_model, tmp_path_factory):
         command.end()
 
 
+@pytest.fixture
+def train(ranks, server, small_run, run_folder):
+    """Trains a few steps at tensor parallel 2 with these overrides: what the ranks answer, and the run's records."""
+
+    def train(*own: str) -> tuple[list[dict], list[dict]]:
+        overrides = [
+            "parallel.tensor=2",
+            f"rollout.urls=[{server}]",
+            f"run.dir={run_folder.parent}",
+            f"run.steps={STEPS}",
+            "run.save_every=0",
+            "rollout.samples_per_prompt=32",
+            *own,
+        ]
+        answers = ranks.run("tests.e2e.objective_steps", "train_run", file=small_run, overrides=overrides, port=free_port())
+        steps = records(run_folder)
+        assert [r["step"] for r in steps] == list(range(STEPS))
+        assert answers[0]["before"] != answers[0]["after"], "the weights did not move"
+        return answers, steps
+
+    return train
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_every_objective_trains_at_tensor_parallel_two(ranks, server, small_run, run_folder, name):
+def test_every_objective_trains_at_tensor_parallel_two(train, name):
     keys = TEACHER if name == "erpd" else KEYS.get(name, "")
-    overrides = [
-        f"objective={{name: {name}{', ' if keys else ''}{keys}}}",
-        "parallel.tensor=2",
-        f"rollout.urls=[{server}]",
-        f"run.dir={run_folder.parent}",
-        f"run.steps={STEPS}",
-        "run.save_every=0",
-        "rollout.samples_per_prompt=32",
-    ]
-    answers = ranks.run("tests.e2e.objective_steps", "train_run", file=small_run, overrides=overrides, port=free_port())
-    steps = records(run_folder)
-    assert [r["step"] for r in steps] == list(range(STEPS))
+    answers, steps = train(f"objective={{name: {name}{', ' if keys else ''}{keys}}}")
     assert all(math.isfinite(r["loss"]) and math.isfinite(r["grad_norm"]) for r in steps)
     assert any(0 < r["reward/mean"] < 1 for r in steps), "without a difference in rewards nothing could be learnt"
-    assert answers[0]["before"] != answers[0]["after"], "the weights did not move"
     asked = answers[0]["asked_logmu"]
     assert all(("kl/k3" in r) == asked for r in steps)
     if name in OBJECTIVES:
@@ -77,21 +88,12 @@ def test_every_objective_trains_at_tensor_parallel_two(ranks, server, small_run,
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_perturbed_layers_train_and_say_what_the_noise_did(ranks, server, small_run, run_folder, level):
-    overrides = [
+def test_perturbed_layers_train_and_say_what_the_noise_did(train, level):
+    _, steps = train(
         "objective={name: ppo, advantage: grpo}",
         f"alp={{enabled: true, sigma_init: 0.01, level: {level}}}",
-        "parallel={tensor: 2, sequence: true}",
-        f"rollout.urls=[{server}]",
-        f"run.dir={run_folder.parent}",
-        f"run.steps={STEPS}",
-        "run.save_every=0",
-        "rollout.samples_per_prompt=32",
-    ]
-    answers = ranks.run("tests.e2e.objective_steps", "train_run", file=small_run, overrides=overrides, port=free_port())
-    steps = records(run_folder)
-    assert [r["step"] for r in steps] == list(range(STEPS))
-    assert answers[0]["before"] != answers[0]["after"], "the weights did not move"
+        "parallel.sequence=true",
+    )
     for r in steps:
         assert 0 < r["alp/sigma_min"] <= r["alp/sigma_mean"] <= r["alp/sigma_max"] and r["alp/sigma/0"] > 0
         assert 0 < r["alp/shift/p75"] < 0.1 and r["alp/unmoved"] < 0.5
