@@ -32,17 +32,22 @@ def make_tokenizer(corpus: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     return fast
 
 
-def make_tiny_model(folder: Path, corpus: list[str], *, seed: int, vocab_size: int = 320) -> Path:
-    """Write a complete Hugging Face folder: random weights (about 0.34 M), tokenizer, generation config."""
+def make_tiny_model(
+    folder: Path, corpus: list[str], *, seed: int, vocab_size: int = 320, heads: int = 4, head_dim: int = 32
+) -> Path:
+    """Write a complete Hugging Face folder: random weights (about 0.34 M), tokenizer, generation config.
+
+    With 2 heads of 128 every matrix falls into blocks of 128 x 128, also on two tensor-parallel ranks.
+    """
     tokenizer = make_tokenizer(corpus, vocab_size)
     config = Qwen3Config(
         vocab_size=vocab_size,
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=2,
-        num_attention_heads=4,
+        num_attention_heads=heads,
         num_key_value_heads=2,
-        head_dim=32,
+        head_dim=head_dim,
         max_position_embeddings=512,
         rope_theta=10000.0,
         tie_word_embeddings=True,
