@@ -1,20 +1,24 @@
-"""A training step with perturbed layers against one without: seconds of processor time, and what is kept for backward.
+"""A training step with perturbed layers against one without: time, what is kept for backward, and peak memory.
 
-Both run in one process, in turns, on the same tokens. Prints a line per model, and one JSON line for docs/benchmarks.md.
+Both run in one process, in turns, on the same tokens; the overhead is the median of the ratios of neighbours. Prints a
+line per model, and one JSON line for docs/benchmarks.md.
 
-    python benchmarks/alp.py [--repeat 10]
+    OMP_NUM_THREADS=1 python benchmarks/alp.py [--repeat 10 --only tiny medium]
 """
 
 import argparse
+import functools
 import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from memory import peak_bytes
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_rl.config import make_config
@@ -24,7 +28,7 @@ from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.device import pick_device
 from megatron_rl.types import Batch
 
-MODELS = {"tiny": (128, 2, 320), "medium": (512, 8, 4096)}  # hidden size, layers, vocabulary
+MODELS = {"tiny": (128, 2, 320), "medium": (512, 4, 2048)}  # hidden size, layers, vocabulary
 SEQUENCES, LENGTH = 32, 64
 
 
@@ -72,46 +76,66 @@ def make_policy(folder: Path, enabled: bool) -> Policy:
     return Policy(config, parallel.initialize(config.parallel, pick_device("auto"), seed=0))
 
 
+def seconds(run: Callable[[], object]) -> float:
+    """Processor time of this process on CPU, so that others count only through the caches they empty; else time on a clock."""
+    if not torch.cuda.is_available():
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def saved_bytes(run: Callable[[], object]) -> int:
+    """Bytes that autograd keeps for backward over a step."""
+    sizes: list[int] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        run()
+    return sum(sizes)
+
+
 def measure(folder: Path, vocab: int, repeat: int) -> dict[str, Any]:
-    """Processor seconds of a step, least of all repetitions, and bytes saved for backward, each without and with."""
+    """Of a step, without and with noise: median seconds, the median ratio of back-to-back pairs, bytes kept, peak bytes."""
     batch, objective = make_batch(vocab), make_objective({"name": "drpo", "delta": 0.15})
-    assert objective.norm is not None
-    policies = [make_policy(folder, enabled) for enabled in (False, True)]
-    seconds: list[list[float]] = [[], []]
-    saved = [0, 0]
-    for turn in range(repeat + 1):
-        for which, policy in enumerate(policies):
-            if turn == 0:  # warms up, and counts
-                sizes: list[int] = []
-                with torch.autograd.graph.saved_tensors_hooks(lambda t, n=sizes: n.append(t.nbytes) or t, lambda t: t):
-                    policy.update(batch, objective, objective.norm)
-                saved[which] = sum(sizes)
-                continue
-            start = time.process_time()
-            policy.update(batch, objective, objective.norm)
-            seconds[which].append(time.process_time() - start)
-    least = [min(column) for column in seconds]
-    middle = [statistics.median(column) for column in seconds]
+    steps = [functools.partial(make_policy(folder, on).update, batch, objective, objective.norm) for on in (False, True)]
+    saved = [saved_bytes(step) for step in steps]  # the first steps warm up as well
+    peak = [peak_bytes(step) for step in steps]
+    pairs = []
+    for turn in range(repeat):  # each goes first in turn
+        order = (0, 1) if turn % 2 == 0 else (1, 0)
+        pairs.append([second for _, second in sorted((which, seconds(steps[which])) for which in order)])
     return {
-        "seconds": [round(value, 4) for value in least],
-        "overhead": round(least[1] / least[0] - 1, 4),
-        "overhead_of_medians": round(middle[1] / middle[0] - 1, 4),
+        "seconds": [round(statistics.median(column), 4) for column in zip(*pairs, strict=True)],
+        "overhead": round(statistics.median(on / off for off, on in pairs) - 1, 4),
         "bytes_saved": saved,
+        "peak_bytes": peak,
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=10)
+    parser.add_argument("--only", nargs="*", default=list(MODELS), choices=list(MODELS))
     args = parser.parse_args()
     torch.set_num_threads(1)
     results = {}
-    for name, (hidden, layers, vocab) in MODELS.items():
+    for name in args.only:
+        hidden, layers, vocab = MODELS[name]
         with tempfile.TemporaryDirectory() as folder:
-            results[name] = measure(make_model(Path(folder), hidden, layers, vocab), vocab, args.repeat)
-        off, on = results[name]["bytes_saved"]
+            found = measure(make_model(Path(folder), hidden, layers, vocab), vocab, args.repeat)
+        results[name] = found
+        (off, on), (low, high) = found["bytes_saved"], found["peak_bytes"]
         print(
-            f"{name}: step {results[name]['overhead']:+.1%}, bytes kept for backward {off} -> {on} ({on - off:+d})", flush=True
+            f"{name}: step {found['overhead']:+.1%}, bytes kept {off} {on - off:+d}, peak {low} {high / low - 1:+.2%}",
+            flush=True,
         )
     print(json.dumps(results))
     parallel.shutdown()

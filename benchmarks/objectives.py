@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from memory import peak_bytes
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -111,22 +112,6 @@ def seconds(run: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
-def peak_bytes(run: Callable[[], None], device: str) -> int:
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(profile_memory=True) as profile:
-        run()
-    alive = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            peak = max(peak, alive)
-    return peak
-
-
 def measure(x: LossInputs, name: str, args: argparse.Namespace) -> dict[str, float | str]:
     """Milliseconds of the objective and of plain PPO, the median ratio of back-to-back pairs, peak bytes."""
     objective = make_objective({"name": name})
@@ -144,8 +129,8 @@ def measure(x: LossInputs, name: str, args: argparse.Namespace) -> dict[str, flo
         "ms": ours_ms,
         "plain_ms": plain_ms,
         "ratio": statistics.median(b / a for a, b in pairs),
-        "peak": peak_bytes(ours, args.device),
-        "plain_peak": peak_bytes(plain, args.device),
+        "peak": peak_bytes(ours),
+        "plain_peak": peak_bytes(plain),
     }
 
 

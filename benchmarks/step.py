@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from memory import peak_bytes
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_rl.config import make_config
@@ -125,22 +126,6 @@ def seconds(step: Callable[[], object]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def peak_bytes(step: Callable[[], object]) -> int:
-    """Peak of live CUDA memory during a step; on CPU the largest sum of tensor bytes the profiler saw alive."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated()
-    with torch.profiler.profile(profile_memory=True) as profile:
-        step()
-    alive = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            peak = max(peak, alive)
-    return peak
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The command line. Heavy rooms are imported by the command that needs them, so that `--help` and `doctor` are quick."""
 
 import importlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from megatron_rl.config import load_config
-from megatron_rl.errors import MegatronRLError
-from megatron_rl.launch import run_ranks, under_launcher
+from megatron_rl.errors import ConfigError, MegatronRLError, UserError
+from megatron_rl.launch import run_ranks, started_here, under_launcher
 
 app = typer.Typer(
     name="megatron-rl",
@@ -48,9 +49,14 @@ def train(
     if not under_launcher():
         preflight = _seam("training.preflight")
         preflight.check_run_folder(config, resume=resume)
-        preflight.check(config)
+        report = preflight.check(config)
+        _seam("training.precision_check").say(report)
         arguments = ["train", str(config_file), *(overrides or []), *(["--resume"] if resume else [])]
         sys.exit(run_ranks(arguments, config.parallel.world_size))
+    if not started_here():
+        report = _seam("training.preflight").check_rank(config)
+        if os.environ["RANK"] == "0":
+            _seam("training.precision_check").say(report)
     with _seam("training.run").open_run(config, resume=resume) as run:
         try:
             _seam("training.loop").train(run)
@@ -76,12 +82,19 @@ def serve(
     model: Annotated[Path, typer.Option(help="Hugging Face folder")],
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option()] = 30000,
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
+    quantization: Annotated[str, typer.Option(help="of the weights: fp8_blockwise, fp8_blockwise_pow2, int8")] = "none",
+    activations: Annotated[str, typer.Option(help="fp8: quantise the inputs of quantised layers too")] = "none",
+    parameters: Annotated[str, typer.Option(help="the trainer's dtype, which weights pass before being quantised")] = "bf16",
+    first_last_bf16: Annotated[bool, typer.Option("--first-last-bf16", help="spare the first and the last layer")] = False,
     threads: Annotated[int, typer.Option(help="torch threads; 0: all cores")] = 0,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="every request is its own batch")] = False,
 ) -> None:
     """Serve a model over SGLang's HTTP contract with the embedded engine."""
-    _seam("rollout.server").serve(model, host=host, port=port, dtype=dtype, threads=threads, deterministic=deterministic)
+    quantisation = _seam("rollout.quantised").requested(quantization, activations, first_last_bf16, parameters)
+    _seam("rollout.server").serve(
+        model, host=host, port=port, dtype=dtype, threads=threads, deterministic=deterministic, quantisation=quantisation
+    )
 
 
 @app.command()
@@ -91,11 +104,40 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="run f
 
 
 @app.command()
-def doctor(config_file: Annotated[Path | None, typer.Option("--config", help="also check this configuration")] = None) -> None:
-    """Say what this machine can do, and whether a configuration can run on it."""
+def attribute(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run that has ended or stopped")],
+    prompts: Annotated[int, typer.Option(min=1, help="responses to score, one a prompt")] = 16,
+    layers: Annotated[bool, typer.Option("--layers", help="compare hidden states layer by layer, too; one rank alone")] = False,
+    sampled_by: Annotated[
+        int | None, typer.Option(metavar="STEP", help="the kept checkpoint that samples; without it the newest")
+    ] = None,
+) -> None:
+    """Say where the mismatch between trainer and engine comes from: kernels, precisions, weight sync, staleness."""
+    source = run_folder / "config.yaml"
+    if not source.is_file():
+        raise UserError(f"{run_folder} is not the folder of a run: it has no config.yaml")
+    place = [f"run.dir={json.dumps(str(run_folder.parent))}", f"run.name={json.dumps(run_folder.name)}"]
+    config = load_config(source, place)
+    if not under_launcher():
+        flags = ["--prompts", str(prompts), *(["--layers"] if layers else [])]
+        flags += [] if sampled_by is None else ["--sampled-by", str(sampled_by)]
+        sys.exit(run_ranks(["attribute", str(run_folder), *flags], config.parallel.world_size))
+    _seam("training.attribute_run").attribute_run(config, prompts=prompts, layers=layers, sampled_by=sampled_by)
+
+
+@app.command()
+def doctor(
+    config_file: Annotated[Path | None, typer.Option("--config", help="also check this configuration")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Say in seconds what this machine can do, and whether a configuration can run on it; nothing is started or written."""
+    if overrides and config_file is None:
+        raise ConfigError(f"override '{overrides[0]}' has no configuration to go with: give one with --config")
+    config = None if config_file is None else load_config(config_file, overrides)
     _seam("doctor").examine()
-    if config_file is not None:
-        _seam("training.preflight").check(load_config(config_file))
+    if config is not None:
+        report = _seam("training.preflight").check(config)
+        _seam("training.precision_check").say(report)
         print(f"{config_file}: can run")
 
 

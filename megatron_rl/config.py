@@ -30,7 +30,9 @@ class ParallelConfig(_Block):
     context: int = Field(1, ge=1)
     data: int = Field(1, ge=1, description="replicas; tensor x pipeline x context x data is the number of ranks")
     sequence: bool = Field(False, description="sequence parallelism inside the tensor-parallel group")
-    recompute: Literal["none", "full"] = "none"
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="what backward computes again: selective: attention between q, k, v and its output; full: layers"
+    )
 
     @property
     def world_size(self) -> int:
@@ -122,7 +124,9 @@ class AlpConfig(_Block):
     weight_decay: float = Field(
         0.0, ge=0, description="of log sigma, which it pulls towards 0, that is sigma upwards; 0.01 in the paper's runs"
     )
-    layers: Literal["all"] | tuple[int, int] = Field("all", description="all, or [start, end) of the layers, from 0")
+    layers: Literal["all", "logits"] | tuple[int, int] = Field(
+        "all", description="all, or [start, end) of the layers, from 0; logits: of no layer, the logits instead"
+    )
     level: Literal["token", "sequence", "cumulative", "geometric"] | None = Field(
         None, description="what one ratio spans; unset: what the objective says"
     )
@@ -137,7 +141,7 @@ class AlpConfig(_Block):
     @field_validator("layers")
     @classmethod
     def _range(cls, value: Any) -> Any:
-        if value != "all" and not 0 <= value[0] < value[1]:
+        if isinstance(value, tuple) and not 0 <= value[0] < value[1]:
             raise ValueError(f"it is {list(value)}; a range is [start, end) with 0 <= start < end")
         return value
 
@@ -165,6 +169,9 @@ class RunConfig(_Block):
     seed: int = 0
     save_every: int = Field(20, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(2, ge=1, description="checkpoints kept")
+    attribute_every: int = Field(
+        0, ge=0, description="steps between attributions of the mismatch to its sources, each some forward passes; 0: never"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @property

@@ -1,5 +1,6 @@
-"""What this machine can do, said before a run has to find out."""
+"""What this machine can do, said before a run has to find out. Takes seconds and starts nothing."""
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -9,24 +10,62 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "sglang", "triton")
+from megatron_rl.precision.machine import RECIPES, Machine, refusal, this_machine
+from megatron_rl.precision.tensor_cores import MODES, missing
+
+PACKAGES = ("torch", "megatron-core", "transformers", "sglang", "triton")
 
 
 def examine() -> None:
     """Print a table of versions and capabilities, and warnings where an installation would mislead."""
+    machine = this_machine()
+    cuda = machine.capability is not None
     table = Table("what", "here", "means", title="megatron-rl doctor")
     table.add_row("python", platform.python_version(), "3.11 or 3.12 is supported")
     for name in PACKAGES:
-        table.add_row(name, _version(name) or "-", "")
-    cuda = torch.cuda.is_available()
-    device = torch.cuda.get_device_name(0) if cuda else f"CPU, {os.cpu_count()} cores"
+        table.add_row(name, _version(name) or "-", "noise kernels" if name == "triton" and cuda else "")
+    device = f"{torch.cuda.get_device_name(0)} ({machine.name})" if cuda else f"CPU, {os.cpu_count()} cores"
     table.add_row("device", device, "NCCL" if cuda else "gloo; megatron-core through the device port")
-    te = cuda and importlib.util.find_spec("transformer_engine") is not None
-    table.add_row("layer spec", "Transformer Engine" if te else "megatron-core local", "TE needs CUDA and transformer-engine")
+    broken = transformer_engine_error(machine)
+    engine = _version("transformer-engine") or "-"
+    table.add_row("transformer-engine", engine, broken or "loads")
+    layers = "Transformer Engine" if broken is None else "megatron-core local"
+    table.add_row("layer spec", layers, "TE needs CUDA and transformer-engine")
     table.add_row("apex kernels", "yes" if _has_nvidia_apex() else "no", "optional; torch kernels otherwise")
+    for label, here, means in precision_rows(machine, broken):
+        table.add_row(label, here, means)
     Console().print(table)
     for warning in warnings():
         print(f"warning: {warning}")
+
+
+def precision_rows(machine: Machine, broken: str | None) -> list[tuple[str, str, str]]:
+    """Which recipes of precision.recipe run how, and which FP8 products torch itself has on the device."""
+    device = torch.device("cpu" if machine.capability is None else "cuda")
+    works = [mode for mode in MODES if missing(mode, device) is None]
+    lacks = [mode for mode in MODES if mode not in works]
+    products = ("torch scaled_mm", ", ".join(works) or "none", f"not here: {', '.join(lacks)}" if lacks else "all modes")
+    if machine.capability is None:
+        return [("FP8 recipes", "emulated", ", ".join(RECIPES)), products]
+    if broken is not None:
+        return [("FP8 recipes", "none", "they need Transformer Engine"), products]
+    unable = [name for name in RECIPES if refusal(name, machine, pow2=True) is not None]
+    able = [name if refusal(name, machine) is None else f"{name} (pow2_scales: true)" for name in RECIPES if name not in unable]
+    here = f"native: {', '.join(able)}" if able else "none"
+    return [("FP8 recipes", here, f"not here: {', '.join(unable)}" if unable else "all recipes"), products]
+
+
+def transformer_engine_error(machine: Machine) -> str | None:
+    """Why its layers cannot be used here, None if they can: only where there is CUDA is it loaded."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "not installed"
+    if machine.capability is None:
+        return "not used without CUDA"
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"cannot be loaded: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    return None
 
 
 def warnings() -> list[str]:

@@ -2,9 +2,7 @@
 
 import numpy as np
 
-from megatron_rl.diagnostics.mismatch import QUANTILES
-
-BINS = 10
+from megatron_rl.diagnostics.mismatch import envelope_record, quantile_record
 
 
 def shift_record(perturbed: np.ndarray, clean: np.ndarray) -> dict[str, float]:
@@ -24,18 +22,11 @@ def shift_record(perturbed: np.ndarray, clean: np.ndarray) -> dict[str, float]:
     }
 
 
-def envelope_record(name: str, logp: np.ndarray, logmu: np.ndarray) -> dict[str, float]:
-    """Quantiles of the ratios pi / mu [N] as `name/ratio/q01`, and, as `name/envelope/p02/3`, the 2nd and 98th percentile of
-    those of the tokens whose mu lies in [0.3, 0.4), and so on; bins without tokens are left out."""
+def spread_record(name: str, logp: np.ndarray, logmu: np.ndarray) -> dict[str, float]:
+    """Quantiles and envelope of the ratios pi / mu [N], as `name/ratio/q01` and `name/envelope/p02/3`."""
     logp, logmu = logp.astype(np.float64), logmu.astype(np.float64)
-    ratio = np.exp(logp - logmu)
-    values = np.quantile(ratio, list(QUANTILES.values()))
-    record = {f"{name}/ratio/{quantile}": float(value) for quantile, value in zip(QUANTILES, values, strict=True)}
-    bins = np.minimum((np.exp(logmu) * BINS).astype(int), BINS - 1)
-    for k in np.unique(bins):
-        low, high = np.quantile(ratio[bins == k], [0.02, 0.98])
-        record |= {f"{name}/envelope/p02/{k}": float(low), f"{name}/envelope/p98/{k}": float(high)}
-    return record
+    record = quantile_record(np.exp(logp - logmu)) | envelope_record(logp, logmu)
+    return {f"{name}/{key}": value for key, value in record.items()}
 
 
 def swallowed(record: dict[str, float]) -> str | None:

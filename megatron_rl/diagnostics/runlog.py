@@ -1,7 +1,7 @@
 """The run log: one JSON object a line, on disk before the loop goes on, and TensorBoard beside it.
 
 Everything a report shows is in `log.jsonl`. Records are flat, with slash keys; every record has a `step`
-(int) and a `kind` ("step", "eval" or "erpd").
+(int) and a `kind` ("step", "eval", "erpd" or "attribution").
 """
 
 import json
@@ -116,13 +116,13 @@ def _mend(path: Path, dropped: Path, resume_from: int | None) -> None:
 
 
 def _stays(record: dict[str, Any], resume_from: int | None) -> bool:
-    """A step record tells of the step of its number, an evaluation of the weights after that many steps.
+    """A step record tells of the step of its number, an evaluation or attribution of the weights after that many steps.
 
     A run that starts over from 0 evaluates again.
     """
     if resume_from is None or record["step"] < resume_from:
         return True
-    return record.get("kind") == "eval" and 0 < record["step"] == resume_from
+    return record.get("kind") in ("eval", "attribution") and 0 < record["step"] == resume_from
 
 
 def _write(path: Path, mode: str, content: bytes) -> None:

@@ -12,31 +12,35 @@ from megatron_rl.perturbation.noise import WORD, Key, NoiseRows
 _BLOCK = 512  # counters per program, at most: four elements each
 
 
-def add_noise(hidden: torch.Tensor, sigma: torch.Tensor, rows: NoiseRows, key: Key) -> torch.Tensor:
-    """hidden [t, H] (float32, bfloat16, float16) + sigma [1] * eps, added in float32 and rounded once."""
-    hidden = hidden.contiguous()
-    out = torch.empty_like(hidden)
-    grid, block = _grid(hidden)
-    _add_noise[grid](hidden, rows.positions, rows.ids, sigma, out, *map(_signed, key), hidden.shape[1] // 4, BLOCK=block)
+def add_noise(
+    x: torch.Tensor, sigma: torch.Tensor, rows: NoiseRows, key: Key, first: int = 0, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [t, n] (float32, bfloat16, float16) + sigma [1] * eps of columns first to first + n, added in float32, rounded once.
+
+    out: where to, contiguous; x itself may be given.
+    """
+    x = x.contiguous()
+    out = torch.empty_like(x) if out is None else out
+    grid, block = _grid(x, first)
+    _add_noise[grid](x, rows.positions, rows.ids, sigma, out, *map(_signed, key), first, x.shape[1], BLOCK=block)
     return out
 
 
-def dot_noise(grad: torch.Tensor, rows: NoiseRows, key: Key) -> torch.Tensor:
-    """[1] float64: the sum of grad [t, H] * eps; up to 2048 products in float32, then in float64, in a fixed order."""
+def dot_noise(grad: torch.Tensor, rows: NoiseRows, key: Key, first: int = 0) -> torch.Tensor:
+    """[1] float64: the sum of grad [t, n] * eps; up to 2048 products in float32, then in float64, in a fixed order."""
     grad = grad.contiguous()
-    grid, block = _grid(grad)
+    grid, block = _grid(grad, first)
     parts = torch.empty(grid, dtype=torch.float32, device=grad.device)
-    _dot_noise[grid](grad, rows.positions, rows.ids, parts, *map(_signed, key), grad.shape[1] // 4, BLOCK=block)
+    _dot_noise[grid](grad, rows.positions, rows.ids, parts, *map(_signed, key), first, grad.shape[1], BLOCK=block)
     return parts.sum(dtype=torch.float64)[None]
 
 
-def _grid(x: torch.Tensor) -> tuple[tuple[int, int], int]:
+def _grid(x: torch.Tensor, first: int) -> tuple[tuple[int, int], int]:
     """A program per row and stretch of a row, so that it reads the name of one token."""
-    rows, hidden = x.shape
-    if hidden % 4:
-        raise ValueError(f"the hidden size is {hidden}; it must be a multiple of 4")
-    block = min(_BLOCK, triton.next_power_of_2(hidden // 4))
-    return (rows, triton.cdiv(hidden // 4, block)), block
+    rows, width = x.shape
+    lanes = triton.cdiv(first + width, 4) - first // 4
+    block = min(_BLOCK, triton.next_power_of_2(lanes))
+    return (rows, triton.cdiv(lanes, block)), block
 
 
 def _signed(word: int) -> int:
@@ -71,13 +75,13 @@ def _radius(word):
 
 
 @triton.jit
-def _normals(positions, ids, k0, k1, lanes, BLOCK: tl.constexpr):
+def _normals(positions, ids, k0, k1, first, width, BLOCK: tl.constexpr):
     """[4 * BLOCK] normals of this program in the order of memory, their places, and which of them exist."""
-    row, first = tl.program_id(0), tl.program_id(1) * BLOCK
+    row, start = tl.program_id(0), first // 4 + tl.program_id(1) * BLOCK
     token = tl.load(ids + row)
     position = tl.load(positions + row).to(tl.uint32)
     low, high = (token & 0xFFFFFFFF).to(tl.uint32), ((token >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    lane = (first + tl.arange(0, BLOCK)).to(tl.uint32)
+    lane = (start + tl.arange(0, BLOCK)).to(tl.uint32)
     same = tl.zeros_like(lane)
     w0, w1, w2, w3 = tl.philox_impl(
         lane, same + position, same + low, same + high, same + k0.to(tl.uint32), same + k1.to(tl.uint32), 10
@@ -86,19 +90,19 @@ def _normals(positions, ids, k0, k1, lanes, BLOCK: tl.constexpr):
     sine0, cosine0 = _sine_and_cosine(w1)
     sine1, cosine1 = _sine_and_cosine(w3)
     eps = tl.interleave(tl.interleave(cosine0 * radius0, cosine1 * radius1), tl.interleave(sine0 * radius0, sine1 * radius1))
-    column = 4 * first + tl.arange(0, 4 * BLOCK)
-    return eps, row.to(tl.int64) * (4 * lanes) + column, column < 4 * lanes
+    column = 4 * start + tl.arange(0, 4 * BLOCK) - first
+    return eps, row.to(tl.int64) * width + column, (column >= 0) & (column < width)
 
 
 @triton.jit(do_not_specialize=["k0", "k1"])
-def _add_noise(hidden, positions, ids, sigma, out, k0, k1, lanes, BLOCK: tl.constexpr):
-    eps, places, real = _normals(positions, ids, k0, k1, lanes, BLOCK)
+def _add_noise(hidden, positions, ids, sigma, out, k0, k1, first, width, BLOCK: tl.constexpr):
+    eps, places, real = _normals(positions, ids, k0, k1, first, width, BLOCK)
     h = tl.load(hidden + places, mask=real, other=0.0).to(tl.float32)
     tl.store(out + places, (h + tl.load(sigma) * eps).to(out.dtype.element_ty), mask=real)
 
 
 @triton.jit(do_not_specialize=["k0", "k1"])
-def _dot_noise(grad, positions, ids, parts, k0, k1, lanes, BLOCK: tl.constexpr):
-    eps, places, real = _normals(positions, ids, k0, k1, lanes, BLOCK)
+def _dot_noise(grad, positions, ids, parts, k0, k1, first, width, BLOCK: tl.constexpr):
+    eps, places, real = _normals(positions, ids, k0, k1, first, width, BLOCK)
     g = tl.load(grad + places, mask=real, other=0.0).to(tl.float32)
     tl.store(parts + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(g * eps, axis=0))

@@ -5,7 +5,9 @@ words and a key of two into four uniform words; Box-Muller turns those into four
 element, the key the draw:
 
     key      (seed, optimizer step, global layer), mixed
-    counter  (hidden index // 4, position in its trajectory, trajectory id low word, high word)
+    counter  (column // 4, position in its trajectory, trajectory id low word, high word)
+
+A column is an index into a hidden state, or a token of the vocabulary where logits are perturbed,
 
 so every rank, layout, packing, micro-batch and recomputation sees the same value, and nothing need be stored.
 """
@@ -13,6 +15,7 @@ so every rank, layout, packing, micro-batch and recomputation sees the same valu
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 WORD = 0xFFFFFFFF
@@ -24,7 +27,7 @@ _FULL = 0xFFFFFFFFFFFFFFFF
 _CHUNK = 1 << 15  # counters worked on at once on CPU: their words stay in the cache
 _UNIT = 2.0**-24  # uniforms have 24 bits, which float32 holds exactly: CPU and GPU start from the same numbers
 
-Words = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Words = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 Key = tuple[int, int]
 
 
@@ -55,55 +58,68 @@ def noise_key(seed: int, step: int, layer: int) -> Key:
 
 
 def philox4x32(counter: Words, key: Key) -> Words:
-    """Four words of randomness per counter, ten rounds. counter: int64 tensors that hold 32-bit words and broadcast.
+    """Four words of randomness per counter, ten rounds. counter: uint32 arrays that broadcast to one shape.
 
-    What is the same along a row or a column stays that small for as long as it can.
+    What is the same along a row or a column stays that small for two rounds. A product of two words is read as two words
+    where it lies (the low one first: little-endian, as all that torch runs on), so that no pass over memory shifts or masks.
     """
+    shape = np.broadcast_shapes(*(words.shape for words in counter))
+    products = np.empty((4, *shape), dtype=np.uint64)
+    own = np.empty((2, *shape), dtype=np.uint32)
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for turn in range(ROUNDS):
-        # A product of two words may pass 2^63; its bits are right all the same, so mask after shifting. The low
-        # words keep their upper bits for now: the next round only XORs them, and masks what comes of it.
-        wide0, wide1 = c0 * MULTIPLY[0], c2 * MULTIPLY[1]
-        high0, high1 = wide0 >> 32, wide1 >> 32
-        if turn < 2:
-            c0, c2 = (high1 ^ (c1 ^ k0)) & WORD, (high0 ^ (c3 ^ k1)) & WORD
-        else:  # by now the words are as large as they will be
-            c0 = high1.bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(WORD)
-            c2 = high0.bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(WORD)
-        c1, c3 = wide1, wide0
+        # A round reads the products of the one before it, so two pairs take turns.
+        room = (None, None, None, None) if turn < 2 else (*products[2 * (turn % 2) :][:2], *own)
+        low0, high0 = _product(c0, MULTIPLY[0], room[0])
+        low1, high1 = _product(c2, MULTIPLY[1], room[1])
+        c0, c2 = np.bitwise_xor(high1, c1, out=room[2]), np.bitwise_xor(high0, c3, out=room[3])
+        c0 ^= np.uint32(k0)
+        c2 ^= np.uint32(k1)
+        c1, c3 = low1, low0
         k0, k1 = (k0 + WEYL[0]) & WORD, (k1 + WEYL[1]) & WORD
-    return c0, c1 & WORD, c2, c3 & WORD
+    return c0, c1, c2, c3
 
 
-def normals(rows: NoiseRows, key: Key, hidden: int) -> torch.Tensor:
-    """[t, hidden] float32 standard normals of these tokens under that key; hidden a multiple of 4."""
-    out = torch.empty(len(rows), hidden, device=rows.ids.device)
-    for at, eps in chunks(rows, key, hidden):
+def _product(words: np.ndarray, by: int, out: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Low and high words of words * by, as views into `out`."""
+    both = np.multiply(words, np.uint64(by), out=out, dtype=np.uint64).view(np.uint32)
+    return both[..., ::2], both[..., 1::2]
+
+
+def normals(rows: NoiseRows, key: Key, width: int, first: int = 0) -> torch.Tensor:
+    """[t, width] float32 standard normals of these tokens under that key: columns first to first + width."""
+    out = torch.empty(len(rows), width, device=rows.ids.device)
+    for at, eps in chunks(rows, key, width, first):
         out[at] = eps
     return out
 
 
-def chunks(rows: NoiseRows, key: Key, hidden: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """`normals` in pieces that fit into the cache: (slice of rows, [rows, hidden] float32)."""
-    lanes = torch.arange(hidden // 4, device=rows.ids.device)[None]
-    step = max(1, _CHUNK // lanes.numel())
+def chunks(rows: NoiseRows, key: Key, width: int, first: int = 0) -> Iterator[tuple[slice, torch.Tensor]]:
+    """`normals` in pieces that fit into the cache, made on the CPU: (slice of rows, [rows, width] float32)."""
+    ids, positions = rows.ids.cpu().numpy().view(np.uint64), rows.positions.cpu().numpy().astype(np.uint32)
+    low, high = (ids & np.uint64(WORD)).astype(np.uint32), (ids >> np.uint64(32)).astype(np.uint32)
+    lanes = np.arange(first // 4, -(-(first + width) // 4), dtype=np.uint32)[None]
+    skip, step = first % 4, max(1, _CHUNK // lanes.size)
     for start in range(0, len(rows), step):
         at = slice(start, min(start + step, len(rows)))
-        ids = rows.ids[at, None]
-        words = philox4x32((lanes, rows.positions[at, None], ids & WORD, (ids >> 32) & WORD), key)
-        yield at, _box_muller(words).flatten(1)
+        words = philox4x32((lanes, positions[at, None], low[at, None], high[at, None]), key)
+        yield at, _box_muller(words).flatten(1)[:, skip : skip + width]
 
 
 def _box_muller(words: Words) -> torch.Tensor:
-    """Four words [...] -> [..., 4] float32 normals: two pairs, each from a radius and an angle."""
-    out = torch.empty(*words[0].shape, 4, device=words[0].device)
-    for pair in (0, 2):
-        radius = (words[pair] >> 8).add_(1).float().mul_(_UNIT).log_().mul_(-2).sqrt_()  # of a uniform in (0, 1]
-        angle = (words[pair + 1] >> 8).float().mul_(_UNIT).mul_(2 * torch.pi)
-        torch.mul(angle.cos(), radius, out=out[..., pair])
-        torch.mul(angle.sin_(), radius, out=out[..., pair + 1])
-    return out
+    """Four words [...] -> [..., 4] float32 normals: two pairs, each from a radius (words 0, 2) and an angle (words 1, 3)."""
+    upper = torch.empty(4, *words[0].shape)  # of the 32 bits the upper 24, which float32 holds exactly
+    for place, word in zip((0, 2, 1, 3), words, strict=True):
+        upper[place] = torch.from_numpy((word >> np.uint32(8)).view(np.int32))
+    radius = upper[:2].add_(1).mul_(_UNIT).log_().mul_(-2).sqrt_()  # of a uniform in (0, 1]
+    angle = upper[2:].mul_(2 * torch.pi * _UNIT)
+    cosine = angle.cos().mul_(radius)
+    sine = angle.sin_().mul_(radius)
+    pairs = torch.empty(*words[0].shape, 2, dtype=torch.complex64)  # one pass writes both of a pair side by side
+    for pair in (0, 1):
+        torch.complex(cosine[pair], sine[pair], out=pairs[..., pair])
+    return torch.view_as_real(pairs).flatten(-2)
 
 
 def _mix64(x: int) -> int:

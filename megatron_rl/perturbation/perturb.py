@@ -41,21 +41,39 @@ def add_noise(hidden: torch.Tensor, sigma: torch.Tensor, rows: NoiseRows, key: K
     flat = _rows_of(hidden, rows)
     if hidden.is_cuda:
         return _kernels().add_noise(flat, sigma, rows, key).view(hidden.shape)
-    work, scale = torch.promote_types(hidden.dtype, torch.float32), sigma.item()
     out = torch.empty_like(flat)
-    for at, eps in chunks(rows, key, flat.shape[1]):
-        out[at] = torch.add(flat[at].to(work), eps.to(work), alpha=scale)
+    _add_on_cpu(flat, sigma, rows, key, 0, out)
     return out.view(hidden.shape)
 
 
-def dot_noise(grad: torch.Tensor, rows: NoiseRows, key: Key) -> torch.Tensor:
-    """[1] float64: the sum of grad [t, ..., H] * eps."""
+def add_noise_(x: torch.Tensor, sigma: torch.Tensor, rows: NoiseRows, key: Key, first: int = 0) -> torch.Tensor:
+    """x [t, n] += sigma [1] * eps, in place, with the noise of columns first to first + n."""
+    _rows_of(x, rows)
+    if x.is_cuda:
+        return _kernels().add_noise(x, sigma, rows, key, first, out=x)
+    _add_on_cpu(x, sigma, rows, key, first, x)
+    return x
+
+
+def dot_noise(grad: torch.Tensor, rows: NoiseRows, key: Key, first: int = 0) -> torch.Tensor:
+    """[1] float64: the sum of grad [t, ..., n] * eps, with the noise of columns first to first + n."""
     flat = _rows_of(grad, rows)
     if grad.is_cuda:
-        return _kernels().dot_noise(flat, rows, key)
+        return _kernels().dot_noise(flat, rows, key, first)
+    total = torch.zeros(1, dtype=torch.float64)
     work = torch.promote_types(grad.dtype, torch.float32)
-    parts = [torch.dot(flat[at].to(work).reshape(-1), eps.to(work).reshape(-1)) for at, eps in chunks(rows, key, flat.shape[1])]
-    return torch.stack(parts).sum(0, keepdim=True, dtype=torch.float64)
+    for at, eps in chunks(rows, key, flat.shape[1], first):
+        total += torch.dot(flat[at].to(work).reshape(-1), eps.to(work).reshape(-1))
+    return total
+
+
+def _add_on_cpu(x: torch.Tensor, sigma: torch.Tensor, rows: NoiseRows, key: Key, first: int, out: torch.Tensor) -> None:
+    scale = sigma.item()
+    for at, eps in chunks(rows, key, x.shape[1], first):
+        if x.dtype in (torch.float32, torch.float64):
+            torch.add(x[at], eps, alpha=scale, out=out[at])
+        else:
+            out[at] = eps.mul_(scale).add_(x[at])  # in float32, rounded once
 
 
 @functools.cache

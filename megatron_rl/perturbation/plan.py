@@ -22,20 +22,24 @@ CLIPS = MappingProxyType(
 
 @dataclass(frozen=True)
 class LayerNoise:
-    """What a perturbed layer is built with. layers: [start, end) of the global layers, None for all."""
+    """What is built to perturb a model. layers: [start, end) of the global layers, None for all; logits: no layer, the
+    logits instead."""
 
     sigma_init: float
     learnable: bool = True
     layers: tuple[int, int] | None = None
+    logits: bool = False
 
     def perturbs(self, layer: int) -> bool:
-        return self.layers is None or self.layers[0] <= layer < self.layers[1]
+        return not self.logits and (self.layers is None or self.layers[0] <= layer < self.layers[1])
 
 
 def layer_noise(alp: AlpConfig, num_layers: int) -> LayerNoise | None:
-    """How the layers of a model are perturbed, None when they are not. Raises ConfigError for layers it does not have."""
+    """How a model is perturbed, None when it is not. Raises ConfigError for layers it does not have."""
     if not alp.enabled:
         return None
+    if alp.layers == "logits":
+        return LayerNoise(alp.sigma_init, alp.learnable, logits=True)
     layers = None if alp.layers == "all" else alp.layers
     if layers is not None and layers[1] > num_layers:
         raise ConfigError(

@@ -19,16 +19,21 @@ from megatron_rl.config import Config
 from megatron_rl.errors import CheckpointError, PrecisionError, UserError
 from megatron_rl.objectives import LossInputs, LossNorm, LossOutputs
 from megatron_rl.perturbation.layer import Draw
-from megatron_rl.policy.model import DTYPES, build_chunks
+from megatron_rl.perturbation.sigma import sigma_holders
+from megatron_rl.policy.model import DTYPES, beyond_range, build_chunks
+from megatron_rl.policy.modules import HAVE_TE
 from megatron_rl.policy.normalisation import global_norm, sum_gradients
-from megatron_rl.policy.optimizer import PolicyOptimizer
+from megatron_rl.policy.optimizer import Gradients, PolicyOptimizer
 from megatron_rl.policy.packing import Microbatch, Shard, noise_rows, pack, shard, to_device
 from megatron_rl.policy.parallel import Mesh
+from megatron_rl.policy.quantised import QuantisedProducts
+from megatron_rl.precision.plan import PrecisionPlan, resolve
 from megatron_rl.types import Batch
 from megatron_rl.weights.export import export_weights
 from megatron_rl.weights.hf import HFFolder, write_hf_folder
 from megatron_rl.weights.load import load_weights
 from megatron_rl.weights.plan import check_folder
+from megatron_rl.weights.quantised import WireTensors, export_dtypes
 
 Objective = Callable[[LossInputs], LossOutputs]
 
@@ -66,9 +71,11 @@ class Policy:
         self.family, self.shape = check_folder(self.source, tensor_parallel=mesh.tp_size)
         models = build_chunks(config, self.shape, mesh)
         load_weights(models, self.source, self.family, self.shape, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size)
+        self.products = QuantisedProducts(resolve(config.precision, self.shape.num_layers), models, mesh, HAVE_TE)
         self.tf_config = models[0].config
         dtype = DTYPES[config.precision.train]
-        wrapped: list[Any] = [Float16Module(self.tf_config, m) for m in models] if dtype == torch.bfloat16 else list(models)
+        mesh.raise_everywhere(mesh.broadcast(next(filter(None, mesh.gather(beyond_range(models, config))), None)))
+        wrapped: list[Any] = list(models) if dtype == torch.float32 else [Float16Module(self.tf_config, m) for m in models]
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.distributed, average_in_collective=False
         )
@@ -92,15 +99,22 @@ class Policy:
         except UserError as error:  # every rank holds the same batch
             self.mesh.raise_everywhere(error)
         whole = global_norm(norm, batch, self.config.rollout.max_new_tokens)
+        results, gradients = self.optimizer.fill(lambda: self._differentiate(batch, objective, whole))
+        lr, products = self.optimizer.lr, self.products.record()
+        self.optimizer.step(gradients.norm)
+        stats = self._stats(batch, results, gradients, lr)
+        return stats if stats.metrics is None else replace(stats, metrics=stats.metrics | products)
+
+    def _differentiate(self, batch: Batch, objective: Objective, norm: LossNorm) -> list[dict[str, Any]]:
+        """Forward and backward of the whole batch into empty gradients. Every call with the same weights does the same."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self.products.start()
         draw = self.optimizer.updates if self.config.alp.enabled else None
-        results = self._run(batch, lambda micro, scores: self._loss(micro, scores, objective, whole), draw=draw)
+        results = self._run(batch, lambda micro, scores: self._loss(micro, scores, objective, norm), draw=draw)
         self._refuse_non_finite(batch, results)
-        grad_norm, lr = self.optimizer.gradient_norm(), self.optimizer.lr
-        self.optimizer.step(grad_norm)
-        return self._stats(batch, results, grad_norm, lr)
+        return results
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> np.ndarray:
@@ -120,7 +134,18 @@ class Policy:
 
         To be called before a checkpoint is restored, so that a resumed run measures against the same model as before.
         """
-        self._reference = [p.data.to("cpu", copy=True) for p in self._parameters()]
+        self._reference = self.copy_weights()
+
+    @torch.no_grad()
+    def copy_weights(self) -> list[torch.Tensor]:
+        """A copy of this rank's parameters, in host memory."""
+        return [p.data.to("cpu", copy=True) for p in self._parameters()]
+
+    @torch.no_grad()
+    def put_weights(self, copied: list[torch.Tensor]) -> None:
+        """Make the parameters what `copy_weights` returned. The optimizer keeps its masters: before a step, the own are due."""
+        for p, other in zip(self._parameters(), copied, strict=True):
+            p.data.copy_(other)
 
     def reference_logprobs(self, batch: Batch) -> np.ndarray:
         """[N] float32: `logprobs` under the reference policy. The policy's own weights are back afterwards, bit by bit,
@@ -151,10 +176,15 @@ class Policy:
         for model in self.models:
             yield from model.parameters()
 
-    def export(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """Hugging Face names and tensors in table order, on rank 0 (None elsewhere); `dtype` None keeps the source's."""
-        dtypes = {name: dtype or info.dtype for name, info in self.source.tensors.items()}
-        return export_weights(self.models, self.family, self.shape, dtypes=dtypes, control=self.mesh.control)
+    def export(
+        self, plan: PrecisionPlan | None = None, *, dequantised: bool = False
+    ) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Hugging Face names and tensors in table order, on rank 0 (None elsewhere): in the source's dtypes, or as `plan` has
+        them travel; `dequantised` then as in `WireTensors`.
+        """
+        dtypes = self.source.dtypes if plan is None else export_dtypes(plan, self.source.tensors)
+        stream = export_weights(self.models, self.family, self.shape, dtypes=dtypes, control=self.mesh.control)
+        return stream if plan is None else WireTensors(stream, plan, dequantised=dequantised)
 
     def save_hf(self, dest: Path) -> None:
         """Write a complete Hugging Face folder, whole or not at all. Raises CheckpointError on every rank if it cannot be."""
@@ -206,7 +236,7 @@ class Policy:
         )
 
     def _noise(self, micro: Microbatch, draw: int) -> Draw:
-        mesh, cut = self.mesh, self.config.parallel.sequence
+        mesh, cut = self.mesh, self.config.parallel.sequence and self.config.alp.layers != "logits"
         rows = noise_rows(
             micro,
             cp_size=mesh.cp_size,
@@ -296,7 +326,7 @@ class Policy:
                 columns[name][part[0]] = values
         return columns if self.mesh.rank == 0 else {}
 
-    def _stats(self, batch: Batch, results: list[dict[str, Any]], grad_norm: float, lr: float) -> UpdateStats:
+    def _stats(self, batch: Batch, results: list[dict[str, Any]], gradients: Gradients, lr: float) -> UpdateStats:
         columns = self._collect(batch, results, ("logp", "entropy"))
         sums: dict[str, float] = {}
         for report in results if self.mesh.reports else []:
@@ -304,24 +334,26 @@ class Policy:
                 sums[name] = sums.get(name, 0.0) + float(value)
         gathered, sigmas = self.mesh.gather(sums), self._sigmas()
         if self.mesh.rank != 0:
-            return UpdateStats(grad_norm, lr)
+            return UpdateStats(gradients.norm, lr)
         totals: dict[str, float] = {}
         for part in gathered:
             for name, value in part.items():
                 totals[name] = totals.get(name, 0.0) + value
-        return UpdateStats(grad_norm, lr, totals.pop("loss"), totals | sigmas, columns["logp"], columns["entropy"])
+        loss, metrics = totals.pop("loss"), totals | sigmas | gradients.metrics
+        return UpdateStats(gradients.norm, lr, loss, metrics, columns["logp"], columns["entropy"])
 
     def _sigmas(self) -> dict[str, float]:
         """The scales of the perturbation by now, per layer (from 0) and over layers; empty without one. On rank 0."""
         if not self.config.alp.enabled:
             return {}
-        layers = [layer for model in self.models for layer in model.decoder.layers if layer.log_sigma is not None]
-        parts = self.mesh.gather({layer.layer_index: float(layer.log_sigma.detach().exp()) for layer in layers})
+        holders = [holder for model in self.models for holder in sigma_holders(model)]
+        parts = self.mesh.gather({holder.layer_index: holder.sigma for holder in holders})
         by_layer = dict(sorted(item for part in parts for item in part.items()))
         if not by_layer:
             return {}
         values = list(by_layer.values())
         over = {"min": min(values), "mean": sum(values) / len(values), "max": max(values)}
-        width = len(str(self.shape.num_layers - 1))
-        each = {f"alp/sigma/{layer:0{width}d}": sigma for layer, sigma in by_layer.items()}
+        last = self.shape.num_layers
+        names = {layer: f"{layer:0{len(str(last - 1))}d}" for layer in range(last)} | {last: "logits"}
+        each = {f"alp/sigma/{names[layer]}": sigma for layer, sigma in by_layer.items()}
         return {f"alp/sigma_{name}": value for name, value in over.items()} | each

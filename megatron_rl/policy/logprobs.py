@@ -1,14 +1,19 @@
 """Log-probabilities and entropy of next tokens from the last hidden states, without ever holding all logits.
 
 The output projection is part of the function: forward and backward walk over chunks of rows and recompute the
-logits, so the largest buffer is [chunk, vocab / tensor_parallel] in fp32, whatever the number of tokens.
+logits, so the largest buffer is [chunk, vocab / tensor_parallel] in fp32, whatever the number of tokens. A projection
+in float32 of 16-bit weights casts one block of the vocabulary at a time, as large as that buffer at most; every chunk
+of rows casts the weights anew, which is little next to multiplying by them.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+
+from megatron_rl.perturbation.logits import LogitNoise
 
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}  # of fp32 logits; on CPU near the cache is fastest (measured)
 
@@ -23,6 +28,8 @@ def token_scores(
     group: dist.ProcessGroup,
     chunk_bytes: int | None = None,
     topk_labels_RK: torch.Tensor | None = None,
+    fp32_product: bool = False,
+    noise: LogitNoise | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """log p(label) and entropy, both [R] fp32, of softmax(hidden @ weight.T / temperature).
 
@@ -32,18 +39,91 @@ def token_scores(
     share and must be summed over `group` by the caller's gather or copy. weight_VH: this rank's slice of the
     output projection; rows that pad the vocabulary beyond vocab_size take no part. labels_R: global token ids.
     d logp_y / dx_j = 1[j = y] - p_j and dH / dx_j = -p_j (log p_j + H).
+
+    fp32_product: logits, and in backward the gradients of both operands, come from float32 products of the operands as
+    they are, instead of products rounded to the operands' dtype; both gradients are rounded to it once, when complete.
+
+    noise: of these R rows, added to the logits before they are divided by the temperature, so that the distribution is
+    softmax((hidden @ weight.T + sigma eps) / temperature). The gradient of its log_sigma is the whole one on every rank.
     """
     shard = weight_VH.shape[0]
     start = group.rank() * shard
     real = min(shard, vocab_size - start)
-    rows = max(1, (chunk_bytes or CHUNK_BYTES[hidden_RH.device.type]) // (4 * shard))
+    chunk = chunk_bytes or CHUNK_BYTES[hidden_RH.device.type]
+    rows = max(1, chunk // (4 * shard))
     topk = None if topk_labels_RK is None else topk_labels_RK - start
-    return _TokenScores.apply(hidden_RH, weight_VH, labels_R - start, topk, temperature, real, group, rows)
+    upcast = fp32_product and weight_VH.dtype != torch.float32
+    head = _Float32Head(max(1, chunk // (4 * weight_VH.shape[1]))) if upcast else _Head()
+    log_sigma = None if noise is None else noise.log_sigma
+    settings = _Settings(temperature, start, real, group, rows, head, noise)
+    return _TokenScores.apply(hidden_RH, weight_VH, log_sigma, labels_R - start, topk, settings)
 
 
-def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
-    logits = F.linear(hidden, weight).float()
-    return logits if temperature == 1.0 else logits.div_(temperature)
+@dataclass(frozen=True)
+class _Settings:
+    """start, real: the first row of this rank's slice of the vocabulary, and how many it has without padding."""
+
+    temperature: float
+    start: int
+    real: int
+    group: dist.ProcessGroup
+    rows: int
+    head: "_Head"
+    noise: LogitNoise | None
+
+    def logits(self, hidden: torch.Tensor, weight: torch.Tensor, part: slice) -> torch.Tensor:
+        """[rows, real] fp32 of the rows `part`, noise included, over the temperature."""
+        logits = self.head.logits(hidden[part], weight[: self.real], self.temperature)
+        if self.noise is not None:
+            self.noise.add_(logits, part, self.start, self.temperature)
+        return logits
+
+
+class _Head:
+    """Products with the output weights [V, H], in the weights' dtype."""
+
+    def logits(self, hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
+        """[rows, V] fp32 of hidden [rows, H]."""
+        logits = self._product(hidden, weight)
+        return logits if temperature == 1.0 else logits.div_(temperature)
+
+    def backward(
+        self, d_logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, d_hidden: torch.Tensor, d_weight: torch.Tensor
+    ) -> None:
+        """Set d_hidden [rows, H] and add to d_weight [V, H] fp32, of d_logits [rows, V] fp32."""
+        d_logits = d_logits.to(weight.dtype)
+        torch.mm(d_logits, weight, out=d_hidden)
+        if weight.dtype == torch.float32:
+            d_weight.addmm_(d_logits.t(), hidden)
+        else:
+            d_weight.add_(d_logits.t() @ hidden)
+
+    def _product(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden, weight).float()
+
+
+class _Float32Head(_Head):
+    """The same products of the same operands, computed in float32, `block` rows of the weights at a time."""
+
+    def __init__(self, block: int) -> None:
+        self.block = block
+
+    def backward(
+        self, d_logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, d_hidden: torch.Tensor, d_weight: torch.Tensor
+    ) -> None:
+        hidden, total = hidden.float(), torch.zeros_like(hidden, dtype=torch.float32)
+        for at in range(0, len(weight), self.block):
+            part = slice(at, at + self.block)
+            total.addmm_(d_logits[:, part], weight[part].float())
+            d_weight[part].addmm_(d_logits[:, part].t(), hidden)
+        d_hidden.copy_(total)
+
+    def _product(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        hidden, logits = hidden.float(), hidden.new_empty(len(hidden), len(weight), dtype=torch.float32)
+        for at in range(0, len(weight), self.block):
+            part = slice(at, at + self.block)
+            torch.mm(hidden, weight[part].float().t(), out=logits[:, part])
+        return logits
 
 
 class _TokenScores(torch.autograd.Function):
@@ -52,13 +132,12 @@ class _TokenScores(torch.autograd.Function):
         ctx: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,
+        log_sigma: torch.Tensor | None,
         local_labels: torch.Tensor,
         local_topk: torch.Tensor | None,
-        temperature: float,
-        real: int,
-        group: dist.ProcessGroup,
-        rows: int,
+        settings: _Settings,
     ) -> tuple[torch.Tensor, ...]:
+        real, group, rows = settings.real, settings.group, settings.rows
         # Column 0 is the label, the others are further tokens to score.
         local = local_labels[:, None] if local_topk is None else torch.cat([local_labels[:, None], local_topk], dim=1)
         owned = (local >= 0) & (local < real)
@@ -68,7 +147,7 @@ class _TokenScores(torch.autograd.Function):
         logp, entropy, log_z = (hidden.new_empty(total, dtype=torch.float32) for _ in range(3))
         for at in range(0, total, rows):
             part = slice(at, at + rows)
-            x = _logits(hidden[part], weight[:real], temperature)
+            x = settings.logits(hidden, weight, part)
             peak = x.amax(-1)
             dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
             x.sub_(peak[:, None])
@@ -83,8 +162,9 @@ class _TokenScores(torch.autograd.Function):
                 topk[part] = (wanted[1:] - log_z[part]).t()
             entropy[part] = log_z[part] - weighted / z
             log_z[part] += peak
-        ctx.save_for_backward(hidden, weight, column[:, :1].contiguous(), owned[:, 0].contiguous(), log_z, entropy)
-        ctx.settings = temperature, real, rows
+        label = column[:, :1].contiguous(), owned[:, 0].contiguous()
+        ctx.save_for_backward(hidden, weight, *label, log_z, entropy, log_sigma)
+        ctx.settings = settings
         ctx.set_materialize_grads(False)
         if topk is None:
             return logp, entropy
@@ -93,15 +173,17 @@ class _TokenScores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_logp: torch.Tensor | None, grad_entropy: torch.Tensor | None, *_: None) -> tuple[Any, ...]:
-        hidden, weight, column, owned, log_z, entropy = ctx.saved_tensors
-        temperature, real, rows = ctx.settings
+        hidden, weight, column, owned, log_z, entropy, _ = ctx.saved_tensors
+        settings: _Settings = ctx.settings
+        real, rows, noise = settings.real, settings.rows, settings.noise if ctx.needs_input_grad[2] else None
         if grad_logp is None:
             grad_logp = torch.zeros_like(log_z)
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        d_log_sigma = None if noise is None else torch.zeros(1, dtype=torch.float64, device=weight.device)
         for at in range(0, hidden.shape[0], rows):
             part = slice(at, at + rows)
-            log_p = _logits(hidden[part], weight[:real], temperature).sub_(log_z[part, None])
+            log_p = settings.logits(hidden, weight, part).sub_(log_z[part, None])
             p = log_p.exp()
             if grad_entropy is None:
                 d_x = p.mul_(-grad_logp[part, None])
@@ -109,12 +191,12 @@ class _TokenScores(torch.autograd.Function):
                 log_p.add_(entropy[part, None]).mul_(grad_entropy[part, None]).add_(grad_logp[part, None])
                 d_x = p.mul_(log_p.neg_())
             d_x.scatter_add_(-1, column[part], (grad_logp[part] * owned[part])[:, None])
-            if temperature != 1.0:
-                d_x.div_(temperature)
-            d_x = d_x.to(weight.dtype)
-            torch.mm(d_x, weight[:real], out=d_hidden[part])
-            if weight.dtype == torch.float32:
-                d_weight[:real].addmm_(d_x.t(), hidden[part])
-            else:
-                d_weight[:real].add_(d_x.t() @ hidden[part])
-        return d_hidden, d_weight.to(weight.dtype), *[None] * 6
+            if settings.temperature != 1.0:
+                d_x.div_(settings.temperature)
+            if noise is not None and d_log_sigma is not None:
+                d_log_sigma += noise.dot(d_x, part, settings.start)
+            settings.head.backward(d_x, hidden[part], weight[:real], d_hidden[part], d_weight[:real])
+        if d_log_sigma is not None:  # of this rank's part of the vocabulary so far
+            dist.all_reduce(d_log_sigma, group=settings.group)
+            d_log_sigma = d_log_sigma.float()
+        return d_hidden, d_weight.to(weight.dtype), d_log_sigma, None, None, None

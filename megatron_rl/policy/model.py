@@ -13,25 +13,40 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rl.config import Config
-from megatron_rl.errors import ConfigError
-from megatron_rl.perturbation.plan import layer_noise
+from megatron_rl.errors import ConfigError, PrecisionError
+from megatron_rl.perturbation.logits import LogitPerturbation
+from megatron_rl.perturbation.plan import LayerNoise, layer_noise
 from megatron_rl.policy.logprobs import token_scores
 from megatron_rl.policy.modules import HAVE_TE, block_spec
 from megatron_rl.policy.packing import Shard
 from megatron_rl.policy.parallel import Mesh
+from megatron_rl.policy.quantised import check_recipe, transformer_engine_recipe
+from megatron_rl.precision.plan import resolve
 from megatron_rl.weights.families.base import ModelShape
 from megatron_rl.weights.layouts import padded_vocab
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class PolicyModel(GPTModel):
     """A GPTModel chunk fed with packed shards; its last stage answers (logp, entropy[, topk]) per scored row."""
 
-    def __init__(self, *args: Any, real_vocab_size: int, temperature: float, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        real_vocab_size: int,
+        temperature: float,
+        fp32_head: bool,
+        noise: LayerNoise | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.real_vocab_size = real_vocab_size
         self.temperature = temperature
+        self.fp32_head = fp32_head
+        self.perturbation: LogitPerturbation | None = None
+        if noise is not None and noise.logits and self.post_process:
+            self.perturbation = LogitPerturbation(noise, self.config.num_layers)
 
     def forward(self, shard: Shard) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Hidden states for the next stage, or on the last stage what `token_scores` answers for the shard's rows."""
@@ -56,6 +71,7 @@ class PolicyModel(GPTModel):
             hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        draw = shard.stream.noise
         return token_scores(
             hidden[shard.rows, 0],
             weight,
@@ -64,6 +80,8 @@ class PolicyModel(GPTModel):
             vocab_size=self.real_vocab_size,
             group=group,
             topk_labels_RK=shard.topk_labels,
+            fp32_product=self.fp32_head,
+            noise=None if draw is None or self.perturbation is None else self.perturbation.noise(draw, shard.rows),
         )
 
 
@@ -78,7 +96,11 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
     if shape.num_layers % stages:
         raise ConfigError(f"parallel.pipeline x parallel.virtual_pipeline = {stages} does not divide {shape.num_layers} layers")
     dtype = DTYPES[config.precision.train]
-    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    recompute: dict[str, dict[str, Any]] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }
 
     def from_checkpoint(_: torch.Tensor) -> None:
         return None
@@ -103,6 +125,7 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
         init_method=from_checkpoint,
         output_layer_init_method=from_checkpoint,
         embedding_init_method=from_checkpoint,
@@ -124,12 +147,15 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
         batch_p2p_sync=torch.cuda.is_available(),
         # The loss is already divided by the global denominator: gradients are plain sums over micro-batches and ranks.
         calculate_per_token_loss=True,
-        **(recompute if parallel.recompute == "full" else {}),
+        **recompute[parallel.recompute],
+        **(transformer_engine_recipe(config, resolve(config.precision, shape.num_layers)) if HAVE_TE else {}),
     )
 
 
 def build_chunks(config: Config, shape: ModelShape, mesh: Mesh) -> list[PolicyModel]:
     """This rank's model chunks (one, or `virtual_pipeline` of them), parameters unset, on the mesh's device."""
+    plan = resolve(config.precision, shape.num_layers)
+    check_recipe(config, plan, shape, HAVE_TE)
     tf_config = transformer_config(config, shape)
     noise = layer_noise(config.alp, shape.num_layers)
     vocab_rows = padded_vocab(shape.vocab_size, mesh.tp_size)
@@ -143,7 +169,7 @@ def build_chunks(config: Config, shape: ModelShape, mesh: Mesh) -> list[PolicyMo
     for stage in stages:
         chunk = PolicyModel(
             config=tf_config,
-            transformer_layer_spec=block_spec(tf_config, vp_stage=stage, noise=noise),
+            transformer_layer_spec=block_spec(tf_config, vp_stage=stage, noise=noise, plan=plan),
             vocab_size=vocab_rows,
             max_sequence_length=config.optimizer.tokens_per_microbatch,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
@@ -155,6 +181,20 @@ def build_chunks(config: Config, shape: ModelShape, mesh: Mesh) -> list[PolicyMo
             vp_stage=stage,
             real_vocab_size=shape.vocab_size,
             temperature=config.rollout.temperature,
+            noise=noise,
+            fp32_head=config.precision.fp32_lm_head,
         )
         chunks.append(chunk.to(mesh.device))
     return chunks
+
+
+def beyond_range(models: list[PolicyModel], config: Config) -> PrecisionError | None:
+    """The error for loaded weights of this rank that float16 cannot hold (above 65504), if there are any."""
+    if DTYPES[config.precision.train] != torch.float16:
+        return None
+    for model in models:
+        for name, parameter in model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                where = f"'{name}' of {config.model.path}"
+                return PrecisionError(f"{where} has values that float16 cannot hold: set precision.train to bf16 or fp32")
+    return None

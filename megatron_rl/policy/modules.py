@@ -19,11 +19,15 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import divide
 
 from megatron_rl.errors import PrecisionError
 from megatron_rl.perturbation.layer import Draw, perturbed
 from megatron_rl.perturbation.plan import LayerNoise
+from megatron_rl.precision.linear import quantized_layer
+from megatron_rl.precision.plan import PrecisionPlan
+from megatron_rl.precision.products import operands_of
 
 
 def _transformer_engine() -> bool:
@@ -171,19 +175,32 @@ class PackedStream(PackedSeqParams):
 
 
 def block_spec(
-    config: TransformerConfig, vp_stage: int | None = None, noise: LayerNoise | None = None
+    config: TransformerConfig, vp_stage: int | None = None, noise: LayerNoise | None = None, plan: PrecisionPlan | None = None
 ) -> TransformerBlockSubmodules | ModuleSpec:
     """The transformer block: Transformer Engine's layers with CUDA, megatron-core's local ones without.
 
-    noise: how the inputs of its layers can be perturbed; None for plain layers.
+    noise: how the inputs of its layers can be perturbed; None for plain layers. plan: what the products of local layers
+    are quantised to, if anything; Transformer Engine's layers have that from `config`.
     """
     if HAVE_TE:
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         return layer if noise is None else perturbed(layer, noise)
+    plain = _local_layer(config)
+    operands = None if plan is None else operands_of(plan)
+    low = plain if operands is None else quantized_layer(plain, operands)
+    kept = frozenset() if plan is None else plan.kept
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    layers = [plain if first + n in kept else low for n in range(get_num_layers_to_build(config, vp_stage=vp_stage))]
+    if noise is not None:
+        layers = [perturbed(layer, noise) for layer in layers]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def _local_layer(config: TransformerConfig) -> ModuleSpec:
     local = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     attention = local.submodules.self_attention
     norms = {"q_layernorm": RMSNorm, "k_layernorm": RMSNorm} if config.qk_layernorm else {}
-    layer = ModuleSpec(
+    return ModuleSpec(
         module=local.module,
         submodules=dataclasses.replace(
             local.submodules,
@@ -196,6 +213,3 @@ def block_spec(
             ),
         ),
     )
-    layer = layer if noise is None else perturbed(layer, noise)
-    count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)

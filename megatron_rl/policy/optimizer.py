@@ -1,7 +1,9 @@
 """megatron-core's optimizer, stepped so that a non-finite gradient is seen before any parameter moves."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -11,8 +13,30 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
 from megatron_rl.config import AlpConfig, OptimizerConfig
-from megatron_rl.errors import PrecisionError
+from megatron_rl.errors import CheckpointError, PrecisionError
 from megatron_rl.perturbation.names import LOG_SIGMA
+
+# The loss scale of float16 training; powers of two, so that scaling alone rounds nothing.
+# megatron-core would begin at 2^32, where the gradients of nearly every model overflow: the first update would only be
+# spent on finding a scale. At 2^16 gradients down to 1e-12 are kept, and those of a loss divided by its tokens mostly fit.
+INITIAL_SCALE = 2.0**16
+MIN_SCALE = 1.0
+# megatron-core waits for 1000 updates without an overflow. A reinforcement-learning run makes hundreds: a scale that one
+# outlier lowered must come back within them, and a try that is too high costs one more pass in a hundred updates.
+GROWTH_INTERVAL = 100
+MOST_OVERFLOWS = 16  # of one update: from INITIAL_SCALE to MIN_SCALE
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What `PolicyOptimizer.fill` found. norm: global L2 norm of the summed gradients, without any loss scale.
+
+    metrics: in float16 the loss scale they were made with, and the overflows before; else empty.
+    """
+
+    norm: float
+    metrics: dict[str, float]
 
 
 class PolicyOptimizer:
@@ -37,6 +61,11 @@ class PolicyOptimizer:
             clip_grad=config.grad_clip,
             params_dtype=dtype,
             bf16=dtype == torch.bfloat16,
+            fp16=dtype == torch.float16,
+            initial_loss_scale=INITIAL_SCALE,
+            min_loss_scale=MIN_SCALE,
+            loss_scale_window=GROWTH_INTERVAL,
+            hysteresis=1,  # the pass after an overflow is over the same batch: with an unchanged scale it overflows again
             use_distributed_optimizer=config.distributed,
         )
         groups = get_standard_config_overrides(core)
@@ -47,6 +76,12 @@ class PolicyOptimizer:
         for part in self.core.chained_optimizers:
             if type(part) is DistributedOptimizer and isinstance(part.optimizer, torch.optim.AdamW):
                 part.__class__ = TorchDistributedOptimizer
+        self.scaler: Any = None
+        if dtype == torch.float16:
+            # Scalers of several parts would be told of their own part's overflows alone, and grow apart.
+            (part,) = self.core.chained_optimizers
+            self.scaler = part.grad_scaler
+            self._first_scale = self.scaler.state_dict()
 
     @property
     def lr(self) -> float:
@@ -61,6 +96,8 @@ class PolicyOptimizer:
     def restart(self) -> None:
         """As if no update had been made: moments and counts are zero, the warm-up begins anew. Parameters stay."""
         self.updates = 0
+        if self.scaler is not None:
+            self.scaler.load_state_dict(self._first_scale)
         for part in self.core.chained_optimizers:
             for group in part.optimizer.param_groups:
                 if "step" in group:  # fused optimizers count there
@@ -82,8 +119,11 @@ class PolicyOptimizer:
                 part.init_state_fn(part.optimizer, part.config)
 
     def load_state_dict(self, content: Any) -> None:
-        """Take over what a checkpoint holds; megatron-core leaves a count of 0 out of it."""
+        """Take over what a checkpoint holds; megatron-core leaves a count of 0 out of it, and goes on without a loss scale."""
         parts = self.core.chained_optimizers
+        if ("grad_scaler" in content) != (self.scaler is not None):
+            found = "a loss scale: it was trained" if "grad_scaler" in content else "no loss scale: it was not trained"
+            raise CheckpointError(f"the checkpoint holds {found} with precision.train: fp16; resume with the precision it had")
         for part, state in zip(parts, [content] if len(parts) == 1 else [content[i] for i in range(len(parts))], strict=True):
             inner = state.get("optimizer", state)
             if isinstance(part.optimizer, torch.optim.AdamW) and "state" in inner:
@@ -93,10 +133,27 @@ class PolicyOptimizer:
     def zero_grad(self) -> None:
         self.core.zero_grad()
 
-    def gradient_norm(self) -> float:
-        """Global L2 norm of the summed gradients, the same on every rank."""
-        self.core.prepare_grads()
-        return float(self.core.get_grad_norm())
+    def fill(self, make: Callable[[], T]) -> tuple[T, Gradients]:
+        """Call `make`, which puts the gradients of the scaled loss into empty buffers; its answer, and what was found.
+
+        Gradients that overflow in float16 are made again, of the same batch, with half the loss scale, until they fit. All
+        ranks do so together. Raises PrecisionError when no scale helps; the loss scale is then what it was before.
+        """
+        kept = None if self.scaler is None else self.scaler.state_dict()
+        overflows = 0
+        while True:
+            scale = float(self.core.get_loss_scale())
+            made = make()
+            if not self.core.prepare_grads():
+                found = {} if kept is None else {"optimizer/loss_scale": scale, "optimizer/overflows": float(overflows)}
+                return made, Gradients(float(self.core.get_grad_norm()), found)
+            overflows += 1
+            if scale <= MIN_SCALE or overflows > MOST_OVERFLOWS:
+                self.scaler.load_state_dict(kept)
+                raise PrecisionError(
+                    f"gradients overflow float16 {overflows} times, with a loss scale of {scale:g} too: the update is refused, "
+                    "parameters are untouched; lower what the objective multiplies, or set precision.train: bf16"
+                )
 
     def step(self, grad_norm: float) -> None:
         """Clip to `grad_clip` and update the parameters. Raises PrecisionError on a non-finite norm, parameters untouched."""

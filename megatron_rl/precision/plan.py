@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 from megatron_rl.config import PrecisionConfig
+from megatron_rl.errors import ConfigError, PrecisionError
 
 # The matrices that are ever quantised; embeddings, lm_head, norms, biases and routers never are. One rule for all sides.
 _LINEAR = re.compile(r"\.layers\.(\d+)\..*\.(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)\.weight$")
@@ -31,6 +32,16 @@ class PrecisionPlan:
     kv_cache: str
     kept: frozenset[int]
 
+    @property
+    def trains_low(self) -> bool:
+        """Whether the trainer quantises the products of its layers."""
+        return self.recipe != "none"
+
+    @property
+    def rolls_out_low(self) -> bool:
+        """Whether the engines' weights are quantised."""
+        return self.engine_weights != self.engine
+
     def quantised(self, name: str) -> bool:
         """Whether the Hugging Face tensor `name` is one that low precision is for."""
         found = _LINEAR.search(name)
@@ -41,12 +52,16 @@ _WIRE = {"fp8_blockwise": "fp8_128x128_e4m3", "fp8_blockwise_pow2": "fp8_128x128
 
 
 def resolve(precision: PrecisionConfig, num_layers: int) -> PrecisionPlan:
-    """The plan of a `precision` section for a model of `num_layers` layers."""
+    """The plan of a `precision` section for a model of `num_layers` layers.
+
+    Raises ConfigError for keys that contradict each other or would have no effect, PrecisionError if no layer is left.
+    """
+    refuse_contradictions(precision)
     inputs, weights, gradients = _operands(precision)
     wire = _WIRE.get(precision.rollout, precision.rollout)
     engine = "bf16" if precision.rollout in _WIRE else precision.rollout
     pow2 = "_pow2" if precision.rollout == "fp8_blockwise_pow2" else ""
-    return PrecisionPlan(
+    plan = PrecisionPlan(
         train=precision.train,
         recipe=precision.recipe,
         inputs=inputs,
@@ -59,6 +74,36 @@ def resolve(precision: PrecisionConfig, num_layers: int) -> PrecisionPlan:
         kv_cache=engine,
         kept=frozenset({0, num_layers - 1}) if precision.first_last_bf16 else frozenset(),
     )
+    if (plan.trains_low or plan.rolls_out_low) and len(plan.kept) >= num_layers:
+        raise PrecisionError(
+            f"precision.first_last_bf16 leaves none of the model's {num_layers} layers to quantise: set it to false, "
+            "or ask for no low precision"
+        )
+    return plan
+
+
+def refuse_contradictions(precision: PrecisionConfig) -> None:
+    """Raise ConfigError for keys that contradict each other, or ask for something that would silently not happen."""
+    p = precision
+    if p.recipe == "delayed" and p.first_last_bf16:
+        raise ConfigError(
+            "precision.first_last_bf16: true does not go with recipe: delayed, whose scales are kept by one context round all "
+            "layers (megatron-core refuses it too): take recipe: tensorwise, or set first_last_bf16 to false"
+        )
+    if p.pow2_scales and p.recipe != "blockwise":
+        raise ConfigError(
+            f"precision.pow2_scales: true is about the scales of recipe: blockwise, and recipe is {p.recipe}: set it to false "
+            "(for the engines' scales alone, take rollout: fp8_blockwise_pow2)"
+        )
+    if p.format == "hybrid" and p.recipe in ("none", "nvfp4"):
+        raise ConfigError(
+            f"precision.format: hybrid makes FP8 gradients e5m2, and recipe: {p.recipe} has none: leave format at e4m3"
+        )
+    if p.rollout_activations == "fp8" and p.rollout not in ("fp8_blockwise", "fp8_blockwise_pow2"):
+        raise ConfigError(
+            f"precision.rollout_activations: fp8 needs FP8 weights to multiply with, and rollout is {p.rollout}: "
+            "take rollout: fp8_blockwise, or rollout_activations: none"
+        )
 
 
 def _operands(precision: PrecisionConfig) -> tuple[str, str, str]:

@@ -297,6 +297,11 @@ class EnginePool:
         """As the server names it; "default" for weights as SGLang loaded them."""
         return str(_field(self._run(self._controlled(url, "GET", "/model_info", None)), "weight_version", url))
 
+    def info(self, url: str) -> dict[str, Any]:
+        """What the server says of itself: /model_info, and /server_info where the former does not name the precision."""
+        answer = dict(self._run(self._controlled(url, "GET", "/model_info", None)))
+        return answer if "dtype" in answer else {**self._run(self._controlled(url, "GET", "/server_info", None)), **answer}
+
     def memory(self, url: str) -> str | None:
         """Of the weights: "held", "released", or "empty" (taken back, nothing in it yet); None where a server does not say."""
         answer = self._run(self._controlled(url, "GET", "/model_info", None))
@@ -309,6 +314,10 @@ class EnginePool:
     def checksums(self, url: str) -> dict[str, str]:
         """Digest of every tensor the server holds, as it received it."""
         return dict(_field(self._control(url, "/weights_checker", {"action": "checksum"}), "checksums", url))
+
+    def save_weights(self, url: str, folder: Path) -> None:
+        """Have an embedded server write what it holds to `model.safetensors` in `folder`; EngineError where it cannot."""
+        self._control(url, "/save_weights", {"path": str(Path(folder).absolute())})
 
     def drop(self, url: str, reason: str) -> None:
         """Route nothing to this server any more."""

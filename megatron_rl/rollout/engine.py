@@ -16,16 +16,19 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from megatron_rl.errors import EngineError, UserError
 from megatron_rl.rollout.batcher import Batcher
 from megatron_rl.rollout.loading import Weights, eos_ids, load_weights, read_config
+from megatron_rl.rollout.quantised import Quantisation
 from megatron_rl.rollout.rows import Job, Sampling
+from megatron_rl.weights.quantised import DTYPES
 
 T = TypeVar("T")
 PauseMode = Literal["abort", "retract", "in_place"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _RELEASED = "the engine's memory is released: POST /resume_memory_occupation, then update its weights"
 _EMPTY = "the engine's memory was released and holds no weights yet: update them first"
 _log = logging.getLogger(__name__)
@@ -37,9 +40,10 @@ _QUIET_S, _OVERDUE_S = 0.002, 0.02
 class Engine:
     """Generates from a Hugging Face folder; `start` it, then `submit` jobs from any thread.
 
-    dtype: of weights, activations and cache ("fp32", "bf16"). deterministic: every request is its own batch,
+    dtype: of weights, activations and cache ("fp32", "bf16", "fp16"). deterministic: every request is its own batch,
     never joined nor compacted, so that a sample depends on weights, prompt, n and seed alone. threads: torch
-    threads of this engine (0: torch's choice). max_rows: samples decoded together.
+    threads of this engine (0: torch's choice). max_rows: samples decoded together. quantisation: of weights and inputs,
+    emulated: weights are held as the values of their codes. None: weights are served as they come, cast to dtype.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Engine:
         device: str = "cpu",
         max_rows: int = 512,
         max_prefill_tokens: int = 16384,
+        quantisation: Quantisation | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise UserError(f"engine dtype '{dtype}' is not one of {sorted(DTYPES)}")
@@ -60,7 +65,9 @@ class Engine:
             torch.set_num_threads(threads)
         self.config = read_config(self.model_dir)
         self._device = torch.device(device)
-        weights = load_weights(self.model_dir, self.config, DTYPES[dtype], self._device)
+        self.quantisation = quantisation
+        self._plan = None if quantisation is None else quantisation.plan(int(self.config.num_hidden_layers), dtype)
+        weights = load_weights(self.model_dir, self.config, DTYPES[dtype], self._device, plan=self._plan)
         self._shapes = weights.shapes
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir) if (self.model_dir / "tokenizer.json").is_file() else None
         self.eos_ids = eos_ids(self.model_dir, self.config, self.tokenizer)
@@ -171,6 +178,13 @@ class Engine:
         self._check_weights()
         return self._call(lambda: (self._batcher.version, dict(self._batcher.weights.digests)))
 
+    def save_weights(self, folder: Path) -> str:
+        """Write what is multiplied with right now, dequantised and in the dtype it is held in, to `model.safetensors` in
+        `folder`; answers the version served. The digests of `checksums` tell what came in, this what became of it.
+        """
+        self._check_weights()
+        return self._call(lambda: self._save(folder))
+
     def release_memory(self) -> None:
         """Drop the weights; nothing is generated until `resume_memory` and new weights. EngineError while requests are here."""
         self._call(self._release)
@@ -187,7 +201,7 @@ class Engine:
         self._check_alive()
         if self.memory == "released":
             raise EngineError(_RELEASED)
-        fresh = load_weights(folder, self.config, DTYPES[self.dtype], self._device, self._shapes, version)
+        fresh = load_weights(folder, self.config, DTYPES[self.dtype], self._device, self._shapes, version, self._plan)
         swapped: Future[None] = Future()
         self._call(lambda: self._swaps.append((fresh, version, swapped)))
         swapped.result()
@@ -276,6 +290,16 @@ class Engine:
 
     def _resume(self) -> None:
         self.paused = False
+
+    def _save(self, folder: Path) -> str:
+        held = self._batcher.weights.model.state_dict()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tensors = {name: held[name].to("cpu", copy=True).contiguous() for name in self._shapes}
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            raise EngineError(f"the weights cannot be written to {folder} ({error}): free space there") from error
+        return self.weight_version
 
     def _release(self) -> None:
         with self._lock:  # no job may be taken between the look at the queue and the end of the weights

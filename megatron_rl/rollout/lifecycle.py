@@ -16,6 +16,7 @@ from typing import Self
 import httpx
 
 from megatron_rl.errors import EngineError
+from megatron_rl.rollout.quantised import Quantisation
 
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 _GRACE_S = 5.0
@@ -59,12 +60,14 @@ class EmbeddedServers:
         deterministic: bool = False,
         weight_version: str = "0",
         start_timeout_s: float = 300.0,
+        quantisation: Quantisation | None = None,
     ) -> None:
         self._log_dir, self._count = Path(log_dir), count
         self._threads = threads or max(_cores() // (2 * count), 1)
         self._flags = ["--model", str(Path(model_dir).absolute()), "--dtype", dtype, "--weight-version", weight_version]
         self._flags += ["--threads", str(self._threads)]
         self._flags += ["--deterministic"] if deterministic else []
+        self._flags += quantisation.flags if quantisation else []
         self._start_timeout_s = start_timeout_s
         self._servers: list[_Server] = []
 

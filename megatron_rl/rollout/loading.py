@@ -18,7 +18,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from megatron_rl.errors import CheckpointError
+from megatron_rl.precision.plan import PrecisionPlan
+from megatron_rl.rollout.quantised import quantises_inputs, use_quantised_products
 from megatron_rl.weights.digest import tensor_digest
+from megatron_rl.weights.quantised import DTYPES, check_config, is_scale, join, quantise_at_load, shapes
 
 MANIFEST = "manifest.json"
 ATTENTION = {"full_attention", "sliding_attention"}
@@ -43,25 +46,33 @@ def load_weights(
     device: torch.device,
     expected: dict[str, tuple[int, ...]] | None = None,
     version: str | None = None,
+    plan: PrecisionPlan | None = None,
 ) -> Weights:
     """Read every safetensors file of `folder` into a new model.
 
     expected: names and shapes the tensors must have; None at the first load, when the architecture decides.
     version: compared with the version of manifest.json, where the folder has one.
+    plan: of an engine with quantised weights, which takes codes and scales, or quantises what is not quantised yet.
     Raises CheckpointError naming the file or the tensor; the caller's model is not touched.
     """
     tensors = _read(folder)
     tied = _tied_names(config)
+    stated = _stated_quantisation(folder)
+    _check_quantised(folder, tensors, stated, plan)
+    held = shapes(tensors, coded=stated is not None)
     if expected is not None:
-        _check_names(folder, tensors, expected, tied)
+        _check_names(folder, held, expected, tied)
     digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
     _check_manifest(folder, digests, version)
-    _check_values(folder, tensors, dtype)
-    _check_tied(folder, tensors, tied)
+    values = tensors if plan is None else _quantised_values(folder, tensors, stated, plan, dtype)
+    _check_values(folder, values, dtype)
+    _check_tied(folder, values, tied)
     # A copy even where the dtype stays: tensors read from a file map it, and the file may be rewritten.
-    served = {name: tensor.to(device=device, dtype=dtype, copy=True) for name, tensor in tensors.items()}
+    served = {name: tensor.to(device=device, dtype=dtype, copy=True) for name, tensor in values.items()}
     model = _build(folder, config, served, dtype).to(device)
-    return Weights(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, digests)
+    if plan is not None and quantises_inputs(plan):
+        use_quantised_products(model, values, plan)
+    return Weights(model, held, digests)
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -112,19 +123,63 @@ def _tied_names(config: PreTrainedConfig) -> dict[str, str]:
     return dict(keys) if isinstance(keys, dict) else {}
 
 
-def _check_names(
-    folder: Path, tensors: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]], tied: dict[str, str]
+def _stated_quantisation(folder: Path) -> dict[str, Any] | None:
+    """`quantization_config` of the folder's config.json, where it has one."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a JSON object ({error}): write the folder again") from error
+    return stated if stated is None else dict(stated)
+
+
+def _check_quantised(
+    folder: Path, tensors: dict[str, torch.Tensor], stated: dict[str, Any] | None, plan: PrecisionPlan | None
 ) -> None:
-    missing = sorted(expected.keys() - tensors.keys() - tied.keys())
+    """Codes are taken only where config.json announces them and the engine was started for that format."""
+    if stated is not None and plan is None:
+        raise CheckpointError(
+            f"{folder}: config.json has a quantization_config ({stated.get('quant_method')}), but the engine serves "
+            "unquantised weights: start it with --quantization, or give it unquantised weights"
+        )
+    if stated is not None and plan is not None:
+        check_config(stated, plan, f"{folder}/config.json")
+        return
+    scales = sorted(name for name in tensors if is_scale(name))
+    if scales:
+        raise CheckpointError(f"{folder}: tensor {scales[0]} is a scale, but config.json has no quantization_config")
+
+
+def _quantised_values(
+    folder: Path,
+    tensors: dict[str, torch.Tensor],
+    stated: dict[str, Any] | None,
+    plan: PrecisionPlan,
+    dtype: torch.dtype,
+) -> dict[str, torch.Tensor]:
+    """What the engine multiplies with, under plain names: fp32 for emulated products, which round once at their end."""
+    dtype = torch.float32 if quantises_inputs(plan) else dtype
+    if stated is not None:
+        return join(tensors, plan, str(folder), dtype)
+    _check_values(folder, {name: tensor for name, tensor in tensors.items() if plan.quantised(name)}, DTYPES[plan.train])
+    return quantise_at_load(tensors, plan, dtype)
+
+
+def _check_names(
+    folder: Path, held: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], tied: dict[str, str]
+) -> None:
+    missing = sorted(expected.keys() - held.keys() - tied.keys())
     if missing:
         raise CheckpointError(f"{folder}: {_few('tensor', missing)} missing")
-    unknown = sorted(tensors.keys() - expected.keys() - tied.keys())
+    unknown = sorted(held.keys() - expected.keys() - tied.keys())
     if unknown:
         raise CheckpointError(f"{folder}: {_few('tensor', unknown)} unknown to the model")
-    for name, tensor in tensors.items():
+    for name, shape in held.items():
         want = expected.get(name) or expected.get(tied.get(name, ""))
-        if want is not None and tuple(tensor.shape) != want:
-            raise CheckpointError(f"{folder}: tensor {name} has shape {tuple(tensor.shape)}, the model wants {want}")
+        if want is not None and shape != want:
+            raise CheckpointError(f"{folder}: tensor {name} has shape {shape}, the model wants {want}")
 
 
 def _check_manifest(folder: Path, digests: dict[str, str], version: str | None) -> None:
@@ -170,6 +225,8 @@ def _check_tied(folder: Path, tensors: dict[str, torch.Tensor], tied: dict[str, 
 def _build(folder: Path, config: PreTrainedConfig, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     own = copy.deepcopy(config)  # loading writes dtype and attention into it
+    if hasattr(own, "quantization_config"):
+        del own.quantization_config  # the tensors hold values by now
     try:
         model, report = model_class.from_pretrained(
             None,

@@ -109,6 +109,12 @@ class MemoryBody(_Body):
         return self.tags is None or "weights" in self.tags
 
 
+class SaveBody(_Body):
+    """Not SGLang's: see `Engine.save_weights`."""
+
+    path: str = Field(min_length=1)
+
+
 class ChecksumBody(_Body):
     action: Literal["checksum"]
 

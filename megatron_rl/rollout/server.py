@@ -19,6 +19,7 @@ from fastapi.responses import JSONResponse, Response
 
 from megatron_rl.errors import EngineError, MegatronRLError
 from megatron_rl.rollout.engine import Engine
+from megatron_rl.rollout.quantised import QUANTIZATIONS, Quantisation, described, requested
 from megatron_rl.rollout.rows import Job
 from megatron_rl.rollout.schema import (
     AbortBody,
@@ -27,6 +28,7 @@ from megatron_rl.rollout.schema import (
     GenerateBody,
     MemoryBody,
     PauseBody,
+    SaveBody,
     UpdateBody,
     answers,
     explain,
@@ -84,7 +86,7 @@ def _add_generation(app: FastAPI, engine: Engine) -> None:
                 "is_generation": True,
                 "weight_version": engine.weight_version,
                 "engine": "embedded",
-                "dtype": engine.dtype,
+                **described(engine.dtype, engine.quantisation),
                 "deterministic": engine.deterministic,
                 "paused": engine.paused,
                 "memory": engine.memory,
@@ -160,6 +162,11 @@ def _add_control(app: FastAPI, engine: Engine) -> None:
         version, digests = await asyncio.to_thread(engine.checksums)
         return _done(weight_version=version, checksums=digests)
 
+    @app.post("/save_weights")
+    async def save_weights(body: SaveBody) -> Response:
+        version = await asyncio.to_thread(engine.save_weights, Path(body.path))
+        return _done(weight_version=version)
+
 
 def serve(
     model_dir: Path,
@@ -172,6 +179,7 @@ def serve(
     device: str = "cpu",
     max_rows: int = 512,
     parent_pid: int = 0,
+    quantisation: Quantisation | None = None,
 ) -> None:
     """Load the model and serve it until SIGTERM or SIGINT; requests still running then end as aborted.
 
@@ -179,7 +187,9 @@ def serve(
     """
     if parent_pid:
         _die_with(parent_pid)
-    engine = Engine(model_dir, dtype, threads, deterministic, weight_version, device, max_rows).start()
+    engine = Engine(
+        model_dir, dtype, threads, deterministic, weight_version, device, max_rows, quantisation=quantisation
+    ).start()
     config = uvicorn.Config(
         create_app(engine),
         host=host,
@@ -210,18 +220,23 @@ def main(
     model: Annotated[Path, typer.Option(help="Hugging Face folder")],
     host: Annotated[str, typer.Option(help="address to bind; the server knows no authentication")] = "127.0.0.1",
     port: int = 30000,
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
     threads: Annotated[int, typer.Option(help="torch threads; 0: torch's choice")] = 0,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="every request is its own batch")] = False,
     weight_version: Annotated[str, typer.Option(help="name of the weights as loaded")] = "default",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     max_rows: Annotated[int, typer.Option(help="samples decoded together")] = 512,
     parent_pid: Annotated[int, typer.Option(help="die when this parent process dies")] = 0,
+    quantization: Annotated[str, typer.Option(help=f"of the weights: none, {', '.join(QUANTIZATIONS)}")] = "none",
+    activations: Annotated[str, typer.Option(help="fp8: inputs of quantised layers too, 1 x 128 per token")] = "none",
+    parameters: Annotated[str, typer.Option(help="the trainer's dtype, which weights pass before being quantised")] = "bf16",
+    first_last_bf16: Annotated[bool, typer.Option("--first-last-bf16", help="spare the first and the last layer")] = False,
 ) -> None:
     """Serve a model with the embedded engine."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        serve(model, host, port, dtype, threads, deterministic, weight_version, device, max_rows, parent_pid)
+        quantisation = requested(quantization, activations, first_last_bf16, parameters)
+        serve(model, host, port, dtype, threads, deterministic, weight_version, device, max_rows, parent_pid, quantisation)
     except MegatronRLError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -31,7 +31,8 @@ class SamplingParams:
 class GenerationRequest:
     """One prompt and n samples of it. rid: unique among the requests of one call.
 
-    top_logprobs_num: the K of `Sample.topk`, 0 for none; needs return_logprob.
+    top_logprobs_num: the K of `Sample.topk`, 0 for none; needs return_logprob. score_prompt: score the prompt's own tokens,
+    too, at temperature 1; needs return_logprob.
     """
 
     rid: str
@@ -40,6 +41,7 @@ class GenerationRequest:
     sampling: SamplingParams
     return_logprob: bool = True
     top_logprobs_num: int = 0
+    score_prompt: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class Sample:
     logprobs: None when not asked for; NaN where the engine had no finite number. finish_reason: "stop",
     "length" or "abort". fault: what went wrong inside the engine, "" when nothing did. topk: at every position the
     likeliest tokens of the distribution sampled from, None when not asked for, NaN as in logprobs; not compared.
+    prompt_logprobs: of the prompt's tokens after the first, None when not asked for, NaN as in logprobs.
     """
 
     tokens: tuple[int, ...]
@@ -57,6 +60,7 @@ class Sample:
     versions: tuple[VersionSpan, ...]
     fault: str = ""
     topk: TopK | None = field(default=None, compare=False)
+    prompt_logprobs: tuple[float, ...] | None = None
 
 
 def generate_body(request: GenerationRequest, rid: str) -> dict[str, Any]:
@@ -82,6 +86,8 @@ def generate_body(request: GenerationRequest, rid: str) -> dict[str, Any]:
     }
     if request.top_logprobs_num:
         body["top_logprobs_num"] = request.top_logprobs_num
+    if request.score_prompt:
+        body["logprob_start_len"] = 0
     return body
 
 
@@ -104,6 +110,12 @@ def _sample(entry: dict[str, Any], request: GenerationRequest) -> Sample:
         if tuple(pair[1] for pair in pairs) != tokens:
             raise ValueError("output_token_logprobs do not belong to output_ids")
         logprobs = tuple(math.nan if pair[0] is None else float(pair[0]) for pair in pairs)
+    prompt_logprobs = None
+    if request.score_prompt:
+        scored = meta["input_token_logprobs"]
+        if tuple(entry[1] for entry in scored) != request.prompt_tokens or scored[0][0] is not None:
+            raise ValueError("input_token_logprobs do not belong to input_ids, or do not begin with null")
+        prompt_logprobs = tuple(math.nan if entry[0] is None else float(entry[0]) for entry in scored[1:])
     topk = None
     if request.top_logprobs_num:
         topk = _topk(meta["output_top_logprobs"], len(tokens), request.top_logprobs_num)
@@ -113,7 +125,7 @@ def _sample(entry: dict[str, Any], request: GenerationRequest) -> Sample:
         spans = [{"version": meta["weight_version"], "start": 0, "end": len(tokens)}]
     versions = tuple(VersionSpan(_version(s["version"]), int(s["start"]), int(s["end"])) for s in spans)
     fault = str(finish.get("message", "")) if finish["type"] == "abort" and (finish.get("status_code") or 0) >= 500 else ""
-    return Sample(tokens, logprobs, str(finish["type"]), versions, fault, topk)
+    return Sample(tokens, logprobs, str(finish["type"]), versions, fault, topk, prompt_logprobs)
 
 
 def _topk(entries: list[list[list[Any]]], tokens: int, k: int) -> TopK:

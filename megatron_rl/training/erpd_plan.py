@@ -172,7 +172,14 @@ def make_plan(spec: Mapping[str, Any]) -> ERPDPlan:
 
 def plan_of(config: Config) -> ERPDPlan | None:
     """The plan when the configuration asks for erpd, else None. Raises ConfigError."""
-    return make_plan(config.objective.spec()) if config.objective.name == NAME else None
+    if config.objective.name != NAME:
+        return None
+    if config.run.attribute_every:
+        raise ConfigError(
+            "run.attribute_every does not go with erpd, whose engines rest while teacher and student learn: set it to 0, and "
+            "use `megatron-rl attribute` on the run's folder"
+        )
+    return make_plan(config.objective.spec())
 
 
 def make_run_objective(config: Config) -> Objective:

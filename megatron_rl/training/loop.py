@@ -1,6 +1,7 @@
 """The loop: one way round, once per step, on every rank alike."""
 
 from megatron_rl.training import erpd, update
+from megatron_rl.training.attribute_run import attribute_step, weights_if_due
 from megatron_rl.training.records import Stopwatch
 from megatron_rl.training.run import Run
 from megatron_rl.training.update import Learned
@@ -17,17 +18,24 @@ def train(run: Run) -> None:
         run.evaluate()
     while run.state.step < config.run.steps:
         step, version, watch = run.state.step, run.state.version, Stopwatch()
+        sampled = weights_if_due(run)
         learned: Learned
         if run.plan is None:
             learned = update.learn(run, update.collect(run, watch), watch)
         else:
             learned = erpd.learn(run, run.plan, erpd.collect(run, watch), watch)
+        attributed = None
+        if sampled is not None:
+            with watch("attribution"):
+                attributed = attribute_step(run, sampled)
         with watch("sync"):
             run.publish(run.state.version + 1)
         run.advance(step + 1, run.state.version + 1)
         if run.mesh.rank == 0:
             for record in learned.records(step, version, watch, run.rollouts.truncated):
                 run.record(record)
+            if attributed is not None:
+                run.record(attributed.record(run.state.step))
         if run.due(run.state.step, config.eval.every):
             run.evaluate()
         if run.due(run.state.step, config.run.save_every):

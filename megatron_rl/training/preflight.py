@@ -3,24 +3,27 @@
 from transformers import AutoTokenizer
 
 from megatron_rl.config import Config
-from megatron_rl.errors import ConfigError
+from megatron_rl.errors import ConfigError, MegatronRLError
 from megatron_rl.perturbation.plan import layer_noise
 from megatron_rl.policy.complete import newest_valid, what_is_wrong
+from megatron_rl.precision.checks import PlanReport
 from megatron_rl.tasks import make_task
 from megatron_rl.training.erpd_plan import make_run_objective, plan_of
+from megatron_rl.training.precision_check import check_precision
 from megatron_rl.training.rollouts import stop_token_ids
 from megatron_rl.weights.hf import HFFolder
 from megatron_rl.weights.plan import check_folder
 
 
-def check(config: Config) -> None:
-    """Objective, checkpoint headers, layout and perturbation against the model, the task's data.
+def check(config: Config) -> PlanReport:
+    """Objective, checkpoint headers, layout and perturbation against the model, the task's data; answers the precision plan.
 
-    Raises ConfigError, CheckpointError or UserError.
+    Raises ConfigError, CheckpointError, PrecisionError or UserError.
     """
     make_run_objective(config)
-    _, shape = check_folder(HFFolder(config.model.path), tensor_parallel=config.parallel.tensor)
+    family, shape = check_folder(HFFolder(config.model.path), tensor_parallel=config.parallel.tensor)
     layer_noise(config.alp, shape.num_layers)
+    report = check_precision(config, family, shape)
     stages = config.parallel.pipeline * config.parallel.virtual_pipeline
     if shape.num_layers % stages:
         raise ConfigError(f"parallel.pipeline x parallel.virtual_pipeline = {stages} does not divide {shape.num_layers} layers")
@@ -33,6 +36,16 @@ def check(config: Config) -> None:
     stop_token_ids(config.model.path)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     make_task(config.task, tokenizer, seed=config.run.seed, max_prompt_tokens=config.rollout.max_prompt_tokens).close()
+    return report
+
+
+def check_rank(config: Config) -> PlanReport:
+    """What a rank that a cluster's launcher started checks for itself: the precision plan. Equal on all ranks of one kind."""
+    try:
+        return check_precision(config, *check_folder(HFFolder(config.model.path), tensor_parallel=config.parallel.tensor))
+    except MegatronRLError as error:
+        error.everywhere = True
+        raise
 
 
 def check_run_folder(config: Config, *, resume: bool) -> None:

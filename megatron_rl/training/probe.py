@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_rl.diagnostics.perturbation import envelope_record, shift_record
+from megatron_rl.diagnostics.perturbation import shift_record, spread_record
 from megatron_rl.policy.actor import Policy, UpdateStats
 from megatron_rl.types import Batch
 
@@ -26,7 +26,7 @@ class Probe:
         record = shift_record(perturbed, clean)
         if self.part.logmu is not None:
             logmu = self.part.logmu[trained]
-            record |= envelope_record("alp/clean", clean, logmu) | envelope_record("alp/perturbed", perturbed, logmu)
+            record |= spread_record("alp/clean", clean, logmu) | spread_record("alp/perturbed", perturbed, logmu)
         return record
 
 

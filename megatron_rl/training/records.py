@@ -3,10 +3,11 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
-from megatron_rl.diagnostics.mismatch import ratio_record
+from megatron_rl.diagnostics.mismatch import ratio_record, worst_record
 from megatron_rl.policy.actor import UpdateStats
 from megatron_rl.types import Batch
 
@@ -31,20 +32,30 @@ class Stopwatch:
 
 def step_record(
     step: int, version: int, parts: list[Batch], stats: list[UpdateStats], watch: Stopwatch, truncated: float
-) -> dict[str, float | int | str]:
-    """The record of one step: flat, slash-separated keys, plain numbers.
+) -> dict[str, Any]:
+    """The record of one step: flat, slash-separated keys, plain numbers; lists for the worst trajectories alone.
 
-    parts, stats: the step's updates in order. `mismatch/...` is the first update alone, where trainer and engine
-    hold the same weights; `kl/...` and `ratio/...` are all updates, staleness within the step included.
+    parts, stats: the step's updates in order; an update's log-probabilities are those of the weights before it, with ALP
+    perturbed. `mismatch/...` is the first update alone, where trainer and engine hold the same weights; the same statistics
+    without that prefix (`ratio_record`), and `worst/...`, are all updates, staleness within the step included.
     """
-    record = batch_record(step, version, parts, watch, truncated)
+    record: dict[str, Any] = batch_record(step, version, parts, watch, truncated)
     record |= mean_update([update_record(part, one) for part, one in zip(parts, stats, strict=True)])
     if parts[0].logmu is not None:
         pairs = [_trained_pair(p, s.logp) for p, s in zip(parts, stats, strict=True)]
         logp, logmu = (np.concatenate(column) for column in zip(*pairs, strict=True))
         record |= ratio_record(logp, logmu)
         record |= {f"mismatch/{name}": value for name, value in ratio_record(*pairs[0]).items()}
+        record |= _worst(parts, logp, logmu)
     return record
+
+
+def _worst(parts: list[Batch], logp: np.ndarray, logmu: np.ndarray) -> dict[str, Any]:
+    """logp, logmu: of the trained tokens of all parts, one part after the other."""
+    before = np.cumsum([0, *(len(part) for part in parts)])
+    rows = [np.repeat(np.arange(len(p)) + first, p.lengths)[p.mask > 0] for p, first in zip(parts, before, strict=False)]
+    prompts = tuple(name for part in parts for name in part.prompt_ids)
+    return worst_record(logp, logmu, np.concatenate(rows), np.concatenate([part.ids for part in parts]), prompts)
 
 
 def batch_record(

@@ -19,10 +19,11 @@ from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.checkpoint import Checkpoints, TrainState
 from megatron_rl.policy.device import pick_device
-from megatron_rl.policy.model import DTYPES
 from megatron_rl.policy.parallel import Mesh
+from megatron_rl.precision.plan import resolve
 from megatron_rl.rollout.client import EnginePool
 from megatron_rl.rollout.lifecycle import EmbeddedServers
+from megatron_rl.rollout.quantised import Quantisation, check_precision, compute_dtype
 from megatron_rl.tasks import make_task
 from megatron_rl.training.erpd_plan import ERPDPlan, make_run_objective, plan_of
 from megatron_rl.training.preflight import check_run_folder
@@ -31,6 +32,7 @@ from megatron_rl.training.records import Stopwatch
 from megatron_rl.training.resting import RestingEngines
 from megatron_rl.training.rollouts import Rollouts
 from megatron_rl.types import Batch
+from megatron_rl.weights.quantised import quantization_config
 from megatron_rl.weights.sync import DiskSync
 
 START_TIMEOUT_S = 300.0
@@ -50,6 +52,7 @@ class Run:
         self.config, self.mesh, self.policy, self.objective, self.plan = config, mesh, policy, objective, plan
         assert objective.norm is not None  # filled in by the objective itself
         self.norm = objective.norm
+        self.precision = resolve(config.precision, policy.shape.num_layers)
         pinned = plan.older_students if plan else ()
         self.checkpoints = Checkpoints(config.run.folder / "checkpoints", policy, config.run.keep, pinned)
         self.resting = RestingEngines(config.run.folder / "engines_released.json")
@@ -71,7 +74,7 @@ class Run:
         while True:
             before = self.mesh.on_lead(lambda: self.pool.live_urls)
             try:
-                self.sync.push(self.policy.export(DTYPES[self.config.precision.rollout]), version)
+                self.sync.push(self.policy.export(self.precision), version)
                 return
             except EngineError as error:
                 left = self.mesh.on_lead(lambda: self.pool.live_urls)
@@ -152,10 +155,11 @@ class Run:
 
 
 @contextmanager
-def open_run(config: Config, *, resume: bool) -> Iterator[Run]:
+def open_run(config: Config, *, resume: bool, rewind: bool = True) -> Iterator[Run]:
     """Bring a run up on this rank; everything it owns is gone afterwards, whatever happened.
 
-    Raises ConfigError when the run folder already holds a run and `resume` is False.
+    rewind: the steps after the newest checkpoint are to be run again, and leave the log. Raises ConfigError when the run
+    folder already holds a run and `resume` is False.
     """
     plan, objective = plan_of(config), make_run_objective(config)
     device = pick_device(config.run.device)
@@ -177,8 +181,14 @@ def open_run(config: Config, *, resume: bool) -> Iterator[Run]:
             if found is None and mesh.rank == 0:
                 print("no usable checkpoint found: starting from the model folder", flush=True)
             run.state = found or run.state
-        mesh.on_lead(lambda: _open_lead(run, servers, stack, stops))
-        run.sync = DiskSync(run.pool if mesh.rank == 0 else None, policy.source, config.rollout.weights_dir, group=mesh.control)
+        mesh.on_lead(lambda: _open_lead(run, servers, stack, stops, rewind))
+        run.sync = DiskSync(
+            run.pool if mesh.rank == 0 else None,
+            policy.source,
+            config.rollout.weights_dir,
+            group=mesh.control,
+            quantization=quantization_config(run.precision, policy.source.tensors),
+        )
         stack.callback(run.sync.close)
         yield run
 
@@ -210,9 +220,10 @@ def embedded_servers(config: Config) -> EmbeddedServers:
         config.model.path,
         config.run.folder / "servers",
         count=config.rollout.servers,
-        dtype=config.precision.rollout,
+        dtype=compute_dtype(config.precision),
         deterministic=config.rollout.deterministic,
         start_timeout_s=START_TIMEOUT_S,
+        quantisation=Quantisation.of(config.precision),
     )
 
 
@@ -228,6 +239,8 @@ def open_rollouts(config: Config, urls: list[str], *, need_logmu: bool, topk: in
         )
     with closing(task), EnginePool(urls, config.rollout.timeout_s) as pool:
         pool.wait_healthy(START_TIMEOUT_S)
+        for url in pool.live_urls:
+            check_precision(url, pool.info(url), config.precision)
         yield Rollouts(config, task, tokenizer, pool, need_logmu, topk)
 
 
@@ -243,7 +256,7 @@ def _note_stops(mesh: Mesh) -> list[int]:
     return noted
 
 
-def _open_lead(run: Run, servers: EmbeddedServers | None, stack: ExitStack, stops: list[int]) -> None:
+def _open_lead(run: Run, servers: EmbeddedServers | None, stack: ExitStack, stops: list[int], rewind: bool) -> None:
     """Rank 0: connect to the engines, read the task, open the log. KeyboardInterrupt when a stop was asked for."""
     config = run.config
     for name in STOP_SIGNALS:
@@ -262,7 +275,7 @@ def _open_lead(run: Run, servers: EmbeddedServers | None, stack: ExitStack, stop
         run.resting.wake(run.pool)
     else:
         run.resting.forget()  # engines of ours ended with the run that rested them
-    run.log = stack.enter_context(RunLog(config.run.folder, resume_from=run.state.step))
+    run.log = stack.enter_context(RunLog(config.run.folder, resume_from=run.state.step if rewind else None))
     run.progress = stack.enter_context(ProgressLine(config.run.name, config.run.steps, run.state.step, enabled=True))
     for name in STOP_SIGNALS:
         signal.signal(name, run.stop_soon)

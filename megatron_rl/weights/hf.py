@@ -42,6 +42,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_VALUES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Reader(Protocol):
@@ -134,12 +135,14 @@ def write_hf_folder(
     *,
     shard_bytes: int = 5 * 2**30,
     manifest_version: int | None = None,
+    quantization: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
     """Write a complete model folder: streamed shards, index, the source's assets, config.json with the true dtype.
 
     At most `shard_bytes` of tensors (or one larger tensor) are held at a time. `dest` appears only when every
     file is complete; an existing model folder there is replaced by two renames, anything else is refused.
-    With `manifest_version`, manifest.json holds {"version", "tensors": {name: digest}}. Returns name -> digest.
+    With `manifest_version`, manifest.json holds {"version", "tensors": {name: digest}}. `quantization` becomes the
+    `quantization_config` of config.json, for tensors that are codes and scales. Returns name -> digest.
 
     Raises CheckpointError when `dest` is not a model folder or a tensor is given twice.
     """
@@ -152,7 +155,7 @@ def write_hf_folder(
         temporary.chmod(dest.parent.stat().st_mode & 0o755)  # mkdtemp is private; who may read the parent may read the model
         digests, dtypes = _write_shards(temporary, tensors, shard_bytes)
         _copy_assets(source, temporary)
-        _write_config(source, temporary, dtypes)
+        _write_config(source, temporary, dtypes, quantization)
         if manifest_version is not None:
             _write_json(temporary / MANIFEST, {"version": manifest_version, "tensors": digests})
         _replace(temporary, dest)
@@ -291,10 +294,21 @@ def _copy_assets(source: HFFolder, folder: Path) -> None:
         shutil.copyfile(source.path / asset, folder / asset)
 
 
-def _write_config(source: HFFolder, folder: Path, written: Mapping[str, tuple[torch.dtype, int]]) -> None:
-    """Make config.json name the dtype that holds most of the bytes, when writing changed any tensor's dtype."""
+def _write_config(
+    source: HFFolder,
+    folder: Path,
+    written: Mapping[str, tuple[torch.dtype, int]],
+    quantization: Mapping[str, Any] | None,
+) -> None:
+    """Make config.json name the dtype that holds most of the bytes, when writing changed any tensor's dtype.
+
+    Of a quantised folder that is the dtype of what is not quantised: the one to compute in.
+    """
+    if quantization is not None:
+        written = {name: entry for name, entry in written.items() if name in source.tensors and entry[0] in _VALUES}
     changed = any(name in source.tensors and source.tensors[name].dtype != dtype for name, (dtype, _) in written.items())
-    if not changed:
+    added = {} if quantization is None else {"quantization_config": dict(quantization)}
+    if not changed and not added:
         return
     weight: dict[torch.dtype, int] = {}
     for dtype, nbytes in written.values():
@@ -302,7 +316,7 @@ def _write_config(source: HFFolder, folder: Path, written: Mapping[str, tuple[to
     # transformers 4 wrote torch_dtype, 5 writes dtype; both may be present and both must be true
     keys = [key for key in ("dtype", "torch_dtype") if key in source.config] or ["dtype"]
     name = str(max(weight, key=lambda dtype: weight[dtype])).removeprefix("torch.")
-    _write_json(folder / "config.json", source.config | dict.fromkeys(keys, name))
+    _write_json(folder / "config.json", source.config | dict.fromkeys(keys, name) | added)
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -4,18 +4,19 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
-import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
 from megatron_rl.errors import CheckpointError, EngineError, MegatronRLError, UserError
 from megatron_rl.weights.hf import HFFolder, write_hf_folder
+from megatron_rl.weights.quantised import is_finite
 from megatron_rl.weights.transaction import Engines, Version, load_version, update_engines
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -40,6 +41,7 @@ class DiskSync:
     version 0. staging: where versions are written (default: a private folder in /dev/shm when that has room, else in
     the temporary folder; engines on other nodes need one they can read). keep: versions kept there, the committed
     one included. group: the ranks that learn a push's outcome (default: the world when torch.distributed runs).
+    quantization: `quantization_config` of what is pushed, when that is codes and scales.
     """
 
     def __init__(
@@ -49,10 +51,12 @@ class DiskSync:
         staging: Path | None = None,
         keep: int = 2,
         group: dist.ProcessGroup | None = None,
+        quantization: Mapping[str, Any] | None = None,
     ) -> None:
         if keep < 1:
             raise UserError(f"keep is {keep}: the version the engines serve must be kept")
         self._pool, self._source, self._keep, self._group = pool, source, keep, group
+        self._quantization = quantization
         self._committed = Version(0, source.path, None)
         self._folders: list[Path] = []
         self._private: Path | None = None
@@ -66,7 +70,7 @@ class DiskSync:
         return self._committed.number
 
     def push(self, tensors: Iterable[tuple[str, Tensor | None]], version: int) -> PushReport:
-        """Collective: write what `export_weights` yields, have every engine load and confirm it, commit.
+        """Collective: write what `export_weights` or `WireTensors` yields, have every engine load and confirm it, commit.
 
         Every rank returns the same report or raises the same error: CheckpointError when the weights are not finite
         or cannot be written (no engine was touched), EngineError naming engine and tensor when one did not confirm;
@@ -124,7 +128,7 @@ class DiskSync:
         folder = self._staging / f"v{version:06d}"
         sent = _Counted(stream)
         try:
-            digests = write_hf_folder(folder, sent, self._source, manifest_version=version)
+            digests = write_hf_folder(folder, sent, self._source, manifest_version=version, quantization=self._quantization)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"weight version {version} cannot be written to {folder} ({error}): "
@@ -144,7 +148,7 @@ class _Counted:
         for name, tensor in self._stream:
             if tensor is None:
                 raise UserError(f"tensor '{name}' of a push is None on the rank with the engines: that must be global rank 0")
-            if not torch.isfinite(tensor).all():
+            if not is_finite(tensor):
                 raise CheckpointError(
                     f"tensor '{name}' holds values that are not finite: the engines keep the weights they have"
                 )

@@ -1,6 +1,7 @@
 """What the ranks of a group run to show that perturbed layers are the same under every layout."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,16 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from megatron_rl.objectives import make_objective
-from megatron_rl.perturbation.layer import PerturbedLayer
+from megatron_rl.perturbation.layer import Draw, PerturbedLayer
+from megatron_rl.perturbation.logits import LogitNoise
 from megatron_rl.perturbation.names import is_sigma
-from megatron_rl.perturbation.noise import noise_key, normals
+from megatron_rl.perturbation.noise import Key, NoiseRows, noise_key, normals
+from megatron_rl.perturbation.sigma import HoldsSigma, sigma_holders
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.checkpoint import Checkpoints, TrainState
 from megatron_rl.policy.normalisation import global_norm
 from tests.parallel.checkpoint_steps import update
-from tests.parallel.steps import OBJECTIVE, exported, make_batch, make_policy, replicas_differ
+from tests.parallel.steps import OBJECTIVE, exported, make_batch, make_policy, noted_update, replicas_differ
 
 ALP = {"enabled": True, "sigma_init": 0.3, "lr": 0.05, "weight_decay": 0.01}
 SEED = 77
@@ -26,13 +29,16 @@ def alp_policy(model: Path, layout: dict[str, Any], **sections: Any) -> Policy:
     return make_policy(model, layout, run={"seed": SEED}, alp={**ALP, **sections.pop("alp", {})}, **sections)
 
 
+def place(holder: HoldsSigma, policy: Policy) -> str:
+    return "logits" if holder.layer_index == policy.shape.num_layers else f"layer {holder.layer_index}"
+
+
 def sigmas(policy: Policy, pick: Any = lambda p: p.data) -> dict[str, np.ndarray]:
-    """`layer n` -> what `pick` answers for its log_sigma, of all stages, on rank 0. Ranks that hold the same layer agree."""
+    """`layer n` or `logits` -> what `pick` answers for its log_sigma, of all stages, on rank 0. Ranks agree on it."""
     own = {
-        f"layer {layer.layer_index}": pick(layer.log_sigma).detach().float().numpy().copy()
+        place(holder, policy): pick(holder.log_sigma).detach().float().numpy().copy()
         for chunk in policy.models
-        for layer in chunk.decoder.layers
-        if layer.log_sigma is not None
+        for holder in sigma_holders(chunk)
     }
     merged: dict[str, np.ndarray] = {}
     for part in policy.mesh.gather(own):
@@ -41,63 +47,75 @@ def sigmas(policy: Policy, pick: Any = lambda p: p.data) -> dict[str, np.ndarray
     return merged
 
 
-def note_noise(policy: Policy) -> tuple[dict[tuple[int, int, int], bytes], list[RemovableHandle]]:
-    """Fills (layer, trajectory, position) -> noise, in bits, as the layers of this rank are given it."""
-    seen: dict[tuple[int, int, int], bytes] = {}
+def named(policy: Policy, pick: Any = None) -> dict[str, np.ndarray]:
+    """As `exported`, with the scales among them."""
+    return exported(policy, pick) | (sigmas(policy, pick) if pick else sigmas(policy))
 
-    def note(layer: PerturbedLayer, args: Any, kwargs: dict[str, Any]) -> None:
+
+class NoiseNotes:
+    """(layer, trajectory, position) -> noise, in bits, as the layers, or the logits, of this rank are given it."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.seen: dict[tuple[int, int, int], bytes] = {}
+        self.vocab = policy.shape.vocab_size
+        self.hooks: list[RemovableHandle] = []
+        for chunk in policy.models:
+            self.hooks += [layer.register_forward_pre_hook(self._layer, with_kwargs=True) for layer in chunk.decoder.layers]
+            if chunk.perturbation is not None:
+                chunk.perturbation.noise = self._noting(chunk.perturbation.noise, chunk.perturbation.layer_index)
+
+    def _layer(self, layer: PerturbedLayer, args: Any, kwargs: dict[str, Any]) -> None:
         draw = kwargs["packed_seq_params"].noise
-        if draw is None:
-            return
-        eps = normals(draw.rows, noise_key(draw.seed, draw.step, layer.layer_index), layer.config.hidden_size)
-        for token, position, row in zip(draw.rows.ids.tolist(), draw.rows.positions.tolist(), eps.numpy(), strict=True):
-            if token >= 0:
-                key = (layer.layer_index, token, position)
-                assert seen.setdefault(key, row.tobytes()) == row.tobytes(), f"{key} has two values"
+        if draw is not None and layer.log_sigma is not None:
+            key = noise_key(draw.seed, draw.step, layer.layer_index)
+            self._note(layer.layer_index, draw.rows, key, layer.config.hidden_size)
 
-    layers = [layer for chunk in policy.models for layer in chunk.decoder.layers]
-    return seen, [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    def _noting(self, make: Callable[..., LogitNoise], index: int) -> Callable[..., LogitNoise]:
+        def noting(draw: Draw, scored_R: torch.Tensor) -> LogitNoise:
+            noise = make(draw, scored_R)
+            self._note(index, noise.rows, noise.key, self.vocab)
+            return noise
+
+        return noting
+
+    def _note(self, index: int, rows: NoiseRows, key: Key, width: int) -> None:
+        eps = normals(rows, key, width).numpy()
+        for token, position, row in zip(rows.ids.tolist(), rows.positions.tolist(), eps, strict=True):
+            if token >= 0:
+                name = (index, token, position)
+                assert self.seen.setdefault(name, row.tobytes()) == row.tobytes(), f"{name} has two values"
+
+    def of_all_ranks(self, policy: Policy) -> tuple[dict[tuple[int, int, int], bytes], int]:
+        """On rank 0, and how often ranks disagree."""
+        merged: dict[tuple[int, int, int], bytes] = {}
+        parts = policy.mesh.gather(self.seen)
+        return merged, sum(merged.setdefault(name, row) != row for part in parts for name, row in part.items())
 
 
 def step(model: Path, layout: dict[str, Any], sabotage: str | None = None, **sections: Any) -> dict[str, Any]:
     """As `steps.step`, with perturbation: the scales are among gradients and weights, and the noise is answered too."""
     policy = alp_policy(model, layout, **sections)
-    batch, objective = make_batch(), make_objective(OBJECTIVE)
-    grads: dict[str, np.ndarray] = {}
-    optimizer_step = policy.optimizer.step
-
-    def noting_step(grad_norm: float) -> None:
-        grads.update(exported(policy, lambda p: p.main_grad) | sigmas(policy, lambda p: p.main_grad))
-        optimizer_step(grad_norm)
-
-    policy.optimizer.step = noting_step  # type: ignore[method-assign]
     if sabotage == "seed_of_rank":
-        config = policy.config.model_copy(
-            update={"run": policy.config.run.model_copy(update={"seed": SEED + policy.mesh.rank})}
-        )
-        policy.config = config
-    noise, hooks = note_noise(policy)
-    stats = policy.update(batch, objective, objective.norm)
-    for hook in hooks:
+        run = policy.config.run.model_copy(update={"seed": SEED + policy.mesh.rank})
+        policy.config = policy.config.model_copy(update={"run": run})
+    notes = NoiseNotes(policy)
+    stats, grads = noted_update(policy, named)
+    noise, conflicts = notes.of_all_ranks(policy)
+    for hook in notes.hooks:
         hook.remove()
-    merged: dict[tuple[int, int, int], bytes] = {}
-    conflicts = 0
-    for part in policy.mesh.gather(noise):
-        for key, value in part.items():
-            conflicts += merged.setdefault(key, value) != value
     return {
         "grads": grads,
-        "weights": exported(policy) | sigmas(policy),
-        "noise": merged,
+        "weights": named(policy),
+        "noise": noise,
         "noise_conflicts": conflicts,
         "replicas_differ": replicas_differ(policy),
         **{name: value for name, value in dataclasses.asdict(stats).items() if name != "lr"},
     }
 
 
-def gradient_by_differences(model: Path, layout: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """`layer n` -> d loss / d log_sigma as backward gives it, and as four losses around it do, those in float64."""
-    policy = alp_policy(model, layout)
+def gradient_by_differences(model: Path, layout: dict[str, Any], **sections: Any) -> dict[str, tuple[float, float]]:
+    """`layer n` or `logits` -> d loss / d log_sigma as backward gives it, and as four losses around it do, those in float64."""
+    policy = alp_policy(model, layout, **sections)
     batch, objective = make_batch(), make_objective(OBJECTIVE)
     grads: dict[str, np.ndarray] = {}
     policy.optimizer.step = lambda _: grads.update(sigmas(policy, lambda p: p.main_grad))  # type: ignore[method-assign]
@@ -114,19 +132,20 @@ def gradient_by_differences(model: Path, layout: dict[str, Any]) -> dict[str, tu
         return sum(float(report["loss"]) for report in results)
 
     answer = {}
-    for layer in policy.models[0].decoder.layers:
-        value, found = layer.log_sigma.data.clone(), 0.0
+    for holder in sigma_holders(policy.models[0]):
+        value, found = holder.log_sigma.data.clone(), 0.0
         for factor, weight in ((1, 8), (-1, -8), (2, -1), (-2, 1)):
-            layer.log_sigma.data = value + factor * 0.05
+            holder.log_sigma.data = value + factor * 0.05
             found += weight * loss() / (12 * 0.05)
-        layer.log_sigma.data = value
-        answer[f"layer {layer.layer_index}"] = (float(grads.get(f"layer {layer.layer_index}", np.zeros(1))[0]), found)
+        holder.log_sigma.data = value
+        name = place(holder, policy)
+        answer[name] = (float(grads.get(name, np.zeros(1))[0]), found)
     return answer
 
 
-def scores_and_export(model: Path, layout: dict[str, Any], folder: Path) -> dict[str, Any]:
+def scores_and_export(model: Path, layout: dict[str, Any], folder: Path, **alp: Any) -> dict[str, Any]:
     """Log-probabilities, reference ones, names of the export and of a saved folder, of a policy whose sigma is huge."""
-    policy = alp_policy(model, layout, alp={"sigma_init": 10.0})
+    policy = alp_policy(model, layout, alp={"sigma_init": 10.0, **alp})
     policy.keep_reference()
     clean, reference = policy.logprobs(make_batch()), policy.reference_logprobs(make_batch())
     names = [name for name, _ in policy.export()]
@@ -161,12 +180,12 @@ def save_and_go_on(model: Path, layout: dict[str, Any], folder: Path, **sections
     policy = alp_policy(model, layout, **sections)
     for _ in range(2):
         update(policy)
-    saved = exported(policy) | sigmas(policy)
+    saved = named(policy)
     checkpoints = Checkpoints(folder, policy, keep=2)
     checkpoints.save(TrainState(step=2, updates=policy.optimizer.updates), wait=True)
     checkpoints.close()
     update(policy)
-    return {"saved": saved, "next": exported(policy) | sigmas(policy)}
+    return {"saved": saved, "next": named(policy)}
 
 
 def load_and_go_on(model: Path, layout: dict[str, Any], folder: Path, **sections: Any) -> dict[str, Any]:
@@ -174,7 +193,7 @@ def load_and_go_on(model: Path, layout: dict[str, Any], folder: Path, **sections
     policy = alp_policy(model, layout, **sections)
     checkpoints = Checkpoints(folder, policy, keep=2)
     checkpoints.load_newest()
-    loaded = exported(policy) | sigmas(policy)
+    loaded = named(policy)
     update(policy)
     checkpoints.close()
-    return {"saved": loaded, "next": exported(policy) | sigmas(policy)}
+    return {"saved": loaded, "next": named(policy)}

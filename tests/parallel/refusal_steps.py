@@ -90,9 +90,9 @@ def two_updates(model: Path, layout: dict[str, Any]) -> dict[str, Any]:
     return {"moved": before != digest(policy), "loss": stats.loss, "weights": exported(policy)}
 
 
-def overflowing_gradient(model: Path, layout: dict[str, Any]) -> dict[str, Any]:
+def overflowing_gradient(model: Path, layout: dict[str, Any], **sections: Any) -> dict[str, Any]:
     """An update whose loss is finite and whose gradient is not."""
-    policy, objective = make_policy(model, layout), make_objective(OBJECTIVE)
+    policy, objective = make_policy(model, layout, **sections), make_objective(OBJECTIVE)
     batch = make_batch()
     policy.update(batch, objective, objective.norm)
     before = digest(policy)
@@ -108,3 +108,13 @@ def overflowing_gradient(model: Path, layout: dict[str, Any]) -> dict[str, Any]:
     except MegatronRLError as refused:
         error = f"{type(refused).__name__}: {refused}"
     return {"error": error, "untouched": before == digest(policy)}
+
+
+def update_with_scale(model: Path, layout: dict[str, Any], scale: float, **sections: Any) -> dict[str, Any]:
+    """A float16 update that begins with that loss scale: its norm, this rank's digest and loss scale after it."""
+    policy, objective = make_policy(model, layout, precision={"train": "fp16"}, **sections), make_objective(OBJECTIVE)
+    scaler = policy.optimizer.scaler
+    scaler.load_state_dict({**scaler.state_dict(), "scale": torch.tensor([scale])})
+    before, stats = digest(policy), policy.update(make_batch(), objective, objective.norm)
+    after = digest(policy)
+    return {"norm": stats.grad_norm, "digest": after, "moved": before != after, "scale": float(scaler.scale)}

@@ -1,5 +1,6 @@
 """What the ranks of a group run: one training step under a layout, and what must be equal everywhere."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from megatron.core import parallel_state
 from megatron_rl.config import make_config
 from megatron_rl.objectives import make_objective
 from megatron_rl.policy import parallel
-from megatron_rl.policy.actor import Policy
+from megatron_rl.policy.actor import Policy, UpdateStats
 from megatron_rl.policy.device import pick_device
 from megatron_rl.types import Batch
 
@@ -102,21 +103,26 @@ def _divide_by_local_counts(policy: Policy) -> None:
     policy._loss = local_mean  # type: ignore[method-assign]
 
 
-def step(model: Path, layout: dict[str, Any], sabotage: str | None = None, **sections: Any) -> dict[str, Any]:
-    """One update under `layout`; rank 0 answers gradients, norm, loss, log-probs and the weights after it."""
-    policy = make_policy(model, layout, **sections)
+def noted_update(policy: Policy, tensors: Callable[..., dict[str, np.ndarray]]) -> tuple[UpdateStats, dict[str, np.ndarray]]:
+    """One update, and the gradients it was made of, on rank 0. tensors: `exported`, or what else names parameters so."""
     batch, objective = make_batch(), make_objective(OBJECTIVE)
     grads: dict[str, np.ndarray] = {}
     optimizer_step = policy.optimizer.step
 
     def noting_step(grad_norm: float) -> None:
-        grads.update(exported(policy, lambda p: p.main_grad))
+        grads.update(tensors(policy, lambda p: p.main_grad))
         optimizer_step(grad_norm)
 
     policy.optimizer.step = noting_step  # type: ignore[method-assign]
+    return policy.update(batch, objective, objective.norm), grads
+
+
+def step(model: Path, layout: dict[str, Any], sabotage: str | None = None, **sections: Any) -> dict[str, Any]:
+    """One update under `layout`; rank 0 answers gradients, norm, loss, log-probs and the weights after it."""
+    policy = make_policy(model, layout, **sections)
     if sabotage == "local_mean":
         _divide_by_local_counts(policy)
-    stats = policy.update(batch, objective, objective.norm)
+    stats, grads = noted_update(policy, exported)
     weights = exported(policy)
     differ = replicas_differ(policy)
     return {

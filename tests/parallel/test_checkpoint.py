@@ -41,8 +41,10 @@ def round_trip(
         {"layout": {"data": 2}, **SHARDED},
         {"layout": {"tensor": 2}, "precision": {"train": "bf16"}},
         {"layout": {"data": 2}, "precision": {"train": "bf16"}, **SHARDED},
+        {"layout": {"pipeline": 2}, "precision": {"train": "fp16"}},
+        {"layout": {"data": 2}, "precision": {"train": "fp16"}, **SHARDED},
     ],
-    ids=["tp2", "pp2", "pp2_vpp2", "dp2", "dp2_sharded", "tp2_bf16", "dp2_sharded_bf16"],
+    ids=["tp2", "pp2", "pp2_vpp2", "dp2", "dp2_sharded", "tp2_bf16", "dp2_sharded_bf16", "pp2_fp16", "dp2_sharded_fp16"],
 )
 def test_loading_under_the_same_layout_continues_bit_for_bit(two_ranks, qwen3, tmp_path, arguments):
     saved, loaded = round_trip(two_ranks, qwen3, tmp_path, arguments, arguments)
@@ -195,8 +197,9 @@ def test_a_checkpoint_of_another_model_is_refused(two_ranks, qwen3_tied, copied)
         {"layout": {"data": 2}, **SHARDED},
         {"layout": {"tensor": 2}, "precision": {"train": "bf16"}},
         {"layout": {"data": 2}, "precision": {"train": "bf16"}, **SHARDED},
+        {"layout": {"tensor": 2}, "precision": {"train": "fp16"}},
     ],
-    ids=["tp2", "dp2_sharded", "tp2_bf16", "dp2_sharded_bf16"],
+    ids=["tp2", "dp2_sharded", "tp2_bf16", "dp2_sharded_bf16", "tp2_fp16"],
 )
 def test_training_begins_again_from_a_named_checkpoint_as_it_did_the_first_time(two_ranks, qwen3, tmp_path, arguments):
     ours, other = two_ranks.run(STEPS, "start_again", model=qwen3, folder=tmp_path, **arguments)

@@ -133,6 +133,25 @@ def test_bfloat16_training_stays_near_the_reference(two_ranks, qwen3, reference,
         assert np.linalg.norm(result["grads"][name] - grad) < 0.1 * np.linalg.norm(grad), name
 
 
+@pytest.mark.parametrize(
+    ("layout", "distributed"),
+    [(TWO["tp2_sp"], False), (TWO["pp2_vpp2"], False), (TWO["cp2"], False), (TWO["dp2"], True)],
+    ids=["tp2_sp", "pp2_vpp2", "cp2", "dp2_distributed"],
+)
+def test_float16_training_with_a_loss_scale_stays_near_the_reference(two_ranks, qwen3, reference, layout, distributed):
+    sections = {"precision": {"train": "fp16"}, "optimizer": {"distributed": distributed}}
+    result = two_ranks.run("tests.parallel.steps", "step", model=qwen3, layout=layout, **sections)[0]
+    assert 0 < np.abs(result["logp"] - reference["logp"]).max() < 0.01
+    assert abs(result["grad_norm"] / reference["grad_norm"] - 1) < 2e-3
+    assert result["replicas_differ"] == 0
+    for name, grad in reference["grads"].items():
+        if not distributed:  # whose ranks unscale their own shards alone
+            assert np.linalg.norm(result["grads"][name] - grad) < 0.02 * np.linalg.norm(grad), name
+        # Adam's first step has the size of the gradient's sign where that is large, so few values may be off by much.
+        moved = np.linalg.norm(result["weights"][name] - reference["weights"][name])
+        assert moved < 2e-3 * np.linalg.norm(reference["weights"][name]), name
+
+
 def test_the_distributed_optimizer_makes_the_reference_update(two_ranks, qwen3, reference):
     result = two_ranks.run("tests.parallel.steps", "step", model=qwen3, layout=TWO["dp2"], optimizer={"distributed": True})[0]
     assert abs(result["grad_norm"] / reference["grad_norm"] - 1) < 1e-5

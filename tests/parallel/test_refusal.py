@@ -76,3 +76,24 @@ def test_a_gradient_that_overflows_leaves_the_policy_as_it_was(two_ranks, qwen3,
     for answer in two_ranks.run(STEPS, "overflowing_gradient", model=qwen3, layout=LAYOUTS[layout]):
         assert re.fullmatch(r"PrecisionError: gradient norm is (inf|nan): the update is refused, .*", answer["error"])
         assert answer["untouched"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "sections"),
+    [("pp2", {}), ("tp2", {}), ("dp2", {"optimizer": {"distributed": True}})],
+    ids=["pp2", "tp2", "dp2_distributed"],
+)
+def test_all_ranks_repeat_a_float16_update_that_overflows_until_the_scale_fits(two_ranks, qwen3, layout, sections):
+    arguments = {"model": qwen3, "layout": LAYOUTS[layout], **sections}
+    high = two_ranks.run(STEPS, "update_with_scale", scale=2.0**20, **arguments)
+    (scale,) = {answer["scale"] for answer in high}
+    assert scale < 2.0**20 and all(answer["moved"] for answer in high)
+    fits = two_ranks.run(STEPS, "update_with_scale", scale=scale, **arguments)
+    assert fits == high
+
+
+def test_a_float16_gradient_that_no_scale_fits_leaves_the_policy_as_it_was(two_ranks, qwen3):
+    sections = {"precision": {"train": "fp16"}}
+    for answer in two_ranks.run(STEPS, "overflowing_gradient", model=qwen3, layout=LAYOUTS["pp2"], **sections):
+        assert re.fullmatch(r"PrecisionError: gradients overflow float16 \d+ times, .*untouched; .*", answer["error"])
+        assert answer["untouched"]

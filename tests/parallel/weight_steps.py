@@ -11,12 +11,14 @@ from megatron_rl.errors import MegatronRLError
 from megatron_rl.policy import parallel
 from megatron_rl.policy.device import pick_device
 from megatron_rl.policy.model import build_chunks
+from megatron_rl.precision.plan import resolve
 from megatron_rl.rollout.client import EnginePool
 from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.export import export_weights
 from megatron_rl.weights.hf import HFFolder
 from megatron_rl.weights.load import load_weights
 from megatron_rl.weights.plan import check_folder
+from megatron_rl.weights.quantised import WireTensors, export_dtypes
 from megatron_rl.weights.sync import DiskSync
 
 
@@ -41,6 +43,19 @@ def round_trip(
     exported = list(export_weights(chunks, family, shape, dtypes=folder.dtypes, control=mesh.control))
     digests = {name: tensor_digest(tensor) for name, tensor in exported if tensor is not None}
     return [name for name, _ in exported], digests, unfilled
+
+
+def quantised_export(model: Path, layout: dict[str, Any], precision: dict[str, Any]) -> dict[str, str]:
+    """Digests of what rank 0 would send to quantised engines; empty elsewhere."""
+    config = make_config({"model": {"path": str(model)}, "parallel": layout, "precision": precision})
+    mesh = parallel.initialize(config.parallel, pick_device("cpu"), seed=1)
+    folder = HFFolder(model)
+    family, shape = check_folder(folder, tensor_parallel=mesh.tp_size)
+    chunks = build_chunks(config, shape, mesh)
+    load_weights(chunks, folder, family, shape, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size)
+    plan = resolve(config.precision, shape.num_layers)
+    stream = export_weights(chunks, family, shape, dtypes=export_dtypes(plan, folder.tensors), control=mesh.control)
+    return {name: tensor_digest(tensor) for name, tensor in WireTensors(stream, plan) if tensor is not None}
 
 
 def push(model: Path, layout: dict[str, Any], url: str, staging: Path) -> list[str]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_rl.diagnostics.perturbation import envelope_record, shift_record, swallowed
+from megatron_rl.diagnostics.perturbation import shift_record, spread_record, swallowed
 
 
 def test_shifts_are_differences_of_probabilities():
@@ -26,11 +26,11 @@ def test_noise_that_moves_less_than_half_of_all_tokens_is_warned_of_with_the_num
     assert swallowed(shift_record(perturbed, clean)) is None
 
 
-def test_the_envelope_is_that_of_the_ratios_in_each_bin_of_mu():
+def test_the_spread_is_quantiles_of_the_ratios_and_their_envelope_in_each_bin_of_mu():
     rng = np.random.default_rng(0)
     mu = np.concatenate([np.full(101, 0.35), np.full(101, 1.0)])
     ratio = np.concatenate([rng.permutation(np.linspace(0.5, 1.5, 101)), np.full(101, 0.9)])
-    record = envelope_record("x", np.log(mu * ratio), np.log(mu))
+    record = spread_record("x", np.log(mu * ratio), np.log(mu))
     assert record["x/envelope/p02/3"] == pytest.approx(0.52) and record["x/envelope/p98/3"] == pytest.approx(1.48)
     assert record["x/envelope/p02/9"] == pytest.approx(0.9)
     assert "x/envelope/p02/4" not in record

@@ -26,6 +26,14 @@ for hidden in (64, 2100):
             assert ours.dtype == dtype and (ours.float() - (x.to(dtype) + 0.1 * eps).float()).abs().max() < close
         expected = (x.double() * eps.double()).sum()
         assert abs(kernels.dot_noise(x, rows, key) - expected) < 1e-4 * (1 + abs(expected))
+key = noise.noise_key(1, 3, 2)
+whole = noise.normals(rows, key, 2200)
+for first, width in ((0, 130), (130, 129), (7, 1), (3, 2100)):
+    x = torch.zeros(6, width)
+    assert kernels.add_noise(x, torch.ones(1), rows, key, first, out=x) is x
+    assert (x - whole[:, first : first + width]).abs().max() < 1e-6
+    expected = (x.double() * whole[:, first : first + width]).sum()
+    assert abs(kernels.dot_noise(x, rows, key, first) - expected) < 1e-4 * expected
 print("same noise")
 """
 
@@ -43,7 +51,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from megatron_rl.perturbation import kernels
 
-names = {"positions": "*i64", "ids": "*i64", "k0": "i32", "k1": "i32", "lanes": "i32", "BLOCK": "constexpr"}
+names = {"positions": "*i64", "ids": "*i64", "k0": "i32", "k1": "i32", "first": "i32", "width": "i32", "BLOCK": "constexpr"}
 add = {"hidden": "*bf16", "sigma": "*fp32", "out": "*bf16"}
 dot = {"grad": "*bf16", "parts": "*fp32"}
 for kernel, own in ((kernels._add_noise, add), (kernels._dot_noise, dot)):

@@ -25,16 +25,25 @@ def rows_of(*tokens):
 
 @pytest.mark.parametrize(("counter", "key", "words"), [ZEROS, ONES, PI], ids=["zeros", "ones", "pi"])
 def test_philox_gives_the_published_vectors(counter, key, words):
-    out = philox4x32(tuple(torch.tensor([word]) for word in counter), key)
-    assert tuple(int(word) for word in out) == words
+    out = philox4x32(tuple(np.array([word], dtype=np.uint32) for word in counter), key)
+    assert tuple(int(word[0]) for word in out) == words
 
 
-def test_words_that_broadcast_give_what_whole_tensors_give():
-    generator = torch.Generator().manual_seed(1)
-    row, column = (torch.randint(0, WORD, shape, generator=generator) for shape in ((5, 1), (1, 7)))
-    small = philox4x32((column, row, row + 1 & WORD, row ^ 5), (11, 12))
-    whole = philox4x32(tuple(w.expand(5, 7).clone() for w in (column, row, row + 1 & WORD, row ^ 5)), (11, 12))
-    assert all(torch.equal(a, b) for a, b in zip(small, whole, strict=True))
+def test_words_that_broadcast_give_what_whole_arrays_give():
+    rng = np.random.default_rng(1)
+    row, column = (rng.integers(0, WORD, shape, dtype=np.uint32, endpoint=True) for shape in ((5, 1), (1, 7)))
+    counter = (column, row, row + np.uint32(1), row ^ np.uint32(5))
+    before = [words.copy() for words in counter]
+    small = philox4x32(counter, (11, 12))
+    whole = philox4x32(tuple(np.broadcast_to(words, (5, 7)).copy() for words in counter), (11, 12))
+    assert all(np.array_equal(a, b) for a, b in zip(small, whole, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(counter, before, strict=True)), "the counter was overwritten"
+
+
+@pytest.mark.parametrize(("first", "width"), [(0, 1), (3, 2), (130, 129), (128, 64), (259, 5)])
+def test_a_slice_of_the_columns_has_the_noise_of_those_columns(first, width):
+    rows, key = rows_of((5, 1), (2**40, 30), (-1, 0)), noise_key(1, 2, 3)
+    assert torch.equal(normals(rows, key, width, first), normals(rows, key, 264)[:, first : first + width])
 
 
 def test_a_token_has_its_noise_wherever_it_stands_and_whoever_is_beside_it():
@@ -75,14 +84,20 @@ def test_everything_in_the_name_of_an_element_changes_its_noise(other):
 def test_no_two_elements_share_key_and_counter():
     """A million names drawn at random, and keys of neighbouring seeds, steps and layers."""
     rng = np.random.default_rng(0)
-    names = np.unique(
-        np.stack([rng.integers(0, high, 1_000_000) for high in (100, 500, 1 << 40, 32768)], 1).astype(np.int64), axis=0
-    )
-    keys = {(layer, step): noise_key(9, step, layer) for layer in range(100) for step in range(500)}
-    assert len(set(keys.values())) == len(keys)
-    words = np.array([[*keys[layer, step], token & WORD, token >> 32, at] for layer, step, token, at in names.tolist()])
-    assert len(np.unique(words, axis=0)) == len(names)
+    drawn = np.stack([rng.integers(0, high, 1_000_000) for high in (100, 500, 1 << 40, 32768)], axis=1)
+    names = _distinct(drawn)
+    keys = np.array([noise_key(9, step, layer) for layer in range(100) for step in range(500)])
+    assert len(_distinct(keys)) == len(keys)
+    layer, step, token, position = names.T
+    of_name = keys[layer * 500 + step]
+    assert len(_distinct(np.column_stack([of_name, token & WORD, token >> 32, position]))) == len(names) > 999_000
     assert len({noise_key(seed, 0, layer) for seed in range(1000) for layer in range(100)}) == 100_000
+
+
+def _distinct(rows: np.ndarray) -> np.ndarray:
+    """The distinct rows of an integer array, far faster than numpy.unique over an axis."""
+    ordered = rows[np.lexsort(rows.T)]
+    return ordered[np.r_[True, (ordered[1:] != ordered[:-1]).any(1)]]
 
 
 def test_ten_million_values_have_the_moments_of_independent_normals():

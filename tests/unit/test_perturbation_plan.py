@@ -36,6 +36,13 @@ def test_layers_outside_the_model_are_refused():
     assert [noise.perturbs(layer) for layer in range(4)] == [False, False, True, True]
 
 
+def test_noise_on_the_logits_leaves_every_layer_alone():
+    noise = layer_noise(configured({"layers": "logits"}).alp, 4)
+    assert noise.logits and not any(noise.perturbs(layer) for layer in range(4))
+    with pytest.raises(ConfigError, match=r"alp\.layers"):
+        configured({"layers": "none"})
+
+
 def test_layers_outside_the_model_are_refused_before_anything_starts(qwen3):
     with pytest.raises(ConfigError, match=r"alp\.layers"):
         check(configured({"layers": [0, 9]}, model={"path": str(qwen3)}))

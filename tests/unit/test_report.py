@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from megatron_rl.diagnostics import RunLog, ratio_record
+from megatron_rl.diagnostics.attribution import Chain
 from megatron_rl.errors import UserError
 from megatron_rl.report import plot_summary, write_report
 from megatron_rl.report.style import running_mean
@@ -115,6 +116,16 @@ def test_rounds_of_teacher_and_student_are_drawn(tmp_path):
     page = write_report(tmp_path)
     assert images(page) == {"held_out", "erpd_kl", "erpd_rates", "erpd_shift", "erpd_stages"}
     assert all(is_drawn(page.parent / f"{name}.png") for name in images(page))
+
+
+def test_the_sources_of_the_mismatch_are_drawn_where_they_were_attributed(tmp_path):
+    rng = np.random.default_rng(0)
+    with RunLog(tmp_path) as log:
+        for step in (10, 20):
+            chain = Chain.of(np.cumsum(0.01 * rng.standard_normal((8, 50)), axis=0))
+            log.append({"kind": "attribution", "step": step, "version": step, **chain.record()})
+    page = write_report(tmp_path)
+    assert images(page) == {"attribution"} and is_drawn(page.parent / "attribution.png")
 
 
 def test_the_summary_is_one_picture(tmp_path):

@@ -65,3 +65,35 @@ def test_a_likeliest_token_without_a_finite_log_probability_refuses_the_trajecto
     assert samples[0].topk is not None and np.isnan(samples[0].topk.logmu[0, 1])
     with pytest.raises(EngineError, match="non-finite behaviour log-probabilities in trajectory 40"):
         _check_samples([samples], 40, 1)
+
+
+SCORED = GenerationRequest("r", (1, 2, 5), 1, SamplingParams(0), score_prompt=True)
+
+
+def scored(entries: list[list[Any]]) -> dict[str, Any]:
+    made = answer(None, ())
+    made["meta_info"]["input_token_logprobs"] = entries
+    return made
+
+
+def test_a_prompt_is_scored_from_its_second_token_on() -> None:
+    assert generate_body(SCORED, "r")["logprob_start_len"] == 0 and "logprob_start_len" not in generate_body(PLAIN, "r")
+    (sample,) = read_samples(URL, SCORED, scored([[None, 1, None], [-0.5, 2, None], [None, 5, None]]))
+    assert sample.prompt_logprobs is not None and sample.prompt_logprobs[0] == -0.5 and np.isnan(sample.prompt_logprobs[1])
+    assert sample.tokens == ()
+    assert read_samples(URL, PLAIN, answer(None))[0].prompt_logprobs is None
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [],
+        [[None, 1, None], [-0.5, 2, None]],
+        [[None, 1, None], [-0.5, 7, None], [-0.5, 5, None]],
+        [[-1.0, 1, None], [-0.5, 2, None], [-0.5, 5, None]],
+    ],
+    ids=["none at all", "one missing", "another token", "a first entry that nothing precedes"],
+)
+def test_scores_of_another_prompt_are_refused(entries: list[list[Any]]) -> None:
+    with pytest.raises(EngineError, match="http://engine answered request 'r' in an unknown shape"):
+        read_samples(URL, SCORED, scored(entries))

@@ -1,16 +1,20 @@
 """The record of a step, compared with numbers worked out by hand."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 
+from megatron_rl.diagnostics import RunLog, read_log
 from megatron_rl.objectives import make_objective
 from megatron_rl.policy.actor import UpdateStats
 from megatron_rl.training.batches import make_batch, split_updates
 from megatron_rl.training.erpd_records import RoundRecords, mu_record
 from megatron_rl.training.records import Stopwatch, step_record
 from megatron_rl.types import Batch, Trajectory
+
+PAIRED = ("ratio", "kl", "mismatch", "dp", "chi2", "token_mult", "envelope", "worst")  # what needs behaviour log-probs
 
 
 def parts(logmu: bool = True) -> list[Batch]:
@@ -54,7 +58,16 @@ def test_the_record_says_what_the_step_did():
         "penalty": -1.5,
     }
     assert {name: record[name] for name in expected} == pytest.approx(expected)
-    assert all(isinstance(value, (int, float, str)) for value in record.values())
+    assert all(isinstance(value, (int, float, str)) for name, value in record.items() if not name.startswith("worst/"))
+
+
+def test_the_worst_trajectories_of_all_updates_are_in_the_record_and_the_log_takes_them(tmp_path):
+    record = record_of(parts())
+    assert record["worst/trajectory"] == [2, 0, 1] and json.loads(record["worst/prompt_ids"]) == ["p", "p", "p"]
+    assert record["worst/max"] == record["worst/mean"] == [1.0, 0.0, 0.0]
+    with RunLog(tmp_path) as log:
+        log.append(record)
+    assert read_log(tmp_path)[0]["worst/max"] == [1.0, 0.0, 0.0]
 
 
 def test_the_mismatch_of_equal_weights_is_that_of_the_first_update_alone():
@@ -65,7 +78,7 @@ def test_the_mismatch_of_equal_weights_is_that_of_the_first_update_alone():
 
 
 def test_without_behaviour_log_probabilities_no_ratio_is_claimed():
-    assert not [name for name in record_of(parts(logmu=False)) if name.startswith(("ratio", "kl", "mismatch", "dp"))]
+    assert not [name for name in record_of(parts(logmu=False)) if name.startswith(PAIRED)]
 
 
 @pytest.mark.parametrize("logmu", [True, False])
@@ -83,7 +96,7 @@ def test_a_round_compares_old_policy_and_student_with_the_engine_s_where_it_repo
         assert step["mismatch/ratio/max"] == 1 and step["mismatch/kl/k1"] == 0
         assert step["kl/k1"] == 1 and step["ratio/max"] == step["ratio/min"] == pytest.approx(math.exp(-1))
     else:
-        assert not [name for name in step if name.startswith(("ratio", "kl", "mismatch", "dp"))]
+        assert not [name for name in step if name.startswith(PAIRED)]
 
 
 def test_a_stopwatch_adds_up_the_phases_of_a_step():

@@ -1,0 +1,152 @@
+"""Low precision in the policy's model: what megatron-core is configured with, and proof that quantised products ran."""
+
+import importlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_rl.config import Config
+from megatron_rl.errors import ConfigError, PrecisionError
+from megatron_rl.policy.parallel import Mesh
+from megatron_rl.precision.delayed import DelayedUpdates
+from megatron_rl.precision.linear import QuantizedLinear, linears
+from megatron_rl.precision.plan import PrecisionPlan
+from megatron_rl.precision.products import PRODUCTS
+from megatron_rl.weights.families.base import ModelShape
+
+_ALIGNMENT = {"mxfp8": 32, "nvfp4": 128}  # of the operands' dimensions on tensor cores; 16 for the others
+
+
+def check_recipe(config: Config, plan: PrecisionPlan, shape: ModelShape, transformer_engine: bool) -> None:
+    """Raises ConfigError where `precision.recipe` cannot be what is asked, before anything is built."""
+    if plan.recipe == "none":
+        return
+    if len(plan.kept) >= shape.num_layers:
+        raise ConfigError(
+            f"precision.recipe is {plan.recipe}, but precision.first_last_bf16 leaves none of the {shape.num_layers} layers "
+            "to it: set precision.first_last_bf16: false, or precision.recipe: none"
+        )
+    if plan.recipe == "delayed" and plan.kept:
+        raise ConfigError(
+            "precision.recipe: delayed cannot keep layers unquantised (megatron-core moves all scales of a block on at "
+            "once): set precision.first_last_bf16: false, or precision.recipe: tensorwise"
+        )
+    if not transformer_engine:
+        return
+    parallel, unit = config.parallel, _ALIGNMENT.get(plan.recipe, 16)
+    tokens = config.optimizer.tokens_per_microbatch // parallel.context // (parallel.tensor if parallel.sequence else 1)
+    if tokens % unit:
+        raise ConfigError(
+            f"precision.recipe {plan.recipe} multiplies {tokens} tokens a rank, which must be a multiple of {unit}: change "
+            "optimizer.tokens_per_microbatch"
+        )
+
+
+def transformer_engine_recipe(config: Config, plan: PrecisionPlan) -> dict[str, Any]:
+    """The fields of TransformerConfig that give Transformer Engine's layers the recipe.
+
+    Not for megatron-core's local layers: without Transformer Engine these fields do nothing, and training is silently bf16.
+    """
+    if plan.recipe == "none":
+        return {}
+    kept = {"first_last_layers_bf16": bool(plan.kept), "num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 1}
+    if plan.recipe == "nvfp4":
+        return {"fp4": "e2m1", "fp4_recipe": "nvfp4", **kept}
+    if plan.recipe == "blockwise":
+        _block_scales(config.precision.pow2_scales)
+    return {"fp8": config.precision.format, "fp8_recipe": plan.recipe, **kept}
+
+
+def _block_scales(pow2: bool) -> None:
+    """Tell Transformer Engine's block-scaling recipe whether scales are powers of two.
+
+    It reads NVTE_FP8_BLOCK_SCALING_FP32_SCALES once, as it is imported, and megatron-core makes the recipe by itself; so
+    its defaults, attributes of the class, are set, and a recipe made from them is looked at.
+    """
+    recipes = importlib.import_module("transformer_engine.common.recipe")
+    kind = recipes.Float8BlockScaling
+    names = ("fp8_quant_fwd_inp", "fp8_quant_fwd_weight", "fp8_quant_bwd_grad")
+    for name in names:
+        setattr(kind, name, recipes.QParams(power_2_scale=pow2, amax_epsilon=0.0))
+    made = kind()
+    if any(getattr(made, name).power_2_scale != pow2 for name in names):
+        raise PrecisionError(
+            f"this transformer-engine does not take precision.pow2_scales: {str(pow2).lower()} for block scaling: start with "
+            f"NVTE_FP8_BLOCK_SCALING_FP32_SCALES={int(not pow2)} in the environment"
+        )
+
+
+class QuantisedProducts:
+    """Counts the quantised products of an update, and refuses one in which any did not run.
+
+    On construction every linear of every layer is looked at: quantised where the plan says so, plain where it is kept.
+    With Transformer Engine forward products alone are counted, from what its modules say of themselves.
+    """
+
+    def __init__(self, plan: PrecisionPlan, models: Sequence[torch.nn.Module], mesh: Mesh, transformer_engine: bool) -> None:
+        self.plan, self.mesh, self.products = plan, mesh, PRODUCTS[:1] if transformer_engine else PRODUCTS
+        self.linears: list[tuple[str, Counter[str]]] = []
+        for model in models if plan.recipe != "none" else ():
+            block: Any = model.decoder
+            for layer, kind, linear in linears(block):
+                if transformer_engine:
+                    self._watch(layer, kind, linear)
+                else:
+                    self._check(layer, kind, linear)
+            scales = [linear.scales for _, _, linear in linears(block) if isinstance(linear, QuantizedLinear) and linear.scales]
+            if scales:
+                group = parallel_state.get_amax_reduction_group(with_context_parallel=True)
+                DelayedUpdates(block, scales, group)
+
+    def _check(self, layer: int, kind: str, linear: torch.nn.Module) -> None:
+        quantised = isinstance(linear, QuantizedLinear)
+        if quantised == (layer in self.plan.kept):
+            found = "quantised" if quantised else "not quantised"
+            raise PrecisionError(
+                f"precision.recipe is {self.plan.recipe}, but the {kind} of layer {layer} was built {found} "
+                f"({type(linear).__name__}): this version of megatron-core builds its layers in another way"
+            )
+        if isinstance(linear, QuantizedLinear):
+            self.linears.append((kind, linear.ran))
+
+    def _watch(self, layer: int, kind: str, linear: torch.nn.Module) -> None:
+        if layer in self.plan.kept:
+            return
+        ran: Counter[str] = Counter()
+
+        def note(module: Any, args: Any, output: Any) -> None:
+            ran["fprop"] += bool(module.fp8)  # set in every forward; true of fp4 recipes too
+
+        linear.register_forward_hook(note)
+        self.linears.append((kind, ran))
+
+    def start(self) -> None:
+        """Forget what ran so far."""
+        for _, ran in self.linears:
+            ran.clear()
+
+    def record(self) -> dict[str, float]:
+        """`precision/gemms/qkv`...: quantised products since `start` of all ranks, on rank 0 (elsewhere of this rank).
+
+        Collective. Raises PrecisionError on every rank when a quantised linear of any rank lacks one of its products.
+        """
+        if self.plan.recipe == "none":
+            return {}
+        idle = sorted({f"{name} of {kind}" for kind, ran in self.linears for name in self.products if not ran[name]})
+        if self.mesh.any(bool(idle)):
+            missing = self.mesh.broadcast(sorted(set().union(*self.mesh.gather(set(idle)))))
+            self.mesh.raise_everywhere(
+                PrecisionError(
+                    f"precision.recipe is {self.plan.recipe}, but this update ran without quantised products "
+                    f"({', '.join(missing)}): the update is refused, parameters are untouched"
+                )
+            )
+        own: Counter[str] = Counter()
+        for kind, ran in self.linears:
+            own[kind] += ran.total()
+        gathered = self.mesh.gather(own)
+        total = sum(gathered, Counter()) if self.mesh.rank == 0 else own
+        return {f"precision/gemms/{kind}": float(count) for kind, count in total.items()}

@@ -1,0 +1,221 @@
+"""Number formats of low precision: quantise a matrix to codes and scales, and back.
+
+Codes and scales equal those of Transformer Engine bit for bit (delayed and current scaling, block scaling, MXFP8, NVFP4
+with round to nearest). Casts saturate: inf becomes the largest finite value, NaN stays NaN where the element type has one.
+Columns are quantised as the rows of the transpose: `quantize(x.T, fmt)`.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from megatron_rl.errors import PrecisionError
+from megatron_rl.precision import fp4, fp8
+from megatron_rl.precision.blocks import spread, to_matrix, to_tiles
+from megatron_rl.precision.scales import (
+    FP32_MAX,
+    DelayedScale,
+    amax,
+    e8m0_of_amax,
+    e8m0_reciprocal,
+    e8m0_value,
+    scale_of_amax,
+)
+
+__all__ = ["FORMATS", "DelayedScale", "Format", "Quantized", "amax", "fake_quantize", "find_format", "quantize"]
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_NVFP4_RANGE = 448.0 * fp4.MAX
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a matrix is quantised.
+
+    kind: `tensor` (one scale), `channel` (one a row), `block` (one per tile `block`), `mx` (E8M0 exponents per tile),
+    `nvfp4` (E4M3 scales per tile and one fp32 scale). element: dtype of the codes; uint8 is two E2M1 codes a byte.
+    max: largest finite element. pow2: scales are powers of two.
+    """
+
+    name: str
+    kind: str
+    element: torch.dtype
+    max: float
+    block: tuple[int, int] | None = None
+    pow2: bool = False
+
+    def tile(self, rows: int, columns: int) -> tuple[int, int]:
+        """Rows and columns that share a scale in a matrix of this shape."""
+        if self.block is not None:
+            return self.block
+        return (1, columns) if self.kind == "channel" else (rows, columns)
+
+
+def _formats() -> dict[str, Format]:
+    floats = {"e4m3": (torch.float8_e4m3fn, 448.0), "e5m2": (torch.float8_e5m2, 57344.0)}
+    tiles = {"tensor": None, "1x128": (1, 128), "128x128": (128, 128)}
+    every = [Format("int8_channel", "channel", torch.int8, 127.0), Format("nvfp4", "nvfp4", torch.uint8, fp4.MAX, (1, 16))]
+    for suffix, (element, largest) in floats.items():
+        every.append(Format(f"mxfp8_{suffix}", "mx", element, largest, (1, 32), pow2=True))
+        for name, block in tiles.items():
+            kind = "tensor" if block is None else "block"
+            every.append(Format(f"fp8_{name}_{suffix}", kind, element, largest, block))
+            every.append(Format(f"fp8_{name}_{suffix}_pow2", kind, element, largest, block, pow2=True))
+    return {fmt.name: fmt for fmt in every}
+
+
+FORMATS: Mapping[str, Format] = MappingProxyType(_formats())
+
+
+def find_format(fmt: Format | str) -> Format:
+    """The format of this name. PrecisionError names the nearest one if there is none."""
+    if isinstance(fmt, Format):
+        return fmt
+    if fmt not in FORMATS:
+        near = difflib.get_close_matches(fmt, FORMATS, n=1, cutoff=0.0)[0]
+        raise PrecisionError(f"unknown number format {fmt!r}; did you mean {near!r}? Formats: {', '.join(FORMATS)}")
+    return FORMATS[fmt]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantised matrix.
+
+    codes: [M, N] of the format's element type (NVFP4: uint8 [M, ceil(N/2)], low nibble first).
+    scale_inv: what codes are multiplied by. fp32 scalar for `tensor`, fp32 [M, 1] for `channel`, fp32 [tiles down, tiles
+    across] for `block`; E8M0 bytes (uint8) of that shape for `mx`, float8_e4m3fn for `nvfp4`, whose outer factor is
+    global_scale_inv (fp32 scalar, None elsewhere). shape: (M, N).
+    """
+
+    codes: Tensor
+    scale_inv: Tensor
+    format: Format
+    shape: tuple[int, int]
+    global_scale_inv: Tensor | None = None
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[M, N]: element times scale_inv in fp32, then one rounding to `dtype`."""
+        tiles = to_tiles(_decode(self.codes, self.format, self.shape[1]), self.format.tile(*self.shape))
+        tiles.mul_(_inverse(self.format, self.scale_inv, self.global_scale_inv))
+        return to_matrix(tiles, self.shape).contiguous().to(dtype)
+
+
+def quantize(x: Tensor, fmt: Format | str, *, scale: Tensor | None = None, eps: float = 0.0) -> Quantized:
+    """Quantise x [M, N] (bf16, fp16 or fp32, any strides); tiles that reach past the edge are padded with zeros.
+
+    scale: fp32 scalar to use instead of one from x, for `tensor` formats (delayed scaling). eps: least amax that counts
+    (`tensor`, `block`, `channel`). Raises PrecisionError on other ranks, dtypes, formats, and on NaN or inf for int8.
+    """
+    fmt = find_format(fmt)
+    _check(x, fmt, scale)
+    shape = (x.shape[0], x.shape[1])
+    y, scales = _scaled(x.contiguous(), fmt, fmt.tile(*shape), scale, eps)
+    y = to_matrix(y, shape)
+    if fmt.kind == "nvfp4":
+        codes = fp4.pack(fp4.encode(fp4.round_(y)))
+    else:
+        codes = (y.round_() if fmt.kind == "channel" else y).to(fmt.element)
+    return Quantized(codes.contiguous(), scales.stored, fmt, shape, scales.outer)
+
+
+def fake_quantize(
+    x: Tensor, fmt: Format | str, dtype: torch.dtype | None = None, *, scale: Tensor | None = None, eps: float = 0.0
+) -> Tensor:
+    """quantize(x, fmt).dequantize(dtype or x.dtype), bit for bit, in about half its time. x: [M, N].
+
+    The transpose of a contiguous matrix is quantised where it lies, and the result is such a transpose as well.
+    """
+    fmt = find_format(fmt)
+    _check(x, fmt, scale)
+    tile = fmt.tile(*x.shape)
+    if not x.is_contiguous() and x.t().is_contiguous():
+        return _fake(x.t(), fmt, (tile[1], tile[0]), dtype, scale, eps).t()
+    return _fake(x.contiguous(), fmt, tile, dtype, scale, eps)
+
+
+def _fake(x: Tensor, fmt: Format, tile: tuple[int, int], dtype: torch.dtype | None, scale: Tensor | None, eps: float) -> Tensor:
+    y, scales = _scaled(x, fmt, tile, scale, eps)
+    if fmt.kind == "nvfp4":
+        fp4.round_(y)
+    elif fmt.kind == "channel":
+        y.round_().add_(0.0)  # int8 has no -0
+    else:
+        fp8.decode(y.to(fmt.element), out=y)
+    inverse = _inverse(fmt, scales.stored, scales.outer)
+    return to_matrix(y.mul_(inverse), (x.shape[0], x.shape[1])).to(dtype or x.dtype)
+
+
+def _check(x: Tensor, fmt: Format, scale: Tensor | None) -> None:
+    if x.dim() != 2:
+        raise PrecisionError(f"{fmt.name} quantises a matrix [M, N]; got shape {list(x.shape)}. Flatten the leading dimensions")
+    if x.dtype not in _DTYPES:
+        raise PrecisionError(f"{fmt.name} quantises bfloat16, float16 or float32; got {x.dtype}. Convert the tensor first")
+    if scale is not None and fmt.kind != "tensor":
+        raise PrecisionError(f"a given scale is for formats with one scale a tensor (fp8_tensor_*); {fmt.name} has its own")
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """factor: fp32, one per tile, to multiply x by. stored and outer: as in Quantized."""
+
+    factor: Tensor
+    stored: Tensor
+    outer: Tensor | None = None
+
+
+def _scaled(x: Tensor, fmt: Format, tile: tuple[int, int], given: Tensor | None, eps: float) -> tuple[Tensor, _Scales]:
+    """x, contiguous, times its scales and clamped to the range, as new fp32 tiles; and the scales."""
+    tiles = to_tiles(x.float(), tile)
+    scales = _scales(tiles, fmt, x.dtype, given, eps)
+    factor = spread(scales.factor)
+    owned = tiles.data_ptr() != x.data_ptr()
+    y = tiles.mul_(factor) if owned else tiles * factor
+    return y.clamp_(-fmt.max, fmt.max), scales
+
+
+def _scales(tiles: Tensor, fmt: Format, dtype: torch.dtype, given: Tensor | None, eps: float) -> _Scales:
+    """Scales of fp32 tiles of a matrix which was of `dtype`."""
+    if given is not None:
+        given = given.float().reshape(1, 1)
+        return _Scales(given, (1.0 / given).reshape(()))
+    peak = amax(tiles, (1, 3))
+    if fmt.kind == "nvfp4":
+        return _nvfp4_scales(peak)
+    if fmt.kind == "mx":
+        exponents = e8m0_of_amax(peak, fmt.max)
+        return _Scales(e8m0_reciprocal(exponents), exponents)
+    if fmt.kind == "channel" and not bool(tiles.isfinite().all()):
+        raise PrecisionError(f"{fmt.name} has no code for NaN or inf, and the matrix holds some; look for where they arose")
+    value_for_inf = torch.finfo(dtype).max if fmt.kind == "block" else FP32_MAX
+    scale = scale_of_amax(peak, fmt.max, pow2=fmt.pow2, eps=eps, value_for_inf=value_for_inf)
+    inverse = 1.0 / scale
+    return _Scales(scale, inverse.reshape(()) if fmt.kind == "tensor" else inverse)
+
+
+def _nvfp4_scales(peak: Tensor) -> _Scales:
+    """Two levels (arXiv 2509.25149): fp32 takes the tensor's amax to 448 * 6, E4M3 takes each tile's to 6."""
+    outer = scale_of_amax(amax(peak), _NVFP4_RANGE)
+    sixth = torch.tensor(1.0 / fp4.MAX, dtype=torch.float32, device=peak.device)
+    stored = (peak * (outer * sixth)).clamp(max=448.0).to(torch.float8_e4m3fn)
+    inverse = 1.0 / outer
+    return _Scales((1.0 / (stored.float() * inverse)).clamp(max=FP32_MAX), stored, inverse)
+
+
+def _inverse(fmt: Format, stored: Tensor, outer: Tensor | None) -> Tensor:
+    """What elements are multiplied by, fp32 [tiles down, 1, tiles across, 1]."""
+    if fmt.kind == "mx":
+        return spread(e8m0_value(stored))
+    if outer is not None:
+        return spread(stored.float() * outer)
+    return spread(stored.reshape(1, 1) if fmt.kind == "tensor" else stored)
+
+
+def _decode(codes: Tensor, fmt: Format, columns: int) -> Tensor:
+    """fp32 values of the codes, before any scale."""
+    if fmt.kind == "nvfp4":
+        return fp4.decode(fp4.unpack(codes, columns))
+    return codes.float() if fmt.kind == "channel" else fp8.decode(codes)

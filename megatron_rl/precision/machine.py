@@ -1,0 +1,75 @@
+"""What this machine's device can multiply: which recipes run natively, which are emulated, which cannot run."""
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+from megatron_rl.errors import PrecisionError
+
+RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8", "nvfp4")
+Version = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """capability: of the CUDA device ((9, 0) is Hopper), None on a CPU. cuda: version torch was built for.
+    transformer_engine: whether a package of that name is installed (whether it loads is seen when it is used).
+    """
+
+    capability: Version | None = None
+    cuda: Version | None = None
+    transformer_engine: bool = False
+
+    @property
+    def name(self) -> str:
+        return "CPU" if self.capability is None else f"sm_{self.capability[0]}{self.capability[1]}"
+
+
+def this_machine() -> Machine:
+    """The first CUDA device where there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return Machine()
+    major, _, minor = (torch.version.cuda or "0.0").partition(".")
+    engine = importlib.util.find_spec("transformer_engine") is not None
+    return Machine(torch.cuda.get_device_capability(0), (int(major), int(minor)), engine)
+
+
+def refusal(recipe: str, machine: Machine, *, pow2: bool = False) -> str | None:
+    """Why the device cannot multiply as `recipe` asks, None if it can. As Transformer Engine's own checks and kernels say."""
+    at = machine.capability
+    if at is None:
+        return "it is a CPU"
+    if at < (8, 9):
+        return "FP8 needs sm_89 or newer"
+    if recipe in ("mxfp8", "nvfp4") and at < (10, 0):
+        return f"{recipe} needs sm_100 or newer"
+    if recipe == "mxfp8" and at >= (12, 0):
+        return "mxfp8 runs on sm_100 to sm_119"
+    if recipe == "blockwise" and (at < (9, 0) or (machine.cuda or (0, 0)) < (12, 9)):
+        return "blockwise needs sm_90 or newer and CUDA 12.9 or newer"
+    if recipe == "blockwise" and at >= (10, 0) and not pow2:
+        return "from sm_100 on, blockwise runs with power-of-two scales alone: precision.pow2_scales: true"
+    return None
+
+
+def how(recipe: str, machine: Machine, *, pow2: bool = False) -> str:
+    """How `recipe` is computed here: `native`, or `emulated` (quantised exactly, multiplied in float32) on a CPU.
+
+    Raises PrecisionError where a CUDA device cannot do it, or lacks Transformer Engine: never silently bf16.
+    """
+    if machine.capability is None:
+        return "emulated"
+    reason = refusal(recipe, machine, pow2=pow2)
+    if reason is not None:
+        able = [name for name in RECIPES if refusal(name, machine, pow2=name == "blockwise") is None]
+        raise PrecisionError(
+            f"precision.recipe {recipe} cannot run on this device ({machine.name}): {reason}. "
+            f"Recipes it can run: {', '.join(able) or 'none'}; a CPU emulates all of them (CUDA_VISIBLE_DEVICES=)"
+        )
+    if not machine.transformer_engine:
+        raise PrecisionError(
+            f"precision.recipe {recipe} needs Transformer Engine on a CUDA device, and it is not installed: megatron-core "
+            "would train in bf16 without a word. Install it (pip install 'megatron-rl[gpu]'), or set precision.recipe: none"
+        )
+    return "native"

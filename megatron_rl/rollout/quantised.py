@@ -1,0 +1,154 @@
+"""The embedded engine's low precision: how it is asked for, its emulated products, and the check that an engine has it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_rl.config import PrecisionConfig
+from megatron_rl.errors import PrecisionError, UserError
+from megatron_rl.precision.formats import fake_quantize
+from megatron_rl.precision.plan import PrecisionPlan, refuse_contradictions, resolve
+from megatron_rl.weights.quantised import DTYPES
+
+QUANTIZATIONS = ("fp8_blockwise", "fp8_blockwise_pow2", "int8")
+ACTIVATIONS = ("none", "fp8")
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """What an engine with quantised weights is started with; the words are those of the `precision` section.
+
+    quantization: as `precision.rollout`. activations: as `precision.rollout_activations`. first_last_bf16: the first and
+    the last layer are not quantised. parameters: the trainer's dtype, to which a tensor that comes unquantised is rounded
+    before it is quantised, so that the weights an engine starts from have the codes the trainer would send.
+    """
+
+    quantization: str
+    activations: str = "none"
+    first_last_bf16: bool = False
+    parameters: str = "bf16"
+
+    def __post_init__(self) -> None:
+        if self.quantization not in QUANTIZATIONS:
+            raise UserError(f"engine quantization '{self.quantization}' is not one of {list(QUANTIZATIONS)}")
+
+    @classmethod
+    def of(cls, precision: PrecisionConfig) -> Self | None:
+        """What the run asks of its engines; None when their weights are not quantised. ConfigError for a contradiction."""
+        refuse_contradictions(precision)
+        if precision.rollout not in QUANTIZATIONS:
+            return None
+        return cls(precision.rollout, precision.rollout_activations, precision.first_last_bf16, precision.train)
+
+    @property
+    def flags(self) -> list[str]:
+        """Arguments of the embedded server's command line."""
+        flags = ["--quantization", self.quantization, "--activations", self.activations, "--parameters", self.parameters]
+        return [*flags, "--first-last-bf16"] if self.first_last_bf16 else flags
+
+    def plan(self, num_layers: int, dtype: str) -> PrecisionPlan:
+        """The run's plan, computed with in `dtype`."""
+        precision = PrecisionConfig(
+            train=self.parameters,
+            rollout=self.quantization,
+            rollout_activations=self.activations,
+            first_last_bf16=self.first_last_bf16,
+        )
+        plan = resolve(precision, num_layers)
+        inputs = plan.engine_inputs if self.activations == "fp8" else dtype
+        return replace(plan, engine=dtype, engine_inputs=inputs, kv_cache=dtype)
+
+
+def compute_dtype(precision: PrecisionConfig) -> str:
+    """What engines compute in."""
+    return "bf16" if precision.rollout in QUANTIZATIONS else precision.rollout
+
+
+def described(dtype: str, quantisation: Quantisation | None) -> dict[str, Any]:
+    """What /model_info says of an engine's precision."""
+    none = dict.fromkeys(("quantization", "activations", "first_last_bf16", "parameters"))
+    return {"dtype": dtype, **(none if quantisation is None else asdict(quantisation))}
+
+
+def requested(quantization: str, activations: str, first_last_bf16: bool, parameters: str) -> Quantisation | None:
+    """What a command line asks for; UserError for a word that is none of ours, or inputs without quantised weights."""
+    for flag, given, known in (("activations", activations, ACTIVATIONS), ("parameters", parameters, tuple(DTYPES))):
+        if given not in known:
+            raise UserError(f"--{flag} '{given}' is not one of {list(known)}")
+    if quantization != "none":
+        return Quantisation(quantization, activations, first_last_bf16, parameters)
+    if activations != "none":
+        raise UserError(f"--activations {activations} needs quantised weights: give --quantization fp8_blockwise with it")
+    return None
+
+
+def check_precision(url: str, info: Mapping[str, Any], precision: PrecisionConfig) -> None:
+    """Raise PrecisionError naming the URL when a server's account of itself is of another precision than the run asks for.
+
+    info: what `EnginePool.info` answers, of the embedded server or of SGLang.
+    """
+    quantisation = Quantisation.of(precision)
+    dtype = compute_dtype(precision)
+    if info.get("engine") == "embedded":
+        wanted = described(dtype, quantisation)
+        flags = ["--dtype", dtype, *(quantisation.flags if quantisation else [])]
+    else:
+        if quantisation and (quantisation.quantization == "int8" or quantisation.activations == "none"):
+            raise PrecisionError(
+                f"{url} is an SGLang server, which always quantises the inputs of quantised layers: set precision.rollout: "
+                "fp8_blockwise and precision.rollout_activations: fp8, or use the embedded engine"
+            )
+        wanted = {"dtype": str(DTYPES[dtype]).removeprefix("torch."), "quantization": "fp8" if quantisation else None}
+        flags = ["--dtype", str(wanted["dtype"]), *(["--quantization", "fp8"] if quantisation else [])]
+    wrong = [f"{key} {info.get(key)} instead of {value}" for key, value in wanted.items() if info.get(key) != value]
+    if wrong:
+        raise PrecisionError(
+            f"{url} serves another precision than the run asks for ({', '.join(wrong)}): start it with {' '.join(flags)}, "
+            "or change the precision section"
+        )
+
+
+def quantises_inputs(plan: PrecisionPlan) -> bool:
+    return plan.rolls_out_low and plan.engine_inputs != plan.engine
+
+
+def use_quantised_products(model: nn.Module, values: Mapping[str, Tensor], plan: PrecisionPlan) -> None:
+    """Make the linears of quantised weights quantise their inputs too. values: dequantised weights, fp32, by tensor name.
+
+    Raises PrecisionError for a quantised weight that no linear of the model multiplies with.
+    """
+    left = {name for name in values if plan.quantised(name)}
+    for path, module in list(model.named_modules()):
+        for child_name, child in list(module.named_children()):
+            name = f"{path}.{child_name}.weight".removeprefix(".")
+            if isinstance(child, nn.Linear) and name in left:
+                weight = values[name].to(child.weight.device)
+                setattr(module, child_name, QuantisedLinear(weight, child.bias, plan.engine_inputs))
+                left.discard(name)
+    if left:
+        raise PrecisionError(
+            f"activations fp8 cannot be emulated: tensor {min(left)} is not the weight of a linear in {type(model).__name__}; "
+            "set precision.rollout_activations: none"
+        )
+
+
+class QuantisedLinear(nn.Module):
+    """x [..., K] -> [..., M] with x quantised row by row: fp32 sums of dequantised products, one rounding to x's dtype.
+
+    So is an FP8 product on a tensor core, up to the order of its sum. weight: dequantised, fp32 [M, K].
+    """
+
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None, inputs: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = bias
+        self.inputs = inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = fake_quantize(x.reshape(-1, x.shape[-1]), self.inputs, torch.float32)
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(rows, self.weight, bias).to(x.dtype).view(*x.shape[:-1], -1)

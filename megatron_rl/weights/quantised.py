@@ -1,0 +1,184 @@
+"""Quantised weights as they travel: which tensors, under which names, in which shapes, and what config.json says of them.
+
+Block FP8 is laid out as SGLang and transformers read it: `X.weight` float8_e4m3fn [M, N] beside `X.weight_scale_inv`
+fp32 [ceil(M/128), ceil(N/128)]. int8 is laid out as compressed-tensors' `int-quantized` with one scale a row: `X.weight`
+int8 [M, N] beside `X.weight_scale` fp32 [M, 1]. A value is its code times its scale. One quantiser (precision.formats)
+makes them here, in the trainer's products and in engines that quantise at load.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rl.errors import CheckpointError
+from megatron_rl.precision.formats import Format, Quantized, find_format, quantize
+from megatron_rl.precision.plan import PrecisionPlan
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SCALE = {"fp8_128x128_e4m3": "_scale_inv", "fp8_128x128_e4m3_pow2": "_scale_inv", "int8_channel": "_scale"}
+_SUFFIXES = tuple(sorted(set(_SCALE.values())))
+# The names under which engines fuse projections: exceptions are listed by the names of their parts.
+_FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+
+Stream = Iterable[tuple[str, Tensor | None]]
+
+
+def export_dtypes(plan: PrecisionPlan, names: Iterable[str]) -> dict[str, torch.dtype]:
+    """What `export_weights` is to gather each tensor in: the trainer's own dtype where it will be quantised."""
+    return {name: DTYPES[plan.train if _coded(plan, name) else plan.engine] for name in names}
+
+
+class WireTensors(Iterator[tuple[str, Tensor | None]]):
+    """The stream of `export_weights` as it goes to the engines: codes and scales instead of `plan.quantised` tensors.
+
+    Tensor by tensor, where the tensors are; None (other ranks) is passed on. dequantised: the same values as fp32 tensors
+    under their plain names, for an engine that takes no codes. Raises CheckpointError naming a tensor that is not
+    finite; the stream can be run to its end afterwards, which a collective export needs, and then quantises nothing.
+    """
+
+    def __init__(self, stream: Stream, plan: PrecisionPlan, *, dequantised: bool = False) -> None:
+        self._stream, self._plan, self._dequantised = iter(stream), plan, dequantised
+        self._ready: deque[tuple[str, Tensor]] = deque()
+        self._failed = False
+
+    def __next__(self) -> tuple[str, Tensor | None]:
+        if self._ready:
+            return self._ready.popleft()
+        name, tensor = next(self._stream)
+        if tensor is None or self._failed or not _coded(self._plan, name):
+            return name, tensor
+        if not torch.isfinite(tensor).all():  # a code saturates, and would hide it
+            self._failed = True
+            raise CheckpointError(f"tensor '{name}' holds values that are not finite: the engines keep the weights they have")
+        coded = quantize(tensor, self._plan.wire)
+        if self._dequantised:
+            return name, coded.dequantize().contiguous()
+        self._ready.append((scale_name(name, coded.format), coded.scale_inv))
+        return name, coded.codes
+
+
+def scale_name(name: str, fmt: Format | str) -> str:
+    """Name of the scales of a quantised tensor."""
+    return name + _SCALE[find_format(fmt).name]
+
+
+def is_scale(name: str) -> bool:
+    return name.endswith(tuple(f".weight{suffix}" for suffix in _SUFFIXES))
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every element is a finite number, for codes as well."""
+    if tensor.dtype == torch.float8_e4m3fn:  # it has no inf, and torch has no test of it on CPU
+        return not bool(((tensor.view(torch.uint8) & 0x7F) == 0x7F).any())
+    return not tensor.dtype.is_floating_point or bool(torch.isfinite(tensor).all())
+
+
+def quantization_config(plan: PrecisionPlan, names: Iterable[str]) -> dict[str, Any] | None:
+    """`quantization_config` of config.json for a folder with these (unquantised) names; None when nothing is quantised.
+
+    Block FP8: the keys SGLang's Fp8Config reads. int8: compressed-tensors, weights alone; SGLang itself serves int8
+    weights with int8 activations only, and refuses this one.
+    """
+    if not plan.rolls_out_low:
+        return None
+    modules = [name.removesuffix(".weight") for name in names if _is_linear(name) and not plan.quantised(name)]
+    kept = list(dict.fromkeys(["lm_head", *modules]))
+    fmt = find_format(plan.wire)
+    if fmt.element == torch.int8:
+        weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False}
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+        stated = {"quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed"}
+        return stated | {"config_groups": {"group_0": group}, "ignore": kept}
+    assert fmt.block is not None
+    blocks = {"weight_block_size": list(fmt.block)} | ({"scale_fmt": "ue8m0"} if fmt.pow2 else {})
+    stated = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
+    return stated | blocks | {"modules_to_not_convert": kept, "packed_modules_mapping": _FUSED}
+
+
+def check_config(stated: Mapping[str, Any], plan: PrecisionPlan, where: str) -> None:
+    """Raise CheckpointError unless a folder's `quantization_config` speaks of the plan's format."""
+    wanted = quantization_config(plan, ()) or {}
+    for key in ("quant_method", "format", "fmt", "weight_block_size", "scale_fmt", "config_groups"):
+        if stated.get(key) != wanted.get(key):
+            raise CheckpointError(
+                f"{where}: quantization_config has {key} = {stated.get(key)!r}, but {plan.wire} goes with {wanted.get(key)!r}: "
+                "export the weights for this engine, or start the engine for these weights"
+            )
+
+
+def join(tensors: Mapping[str, Tensor], plan: PrecisionPlan, where: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Plain names and values of a folder with codes and scales; in `dtype` where quantised, else as stored.
+
+    Raises CheckpointError naming the tensor: codes or scales missing, unexpected, of the wrong dtype or shape, codes that
+    are NaN, scales that are not finite or not above 0.
+    """
+    fmt = find_format(plan.wire)
+    coded = {name for name in tensors if not is_scale(name) and plan.quantised(name)}
+    wanted = {scale_name(name, fmt): name for name in coded}
+    for name in tensors:
+        if is_scale(name) and name not in wanted:
+            raise CheckpointError(f"{where}: tensor {name} is unexpected: {plan.wire} has no scales for this tensor")
+    values = {}
+    for name, tensor in tensors.items():
+        if name in coded:
+            values[name] = _checked(name, tensor, tensors, fmt, where).dequantize(dtype)
+        elif name not in wanted:
+            values[name] = tensor
+    return values
+
+
+def quantise_at_load(tensors: Mapping[str, Tensor], plan: PrecisionPlan, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The values an engine serves of an unquantised folder: each tensor rounded to the trainer's dtype, quantised, and back.
+
+    Just what `join` gives for the same weights exported by a trainer that loaded this folder.
+    """
+    return {
+        name: quantize(tensor.to(DTYPES[plan.train]), plan.wire).dequantize(dtype) if plan.quantised(name) else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def shapes(tensors: Mapping[str, Tensor], coded: bool) -> dict[str, tuple[int, ...]]:
+    """Shapes of the model's own tensors: in a folder of codes, scales are no tensors of the model."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if not (coded and is_scale(name))}
+
+
+def _coded(plan: PrecisionPlan, name: str) -> bool:
+    return plan.rolls_out_low and plan.quantised(name)
+
+
+def _is_linear(name: str) -> bool:
+    return name.endswith("_proj.weight")
+
+
+def _checked(name: str, codes: Tensor, tensors: Mapping[str, Tensor], fmt: Format, where: str) -> Quantized:
+    """Codes and scales of one tensor, or CheckpointError."""
+
+    def refuse(which: str, what: str) -> CheckpointError:
+        return CheckpointError(f"{where}: tensor {which} {what}")
+
+    scales_name = scale_name(name, fmt)
+    scale = tensors.get(scales_name)
+    if scale is None:
+        raise refuse(scales_name, f"is missing: {fmt.name} needs it beside {name}")
+    if codes.dtype != fmt.element:
+        raise refuse(name, f"is {codes.dtype}, but {fmt.name} has codes of {fmt.element}")
+    if scale.dtype != torch.float32:
+        raise refuse(scales_name, f"is {scale.dtype}, but scales are float32")
+    if codes.dim() != 2:
+        raise refuse(name, f"has shape {list(codes.shape)}, but {fmt.name} is for matrices")
+    rows, columns = codes.shape
+    high, wide = fmt.tile(rows, columns)
+    expected = (-(-rows // high), -(-columns // wide))
+    if tuple(scale.shape) != expected:
+        raise refuse(scales_name, f"has shape {list(scale.shape)}, but {name} {list(codes.shape)} needs {list(expected)}")
+    if not is_finite(codes):
+        raise refuse(name, "has codes that are NaN")
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise refuse(scales_name, "has scales that are not finite or not above 0")
+    if fmt.pow2 and not bool((torch.frexp(scale).mantissa == 0.5).all()):
+        raise refuse(scales_name, f"has scales that are no powers of two, but {fmt.name} has no others")
+    return Quantized(codes, scale, fmt, (rows, columns))

@@ -1,0 +1,102 @@
+"""What the ranks of a group run to show that quantised products are the same under every layout that leaves blocks whole."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+
+from megatron_rl.objectives import make_objective
+from megatron_rl.policy.actor import Policy
+from megatron_rl.policy.checkpoint import Checkpoints, TrainState
+from megatron_rl.precision.linear import QuantizedLinear, linears
+from tests.parallel.checkpoint_steps import update
+from tests.parallel.steps import OBJECTIVE, exported, make_batch, make_policy, replicas_differ
+
+
+def quantised_linears(policy: Policy) -> list[tuple[int, str]]:
+    """(global layer, kind) of every quantised linear of all stages, on rank 0."""
+    own = [
+        (layer, kind)
+        for chunk in policy.models
+        for layer, kind, linear in linears(chunk.decoder)
+        if isinstance(linear, QuantizedLinear)
+    ]
+    return sorted({one for part in policy.mesh.gather(own) for one in part})
+
+
+def step(model: Path, layout: dict[str, Any], updates: int = 1, sabotage: str | None = None, **sections: Any) -> dict[str, Any]:
+    """`updates` updates; of the last one what `steps.step` answers, and what was quantised."""
+    policy = make_policy(model, layout, **sections)
+    batch, objective = make_batch(), make_objective(OBJECTIVE)
+    grads: dict[str, np.ndarray] = {}
+    optimizer_step = policy.optimizer.step
+
+    def noting_step(grad_norm: float) -> None:
+        grads.update(exported(policy, lambda p: p.main_grad))
+        optimizer_step(grad_norm)
+
+    policy.optimizer.step = noting_step  # type: ignore[method-assign]
+    if sabotage == "plain_on_last_rank" and policy.mesh.rank == policy.mesh.world - 1:
+        linear = policy.models[0].decoder.layers[1].mlp.linear_fc1
+        linear.__class__ = ColumnParallelLinear  # its products are megatron-core's own, and nothing else changes
+    for _ in range(updates):
+        stats = policy.update(batch, objective, objective.norm)
+    return {
+        "grads": grads,
+        "weights": exported(policy),
+        "loss": stats.loss,
+        "grad_norm": stats.grad_norm,
+        "logp": stats.logp,
+        "metrics": stats.metrics,
+        "replicas_differ": replicas_differ(policy),
+        "quantised": quantised_linears(policy),
+        "core_fp8": policy.tf_config.fp8,
+        "dtype": policy.models[0].decoder.layers[0].mlp.linear_fc1.weight.dtype,
+    }
+
+
+def delayed_scales(policy: Policy) -> dict[str, float]:
+    """`layer kind operand` -> scale, of this rank's linears."""
+    return {
+        f"{layer} {kind} {operand}": float(getattr(linear.scales, operand).scale)
+        for chunk in policy.models
+        for layer, kind, linear in linears(chunk.decoder)
+        for operand in ("inputs", "weights", "gradients")
+    }
+
+
+def delayed_run(model: Path, layout: dict[str, Any]) -> dict[str, Any]:
+    """This rank's scales after an update with delayed scaling, and after the moved weights have scored a batch."""
+    policy = make_policy(model, layout, precision={"recipe": "delayed"})
+    update(policy)
+    scales = delayed_scales(policy)
+    policy.logprobs(make_batch())
+    return {"scales": scales, "scored": delayed_scales(policy)}
+
+
+def save_and_go_on(model: Path, layout: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Two updates with delayed scaling, a checkpoint, a third update."""
+    policy = make_policy(model, layout, precision={"recipe": "delayed"})
+    for _ in range(2):
+        update(policy)
+    checkpoints = Checkpoints(folder, policy, keep=2)
+    checkpoints.save(TrainState(step=2, updates=policy.optimizer.updates), wait=True)
+    checkpoints.close()
+    scales = delayed_scales(policy)
+    update(policy)
+    return {"scales": scales, "next": exported(policy)}
+
+
+def load_and_go_on(model: Path, layout: dict[str, Any], folder: Path, forget: bool = False) -> dict[str, Any]:
+    """That checkpoint into a fresh policy, and the next update; `forget`: without its scales."""
+    policy = make_policy(model, layout, precision={"recipe": "delayed"})
+    checkpoints = Checkpoints(folder, policy, keep=2)
+    fresh = [(linear.scales, linear.scales.state_dict()) for chunk in policy.models for _, _, linear in linears(chunk.decoder)]
+    checkpoints.load_newest()
+    checkpoints.close()
+    for scales, state in fresh if forget else []:
+        scales.load_state_dict(state)
+    scales_now = delayed_scales(policy)
+    update(policy)
+    return {"scales": scales_now, "next": exported(policy)}

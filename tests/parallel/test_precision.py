@@ -1,0 +1,180 @@
+"""A training step with quantised products is the same step under every layout that leaves its blocks whole.
+
+In float32 two layouts differ by the order of summation. Between quantised products that can also turn a value that
+lies on the boundary between two codes: rare, but each one moves a gradient by far more than rounding does. Hence two
+tolerances: UNTURNED where operands are equal bit by bit, TURNED where tensor parallelism sums them in another order.
+"""
+
+import functools
+
+import numpy as np
+import pytest
+
+from megatron_rl.errors import ConfigError
+from tests.models import make_qwen3
+from tests.parallel import precision_steps
+from tests.parallel.test_parity import FULL, TWO
+
+STEPS = "tests.parallel.precision_steps"
+UNTURNED, TURNED = 1e-6, 5e-3
+KINDS = ("fc1", "fc2", "proj", "qkv")
+BLOCKWISE, TENSORWISE, MX = {"recipe": "blockwise"}, {"recipe": "tensorwise"}, {"recipe": "mxfp8"}
+TP2_SP_RECOMPUTE = {**TWO["tp2_sp"], **FULL}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Two ranks cut each of its matrices into parts of whole 128 x 128 blocks."""
+    folder = tmp_path_factory.mktemp("wide")
+    return make_qwen3(folder, tied=False, hidden_size=128, intermediate_size=256, head_dim=32)
+
+
+@pytest.fixture(scope="module")
+def one_rank(wide):
+    """The step of one rank with this `precision` section, which layouts are compared to."""
+
+    @functools.cache
+    def step(**precision):
+        return precision_steps.step(wide, {}, precision=precision)
+
+    return step
+
+
+def difference(result, reference):
+    """Norm of the difference of all gradients, relative to the reference's; of log-probabilities the largest."""
+    assert set(result["grads"]) == set(reference["grads"])
+    gap = sum(float(np.square(result["grads"][name] - grad).sum()) for name, grad in reference["grads"].items())
+    whole = sum(float(np.square(grad).sum()) for grad in reference["grads"].values())
+    return (gap / whole) ** 0.5, float(np.abs(result["logp"] - reference["logp"]).max())
+
+
+def assert_same_step(result, reference, tolerance):
+    grads, logp = difference(result, reference)
+    assert grads < tolerance
+    assert logp < 10 * tolerance
+    assert abs(result["loss"] - reference["loss"]) < tolerance * max(1.0, abs(reference["loss"]))
+    assert abs(result["grad_norm"] / reference["grad_norm"] - 1) < tolerance
+    assert result["replicas_differ"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("precision", "layout", "tolerance"),
+    [
+        (BLOCKWISE, TWO["tp2"], TURNED),
+        (BLOCKWISE, TWO["tp2_sp"], TURNED),
+        (BLOCKWISE, TP2_SP_RECOMPUTE, TURNED),
+        (BLOCKWISE, TWO["pp2"], UNTURNED),
+        (BLOCKWISE, TWO["pp2_vpp2_recompute"], UNTURNED),
+        (BLOCKWISE, TWO["dp2"], UNTURNED),
+        (MX, TWO["tp2_sp"], TURNED),
+        (TENSORWISE, TWO["pp2_recompute"], UNTURNED),
+        (TENSORWISE, TWO["dp2"], UNTURNED),
+    ],
+    ids=lambda value: "_".join(f"{k}_{v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_layouts_make_the_step_of_one_rank(two_ranks, wide, one_rank, precision, layout, tolerance):
+    result = two_ranks.run(STEPS, "step", model=wide, layout=layout, precision=precision)[0]
+    assert_same_step(result, one_rank(**precision), tolerance)
+
+
+@pytest.mark.parametrize("precision", [BLOCKWISE, TENSORWISE, MX], ids=lambda p: p["recipe"])
+def test_the_unquantised_step_fails_the_same_comparison(one_rank, precision):
+    with pytest.raises(AssertionError):
+        assert_same_step(one_rank(), one_rank(**precision), TURNED)
+    assert difference(one_rank(), one_rank(**precision))[0] > 0.05
+
+
+@pytest.mark.parametrize("recipe", ["blockwise", "tensorwise", "mxfp8", "nvfp4", "delayed"])
+def test_recomputed_layers_make_the_same_step_bit_by_bit(wide, one_rank, recipe):
+    result = precision_steps.step(wide, FULL, precision={"recipe": recipe})
+    assert difference(result, one_rank(recipe=recipe)) == (0.0, 0.0)
+
+
+def test_one_scale_a_tensor_is_one_a_part_under_tensor_parallelism_and_of_the_gathered_input_under_sequence_parallelism(
+    two_ranks, wide, one_rank
+):
+    parts, gathered = (
+        two_ranks.run(STEPS, "step", model=wide, layout=TWO[name], precision=TENSORWISE)[0] for name in ("tp2", "tp2_sp")
+    )
+    assert_same_step(gathered, parts, TURNED)
+    assert difference(parts, one_rank(**TENSORWISE))[0] > 10 * TURNED
+    assert difference(parts, one_rank())[0] < 2 * difference(one_rank(**TENSORWISE), one_rank())[0]
+
+
+@pytest.mark.parametrize("layout", [TWO["pp2"], TWO["pp2_vpp2"], TWO["tp2_sp"]], ids=["pp2", "pp2_vpp2", "tp2_sp"])
+def test_first_and_last_layer_are_kept_wherever_they_lie(two_ranks, wide, one_rank, layout):
+    section = {**BLOCKWISE, "first_last_bf16": True}
+    result = two_ranks.run(STEPS, "step", model=wide, layout=layout, precision=section)[0]
+    assert result["quantised"] == [(layer, kind) for layer in (1, 2) for kind in KINDS]
+    assert_same_step(result, one_rank(**section), TURNED)
+    assert difference(one_rank(**section), one_rank(**BLOCKWISE))[0] > 0.05
+
+
+def test_the_record_counts_products_of_every_kind_of_linear(wide, one_rank):
+    every, some, none = one_rank(**BLOCKWISE), one_rank(**BLOCKWISE, first_last_bf16=True), one_rank()
+    again = precision_steps.step(wide, FULL, precision=BLOCKWISE)
+    names = [f"precision/gemms/{kind}" for kind in KINDS]
+    microbatches = every["metrics"][names[0]] / (4 * 3)
+    assert microbatches >= 2 and microbatches == int(microbatches)
+    for name in names:
+        assert every["metrics"][name] == 2 * some["metrics"][name] == microbatches * 4 * 3
+        assert again["metrics"][name] == microbatches * 4 * 4  # the forward product runs twice
+        assert name not in none["metrics"]
+    assert every["core_fp8"] is None, "without Transformer Engine megatron-core's own switch would do nothing"
+
+
+def test_an_update_that_ran_without_a_quantised_product_is_refused_by_every_rank(two_ranks, wide):
+    message = r"rank 0: PrecisionError: precision.recipe is blockwise, but .*\(dgrad of fc1, fprop of fc1, wgrad of fc1\)"
+    with pytest.raises(RuntimeError, match=message):
+        two_ranks.run(STEPS, "step", model=wide, layout=TWO["pp2"], precision=BLOCKWISE, sabotage="plain_on_last_rank")
+
+
+@pytest.mark.parametrize("train", ["bf16", "fp16"])
+def test_sixteen_bit_training_is_quantised_too(two_ranks, wide, one_rank, train):
+    section = {**BLOCKWISE, "train": train}
+    result = two_ranks.run(STEPS, "step", model=wide, layout=TWO["tp2_sp"], precision=section)[0]
+    assert result["quantised"] == one_rank(**BLOCKWISE)["quantised"] and train.replace("p", "loat") in str(result["dtype"])
+    assert result["metrics"]["precision/gemms/fc1"] == 2 * one_rank(**BLOCKWISE)["metrics"]["precision/gemms/fc1"]
+    grads, _ = difference(result, one_rank(**BLOCKWISE))
+    assert grads < difference(one_rank(**BLOCKWISE), one_rank())[0]
+
+
+def test_perturbed_layers_are_quantised_and_make_the_step_of_one_rank(two_ranks, wide, one_rank):
+    alp = {"enabled": True, "sigma_init": 0.3}
+    layout = TP2_SP_RECOMPUTE
+    result = two_ranks.run(STEPS, "step", model=wide, layout=layout, precision=BLOCKWISE, alp=alp)[0]
+    reference = precision_steps.step(wide, {}, precision=BLOCKWISE, alp=alp)
+    assert_same_step(result, reference, TURNED)
+    assert reference["quantised"] == one_rank(**BLOCKWISE)["quantised"]
+    assert difference(reference, one_rank(**BLOCKWISE))[0] > 0.05
+
+
+@pytest.mark.parametrize("layout", [TWO["tp2"], TP2_SP_RECOMPUTE, TWO["pp2"]], ids=["tp2", "tp2_sp_recompute", "pp2"])
+def test_delayed_scales_are_agreed_on_and_are_those_of_one_rank(two_ranks, wide, layout):
+    ranks, alone = two_ranks.run(STEPS, "delayed_run", model=wide, layout=layout), precision_steps.delayed_run(wide, {})
+    if layout.get("tensor"):
+        assert ranks[0]["scales"] == ranks[1]["scales"]
+    found = {name: scale for rank in ranks for name, scale in rank["scales"].items()}
+    assert found.keys() == alone["scales"].keys() and len(found) == 4 * 4 * 3
+    for name, scale in alone["scales"].items():
+        assert scale != 1 and found[name] == pytest.approx(scale, rel=0.05 if "gradients" in name else 1e-5), name
+    assert alone["scored"] == alone["scales"], "scoring moves no scale"
+
+
+def test_a_checkpoint_carries_delayed_scales(two_ranks, wide, tmp_path):
+    layout = TWO["pp2"]
+    saved = two_ranks.run(STEPS, "save_and_go_on", model=wide, layout=layout, folder=tmp_path)
+    loaded = two_ranks.run(STEPS, "load_and_go_on", model=wide, layout=layout, folder=tmp_path)
+    assert [rank["scales"] for rank in loaded] == [rank["scales"] for rank in saved]
+    without = two_ranks.run(STEPS, "load_and_go_on", model=wide, layout=layout, folder=tmp_path, forget=True)
+    same = [
+        all(np.array_equal(rank["next"][name], w) for name, w in saved[0]["next"].items()) for rank in (loaded[0], without[0])
+    ]
+    assert same == [True, False]
+
+
+@pytest.mark.parametrize("options", [{"recipe": "delayed"}, {"recipe": "blockwise"}], ids=["delayed", "two_layers"])
+def test_kept_layers_that_leave_the_recipe_nothing_or_that_it_cannot_keep_are_refused(tmp_path, options):
+    folder = make_qwen3(tmp_path, tied=False, layers=4 if options["recipe"] == "delayed" else 2)
+    with pytest.raises(ConfigError, match=r"precision\.recipe.*first_last_bf16: false"):
+        precision_steps.step(folder, {}, precision={**options, "first_last_bf16": True})

@@ -1,0 +1,105 @@
+"""The doctor says what is there by trying it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_rl import cli, doctor
+from megatron_rl.errors import ConfigError, PrecisionError
+from megatron_rl.precision.machine import RECIPES, Machine
+from megatron_rl.precision.tensor_cores import MODES, missing, operands, scaled_mm
+
+CPU = Machine()
+HOPPER = Machine((9, 0), (13, 0), transformer_engine=True)
+BLACKWELL = Machine((10, 0), (13, 0), transformer_engine=True)
+needs_cpu_products = pytest.mark.skipif(
+    not hasattr(torch.nn.functional, "scaled_mm") or torch.__version__ < "2.13", reason="torch before 2.13 lacks them on CPU"
+)
+
+
+def test_a_machine_without_cuda_emulates_every_recipe():
+    (recipes, products) = doctor.precision_rows(CPU, "not installed")
+    assert recipes == ("FP8 recipes", "emulated", ", ".join(RECIPES))
+    assert products[0] == "torch scaled_mm"
+
+
+@needs_cpu_products
+def test_products_that_torch_has_are_told_from_those_it_lacks():
+    _, (_, here, lacking) = doctor.precision_rows(CPU, "not installed")
+    assert here == "TensorWise, RowWise" and lacking == "not here: BlockWise1x128, BlockWise128x128"
+
+
+def test_a_product_that_is_missing_says_which_and_where():
+    reason = missing("BlockWise128x128", torch.device("cpu"))
+    assert reason is not None and ("BlockWise128x128 on cpu" in reason or "no torch.nn.functional.scaled_mm" in reason)
+    a, b = operands(torch.randn(128, 256), torch.randn(128, 256), "BlockWise1x128")
+    with pytest.raises(PrecisionError):
+        scaled_mm(a, b, "BlockWise1x128")
+
+
+@needs_cpu_products
+def test_a_product_that_is_wrong_counts_as_missing(monkeypatch):
+    real = torch.nn.functional.scaled_mm
+    monkeypatch.setattr(torch.nn.functional, "scaled_mm", lambda *args, **named: 1.5 * real(*args, **named))
+    assert "off by" in (missing("TensorWise", torch.device("cpu")) or "")
+
+
+@needs_cpu_products
+@pytest.mark.parametrize("mode", ["TensorWise", "RowWise"])
+def test_torchs_product_of_codes_is_the_product_of_what_they_stand_for(mode):
+    generator = torch.Generator().manual_seed(3)
+    a, b = operands(torch.randn(64, 384, generator=generator), 0.02 * torch.randn(128, 384, generator=generator), mode)
+    product = scaled_mm(a, b, mode, torch.float32)
+    torch.testing.assert_close(product, a.dequantize() @ b.dequantize().t(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_scales_have_the_shapes_that_each_mode_is_named_for(mode):
+    a, b = operands(torch.randn(128, 640), torch.randn(256, 640), mode)
+    shapes = {"TensorWise": ((), ()), "RowWise": ((128, 1), (256, 1))}
+    shapes |= {"BlockWise1x128": ((128, 5), (256, 5)), "BlockWise128x128": ((128, 5), (2, 5))}
+    assert (a.scale_inv.shape, b.scale_inv.shape) == shapes[mode]
+
+
+def test_recipes_of_a_gpu_need_transformer_engine_and_its_architecture(monkeypatch):
+    monkeypatch.setattr(doctor, "missing", lambda mode, device: None)  # no GPU here to try products on
+    assert doctor.precision_rows(HOPPER, "cannot be loaded: no libnccl")[0][1:] == ("none", "they need Transformer Engine")
+    assert doctor.precision_rows(HOPPER, None)[0][1:] == ("native: delayed, tensorwise, blockwise", "not here: mxfp8, nvfp4")
+    here = doctor.precision_rows(BLACKWELL, None)[0][1]
+    assert here == "native: delayed, tensorwise, blockwise (pow2_scales: true), mxfp8, nvfp4"
+
+
+def test_transformer_engine_that_does_not_load_is_told_apart_from_none(monkeypatch, tmp_path):
+    assert doctor.transformer_engine_error(HOPPER) == "not installed"
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text("raise OSError('libnccl.so.2 not found\\nmore')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert doctor.transformer_engine_error(CPU) == "not used without CUDA"
+    assert doctor.transformer_engine_error(HOPPER) == "cannot be loaded: libnccl.so.2 not found"
+    assert "installed without CUDA" in "".join(doctor.warnings()) or torch.cuda.is_available()
+
+
+def test_the_doctor_fits_on_a_screen(capsys):
+    doctor.examine()
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) <= 24
+    for word in ("transformer-engine", "apex kernels", "scaled_mm", "FP8 recipes", "triton"):
+        assert word in out
+
+
+def test_overrides_without_a_configuration_are_refused():
+    with pytest.raises(ConfigError, match=r"override 'precision\.recipe=mxfp8' has no configuration"):
+        cli.doctor(None, ["precision.recipe=mxfp8"])
+
+
+def test_a_configuration_that_cannot_run_exits_with_2_and_one_paragraph(qwen3, tmp_path: Path, monkeypatch, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_text(f"model: {{path: {qwen3}}}\n")
+    arguments = ["doctor", "--config", str(file), "precision.recipe=delayed", "precision.first_last_bf16=true"]
+    monkeypatch.setattr(sys, "argv", ["megatron-rl", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    said = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and said.startswith("ConfigError: precision.first_last_bf16") and "\n" not in said
