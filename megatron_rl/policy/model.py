@@ -20,7 +20,7 @@ from megatron_rl.policy.logprobs import token_scores
 from megatron_rl.policy.modules import HAVE_TE, block_spec
 from megatron_rl.policy.packing import Shard
 from megatron_rl.policy.parallel import Mesh
-from megatron_rl.policy.quantised import check_recipe, transformer_engine_recipe
+from megatron_rl.policy.quantised import check_alignment, transformer_engine_recipe
 from megatron_rl.precision.plan import resolve
 from megatron_rl.weights.families.base import ModelShape
 from megatron_rl.weights.layouts import padded_vocab
@@ -155,7 +155,8 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
 def build_chunks(config: Config, shape: ModelShape, mesh: Mesh) -> list[PolicyModel]:
     """This rank's model chunks (one, or `virtual_pipeline` of them), parameters unset, on the mesh's device."""
     plan = resolve(config.precision, shape.num_layers)
-    check_recipe(config, plan, shape, HAVE_TE)
+    if HAVE_TE:
+        check_alignment(config, plan)
     tf_config = transformer_config(config, shape)
     noise = layer_noise(config.alp, shape.num_layers)
     vocab_rows = padded_vocab(shape.vocab_size, mesh.tp_size)

@@ -15,26 +15,13 @@ from megatron_rl.precision.delayed import DelayedUpdates
 from megatron_rl.precision.linear import QuantizedLinear, linears
 from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.precision.products import PRODUCTS
-from megatron_rl.weights.families.base import ModelShape
 
 _ALIGNMENT = {"mxfp8": 32, "nvfp4": 128}  # of the operands' dimensions on tensor cores; 16 for the others
 
 
-def check_recipe(config: Config, plan: PrecisionPlan, shape: ModelShape, transformer_engine: bool) -> None:
-    """Raises ConfigError where `precision.recipe` cannot be what is asked, before anything is built."""
+def check_alignment(config: Config, plan: PrecisionPlan) -> None:
+    """Raises ConfigError where tensor cores could not multiply a rank's tokens with `precision.recipe`."""
     if plan.recipe == "none":
-        return
-    if len(plan.kept) >= shape.num_layers:
-        raise ConfigError(
-            f"precision.recipe is {plan.recipe}, but precision.first_last_bf16 leaves none of the {shape.num_layers} layers "
-            "to it: set precision.first_last_bf16: false, or precision.recipe: none"
-        )
-    if plan.recipe == "delayed" and plan.kept:
-        raise ConfigError(
-            "precision.recipe: delayed cannot keep layers unquantised (megatron-core moves all scales of a block on at "
-            "once): set precision.first_last_bf16: false, or precision.recipe: tensorwise"
-        )
-    if not transformer_engine:
         return
     parallel, unit = config.parallel, _ALIGNMENT.get(plan.recipe, 16)
     tokens = config.optimizer.tokens_per_microbatch // parallel.context // (parallel.tensor if parallel.sequence else 1)

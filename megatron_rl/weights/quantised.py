@@ -4,6 +4,10 @@ Block FP8 is laid out as SGLang and transformers read it: `X.weight` float8_e4m3
 fp32 [ceil(M/128), ceil(N/128)]. int8 is laid out as compressed-tensors' `int-quantized` with one scale a row: `X.weight`
 int8 [M, N] beside `X.weight_scale` fp32 [M, 1]. A value is its code times its scale. One quantiser (precision.formats)
 makes them here, in the trainer's products and in engines that quantise at load.
+
+Here tiles are laid over Hugging Face's matrices, as engines need them; megatron-core multiplies with fused and sharded
+ones. With 128 x 128 tiles both have the same values where the fused parts begin between tiles, that is where head_dim
+and a rank's part of the feed-forward width are multiples of 128; elsewhere the tiles that span two parts differ.
 """
 
 from collections import deque

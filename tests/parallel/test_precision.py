@@ -10,7 +10,6 @@ import functools
 import numpy as np
 import pytest
 
-from megatron_rl.errors import ConfigError
 from tests.models import make_qwen3
 from tests.parallel import precision_steps
 from tests.parallel.test_parity import FULL, TWO
@@ -171,10 +170,3 @@ def test_a_checkpoint_carries_delayed_scales(two_ranks, wide, tmp_path):
         all(np.array_equal(rank["next"][name], w) for name, w in saved[0]["next"].items()) for rank in (loaded[0], without[0])
     ]
     assert same == [True, False]
-
-
-@pytest.mark.parametrize("options", [{"recipe": "delayed"}, {"recipe": "blockwise"}], ids=["delayed", "two_layers"])
-def test_kept_layers_that_leave_the_recipe_nothing_or_that_it_cannot_keep_are_refused(tmp_path, options):
-    folder = make_qwen3(tmp_path, tied=False, layers=4 if options["recipe"] == "delayed" else 2)
-    with pytest.raises(ConfigError, match=r"precision\.recipe.*first_last_bf16: false"):
-        precision_steps.step(folder, {}, precision={**options, "first_last_bf16": True})

@@ -15,10 +15,11 @@ from megatron_rl.errors import CheckpointError
 from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.device import pick_device
-from megatron_rl.precision.formats import quantize
+from megatron_rl.precision.formats import fake_quantize, quantize
 from megatron_rl.precision.plan import PrecisionPlan, resolve
 from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.hf import HFFolder, write_hf_folder
+from megatron_rl.weights.layouts import QKV, GateUp, Layout, Row
 from megatron_rl.weights.quantised import WireTensors, check_config, is_finite, join, quantise_at_load, quantization_config
 
 LAYERS = 3
@@ -74,6 +75,28 @@ def policy(folder: HFFolder, request: pytest.FixtureRequest) -> Policy:
         }
     )
     return Policy(config, parallel.initialize(ParallelConfig(), pick_device("cpu"), seed=0))
+
+
+@pytest.mark.parametrize(
+    ("layout", "size", "equal"),
+    [
+        (QKV(8, 4, 128, (256,)), 1, True),
+        (QKV(8, 4, 128, (256,)), 2, True),
+        (GateUp(256, 160), 2, True),
+        (Row((160, 512), "intermediate_size"), 2, True),
+        (QKV(8, 4, 64, (256,)), 1, False),
+        (GateUp(320, 160), 2, False),
+    ],
+    ids=str,
+)
+def test_the_trainers_fused_and_sharded_tiles_have_the_wires_values_where_parts_begin_between_tiles(
+    layout: Layout, size: int, equal: bool
+) -> None:
+    fmt, generator = plan_of("fp8_blockwise").wire, torch.Generator().manual_seed(1)
+    shards = [torch.randn(layout.local_shape(size), generator=generator).bfloat16() for _ in range(size)]
+    multiplied = layout.merge([fake_quantize(shard, fmt, torch.float32) for shard in shards])
+    sent = [fake_quantize(tensor, fmt, torch.float32) for tensor in layout.merge(shards)]
+    assert all(torch.equal(a, b) for a, b in zip(multiplied, sent, strict=True)) == equal
 
 
 @pytest.mark.parametrize("first_last", [False, True])
