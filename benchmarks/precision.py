@@ -5,7 +5,7 @@ number format against torch's own conversion of the same matrix to float8_e4m3fn
 Each round times the plain round trip and one function back to back; the ratio is the median over rounds. On CPU it is
 the time of the calling thread, so that other processes count only through the caches they empty.
 
-step: a training step with each recipe, emulated, against the same step in bf16; see precision_step.py.
+step: a training step with each recipe, emulated, against the same step in bf16 and in fp32; see precision_step.py.
 
 export: the stream of weights to the engines of a 100M-parameter model, with its memory; see precision_export.py.
 

@@ -1,4 +1,8 @@
-"""A training step with emulated low precision against the same step in bf16, run one after the other in each round."""
+"""A training step with emulated low precision against the same step unquantised, run one after the other in each round.
+
+Recipes train in bf16. On a CPU without bf16 arithmetic torch's bf16 products can be far slower than its fp32 ones, which
+the emulation uses; so an fp32 step stands beside the bf16 one, and ratios to both are given.
+"""
 
 import argparse
 import statistics
@@ -18,11 +22,15 @@ from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.device import pick_device
 
 SIZES = argparse.Namespace(hidden=256, layers=4, vocab=512, tokens=1024, prompt_share=0.0)
-RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8", "nvfp4")
+STEPS = {
+    "bf16": {"train": "bf16"},
+    "fp32": {"train": "fp32"},
+    **{recipe: {"train": "bf16", "recipe": recipe} for recipe in ("tensorwise", "delayed", "blockwise", "mxfp8", "nvfp4")},
+}
 
 
 def part_step(args: argparse.Namespace, console: Console) -> dict[str, object]:
-    """Seconds of the calling thread per step, and the median over rounds of recipe / bf16: above 1, the recipe is slower."""
+    """Seconds of the calling thread per step, and medians over rounds of its ratio to bf16 and fp32: above 1, slower."""
     with tempfile.TemporaryDirectory() as folder:
         steps = _steps(make_model(Path(folder), SIZES))
     for step in (*steps.values(), *steps.values()):
@@ -30,37 +38,39 @@ def part_step(args: argparse.Namespace, console: Console) -> dict[str, object]:
     rounds = [{name: _seconds(step) for name, step in steps.items()} for _ in range(args.repeat)]
     rows = [
         {
-            "recipe": name,
+            "step": name,
             "ms": statistics.median(one[name] for one in rounds) * 1e3,
-            "ratio": statistics.median(one[name] / one["none"] for one in rounds),
+            **{f"times {base}": statistics.median(one[name] / one[base] for one in rounds) for base in ("bf16", "fp32")},
         }
         for name in steps
     ]
-    table = Table("recipe", "step, ms", "times bf16", title=f"bf16 training, {SIZES}")
+    table = Table(
+        "step", "ms", "times bf16", "times fp32", title=", ".join(f"{name} {size}" for name, size in vars(SIZES).items())
+    )
     for row in rows:
-        table.add_row(str(row["recipe"]), f"{row['ms']:.0f}", f"{row['ratio']:.2f}")
+        table.add_row(str(row["step"]), f"{row['ms']:.0f}", f"{row['times bf16']:.2f}", f"{row['times fp32']:.2f}")
     console.print(table)
     parallel.shutdown()
     return {"sizes": vars(SIZES), "rows": rows}
 
 
 def _steps(model: Path) -> dict[str, Callable[[], object]]:
-    """One update of a policy of its own per recipe, `none` first; all on the same batch."""
+    """One update of a policy of its own per entry of STEPS, all on the same batch."""
     batch, objective = make_batch(SIZES), make_objective({"name": "drpo"})
     steps: dict[str, Callable[[], object]] = {}
     mesh = None
-    for recipe in ("none", *RECIPES):
+    for name, precision in STEPS.items():
         config = make_config(
             {
                 "model": {"path": str(model)},
-                "precision": {"train": "bf16", "recipe": recipe},
+                "precision": precision,
                 "optimizer": {"tokens_per_microbatch": SIZES.tokens, "updates_per_step": 1},
                 "rollout": {"max_prompt_tokens": SIZES.tokens // 2, "max_new_tokens": SIZES.tokens // 2},
             }
         )
         mesh = mesh or parallel.initialize(config.parallel, pick_device("auto"), seed=0)
         policy = Policy(config, mesh)
-        steps[recipe] = lambda policy=policy: policy.update(batch, objective, objective.norm)
+        steps[name] = lambda policy=policy: policy.update(batch, objective, objective.norm)
     return steps
 
 

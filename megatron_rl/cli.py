@@ -119,6 +119,8 @@ def attribute(
     place = [f"run.dir={json.dumps(str(run_folder.parent))}", f"run.name={json.dumps(run_folder.name)}"]
     config = load_config(source, place)
     if not under_launcher():
+        if layers:
+            _seam("training.hidden").check_one_rank(config.parallel.world_size)
         flags = ["--prompts", str(prompts), *(["--layers"] if layers else [])]
         flags += [] if sampled_by is None else ["--sampled-by", str(sampled_by)]
         sys.exit(run_ranks(["attribute", str(run_folder), *flags], config.parallel.world_size))

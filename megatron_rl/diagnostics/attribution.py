@@ -78,7 +78,7 @@ class Chain:
                 "q99": np.quantile(size, 0.99),
                 "max": size.max(),
                 "rms": np.sqrt(np.mean(np.square(delta))),
-                "kl": -delta.mean(),
+                "kl": 0.0 - delta.mean(),  # no -0
                 "share": np.mean(delta * total) / square if square else 0.0,
             }
             record |= {f"attribution/{name}/{key}": float(value) for key, value in values.items()}

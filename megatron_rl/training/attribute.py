@@ -152,7 +152,7 @@ def attribute(
     """
     check_replayable(plan)
     if layers:
-        check_one_rank(policy.mesh)
+        check_one_rank(policy.mesh.world)
     mesh, batch = policy.mesh, probe.batch
     trained = batch.mask > 0
 

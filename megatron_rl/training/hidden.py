@@ -11,16 +11,15 @@ from transformers import AutoModelForCausalLM
 from megatron_rl.errors import ConfigError
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.model import DTYPES
-from megatron_rl.policy.parallel import Mesh
 from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.types import Batch
 
 
-def check_one_rank(mesh: Mesh) -> None:
+def check_one_rank(world: int) -> None:
     """Hidden states are whole on one rank alone."""
-    if mesh.world > 1:
+    if world > 1:
         raise ConfigError(
-            f"hidden states are compared on one rank, and the run has {mesh.world}: set parallel to 1 in a copy of its "
+            f"hidden states are compared on one rank, and the run has {world}: set parallel to 1 in a copy of its "
             "configuration, or attribute without --layers, which works under every layout"
         )
 
