@@ -2,6 +2,7 @@
 
 import copy
 import json
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from megatron_rl.weights.quantised import DTYPES, check_config, is_scale, join, 
 MANIFEST = "manifest.json"
 ATTENTION = {"full_attention", "sliding_attention"}
 READABLE = (torch.float32, torch.bfloat16, torch.float16)
+
+_BUILDING = threading.Lock()  # from_pretrained patches transformers for its duration: two at once leave it patched
 
 transformers_logging.disable_progress_bar()
 
@@ -228,14 +231,15 @@ def _build(folder: Path, config: PreTrainedConfig, tensors: dict[str, torch.Tens
     if hasattr(own, "quantization_config"):
         del own.quantization_config  # the tensors hold values by now
     try:
-        model, report = model_class.from_pretrained(
-            None,
-            config=own,
-            state_dict=tensors,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-        )
+        with _BUILDING:
+            model, report = model_class.from_pretrained(
+                None,
+                config=own,
+                state_dict=tensors,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+            )
     except RuntimeError as error:
         raise CheckpointError(f"{folder}: the tensors do not fit config.json: {error}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
