@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from megatron_rl.diagnostics.mismatch import BINS
 from megatron_rl.report.style import BLUE, GREY, ORANGE, PURPLE, RC, RED, log_scale
 
 SEQUENCE = ["objective.clip_low=0.5", "objective.clip_high=3.0", "objective.dual_clip=3.0"]
@@ -30,7 +31,6 @@ METHODS = {
 }
 COLOURS = dict(zip(METHODS, (GREY, ORANGE, BLUE, PURPLE, RED), strict=True))
 KL = "kl/k3"
-BINS = 10  # of the rollout probability, as envelope/... is logged
 SPIKE = 5.0  # a step's KL over this many times its run's median
 LATE = 10  # last steps, whose trajectories are many more than those of one evaluation
 

@@ -5,6 +5,7 @@ comparison goes on where it was.
 """
 
 import argparse
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -31,11 +32,13 @@ Log = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """methods: the overrides of `config` that make each of them, by name. runs: the folder of all their runs."""
+    """methods: the overrides of `config` that make each of them, by name. runs: the folder of all their runs. warm: the model
+    they all start from."""
 
     config: Path
     runs: Path
     methods: Mapping[str, Sequence[str]]
+    warm: Path = WARM
 
     def arguments(self, description: str | None, steps: int) -> argparse.Namespace:
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,7 +51,7 @@ class Comparison:
 
     def histories(self, methods: Sequence[str], seeds: Sequence[int], steps: int, jobs: int) -> dict[str, list[Log]]:
         """The logs of all seeds by method, trained first where they are not there yet."""
-        warm_start(WARM)
+        warm_start(self.warm)
         self.runs.mkdir(parents=True, exist_ok=True)
         runs = [(method, seed) for seed in seeds for method in methods]
         with ThreadPoolExecutor(jobs) as pool:
@@ -56,7 +59,7 @@ class Comparison:
         return {method: [read_log(self.folder(method, seed)) for seed in seeds] for method in methods}
 
     def folder(self, method: str, seed: int) -> Path:
-        return self.runs / f"{method.lower().replace(' ', '-')}-{seed}"
+        return self.runs / f"{re.sub('[^a-z0-9]+', '-', method.lower())}-{seed}"
 
     def train(self, method: str, seed: int, steps: int) -> None:
         """One run, unless it is there already. Raises UserError when it fails."""
@@ -64,7 +67,7 @@ class Comparison:
         done = target.is_dir() and any(r["kind"] == "eval" and r["step"] == steps for r in read_log(target))
         if done:
             return
-        overrides = [f"run.name={target.name}", f"run.dir={self.runs}", f"model.path={WARM}", f"run.seed={seed}"]
+        overrides = [f"run.name={target.name}", f"run.dir={self.runs}", f"model.path={self.warm}", f"run.seed={seed}"]
         resume = ["--resume"] if target.is_dir() else []
         command = [sys.executable, "-m", "megatron_rl", "train", *resume, str(self.config), *self.methods[method]]
         with (self.runs / f"{target.name}.out").open("w") as out:
@@ -74,12 +77,12 @@ class Comparison:
         print(f"{target.name} done", flush=True)
 
 
-def warm_start(warm: Path) -> None:
-    """The quickstart's warmed-up model, made once."""
+def warm_start(warm: Path, **heads: int) -> None:
+    """The quickstart's warmed-up model, made once. heads: as for `make_tiny_model`."""
     if (warm / "config.json").is_file():
         return
     numbers, fresh = range(50), warm.parent / "fresh"
-    make_tiny_model(fresh, [f"{a}+{b}={a + b}" for a in numbers for b in numbers], seed=0)
+    make_tiny_model(fresh, [f"{a}+{b}={a + b}" for a in numbers for b in numbers], seed=0, **heads)
     options = ["--dest", str(warm), "--target", str(WARM_PASS_RATE), "--careless", str(CARELESS)]
     options += ["--batch-size", "224", "--max-updates", "2000"]
     code = run_ranks(["warmup", str(CONFIGS / "warmup.yaml"), f"model.path={fresh}", f"run.dir={warm.parent}", *options], 2)

@@ -16,7 +16,8 @@ from megatron_rl.precision.linear import QuantizedLinear, linears
 from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.precision.products import PRODUCTS
 
-_ALIGNMENT = {"mxfp8": 32, "nvfp4": 128}  # of the operands' dimensions on tensor cores; 16 for the others
+# Tokens of one product: megatron-core's get_fp8_align_size (16 for the others) and get_fp4_align_size.
+_ALIGNMENT = {"mxfp8": 32, "nvfp4": 128}
 
 
 def check_alignment(config: Config, plan: PrecisionPlan) -> None:

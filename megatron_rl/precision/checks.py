@@ -11,7 +11,7 @@ from megatron_rl.errors import PrecisionError
 from megatron_rl.precision.plan import PrecisionPlan
 
 BLOCK = 128
-# What one rank's operands must be multiples of on tensor cores (megatron-core: get_fp8_align_size, get_fp4_align_size).
+# What one rank's operands must be multiples of on tensor cores (nvfp4: 16 bytes of 4-bit codes).
 _ALIGN = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32, "nvfp4": 32}
 
 
