@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_rl.precision.machine import RECIPES, Machine, refusal, this_machine
+from megatron_rl.errors import PrecisionError
+from megatron_rl.precision.machine import RECIPES, Machine, load_transformer_engine, refusal, this_machine
 from megatron_rl.precision.tensor_cores import MODES, missing
 
 PACKAGES = ("torch", "megatron-core", "transformers", "sglang", "triton")
@@ -62,9 +63,9 @@ def transformer_engine_error(machine: Machine) -> str | None:
     if machine.capability is None:
         return "not used without CUDA"
     try:
-        importlib.import_module("transformer_engine.pytorch")
-    except (ImportError, OSError, RuntimeError) as error:
-        return f"cannot be loaded: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        load_transformer_engine(machine)
+    except PrecisionError as error:
+        return str(error).splitlines()[0]
     return None
 
 

@@ -7,9 +7,8 @@ element, the key the draw:
     key      (seed, optimizer step, global layer), mixed
     counter  (column // 4, position in its trajectory, trajectory id low word, high word)
 
-A column is an index into a hidden state, or a token of the vocabulary where logits are perturbed,
-
-so every rank, layout, packing, micro-batch and recomputation sees the same value, and nothing need be stored.
+so every rank, layout, packing, micro-batch and recomputation sees the same value, and nothing need be stored. A column is
+an index into a hidden state, or a token of the vocabulary where logits are perturbed.
 """
 
 from collections.abc import Iterator

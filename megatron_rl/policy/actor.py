@@ -20,14 +20,14 @@ from megatron_rl.errors import CheckpointError, PrecisionError, UserError
 from megatron_rl.objectives import LossInputs, LossNorm, LossOutputs
 from megatron_rl.perturbation.layer import Draw
 from megatron_rl.perturbation.sigma import sigma_holders
-from megatron_rl.policy.model import DTYPES, beyond_range, build_chunks
+from megatron_rl.policy.model import beyond_range, build_chunks
 from megatron_rl.policy.modules import HAVE_TE
 from megatron_rl.policy.normalisation import global_norm, sum_gradients
 from megatron_rl.policy.optimizer import Gradients, PolicyOptimizer
 from megatron_rl.policy.packing import Microbatch, Shard, noise_rows, pack, shard, to_device
 from megatron_rl.policy.parallel import Mesh
 from megatron_rl.policy.quantised import QuantisedProducts
-from megatron_rl.precision.plan import PrecisionPlan, resolve
+from megatron_rl.precision.plan import DTYPES, PrecisionPlan, resolve
 from megatron_rl.types import Batch
 from megatron_rl.weights.export import export_weights
 from megatron_rl.weights.hf import HFFolder, write_hf_folder

@@ -20,12 +20,16 @@ from megatron_rl.policy.logprobs import token_scores
 from megatron_rl.policy.modules import HAVE_TE, block_spec
 from megatron_rl.policy.packing import Shard
 from megatron_rl.policy.parallel import Mesh
-from megatron_rl.policy.quantised import check_alignment, transformer_engine_recipe
-from megatron_rl.precision.plan import resolve
+from megatron_rl.policy.quantised import transformer_engine_recipe
+from megatron_rl.precision.plan import DTYPES, resolve
 from megatron_rl.weights.families.base import ModelShape
 from megatron_rl.weights.layouts import padded_vocab
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 
 
 class PolicyModel(GPTModel):
@@ -96,11 +100,6 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
     if shape.num_layers % stages:
         raise ConfigError(f"parallel.pipeline x parallel.virtual_pipeline = {stages} does not divide {shape.num_layers} layers")
     dtype = DTYPES[config.precision.train]
-    recompute: dict[str, dict[str, Any]] = {
-        "none": {},
-        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }
 
     def from_checkpoint(_: torch.Tensor) -> None:
         return None
@@ -147,7 +146,7 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
         batch_p2p_sync=torch.cuda.is_available(),
         # The loss is already divided by the global denominator: gradients are plain sums over micro-batches and ranks.
         calculate_per_token_loss=True,
-        **recompute[parallel.recompute],
+        **RECOMPUTE[parallel.recompute],
         **(transformer_engine_recipe(config, resolve(config.precision, shape.num_layers)) if HAVE_TE else {}),
     )
 
@@ -155,8 +154,6 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
 def build_chunks(config: Config, shape: ModelShape, mesh: Mesh) -> list[PolicyModel]:
     """This rank's model chunks (one, or `virtual_pipeline` of them), parameters unset, on the mesh's device."""
     plan = resolve(config.precision, shape.num_layers)
-    if HAVE_TE:
-        check_alignment(config, plan)
     tf_config = transformer_config(config, shape)
     noise = layer_noise(config.alp, shape.num_layers)
     vocab_rows = padded_vocab(shape.vocab_size, mesh.tp_size)

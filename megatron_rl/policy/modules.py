@@ -5,7 +5,6 @@ context parallelism. With Transformer Engine and CUDA its own spec is used inste
 """
 
 import dataclasses
-import importlib.util
 from itertools import pairwise
 from typing import Any
 
@@ -22,26 +21,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import divide
 
-from megatron_rl.errors import PrecisionError
 from megatron_rl.perturbation.layer import Draw, perturbed
 from megatron_rl.perturbation.plan import LayerNoise
 from megatron_rl.precision.linear import quantized_layer
+from megatron_rl.precision.machine import load_transformer_engine, this_machine
 from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.precision.products import operands_of
 
-
-def _transformer_engine() -> bool:
-    """True where its layers are used. Installed but broken is an error: the local layers would be another computation."""
-    if not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None:
-        return False
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-    except (ImportError, OSError, RuntimeError) as error:
-        raise PrecisionError(f"transformer-engine is installed but cannot be loaded ({error}): mend or remove it") from error
-    return True
-
-
-HAVE_TE = _transformer_engine()
+HAVE_TE = load_transformer_engine(this_machine())
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -9,28 +9,12 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_rl.config import Config
-from megatron_rl.errors import ConfigError, PrecisionError
+from megatron_rl.errors import PrecisionError
 from megatron_rl.policy.parallel import Mesh
 from megatron_rl.precision.delayed import DelayedUpdates
 from megatron_rl.precision.linear import QuantizedLinear, linears
 from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.precision.products import PRODUCTS
-
-# Tokens of one product: megatron-core's get_fp8_align_size (16 for the others) and get_fp4_align_size.
-_ALIGNMENT = {"mxfp8": 32, "nvfp4": 128}
-
-
-def check_alignment(config: Config, plan: PrecisionPlan) -> None:
-    """Raises ConfigError where tensor cores could not multiply a rank's tokens with `precision.recipe`."""
-    if plan.recipe == "none":
-        return
-    parallel, unit = config.parallel, _ALIGNMENT.get(plan.recipe, 16)
-    tokens = config.optimizer.tokens_per_microbatch // parallel.context // (parallel.tensor if parallel.sequence else 1)
-    if tokens % unit:
-        raise ConfigError(
-            f"precision.recipe {plan.recipe} multiplies {tokens} tokens a rank, which must be a multiple of {unit}: change "
-            "optimizer.tokens_per_microbatch"
-        )
 
 
 def transformer_engine_recipe(config: Config, plan: PrecisionPlan) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from megatron_rl.precision.plan import PrecisionPlan
 
 BLOCK = 128
 # What one rank's operands must be multiples of on tensor cores (nvfp4: 16 bytes of 4-bit codes).
+# `tokens`: megatron-core's get_fp8_align_size and get_fp4_align_size.
+_ALIGN_TOKENS = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32, "nvfp4": 128}
 _ALIGN = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32, "nvfp4": 32}
 
 
@@ -59,14 +61,29 @@ class PlanReport:
 
 
 def examine(
-    plan: PrecisionPlan, layouts: Layouts, *, tensor: int, num_layers: int, computed: str, engine: str, foreign: bool
+    plan: PrecisionPlan,
+    layouts: Layouts,
+    *,
+    tensor: int,
+    tokens: int,
+    num_layers: int,
+    computed: str,
+    engine: str,
+    foreign: bool,
 ) -> PlanReport:
-    """Check a plan at `tensor` tensor-parallel ranks. engine: `embedded` or `sglang`; foreign: servers of somebody else's.
+    """Check a plan at `tensor` tensor-parallel ranks, each of which multiplies `tokens` tokens at a time.
 
-    Raises PrecisionError naming the tensor, its dimension and the nearest tensor-parallel size that works.
+    engine: `embedded` or `sglang`; foreign: servers of somebody else's. Raises PrecisionError naming the tensor, its
+    dimension and the nearest tensor-parallel size that works.
     """
     if computed == "native":
         _refuse_unaligned(plan, layouts, tensor)
+        unit = _ALIGN_TOKENS[plan.recipe]
+        if tokens % unit:
+            raise PrecisionError(
+                f"precision.recipe {plan.recipe} multiplies {tokens} tokens a rank, which must be a multiple of {unit} on "
+                f"tensor cores: change optimizer.tokens_per_microbatch so that a rank's part is {-(-tokens // unit) * unit}"
+            )
     ragged = _ragged_for_sglang(plan, layouts[tensor])
     if ragged is not None and engine == "sglang":
         raise PrecisionError(f"{ragged}: set precision.rollout to bf16")
@@ -168,7 +185,8 @@ def _apart(plan: PrecisionPlan, layouts: Layouts, tensor: int) -> list[str]:
     elif plan.weights.startswith("fp8_128x128"):
         reasons += _blocks_apart(layouts, tensor)
     if plan.inputs != plan.engine_inputs:
-        mend = "" if plan.engine_inputs != plan.engine else " (precision.rollout_activations: fp8)"
+        one_key = plan.weights == plan.engine_weights and plan.engine_inputs == plan.engine
+        mend = " (precision.rollout_activations: fp8)" if one_key else ""
         reasons.append(f"inputs are {plan.inputs} in the trainer and {plan.engine_inputs} in the engines{mend}")
     return reasons
 

@@ -1,5 +1,6 @@
 """What this machine's device can multiply: which recipes run natively, which are emulated, which cannot run."""
 
+import importlib
 import importlib.util
 from dataclasses import dataclass
 
@@ -33,6 +34,17 @@ def this_machine() -> Machine:
     major, _, minor = (torch.version.cuda or "0.0").partition(".")
     engine = importlib.util.find_spec("transformer_engine") is not None
     return Machine(torch.cuda.get_device_capability(0), (int(major), int(minor)), engine)
+
+
+def load_transformer_engine(machine: Machine) -> bool:
+    """Whether its layers are used here. Installed but broken is an error: the local layers would be another computation."""
+    if machine.capability is None or not machine.transformer_engine:
+        return False
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError, RuntimeError) as error:
+        raise PrecisionError(f"transformer-engine is installed but cannot be loaded ({error}): mend or remove it") from error
+    return True
 
 
 def refusal(recipe: str, machine: Machine, *, pow2: bool = False) -> str | None:

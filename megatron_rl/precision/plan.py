@@ -3,8 +3,14 @@
 import re
 from dataclasses import dataclass
 
+import torch
+
 from megatron_rl.config import PrecisionConfig
 from megatron_rl.errors import ConfigError, PrecisionError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Formats of quantised weights on the wire, by `precision.rollout`; engines that hold them compute in bf16.
+WIRE = {"fp8_blockwise": "fp8_128x128_e4m3", "fp8_blockwise_pow2": "fp8_128x128_e4m3_pow2", "int8": "int8_channel"}
 
 # The matrices that are ever quantised; embeddings, lm_head, norms, biases and routers never are. One rule for all sides.
 _LINEAR = re.compile(r"\.layers\.(\d+)\..*\.(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)\.weight$")
@@ -47,8 +53,9 @@ class PrecisionPlan:
         found = _LINEAR.search(name)
         return found is not None and int(found[1]) not in self.kept
 
-
-_WIRE = {"fp8_blockwise": "fp8_128x128_e4m3", "fp8_blockwise_pow2": "fp8_128x128_e4m3_pow2", "int8": "int8_channel"}
+    def spared(self, name: str) -> bool:
+        """Whether low precision would be for the tensor `name`, were it not in a layer that is kept."""
+        return _LINEAR.search(name) is not None and not self.quantised(name)
 
 
 def resolve(precision: PrecisionConfig, num_layers: int) -> PrecisionPlan:
@@ -58,8 +65,8 @@ def resolve(precision: PrecisionConfig, num_layers: int) -> PrecisionPlan:
     """
     refuse_contradictions(precision)
     inputs, weights, gradients = _operands(precision)
-    wire = _WIRE.get(precision.rollout, precision.rollout)
-    engine = "bf16" if precision.rollout in _WIRE else precision.rollout
+    wire = WIRE.get(precision.rollout, precision.rollout)
+    engine = compute_dtype(precision)
     pow2 = "_pow2" if precision.rollout == "fp8_blockwise_pow2" else ""
     plan = PrecisionPlan(
         train=precision.train,
@@ -80,6 +87,11 @@ def resolve(precision: PrecisionConfig, num_layers: int) -> PrecisionPlan:
             "or ask for no low precision"
         )
     return plan
+
+
+def compute_dtype(precision: PrecisionConfig) -> str:
+    """What the engines compute in."""
+    return "bf16" if precision.rollout in WIRE else precision.rollout
 
 
 def refuse_contradictions(precision: PrecisionConfig) -> None:

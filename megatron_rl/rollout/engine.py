@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from megatron_rl.errors import EngineError, UserError
+from megatron_rl.precision.plan import DTYPES
 from megatron_rl.rollout.batcher import Batcher
 from megatron_rl.rollout.loading import Weights, eos_ids, load_weights, read_config
 from megatron_rl.rollout.quantised import Quantisation
 from megatron_rl.rollout.rows import Job, Sampling
-from megatron_rl.weights.quantised import DTYPES
 
 T = TypeVar("T")
 PauseMode = Literal["abort", "retract", "in_place"]

@@ -19,10 +19,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from megatron_rl.errors import CheckpointError
-from megatron_rl.precision.plan import PrecisionPlan
+from megatron_rl.precision.plan import DTYPES, PrecisionPlan
 from megatron_rl.rollout.quantised import quantises_inputs, use_quantised_products
 from megatron_rl.weights.digest import tensor_digest
-from megatron_rl.weights.quantised import DTYPES, check_config, is_scale, join, quantise_at_load, shapes
+from megatron_rl.weights.quantised import check_config, is_scale, join, quantise_at_load, shapes
 
 MANIFEST = "manifest.json"
 ATTENTION = {"full_attention", "sliding_attention"}

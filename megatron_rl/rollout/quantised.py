@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from megatron_rl.config import PrecisionConfig
 from megatron_rl.errors import PrecisionError, UserError
 from megatron_rl.precision.formats import fake_quantize
-from megatron_rl.precision.plan import PrecisionPlan, refuse_contradictions, resolve
-from megatron_rl.weights.quantised import DTYPES
+from megatron_rl.precision.plan import DTYPES, WIRE, PrecisionPlan, compute_dtype, refuse_contradictions, resolve
 
-QUANTIZATIONS = ("fp8_blockwise", "fp8_blockwise_pow2", "int8")
 ACTIVATIONS = ("none", "fp8")
 
 
@@ -33,14 +31,14 @@ class Quantisation:
     parameters: str = "bf16"
 
     def __post_init__(self) -> None:
-        if self.quantization not in QUANTIZATIONS:
-            raise UserError(f"engine quantization '{self.quantization}' is not one of {list(QUANTIZATIONS)}")
+        if self.quantization not in WIRE:
+            raise UserError(f"--quantization '{self.quantization}' is not one of {['none', *WIRE]}")
 
     @classmethod
     def of(cls, precision: PrecisionConfig) -> Self | None:
         """What the run asks of its engines; None when their weights are not quantised. ConfigError for a contradiction."""
         refuse_contradictions(precision)
-        if precision.rollout not in QUANTIZATIONS:
+        if precision.rollout not in WIRE:
             return None
         return cls(precision.rollout, precision.rollout_activations, precision.first_last_bf16, precision.train)
 
@@ -63,11 +61,6 @@ class Quantisation:
         return replace(plan, engine=dtype, engine_inputs=inputs, kv_cache=dtype)
 
 
-def compute_dtype(precision: PrecisionConfig) -> str:
-    """What engines compute in."""
-    return "bf16" if precision.rollout in QUANTIZATIONS else precision.rollout
-
-
 def described(dtype: str, quantisation: Quantisation | None) -> dict[str, Any]:
     """What /model_info says of an engine's precision."""
     none = dict.fromkeys(("quantization", "activations", "first_last_bf16", "parameters"))
@@ -83,6 +76,8 @@ def requested(quantization: str, activations: str, first_last_bf16: bool, parame
         return Quantisation(quantization, activations, first_last_bf16, parameters)
     if activations != "none":
         raise UserError(f"--activations {activations} needs quantised weights: give --quantization fp8_blockwise with it")
+    if first_last_bf16:
+        raise UserError("--first-last-bf16 spares layers of quantised weights, and there are none: give --quantization with it")
     return None
 
 

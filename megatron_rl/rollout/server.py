@@ -18,8 +18,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 
 from megatron_rl.errors import EngineError, MegatronRLError
+from megatron_rl.precision.plan import WIRE
 from megatron_rl.rollout.engine import Engine
-from megatron_rl.rollout.quantised import QUANTIZATIONS, Quantisation, described, requested
+from megatron_rl.rollout.quantised import Quantisation, described, requested
 from megatron_rl.rollout.rows import Job
 from megatron_rl.rollout.schema import (
     AbortBody,
@@ -227,7 +228,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     max_rows: Annotated[int, typer.Option(help="samples decoded together")] = 512,
     parent_pid: Annotated[int, typer.Option(help="die when this parent process dies")] = 0,
-    quantization: Annotated[str, typer.Option(help=f"of the weights: none, {', '.join(QUANTIZATIONS)}")] = "none",
+    quantization: Annotated[str, typer.Option(help=f"of the weights: none, {', '.join(WIRE)}")] = "none",
     activations: Annotated[str, typer.Option(help="fp8: inputs of quantised layers too, 1 x 128 per token")] = "none",
     parameters: Annotated[str, typer.Option(help="the trainer's dtype, which weights pass before being quantised")] = "bf16",
     first_last_bf16: Annotated[bool, typer.Option("--first-last-bf16", help="spare the first and the last layer")] = False,

@@ -24,9 +24,8 @@ from megatron_rl.diagnostics.attribution import (
 )
 from megatron_rl.errors import CheckpointError, EngineError
 from megatron_rl.policy.actor import Policy
-from megatron_rl.policy.model import DTYPES
 from megatron_rl.precision.formats import fake_quantize
-from megatron_rl.precision.plan import PrecisionPlan
+from megatron_rl.precision.plan import DTYPES, PrecisionPlan
 from megatron_rl.rollout.client import EnginePool, GenerationRequest, SamplingParams
 from megatron_rl.rollout.quantised import quantises_inputs
 from megatron_rl.rollout.sampling import sample_groups

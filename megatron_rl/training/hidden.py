@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.policy.actor import Policy
-from megatron_rl.policy.model import DTYPES
-from megatron_rl.precision.plan import PrecisionPlan
+from megatron_rl.precision.plan import DTYPES, PrecisionPlan
 from megatron_rl.types import Batch
 
 

@@ -31,11 +31,17 @@ def check_precision(config: Config, family: Family, shape: ModelShape, machine: 
         plan,
         {size: tuple(matrices(plan, table, size)) for size in sizes},
         tensor=config.parallel.tensor,
+        tokens=_tokens_per_rank(config),
         num_layers=shape.num_layers,
         computed=computed,
         engine=config.rollout.engine,
         foreign=bool(config.rollout.urls),
     )
+
+
+def _tokens_per_rank(config: Config) -> int:
+    cut = config.parallel.tensor if config.parallel.sequence else 1
+    return config.optimizer.tokens_per_microbatch // config.parallel.context // cut
 
 
 def say(report: PlanReport, console: Console | None = None) -> None:

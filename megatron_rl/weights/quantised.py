@@ -19,9 +19,8 @@ from torch import Tensor
 
 from megatron_rl.errors import CheckpointError
 from megatron_rl.precision.formats import Format, Quantized, find_format, quantize
-from megatron_rl.precision.plan import PrecisionPlan
+from megatron_rl.precision.plan import DTYPES, PrecisionPlan
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SCALE = {"fp8_128x128_e4m3": "_scale_inv", "fp8_128x128_e4m3_pow2": "_scale_inv", "int8_channel": "_scale"}
 _SUFFIXES = tuple(sorted(set(_SCALE.values())))
 # The names under which engines fuse projections: exceptions are listed by the names of their parts.
@@ -88,7 +87,7 @@ def quantization_config(plan: PrecisionPlan, names: Iterable[str]) -> dict[str, 
     """
     if not plan.rolls_out_low:
         return None
-    modules = [name.removesuffix(".weight") for name in names if _is_linear(name) and not plan.quantised(name)]
+    modules = [name.removesuffix(".weight") for name in names if plan.spared(name)]
     kept = list(dict.fromkeys(["lm_head", *modules]))
     fmt = find_format(plan.wire)
     if fmt.element == torch.int8:
@@ -152,10 +151,6 @@ def shapes(tensors: Mapping[str, Tensor], coded: bool) -> dict[str, tuple[int, .
 
 def _coded(plan: PrecisionPlan, name: str) -> bool:
     return plan.rolls_out_low and plan.quantised(name)
-
-
-def _is_linear(name: str) -> bool:
-    return name.endswith("_proj.weight")
 
 
 def _checked(name: str, codes: Tensor, tensors: Mapping[str, Tensor], fmt: Format, where: str) -> Quantized:

@@ -10,7 +10,7 @@ import functools
 import numpy as np
 import pytest
 
-from megatron_rl.policy.model import DTYPES
+from megatron_rl.precision.plan import DTYPES
 from tests.models import make_qwen3
 from tests.parallel import precision_steps
 from tests.parallel.test_parity import FULL, TWO

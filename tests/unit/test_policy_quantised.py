@@ -5,8 +5,7 @@ from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rl.config import make_config
-from megatron_rl.errors import ConfigError
-from megatron_rl.policy.quantised import check_alignment, transformer_engine_recipe
+from megatron_rl.policy.quantised import transformer_engine_recipe
 from megatron_rl.precision.plan import resolve
 
 LAYERS = 4
@@ -34,13 +33,3 @@ def test_megatron_core_takes_the_recipe_and_keeps_the_layers_of_the_plan(precisi
     core = TransformerConfig(num_layers=LAYERS, hidden_size=64, num_attention_heads=4, **fields)
     assert {name: getattr(core, name) for name in expected} == expected
     assert {layer for layer in range(LAYERS) if is_first_last_bf16_layer(core, layer)} == plan.kept
-
-
-def test_tokens_that_tensor_cores_cannot_multiply_are_refused():
-    config, plan = section(
-        {"recipe": "mxfp8"},
-        optimizer={"tokens_per_microbatch": 1040},
-        rollout={"max_prompt_tokens": 8, "max_new_tokens": 8},
-    )
-    with pytest.raises(ConfigError, match=r"1040 tokens a rank, which must be a multiple of 32.*tokens_per_microbatch"):
-        check_alignment(config, plan)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from megatron_rl.config import Config, make_config
+from megatron_rl.config import Config, OptimizerConfig, make_config
 from megatron_rl.errors import ConfigError, PrecisionError
 from megatron_rl.precision.checks import BLOCK, Matrix, PlanReport, blocks_coincide, examine
 from megatron_rl.precision.machine import Machine, how
@@ -197,14 +197,21 @@ def test_where_no_cut_works_the_error_says_so():
         report(shape(hidden_size=40), HOPPER, tensor=2, recipe="tensorwise")
 
 
+def test_tokens_that_tensor_cores_cannot_multiply_are_refused_on_them_alone():
+    low = config(recipe="blockwise").model_copy(update={"optimizer": OptimizerConfig(tokens_per_microbatch=1000)})
+    check_precision(low, QWEN3, shape(), CPU)
+    with pytest.raises(PrecisionError, match=r"multiplies 1000 tokens a rank, which must be a multiple of 16.* part is 1008"):
+        check_precision(low, QWEN3, shape(), HOPPER)
+
+
 def test_sglang_refuses_ragged_blocks_and_the_embedded_engine_takes_them():
     plan = resolve(config(**UNIFIED).precision, TINY.num_layers)
     layouts = {1: tuple(matrices(plan, entries(QWEN3, TINY), 1))}
     settings = {"tensor": 1, "num_layers": 4, "computed": "emulated"}
     with pytest.raises(PrecisionError, match=r"k_proj\.weight: 64 rows not divisible by 128, which SGLang needs"):
-        examine(plan, layouts, engine="sglang", foreign=False, **settings)
-    assert not examine(plan, layouts, engine="embedded", foreign=False, **settings).warnings
-    (warning,) = examine(plan, layouts, engine="embedded", foreign=True, **settings).warnings
+        examine(plan, layouts, engine="sglang", foreign=False, tokens=16, **settings)
+    assert not examine(plan, layouts, engine="embedded", foreign=False, tokens=16, **settings).warnings
+    (warning,) = examine(plan, layouts, engine="embedded", foreign=True, tokens=16, **settings).warnings
     assert "k_proj" in warning and "would refuse" in warning
 
 

@@ -151,12 +151,14 @@ def test_inputs_of_a_model_without_such_linears_are_refused(tmp_path: Path) -> N
 
 def test_words_that_mean_nothing_are_refused() -> None:
     assert requested("none", "none", False, "bf16") is None
-    with pytest.raises(UserError, match="engine quantization 'fp4' is not one of"):
+    with pytest.raises(UserError, match=r"--quantization 'fp4' is not one of \['none', "):
         requested("fp4", "none", False, "bf16")
     with pytest.raises(UserError, match="--activations 'int8' is not one of"):
         requested("int8", "int8", False, "bf16")
     with pytest.raises(UserError, match="--activations fp8 needs quantised weights"):
         requested("none", "fp8", False, "bf16")
+    with pytest.raises(UserError, match="--first-last-bf16 spares layers of quantised weights"):
+        requested("none", "none", True, "bf16")
     with pytest.raises(ConfigError, match="needs FP8 weights"):
         Quantisation("int8", "fp8").plan(3, "bf16")
 
