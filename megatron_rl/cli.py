@@ -11,7 +11,7 @@ import typer
 
 from megatron_rl.config import load_config
 from megatron_rl.errors import ConfigError, MegatronRLError, UserError
-from megatron_rl.launch import run_ranks, started_here, under_launcher
+from megatron_rl.launch import run_ranks, under_launcher
 
 app = typer.Typer(
     name="megatron-rl",
@@ -49,14 +49,9 @@ def train(
     if not under_launcher():
         preflight = _seam("training.preflight")
         preflight.check_run_folder(config, resume=resume)
-        report = preflight.check(config)
-        _seam("training.precision_check").say(report)
+        preflight.check(config)
         arguments = ["train", str(config_file), *(overrides or []), *(["--resume"] if resume else [])]
         sys.exit(run_ranks(arguments, config.parallel.world_size))
-    if not started_here():
-        report = _seam("training.preflight").check_rank(config)
-        if os.environ["RANK"] == "0":
-            _seam("training.precision_check").say(report)
     with _seam("training.run").open_run(config, resume=resume) as run:
         try:
             _seam("training.loop").train(run)

@@ -12,7 +12,6 @@ import sys
 import time
 from contextlib import suppress
 
-_OURS = "MEGATRON_RL_STARTED_HERE"
 SAME_STOP_S = 1.0  # one request may arrive twice: `timeout` and schedulers signal a process and then its group
 
 
@@ -21,17 +20,12 @@ def under_launcher() -> bool:
     return "RANK" in os.environ
 
 
-def started_here() -> bool:
-    """True inside a rank that `run_ranks` started: what the command checks and prints before any rank is done already."""
-    return _OURS in os.environ
-
-
 def run_ranks(arguments: list[str], ranks: int) -> int:
     """Run `python -m megatron_rl ARGUMENTS` as `ranks` ranks; answers the exit code (the first non-zero one, if any)."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    shared = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), _OURS: "1"}
+    shared = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     shared.setdefault("OMP_NUM_THREADS", "1" if ranks > 1 else str(os.cpu_count() or 1))
     stops: list[float] = []
     previous = {

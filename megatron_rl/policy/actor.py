@@ -92,21 +92,32 @@ class Policy:
         """One optimizer update on the whole batch. With ALP its forward alone is perturbed, anew in every update.
 
         Raises PrecisionError naming trajectory ids when a loss, log-probability or gradient is not finite, UserError for
-        a column that is not; parameters and optimizer state are then untouched.
+        a column that is not; parameters, optimizer state and delayed scales are then what they were.
         """
         try:
             batch.check_finite()
         except UserError as error:  # every rank holds the same batch
             self.mesh.raise_everywhere(error)
         whole = global_norm(norm, batch, self.config.rollout.max_new_tokens)
-        results, gradients = self.optimizer.fill(lambda: self._differentiate(batch, objective, whole))
-        lr, products = self.optimizer.lr, self.products.record()
+        scales = [scale.clone() for scale in self.products.scale_tensors()]
+        try:
+            (results, products), gradients = self.optimizer.fill(lambda: self._differentiate(batch, objective, whole, scales))
+        except PrecisionError:
+            self._put_scales(scales)
+            raise
+        lr = self.optimizer.lr
         self.optimizer.step(gradients.norm)
         stats = self._stats(batch, results, gradients, lr)
         return stats if stats.metrics is None else replace(stats, metrics=stats.metrics | products)
 
-    def _differentiate(self, batch: Batch, objective: Objective, norm: LossNorm) -> list[dict[str, Any]]:
-        """Forward and backward of the whole batch into empty gradients. Every call with the same weights does the same."""
+    def _differentiate(
+        self, batch: Batch, objective: Objective, norm: LossNorm, scales: list[torch.Tensor]
+    ) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        """Forward and backward of the whole batch into empty gradients: reports of micro-batches, and quantised products.
+
+        scales: the delayed scales to begin with. Every call with the same weights and scales does the same.
+        """
+        self._put_scales(scales)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -114,7 +125,11 @@ class Policy:
         draw = self.optimizer.updates if self.config.alp.enabled else None
         results = self._run(batch, lambda micro, scores: self._loss(micro, scores, objective, norm), draw=draw)
         self._refuse_non_finite(batch, results)
-        return results
+        return results, self.products.record()
+
+    def _put_scales(self, scales: list[torch.Tensor]) -> None:
+        for mine, kept in zip(self.products.scale_tensors(), scales, strict=True):
+            mine.copy_(kept)
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> np.ndarray:
@@ -130,7 +145,7 @@ class Policy:
 
     @torch.no_grad()
     def keep_reference(self) -> None:
-        """Make the present weights the reference policy: a copy of this rank's parameters, in host memory.
+        """Make the present weights the reference policy: `copy_weights`, with its errors.
 
         To be called before a checkpoint is restored, so that a resumed run measures against the same model as before.
         """
@@ -138,14 +153,26 @@ class Policy:
 
     @torch.no_grad()
     def copy_weights(self) -> list[torch.Tensor]:
-        """A copy of this rank's parameters, in host memory."""
-        return [p.data.to("cpu", copy=True) for p in self._parameters()]
+        """A copy of this rank's parameters, and of its delayed scales, without which they score otherwise; in host memory.
+
+        Raises PrecisionError where those scales cannot be had.
+        """
+        if self.products.unreachable_scales:
+            self.mesh.raise_everywhere(
+                PrecisionError(
+                    "precision.recipe is delayed, and Transformer Engine keeps the scales of its layers to itself: earlier "
+                    "weights (a reference, a teacher, an attribution) would be scored with present scales; set "
+                    "precision.recipe: tensorwise or blockwise, or an objective that needs no reference"
+                )
+            )
+        return [tensor.to("cpu", copy=True) for tensor in self._weights()]
 
     @torch.no_grad()
     def put_weights(self, copied: list[torch.Tensor]) -> None:
-        """Make the parameters what `copy_weights` returned. The optimizer keeps its masters: before a step, the own are due."""
-        for p, other in zip(self._parameters(), copied, strict=True):
-            p.data.copy_(other)
+        """Make the parameters and delayed scales what `copy_weights` returned. The optimizer keeps its masters: before a
+        step, the own are due."""
+        for mine, other in zip(self._weights(), copied, strict=True):
+            mine.copy_(other)
 
     def reference_logprobs(self, batch: Batch) -> np.ndarray:
         """[N] float32: `logprobs` under the reference policy. The policy's own weights are back afterwards, bit by bit,
@@ -166,15 +193,17 @@ class Policy:
 
     @torch.no_grad()
     def _swap(self, kept: list[torch.Tensor]) -> None:
-        """Exchange parameters and copies in place: views into the optimizer's buffers stay views, and no third copy exists."""
-        for p, other in zip(self._parameters(), kept, strict=True):
-            mine = p.data.to("cpu", copy=True)
-            p.data.copy_(other)
-            other.copy_(mine)
+        """Exchange weights and copies in place: views into the optimizer's buffers stay views, and no third copy exists."""
+        for mine, other in zip(self._weights(), kept, strict=True):
+            present = mine.to("cpu", copy=True)
+            mine.copy_(other)
+            other.copy_(present)
 
-    def _parameters(self) -> Iterator[torch.nn.Parameter]:
+    def _weights(self) -> Iterator[torch.Tensor]:
+        """All that scores depend on, as it is held: parameters, then delayed scales."""
         for model in self.models:
-            yield from model.parameters()
+            yield from (parameter.data for parameter in model.parameters())
+        yield from self.products.scale_tensors()
 
     def export(
         self, plan: PrecisionPlan | None = None, *, dequantised: bool = False

@@ -21,10 +21,12 @@ from megatron_rl.perturbation.names import LOG_SIGMA
 # spent on finding a scale. At 2^16 gradients down to 1e-12 are kept, and those of a loss divided by its tokens mostly fit.
 INITIAL_SCALE = 2.0**16
 MIN_SCALE = 1.0
+# Gradients of zero never overflow: without an end the scale would grow to infinity, half of which is infinity. 2^32 is where
+# megatron-core would begin.
+MAX_SCALE = 2.0**32
 # megatron-core waits for 1000 updates without an overflow. A reinforcement-learning run makes hundreds: a scale that one
 # outlier lowered must come back within them, and a try that is too high costs one more pass in a hundred updates.
 GROWTH_INTERVAL = 100
-MOST_OVERFLOWS = 16  # of one update: from INITIAL_SCALE to MIN_SCALE
 T = TypeVar("T")
 
 
@@ -137,28 +139,49 @@ class PolicyOptimizer:
         """Call `make`, which puts the gradients of the scaled loss into empty buffers; its answer, and what was found.
 
         Gradients that overflow in float16 are made again, of the same batch, with half the loss scale, until they fit. All
-        ranks do so together. Raises PrecisionError when no scale helps; the loss scale is then what it was before.
+        ranks do so together. Raises PrecisionError, on all ranks alike, when no scale helps or the norm is not finite. The
+        loss scale is then, and after a PrecisionError of `make`, what it was before.
         """
-        kept = None if self.scaler is None else self.scaler.state_dict()
+        if self.scaler is None:
+            made = make()
+            self.core.prepare_grads()
+            return made, Gradients(self._norm(), {})
+        kept = self.scaler.state_dict()
+        try:
+            return self._fill_scaled(make)
+        except PrecisionError:
+            self.scaler.load_state_dict(kept)
+            raise
+
+    def _fill_scaled(self, make: Callable[[], T]) -> tuple[T, Gradients]:
         overflows = 0
         while True:
             scale = float(self.core.get_loss_scale())
             made = make()
             if not self.core.prepare_grads():
-                found = {} if kept is None else {"optimizer/loss_scale": scale, "optimizer/overflows": float(overflows)}
-                return made, Gradients(float(self.core.get_grad_norm()), found)
+                self.scaler.scale.clamp_(max=MAX_SCALE)
+                found = {"optimizer/loss_scale": scale, "optimizer/overflows": float(overflows)}
+                return made, Gradients(self._norm(), found)
             overflows += 1
-            if scale <= MIN_SCALE or overflows > MOST_OVERFLOWS:
-                self.scaler.load_state_dict(kept)
-                raise PrecisionError(
-                    f"gradients overflow float16 {overflows} times, with a loss scale of {scale:g} too: the update is refused, "
-                    "parameters are untouched; lower what the objective multiplies, or set precision.train: bf16"
+            if scale <= MIN_SCALE:
+                raise _refusal(
+                    f"gradients overflow float16 {overflows} times, down to a loss scale of {scale:g}",
+                    "lower what the objective multiplies, or set precision.train: bf16",
                 )
 
+    def _norm(self) -> float:
+        """Global norm of the gradients in place."""
+        norm = float(self.core.get_grad_norm())
+        if not math.isfinite(norm):
+            raise _refusal(
+                f"gradient norm is {norm}",
+                "lower what the objective multiplies (rewards, coefficients), or set precision.train: fp32 and "
+                "precision.recipe: none",
+            )
+        return norm
+
     def step(self, grad_norm: float) -> None:
-        """Clip to `grad_clip` and update the parameters. Raises PrecisionError on a non-finite norm, parameters untouched."""
-        if not math.isfinite(grad_norm):
-            raise PrecisionError(f"gradient norm is {grad_norm}: the update is refused, parameters are untouched")
+        """Clip gradients of that finite norm to `grad_clip` and update the parameters."""
         for part in self.core.chained_optimizers:
             if self.config.grad_clip > 0 and part.get_parameters():
                 clip_grads.clip_grad_by_total_norm_fp32(part.get_parameters(), self.config.grad_clip, grad_norm)
@@ -170,6 +193,13 @@ class PolicyOptimizer:
             group["weight_decay"] = self.config.weight_decay * group.get("wd_mult", 1.0)
         self.core.step_with_ready_grads()
         self.updates += 1
+
+
+def _refusal(what: str, mend: str) -> PrecisionError:
+    """Of an update whose gradients every rank has summed up, and so every rank refuses."""
+    error = PrecisionError(f"{what}: the update is refused, parameters are untouched; {mend}")
+    error.everywhere = True
+    return error
 
 
 class TorchDistributedOptimizer(DistributedOptimizer):

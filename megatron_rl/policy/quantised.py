@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron_rl.config import Config
 from megatron_rl.errors import PrecisionError
 from megatron_rl.policy.parallel import Mesh
-from megatron_rl.precision.delayed import DelayedUpdates
+from megatron_rl.precision.delayed import DelayedUpdates, LinearScales
 from megatron_rl.precision.linear import QuantizedLinear, linears
 from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.precision.products import PRODUCTS
@@ -61,6 +61,8 @@ class QuantisedProducts:
     def __init__(self, plan: PrecisionPlan, models: Sequence[torch.nn.Module], mesh: Mesh, transformer_engine: bool) -> None:
         self.plan, self.mesh, self.products = plan, mesh, PRODUCTS[:1] if transformer_engine else PRODUCTS
         self.linears: list[tuple[str, Counter[str]]] = []
+        self.scales: list[LinearScales] = []
+        self.unreachable_scales = transformer_engine and plan.recipe == "delayed"
         for model in models if plan.recipe != "none" else ():
             block: Any = model.decoder
             for layer, kind, linear in linears(block):
@@ -72,6 +74,7 @@ class QuantisedProducts:
             if scales:
                 group = parallel_state.get_amax_reduction_group(with_context_parallel=True)
                 DelayedUpdates(block, scales, group)
+                self.scales += scales
 
     def _check(self, layer: int, kind: str, linear: torch.nn.Module) -> None:
         quantised = isinstance(linear, QuantizedLinear)
@@ -79,7 +82,8 @@ class QuantisedProducts:
             found = "quantised" if quantised else "not quantised"
             raise PrecisionError(
                 f"precision.recipe is {self.plan.recipe}, but the {kind} of layer {layer} was built {found} "
-                f"({type(linear).__name__}): this version of megatron-core builds its layers in another way"
+                f"({type(linear).__name__}): this version of megatron-core builds its layers in another way; install one that "
+                "pyproject.toml allows, or set precision.recipe: none"
             )
         if isinstance(linear, QuantizedLinear):
             self.linears.append((kind, linear.ran))
@@ -95,6 +99,13 @@ class QuantisedProducts:
         linear.register_forward_hook(note)
         self.linears.append((kind, ran))
 
+    def scale_tensors(self) -> list[torch.Tensor]:
+        """This rank's scales of delayed scaling and their histories, as they are held; empty with other recipes.
+
+        Empty too where `unreachable_scales`: Transformer Engine keeps those of its layers to itself.
+        """
+        return [tensor for scales in self.scales for tensor in scales.tensors()]
+
     def start(self) -> None:
         """Forget what ran so far."""
         for _, ran in self.linears:
@@ -103,6 +114,7 @@ class QuantisedProducts:
     def record(self) -> dict[str, float]:
         """`precision/gemms/qkv`...: quantised products since `start` of all ranks, on rank 0 (elsewhere of this rank).
 
+        Of one update; a step's record has their mean per update.
         Collective. Raises PrecisionError on every rank when a quantised linear of any rank lacks one of its products.
         """
         if self.plan.recipe == "none":
@@ -113,7 +125,8 @@ class QuantisedProducts:
             self.mesh.raise_everywhere(
                 PrecisionError(
                     f"precision.recipe is {self.plan.recipe}, but this update ran without quantised products "
-                    f"({', '.join(missing)}): the update is refused, parameters are untouched"
+                    f"({', '.join(missing)}): the update is refused, parameters are untouched; install a megatron-core that "
+                    "pyproject.toml allows, let nothing replace the forward of these linears, or set precision.recipe: none"
                 )
             )
         own: Counter[str] = Counter()

@@ -235,7 +235,7 @@ class EnginePool:
         except httpx.HTTPError as error:
             raise _Unanswered(f"{type(error).__name__} {error}".strip()) from error
         if 400 <= response.status_code < 500:
-            raise EngineError(f"{url}{path} refused the request ({response.status_code}): {error_message(response)}")
+            raise _refusal(url, path, response)
         if response.status_code != 200:
             raise _Unanswered(f"status {response.status_code}: {error_message(response)}")
         try:
@@ -350,7 +350,7 @@ class EnginePool:
                     raise EngineError(f"{url}{path} does not answer: {type(error).__name__} {error}".strip()) from error
                 await asyncio.sleep(_BACKOFF_S * 2**attempt)
         if response.status_code != 200:
-            raise EngineError(f"{url}{path} refused the request ({response.status_code}): {error_message(response)}")
+            raise _refusal(url, path, response)
         try:
             return response.json()
         except ValueError:
@@ -367,6 +367,13 @@ class EnginePool:
             # A KeyboardInterrupt lands here, in the caller's thread: do not leave requests behind.
             future.cancel()
             raise
+
+
+def _refusal(url: str, path: str, response: httpx.Response) -> EngineError:
+    if response.status_code != 404:
+        return EngineError(f"{url}{path} refused the request ({response.status_code}): {error_message(response)}")
+    able = "" if path == "/save_weights" else ", or an SGLang of a version that has it"
+    return EngineError(f"{url} has no {path} (404): name a server of `megatron-rl serve`{able} in rollout.urls")
 
 
 def _field(answer: Any, name: str, url: str) -> Any:

@@ -31,13 +31,8 @@ from megatron_rl.rollout.quantised import quantises_inputs
 from megatron_rl.rollout.sampling import sample_groups
 from megatron_rl.training.batches import make_batch
 from megatron_rl.training.hidden import check_one_rank, hidden_errors, rounding_floor
-from megatron_rl.training.replay import (
-    at_temperature_one,
-    check_replayable,
-    engine_products,
-    own_weights_kept,
-    without_recipe,
-)
+from megatron_rl.training.preflight import check_replayable
+from megatron_rl.training.replay import at_temperature_one, engine_products, own_weights_kept, without_recipe
 from megatron_rl.types import Batch, Prompt
 from megatron_rl.weights.export import export_weights
 from megatron_rl.weights.hf import HFFolder, write_hf_folder
@@ -60,7 +55,10 @@ class Probe:
 
 @dataclass(frozen=True)
 class Attribution:
-    """What a probe came to. layers: relative error of each layer's outputs, None when they were not compared."""
+    """What a probe came to. layers: relative error of each layer's outputs, None when they were not compared.
+
+    version: the one its engine served.
+    """
 
     version: int
     chain: Chain
@@ -73,18 +71,19 @@ class Attribution:
         sentences = [largest_source(self.chain.record()), sync_verdict(self.faults)]
         return sentences if self.layers is None else [*sentences, layer_verdict(self.layers, self.floor)]
 
-    def record(self, step: int) -> dict[str, Any]:
-        """For the run log. step: how many steps the trainer's weights have made."""
-        record: dict[str, Any] = {"kind": "attribution", "step": step, "version": self.version, **self.chain.record()}
+    def record(self, step: int, sampled_by: int) -> dict[str, Any]:
+        """For the run log. step, sampled_by: how many steps the trainer's and the sampling weights have made."""
+        record: dict[str, Any] = {"kind": "attribution", "step": step, "version": self.version, "sampled_by": sampled_by}
+        record |= self.chain.record()
         record["attribution/sync/tensors"] = len(self.faults)
         if self.layers is not None:
             record["attribution/layers"] = self.layers
         return record | {"attribution/verdict": "; ".join(self.verdict)}
 
-    def table(self) -> Table:
+    def table(self, sampled_by: int) -> Table:
         record = self.chain.record()
-        tokens, version = record["attribution/tokens"], self.version
-        table = Table(title=f"log ratio logp - logmu of {tokens:.0f} tokens of weight version {version}, in nats", min_width=72)
+        tokens = f"{record['attribution/tokens']:.0f} tokens sampled by the weights of step {sampled_by}"
+        table = Table(title=f"log ratio logp - logmu of {tokens}, in nats", min_width=72)
         table.add_column("source")
         for heading in ("mean |delta|", "q99", "max", "KL part", "share"):
             table.add_column(heading, justify="right")
@@ -177,7 +176,7 @@ def attribute(
         fresh = now if sampled is None else score()
         sent, held = folder / "sent", folder / "held"
         _write_sent(policy, plan, sent)
-        faults = mesh.on_lead(lambda: compare_engines(pool, probe.url, HFFolder(sent), held))
+        faults = mesh.on_lead(lambda: compare_engines(pool, probe.url, sent, held))
         faulty = any(fault.engine == probe.url for fault in faults)
         stack.enter_context(without_recipe(policy))
         plain = score() if plan.trains_low else fresh
@@ -203,21 +202,28 @@ def served_weights(policy: Policy, plan: PrecisionPlan) -> Iterator[tuple[str, T
         yield name, fake_quantize(tensor, plan.wire, dtype).contiguous() if tensor is not None and coded else tensor
 
 
-def compare_engines(pool: EnginePool | None, url: str, sent: HFFolder, held: Path) -> list[TensorFault]:
-    """The tensors of any live engine that are not what was sent. Rank 0 alone. held: gets the model folder of engine `url`."""
+def compare_engines(pool: EnginePool | None, url: str, sent: Path, held: Path) -> list[TensorFault]:
+    """The tensors of any live engine that are not those of the folder `sent`. Rank 0 alone.
+
+    held: gets the model folder of engine `url`. Raises EngineError when an engine is lost or cannot give its weights back.
+    """
     assert pool is not None
-    faults = []
-    for engine in pool.live_urls:
-        place = held if engine == url else held.with_name("other")
-        pool.save_weights(engine, place)
-        shutil.copyfile(sent.path / "config.json", place / "config.json")
-        found = HFFolder(place)
-        pairs = ((name, found.read(name) if name in found.tensors else None) for name in sent.tensors)
-        faults += [fault for name, tensor in pairs if (fault := tensor_fault(engine, name, tensor, sent.read(name)))]
-        found.close()
-        if engine != url:
-            shutil.rmtree(place)
+    faults: list[TensorFault] = []
+    with closing(HFFolder(sent)) as wanted:
+        for engine in pool.live_urls:
+            place = held if engine == url else held.with_name("other")
+            pool.save_weights(engine, place)
+            shutil.copyfile(sent / "config.json", place / "config.json")
+            with closing(HFFolder(place)) as found:
+                faults += _faults(engine, found, wanted)
+            if engine != url:
+                shutil.rmtree(place)
     return faults
+
+
+def _faults(engine: str, found: HFFolder, wanted: HFFolder) -> list[TensorFault]:
+    pairs = ((name, found.read(name) if name in found.tensors else None) for name in wanted.tensors)
+    return [fault for name, tensor in pairs if (fault := tensor_fault(engine, name, tensor, wanted.read(name)))]
 
 
 def _write_sent(policy: Policy, plan: PrecisionPlan, folder: Path) -> None:

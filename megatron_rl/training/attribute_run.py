@@ -4,7 +4,7 @@ from rich.console import Console
 from torch import Tensor
 
 from megatron_rl.config import Config
-from megatron_rl.errors import UserError
+from megatron_rl.errors import EngineError, UserError
 from megatron_rl.tasks import prompts_for_step
 from megatron_rl.training.attribute import Attribution, Probe, attribute, draw_probe
 from megatron_rl.training.run import Run, open_run
@@ -19,9 +19,17 @@ def weights_if_due(run: Run) -> list[Tensor] | None:
     return run.policy.copy_weights() if every and (run.state.step + 1) % every == 0 else None
 
 
-def attribute_step(run: Run, sampled: list[Tensor]) -> Attribution:
-    """After a step's updates and before they are published: engines still hold `sampled`. Collective."""
-    found = _attribute(run, PROMPTS, sampled=sampled)
+def attribute_step(run: Run, sampled: list[Tensor]) -> Attribution | None:
+    """After a step's updates and before they are published: engines still hold `sampled`. Collective.
+
+    None when an engine failed on the way: those that are dead are dropped, and training goes on with the others.
+    """
+    try:
+        found = _attribute(run, PROMPTS, sampled=sampled)
+    except EngineError as error:  # raised on every rank alike: rank 0 speaks to the engines and tells the others
+        left = run.mesh.on_lead(lambda: _still_live(run))
+        run.say(f"mismatch after {run.state.step + 1} steps not attributed, {left} engine(s) left: {error}")
+        return None
     run.say(f"mismatch after {run.state.step + 1} steps: {'; '.join(found.verdict)}")
     return found
 
@@ -32,8 +40,8 @@ def attribute_run(config: Config, *, prompts: int, layers: bool, sampled_by: int
     The engines are started, or updated where rollout.urls names them, and serve that checkpoint, or with `sampled_by` the
     one after so many steps: then the steps since are the staleness. Raises CheckpointError when it was not kept.
     """
-    with open_run(config, resume=True, rewind=False) as run:
-        sampled = None
+    with open_run(config, resume=True, attribute_only=True) as run:
+        sampled, by = None, run.state.step if sampled_by is None else sampled_by
         if sampled_by is not None:
             if sampled_by > run.state.step:
                 raise UserError(f"--sampled-by {sampled_by} lies after the newest checkpoint, of step {run.state.step}")
@@ -46,11 +54,16 @@ def attribute_run(config: Config, *, prompts: int, layers: bool, sampled_by: int
             run.publish(run.state.version)
         found = _attribute(run, prompts, sampled=sampled, layers=layers)
         if run.mesh.rank == 0:
-            run.log.append(found.record(run.state.step))
+            run.log.append(found.record(run.state.step, by))
             console = Console()
-            console.print(found.table())
+            console.print(found.table(by))
             for sentence in found.verdict:
                 console.print(sentence, highlight=False, soft_wrap=True)
+
+
+def _still_live(run: Run) -> int:
+    run.pool.drop_dead()
+    return len(run.pool.live_urls)
 
 
 def _attribute(run: Run, prompts: int, *, sampled: list[Tensor] | None, layers: bool = False) -> Attribution:

@@ -35,7 +35,7 @@ def train(run: Run) -> None:
             for record in learned.records(step, version, watch, run.rollouts.truncated):
                 run.record(record)
             if attributed is not None:
-                run.record(attributed.record(run.state.step))
+                run.record(attributed.record(run.state.step, sampled_by=step))
         if run.due(run.state.step, config.eval.every):
             run.evaluate()
         if run.due(run.state.step, config.run.save_every):

@@ -3,10 +3,13 @@
 from transformers import AutoTokenizer
 
 from megatron_rl.config import Config
-from megatron_rl.errors import ConfigError, MegatronRLError
+from megatron_rl.errors import ConfigError, MegatronRLError, PrecisionError
 from megatron_rl.perturbation.plan import layer_noise
 from megatron_rl.policy.complete import newest_valid, what_is_wrong
 from megatron_rl.precision.checks import PlanReport
+from megatron_rl.precision.machine import Machine, this_machine
+from megatron_rl.precision.plan import PrecisionPlan
+from megatron_rl.rollout.quantised import quantises_inputs
 from megatron_rl.tasks import make_task
 from megatron_rl.training.erpd_plan import make_run_objective, plan_of
 from megatron_rl.training.precision_check import check_precision
@@ -24,6 +27,8 @@ def check(config: Config) -> PlanReport:
     family, shape = check_folder(HFFolder(config.model.path), tensor_parallel=config.parallel.tensor)
     layer_noise(config.alp, shape.num_layers)
     report = check_precision(config, family, shape)
+    if config.run.attribute_every:
+        check_replayable(report.plan)
     stages = config.parallel.pipeline * config.parallel.virtual_pipeline
     if shape.num_layers % stages:
         raise ConfigError(f"parallel.pipeline x parallel.virtual_pipeline = {stages} does not divide {shape.num_layers} layers")
@@ -39,13 +44,29 @@ def check(config: Config) -> PlanReport:
     return report
 
 
-def check_rank(config: Config) -> PlanReport:
-    """What a rank that a cluster's launcher started checks for itself: the precision plan. Equal on all ranks of one kind."""
+def check_rank(config: Config, *, attributes: bool = False) -> PlanReport:
+    """What every rank checks for itself, whoever started it: the precision plan. Equal on all ranks of one kind.
+
+    attributes: the mismatch is to be attributed.
+    """
     try:
-        return check_precision(config, *check_folder(HFFolder(config.model.path), tensor_parallel=config.parallel.tensor))
+        report = check_precision(config, *check_folder(HFFolder(config.model.path), tensor_parallel=config.parallel.tensor))
+        if attributes:
+            check_replayable(report.plan)
+        return report
     except MegatronRLError as error:
         error.everywhere = True
         raise
+
+
+def check_replayable(plan: PrecisionPlan, machine: Machine | None = None) -> None:
+    """PrecisionError where the trainer's layers cannot be made to compute without their own recipe. machine: None: this one."""
+    if (machine or this_machine()).transformer_engine and (plan.trains_low or quantises_inputs(plan)):
+        raise PrecisionError(
+            "the mismatch of quantised products cannot be attributed with Transformer Engine's layers, whose arithmetic cannot "
+            f"be taken apart (precision.recipe: {plan.recipe}, engine inputs {plan.engine_inputs}): train with "
+            "run.attribute_every: 0, and attribute the run in an environment without transformer-engine"
+        )
 
 
 def check_run_folder(config: Config, *, resume: bool) -> None:

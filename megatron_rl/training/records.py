@@ -86,7 +86,8 @@ def batch_record(
 def update_record(part: Batch, stats: UpdateStats) -> dict[str, float]:
     """What one update did, on rank 0. tokens: trained ones.
 
-    `precision/gemms/<qkv, proj, fc1 or fc2>`: products of these linears that ran quantised, summed over ranks.
+    `precision/gemms/<qkv, proj, fc1 or fc2>`: products of these linears that ran quantised, summed over ranks,
+    per update.
     """
     trained = part.mask > 0
     assert stats.entropy is not None

@@ -4,7 +4,7 @@ An engine's dtype is not imitated. What rounding to 16 bits does to a token depe
 the trainer's activations in the same places gives noise of the same size that has nothing to do with the engine's.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,24 +14,21 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from megatron_rl.errors import PrecisionError
+from megatron_rl.errors import ConfigError
 from megatron_rl.policy.actor import Policy
-from megatron_rl.policy.modules import HAVE_TE
 from megatron_rl.precision.formats import fake_quantize
 from megatron_rl.precision.linear import QuantizedLinear, linears
 from megatron_rl.precision.plan import PrecisionPlan
-from megatron_rl.rollout.quantised import quantises_inputs
 from megatron_rl.weights.hf import HFFolder
 from megatron_rl.weights.plan import entries, local_parameters
 
 
-def check_replayable(plan: PrecisionPlan) -> None:
-    """PrecisionError where this trainer's layers cannot be made to compute without their own recipe."""
-    if HAVE_TE and (plan.trains_low or quantises_inputs(plan)):
-        raise PrecisionError(
-            "the mismatch of quantised products cannot be attributed with Transformer Engine's layers, whose arithmetic cannot "
-            f"be taken apart (precision.recipe: {plan.recipe}, engine inputs {plan.engine_inputs}): attribute the run in an "
-            "environment without transformer-engine"
+def check_gives_weights(url: str, info: Mapping[str, Any]) -> None:
+    """ConfigError for an engine that cannot give back the weights it holds. info: what `EnginePool.info` answers."""
+    if info.get("engine") != "embedded":
+        raise ConfigError(
+            f"the mismatch cannot be attributed with the engine at {url}: it is not an embedded server and cannot give "
+            "back the weights it holds; name servers of `megatron-rl serve` in rollout.urls, or set run.attribute_every: 0"
         )
 
 

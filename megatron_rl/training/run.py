@@ -26,9 +26,11 @@ from megatron_rl.rollout.lifecycle import EmbeddedServers
 from megatron_rl.rollout.quantised import Quantisation, check_precision, compute_dtype
 from megatron_rl.tasks import make_task
 from megatron_rl.training.erpd_plan import ERPDPlan, make_run_objective, plan_of
-from megatron_rl.training.preflight import check_run_folder
+from megatron_rl.training.precision_check import say
+from megatron_rl.training.preflight import check_rank, check_run_folder
 from megatron_rl.training.progress import ProgressLine
 from megatron_rl.training.records import Stopwatch
+from megatron_rl.training.replay import check_gives_weights
 from megatron_rl.training.resting import RestingEngines
 from megatron_rl.training.rollouts import Rollouts
 from megatron_rl.types import Batch
@@ -155,12 +157,13 @@ class Run:
 
 
 @contextmanager
-def open_run(config: Config, *, resume: bool, rewind: bool = True) -> Iterator[Run]:
+def open_run(config: Config, *, resume: bool, attribute_only: bool = False) -> Iterator[Run]:
     """Bring a run up on this rank; everything it owns is gone afterwards, whatever happened.
 
-    rewind: the steps after the newest checkpoint are to be run again, and leave the log. Raises ConfigError when the run
-    folder already holds a run and `resume` is False.
+    attribute_only: it takes no step; otherwise those after the newest checkpoint are run again, and leave the log. Raises
+    ConfigError when the run folder already holds a run and `resume` is False, PrecisionError for a plan that cannot run here.
     """
+    report = check_rank(config, attributes=attribute_only or config.run.attribute_every > 0)
     plan, objective = plan_of(config), make_run_objective(config)
     device = pick_device(config.run.device)
     torch.set_num_threads(1 if device.type == "cpu" and config.parallel.world_size > 1 else torch.get_num_threads())
@@ -168,6 +171,8 @@ def open_run(config: Config, *, resume: bool, rewind: bool = True) -> Iterator[R
     with ExitStack() as stack:
         stack.callback(parallel.shutdown)
         stops = _note_stops(mesh)
+        if mesh.rank == 0:
+            say(report)
         mesh.on_lead(lambda: _prepare_folder(config, resume))
         servers = _start_servers(config, mesh, stack)
         policy = Policy(config, mesh)
@@ -181,7 +186,7 @@ def open_run(config: Config, *, resume: bool, rewind: bool = True) -> Iterator[R
             if found is None and mesh.rank == 0:
                 print("no usable checkpoint found: starting from the model folder", flush=True)
             run.state = found or run.state
-        mesh.on_lead(lambda: _open_lead(run, servers, stack, stops, rewind))
+        mesh.on_lead(lambda: _open_lead(run, servers, stack, stops, attribute_only))
         run.sync = DiskSync(
             run.pool if mesh.rank == 0 else None,
             policy.source,
@@ -256,7 +261,7 @@ def _note_stops(mesh: Mesh) -> list[int]:
     return noted
 
 
-def _open_lead(run: Run, servers: EmbeddedServers | None, stack: ExitStack, stops: list[int], rewind: bool) -> None:
+def _open_lead(run: Run, servers: EmbeddedServers | None, stack: ExitStack, stops: list[int], attribute_only: bool) -> None:
     """Rank 0: connect to the engines, read the task, open the log. KeyboardInterrupt when a stop was asked for."""
     config = run.config
     for name in STOP_SIGNALS:
@@ -271,11 +276,14 @@ def _open_lead(run: Run, servers: EmbeddedServers | None, stack: ExitStack, stop
     need_logmu = "logmu" in needs or config.rollout.record_logmu
     run.rollouts = stack.enter_context(open_rollouts(config, urls, need_logmu=need_logmu, topk=topk))
     run.pool = run.rollouts.pool
+    if attribute_only or config.run.attribute_every:
+        for url in run.pool.live_urls:
+            check_gives_weights(url, run.pool.info(url))
     if servers is None:
         run.resting.wake(run.pool)
     else:
         run.resting.forget()  # engines of ours ended with the run that rested them
-    run.log = stack.enter_context(RunLog(config.run.folder, resume_from=run.state.step if rewind else None))
+    run.log = stack.enter_context(RunLog(config.run.folder, resume_from=None if attribute_only else run.state.step))
     run.progress = stack.enter_context(ProgressLine(config.run.name, config.run.steps, run.state.step, enabled=True))
     for name in STOP_SIGNALS:
         signal.signal(name, run.stop_soon)

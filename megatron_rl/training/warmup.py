@@ -18,6 +18,8 @@ from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.device import pick_device
 from megatron_rl.tasks import make_task
+from megatron_rl.training.precision_check import say
+from megatron_rl.training.preflight import check_rank
 from megatron_rl.training.progress import ProgressLine
 from megatron_rl.training.rollouts import stop_token_ids
 from megatron_rl.types import Batch, Prompt
@@ -73,12 +75,15 @@ def warm_up(
 
     careless: share of demonstrations with one wrong digit. Such a teacher shows the way and cannot be trusted: what is
     left to learn is there for the verifier to reward. Collective over the ranks of `config.parallel`; answers the pass
-    rate reached. Raises UserError when `max_updates` do not get there.
+    rate reached. Raises UserError when `max_updates` do not get there, PrecisionError for a plan that cannot run here.
     """
+    report = check_rank(config)
     device = pick_device(config.run.device)
     if device.type == "cpu" and config.parallel.world_size > 1:
         torch.set_num_threads(1)
     mesh = parallel.initialize(config.parallel, device, config.run.seed)
+    if mesh.rank == 0:
+        say(report)
     policy = Policy(config, mesh)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     task = make_task(config.task, tokenizer, seed=config.run.seed, max_prompt_tokens=config.rollout.max_prompt_tokens)

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 import uvicorn
+from fastapi import FastAPI
 
-from megatron_rl.config import Config, make_config
+from megatron_rl.config import Config, TaskConfig, make_config
 from megatron_rl.errors import EngineError
 from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy
@@ -23,11 +24,18 @@ from megatron_rl.rollout.client import EnginePool
 from megatron_rl.rollout.engine import Engine
 from megatron_rl.rollout.quantised import Quantisation
 from megatron_rl.rollout.server import create_app
+from megatron_rl.tasks import make_task
 from megatron_rl.training.attribute import Attribution, attribute, draw_probe
+from megatron_rl.training.attribute_run import attribute_step
+from megatron_rl.training.erpd_plan import make_run_objective
+from megatron_rl.training.progress import ProgressLine
+from megatron_rl.training.rollouts import Rollouts
+from megatron_rl.training.run import Run
 from megatron_rl.types import Prompt
 from megatron_rl.weights.quantised import quantization_config
 from megatron_rl.weights.sync import DiskSync
 from tests.models import make_qwen3
+from tests.unit.char_tokenizer import char_tokenizer
 
 FP32 = {"train": "fp32", "rollout": "fp32"}
 BF16_ENGINE = {"train": "fp32", "rollout": "bf16"}
@@ -65,8 +73,8 @@ class Pair:
 
 
 @contextmanager
-def serving(engine: Engine) -> Iterator[str]:
-    server = uvicorn.Server(uvicorn.Config(create_app(engine), port=0, log_level="warning"))
+def serving(app: FastAPI) -> Iterator[str]:
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -92,7 +100,7 @@ def paired(model: Path, tmp_path: Path) -> Iterator[Callable[..., Pair]]:
             rollout = {"max_prompt_tokens": 32, "max_new_tokens": 24, "temperature": 0.7, "timeout_s": 60}
             optimizer = {"tokens_per_microbatch": 64}
             tree = {"model": {"path": str(model)}, "precision": precision, "rollout": rollout, "optimizer": optimizer}
-            config: Config = make_config(tree)
+            config: Config = make_config(tree | {"run": {"dir": str(tmp_path)}})
             mesh = parallel.initialize(config.parallel, pick_device("cpu"), seed=0)
             policy = Policy(config, mesh)
             plan = resolve(config.precision, policy.shape.num_layers)
@@ -100,7 +108,7 @@ def paired(model: Path, tmp_path: Path) -> Iterator[Callable[..., Pair]]:
             if dtype and quantisation:
                 plan = quantisation.plan(policy.shape.num_layers, dtype)
             engine = Engine(model, plan.engine, threads=1, quantisation=quantisation).start()
-            pool = stack.enter_context(EnginePool([stack.enter_context(serving(engine))], 60))
+            pool = stack.enter_context(EnginePool([stack.enter_context(serving(create_app(engine)))], 60))
             quantization = quantization_config(plan, policy.source.tensors)
             sync = DiskSync(pool, policy.source, tmp_path / "staging", group=mesh.control, quantization=quantization)
             if publish:
@@ -167,7 +175,7 @@ def test_a_tensor_that_is_corrupted_after_the_sync_is_named_and_so_is_its_layer(
     assert [fault.name for fault in found.faults] == [DOWN] and found.faults[0].share == pytest.approx(8 / 64, abs=0.01)
     assert found.verdict[1].startswith(f"sync is broken: other weights than the trainer's are served: {DOWN} on http://")
     assert "part at layer 2" in found.verdict[2]
-    assert mean_abs(found)["sync"] > 0.01 and found.record(1)["attribution/sync/tensors"] == 1
+    assert mean_abs(found)["sync"] > 0.01 and found.record(1, 0)["attribution/sync/tensors"] == 1
     if precision is FP32:
         assert found.verdict[0].startswith("the largest source is sync")
 
@@ -185,7 +193,7 @@ def test_scales_that_were_exported_twice_too_large_are_named_though_every_digest
 def test_every_engine_is_looked_at_not_only_the_one_that_is_replayed(paired):
     pair = paired(FP32, publish=False)
     other = Engine(pair.engine.model_dir, "fp32", threads=1).start()
-    with serving(other) as url, EnginePool([*pair.pool.live_urls, url], 60) as both:
+    with serving(create_app(other)) as url, EnginePool([*pair.pool.live_urls, url], 60) as both:
         DiskSync(both, pair.policy.source, pair.folder / "other").push(pair.policy.export(pair.plan), 1)
         with torch.inference_mode():
             other._batcher.weights.model.get_parameter("model.norm.weight")[0] += 1
@@ -221,6 +229,46 @@ def test_an_engine_that_serves_another_version_than_it_should_is_refused(paired)
     pair = paired(FP32)
     with pytest.raises(EngineError, match="under weight version 1 instead of 2"):
         replace(pair, version=2).attribute()
+
+
+def in_run(pair: Pair, pool: EnginePool) -> Run:
+    """A run that stands before its first step, with these engines."""
+    config = pair.policy.config
+    run = Run(config, pair.policy.mesh, pair.policy, make_run_objective(config))
+    tokenizer = char_tokenizer("0123456789+-=")
+    task = make_task(TaskConfig(max_operand=12, held_out=5), tokenizer, seed=0, max_prompt_tokens=8)
+    run.rollouts, run.pool = Rollouts(config, task, tokenizer, pool, need_logmu=True), pool
+    run.progress = ProgressLine("test", 1, 0, enabled=True)
+    return run
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["the one that samples", "another"])
+def test_an_engine_lost_at_an_attribution_costs_the_run_that_attribution_alone(paired, capsys, place):
+    pair = paired(FP32)
+    (alive,) = pair.pool.live_urls
+    with serving(FastAPI()) as gone:
+        pass  # nobody listens there any more
+    urls = [alive]
+    urls.insert(place, gone)
+    before = pair.policy.copy_weights()
+    with EnginePool(urls, 60) as pool:
+        run = in_run(pair, pool)
+        assert attribute_step(run, before) is None
+        said = capsys.readouterr().out
+        assert "not attributed, 1 engine(s) left" in said and gone in said
+        assert pool.live_urls == (alive,)
+        assert all(torch.equal(a, b) for a, b in zip(before, pair.policy.copy_weights(), strict=True))
+        found = attribute_step(run, before)
+    assert found is not None and found.version == 1 and "mismatch after 1 steps: " in capsys.readouterr().out
+    assert not (run.config.run.folder / "attribution").exists()
+
+
+def test_a_server_that_lacks_an_endpoint_is_named_with_what_has_it(tmp_path):
+    with serving(FastAPI()) as url, EnginePool([url], 60) as pool:
+        with pytest.raises(EngineError, match=rf"{url} has no /save_weights \(404\): name a server of `megatron-rl serve` in"):
+            pool.save_weights(url, tmp_path)
+        with pytest.raises(EngineError, match=r"has no /weights_checker \(404\): .* or an SGLang of a version that has it"):
+            pool.checksums(url)
 
 
 def test_policy_and_folder_are_as_before_when_a_replay_fails(paired, monkeypatch):

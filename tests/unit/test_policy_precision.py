@@ -16,7 +16,7 @@ from megatron_rl.objectives import make_objective
 from megatron_rl.policy.actor import Policy, UpdateStats
 from megatron_rl.policy.checkpoint import Checkpoints, TrainState
 from megatron_rl.policy.logprobs import token_scores
-from megatron_rl.policy.optimizer import GROWTH_INTERVAL, INITIAL_SCALE, MOST_OVERFLOWS
+from megatron_rl.policy.optimizer import GROWTH_INTERVAL, INITIAL_SCALE, MAX_SCALE
 from tests.models import make_qwen3
 from tests.parallel.alp_steps import alp_policy, sigmas
 from tests.parallel.refusal_steps import digest
@@ -141,18 +141,45 @@ def test_an_overflow_repeats_the_update_and_ends_as_if_the_scale_had_fit_from_th
     assert scales[overflows + 1] == scales[overflows], "the next update begins with the scale that fit"
 
 
-def test_gradients_that_no_scale_brings_into_range_refuse_the_update_and_change_nothing(qwen3):
+@pytest.mark.parametrize("power", [16, 22])
+def test_gradients_that_no_scale_brings_into_range_refuse_the_update_and_change_nothing(qwen3, power):
     policy, untouched = policy_of(qwen3, "fp16"), policy_of(qwen3, "fp16")
-    update(policy)
-    update(untouched)
-    scales, before, scale = count_passes(policy), digest(policy), scale_of(policy)
-    with pytest.raises(PrecisionError, match=r"gradients overflow float16 17 times, with a loss scale of 1 too: .*untouched"):
+    for one in (policy, untouched):
+        update(one)
+        set_scale(one, 2.0**power, growth=41)
+    scales, before = count_passes(policy), digest(policy)
+    said = rf"gradients overflow float16 {power + 1} times, down to a loss scale of 1: .*untouched; lower what"
+    with pytest.raises(PrecisionError, match=said) as refused:
         update(policy, factor=1e30)
-    assert scales == [2.0 ** (16 - i) for i in range(MOST_OVERFLOWS + 1)]
-    assert digest(policy) == before and scale_of(policy) == scale
+    assert scales == [2.0 ** (power - i) for i in range(power + 1)] and refused.value.everywhere
+    assert digest(policy) == before and scale_of(policy) == (2.0**power, 41)
     update(policy)
     update(untouched)
-    assert digest(policy) == digest(untouched) != before
+    assert digest(policy) == digest(untouched) != before and scale_of(policy) == scale_of(untouched)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_loss_scale_as_it_was(qwen3):
+    policy = policy_of(qwen3, "fp16")
+    update(policy)
+    scale, factors, objective = scale_of(policy), iter([1e30, float("nan")]), make_objective(OBJECTIVE)
+    factor = 0.0
+
+    def spoiled(inputs: Any) -> Any:
+        out = objective(inputs)
+        return replace(out, loss=out.loss * factor)
+
+    run = policy._run
+
+    def next_pass(*args: Any, **kwargs: Any) -> Any:
+        nonlocal factor
+        factor = next(factors)
+        return run(*args, **kwargs)
+
+    policy._run = next_pass  # type: ignore[method-assign]
+    with pytest.raises(PrecisionError, match="non-finite loss"):
+        policy.update(BATCH, spoiled, objective.norm)
+    assert next(factors, None) is None, "the first pass overflowed, the second one was refused"
+    assert scale_of(policy) == scale
 
 
 def test_the_scale_doubles_after_a_hundred_updates_without_an_overflow(qwen3):
@@ -162,6 +189,9 @@ def test_the_scale_doubles_after_a_hundred_updates_without_an_overflow(qwen3):
     assert scale_of(policy) == (2.0**11, 0)
     assert update(policy).metrics["optimizer/loss_scale"] == 2.0**11
     assert scale_of(policy) == (2.0**11, 1)
+    set_scale(policy, MAX_SCALE, growth=GROWTH_INTERVAL - 1)
+    assert update(policy, factor=2.0**-40).metrics["optimizer/loss_scale"] == MAX_SCALE
+    assert scale_of(policy) == (MAX_SCALE, 0), "gradients that never overflow do not make it infinite"
 
 
 @pytest.mark.parametrize("distributed", DISTRIBUTED, ids=["replicated", "distributed"])

@@ -6,10 +6,14 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.config import Config, make_config
-from megatron_rl.errors import CheckpointError, ConfigError, UserError
+from megatron_rl.errors import CheckpointError, ConfigError, PrecisionError, UserError
 from megatron_rl.policy.complete import COMPLETE
+from megatron_rl.precision.machine import Machine
+from megatron_rl.training import preflight
 from megatron_rl.training.evaluate import evaluate_model
-from megatron_rl.training.preflight import check, check_run_folder
+from megatron_rl.training.preflight import check, check_rank, check_run_folder
+from megatron_rl.training.replay import check_gives_weights
+from megatron_rl.training.warmup import warm_up
 from tests.e2e.models import make_arithmetic_model
 
 
@@ -43,6 +47,41 @@ def test_what_can_run_passes(model):
 def test_what_cannot_run_is_a_configuration_error(model, sections, message):
     with pytest.raises(ConfigError, match=message):
         check(config(model, **sections))
+
+
+LOW = [{"recipe": "blockwise"}, {"rollout": "fp8_blockwise", "rollout_activations": "fp8"}]
+
+
+@pytest.mark.parametrize("precision", LOW, ids=["recipe", "engine inputs"])
+def test_an_attribution_that_could_never_be_made_is_refused_before_the_run_and_on_every_rank(model, monkeypatch, precision):
+    monkeypatch.setattr(preflight, "this_machine", lambda: Machine((9, 0), (12, 9), transformer_engine=True))
+    asked = config(model, precision={"train": "bf16", **precision}, run={"attribute_every": 5})
+    for refuse in (lambda: check(asked), lambda: check_rank(asked, attributes=True)):
+        with pytest.raises(PrecisionError, match=r"Transformer Engine.*run\.attribute_every: 0"):
+            refuse()
+    check(config(model, precision={"train": "bf16", **precision}))
+    check(config(model, precision={"train": "bf16", "rollout": "fp8_blockwise"}, run={"attribute_every": 5}))
+    monkeypatch.setattr(preflight, "this_machine", Machine)
+    check(asked)
+
+
+def test_an_engine_that_cannot_give_its_weights_back_is_refused_by_address_where_they_are_asked_for():
+    check_gives_weights("http://ours", {"engine": "embedded"})
+    with pytest.raises(ConfigError, match=r"http://theirs: .*megatron-rl serve.*run\.attribute_every: 0"):
+        check_gives_weights("http://theirs", {"dtype": "bfloat16", "quantization": "fp8"})
+
+
+def test_a_warm_up_is_refused_a_precision_that_cannot_run_before_it_starts(model, tmp_path):
+    with pytest.raises(ConfigError, match="pow2_scales"):
+        warm_up(
+            config(model, precision={"pow2_scales": True}),
+            tmp_path / "warm",
+            target=0.5,
+            careless=0.0,
+            batch_size=4,
+            max_updates=1,
+        )
+    assert not (tmp_path / "warm").exists()
 
 
 def test_a_model_that_never_stops_is_refused(model, tmp_path):
