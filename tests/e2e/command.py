@@ -16,7 +16,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 TAG = "MEGATRON_RL_TEST_COMMAND"
-_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Command:
 
     def __init__(self, arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
         self.tag = uuid.uuid4().hex
-        env = {name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES}
+        env = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
         paths = [environment.pop("PYTHONPATH", ""), str(ROOT)]
         env |= {"OMP_NUM_THREADS": "1", TAG: self.tag, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **environment}
         self.out, self.err = folder / f"{self.tag}.out", folder / f"{self.tag}.err"

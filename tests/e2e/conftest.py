@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from megatron_rl import cli as command_line
-from tests.e2e.command import Command, Result
+from tests.e2e.command import RANK_VARIABLES, Command, Result
 from tests.e2e.models import make_arithmetic_model
 
 SMALL_RUN = """\
@@ -117,6 +117,8 @@ def refused(monkeypatch, capfd, tmp_path) -> Callable[..., Result]:
 
     def refused(*arguments: object) -> Result:
         monkeypatch.chdir(tmp_path)
+        for name in RANK_VARIABLES:  # of a world that this process was a rank of
+            monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(sys, "argv", ["megatron-rl", *map(str, arguments)])
         started = time.monotonic()
         with pytest.raises(SystemExit) as ended:
