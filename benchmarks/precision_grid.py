@@ -80,7 +80,7 @@ def draw(rows: Sequence[Mapping], path: Path) -> None:
         kl.set_title("KL(mu || pi) in nats a token, k3")
         for axes in (ratios, kl):
             axes.set_xticks(range(len(ROLLOUT)), [f"rollout {name}" for name in ROLLOUT])
-            log_scale(axes)
+        log_scale(kl)
         kl.legend(frameon=False)
         figure.savefig(path, dpi=160)
 
