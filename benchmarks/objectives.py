@@ -13,7 +13,6 @@ its allocator), without the inputs. Prints a table, and one JSON line for docs/b
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -21,6 +20,7 @@ import torch
 from memory import peak_bytes
 from rich.console import Console
 from rich.table import Table
+from timing import seconds
 from torch import Tensor
 
 from megatron_rl.objectives import OBJECTIVES, LossInputs, Objective, make_objective
@@ -98,18 +98,6 @@ def given(x: LossInputs, objective: Objective) -> LossInputs:
     """The tensors the objective needs, and no others."""
     optional = ("logmu", "logold", "logref", "rewards", "entropy", "topk")
     return replace(x, **{name: None for name in optional if name not in objective.needs})
-
-
-def seconds(run: Callable[[], None], device: str) -> float:
-    if device == "cpu":
-        start = time.thread_time()
-        run()
-        return time.thread_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def measure(x: LossInputs, name: str, args: argparse.Namespace) -> dict[str, float | str]:

@@ -15,7 +15,6 @@ export: the stream of weights to the engines of a 100M-parameter model, with its
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -24,22 +23,11 @@ from precision_export import part_export
 from precision_step import part_step
 from rich.console import Console
 from rich.table import Table
+from timing import seconds
 
 from megatron_rl.precision.formats import FORMATS, fake_quantize, quantize
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def seconds(run: Callable[[], object], device: str) -> float:
-    if device == "cpu":
-        start = time.thread_time()
-        run()
-        return time.thread_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def paired(plain: Callable[[], object], ours: Callable[[], object], args: argparse.Namespace) -> tuple[float, float]:

@@ -104,6 +104,11 @@ class EnginePool:
     def live_urls(self) -> tuple[str, ...]:
         return tuple(engine.url for engine in self._engines if engine.live)
 
+    @property
+    def lost(self) -> dict[str, str]:
+        """Engines that are not used any more, and why."""
+        return {engine.url: engine.reason for engine in self._engines if not engine.live}
+
     # Generation --------------------------------------------------------------------------------------------
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Sample]]:
@@ -170,7 +175,7 @@ class EnginePool:
     def _least_loaded(self) -> _Engine:
         live = [engine for engine in self._engines if engine.live]
         if not live:
-            reasons = "; ".join(f"{engine.url}: {engine.reason}" for engine in self._engines)
+            reasons = "; ".join(f"{url}: {reason}" for url, reason in self.lost.items())
             raise EngineError(f"no engine is left ({reasons}): start them again and resume the run")
         return min(live, key=lambda engine: engine.load)
 

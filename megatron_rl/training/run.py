@@ -80,7 +80,11 @@ class Run:
                 return
             except EngineError as error:
                 left = self.mesh.on_lead(lambda: self.pool.live_urls)
-                if not 0 < len(left) < len(before):
+                if not left:
+                    lost = self.mesh.on_lead(lambda: self.pool.lost)
+                    reasons = "; ".join(f"{url}: {reason}" for url, reason in lost.items())
+                    self.mesh.raise_everywhere(EngineError(f"{error}; engines lost so far: {reasons}"))
+                if len(left) == len(before):
                     raise
                 if self.mesh.rank == 0:
                     print(f"weight update repeated with {len(left)} of {len(before)} engines: {error}", flush=True)

@@ -3,15 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
-from megatron_rl.objectives import make_objective
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.checkpoint import Checkpoints, TrainState
 from megatron_rl.precision.linear import QuantizedLinear, linears
 from tests.parallel.checkpoint_steps import update
-from tests.parallel.steps import OBJECTIVE, exported, make_batch, make_policy, replicas_differ
+from tests.parallel.steps import exported, make_batch, make_policy, noted_update, replicas_differ
 
 
 def quantised_linears(policy: Policy) -> list[tuple[int, str]]:
@@ -28,20 +26,11 @@ def quantised_linears(policy: Policy) -> list[tuple[int, str]]:
 def step(model: Path, layout: dict[str, Any], updates: int = 1, sabotage: str | None = None, **sections: Any) -> dict[str, Any]:
     """`updates` updates; of the last one what `steps.step` answers, and what was quantised."""
     policy = make_policy(model, layout, **sections)
-    batch, objective = make_batch(), make_objective(OBJECTIVE)
-    grads: dict[str, np.ndarray] = {}
-    optimizer_step = policy.optimizer.step
-
-    def noting_step(grad_norm: float) -> None:
-        grads.update(exported(policy, lambda p: p.main_grad))
-        optimizer_step(grad_norm)
-
-    policy.optimizer.step = noting_step  # type: ignore[method-assign]
     if sabotage == "plain_on_last_rank" and policy.mesh.rank == policy.mesh.world - 1:
         linear = policy.models[0].decoder.layers[1].mlp.linear_fc1
         linear.__class__ = ColumnParallelLinear  # its products are megatron-core's own, and nothing else changes
     for _ in range(updates):
-        stats = policy.update(batch, objective, objective.norm)
+        stats, grads = noted_update(policy, exported)
     return {
         "grads": grads,
         "weights": exported(policy),
