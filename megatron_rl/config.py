@@ -28,6 +28,7 @@ class ParallelConfig(_Block):
     pipeline: int = Field(1, ge=1)
     virtual_pipeline: int = Field(1, ge=1, description="model chunks per pipeline stage")
     context: int = Field(1, ge=1)
+    expert: int = Field(1, ge=1, description="ranks over which the experts of a mixture-of-experts model are spread")
     data: int = Field(1, ge=1, description="replicas; tensor x pipeline x context x data is the number of ranks")
     sequence: bool = Field(False, description="sequence parallelism inside the tensor-parallel group")
     recompute: Literal["none", "selective", "full"] = Field(
@@ -66,8 +67,18 @@ class PrecisionConfig(_Block):
     )
 
 
+class SGLangConfig(_Block):
+    """How `sglang.launch_server` is started for rollout.engine: sglang."""
+
+    python: Path = Field(Path(".venv-sglang/bin/python"), description="interpreter of the environment that holds sglang")
+    tensor: int = Field(1, ge=1, description="tensor-parallel size of each server")
+    mem_fraction: float = Field(0.8, gt=0, lt=1, description="of a GPU's memory, for weights and cache")
+    router: bool = Field(False, description="sglang-router in front of the servers")
+    args: tuple[str, ...] = Field((), description="further arguments of sglang.launch_server, as they are")
+
+
 class RolloutConfig(_Block):
-    engine: Literal["embedded"] = "embedded"
+    engine: Literal["embedded", "sglang"] = "embedded"
     servers: int = Field(1, ge=1, description="servers to start; ignored when urls are given")
     urls: tuple[str, ...] = Field((), description="running servers to use instead; never stopped by us")
     prompts_per_step: int = Field(32, ge=1)
@@ -83,6 +94,25 @@ class RolloutConfig(_Block):
         None, description="where weight versions are staged; engines must be able to read it; default: shared memory here"
     )
     timeout_s: float = Field(600.0, gt=0, description="per generation request")
+    transport: Literal["disk", "distributed", "tensor"] = Field(
+        "disk", description="how weights reach the engines: a folder, a broadcast, or memory shared on one machine"
+    )
+    bucket_mb: int = Field(256, ge=1, description="MiB of weights sent at once by distributed and tensor")
+    max_staleness: int = Field(
+        0, ge=0, description="versions that sampling may lag behind training; 0: strictly on-policy, nothing overlaps"
+    )
+    update_mode: Literal["retract", "in_place", "abort"] = Field(
+        "retract",
+        description="requests running at a weight update: their cached keys are computed again, or kept, or they are resumed with their prefix",
+    )
+    oversample: float = Field(1.0, ge=1, description="groups asked for per group trained on; the slowest are given up")
+    dynamic_sampling: int = Field(
+        0, ge=0, description="groups a step may draw in place of those whose rewards are all equal; 0: none are replaced"
+    )
+    routing_replay: bool = Field(
+        False, description="mixture of experts: the trainer routes every token to the experts the engine chose (R3)"
+    )
+    sglang: SGLangConfig = SGLangConfig()
 
 
 class OptimizerConfig(_Block):
@@ -147,13 +177,18 @@ class AlpConfig(_Block):
 
 
 class TaskConfig(_Block):
-    name: Literal["arithmetic", "math"] = "arithmetic"
+    name: Literal["arithmetic", "math", "tool"] = "arithmetic"
     data: Path | None = Field(None, description="JSONL or parquet with prompts and answers (math)")
     eval_data: Path | None = Field(None, description="held-out file; without it the last rows of data are held out")
     prompt_column: str = "question"
     answer_column: str = "answer"
     max_operand: int = Field(20, ge=2, description="arithmetic: operands lie in [0, max_operand)")
     held_out: int = Field(64, ge=0, description="problems kept out of training for evaluation")
+    max_turns: int = Field(3, ge=1, description="tool: turns of the model in one response")
+    sandbox: Literal["jail", "unsafe"] = Field("jail", description="tool: unsafe runs the model's code without a jail")
+    tool_seconds: float = Field(5.0, gt=0, description="tool: wall clock of one block of code")
+    tool_memory_mb: int = Field(256, ge=16, description="tool: memory of one block of code")
+    tool_tokens: int = Field(256, ge=1, description="tool: longest output given back to the model")
 
 
 class EvalConfig(_Block):

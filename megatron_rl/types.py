@@ -43,7 +43,9 @@ class Trajectory:
     id: unique in the run. group: trajectories of one prompt share it. prompt_id: the task's own name of
     the prompt. logmu: behaviour log-probabilities of the response tokens, None when the objective does not
     need them. reward: None until the task has verified the response. finish_reason: "stop", "length" or "abort".
-    topk: None when the objective does not need it; not compared.
+    topk: None when the objective does not need it; not compared. response_mask: 1 for tokens the model wrote and is trained
+    on, 0 for a tool's output (whose logmu is 0) and void turns; None: all 1. routing: [T - 1, L, K] int32, the experts the
+    engine chose for each input token of prompt and response but the last, in each of L mixture-of-experts layers; not compared.
     """
 
     id: int
@@ -56,6 +58,13 @@ class Trajectory:
     versions: tuple[VersionSpan, ...] = ()
     reward: float | None = None
     topk: TopK | None = field(default=None, compare=False)
+    response_mask: tuple[int, ...] | None = None
+    routing: np.ndarray | None = field(default=None, compare=False)
+
+    @property
+    def oldest_version(self) -> int | None:
+        """Of the weights that sampled any of its tokens; None when the engine named none."""
+        return min((span.version for span in self.versions), default=None)
 
     def with_reward(self, reward: float) -> Self:
         return replace(self, reward=reward)
@@ -72,7 +81,8 @@ class Batch:
     1 on trained response tokens; logmu [N] float32 (0 where mask is 0) or None; rewards, advantages [B] float32;
     ids, groups [B] int64. logold, logref: as logmu. topk_ids [N, K] int32 and topk_logmu [N, K] float32: the behaviour
     policy's K likeliest tokens in place of each token, or None; 0 where mask is 0. token_advantages [N] float32: take the
-    place of advantages in the loss; 0 where mask is 0.
+    place of advantages in the loss; 0 where mask is 0. versions [N] int32: weight version that sampled the token, -1 where
+    mask is 0, or None. routing [N, L, K] int32: experts the engine chose with this token as input; -1 where it chose none.
     """
 
     ids: np.ndarray
@@ -89,6 +99,8 @@ class Batch:
     topk_ids: np.ndarray | None = None
     topk_logmu: np.ndarray | None = None
     token_advantages: np.ndarray | None = None
+    versions: np.ndarray | None = None
+    routing: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -138,4 +150,6 @@ class Batch:
             topk_ids=per_token(self.topk_ids),
             topk_logmu=per_token(self.topk_logmu),
             token_advantages=per_token(self.token_advantages),
+            versions=per_token(self.versions),
+            routing=per_token(self.routing),
         )

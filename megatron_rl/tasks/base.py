@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,15 +14,35 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What comes after a turn of the model. text: a tool's output, which the model reads next; None: the response is over.
+    void: the turn neither called a tool nor answered, and is not trained on."""
+
+    text: str | None = None
+    void: bool = False
+
+
 class Task(ABC):
-    """A set of problems with a verifier. `train` and `held_out` share no problem; both are fixed once built."""
+    """A set of problems with a verifier. `train` and `held_out` share no problem; both are fixed once built.
+
+    max_turns: turns of the model in one response, with an `observe` after each.
+    """
 
     train: Sequence[Prompt]
     held_out: Sequence[Prompt]
+    max_turns: int = 1
 
     @abstractmethod
     def verify(self, prompt: Prompt, response: str) -> float:
         """1.0 when the decoded response answers the prompt, else 0.0. Never raises for what a model wrote."""
+
+    def observe(self, prompt: Prompt, turn: str) -> Observation:
+        """The environment's answer to the decoded text of one turn that ended by itself. Thread-safe; may take seconds.
+
+        Never raises for what a model wrote.
+        """
+        return Observation()
 
     def solution(self, prompt: Prompt) -> str:
         """A response that verifies, for supervised warm-up; without the end-of-sequence token."""

@@ -13,7 +13,7 @@ from megatron_rl.types import Batch, Trajectory
 def make_batch(
     trajectories: Sequence[Trajectory], advantage: AdvantageKind, overlong_buffer: int = 0, max_new_tokens: int = 0
 ) -> Batch:
-    """One batch; every response token is trained.
+    """One batch; every response token is trained, but those a response_mask leaves out.
 
     overlong_buffer: when not 0, advantages are those of rewards plus `overlong_penalty` of the response lengths, whose
     limit is max_new_tokens; the batch's `rewards` stay the verifier's.
@@ -26,12 +26,24 @@ def make_batch(
     responses = np.array([len(t.response_tokens) for t in trajectories])
     cu_seqlens = np.concatenate([[0], np.cumsum(prompts + responses)])
     position = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], prompts + responses)
-    mask = (position >= np.repeat(prompts, prompts + responses)).astype(np.float32)
-    logmu = None
+    response = position >= np.repeat(prompts, prompts + responses)
+
+    def of_response(rows: list[np.ndarray], fill: float) -> np.ndarray:
+        """A per-token column from one of the responses; `fill` where nothing is trained."""
+        column = np.full((len(position), *rows[0].shape[1:]), fill, dtype=rows[0].dtype)
+        column[response] = np.concatenate(rows)
+        column[mask == 0] = fill
+        return column
+
+    mask = response.astype(np.float32)
+    mask[response] = np.concatenate([_trained(t) for t in trajectories])
+    logmu = versions = None
     if trajectories[0].logmu is not None:
-        logmu = np.zeros(cu_seqlens[-1], dtype=np.float32)
-        logmu[mask > 0] = np.concatenate([np.asarray(t.logmu, dtype=np.float32) for t in trajectories])
-    topk_ids, topk_logmu = _topk_columns(trajectories, mask)
+        logmu = of_response([np.asarray(t.logmu, dtype=np.float32) for t in trajectories], 0)
+    if all(t.versions for t in trajectories):
+        versions = of_response([_versions(t) for t in trajectories], -1)
+    with_topk = _all_or_none(trajectories, "topk", "top-K tokens")
+    topk = [t.topk for t in trajectories if t.topk is not None] if with_topk else None
     rewards = np.array([t.reward for t in trajectories], dtype=np.float32)
     shaped = rewards + overlong_penalty(responses, max_new_tokens, overlong_buffer) if overlong_buffer else rewards
     groups = np.array([t.group for t in trajectories])
@@ -45,24 +57,41 @@ def make_batch(
         advantages=group_advantages(shaped, groups, advantage),
         logmu=logmu,
         prompt_ids=tuple(t.prompt_id for t in trajectories),
-        topk_ids=topk_ids,
-        topk_logmu=topk_logmu,
+        topk_ids=None if topk is None else of_response([t.ids for t in topk], 0),
+        topk_logmu=None if topk is None else of_response([t.logmu for t in topk], 0),
+        versions=versions,
+        routing=_routing(trajectories),
     )
 
 
-def _topk_columns(trajectories: Sequence[Trajectory], mask: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Ids [N, K] int32 and log-probabilities [N, K] float32 of the engine's likeliest tokens; 0 where mask is 0."""
-    given = [t.topk for t in trajectories if t.topk is not None]
-    if not given:
-        return None, None
-    if len(given) < len(trajectories):
-        missing = [t.id for t in trajectories if t.topk is None]
-        raise UserError(f"trajectories {missing[:20]} carry no top-K tokens while others do: ask the engines for all or none")
-    ids = np.zeros((len(mask), given[0].ids.shape[1]), dtype=np.int32)
-    logmu = np.zeros(ids.shape, dtype=np.float32)
-    ids[mask > 0] = np.concatenate([topk.ids for topk in given])
-    logmu[mask > 0] = np.concatenate([topk.logmu for topk in given])
-    return ids, logmu
+def _trained(trajectory: Trajectory) -> np.ndarray:
+    size = len(trajectory.response_tokens)
+    return np.ones(size, np.float32) if trajectory.response_mask is None else np.asarray(trajectory.response_mask, np.float32)
+
+
+def _versions(trajectory: Trajectory) -> np.ndarray:
+    """[R] int32; -1 for tokens that no span covers, which are a tool's."""
+    versions = np.full(len(trajectory.response_tokens), -1, dtype=np.int32)
+    for span in trajectory.versions:
+        versions[span.start : span.end] = span.version
+    return versions
+
+
+def _all_or_none(trajectories: Sequence[Trajectory], name: str, what: str) -> bool:
+    """Whether all carry the field. Raises UserError when some do and others do not."""
+    missing = [t.id for t in trajectories if getattr(t, name) is None]
+    if missing and len(missing) < len(trajectories):
+        raise UserError(f"trajectories {missing[:20]} carry no {what} while others do: ask the engines for all or none")
+    return not missing
+
+
+def _routing(trajectories: Sequence[Trajectory]) -> np.ndarray | None:
+    """[N, L, K] int32; -1 for the last token of each trajectory, which the engine never took in."""
+    if not _all_or_none(trajectories, "routing", "routed experts"):
+        return None
+    rows = [np.asarray(t.routing, dtype=np.int32) for t in trajectories]
+    last = np.full((1, *rows[0].shape[1:]), -1, dtype=np.int32)
+    return np.concatenate([part for row in rows for part in (row, last)])
 
 
 def split_updates(batch: Batch, updates: int) -> list[Batch]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_rl.errors import UserError
 from megatron_rl.training.batches import make_batch, split_updates
-from megatron_rl.types import TopK, Trajectory
+from megatron_rl.types import TopK, Trajectory, VersionSpan
 
 
 def trajectory(at: int, group: int, prompt: int, response: int, reward: float | None = 0.0, logmu: bool = True) -> Trajectory:
@@ -138,3 +138,25 @@ def test_numbers_of_tokens_that_are_not_trained_do_not_matter():
     batch = make_batch(THREE, "mean")
     logmu = np.where(batch.mask > 0, batch.logmu, np.nan)
     replace(batch, logmu=logmu).check_finite()
+
+
+def test_tokens_a_mask_leaves_out_are_in_the_batch_but_not_trained():
+    tool = replace(THREE[0], response_mask=(1, 0, 1), versions=(VersionSpan(4, 0, 1), VersionSpan(5, 2, 3)))
+    batch = make_batch([tool, replace(THREE[1], versions=(VersionSpan(5, 0, 1),))], "mean")
+    assert batch.tokens.tolist() == [10, 11, 500, 501, 502, 10, 11, 510]
+    assert batch.mask.tolist() == [0, 0, 1, 0, 1, 0, 0, 1]
+    assert batch.logmu is not None and batch.logmu.tolist() == [0, 0, -0.5, 0, -2.5, 0, 0, -0.5]
+    assert batch.versions is not None and batch.versions.tolist() == [-1, -1, 4, -1, 5, -1, -1, 5]
+
+
+def test_routed_experts_stand_with_the_token_that_was_routed():
+    def routed(one: Trajectory) -> Trajectory:
+        tokens = len(one.prompt_tokens) + len(one.response_tokens) - 1
+        return replace(one, routing=(one.id * 10 + np.arange(tokens * 2)).reshape(tokens, 1, 2))
+
+    batch = make_batch([routed(t) for t in THREE], "mean")
+    assert batch.routing is not None and batch.routing.shape == (11, 1, 2)
+    assert batch.routing[[4, 7, 10]].tolist() == [[[-1, -1]]] * 3
+    assert batch.select(np.array([1])).routing[:, 0].tolist() == [[1010, 1011], [1012, 1013], [-1, -1]]
+    with pytest.raises(UserError, match=r"\[102\] carry no routed experts"):
+        make_batch([routed(THREE[0]), THREE[2]], "mean")
