@@ -103,7 +103,7 @@ class RolloutConfig(_Block):
     )
     update_mode: Literal["retract", "in_place", "abort"] = Field(
         "retract",
-        description="requests running at a weight update: their cached keys are computed again, or kept, or they are resumed with their prefix",
+        description="running requests at a weight update: cache computed again, cache kept, or ended and resumed by prefix",
     )
     oversample: float = Field(1.0, ge=1, description="groups asked for per group trained on; the slowest are given up")
     dynamic_sampling: int = Field(
