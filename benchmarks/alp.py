@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from memory import peak_bytes
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from models import make_qwen3
 
 from megatron_rl.config import make_config
 from megatron_rl.objectives import make_objective
@@ -30,23 +30,6 @@ from megatron_rl.types import Batch
 
 MODELS = {"tiny": (128, 2, 320), "medium": (512, 4, 2048)}  # hidden size, layers, vocabulary
 SEQUENCES, LENGTH = 32, 64
-
-
-def make_model(folder: Path, hidden: int, layers: int, vocab: int) -> Path:
-    config = Qwen3Config(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 64,
-        head_dim=32,
-        tie_word_embeddings=True,
-        max_position_embeddings=4096,
-        eos_token_id=0,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 def make_batch(vocab: int) -> Batch:
@@ -130,7 +113,7 @@ def main() -> None:
     for name in args.only:
         hidden, layers, vocab = MODELS[name]
         with tempfile.TemporaryDirectory() as folder:
-            found = measure(make_model(Path(folder), hidden, layers, vocab), vocab, args.repeat)
+            found = measure(make_qwen3(Path(folder), hidden=hidden, layers=layers, vocab=vocab), vocab, args.repeat)
         results[name] = found
         (off, on), (low, high) = found["bytes_saved"], found["peak_bytes"]
         print(

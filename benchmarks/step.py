@@ -22,7 +22,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from memory import peak_bytes
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from models import make_qwen3
 
 from megatron_rl.config import make_config
 from megatron_rl.objectives import make_objective
@@ -31,23 +31,6 @@ from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.device import pick_device
 from megatron_rl.policy.packing import pack, shard
 from megatron_rl.types import Batch
-
-
-def make_model(folder: Path, args: argparse.Namespace) -> Path:
-    config = Qwen3Config(
-        vocab_size=args.vocab,
-        hidden_size=args.hidden,
-        intermediate_size=3 * args.hidden,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // 32,
-        num_key_value_heads=args.hidden // 64,
-        head_dim=32,
-        tie_word_embeddings=False,
-        max_position_embeddings=args.tokens,
-        eos_token_id=0,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 def make_batch(args: argparse.Namespace) -> Batch:
@@ -135,9 +118,10 @@ def main() -> None:
     parser.add_argument("--prompt-share", type=float, default=0.0, help="part of each trajectory that is not trained")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        model = make_qwen3(Path(folder), hidden=args.hidden, layers=args.layers, vocab=args.vocab, tied=False)
         config = make_config(
             {
-                "model": {"path": str(make_model(Path(folder), args))},
+                "model": {"path": str(model)},
                 "optimizer": {"tokens_per_microbatch": args.tokens, "updates_per_step": 1},
                 "rollout": {"max_prompt_tokens": args.tokens // 2, "max_new_tokens": args.tokens // 2},
             }

@@ -1,0 +1,22 @@
+"""Qwen3 models of any size with random weights, for benchmarks."""
+
+from pathlib import Path
+
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+
+def make_qwen3(folder: Path, *, hidden: int, layers: int, vocab: int, tied: bool = True) -> Path:
+    config = Qwen3Config(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 64,
+        head_dim=32,
+        tie_word_embeddings=tied,
+        max_position_embeddings=4096,
+        eos_token_id=0,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    return folder

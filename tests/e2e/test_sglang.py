@@ -1,0 +1,45 @@
+"""Real SGLang servers on CPU, from the command line to the log. Needs `make sglang`."""
+
+import pytest
+
+from tests.e2e.command import ROOT, Command, records
+
+PYTHON = ROOT / ".venv-sglang" / "bin" / "python"
+SGLANG = ("rollout.engine=sglang", f"rollout.sglang.python={PYTHON}")
+STALE_FP8 = ("rollout.max_staleness=1", "precision.rollout=fp8_blockwise", "rollout.transport=tensor", "run.steps=5")
+pytestmark = pytest.mark.skipif(not PYTHON.is_file(), reason="no .venv-sglang: make sglang")
+
+
+def train(start, small_run, *more: str) -> str:
+    """A run to its end; what it said. `Command.wait` also fails when a process of the run is left behind."""
+    command: Command = start("train", small_run, *SGLANG, *more)
+    result = command.wait(timeout=400)
+    assert result.code == 0, result.all
+    return result.out
+
+
+def test_five_strictly_on_policy_steps_with_weights_broadcast_to_sglang(start, small_run, run_folder):
+    train(start, small_run, "parallel.tensor=2", "rollout.transport=distributed", "run.steps=5")
+    found = records(run_folder)
+    assert [r["step"] for r in found] == list(range(5))
+    for record in found:
+        # The first update of a step meets the very weights that sampled: nothing but arithmetic is between mu and pi.
+        assert abs(record["mismatch/ratio/min"] - 1) < 1e-4 and abs(record["mismatch/ratio/max"] - 1) < 1e-4
+    assert max(abs(record["ratio/max"] - 1) for record in found) > 1e-3, "the second update meets weights that have moved"
+
+
+def test_stale_rollouts_from_dequantised_fp8_weights_log_their_mismatch(start, small_run, run_folder):
+    said = train(
+        start,
+        small_run,
+        "rollout.max_staleness=1",
+        "precision.rollout=fp8_blockwise",
+        "rollout.transport=tensor",
+        "run.steps=5",
+    )
+    assert "dequantised" in said
+    found = records(run_folder)
+    assert [r["step"] for r in found] == list(range(5))
+    assert max(record["staleness/max"] for record in found) == 1
+    # e4m3 has 3 bits of mantissa: the ratios cannot be 1, and are far from nonsense.
+    assert all(1e-3 < abs(record["mismatch/ratio/max"] - 1) < 1 for record in found)
