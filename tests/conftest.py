@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
-from tests.models import make_qwen3
+from tests.models import make_qwen3, make_qwen3_moe
 from tests.parallel.group import RankGroup
 
 
@@ -21,6 +21,18 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def qwen3_tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_qwen3(tmp_path_factory.mktemp("qwen3_tied"), tied=True)
+
+
+@pytest.fixture(scope="session")
+def qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8 experts in each of 4 layers, 2 for a token, whose gates add up to 1."""
+    return make_qwen3_moe(tmp_path_factory.mktemp("qwen3_moe"))
+
+
+@pytest.fixture(scope="session")
+def qwen3_moe_unnormalised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """3 of 4 experts for a token; gates are a softmax over all."""
+    return make_qwen3_moe(tmp_path_factory.mktemp("qwen3_moe_unnormalised"), normalised=False, per_token=3, experts=4)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 
 def make_qwen3(
@@ -29,7 +29,40 @@ def make_qwen3(
         eos_token_id=0,
         pad_token_id=0,
     )
-    model = Qwen3ForCausalLM(config).to(dtype)
+    return _save(Qwen3ForCausalLM(config).to(dtype), folder, seed)
+
+
+def make_qwen3_moe(
+    folder: Path,
+    *,
+    vocab: int = 259,
+    layers: int = 4,
+    experts: int = 8,
+    per_token: int = 2,
+    normalised: bool = True,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **sizes: Any,
+) -> Path:
+    """The same with `experts` experts in every layer. normalised: the gates of a token add up to 1."""
+    usual = {"hidden_size": 64, "moe_intermediate_size": 48, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
+    ends = {"eos_token_id": 0, "pad_token_id": 0}
+    config = Qwen3MoeConfig(
+        vocab_size=vocab,
+        num_hidden_layers=layers,
+        num_experts=experts,
+        num_experts_per_tok=per_token,
+        norm_topk_prob=normalised,
+        intermediate_size=96,
+        **{**usual, **ends, **sizes},
+        max_position_embeddings=512,
+        rope_theta=10000.0,
+        tie_word_embeddings=False,
+    )
+    return _save(Qwen3MoeForCausalLM(config).to(dtype), folder, seed)
+
+
+def _save(model: PreTrainedModel, folder: Path, seed: int) -> Path:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -27,6 +27,7 @@ from megatron_rl.policy.optimizer import Gradients, PolicyOptimizer
 from megatron_rl.policy.packing import Microbatch, Shard, noise_rows, pack, shard, to_device
 from megatron_rl.policy.parallel import Mesh
 from megatron_rl.policy.quantised import QuantisedProducts
+from megatron_rl.policy.routing import RoutingReplay
 from megatron_rl.precision.plan import DTYPES, PrecisionPlan, resolve
 from megatron_rl.types import Batch
 from megatron_rl.weights.export import export_weights
@@ -68,10 +69,13 @@ class Policy:
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
         self.source = HFFolder(config.model.path)
-        self.family, self.shape = check_folder(self.source, tensor_parallel=mesh.tp_size)
+        self.family, self.shape = check_folder(
+            self.source, tensor_parallel=mesh.tp_size, expert_parallel=config.parallel.expert
+        )
         models = build_chunks(config, self.shape, mesh)
         load_weights(models, self.source, self.family, self.shape, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size)
         self.products = QuantisedProducts(resolve(config.precision, self.shape.num_layers), models, mesh, HAVE_TE)
+        self.routing = RoutingReplay(config, self.shape, models, mesh)
         self.tf_config = models[0].config
         dtype = DTYPES[config.precision.train]
         mesh.raise_everywhere(mesh.broadcast(next(filter(None, mesh.gather(beyond_range(models, config))), None)))
@@ -101,19 +105,19 @@ class Policy:
         whole = global_norm(norm, batch, self.config.rollout.max_new_tokens)
         scales = [scale.clone() for scale in self.products.scale_tensors()]
         try:
-            (results, products), gradients = self.optimizer.fill(lambda: self._differentiate(batch, objective, whole, scales))
+            (results, computed), gradients = self.optimizer.fill(lambda: self._differentiate(batch, objective, whole, scales))
         except PrecisionError:
             self._put_scales(scales)
             raise
         lr = self.optimizer.lr
         self.optimizer.step(gradients.norm)
         stats = self._stats(batch, results, gradients, lr)
-        return stats if stats.metrics is None else replace(stats, metrics=stats.metrics | products)
+        return stats if stats.metrics is None else replace(stats, metrics=stats.metrics | computed)
 
     def _differentiate(
         self, batch: Batch, objective: Objective, norm: LossNorm, scales: list[torch.Tensor]
     ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-        """Forward and backward of the whole batch into empty gradients: reports of micro-batches, and quantised products.
+        """Forward and backward of the whole batch into empty gradients: reports of micro-batches, and how they were computed.
 
         scales: the delayed scales to begin with. Every call with the same weights and scales does the same.
         """
@@ -125,7 +129,7 @@ class Policy:
         draw = self.optimizer.updates if self.config.alp.enabled else None
         results = self._run(batch, lambda micro, scores: self._loss(micro, scores, objective, norm), draw=draw)
         self._refuse_non_finite(batch, results)
-        return results, self.products.record()
+        return results, self.products.record() | self.routing.record(batch)
 
     def _put_scales(self, scales: list[torch.Tensor]) -> None:
         for mine, kept in zip(self.products.scale_tensors(), scales, strict=True):
@@ -237,6 +241,7 @@ class Policy:
 
         draw: the draw of noise that perturbs every layer, None for none.
         """
+        self.routing.start(batch)
         mesh, budget = self.mesh, self.config.optimizer.tokens_per_microbatch
         align = 2 * mesh.cp_size if mesh.cp_size > 1 else 1
         virtual = len(self.chunks) > 1
@@ -245,6 +250,7 @@ class Policy:
         shards = [shard(m, cp_size=mesh.cp_size, cp_rank=mesh.cp_rank, device=mesh.device, max_length=budget + 1) for m in mine]
         for micro, piece in zip(mine, shards, strict=True):
             piece.stream.noise = None if draw is None else self._noise(micro, draw)
+            piece.stream.routing = self.routing.rows(micro)
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         moved = [to_device(m, mesh.device) for m in mine] if last else mine
         pairs = list(zip(moved, shards, strict=True))

@@ -37,7 +37,8 @@ class TrainState:
 
     Version 0 is the folder engines start from; the first one a run publishes, and proves, is 1.
     updates: of the optimizer, for its warm-up. stage: "" between steps, else the stage of step `step` that is under way,
-    stage_updates of whose updates are done.
+    stage_updates of whose updates are done. drawn, drawn_ahead: prompts that were drawn and trained on or given up, all
+    below a number and some above; None: in checkpoints of runs that drew the same number every step.
     """
 
     step: int = 0
@@ -46,6 +47,8 @@ class TrainState:
     seed: int = 0
     stage: str = ""
     stage_updates: int = 0
+    drawn: int | None = None
+    drawn_ahead: tuple[int, ...] = ()
 
     @property
     def number(self) -> int:

@@ -7,6 +7,7 @@ compare `tensor.type()` with `torch.cuda.*` are listed in `TENSOR_METHOD_SITES`.
 installed and the same project code runs on the GPU.
 """
 
+import contextlib
 import functools
 import importlib
 import os
@@ -27,6 +28,8 @@ PORTED_MODULES = {
     "megatron.core.models.common.language_module.language_module": "tied embedding on the last pipeline stage",
     "megatron.core.transformer.attention": "parameters built on the current device",
     "megatron.core.distributed.param_and_grad_buffer": "gradient and parameter buffers",
+    "megatron.core.transformer.moe.router": "the router's weight",
+    "megatron.core.transformer.moe.token_dispatcher": "the side stream of copies to the host",
     "megatron.core.optimizer.optimizer": "scale and overflow scalars",
     "megatron.core.optimizer.grad_scaler": "the loss scale",
     "megatron.core.optimizer.clip_grads": "gradient-norm scalars",
@@ -86,6 +89,8 @@ def install_cpu_port() -> None:
         module.torch = view
     random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher.maybe_move_tensor_to_cpu = _as_host_value
     for name, path in TENSOR_METHOD_SITES:
         owner: Any = importlib.import_module(name)
         *parents, attribute = path.split(".")
@@ -131,9 +136,30 @@ def _cpu_view() -> types.ModuleType:
         set_rng_state=lambda state, device="cuda": torch.set_rng_state(state),
         manual_seed=torch.manual_seed,
         random=random,
+        Stream=_Stream,
+        stream=contextlib.nullcontext,
+        current_stream=_Stream,
     )
     allocators = {name: on_cpu(getattr(torch, name)) for name in ("tensor", "zeros", "ones", "empty", "full", "empty_like")}
     return _View(torch, cuda=cuda, **allocators)
+
+
+class _Stream:
+    """The one order in which a CPU computes: nothing runs beside it, so there is nothing to wait for."""
+
+    def wait_stream(self, stream: "_Stream") -> None:
+        return None
+
+    def record_event(self) -> "_Stream":
+        return self
+
+    def synchronize(self) -> None:
+        return None
+
+
+def _as_host_value(value: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """megatron-core's `maybe_move_tensor_to_cpu`, which leaves a tensor on the CPU a tensor even where numbers are needed."""
+    return value.numpy() if as_numpy and isinstance(value, torch.Tensor) else value
 
 
 class _TensorsCountAsCuda(TorchFunctionMode):

@@ -16,13 +16,15 @@ from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError, PrecisionError
 from megatron_rl.perturbation.logits import LogitPerturbation
 from megatron_rl.perturbation.plan import LayerNoise, layer_noise
+from megatron_rl.policy.experts import check_experts
 from megatron_rl.policy.logprobs import token_scores
 from megatron_rl.policy.modules import HAVE_TE, block_spec
 from megatron_rl.policy.packing import Shard
 from megatron_rl.policy.parallel import Mesh
 from megatron_rl.policy.quantised import transformer_engine_recipe
+from megatron_rl.policy.routing import prepare_experts
 from megatron_rl.precision.plan import DTYPES, resolve
-from megatron_rl.weights.families.base import ModelShape
+from megatron_rl.weights.families.base import Experts, ModelShape
 from megatron_rl.weights.layouts import padded_vocab
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -110,7 +112,7 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
         num_attention_heads=shape.num_heads,
         num_query_groups=shape.num_kv_heads,
         kv_channels=shape.head_dim,
-        ffn_hidden_size=shape.ffn_hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size if shape.experts is None else shape.experts.ffn_hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_eps,
         gated_linear_unit=True,
@@ -147,12 +149,33 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
         # The loss is already divided by the global denominator: gradients are plain sums over micro-batches and ranks.
         calculate_per_token_loss=True,
         **RECOMPUTE[parallel.recompute],
+        **({} if shape.experts is None else _mixture(shape.experts, parallel.expert)),
         **(transformer_engine_recipe(config, resolve(config.precision, shape.num_layers)) if HAVE_TE else {}),
     )
 
 
+def _mixture(experts: Experts, expert_parallel: int) -> dict[str, Any]:
+    """megatron-core's words for a router and its experts. No loss balances them: it would be part of every objective."""
+    return {
+        "num_moe_experts": experts.count,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_router_topk": experts.per_token,
+        # Softmax over all experts before the choice, or over the chosen ones after it.
+        "moe_router_pre_softmax": not experts.norm_topk_prob,
+        "moe_router_score_function": "softmax",
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": HAVE_TE,
+        "expert_model_parallel_size": expert_parallel,
+        "expert_tensor_parallel_size": 1,
+    }
+
+
 def build_chunks(config: Config, shape: ModelShape, mesh: Mesh) -> list[PolicyModel]:
     """This rank's model chunks (one, or `virtual_pipeline` of them), parameters unset, on the mesh's device."""
+    check_experts(config, shape)
     plan = resolve(config.precision, shape.num_layers)
     tf_config = transformer_config(config, shape)
     noise = layer_noise(config.alp, shape.num_layers)
@@ -182,6 +205,7 @@ def build_chunks(config: Config, shape: ModelShape, mesh: Mesh) -> list[PolicyMo
             noise=noise,
             fp32_head=config.precision.fp32_lm_head,
         )
+        prepare_experts(chunk)
         chunks.append(chunk.to(mesh.device))
     return chunks
 

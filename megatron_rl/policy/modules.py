@@ -155,10 +155,14 @@ class PackedAttention(MegatronModule):
 
 @dataclasses.dataclass
 class PackedStream(PackedSeqParams):
-    """megatron-core's packing parameters, the attention plan made from them, and the noise that layers add, if any."""
+    """megatron-core's packing parameters, the attention plan made from them, and the noise that layers add, if any.
+
+    routing [t, L, K]: experts to route this rank's tokens to in each layer, -1 where the router chooses; None: it always does.
+    """
 
     plan: AttentionPlan | None = None
     noise: Draw | None = None
+    routing: torch.Tensor | None = None
 
 
 def block_spec(
@@ -170,7 +174,9 @@ def block_spec(
     are quantised to, if anything; Transformer Engine's layers have that from `config`.
     """
     if HAVE_TE:
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        layer = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
+        )
         return layer if noise is None else perturbed(layer, noise)
     plain = _local_layer(config)
     operands = None if plan is None else operands_of(plan)
@@ -184,7 +190,9 @@ def block_spec(
 
 
 def _local_layer(config: TransformerConfig) -> ModuleSpec:
-    local = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    local = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
     attention = local.submodules.self_attention
     norms = {"q_layernorm": RMSNorm, "k_layernorm": RMSNorm} if config.qk_layernorm else {}
     return ModuleSpec(

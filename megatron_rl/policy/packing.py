@@ -21,14 +21,15 @@ PADDING_SEGMENT = 128  # padding is cut into short sequences: attention over one
 
 @dataclass(frozen=True)
 class Microbatch:
-    """One packed stream, whole (not cut over context parallel). All tensors [T], topk_* [T, K].
+    """One packed stream, whole (not cut over context parallel). All tensors [T], topk_* [T, K], routing [T, L, K] int32.
 
     tokens, labels, positions int64; seq_ids int64, the row of the trajectory in its batch, -1 on padding; ids int64, the
     id of the trajectory in the run, -1 on padding;
     source int64, the flat index in the batch of the label, -1 where nothing is predicted; mask, advantages,
     rewards, logmu, logold, logref, topk_logmu float32, topk_ids int64 (the last five None when the batch has none).
     advantages: the batch's token_advantages where it has them, else those of the trajectory on each of its tokens;
-    rewards likewise of the trajectory. cu_seqlens: host list, multiples of the alignment.
+    rewards likewise of the trajectory. routing: experts of the token at its own position, -1 where none are given and on
+    padding; None when the batch has none. cu_seqlens: host list, multiples of the alignment.
     """
 
     tokens: torch.Tensor
@@ -46,6 +47,7 @@ class Microbatch:
     logref: torch.Tensor | None = None
     topk_ids: torch.Tensor | None = None
     topk_logmu: torch.Tensor | None = None
+    routing: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,10 @@ def _stream(batch: Batch, rows: list[int], padded: np.ndarray, budget: int, alig
     def if_any(column: np.ndarray | None, dtype: type = np.float32) -> torch.Tensor | None:
         return None if column is None else shifted(column, dtype)
 
+    routing = None
+    if batch.routing is not None:
+        routing = np.full((budget, *batch.routing.shape[1:]), -1, dtype=np.int32)
+        routing[real] = batch.routing[flat[real]]
     tokens = np.zeros(budget, dtype=np.int64)
     tokens[real] = batch.tokens[flat[real]]
     source = np.where(predicts, flat + 1, -1)
@@ -145,6 +151,7 @@ def _stream(batch: Batch, rows: list[int], padded: np.ndarray, budget: int, alig
         logref=if_any(batch.logref),
         topk_ids=if_any(batch.topk_ids, np.int64),
         topk_logmu=if_any(batch.topk_logmu),
+        routing=None if routing is None else torch.from_numpy(routing),
     )
 
 
@@ -161,13 +168,18 @@ def zigzag_index(cu_seqlens: list[int], cp_size: int, cp_rank: int) -> torch.Ten
     return torch.from_numpy(np.flatnonzero((chunk == cp_rank) | (chunk == 2 * cp_size - 1 - cp_rank)))
 
 
-def noise_rows(micro: Microbatch, *, cp_size: int, cp_rank: int, sp_size: int, sp_rank: int) -> NoiseRows:
-    """The tokens whose hidden states this rank holds: its context-parallel slice, of that its sequence-parallel part.
+def held_rows(micro: Microbatch, *, cp_size: int, cp_rank: int, sp_size: int, sp_rank: int) -> torch.Tensor:
+    """Positions of the stream whose hidden states this rank holds: its context-parallel slice, of that its
+    sequence-parallel part.
 
     sp_size: ranks that cut it, 1 without sequence parallelism.
     """
-    index = zigzag_index(micro.cu_seqlens, cp_size, cp_rank)
-    own = index.view(sp_size, -1)[sp_rank]
+    return zigzag_index(micro.cu_seqlens, cp_size, cp_rank).view(sp_size, -1)[sp_rank]
+
+
+def noise_rows(micro: Microbatch, *, cp_size: int, cp_rank: int, sp_size: int, sp_rank: int) -> NoiseRows:
+    """The tokens of `held_rows`."""
+    own = held_rows(micro, cp_size=cp_size, cp_rank=cp_rank, sp_size=sp_size, sp_rank=sp_rank)
     return NoiseRows(micro.positions[own], micro.ids[own])
 
 

@@ -109,6 +109,9 @@ def initialize(config: ParallelConfig, device: torch.device, seed: int) -> Mesh:
         pipeline_model_parallel_size=config.pipeline,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
         context_parallel_size=config.context,
+        # An expert is small: it lives whole on a rank, and ranks that cut the other matrices hold different experts.
+        expert_model_parallel_size=config.expert,
+        expert_tensor_parallel_size=1,
     )
     model_parallel_cuda_manual_seed(seed)
     assert _control is not None

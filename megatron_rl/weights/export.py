@@ -1,6 +1,7 @@
 """The model's parameters -> Hugging Face tensors on global rank 0, one tensor at a time, from any parallel layout."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from megatron_rl.weights.families import Family, ModelShape
 from megatron_rl.weights.plan import Entry, entries, local_parameters
 
 Holdings = tuple[int, dict[str, tuple[int, ...]]]
-"""What a rank contributes: its tensor-parallel rank, and the local shape of each parameter it holds."""
+"""What a rank contributes: its tensor-parallel rank, and the local shape of each parameter it is to send."""
 
 
 def export_weights(
@@ -27,8 +28,8 @@ def export_weights(
 
     Yields (Hugging Face name, tensor in `dtypes[name]` on global rank 0, None elsewhere) in the same order on every
     rank. Tied embeddings come once. A tensor may share memory with a parameter: use it before the next update.
-    Only one replica (data- and context-parallel rank 0) takes part. Peak extra memory: one mcore parameter, whole,
-    on the rank that merges it, and one Hugging Face tensor on rank 0.
+    Only one replica (data- and context-parallel rank 0; for experts expert-data-parallel rank 0) takes part. Peak extra
+    memory: one mcore parameter, whole, on the rank that merges it, and one Hugging Face tensor on rank 0.
 
     dtypes: the same on every rank. control: group over all ranks for one exchange of names (default: the world).
     Raises CheckpointError, on every rank alike, when the ranks together do not hold the model of the table.
@@ -38,38 +39,42 @@ def export_weights(
     if untyped:
         raise CheckpointError(f"no dtype is given for tensor '{untyped[0]}' of the export")
     parameters = {name: parameter for name, (_, parameter) in local_parameters(chunks, entries(family, shape)).items()}
-    owners = _owners(plan, _exchange(parameters, control), parallel_state.get_tensor_model_parallel_world_size())
+    experts = {entry.mcore for entry in plan if entry.expert is not None}
+    owners = _owners(plan, _exchange(parameters, experts, control), parallel_state.get_tensor_model_parallel_world_size())
     return _stream(plan, parameters, owners, dtypes)
 
 
-def _exchange(parameters: Mapping[str, nn.Parameter], control: dist.ProcessGroup | None) -> list[Holdings | None]:
-    """What every rank holds, in rank order; None for the replicas that stay out."""
-    taking_part = parallel_state.get_data_parallel_rank() == 0 and parallel_state.get_context_parallel_rank() == 0
-    mine: Holdings | None = None
-    if taking_part:
-        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        mine = (parallel_state.get_tensor_model_parallel_rank(), shapes)
-    holdings: list[Holdings | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(holdings, mine, group=control)
+def _exchange(
+    parameters: Mapping[str, nn.Parameter], experts: AbstractSet[str], control: dist.ProcessGroup | None
+) -> list[Holdings]:
+    """What every rank sends, in rank order: replicas stay out. Experts have replicas of their own."""
+    first = parallel_state.get_data_parallel_rank() == 0 and parallel_state.get_context_parallel_rank() == 0
+    first_of_experts = parallel_state.get_expert_data_parallel_rank() == 0
+    shapes = {
+        name: tuple(parameter.shape)
+        for name, parameter in parameters.items()
+        if (first_of_experts if name in experts else first)
+    }
+    holdings: list[Holdings] = [(0, {})] * dist.get_world_size()
+    dist.all_gather_object(holdings, (parallel_state.get_tensor_model_parallel_rank(), shapes), group=control)
     return holdings
 
 
-def _owners(plan: Sequence[Entry], holdings: Sequence[Holdings | None], tp_size: int) -> dict[str, list[int]]:
+def _owners(plan: Sequence[Entry], holdings: Sequence[Holdings], tp_size: int) -> dict[str, list[int]]:
     """mcore name -> the global ranks that hold its shards, in tensor-parallel order. The same on every rank."""
     holders: dict[str, list[tuple[int, int, tuple[int, ...]]]] = {}
     for rank, held in enumerate(holdings):
-        if held is not None:
-            for name, local in held[1].items():
-                holders.setdefault(name, []).append((held[0], rank, local))
+        for name, local in held[1].items():
+            holders.setdefault(name, []).append((held[0], rank, local))
     owners = {}
     for entry in plan:
         found = sorted(holders.get(entry.mcore, []))
-        if [tp_rank for tp_rank, _, _ in found] != list(range(tp_size)):
+        size = entry.cut(tp_size)
+        if len(found) != size or (entry.expert is None and [tp_rank for tp_rank, _, _ in found] != list(range(size))):
             ranks = [rank for _, rank, _ in found]
-            raise CheckpointError(
-                f"parameter '{entry.mcore}' is held by ranks {ranks}, not by one tensor-parallel group of {tp_size}"
-            )
-        expected = entry.rule.layout.local_shape(tp_size)
+            holder = "one rank" if entry.expert is not None else f"one tensor-parallel group of {size}"
+            raise CheckpointError(f"parameter '{entry.mcore}' is held by ranks {ranks}, not by {holder}")
+        expected = entry.rule.layout.local_shape(size)
         for _, rank, local in found:
             if local != expected:
                 raise CheckpointError(f"parameter '{entry.mcore}' has shape {list(local)} on rank {rank}, not {list(expected)}")

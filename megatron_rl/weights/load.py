@@ -22,7 +22,7 @@ def load_weights(
     """
     held = local_parameters(chunks, entries(family, shape))
     for name, (entry, parameter) in held.items():
-        expected = entry.rule.layout.local_shape(tp_size)
+        expected = entry.rule.layout.local_shape(entry.cut(tp_size))
         if tuple(parameter.shape) != expected:
             raise CheckpointError(
                 f"parameter '{name}' of the model has shape {list(parameter.shape)} on tensor-parallel rank {tp_rank} "
@@ -31,4 +31,5 @@ def load_weights(
     with torch.no_grad():
         for entry, parameter in held.values():
             sources = [folder.reader(name) for name in entry.rule.hf]
-            parameter.copy_(entry.rule.layout.read(sources, tp_rank, tp_size))
+            size = entry.cut(tp_size)
+            parameter.copy_(entry.rule.layout.read(sources, tp_rank % size, size))

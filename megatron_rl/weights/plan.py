@@ -1,5 +1,6 @@
 """The name table of one model, resolved: against a folder's headers before a model exists, and against its chunks after."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_rl.errors import CheckpointError
+from megatron_rl.errors import CheckpointError, ConfigError
 from megatron_rl.perturbation.names import is_sigma
 from megatron_rl.weights.families import Family, HFConfig, ModelShape, Rule, family_of
 from megatron_rl.weights.hf import HFFolder
@@ -15,18 +16,25 @@ from megatron_rl.weights.layouts import check_divides
 
 _COMPARE_BYTES = 64 * 2**20
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# An expert's index in a parameter of a layer: `local_experts.3.linear_fc1.weight`; Transformer Engine: `linear_fc1.weight3`.
+_EXPERT = re.compile(r"(mlp\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)(|\..*)")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A rule with its layer filled in; `layer` is the global index, None outside the layers."""
+    """A rule with its layer and expert filled in; both are global indices, None outside the layers and the experts."""
 
     rule: Rule
     layer: int | None
+    expert: int | None = None
 
     @property
     def mcore(self) -> str:
         return self.rule.mcore
+
+    def cut(self, tensor_parallel: int) -> int:
+        """How many ranks hold a part each: an expert is whole on its rank."""
+        return tensor_parallel if self.expert is None else 1
 
 
 def entries(family: Family, shape: ModelShape) -> tuple[Entry, ...]:
@@ -35,15 +43,15 @@ def entries(family: Family, shape: ModelShape) -> tuple[Entry, ...]:
     layered = [rule for rule in rules if rule.stage == "layer"]
     return (
         *(Entry(rule, None) for rule in rules if rule.stage == "first"),
-        *(Entry(_in_layer(rule, layer), layer) for layer in range(shape.num_layers) for rule in layered),
+        *(entry for layer in range(shape.num_layers) for rule in layered for entry in _in_layer(rule, layer, shape)),
         *(Entry(rule, None) for rule in rules if rule.stage == "last"),
     )
 
 
-def check_folder(folder: HFFolder, *, tensor_parallel: int) -> tuple[Family, ModelShape]:
+def check_folder(folder: HFFolder, *, tensor_parallel: int, expert_parallel: int = 1) -> tuple[Family, ModelShape]:
     """Check a folder against its family's table, from the headers alone, before any model is built.
 
-    Raises ConfigError for an unsupported model or a tensor-parallel size that does not divide it, CheckpointError
+    Raises ConfigError for an unsupported model or a tensor- or expert-parallel size that does not divide it, CheckpointError
     for a missing or unknown tensor or one of the wrong shape. The one case that reads data: an `lm_head.weight`
     stored although the embeddings are tied must be identical to the embedding.
     """
@@ -51,7 +59,9 @@ def check_folder(folder: HFFolder, *, tensor_parallel: int) -> tuple[Family, Mod
     family = family_of(folder.config, where)
     shape = family.shape_from_config(HFConfig(folder.config, where))
     plan = entries(family, shape)
-    check_divides({key: count for entry in plan for key, count in entry.rule.layout.units.items()}, tensor_parallel)
+    cut = [entry for entry in plan if entry.expert is None]
+    check_divides({key: count for entry in cut for key, count in entry.rule.layout.units.items()}, tensor_parallel)
+    _check_experts(shape, expert_parallel, where)
     known = {name for entry in plan for name in entry.rule.hf}
     for entry in plan:
         for name, expected in zip(entry.rule.hf, entry.rule.layout.shapes, strict=True):
@@ -101,12 +111,23 @@ def local_parameters(chunks: Sequence[nn.Module], plan: Sequence[Entry]) -> dict
     return held
 
 
-def _in_layer(rule: Rule, layer: int) -> Rule:
-    def fill(name: str) -> str:
-        return name.replace("{layer}", str(layer))
+def _in_layer(rule: Rule, layer: int, shape: ModelShape) -> Iterator[Entry]:
+    experts = range(shape.experts.count) if rule.per_expert and shape.experts is not None else (None,)
+    for expert in experts:
 
-    fused = None if rule.fused is None else fill(rule.fused)
-    return replace(rule, mcore=fill(rule.mcore), hf=tuple(fill(name) for name in rule.hf), fused=fused)
+        def fill(name: str, expert: int | None = expert) -> str:
+            return name.replace("{layer}", str(layer)).replace("{expert}", str(expert))
+
+        fused = None if rule.fused is None else fill(rule.fused)
+        filled = replace(rule, mcore=fill(rule.mcore), hf=tuple(fill(name) for name in rule.hf), fused=fused)
+        yield Entry(filled, layer, expert)
+
+
+def _check_experts(shape: ModelShape, expert_parallel: int, where: str) -> None:
+    if shape.experts is None and expert_parallel > 1:
+        raise ConfigError(f"parallel.expert = {expert_parallel} spreads experts, and {where} is a dense model: set it to 1")
+    if shape.experts is not None and shape.experts.count % expert_parallel:
+        raise ConfigError(f"parallel.expert = {expert_parallel} does not divide num_experts = {shape.experts.count} of {where}")
 
 
 def _check_tensor(folder: HFFolder, name: str, expected: tuple[int, ...]) -> None:
@@ -150,20 +171,26 @@ def _unwrap(chunk: nn.Module) -> Any:
 
 
 def _global_name(body: Any, name: str) -> str:
-    """Local layer index -> global: a pipeline stage numbers its own layers from 0."""
+    """Local indices -> global: a pipeline stage numbers its own layers from 0, an expert-parallel rank its own experts."""
     head, _, rest = name.partition("decoder.layers.")
     if head or not rest:
         return name
     index, _, rest = rest.partition(".")
-    return f"decoder.layers.{body.decoder.layers[int(index)].layer_number - 1}.{rest}"
+    layer = body.decoder.layers[int(index)]
+    expert = _EXPERT.fullmatch(rest)
+    if expert is not None:
+        rest = f"{expert[1]}{layer.mlp.local_expert_indices[int(expert[2])]}{expert[3]}"
+    return f"decoder.layers.{layer.layer_number - 1}.{rest}"
 
 
 def _expected(body: Any, plan: Sequence[Entry]) -> Iterator[Entry]:
     """The entries a chunk must hold, by what it is: first stage, last stage, which layers."""
-    layers = {layer.layer_number - 1 for layer in body.decoder.layers}
+    layers = {layer.layer_number - 1: layer for layer in body.decoder.layers}
     for entry in plan:
         if entry.layer is not None:
-            wanted = entry.layer in layers
+            wanted = entry.layer in layers and (
+                entry.expert is None or entry.expert in layers[entry.layer].mlp.local_expert_indices
+            )
         elif entry.rule.stage == "first":
             wanted = body.pre_process
         else:  # a tied model on one stage has no output layer of its own

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_rl.training.tiny import make_tokenizer
+from tests.models import make_qwen3_moe
 from tests.unit.char_tokenizer import char_tokenizer
 
 ARITHMETIC = "012+-="
@@ -38,6 +39,15 @@ def make_model(folder: Path, tokenizer: PreTrainedTokenizerFast, *, layers: int 
 def make_arithmetic_model(folder: Path) -> Path:
     """Nine tokens in all, so that random answers to `1+1=` are right now and then and there is something to learn."""
     return make_model(folder, char_tokenizer(ARITHMETIC))
+
+
+def make_arithmetic_mixture(folder: Path) -> Path:
+    """The same with four experts in each layer, two for a token."""
+    tokenizer = char_tokenizer(ARITHMETIC)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    make_qwen3_moe(folder, vocab=len(tokenizer), layers=2, experts=4, **ends)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def make_math_model(folder: Path, questions: list[str]) -> Path:

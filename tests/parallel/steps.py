@@ -59,7 +59,7 @@ def make_policy(model: Path, layout: dict[str, Any], **sections: Any) -> Policy:
             "model": {"path": str(model)},
             "parallel": layout,
             "optimizer": {**OPTIMIZER, **sections.pop("optimizer", {})},
-            "rollout": {"max_prompt_tokens": 100, "max_new_tokens": 92, "temperature": 0.7},
+            "rollout": {"max_prompt_tokens": 100, "max_new_tokens": 92, "temperature": 0.7, **sections.pop("rollout", {})},
             **sections,
         }
     )
@@ -103,9 +103,11 @@ def _divide_by_local_counts(policy: Policy) -> None:
     policy._loss = local_mean  # type: ignore[method-assign]
 
 
-def noted_update(policy: Policy, tensors: Callable[..., dict[str, np.ndarray]]) -> tuple[UpdateStats, dict[str, np.ndarray]]:
+def noted_update(
+    policy: Policy, tensors: Callable[..., dict[str, np.ndarray]], batch: Batch | None = None
+) -> tuple[UpdateStats, dict[str, np.ndarray]]:
     """One update, and the gradients it was made of, on rank 0. tensors: `exported`, or what else names parameters so."""
-    batch, objective = make_batch(), make_objective(OBJECTIVE)
+    objective = make_objective(OBJECTIVE)
     grads: dict[str, np.ndarray] = {}
     optimizer_step = policy.optimizer.step
 
@@ -114,7 +116,7 @@ def noted_update(policy: Policy, tensors: Callable[..., dict[str, np.ndarray]]) 
         optimizer_step(grad_norm)
 
     policy.optimizer.step = noting_step  # type: ignore[method-assign]
-    return policy.update(batch, objective, objective.norm), grads
+    return policy.update(batch or make_batch(), objective, objective.norm), grads
 
 
 def step(model: Path, layout: dict[str, Any], sabotage: str | None = None, **sections: Any) -> dict[str, Any]:

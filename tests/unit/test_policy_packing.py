@@ -1,7 +1,7 @@
 """Packing loses nothing, repeats nothing and shifts every column to the position that predicts its token."""
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_rl.errors import UserError
 from megatron_rl.policy.modules import AttentionPlan, plan_attention
-from megatron_rl.policy.packing import pack, shard, to_device, zigzag_index
+from megatron_rl.policy.packing import held_rows, pack, shard, to_device, zigzag_index
 from megatron_rl.types import Batch
 
 BUDGET = 48
@@ -46,6 +46,7 @@ def batch_of(lengths: list[int], seed: int = 0, *, columns: bool = True) -> Batc
         logref=column(),
         topk_ids=rng.permutation(3 * total).reshape(total, 3).astype(np.int32) if columns else None,
         topk_logmu=distinct(total, 3) * mask[:, None] if columns else None,
+        routing=rng.permutation(6 * total).reshape(total, 3, 2).astype(np.int32) if columns else None,
     )
 
 
@@ -223,6 +224,22 @@ def test_every_query_sees_its_own_past_and_nothing_else(batch, cp_size):
         assert torch.equal(visible(plan, len(index), budget), past & (sequence[gathered][None] == sequence[index][:, None]))
         order = torch.cat([group.queries for group in plan.groups])
         assert torch.equal(order[plan.inverse], torch.arange(len(index)))
+
+
+@given(batches, st.sampled_from([1, 2]), st.sampled_from([1, 2, 4]))
+def test_every_token_finds_its_own_experts_on_the_one_rank_that_holds_its_hidden_state(batch, cp_size, sp_size):
+    """Experts belong to the token that is put in: unlike labels they are not shifted."""
+    budget = BUDGET + 2 * cp_size * sp_size
+    seen = np.zeros(len(batch.tokens), dtype=int)
+    for micro in pack(batch, budget=budget // (2 * cp_size * sp_size) * 2 * cp_size * sp_size, align=2 * cp_size, multiple=1):
+        for cp_rank, sp_rank in product(range(cp_size), range(sp_size)):
+            own = held_rows(micro, cp_size=cp_size, cp_rank=cp_rank, sp_size=sp_size, sp_rank=sp_rank)
+            real = micro.seq_ids[own] >= 0
+            flat = batch.cu_seqlens[micro.seq_ids[own][real]] + micro.positions[own][real].numpy()
+            assert np.array_equal(micro.routing[own][real].numpy(), batch.routing[flat])
+            assert (micro.routing[own][~real] == -1).all()
+            np.add.at(seen, flat, 1)
+    assert (seen == 1).all()
 
 
 def test_moving_to_a_device_keeps_every_column():

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_rl.errors import ConfigError
-from megatron_rl.weights.families.base import Family, HFConfig, ModelShape, Rule
+from megatron_rl.weights.families.base import Experts, Family, HFConfig, ModelShape, Rule
 from megatron_rl.weights.families.qwen3 import QWEN3
+from megatron_rl.weights.families.qwen3_moe import QWEN3_MOE
 
-__all__ = ["FAMILIES", "Family", "HFConfig", "ModelShape", "Rule", "family_of"]
+__all__ = ["FAMILIES", "Experts", "Family", "HFConfig", "ModelShape", "Rule", "family_of"]
 
-FAMILIES: tuple[Family, ...] = (QWEN3,)
+FAMILIES: tuple[Family, ...] = (QWEN3, QWEN3_MOE)
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:

@@ -13,8 +13,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """The mixture of experts in place of every layer's feed-forward network.
+
+    count: experts of a layer, of which `per_token` compute a token, each `ffn_hidden_size` wide. norm_topk_prob: the gates of
+    a token's experts are a softmax over them alone; otherwise over all experts, and add up to less than 1.
+    """
+
+    count: int
+    per_token: int
+    ffn_hidden_size: int
+    norm_topk_prob: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Everything about a model that its parameters and its forward pass depend on."""
+    """Everything about a model that its parameters and its forward pass depend on. experts: None for a dense model."""
 
     num_layers: int
     hidden_size: int
@@ -30,14 +44,16 @@ class ModelShape:
     tied_embeddings: bool
     max_position_embeddings: int
     dtype: torch.dtype
+    experts: Experts | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
     """One line of a name table: an mcore parameter and the Hugging Face tensors it is made of.
 
-    Names hold `{layer}` where there is one per layer. fused: the parameter's name under Transformer Engine's layer
-    spec, where norms live inside the linear that follows. exported: False for a copy of another rule's tensor.
+    Names hold `{layer}` where there is one per layer, and `{expert}` where there is one per expert of it. fused: the
+    parameter's name under Transformer Engine's layer spec, where norms live inside the linear that follows. exported: False
+    for a copy of another rule's tensor.
     """
 
     mcore: str
@@ -52,6 +68,11 @@ class Rule:
         if "{layer}" in self.mcore:
             return "layer"
         return "first" if self.mcore.startswith("embedding.") else "last"
+
+    @property
+    def per_expert(self) -> bool:
+        """Spread over expert-parallel ranks, whole experts each: tensor parallelism does not cut it."""
+        return "{expert}" in self.mcore
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ from megatron_rl.weights.families.base import Family, HFConfig, ModelShape, Rule
 from megatron_rl.weights.layouts import QKV, GateUp, Replicated, Row, VocabRows
 
 
-def _shape(config: HFConfig) -> ModelShape:
+def read_shape(config: HFConfig) -> ModelShape:
+    """What Qwen3 models with and without experts have in common."""
     config.demand("hidden_act", ("silu",))
     config.demand("attention_bias", (False, None))
     config.no_sliding_window()
@@ -33,14 +34,16 @@ def _shape(config: HFConfig) -> ModelShape:
     return shape
 
 
-def _rules(s: ModelShape) -> tuple[Rule, ...]:
-    mcore, hf = "decoder.layers.{layer}.", "model.layers.{layer}."
+MCORE, HF = "decoder.layers.{layer}.", "model.layers.{layer}."
+
+
+def table(s: ModelShape, feed_forward: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """The name table of a Qwen3 model; feed_forward: what follows the attention of each layer, its norm included."""
+    mcore, hf = MCORE, HF
     hidden, head = Replicated((s.hidden_size,)), Replicated((s.head_dim,))
     vocab = VocabRows(s.vocab_size, s.hidden_size)
     qkv = QKV(s.num_heads, s.num_kv_heads, s.head_dim, (s.hidden_size,))
     attention_out = Row((s.hidden_size, s.num_heads * s.head_dim), "num_attention_heads * head_dim")
-    gate_up = GateUp(s.ffn_hidden_size, s.hidden_size)
-    down = Row((s.hidden_size, s.ffn_hidden_size), "intermediate_size")
     embedding = "model.embed_tokens.weight"
     # A tied model on several pipeline stages keeps a copy of the embedding as the last stage's output layer.
     output = (
@@ -64,17 +67,29 @@ def _rules(s: ModelShape) -> tuple[Rule, ...]:
         Rule(mcore + "self_attention.q_layernorm.weight", (hf + "self_attn.q_norm.weight",), head),
         Rule(mcore + "self_attention.k_layernorm.weight", (hf + "self_attn.k_norm.weight",), head),
         Rule(mcore + "self_attention.linear_proj.weight", (hf + "self_attn.o_proj.weight",), attention_out),
-        Rule(
-            mcore + "pre_mlp_layernorm.weight",
-            (hf + "post_attention_layernorm.weight",),
-            hidden,
-            fused=mcore + "mlp.linear_fc1.layer_norm_weight",
-        ),
-        Rule(mcore + "mlp.linear_fc1.weight", (hf + "mlp.gate_proj.weight", hf + "mlp.up_proj.weight"), gate_up),
-        Rule(mcore + "mlp.linear_fc2.weight", (hf + "mlp.down_proj.weight",), down),
+        *feed_forward,
         Rule("decoder.final_layernorm.weight", ("model.norm.weight",), hidden),
         Rule(output[0], output[1], vocab, exported=output[2]),
     )
 
 
-QWEN3 = Family(architectures=("Qwen3ForCausalLM",), shape_from_config=_shape, rules=_rules)
+def _rules(s: ModelShape) -> tuple[Rule, ...]:
+    gate_up = GateUp(s.ffn_hidden_size, s.hidden_size)
+    down = Row((s.hidden_size, s.ffn_hidden_size), "intermediate_size")
+    norm = Rule(
+        MCORE + "pre_mlp_layernorm.weight",
+        (HF + "post_attention_layernorm.weight",),
+        Replicated((s.hidden_size,)),
+        fused=MCORE + "mlp.linear_fc1.layer_norm_weight",
+    )
+    return table(
+        s,
+        (
+            norm,
+            Rule(MCORE + "mlp.linear_fc1.weight", (HF + "mlp.gate_proj.weight", HF + "mlp.up_proj.weight"), gate_up),
+            Rule(MCORE + "mlp.linear_fc2.weight", (HF + "mlp.down_proj.weight",), down),
+        ),
+    )
+
+
+QWEN3 = Family(architectures=("Qwen3ForCausalLM",), shape_from_config=read_shape, rules=_rules)

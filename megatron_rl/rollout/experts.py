@@ -1,0 +1,54 @@
+"""Which experts the embedded engine's model chose: what its routers say while it runs."""
+
+import base64
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+ROUTED = ("qwen3_moe",)  # model types whose routers answer (logits, gates, chosen experts)
+
+
+def has_experts(config: PreTrainedConfig) -> bool:
+    """Whether `recorded` knows the model's routers."""
+    return config.model_type in ROUTED
+
+
+@contextmanager
+def recorded(model: nn.Module, wanted: bool) -> Iterator["Choices"]:
+    """Notes the experts of one forward pass inside; costs nothing where none are wanted."""
+    choices = Choices()
+    body: Any = model
+    routers = [layer.mlp.gate for layer in body.model.layers] if wanted else []
+    hooks = [router.register_forward_hook(choices.note) for router in routers]
+    try:
+        yield choices
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Choices:
+    """Experts of one forward pass, layer after layer."""
+
+    def __init__(self) -> None:
+        self._layers: list[torch.Tensor] = []
+
+    def note(self, router: nn.Module, args: Any, out: tuple[torch.Tensor, ...]) -> None:
+        self._layers.append(out[2])
+
+    def of(self, rows: int) -> np.ndarray | None:
+        """[rows, tokens, L, K] int16, None when none were wanted."""
+        if not self._layers:
+            return None
+        stacked = torch.stack(self._layers, 1)
+        return stacked.view(rows, -1, *stacked.shape[1:]).to("cpu", torch.int16).numpy()
+
+
+def encoded(routing_TLK: np.ndarray) -> str:
+    """As SGLang sends them: int32 in base64."""
+    return base64.b64encode(np.ascontiguousarray(routing_TLK, dtype=np.int32).tobytes()).decode("ascii")
