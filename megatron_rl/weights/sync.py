@@ -1,31 +1,27 @@
-"""Weights from the trainer to the engines through a folder both can read, as one transaction per version."""
+"""Weights from the trainer to the engines, over any transport, as one transaction per version."""
 
-import os
-import shutil
-import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
 
 from megatron_rl.errors import CheckpointError, EngineError, MegatronRLError, UserError
-from megatron_rl.weights.hf import HFFolder, write_hf_folder
+from megatron_rl.weights.hf import HFFolder
 from megatron_rl.weights.quantised import is_finite
-from megatron_rl.weights.transaction import Engines, Version, load_version, update_engines
-
-_SHARED_MEMORY = Path("/dev/shm")
-_PREFIX = "megatron_rl-weights-"
+from megatron_rl.weights.tally import Tally
+from megatron_rl.weights.transaction import Engines, Probe, Traits, Transaction, Version, confirm, foretold
+from megatron_rl.weights.transports.base import Transport, each
+from megatron_rl.weights.transports.disk import DiskTransport
 
 
 @dataclass(frozen=True, slots=True)
 class PushReport:
-    """A committed version. nbytes: of its tensors. dropped: engine -> reason, for engines that could not resume."""
+    """A committed version. nbytes: of its tensors. write_seconds: before engines were paused; update_seconds: since.
+    dropped: engine -> reason, for engines that could not resume."""
 
     version: int
     nbytes: int
@@ -34,35 +30,28 @@ class PushReport:
     dropped: dict[str, str]
 
 
-class DiskSync:
-    """Transactional weight updates over the disk transport.
+class WeightSync:
+    """Transactional weight updates.
 
     pool: the engines on global rank 0, None on the other ranks. source: the folder the engines started from; it is
-    version 0. staging: where versions are written (default: a private folder in /dev/shm when that has room, else in
-    the temporary folder; engines on other nodes need one they can read). keep: versions kept there, the committed
-    one included. group: the ranks that learn a push's outcome (default: the world when torch.distributed runs).
-    quantization: `quantization_config` of what is pushed, when that is codes and scales.
+    version 0. mode: of the engines' pause, `rollout.update_mode`. group: the ranks that learn a push's outcome (default:
+    the world when torch.distributed runs). probe: collective, scores a fixed text under the weights that are about to be
+    pushed; asked for when an engine's digests cannot be foretold.
     """
 
     def __init__(
         self,
         pool: Engines | None,
         source: HFFolder,
-        staging: Path | None = None,
-        keep: int = 2,
+        transport: Transport,
+        *,
+        mode: str = "retract",
         group: dist.ProcessGroup | None = None,
-        quantization: Mapping[str, Any] | None = None,
+        probe: Callable[[], Probe] | None = None,
     ) -> None:
-        if keep < 1:
-            raise UserError(f"keep is {keep}: the version the engines serve must be kept")
-        self._pool, self._source, self._keep, self._group = pool, source, keep, group
-        self._quantization = quantization
+        self._pool, self._transport, self._mode, self._group, self._probe = pool, transport, mode, group, probe
         self._committed = Version(0, source.path, None)
-        self._folders: list[Path] = []
-        self._private: Path | None = None
-        if pool is not None and staging is None:
-            self._private = staging = _private_folder(source.nbytes * (keep + 1))
-        self._staging = staging
+        self._traits: dict[str, Traits] = {}  # of the engines that confirmed the last push
 
     @property
     def version(self) -> int:
@@ -70,17 +59,30 @@ class DiskSync:
         return self._committed.number
 
     def push(self, tensors: Iterable[tuple[str, Tensor | None]], version: int) -> PushReport:
-        """Collective: write what `export_weights` or `WireTensors` yields, have every engine load and confirm it, commit.
+        """Collective: send what `export_weights` or `WireTensors` yields, have every engine confirm it, commit.
 
-        Every rank returns the same report or raises the same error: CheckpointError when the weights are not finite
-        or cannot be written (no engine was touched), EngineError naming engine and tensor when one did not confirm;
-        then the engines serve the version before, and those that could not be brought back are dropped.
+        Every rank returns the same report or raises the same error: CheckpointError when the weights are not finite or
+        cannot be written (over the disk transport no engine was touched then), EngineError naming engine and tensor when
+        one did not confirm. Engines then serve the version before; those that could not be brought back are dropped, or
+        kept from being routed to until a push succeeds.
         """
         stream = iter(tensors)
-        outcome: list[PushReport | MegatronRLError] = [EngineError("no engine pool on global rank 0: give DiskSync one there")]
+        outcome: list[PushReport | MegatronRLError] = [
+            EngineError("no engine pool on global rank 0: give WeightSync one there")
+        ]
+        traits: dict[str, Traits] = {}
+        unsure = False
         if self._pool is not None:
             try:
-                outcome = [self._push(self._pool, stream, version)]
+                self._check_version(version)
+                traits, outcome = self._look(self._pool, version), []
+                unsure = not all(foretold(found) for found in traits.values())
+            except MegatronRLError as error:
+                outcome = [error]
+        probe = self._probe() if self._probe is not None and self._agreed(unsure) else None
+        if self._pool is not None and not outcome:
+            try:
+                outcome = [self._push(self._pool, stream, version, traits, probe)]
             except MegatronRLError as error:
                 outcome = [error]
         for _ in stream:  # the export is collective: after a failure too, every rank runs it to its end
@@ -94,47 +96,88 @@ class DiskSync:
 
     def restore(self, url: str) -> None:
         """On global rank 0: bring one engine, a restarted one say, to the committed version. EngineError if it cannot."""
-        if self._pool is None:
-            raise UserError("restore is called on a rank without an engine pool: call it on global rank 0")
-        load_version(self._pool, url, self._committed, self._committed.digests)
+        pool = self._lead()
+        if self._committed.folder is None:
+            raise EngineError(f"weight version {self._committed.number} is in no folder: {url} has to wait for the next update")
+        pool.update_weights_from_disk(url, self._committed.folder, self._committed.number)
+        pool.flush(url)
+        confirm(pool, url, self._committed.number, self._committed.tally or Tally(plain=False), pool.traits(url))
+        pool.admit(url, self._committed.number)
+
+    def readmit(self) -> tuple[str, ...]:
+        """On global rank 0: let dropped engines that answer again take part in the next push; nothing is routed to them
+        before. Returns their urls."""
+        return tuple(self._lead().revive())
 
     def close(self) -> None:
-        """Remove the versions written so far. The engines keep serving from memory."""
-        for folder in self._folders:
-            shutil.rmtree(folder, ignore_errors=True)
-        self._folders.clear()
-        if self._private is not None:
-            shutil.rmtree(self._private, ignore_errors=True)
+        """Give back what the transport holds. The engines keep serving from memory."""
+        self._transport.close(self._pool)
 
-    def _push(self, pool: Engines, stream: Iterator[tuple[str, Tensor | None]], version: int) -> PushReport:
+    def _lead(self) -> Engines:
+        if self._pool is None:
+            raise UserError("this call is for global rank 0, which has the engine pool")
+        return self._pool
+
+    def _agreed(self, flag: bool) -> bool:
+        """Global rank 0's flag, on every rank."""
+        box = [flag]
+        if dist.is_initialized():
+            dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def _check_version(self, version: int) -> None:
         if version <= self._committed.number:
             raise UserError(f"weight version {version} does not follow version {self._committed.number}: versions only grow")
-        started = time.monotonic()
-        staged, nbytes = self._stage(stream, version)
-        written = time.monotonic()
-        try:
-            dropped = update_engines(pool, staged, self._committed)
-        except EngineError:
-            shutil.rmtree(staged.folder, ignore_errors=True)
-            raise
-        self._committed = staged
-        self._folders.append(staged.folder)
-        while len(self._folders) > self._keep:
-            shutil.rmtree(self._folders.pop(0), ignore_errors=True)
-        return PushReport(version, nbytes, written - started, time.monotonic() - written, dropped)
 
-    def _stage(self, stream: Iterator[tuple[str, Tensor | None]], version: int) -> tuple[Version, int]:
-        assert self._staging is not None
-        folder = self._staging / f"v{version:06d}"
+    def _look(self, pool: Engines, version: int) -> dict[str, Traits]:
+        """What the engines are that live."""
+        pool.drop_dead()
+        urls = list(pool.live_urls)
+        if not urls:
+            raise EngineError(f"weight version {version} has no engine to go to: every engine was dropped or none was started")
+        traits, mute = each(urls, lambda url: self._traits.get(url) or pool.traits(url))
+        self._traits = {}
+        if mute:
+            reasons = "; ".join(str(error) for error in mute.values())
+            raise EngineError(f"weight version {version} is not served ({reasons}). No engine was touched")
+        return traits
+
+    def _push(
+        self,
+        pool: Engines,
+        stream: Iterator[tuple[str, Tensor | None]],
+        version: int,
+        traits: Mapping[str, Traits],
+        probe: Probe | None,
+    ) -> PushReport:
+        started = time.monotonic()
+        plain = self._transport.in_buckets and any(found.embedded for found in traits.values())
+        tally = Tally(plain, {found.dtype for found in traits.values() if not found.embedded and foretold(found)})
         sent = _Counted(stream)
-        try:
-            digests = write_hf_folder(folder, sent, self._source, manifest_version=version, quantization=self._quantization)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"weight version {version} cannot be written to {folder} ({error}): "
-                "free space there or choose another staging folder"
-            ) from error
-        return Version(version, folder, digests), sent.nbytes
+        self._transport.prepare(iter(sent), version, tally)
+        written = time.monotonic()
+        update = Transaction(
+            pool, self._transport, tally, version, self._committed, traits=traits, mode=self._mode, probe=probe
+        )
+        dropped = update.run()
+        self._committed = Version(version, self._transport.commit(), tally)
+        self._traits = {url: found for url, found in traits.items() if url not in dropped}
+        return PushReport(version, sent.nbytes, written - started, time.monotonic() - written, dropped)
+
+
+class DiskSync(WeightSync):
+    """Weight updates through a folder; see DiskTransport for `staging`, `keep` and `quantization`."""
+
+    def __init__(
+        self,
+        pool: Engines | None,
+        source: HFFolder,
+        staging: Path | None = None,
+        keep: int = 2,
+        group: dist.ProcessGroup | None = None,
+        quantization: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(pool, source, DiskTransport(source, staging, keep, quantization), group=group)
 
 
 class _Counted:
@@ -154,14 +197,3 @@ class _Counted:
                 )
             self.nbytes += tensor.nbytes
             yield name, tensor
-
-
-def _private_folder(nbytes: int) -> Path:
-    """A folder named after this process; those of processes that were killed are removed first, for they hold memory."""
-    for place in (_SHARED_MEMORY, Path(tempfile.gettempdir())):
-        for folder in place.glob(f"{_PREFIX}*-*"):
-            owner = folder.name.removeprefix(_PREFIX).partition("-")[0]
-            if owner.isdigit() and not psutil.pid_exists(int(owner)):
-                shutil.rmtree(folder, ignore_errors=True)
-    roomy = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > nbytes
-    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_SHARED_MEMORY if roomy else None))

@@ -1,35 +1,67 @@
 """One weight update over all engines: every one confirms the new version, or all go back to the old one.
 
-An engine confirms by naming the version and the digest of every tensor it holds. An engine that can neither confirm
-the new version nor be brought back to the old one is dropped: it may hold anything. One whose memory was given back
-holds nothing at first, so it takes an update like the others, but may have nothing to go back to.
+An engine confirms by naming the version and the digest of every tensor it holds; one whose digests cannot be foretold
+(several ranks, a GPU, weights quantised by the engine) by the log-probabilities of a probe, and by having the digests
+that its like have. An engine that can neither confirm the new version nor be brought back to the old one is dropped if
+it may hold anything, or kept from being routed to until an update succeeds if it only lacks a way back. One whose memory
+was given back holds nothing at first, so it takes an update like the others, but may have nothing to go back to.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import NoReturn, Protocol
 
-from megatron_rl.errors import EngineError
+from megatron_rl.errors import EngineError, MegatronRLError
+from megatron_rl.weights.families.base import DTYPES
+from megatron_rl.weights.tally import Tally, first_difference
+from megatron_rl.weights.transports.base import Engines as Delivering
+from megatron_rl.weights.transports.base import Transport, each
 
-T = TypeVar("T")
 Digests = Mapping[str, str]
 
 
-class Engines(Protocol):
+class Traits(Protocol):
+    """What an engine says of itself; see `rollout.control.Traits`."""
+
+    @property
+    def embedded(self) -> bool: ...
+
+    @property
+    def ranks(self) -> int: ...
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def quantised(self) -> bool: ...
+
+
+class Engines(Delivering, Protocol):
     """The control calls of the rollout engines; each raises EngineError when the engine refuses or is gone."""
 
     @property
     def live_urls(self) -> Sequence[str]: ...
 
+    def traits(self, url: str) -> Traits: ...
+
     def drop_dead(self) -> None: ...
+
+    def drop(self, url: str, reason: str) -> None: ...
+
+    def hold(self, url: str, reason: str) -> None: ...
+
+    def admit(self, url: str, version: int) -> None: ...
+
+    def revive(self) -> Sequence[str]: ...
 
     def pause(self, url: str, mode: str) -> None: ...
 
     def resume(self, url: str) -> None: ...
-
-    def update_weights_from_disk(self, url: str, folder: Path, version: int) -> None: ...
 
     def weight_version(self, url: str) -> str: ...
 
@@ -37,118 +69,228 @@ class Engines(Protocol):
 
     def checksums(self, url: str) -> Digests: ...
 
-    def flush(self, url: str) -> None: ...
+    def score(self, url: str, tokens: Sequence[int]) -> Sequence[float]: ...
 
-    def drop(self, url: str, reason: str) -> None: ...
+    def flush(self, url: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """Weights an engine can load. digests: None for the folder the engines
-    started from, which they may serve in another dtype."""
+    """Weights that engines serve. folder: from which they can be loaded; None where nothing but the engines holds them.
+    tally: their digests; None for the folder the engines started from, which they may serve in another dtype."""
 
     number: int
-    folder: Path
-    digests: Digests | None = field(repr=False)
+    folder: Path | None
+    tally: Tally | None = field(repr=False)
 
 
-def update_engines(engines: Engines, new: Version, old: Version) -> dict[str, str]:
-    """Move every live engine from `old` to `new`, paused meanwhile (running requests are requeued).
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A fixed text, its log-probabilities under the trainer's weights at temperature 1 (one fewer), and how far an engine's
+    may be off on average."""
 
-    A dead engine serves nothing and is dropped beforehand; one that dies on the way fails the update.
-
-    Returns engine -> reason for engines that were dropped because they confirmed `new` but could not resume. Raises
-    EngineError, with every engine on `old` again or dropped, when one did not confirm, naming engine and tensor.
-    """
-    engines.drop_dead()
-    urls = list(engines.live_urls)
-    if not urls:
-        raise EngineError(f"weight version {new.number} has no engine to go to: every engine was dropped or none was started")
-    holds, mute = _each(urls, engines.holds_weights)
-    empty = {
-        url: EngineError(f"{url} held no weights before: its memory had been released")
-        for url in urls
-        if not holds.get(url, True)
-    }
-    if mute:
-        _abandon(engines, new, urls, empty, mute)
-    _, unpaused = _each(urls, lambda url: engines.pause(url, "retract"))
-    if unpaused:
-        _abandon(engines, new, urls, empty, unpaused)
-    before: Mapping[str, Digests] = {}
-    if old.digests is None:
-        before, silent = _each([url for url in urls if url not in empty], engines.checksums)
-        if silent:
-            _abandon(engines, new, urls, empty, silent)
-    _, refused = _each(urls, lambda url: load_version(engines, url, new, new.digests))
-    if refused:
-        lost = {} if old.digests is not None else empty  # a version whose digests are known can be loaded into any engine
-        back = [url for url in urls if url not in lost]
-        _, failed = _each(back, lambda url: load_version(engines, url, old, old.digests or before[url]))
-        _abandon(engines, new, urls, {**lost, **failed}, refused)
-    _, stuck = _each(urls, engines.resume)
-    dropped = {url: f"it holds weight version {new.number} but cannot resume: {error}" for url, error in stuck.items()}
-    for url, reason in dropped.items():
-        engines.drop(url, reason)
-    if len(dropped) == len(urls):
-        raise EngineError("no engine is left: " + "; ".join(f"{url}: {reason}" for url, reason in dropped.items()))
-    return dropped
+    tokens: tuple[int, ...]
+    logp: tuple[float, ...] = field(repr=False)
+    tolerance: float
 
 
-def load_version(engines: Engines, url: str, version: Version, digests: Digests | None) -> None:
-    """Have one engine load `version`, drop what it cached, and confirm number and digests (None: the number only)."""
-    engines.update_weights_from_disk(url, version.folder, version.number)
-    engines.flush(url)
-    reported = engines.weight_version(url)
-    if reported != str(version.number):
-        raise EngineError(f"{url} reports weight version '{reported}' after loading version {version.number}")
-    if digests is not None:
-        _compare(url, version.number, engines.checksums(url), digests)
+class NoWayBack(EngineError):
+    """The engine lives, but holds some of a version that failed, and the one before cannot be loaded again."""
 
 
-def _compare(url: str, number: int, held: Digests, sent: Digests) -> None:
-    for name, digest in sent.items():
-        if held.get(name) != digest:
-            found = f"digest {held[name]}" if name in held else "no such tensor"
-            raise EngineError(
-                f"{url}, weight version {number}: tensor '{name}' should have digest {digest}, the engine has {found}"
-            )
-    copies = set(sent.values())  # an engine may list a tied tensor under both names
-    for name, digest in held.items():
-        if name not in sent and digest not in copies:
-            raise EngineError(
-                f"{url}, weight version {number}: the engine holds tensor '{name}', which was not sent and may be stale"
-            )
+class Transaction:
+    """The update of all live engines from `old` to `number`. mode: of the pause; "in_place" keeps the cache of requests."""
 
+    def __init__(
+        self,
+        engines: Engines,
+        transport: Transport,
+        tally: Tally,
+        number: int,
+        old: Version,
+        *,
+        traits: Mapping[str, Traits],
+        mode: str = "retract",
+        probe: Probe | None = None,
+    ) -> None:
+        self._engines, self._transport, self._tally = engines, transport, tally
+        self._number, self._old, self._mode, self._probe = number, old, mode, probe
+        self._traits, self._urls = traits, list(traits)
+        self._lost: dict[str, EngineError] = {}
+        self._before: Mapping[str, Digests] = {}
 
-def _abandon(
-    engines: Engines, new: Version, urls: Sequence[str], lost: Mapping[str, EngineError], causes: Mapping[str, EngineError]
-) -> None:
-    """Resume the engines that hold the old version, drop the others, and raise EngineError with the causes."""
-    _, stuck = _each([url for url in urls if url not in lost], engines.resume)
-    dropped = {**lost, **stuck}
-    for url, error in dropped.items():
-        engines.drop(url, f"weight version {new.number} failed and the engine could not go back to the old version: {error}")
-    kept = [url for url in urls if url not in dropped]
-    state = f"{', '.join(kept)} again serve(s) the old version" if kept else "no engine is left"
-    if dropped:
-        state += f"; dropped: {', '.join(dropped)}"
-    reasons = "; ".join(f"{url}: {error}" for url, error in causes.items())
-    raise EngineError(f"weight version {new.number} is not served ({reasons}). {state}") from next(iter(causes.values()))
+    def run(self) -> dict[str, str]:
+        """Deliver what the transport has prepared, have it confirmed, and let generation go on.
 
-
-def _each(urls: Sequence[str], call: Callable[[str], T]) -> tuple[dict[str, T], dict[str, EngineError]]:
-    """Call every engine at the same time: engine -> result, and engine -> error."""
-
-    def attempt(url: str) -> T | EngineError:
+        Returns engine -> reason for engines that were dropped because they confirmed the version but could not resume.
+        Raises EngineError, with every engine on the old version again, held or dropped, when one did not confirm, naming
+        engine and tensor; CheckpointError likewise when the weights themselves were at fault.
+        """
+        engines = self._engines
+        self._stop()
         try:
-            return call(url)
-        except EngineError as error:
-            return error
+            failed = self._transport.deliver(engines, {url: self._traits[url].ranks for url in self._urls})
+        except MegatronRLError:
+            self._undo()
+            self._give_up()
+            raise
+        failed = failed or each(self._urls, self._confirm)[1] or self._confirm_by_probe()
+        if failed:
+            self._undo()
+            self._abandon(failed)
+        each(self._urls, lambda url: engines.admit(url, self._number))
+        _, stuck = each(self._urls, engines.resume)
+        dropped = {url: f"it holds weight version {self._number} but cannot resume: {error}" for url, error in stuck.items()}
+        for url, reason in dropped.items():
+            engines.drop(url, reason)
+        if len(dropped) == len(self._urls):
+            raise EngineError("no engine is left: " + "; ".join(f"{url}: {reason}" for url, reason in dropped.items()))
+        return dropped
 
-    if not urls:
-        return {}, {}
-    with ThreadPoolExecutor(max_workers=len(urls)) as threads:
-        outcomes = dict(zip(urls, threads.map(attempt, urls), strict=True))
-    errors = {url: outcome for url, outcome in outcomes.items() if isinstance(outcome, EngineError)}
-    return {url: outcome for url, outcome in outcomes.items() if not isinstance(outcome, EngineError)}, errors
+    def _stop(self) -> None:
+        """Pause every engine, and note what it would have to go back to."""
+        engines, urls = self._engines, self._urls
+        holds, mute = each(urls, engines.holds_weights)
+        empty = {
+            url: EngineError(f"{url} held no weights before: its memory had been released")
+            for url in urls
+            if not holds.get(url, True)
+        }
+        # A version whose folder is known can be loaded into any engine.
+        self._lost = {} if self._old.tally is not None and self._old.folder is not None else empty
+        if mute:
+            self._abandon(mute)
+        _, unpaused = each(urls, lambda url: engines.pause(url, self._mode))
+        if unpaused:
+            self._abandon(unpaused)
+        if self._old.tally is None:
+            self._before, silent = each([url for url in urls if url not in empty], engines.checksums)
+            if silent:
+                self._abandon(silent)
+
+    # Confirmation ------------------------------------------------------------------------------------------------------
+
+    def _confirm(self, url: str) -> None:
+        if self._mode != "in_place":
+            self._engines.flush(url)
+        confirm(self._engines, url, self._number, self._tally, self._traits[url])
+
+    def _confirm_by_probe(self) -> dict[str, EngineError]:
+        """Of the engines whose digests cannot be foretold. They generate for a moment, so nothing may be routed to them."""
+        unsure = [url for url in self._urls if expected_digests(self._tally, self._traits[url]) is None]
+        if not unsure:
+            return {}
+        held, failed = each(unsure, self._engines.checksums)
+        for url, digests in held.items():
+            like = next(other for other in held if self._traits[other] == self._traits[url])
+            try:
+                compare(url, self._number, digests, held[like], self._tally)
+            except EngineError as error:
+                failed[url] = EngineError(f"{error} (compared with {like})")
+        return failed or each(unsure, self._try_probe)[1]
+
+    def _try_probe(self, url: str) -> None:
+        if self._probe is None:
+            raise EngineError(f"{url}: its weights can be confirmed by a probe alone, and none was given")
+        self._engines.hold(url, f"weight version {self._number} is being confirmed")
+        self._engines.resume(url)
+        logp = self._engines.score(url, self._probe.tokens)
+        self._engines.pause(url, self._mode)
+        off = sum(abs(a - b) for a, b in zip(logp, self._probe.logp, strict=True)) / len(self._probe.logp)
+        if not off <= self._probe.tolerance:
+            raise EngineError(
+                f"{url}, weight version {self._number}: the log-probabilities of the probe are off by {off:.4g} on average, "
+                f"{self._probe.tolerance:g} is allowed: the engine holds other weights than the trainer"
+            )
+
+    # The way back ------------------------------------------------------------------------------------------------------
+
+    def _undo(self) -> None:
+        """Bring every engine that can be brought back to the old version; the others are in `_lost` afterwards."""
+        engines = self._engines
+        engines.drop_dead()
+        alive = set(engines.live_urls)
+        gone = {url: EngineError(f"{url} does not answer") for url in self._urls if url not in alive}
+        self._transport.discard(engines, [url for url in self._urls if url in alive])
+        back = [url for url in self._urls if url in alive and url not in self._lost]
+        _, failed = each(back, self._bring_back)
+        self._lost = {**self._lost, **gone, **failed}
+
+    def _bring_back(self, url: str) -> None:
+        engines, old, traits = self._engines, self._old, self._traits[url]
+        in_buckets = self._transport.in_buckets
+        if in_buckets and traits.embedded:
+            engines.abort_update(url)  # back to what it served, whatever its name was
+        elif old.folder is None:
+            raise NoWayBack(f"{url} holds some of weight version {self._number}, and version {old.number} is in no folder")
+        else:
+            if in_buckets:
+                with suppress(EngineError):  # where it had not begun
+                    engines.end_update(url)
+            engines.update_weights_from_disk(url, old.folder, old.number)
+            if self._mode != "in_place":
+                engines.flush(url)
+            check_number(engines, url, old.number)
+        if old.tally is not None:
+            confirm(engines, url, old.number, old.tally, traits)
+        elif url in self._before:
+            compare(url, old.number, engines.checksums(url), self._before[url], None)
+
+    def _give_up(self) -> str:
+        """Resume the engines that hold the old version, drop the others or keep them out; answers what became of them."""
+        engines = self._engines
+        alive = set(engines.live_urls)
+        _, stuck = each([url for url in self._urls if url not in self._lost and url in alive], engines.resume)
+        lost = {**self._lost, **stuck}
+        held = {url: error for url, error in lost.items() if isinstance(error, NoWayBack)}
+        for url, error in lost.items():
+            if url in held:
+                engines.hold(url, f"weight version {self._number} failed: {error}")
+            elif url in alive:
+                engines.drop(
+                    url, f"weight version {self._number} failed and the engine could not go back to the old version: {error}"
+                )
+        kept = [url for url in self._urls if url not in lost and url in alive]
+        state = f"{', '.join(kept)} again serve(s) the old version" if kept else "no engine serves the old version"
+        dropped = [url for url in self._urls if url in lost and url not in held]
+        state += f"; dropped: {', '.join(dropped)}" if dropped else ""
+        return state + (f"; kept out until an update succeeds: {', '.join(held)}" if held else "")
+
+    def _abandon(self, causes: Mapping[str, EngineError]) -> NoReturn:
+        state = self._give_up()
+        reasons = "; ".join(f"{url}: {error}" for url, error in causes.items())
+        raise EngineError(f"weight version {self._number} is not served ({reasons}). {state}") from next(iter(causes.values()))
+
+
+def expected_digests(tally: Tally, traits: Traits) -> Digests | None:
+    """What `Engines.checksums` must answer for an engine that holds the tallied weights; None where that cannot be foretold."""
+    if traits.embedded:
+        return tally.digests or None
+    return tally.sglang(traits.dtype) if foretold(traits) else None
+
+
+def foretold(traits: Traits) -> bool:
+    """Whether the digests that an engine gives can be computed from what is sent to it."""
+    return traits.embedded or (traits.device == "cpu" and traits.ranks == 1 and not traits.quantised and traits.dtype in DTYPES)
+
+
+def confirm(engines: Engines, url: str, number: int, tally: Tally, traits: Traits) -> None:
+    """EngineError unless the engine names that version and, where they can be foretold, has those digests."""
+    check_number(engines, url, number)
+    expected = expected_digests(tally, traits)
+    if expected is not None:
+        compare(url, number, engines.checksums(url), expected, tally)
+
+
+def check_number(engines: Engines, url: str, number: int) -> None:
+    reported = engines.weight_version(url)
+    if reported != str(number):
+        raise EngineError(f"{url} reports weight version '{reported}' after loading version {number}")
+
+
+def compare(url: str, number: int, held: Digests, expected: Digests, tally: Tally | None) -> None:
+    difference = first_difference(held, expected)
+    if difference is not None:
+        name, how = difference
+        where = f"tensor '{name}'" if tally is None else tally.where(name)
+        raise EngineError(f"{url}, weight version {number}: {where} {how}")

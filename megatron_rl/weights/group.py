@@ -1,0 +1,85 @@
+"""The process group in which weights are broadcast: the trainer's rank 0, and every process of every engine.
+
+It lies outside of the trainer's own world, and is made as SGLang makes it on its side, so that both find each other.
+"""
+
+import socket
+from datetime import timedelta
+from urllib.parse import urlsplit
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from megatron_rl.errors import EngineError
+
+
+class UpdateGroup:
+    """A joined group. Rank 0 sends. `leave` closes the connections, whatever the others are doing."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group: dist.ProcessGroup | None = group
+
+    @classmethod
+    def join(cls, name: str, store: dist.Store, *, rank: int, world: int, backend: str, timeout_s: float) -> "UpdateGroup":
+        """Returns when all `world` members have joined. EngineError when they have not in time."""
+        timeout = timedelta(seconds=timeout_s)
+        try:
+            group, _ = distributed_c10d._new_process_group_helper(
+                world,
+                rank,
+                [],
+                dist.Backend(backend),
+                dist.PrefixStore(name, store),
+                group_name=distributed_c10d.GroupName(name),
+                timeout=timeout,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise EngineError(f"update group '{name}' of {world} members was not completed: {first_line(error)}") from error
+        distributed_c10d._world.pg_group_ranks[group] = {i: i for i in range(world)}
+        return cls(group)
+
+    def broadcast(self, data: Tensor) -> None:
+        """Of rank 0's bytes, in place elsewhere. EngineError when a member is gone or does not take part in time."""
+        if self._group is None:
+            raise EngineError("the update group was left")
+        options = dist.BroadcastOptions()
+        options.rootRank = options.rootTensor = 0
+        try:
+            self._group.broadcast([data], options).wait()
+        except RuntimeError as error:
+            raise EngineError(f"the broadcast failed: {first_line(error)}") from error
+
+    def leave(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            dist.destroy_process_group(group)
+
+
+def host_store(timeout_s: float) -> dist.TCPStore:
+    """The meeting point of a group, on a free port of all interfaces of this machine."""
+    return dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=timeout_s), wait_for_workers=False)
+
+
+def visit_store(address: str, port: int, world: int, timeout_s: float) -> dist.TCPStore:
+    """EngineError when nobody listens there."""
+    try:
+        return dist.TCPStore(address, port, world, False, timedelta(seconds=timeout_s))
+    except (RuntimeError, ValueError) as error:
+        raise EngineError(f"no update group at {address}:{port}: {first_line(error)}") from error
+
+
+def address_towards(url: str) -> str:
+    """This machine's address as the engine at `url` reaches it: loopback for an engine of this machine named by loopback."""
+    parts = urlsplit(url)
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)  # of a datagram socket: chooses the route, sends nothing
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise EngineError(f"{url}: no route to this engine ({error})") from error
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:300]

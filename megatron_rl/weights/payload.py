@@ -1,0 +1,150 @@
+"""Tensors handed from process to process of one machine by reference: shared memory on CPU, CUDA IPC on a GPU.
+
+The format is SGLang's for `/update_weights_from_tensor`: a base64 pickle of [(name, tensor), ...] in which torch's own
+reductions put handles in the place of data. Reading resolves nothing but those reductions and plain data types.
+"""
+
+import base64
+import io
+import os
+import pickle
+import shutil
+from collections.abc import Sequence
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as torch_mp
+from torch import Tensor
+from torch.multiprocessing import reductions
+
+from megatron_rl.errors import EngineError
+
+_SHARED_MEMORY = Path("/dev/shm")
+_DEVICE_ARGUMENT = 6  # of reductions.rebuild_cuda_tensor: the storage's device
+_SPECIAL = {
+    ("torch", "Tensor"),
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch.nn.parameter", "Parameter"),
+    ("torch.storage", "UntypedStorage"),
+    ("torch.storage", "TypedStorage"),
+    ("builtins", "tuple"),
+    ("builtins", "list"),
+    ("builtins", "dict"),
+    ("collections", "OrderedDict"),
+    ("copyreg", "__newobj__"),
+    *(
+        ("torch.multiprocessing.reductions", name)
+        for name in (
+            "rebuild_tensor",
+            "rebuild_storage_filename",
+            "rebuild_storage_empty",
+            "rebuild_typed_storage",
+            "rebuild_typed_storage_child",
+        )
+    ),
+}
+_FLAT_ENTRY = ("sglang.srt.weight_sync.tensor_bucket", "FlattenedTensorMetadata")
+
+
+class FlatEntry:
+    """Stands for SGLang's FlattenedTensorMetadata: name, shape, dtype, start_idx, end_idx, in bytes."""
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    start_idx: int
+    end_idx: int
+
+
+def shared_buffer(nbytes: int, device: torch.device) -> Tensor:
+    """uint8 memory that other processes of this machine can map. EngineError when shared memory has no room for it.
+
+    It belongs to a helper process of torch's, which frees it when every process that mapped it is gone.
+    """
+    if device.type != "cpu":
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    free = shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else 0
+    if free < nbytes:  # memory that is mapped but missing would end this process with a bus error
+        raise EngineError(
+            f"{_SHARED_MEMORY} has {free >> 20} MiB left, a bucket needs {-(-nbytes // 2**20)}: free space there, lower "
+            "rollout.bucket_mb, or take another rollout.transport"
+        )
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:  # the helper outlives us where an engine does, and would keep the pipe behind our stderr open
+        os.dup2(nowhere, 2)
+        storage = torch.UntypedStorage._new_using_filename_cpu(-(-nbytes // 8) * 8)
+    except RuntimeError as error:
+        raise EngineError(f"no shared memory for a bucket of {nbytes >> 20} MiB: {error}") from error
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
+    return torch.empty(0, dtype=torch.uint8).set_(storage)[:nbytes]
+
+
+def pack(tensors: Sequence[tuple[str, Tensor]]) -> str:
+    """Handles of tensors that lie in a `shared_buffer`. They are valid while the buffer lives."""
+    out = io.BytesIO()
+    before = torch_mp.get_sharing_strategy()
+    torch_mp.set_sharing_strategy("file_system")  # descriptors would need a server of ours and its key
+    try:
+        _Pickler(out).dump(list(tensors))
+    finally:
+        torch_mp.set_sharing_strategy(before)
+    return base64.b64encode(out.getvalue()).decode("ascii")
+
+
+def unpack(payload: str) -> list[tuple[str, Tensor]]:
+    """The tensors, in the sender's memory: copy what is to be kept. EngineError for anything else than such a payload."""
+    try:
+        content = _Unpickler(io.BytesIO(base64.b64decode(payload, validate=True))).load()
+        if isinstance(content, dict):
+            return _unflatten(content["flattened_tensor"], content["metadata"])
+        return [_pair(entry) for entry in content]
+    except (ValueError, TypeError, KeyError, AttributeError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise EngineError(f"serialized_named_tensors hold no named tensors of this machine ({error})") from error
+
+
+def _pair(entry: Any) -> tuple[str, Tensor]:
+    name, tensor = entry
+    if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        raise TypeError(f"a pair of {type(name).__name__} and {type(tensor).__name__}")
+    return name, tensor
+
+
+def _unflatten(flat: Tensor, entries: Sequence[FlatEntry]) -> list[tuple[str, Tensor]]:
+    return [_pair((e.name, flat[e.start_idx : e.end_idx].view(e.dtype).reshape(e.shape))) for e in entries]
+
+
+class _Pickler(ForkingPickler):
+    """Names a GPU by its UUID, as SGLang does: its number differs between processes that see other GPUs."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_cuda:
+            return NotImplemented
+        rebuild, arguments = reductions.reduce_tensor(value)
+        uuid = str(torch.cuda.get_device_properties(arguments[_DEVICE_ARGUMENT]).uuid)
+        return rebuild, (*arguments[:_DEVICE_ARGUMENT], uuid, *arguments[_DEVICE_ARGUMENT + 1 :])
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == _FLAT_ENTRY:
+            return FlatEntry
+        if (module, name) == ("torch.multiprocessing.reductions", "rebuild_cuda_tensor"):
+            return _rebuild_cuda_tensor
+        if (module, name) in _SPECIAL or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
+
+
+def _rebuild_cuda_tensor(*arguments: Any) -> Any:
+    device = arguments[_DEVICE_ARGUMENT]
+    if isinstance(device, str):
+        seen = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
+        device = seen[device]
+    known = [*arguments[:_DEVICE_ARGUMENT], device, *arguments[_DEVICE_ARGUMENT + 1 :]]
+    return reductions.rebuild_cuda_tensor(*known)

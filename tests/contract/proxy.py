@@ -1,0 +1,61 @@
+"""An HTTP proxy in front of an engine, which does to requests and answers what a test asks for."""
+
+import json
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+
+import httpx
+
+Body = dict[str, Any] | None
+Tamper = Callable[[str, Body], "Body | Answer"]
+
+
+class Answer(dict[str, Any]):
+    """What the proxy answers by itself, with status 200; the engine never sees the request."""
+
+
+class Proxy:
+    """`tamper(path, body)` gives the body to pass on, or an `Answer`; `edit(path, answer)` the answer to give back."""
+
+    def __init__(self, target: str) -> None:
+        self.tamper: Tamper = lambda path, body: body
+        self.edit: Callable[[str, Any], Any] = lambda path, answer: answer
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self._pass_on("GET", None)
+
+            def do_POST(self) -> None:
+                self._pass_on("POST", json.loads(self.rfile.read(int(self.headers["content-length"])) or b"{}"))
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+            def _pass_on(self, method: str, body: Body) -> None:
+                status, content = 200, proxy.tamper(self.path, body)
+                if not isinstance(content, Answer):
+                    answer = httpx.request(method, target + self.path, json=content, timeout=120, trust_env=False)
+                    status = answer.status_code
+                    content = answer.json() if "json" in answer.headers.get("content-type", "") else {}
+                payload = json.dumps(proxy.edit(self.path, content)).encode()
+                self.send_response(status)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(payload)))
+                self.end_headers()
+                self.wfile.write(payload)
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()

@@ -1,0 +1,327 @@
+"""A weight update that goes wrong is noticed, named, and leaves no engine with wrong weights in use.
+
+Two engines take part: an embedded one, which does its best, and the one of the suite behind a proxy that does not.
+"""
+
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_rl.errors import CheckpointError, EngineError
+from megatron_rl.rollout.client import EnginePool, GenerationRequest, SamplingParams
+from megatron_rl.rollout.lifecycle import EmbeddedServers
+from megatron_rl.weights.buckets import Bucket
+from megatron_rl.weights.hf import HFFolder
+from megatron_rl.weights.payload import pack, shared_buffer, unpack
+from megatron_rl.weights.sync import WeightSync
+from megatron_rl.weights.transports.base import Transport
+from megatron_rl.weights.transports.disk import DiskTransport
+from megatron_rl.weights.transports.distributed import DistributedTransport
+from megatron_rl.weights.transports.tensor import TensorTransport
+from tests.contract.proxy import Answer, Body, Proxy
+
+BUCKET = 60_000  # bytes: several buckets even for the tiny model
+TIMEOUT_S = 20.0
+NORM = "model.layers.1.input_layernorm.weight"
+OTHER_NORM = "model.layers.0.input_layernorm.weight"
+
+
+@pytest.fixture(scope="module")
+def honest(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServers]:
+    with EmbeddedServers(model_dir, tmp_path_factory.mktemp("logs"), threads=1) as servers:
+        yield servers
+
+
+def reset(url: str, model_dir: Path) -> None:
+    """Whatever happened, the engine serves the source as version 0 again."""
+    with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
+        for path in ("/abort_weight_update", "/end_weight_update"):  # the one the engine knows
+            client.post(path, json={})
+        client.post("/update_weights_from_disk", json={"model_path": str(model_dir), "weight_version": "0"}).raise_for_status()
+        client.post("/continue_generation", json={}).raise_for_status()
+
+
+@pytest.fixture
+def proxy(url: str, model_dir: Path) -> Iterator[Proxy]:
+    with Proxy(url) as proxy:
+        yield proxy
+    reset(url, model_dir)
+
+
+@pytest.fixture
+def pool(honest: EmbeddedServers, proxy: Proxy, model_dir: Path) -> Iterator[EnginePool]:
+    with EnginePool([honest.urls[0], proxy.url], TIMEOUT_S) as pool:
+        yield pool
+    reset(honest.urls[0], model_dir)
+
+
+def make_transport(kind: str, folder: Path, source: HFFolder) -> Transport:
+    if kind == "disk":
+        return DiskTransport(source, folder / "staging")
+    return DistributedTransport(BUCKET, TIMEOUT_S, torch.device("cpu")) if kind == "distributed" else TensorTransport(BUCKET)
+
+
+class World:
+    """A pool, its sync over one transport, and the weights that were committed last."""
+
+    def __init__(self, pool: EnginePool, proxy: Proxy, model_dir: Path, transport: Transport, committed: int) -> None:
+        self.pool, self.proxy, self.source = pool, proxy, HFFolder(model_dir)
+        self.good, self.bad = pool.live_urls
+        self.transport = transport
+        self.sync = WeightSync(pool, self.source, transport)
+        self.committed = committed
+        if committed:
+            self.sync.push(self.weights(committed), committed)
+        self.before = self.answer(self.good)
+
+    def weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        for name in self.source.tensors:
+            stored = self.source.read(name)
+            yield name, stored + 0.05 * torch.randn(stored.shape, generator=generator)
+
+    def answer(self, url: str | None = None) -> list[tuple[float, ...]]:
+        """Log-probabilities of greedy requests: to one engine, or to whichever the pool routes them to."""
+        sampling = SamplingParams(max_new_tokens=6, temperature=0.0, ignore_eos=True)
+        requests = [GenerationRequest(f"greedy-{i}", (5, 6, 7), 1, sampling) for i in range(4)]
+        if url is not None:
+            with EnginePool([url]) as one:
+                samples = one.generate(requests)
+        else:
+            samples = self.pool.generate(requests)
+            assert {span.version for (sample,) in samples for span in sample.versions} == {self.committed}
+        return [sample.logprobs or () for (sample,) in samples]
+
+    def fails(self, *words: str, error: type[Exception] = EngineError) -> str:
+        """The next push fails with these words; afterwards nothing but the committed weights is in use."""
+        with pytest.raises(error) as caught:
+            self.sync.push(self.weights(9), 9)
+        message = str(caught.value)
+        for word in words:
+            assert word in message, message
+        assert self.sync.version == self.committed
+        torch.testing.assert_close(torch.tensor(self.answer()), torch.tensor(self.before), atol=1e-4, rtol=0)
+        in_use = [url for url in self.pool.live_urls if url not in self.pool.held]
+        assert self.good in in_use
+        for url in in_use:
+            torch.testing.assert_close(torch.tensor(self.answer(url)), torch.tensor(self.before), atol=1e-4, rtol=0)
+        return message
+
+    def recovers(self) -> None:
+        """The next push, with nobody in its way, brings every engine that lives to the new version."""
+        self.proxy.tamper, self.proxy.edit = lambda path, body: body, lambda path, answer: answer
+        self.sync.readmit()
+        self.sync.push(self.weights(10), 10)
+        assert not self.pool.held and self.pool.live_urls == (self.good, self.bad)
+        answers = [torch.tensor(self.answer(url)) for url in (self.good, self.bad)]
+        torch.testing.assert_close(answers[0], answers[1], atol=1e-4, rtol=0)
+        assert not torch.equal(answers[0], torch.tensor(self.before))
+
+
+@pytest.fixture
+def world(pool: EnginePool, proxy: Proxy, model_dir: Path, tmp_path: Path) -> Iterator[Callable[..., World]]:
+    made: list[World] = []
+
+    def make(kind: str, committed: int = 0) -> World:
+        made.append(World(pool, proxy, model_dir, make_transport(kind, tmp_path, HFFolder(model_dir)), committed))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.sync.close()
+
+
+in_buckets = pytest.mark.parametrize("kind", ["distributed", "tensor"])
+every_transport = pytest.mark.parametrize("kind", ["disk", "distributed", "tensor"])
+
+
+@every_transport
+def test_without_sabotage_both_engines_take_every_version(world: Callable[..., World], kind: str) -> None:
+    made = world(kind, committed=3)
+    torch.testing.assert_close(torch.tensor(made.answer(made.bad)), torch.tensor(made.before), atol=1e-4, rtol=0)
+    made.recovers()
+
+
+def test_a_dropped_bucket_is_noticed_by_its_tensors(world: Callable[..., World]) -> None:
+    made, seen = world("tensor", committed=3), []
+
+    def drop_the_second(path: str, body: Body) -> Body | Answer:
+        if path == "/update_weights_from_tensor":
+            seen.append(path)
+            if len(seen) == 2:
+                return Answer(success=True, message="ok")
+        return body
+
+    made.proxy.tamper = drop_the_second
+    made.fails(made.bad, "tensor")
+    assert len(seen) >= 2
+    made.recovers()
+
+
+def swapped_in_the_request(path: str, body: Body) -> Body:
+    if path == "/update_weights_from_distributed" and body is not None:
+        body["names"] = [{NORM: OTHER_NORM, OTHER_NORM: NORM}.get(name, name) for name in body["names"]]
+    return body
+
+
+def swapped_in_the_payload(path: str, body: Body) -> Body:
+    if path == "/update_weights_from_tensor" and body is not None:
+        tensors = unpack(body["serialized_named_tensors"][0])
+        renamed = [({NORM: OTHER_NORM, OTHER_NORM: NORM}.get(name, name), tensor) for name, tensor in tensors]
+        body["serialized_named_tensors"] = [pack(renamed)]
+    return body
+
+
+@pytest.mark.parametrize(
+    ("kind", "swap"),
+    [("distributed", swapped_in_the_request), ("tensor", swapped_in_the_payload)],
+    ids=["distributed", "tensor"],
+)
+@pytest.mark.parametrize("committed", [0, 3])
+def test_swapped_names_are_noticed(world: Callable[..., World], kind: str, swap: Any, committed: int) -> None:
+    made = world(kind, committed)
+    made.proxy.tamper = swap
+    made.fails(made.bad, "input_layernorm.weight' (bucket", "should have digest")
+    made.recovers()
+
+
+@in_buckets
+def test_a_bit_that_flips_on_the_way_is_noticed(world: Callable[..., World], kind: str) -> None:
+    made = world(kind)
+    send = made.transport.send  # type: ignore[attr-defined]
+
+    def flip(engines: Any, ranks: Any, bucket: Bucket, version: int | None) -> dict[str, EngineError]:
+        if bucket.index == 2:
+            data = shared_buffer(bucket.data.numel(), torch.device("cpu"))
+            data.copy_(bucket.data)
+            data[17] ^= 4
+            bucket = replace(bucket, data=data)
+        return send(engines, ranks, bucket, version)  # type: ignore[no-any-return]
+
+    made.transport.send = flip  # type: ignore[attr-defined]
+    message = made.fails("should have digest", "(bucket 2)")
+    assert made.bad in message and made.good in message
+    made.transport.send = send  # type: ignore[attr-defined]
+    made.recovers()
+
+
+@every_transport
+def test_an_engine_that_answers_200_and_applies_nothing_is_noticed(world: Callable[..., World], kind: str) -> None:
+    made = world(kind, committed=3)
+    updates = {"disk": "/update_weights_from_disk", "tensor": "/update_weights_from_tensor"}
+
+    def swallow(path: str, body: Body) -> Body | Answer:
+        if path == updates.get(kind):
+            return Answer(success=True, message="ok")
+        if kind == "distributed" and path == "/end_weight_update":
+            return Answer(success=True, message="ok")
+        return body
+
+    def lie(path: str, answer: Any) -> Any:
+        return {**answer, "weight_version": "9"} if path == "/model_info" else answer
+
+    made.proxy.tamper = swallow
+    if kind != "distributed" or made.pool.traits(made.bad).embedded:
+        made.fails(made.bad, "reports weight version '3' after loading version 9")
+        made.proxy.edit = lie
+        made.fails(made.bad, "should have digest")
+    made.recovers()
+
+
+def test_an_engine_that_refuses_a_bucket_does_not_make_the_broadcast_wait(world: Callable[..., World]) -> None:
+    made = world("distributed", committed=3)
+
+    def spoil(path: str, body: Body) -> Body:
+        if path == "/update_weights_from_distributed" and body is not None:
+            body["dtypes"] = ["no_such_dtype" for _ in body["dtypes"]]
+        return body
+
+    made.proxy.tamper = spoil
+    made.fails(made.bad, "bucket 0 ('", "did not arrive")
+    made.recovers()
+
+
+@in_buckets
+def test_an_engine_whose_update_was_never_begun_refuses_the_bucket(world: Callable[..., World], kind: str) -> None:
+    made = world(kind)
+    made.proxy.tamper = lambda path, body: Answer(success=True) if path == "/begin_weight_update" else body
+    made.fails(made.bad, "bucket 0 ('", "begin_weight_update")
+    made.recovers()
+
+
+@contextmanager
+def second_engine(model_dir: Path, folder: Path, good: str) -> Iterator[tuple[EnginePool, psutil.Process]]:
+    with EmbeddedServers(model_dir, folder, threads=1) as servers, EnginePool([good, servers.urls[0]], 4.0) as pool:
+        yield pool, psutil.Process(servers.pids[0])
+
+
+@in_buckets
+@pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP], ids=lambda fate: fate.name)
+def test_an_engine_that_is_gone_between_begin_and_end_is_dropped(
+    honest: EmbeddedServers, model_dir: Path, tmp_path: Path, kind: str, fate: signal.Signals
+) -> None:
+    source = HFFolder(model_dir)
+    with second_engine(model_dir, tmp_path, honest.urls[0]) as (pool, process):
+        transport = DistributedTransport(BUCKET, 4.0, torch.device("cpu")) if kind == "distributed" else TensorTransport(BUCKET)
+        made = World.__new__(World)
+        made.pool, made.source, made.transport, made.committed = pool, source, transport, 3
+        made.good, made.bad = pool.live_urls
+        made.sync = WeightSync(pool, source, transport)
+        made.sync.push(made.weights(3), 3)
+        made.before = made.answer(made.good)
+        send, hit = transport.send, []
+
+        def strike(engines: Any, ranks: Any, bucket: Bucket, version: int | None) -> dict[str, EngineError]:
+            if bucket.index == 1:
+                process.send_signal(fate)
+                hit.append(bucket.index)
+            return send(engines, ranks, bucket, version)
+
+        transport.send = strike  # type: ignore[method-assign]
+        made.fails(made.bad, "bucket")
+        assert hit and pool.live_urls == (made.good,)
+        transport.send = send  # type: ignore[method-assign]
+        made.sync.push(made.weights(10), 10)
+        assert pool.weight_version(made.good) == "10"
+        if fate == signal.SIGSTOP:
+            process.send_signal(signal.SIGCONT)
+            assert pool.revive() == (made.bad,) and pool.held.keys() == {made.bad}
+            made.sync.push(made.weights(11), 11)
+            assert not pool.held and [pool.weight_version(url) for url in pool.live_urls] == ["11", "11"]
+        made.sync.close()
+    reset(honest.urls[0], model_dir)
+
+
+def test_a_full_disk_touches_no_engine(world: Callable[..., World], embedded_only: None) -> None:
+    made = world("disk", committed=3)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the error of a quota: a write fails half way
+    try:
+        made.fails("cannot be written to", "v000009", "free space there", error=CheckpointError)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not any(name.startswith(".v000009") for name in os.listdir(Path(made.transport._folders[0]).parent))  # type: ignore[attr-defined]
+    made.recovers()
+
+
+def test_an_engine_that_was_restarted_is_not_used_before_it_was_synced(
+    honest: EmbeddedServers, proxy: Proxy, world: Callable[..., World], model_dir: Path, url: str
+) -> None:
+    made = world("disk", committed=3)
+    reset(url, model_dir)  # what a restart comes to: the engine serves the weights it was started with
+    made.answer()
+    assert made.pool.held.keys() == {made.bad} and "restarted" in made.pool.held[made.bad]
+    made.sync.restore(made.bad)
+    assert not made.pool.held and made.pool.weight_version(made.bad) == "3"
+    made.recovers()
