@@ -1,16 +1,21 @@
 # Two commands set everything up: `make quickstart` and `make test`. Each creates .venv when it is missing.
+# `make sglang` adds .venv-sglang, which holds SGLang's servers; where it exists, tests run against them too.
 PYTHON ?= python3
 VENV ?= .venv
+SGLANG_VENV ?= .venv-sglang
 BIN := $(VENV)/bin
 # Where torch's CPU wheels come from, when the default index would give the CUDA build: make test TORCH_INDEX=<url>
 TORCH_INDEX ?=
 TORCH := torch==2.13.0
-STAMP := $(VENV)/installed.sha256
+INSTALL := PYTHON="$(PYTHON)" TORCH="$(TORCH)" TORCH_INDEX="$(TORCH_INDEX)" sh requirements/install.sh
 
-.PHONY: install quickstart test lint format benchmark clean
+.PHONY: install sglang quickstart test lint format benchmark clean
 
 install:
-	@PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" TORCH_INDEX="$(TORCH_INDEX)" STAMP="$(STAMP)" sh requirements/install.sh
+	@VENV="$(VENV)" PINS=requirements/cpu.txt $(INSTALL)
+
+sglang:
+	@VENV="$(SGLANG_VENV)" PINS=requirements/sglang.txt $(INSTALL)
 
 quickstart: install
 	$(BIN)/megatron-rl quickstart

@@ -85,7 +85,7 @@ def serve(
     threads: Annotated[int, typer.Option(help="torch threads; 0: all cores")] = 0,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="every request is its own batch")] = False,
 ) -> None:
-    """Serve a model over SGLang's HTTP contract with the embedded engine."""
+    """Serve a model over SGLang's HTTP contract with the embedded engine; SGLang has `python -m sglang.launch_server`."""
     quantisation = _seam("rollout.quantised").requested(quantization, activations, first_last_bf16, parameters)
     _seam("rollout.server").serve(
         model, host=host, port=port, dtype=dtype, threads=threads, deterministic=deterministic, quantisation=quantisation

@@ -5,16 +5,19 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import subprocess
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from megatron_rl.config import SGLangConfig
 from megatron_rl.errors import PrecisionError
 from megatron_rl.precision.machine import RECIPES, Machine, load_transformer_engine, refusal, this_machine
 from megatron_rl.precision.tensor_cores import MODES, missing
 
-PACKAGES = ("torch", "megatron-core", "transformers", "sglang", "triton")
+PACKAGES = ("torch", "megatron-core", "transformers", "triton")
 
 
 def examine() -> None:
@@ -25,6 +28,7 @@ def examine() -> None:
     table.add_row("python", platform.python_version(), "3.11 or 3.12 is supported")
     for name in PACKAGES:
         table.add_row(name, _version(name) or "-", "noise kernels" if name == "triton" and cuda else "")
+    table.add_row(*sglang_row(SGLangConfig().python))
     device = f"{torch.cuda.get_device_name(0)} ({machine.name})" if cuda else f"CPU, {os.cpu_count()} cores"
     table.add_row("device", device, "NCCL" if cuda else "gloo; megatron-core through the device port")
     broken = transformer_engine_error(machine)
@@ -38,6 +42,17 @@ def examine() -> None:
     Console().print(table)
     for warning in warnings():
         print(f"warning: {warning}")
+
+
+def sglang_row(python: Path) -> tuple[str, str, str]:
+    """Which SGLang the interpreter has that serves for rollout.engine: sglang."""
+    if not python.is_file():
+        return "sglang", "-", f"`make sglang` makes {python}"
+    asked = "import importlib.metadata as m; print(m.version('sglang'))"
+    answer = subprocess.run([python.absolute(), "-I", "-c", asked], capture_output=True, text=True, check=False)
+    if answer.returncode != 0:
+        return "sglang", "-", f"{python} has no sglang: `make sglang`"
+    return "sglang", answer.stdout.strip(), f"by {python}"
 
 
 def precision_rows(machine: Machine, broken: str | None) -> list[tuple[str, str, str]]:

@@ -1,9 +1,15 @@
 #!/bin/sh
-# Make $VENV hold the pinned CPU packages and this checkout. Does nothing when it already does.
+# Make $VENV hold torch and the packages pinned in $PINS. Does nothing when it already does.
+# requirements/cpu.txt: the trainer, with this checkout. requirements/sglang.txt: SGLang's servers, on their own.
 set -eu
 
-want=$(cat requirements/cpu.txt requirements/install.sh pyproject.toml | sha256sum | cut -d' ' -f1)
-[ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$want" ] && exit 0
+case "$PINS" in
+    *sglang.txt) checkout= ;;
+    *) checkout=pyproject.toml ;;
+esac
+stamp="$VENV/installed.sha256"
+want=$(cat "$PINS" requirements/install.sh $checkout | sha256sum | cut -d' ' -f1)
+[ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] && exit 0
 
 if [ ! -x "$VENV/bin/python" ]; then
     "$PYTHON" -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in [(3, 11), (3, 12)])' || {
@@ -20,6 +26,11 @@ fi
 if ! "$VENV/bin/python" -c 'import torch' 2>/dev/null; then
     "$VENV/bin/pip" install --quiet ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$TORCH"
 fi
-"$VENV/bin/pip" install --quiet -r requirements/cpu.txt
-"$VENV/bin/pip" install --quiet --no-deps --editable .
-echo "$want" > "$STAMP"
+if [ -n "$checkout" ]; then
+    "$VENV/bin/pip" install --quiet -r "$PINS"
+    "$VENV/bin/pip" install --quiet --no-deps --editable .
+else
+    # Every package is pinned; sglang itself asks for CUDA packages and another torch.
+    "$VENV/bin/pip" install --quiet --no-deps -r "$PINS"
+fi
+echo "$want" > "$stamp"

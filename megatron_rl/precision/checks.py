@@ -139,7 +139,7 @@ def _nearest(able: Sequence[int], tensor: int) -> str:
 
 def _ragged_for_sglang(plan: PrecisionPlan, matrices: Sequence[Matrix]) -> str | None:
     """Its block FP8 checks every fused part's rows, and quantises inputs in whole groups of 128."""
-    if not plan.wire.startswith("fp8_128x128"):
+    if not plan.wire.startswith("fp8_128x128") or plan.dequantised:
         return None
     for m in matrices:
         for count, dimension in ((m.rows, "rows"), (m.columns, "columns")):
@@ -185,7 +185,7 @@ def _apart(plan: PrecisionPlan, layouts: Layouts, tensor: int) -> list[str]:
     elif plan.weights.startswith("fp8_128x128"):
         reasons += _blocks_apart(layouts, tensor)
     if plan.inputs != plan.engine_inputs:
-        one_key = plan.weights == plan.engine_weights and plan.engine_inputs == plan.engine
+        one_key = plan.weights == plan.engine_weights and plan.engine_inputs == plan.engine and not plan.dequantised
         mend = " (precision.rollout_activations: fp8)" if one_key else ""
         reasons.append(f"inputs are {plan.inputs} in the trainer and {plan.engine_inputs} in the engines{mend}")
     return reasons

@@ -23,6 +23,10 @@ class Machine:
     transformer_engine: bool = False
 
     @property
+    def device(self) -> str:
+        return "cpu" if self.capability is None else "cuda"
+
+    @property
     def name(self) -> str:
         return "CPU" if self.capability is None else f"sm_{self.capability[0]}{self.capability[1]}"
 

@@ -23,7 +23,8 @@ class PrecisionPlan:
     train: parameters and activations of the trainer. inputs, weights, gradients: operands of its quantised products.
     wire: what `quantised` tensors are sent as; the others go as `engine`. engine_weights, engine_inputs: the same tensors
     and their inputs while the engine multiplies, which computes in `engine`. kv_cache: of the engine.
-    kept: layers (global, from 0) quantised on neither side.
+    kept: layers (global, from 0) quantised on neither side. dequantised: engines take no codes; the trainer sends what
+    codes and scales stand for, which they compute with in `engine`.
     """
 
     train: str
@@ -37,6 +38,7 @@ class PrecisionPlan:
     engine_inputs: str
     kv_cache: str
     kept: frozenset[int]
+    dequantised: bool = False
 
     @property
     def trains_low(self) -> bool:
@@ -58,15 +60,18 @@ class PrecisionPlan:
         return _LINEAR.search(name) is not None and not self.quantised(name)
 
 
-def resolve(precision: PrecisionConfig, num_layers: int) -> PrecisionPlan:
-    """The plan of a `precision` section for a model of `num_layers` layers.
+def resolve(precision: PrecisionConfig, num_layers: int, *, engine: str = "embedded", device: str = "cuda") -> PrecisionPlan:
+    """The plan of a `precision` section for a model of `num_layers` layers. engine: `embedded` or `sglang`, on `device`.
 
-    Raises ConfigError for keys that contradict each other or would have no effect, PrecisionError if no layer is left.
+    Raises ConfigError for keys that contradict each other or would have no effect, PrecisionError if no layer is left or
+    the engine cannot serve it.
     """
     refuse_contradictions(precision)
+    if engine == "sglang":
+        _refuse_for_sglang(precision, device)
     inputs, weights, gradients = _operands(precision)
     wire = WIRE.get(precision.rollout, precision.rollout)
-    engine = compute_dtype(precision)
+    computed = compute_dtype(precision)
     pow2 = "_pow2" if precision.rollout == "fp8_blockwise_pow2" else ""
     plan = PrecisionPlan(
         train=precision.train,
@@ -75,11 +80,12 @@ def resolve(precision: PrecisionConfig, num_layers: int) -> PrecisionPlan:
         weights=weights,
         gradients=gradients,
         wire=wire,
-        engine=engine,
+        engine=computed,
         engine_weights=wire,
-        engine_inputs=f"fp8_1x128_e4m3{pow2}" if precision.rollout_activations == "fp8" else engine,
-        kv_cache=engine,
+        engine_inputs=f"fp8_1x128_e4m3{pow2}" if precision.rollout_activations == "fp8" else computed,
+        kv_cache=computed,
         kept=frozenset({0, num_layers - 1}) if precision.first_last_bf16 else frozenset(),
+        dequantised=engine == "sglang" and device == "cpu" and precision.rollout in WIRE,
     )
     if (plan.trains_low or plan.rolls_out_low) and len(plan.kept) >= num_layers:
         raise PrecisionError(
@@ -115,6 +121,25 @@ def refuse_contradictions(precision: PrecisionConfig) -> None:
         raise ConfigError(
             f"precision.rollout_activations: fp8 needs FP8 weights to multiply with, and rollout is {p.rollout}: "
             "take rollout: fp8_blockwise, or rollout_activations: none"
+        )
+
+
+def _refuse_for_sglang(precision: PrecisionConfig, device: str) -> None:
+    """Raise PrecisionError for what SGLang would do otherwise than asked, or not at all."""
+    if precision.rollout == "int8":
+        raise PrecisionError(
+            "precision.rollout: int8 is weights alone, and SGLang's int8 quantises inputs too: take rollout: fp8_blockwise, or "
+            "rollout.engine: embedded"
+        )
+    if device == "cpu" and precision.rollout_activations == "fp8":
+        raise PrecisionError(
+            "precision.rollout_activations: fp8 cannot be had of SGLang on CPU, which has no FP8 products: set it to none, or "
+            "rollout.engine: embedded"
+        )
+    if device != "cpu" and precision.rollout in WIRE and precision.rollout_activations == "none":
+        raise PrecisionError(
+            f"precision.rollout: {precision.rollout} with rollout_activations: none is weights alone, and SGLang always "
+            "quantises the inputs of quantised layers: set precision.rollout_activations: fp8, or rollout.engine: embedded"
         )
 
 

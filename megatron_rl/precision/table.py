@@ -18,7 +18,14 @@ def describe(report: PlanReport) -> RenderableType:
         return Group(Text(f"precision: {plan.train} in the trainer, {plan.engine} in the engines"), *warnings)
     verdict = "unified: no, because" if report.apart else "unified: yes, engines multiply the trainer's own codes"
     reasons = [Padding(f"- {reason}", (0, 0, 0, 2)) for reason in report.apart]
-    return Group(_table(report), Text(verdict), *reasons, *warnings)
+    return Group(_table(report), *_emulation(plan), Text(verdict), *reasons, *warnings)
+
+
+def _emulation(plan: PrecisionPlan) -> list[Text]:
+    if not plan.dequantised:
+        return []
+    told = f"it is sent the values of {plan.wire}, dequantised, and multiplies in {plan.engine}"
+    return [Text(f"SGLang on CPU takes no codes: {told}")]
 
 
 def _table(report: PlanReport) -> Table:
@@ -35,8 +42,8 @@ def _table(report: PlanReport) -> Table:
         ("trainer: inputs", plan.inputs, trainer),
         ("trainer: weights", plan.weights, trainer),
         ("trainer: gradients", plan.gradients, trainer),
-        ("wire", plan.wire, engine),
-        ("engine: weights", plan.engine_weights, engine),
+        ("wire", f"{plan.wire} as {engine}" if plan.dequantised else plan.wire, engine),
+        ("engine: weights", f"{plan.engine_weights} as {engine}" if plan.dequantised else plan.engine_weights, engine),
         ("engine: inputs", plan.engine_inputs, engine),
     ):
         table.add_row(name, low, *([high] if plan.kept else []), high)

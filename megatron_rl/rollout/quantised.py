@@ -81,24 +81,34 @@ def requested(quantization: str, activations: str, first_last_bf16: bool, parame
     return None
 
 
-def check_precision(url: str, info: Mapping[str, Any], precision: PrecisionConfig) -> None:
+def check_precision(url: str, info: Mapping[str, Any], precision: PrecisionConfig, *, dequantised: bool = False) -> None:
     """Raise PrecisionError naming the URL when a server's account of itself is of another precision than the run asks for.
 
-    info: what `EnginePool.info` answers, of the embedded server or of SGLang.
+    info: what `EnginePool.info` answers, of the embedded server or of SGLang. dequantised: as in the run's plan.
     """
     quantisation = Quantisation.of(precision)
     dtype = compute_dtype(precision)
     if info.get("engine") == "embedded":
+        if dequantised:
+            raise PrecisionError(f"{url} is an embedded server, which takes codes itself: set rollout.engine: embedded")
         wanted = described(dtype, quantisation)
         flags = ["--dtype", dtype, *(quantisation.flags if quantisation else [])]
     else:
-        if quantisation and (quantisation.quantization == "int8" or quantisation.activations == "none"):
+        on_cpu = info.get("device") == "cpu"
+        if quantisation and on_cpu != dequantised:
+            here, other = ("on CPU, which takes no FP8", "sglang") if on_cpu else ("on a GPU", "embedded")
+            raise PrecisionError(
+                f"{url} is an SGLang server {here}, and the run would send it {'values' if dequantised else 'codes'}: set "
+                f"rollout.engine: {other} and run.device: {'cpu' if on_cpu else 'cuda'}, or name servers of the trainer's kind"
+            )
+        if quantisation and not dequantised and (quantisation.quantization == "int8" or quantisation.activations == "none"):
             raise PrecisionError(
                 f"{url} is an SGLang server, which always quantises the inputs of quantised layers: set precision.rollout: "
                 "fp8_blockwise and precision.rollout_activations: fp8, or use the embedded engine"
             )
-        wanted = {"dtype": str(DTYPES[dtype]).removeprefix("torch."), "quantization": "fp8" if quantisation else None}
-        flags = ["--dtype", str(wanted["dtype"]), *(["--quantization", "fp8"] if quantisation else [])]
+        coded = quantisation is not None and not dequantised
+        wanted = {"dtype": str(DTYPES[dtype]).removeprefix("torch."), "quantization": "fp8" if coded else None}
+        flags = ["--dtype", str(wanted["dtype"]), *(["--quantization", "fp8"] if coded else [])]
     wrong = [f"{key} {info.get(key)} instead of {value}" for key, value in wanted.items() if info.get(key) != value]
     if wrong:
         raise PrecisionError(

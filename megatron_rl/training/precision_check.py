@@ -20,11 +20,11 @@ def check_precision(config: Config, family: Family, shape: ModelShape, machine: 
 
     machine: this one if not given.
     """
-    plan = resolve(config.precision, shape.num_layers)
-    device = machine or this_machine()
-    computed = how(plan.recipe, device, pow2=config.precision.pow2_scales) if plan.trains_low else ""
+    machine = machine or this_machine()
+    plan = resolve(config.precision, shape.num_layers, engine=config.rollout.engine, device=machine.device)
+    computed = how(plan.recipe, machine, pow2=config.precision.pow2_scales) if plan.trains_low else ""
     table = entries(family, shape)
-    units = [count for entry in table for count in entry.rule.layout.units.values()]
+    units = [count for entry in table if entry.expert is None for count in entry.rule.layout.units.values()]
     common = gcd(*units)
     sizes = [size for size in range(1, common + 1) if common % size == 0]
     return examine(
@@ -54,8 +54,9 @@ def matrices(plan: PrecisionPlan, table: tuple[Entry, ...], size: int) -> Iterat
     for entry in table:
         layout = entry.rule.layout
         parts = [part for part in enumerate(entry.rule.hf) if plan.quantised(part[1])]
-        runs = _runs(layout, size) if parts else []
-        local_rows, local_columns = layout.local_shape(size) if parts else (0, 0)
+        cut = entry.cut(size)
+        runs = _runs(layout, cut) if parts else []
+        local_rows, local_columns = layout.local_shape(cut) if parts else (0, 0)
         for part, name in parts:
             rows, columns = layout.shapes[part]
             yield Matrix(name, rows, columns, entry.mcore, local_rows, local_columns, tuple(runs[part]))

@@ -6,14 +6,17 @@ from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError, MegatronRLError, PrecisionError
 from megatron_rl.perturbation.plan import layer_noise
 from megatron_rl.policy.complete import newest_valid, what_is_wrong
+from megatron_rl.policy.experts import check_experts
 from megatron_rl.precision.checks import PlanReport
 from megatron_rl.precision.machine import Machine, this_machine
 from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.rollout.quantised import quantises_inputs
+from megatron_rl.rollout.servers import own_servers
 from megatron_rl.tasks import make_task
 from megatron_rl.training.erpd_plan import make_run_objective, plan_of
 from megatron_rl.training.precision_check import check_precision
-from megatron_rl.training.rollouts import stop_token_ids
+from megatron_rl.training.rollouts import check_rollouts, stop_token_ids
+from megatron_rl.weights.families import Family, ModelShape
 from megatron_rl.weights.hf import HFFolder
 from megatron_rl.weights.plan import check_folder
 
@@ -24,9 +27,13 @@ def check(config: Config) -> PlanReport:
     Raises ConfigError, CheckpointError, PrecisionError or UserError.
     """
     make_run_objective(config)
-    family, shape = check_folder(HFFolder(config.model.path), tensor_parallel=config.parallel.tensor)
+    check_rollouts(config)
+    family, shape = _check_folder(config)
+    check_experts(config, shape)
     layer_noise(config.alp, shape.num_layers)
     report = check_precision(config, family, shape)
+    if not config.rollout.urls:
+        own_servers(config, report.plan, this_machine().device, 0.0).check()
     if config.run.attribute_every:
         check_replayable(report.plan)
     stages = config.parallel.pipeline * config.parallel.virtual_pipeline
@@ -44,13 +51,19 @@ def check(config: Config) -> PlanReport:
     return report
 
 
+def _check_folder(config: Config) -> tuple[Family, ModelShape]:
+    parallel = config.parallel
+    return check_folder(HFFolder(config.model.path), tensor_parallel=parallel.tensor, expert_parallel=parallel.expert)
+
+
 def check_rank(config: Config, *, attributes: bool = False) -> PlanReport:
     """What every rank checks for itself, whoever started it: the precision plan. Equal on all ranks of one kind.
 
     attributes: the mismatch is to be attributed.
     """
     try:
-        report = check_precision(config, *check_folder(HFFolder(config.model.path), tensor_parallel=config.parallel.tensor))
+        check_rollouts(config)
+        report = check_precision(config, *_check_folder(config))
         if attributes:
             check_replayable(report.plan)
         return report

@@ -1,11 +1,24 @@
 """A tiny random model, a server of it, and weights to give that server.
 
-The suite runs against the embedded server. To run it against another one, serve the folder named by
-MEGATRON_RL_CONTRACT_MODEL (made by `make_model` below) and name the server in MEGATRON_RL_CONTRACT_URL.
+Every test that takes `engine`, `url` or `api` runs against the embedded server, and against SGLang where `make sglang` was
+run. One server of each kind serves the whole session, and is started by the first test that needs it. Tests that take
+`embedded_only` state a promise of the embedded server alone, those that take `sglang_only` one of SGLang.
+
+Where SGLang 0.5.23 on CPU departs from the embedded server, and who copes:
+- `sampling_seed` is ignored: `rollout.deterministic` is refused with it.
+- Under top_k and top_p log-probabilities are of the whole distribution: training samples with neither.
+- /abort_request does not reach a request for n > 1 samples, which have ids of their own: the client closes the connection,
+  and the server looks for that every second (SGLANG_REQUEST_STATE_WAIT_TIMEOUT, set where it is started).
+- An update from disk that is to flush a cache in use answers 400 with the new weights in place and the old version in
+  /model_info: the client sends flush_cache: false, and flushes apart. Without that flush requests that were retracted go on
+  with keys and values of the old weights, from the prefix cache.
+- A damaged safetensors file ends the server, and so does a negative token id. One beyond the vocabulary is taken.
+- Unknown keys are ignored, those of sampling_params refused; n: 0 is taken for 1.
+- /weights_checker speaks of fused parameters; its digests are no hashes of what was sent.
+- /flush_cache and /abort_request do not answer in JSON.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,12 +29,25 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from megatron_rl.config import PrecisionConfig, SGLangConfig
+from megatron_rl.precision.plan import resolve
 from megatron_rl.rollout.lifecycle import EmbeddedServers
+from megatron_rl.rollout.processes import Servers
+from megatron_rl.rollout.sglang import SGLangServers, server_flags
 from megatron_rl.weights.digest import tensor_digest
 
 VOCAB = 300
 EOS = 1
-EXTERNAL = os.environ.get("MEGATRON_RL_CONTRACT_URL", "")
+SGLANG = SGLangConfig(python=Path(__file__).parents[2] / ".venv-sglang/bin/python")
+_without_sglang = pytest.mark.skipif(not SGLANG.python.exists(), reason="no .venv-sglang here: `make sglang` makes it")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "engine" in metafunc.fixturenames:
+        engines = ["embedded", pytest.param("sglang", marks=_without_sglang)]
+        wanted = {"embedded_only": engines[:1], "sglang_only": engines[1:]}
+        promised = next((wanted[name] for name in wanted if name in metafunc.fixturenames), engines)
+        metafunc.parametrize("engine", promised, indirect=True, scope="session")
 
 
 def make_model(folder: Path, seed: int = 0) -> Path:
@@ -41,17 +67,21 @@ def make_model(folder: Path, seed: int = 0) -> Path:
         initializer_range=0.1,
     )
     Qwen3ForCausalLM(config).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """SGLang's first request to itself is text: without a tokenizer it would be one of no tokens."""
     words = {"<unk>": 0, "<eos>": EOS, **{f"w{i}": i for i in range(2, VOCAB)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    given = os.environ.get("MEGATRON_RL_CONTRACT_MODEL")
-    return Path(given) if given else make_model(tmp_path_factory.mktemp("model") / "hf")
+    return make_model(tmp_path_factory.mktemp("model") / "hf")
 
 
 @pytest.fixture(scope="session")
@@ -60,18 +90,33 @@ def model(model_dir: Path) -> Qwen3ForCausalLM:
 
 
 @pytest.fixture(scope="session")
-def url(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    if EXTERNAL:
-        yield EXTERNAL
-        return
-    with EmbeddedServers(model_dir, tmp_path_factory.mktemp("logs"), threads=1) as servers:
+def engine(request: pytest.FixtureRequest) -> str:
+    """`embedded` or `sglang`: the kind of server behind `url`."""
+    return str(request.param)
+
+
+def start_servers(engine: str, model_dir: Path, logs: Path, count: int = 1) -> Servers:
+    """Servers of the given kind, in fp32, on their way up; enter them or call `wait_healthy`."""
+    if engine == "embedded":
+        return EmbeddedServers(model_dir, logs, count, threads=1)
+    flags = server_flags(resolve(PrecisionConfig(), 2, engine="sglang", device="cpu"), SGLANG, device="cpu")
+    return SGLangServers(model_dir, logs, flags, SGLANG, count)
+
+
+@pytest.fixture(scope="session")
+def url(engine: str, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with start_servers(engine, model_dir, tmp_path_factory.mktemp("logs")) as servers:
         yield servers.urls[0]
 
 
 @pytest.fixture
 def embedded_only() -> None:
-    if EXTERNAL:
-        pytest.skip("a promise of the embedded server alone")
+    """No run against SGLang: see `pytest_generate_tests`."""
+
+
+@pytest.fixture
+def sglang_only() -> None:
+    """No run against the embedded server."""
 
 
 @pytest.fixture
@@ -82,7 +127,7 @@ def api(url: str, model_dir: Path) -> Iterator[httpx.Client]:
         client.post("/abort_request", json={"abort_all": True}).raise_for_status()
         client.post("/continue_generation", json={}).raise_for_status()
         if client.get("/model_info").json()["weight_version"] != "0":
-            body = {"model_path": str(model_dir), "weight_version": "0"}
+            body = {"model_path": str(model_dir), "weight_version": "0", "flush_cache": True}
             client.post("/update_weights_from_disk", json=body).raise_for_status()
 
 

@@ -13,6 +13,8 @@ import torch
 from conftest import WriteWeights, logp_of
 from transformers import Qwen3ForCausalLM
 
+from megatron_rl.rollout.client import EnginePool
+from megatron_rl.rollout.wire import error_message
 from megatron_rl.weights.digest import tensor_digest
 
 PROMPT = [5, 17, 250, 99, 3]
@@ -36,12 +38,13 @@ def post(api: httpx.Client, path: str, **body: Any) -> httpx.Response:
 
 
 def update(api: httpx.Client, folder: Path, version: str) -> httpx.Response:
-    return post(api, "/update_weights_from_disk", model_path=str(folder), weight_version=version)
+    """As the trainer's client does it: the cache is flushed apart."""
+    return post(api, "/update_weights_from_disk", model_path=str(folder), weight_version=version, flush_cache=False)
 
 
 def start_long(pool: ThreadPoolExecutor, api: httpx.Client, rid: str, **more: Any) -> "Future[httpx.Response]":
     future = pool.submit(ask, api, rid, **more)
-    time.sleep(0.15)
+    time.sleep(0.3)
     assert not future.done(), "the request should still be running"
     return future
 
@@ -56,15 +59,21 @@ def greedy_first(api: httpx.Client) -> dict[str, Any]:
 
 
 def test_an_aborted_request_keeps_its_partial_output(api: httpx.Client, pool: ThreadPoolExecutor, model: Any) -> None:
-    running = start_long(pool, api, "long", n=2)
+    running = start_long(pool, api, "long")
     other = pool.submit(ask, api, "other", tokens=300)
     assert post(api, "/abort_request", rid="long").status_code == 200
-    for answer in running.result().json():
-        assert answer["meta_info"]["finish_reason"]["type"] == "abort"
-        output = answer["output_ids"]
-        assert 0 < len(output) < LONG
-        torch.testing.assert_close(logprobs(answer), logp_of(model, PROMPT, output), atol=1e-4, rtol=0)
+    answer = running.result().json()
+    assert answer["meta_info"]["finish_reason"]["type"] == "abort"
+    output = answer["output_ids"]
+    assert 0 < len(output) < LONG
+    torch.testing.assert_close(logprobs(answer), logp_of(model, PROMPT, output), atol=1e-4, rtol=0)
     assert len(other.result().json()["output_ids"]) == 300
+
+
+def test_all_samples_of_an_aborted_request_end(api: httpx.Client, embedded_only: None, pool: ThreadPoolExecutor) -> None:
+    running = start_long(pool, api, "long", n=2)
+    post(api, "/abort_request", rid="long")
+    assert [answer["meta_info"]["finish_reason"]["type"] for answer in running.result().json()] == ["abort"] * 2
 
 
 def test_abort_all_ends_every_request(api: httpx.Client, pool: ThreadPoolExecutor) -> None:
@@ -74,12 +83,16 @@ def test_abort_all_ends_every_request(api: httpx.Client, pool: ThreadPoolExecuto
     assert reasons == ["abort", "abort"]
 
 
-def test_a_request_whose_client_left_is_ended(api: httpx.Client, embedded_only: None) -> None:
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_request_whose_client_left_is_ended(api: httpx.Client, n: int) -> None:
+    """A cache can be flushed once nothing runs."""
+    params = {"max_new_tokens": LONG, "ignore_eos": True, "n": n}
     with pytest.raises(httpx.ReadTimeout):
-        body = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": LONG, "ignore_eos": True}, "rid": "left"}
-        api.post("/generate", json=body, timeout=0.3)
-    time.sleep(0.3)
-    assert post(api, "/abort_request", rid="left").json()["aborted"] == 0
+        api.post("/generate", json={"input_ids": PROMPT, "sampling_params": params, "rid": "left"}, timeout=0.3)
+    end = time.monotonic() + 6.0  # far less than LONG tokens take
+    while (answer := post(api, "/flush_cache")).status_code != 200:
+        assert time.monotonic() < end, answer.text
+        time.sleep(0.1)
 
 
 def test_a_request_id_in_use_is_refused(api: httpx.Client, pool: ThreadPoolExecutor) -> None:
@@ -137,6 +150,7 @@ def test_tokens_carry_the_version_they_were_sampled_under(
     running = start_long(pool, api, "across", tokens=700)
     post(api, "/pause_generation", mode=mode)
     assert update(api, write_weights(other_tensors, 7), "7").status_code == 200
+    assert post(api, "/flush_cache").status_code == (200 if mode == "retract" else 400)
     post(api, "/continue_generation")
     answer = running.result().json()
     output, spans = answer["output_ids"], answer["meta_info"]["weight_versions"]
@@ -162,13 +176,11 @@ def test_an_update_while_running_waits_for_the_running_requests(
     assert ask(api, "second", tokens=2).json()["meta_info"]["weight_version"] == "2"
 
 
-def test_new_weights_are_served_and_their_digests_reported(
+def test_new_weights_are_served(
     api: httpx.Client, model: Qwen3ForCausalLM, other_tensors: dict[str, torch.Tensor], write_weights: WriteWeights
 ) -> None:
     assert update(api, write_weights(other_tensors, 3), "3").status_code == 200
     assert api.get("/model_info").json()["weight_version"] == "3"
-    checksums = post(api, "/weights_checker", action="checksum").json()["checksums"]
-    assert checksums == {name: tensor_digest(tensor) for name, tensor in other_tensors.items()}
     answer = greedy_first(api)
     original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.load_state_dict(other_tensors)
@@ -177,13 +189,39 @@ def test_new_weights_are_served_and_their_digests_reported(
     torch.testing.assert_close(logprobs(answer), want, atol=1e-4, rtol=0)
 
 
-def test_weights_in_another_dtype_are_cast_and_reported_as_received(
-    api: httpx.Client, other_tensors: dict[str, torch.Tensor], write_weights: WriteWeights
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_digests_are_of_the_weights_as_received(
+    api: httpx.Client,
+    embedded_only: None,
+    other_tensors: dict[str, torch.Tensor],
+    write_weights: WriteWeights,
+    dtype: torch.dtype,
 ) -> None:
-    half = {name: tensor.bfloat16() for name, tensor in other_tensors.items()}
-    assert update(api, write_weights(half, 4), "4").status_code == 200
+    sent = {name: tensor.to(dtype) for name, tensor in other_tensors.items()}
+    assert update(api, write_weights(sent, 4), "4").status_code == 200
     checksums = post(api, "/weights_checker", action="checksum").json()["checksums"]
-    assert checksums == {name: tensor_digest(tensor) for name, tensor in half.items()}
+    assert checksums == {name: tensor_digest(tensor) for name, tensor in sent.items()}
+
+
+def test_checksums_tell_weights_apart_and_equal_weights_alike(
+    api: httpx.Client,
+    url: str,
+    model: Qwen3ForCausalLM,
+    other_tensors: dict[str, torch.Tensor],
+    write_weights: WriteWeights,
+) -> None:
+    """One wrong number in one tensor is seen in that tensor's checksum alone, under whatever name the engine fuses it."""
+    with EnginePool([url]) as engines:
+        before = engines.checksums(url)
+        update(api, write_weights(other_tensors, 3, "other"), "3").raise_for_status()
+        assert all(before[name] != digest for name, digest in engines.checksums(url).items())
+        nudged = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        nudged["model.layers.1.self_attn.k_proj.weight"][3, 4] += 1e-4
+        update(api, write_weights(nudged, 4, "nudged"), "4").raise_for_status()
+        changed = [name for name, digest in engines.checksums(url).items() if before[name] != digest]
+        assert len(changed) == 1 and changed[0].startswith("model.layers.1.self_attn")
+        update(api, write_weights(dict(model.state_dict()), 5, "same"), "5").raise_for_status()
+        assert engines.checksums(url) == before
 
 
 def test_rewriting_the_folder_later_does_not_change_what_is_served(
@@ -196,7 +234,7 @@ def test_rewriting_the_folder_later_does_not_change_what_is_served(
     with file.open("r+b") as handle:
         handle.seek(file.stat().st_size // 2)
         handle.write(b"\x3f" * (file.stat().st_size // 4))
-    assert logprobs(greedy_first(api)).tolist() == logprobs(before).tolist()
+    torch.testing.assert_close(logprobs(greedy_first(api)), logprobs(before), atol=1e-5, rtol=0)
 
 
 def _spoil(tensors: dict[str, torch.Tensor], how: str) -> str:
@@ -252,7 +290,7 @@ def test_a_manifest_of_another_version_is_refused(
 
 
 def test_a_truncated_file_is_refused(
-    api: httpx.Client, other_tensors: dict[str, torch.Tensor], write_weights: WriteWeights
+    api: httpx.Client, embedded_only: None, other_tensors: dict[str, torch.Tensor], write_weights: WriteWeights
 ) -> None:
     folder = write_weights(other_tensors)
     file = folder / "model.safetensors"
@@ -289,3 +327,10 @@ def test_a_malformed_control_request_is_refused_by_field(
     answer = api.post(path, json=body)
     assert answer.status_code == 400
     assert field in answer.json()["message"]
+
+
+@pytest.mark.parametrize(("path", "body"), [("/pause_generation", {"mode": "gently"}), ("/weights_checker", {"action": "zzz"})])
+def test_a_malformed_control_request_is_refused_in_words(api: httpx.Client, path: str, body: dict[str, Any]) -> None:
+    answer = api.post(path, json=body)
+    assert 400 <= answer.status_code < 500
+    assert len(error_message(answer)) > 10

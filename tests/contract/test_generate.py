@@ -12,6 +12,8 @@ import torch
 from conftest import EOS, VOCAB, logp_of
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
+from megatron_rl.rollout.wire import error_message
+
 PROMPT = [5, 17, 250, 99, 3]
 
 
@@ -40,7 +42,7 @@ def test_one_prompt_gives_one_answer_in_sglangs_shape(api: httpx.Client, model_d
     assert all(pair[2] is None for pair in meta["output_token_logprobs"])
     assert {"cached_tokens", "num_retractions"} <= meta.keys()
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    assert answer["text"] == tokenizer.decode(answer["output_ids"], skip_special_tokens=True)
+    assert answer["text"].strip() == tokenizer.decode(answer["output_ids"], skip_special_tokens=True)
 
 
 def test_no_log_probabilities_are_sent_unless_asked_for(api: httpx.Client) -> None:
@@ -112,16 +114,21 @@ def test_n_samples_come_as_a_list_and_differ(api: httpx.Client) -> None:
     assert len({tuple(answer["output_ids"]) for answer in answers}) == 6
 
 
-def test_a_seed_reproduces_the_samples_and_another_seed_does_not(api: httpx.Client) -> None:
-    def tokens(**params: Any) -> list[list[int]]:
-        return [answer["output_ids"] for answer in generate(api, n=4, **params)]
-
-    assert tokens(sampling_seed=11) == tokens(sampling_seed=11)
-    assert tokens(sampling_seed=11) != tokens(sampling_seed=12)
-    assert tokens() != tokens()
+def tokens_of(api: httpx.Client, **params: Any) -> list[list[int]]:
+    return [answer["output_ids"] for answer in generate(api, n=4, **params)]
 
 
-def test_top_k_and_top_p_renormalise_over_what_they_keep(api: httpx.Client, model: Qwen3ForCausalLM) -> None:
+def test_a_seed_reproduces_the_samples(api: httpx.Client, embedded_only: None) -> None:
+    assert tokens_of(api, sampling_seed=11) == tokens_of(api, sampling_seed=11)
+
+
+def test_another_seed_and_no_seed_give_other_samples(api: httpx.Client) -> None:
+    assert tokens_of(api, sampling_seed=11) != tokens_of(api, sampling_seed=12)
+    assert tokens_of(api) != tokens_of(api)
+
+
+def test_top_k_and_top_p_keep_the_likeliest_tokens(api: httpx.Client, engine: str, model: Qwen3ForCausalLM) -> None:
+    """Log-probabilities are of what was sampled from on the embedded server, of the whole distribution on SGLang."""
     with torch.no_grad():
         logp_V = torch.log_softmax(model(torch.tensor([PROMPT])).logits[0, -1].float(), dim=-1)
     ordered = logp_V.sort(descending=True)
@@ -133,7 +140,8 @@ def test_top_k_and_top_p_renormalise_over_what_they_keep(api: httpx.Client, mode
         for answer in generate(api, n=64, max_new_tokens=1, **params):
             token = answer["output_ids"][0]
             assert token in allowed
-            assert logprobs(answer)[0].item() == pytest.approx((logp_V[token] - mass).item(), abs=1e-4)
+            said = logp_V[token] - (mass if engine == "embedded" else 0)
+            assert logprobs(answer)[0].item() == pytest.approx(said.item(), abs=1e-4)
 
 
 def test_first_tokens_are_distributed_as_the_model_says(api: httpx.Client, model: Qwen3ForCausalLM) -> None:
@@ -272,6 +280,29 @@ def test_a_malformed_request_is_refused_by_field(
     answer = api.post("/generate", json=body)
     assert answer.status_code == 400
     assert field in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"input_ids": []},
+        {"input_ids": [1, "two"]},
+        {"input_ids": [[1], [2, None]]},
+        {"input_ids": [1], "sampling_params": {"temprature": 1}},
+        {"input_ids": [1], "sampling_params": {"temperature": -1}},
+        {"input_ids": [1], "sampling_params": {"temperature": "hot"}},
+        {"input_ids": [1], "sampling_params": {"top_p": 0}},
+        {"input_ids": [1], "sampling_params": {"top_k": 0}},
+        {"input_ids": [1], "sampling_params": {"max_new_tokens": 2048}},
+        {"input_ids": [[1], [2]], "rid": ["a", "a"]},
+    ],
+)
+def test_a_malformed_request_is_refused_in_words_and_the_next_one_is_answered(api: httpx.Client, body: dict[str, Any]) -> None:
+    answer = api.post("/generate", json=body)
+    assert 400 <= answer.status_code < 500
+    assert len(error_message(answer)) > 10
+    assert len(generate(api, max_new_tokens=1)["output_ids"]) == 1
 
 
 def test_a_body_that_is_not_json_is_refused(api: httpx.Client) -> None:

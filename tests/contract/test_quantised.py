@@ -19,6 +19,7 @@ from megatron_rl.precision.formats import fake_quantize
 from megatron_rl.precision.plan import PrecisionPlan, resolve
 from megatron_rl.rollout.lifecycle import EmbeddedServers
 from megatron_rl.rollout.quantised import Quantisation, check_precision
+from megatron_rl.rollout.sglang import write_as_sent
 from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.hf import SINGLE, HFFolder
 from megatron_rl.weights.quantised import WireTensors, quantization_config
@@ -210,3 +211,22 @@ def test_a_run_finds_out_which_precision_a_server_has(pool: HookedPool, server: 
         check_precision(url, plain.info(url), PrecisionConfig())
         with pytest.raises(PrecisionError, match=f"{url} serves another.*quantization None instead of fp8_blockwise"):
             check_precision(url, plain.info(url), PRECISION)
+
+
+@pytest.mark.parametrize("rollout", ["fp8_blockwise", "fp8_blockwise_pow2"])
+def test_sglang_on_cpu_serves_the_values_of_the_codes(
+    api: httpx.Client, url: str, sglang_only: None, model_dir: Path, tmp_path: Path, rollout: str
+) -> None:
+    chosen = resolve(PrecisionConfig(train="bf16", rollout=rollout), 2, engine="sglang", device="cpu")
+    write_as_sent(model_dir, chosen, tmp_path / "sent")
+    with HookedPool([url]) as pool:
+        pool.update_weights_from_disk(url, tmp_path / "sent", 1)
+        pool.flush(url)
+    output, found = answer(url)
+    expected = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    served = {name: HFFolder(model_dir).read(name).bfloat16() for name in HFFolder(model_dir).tensors}
+    values = {
+        name: fake_quantize(t, chosen.wire, torch.bfloat16) if chosen.quantised(name) else t for name, t in served.items()
+    }
+    expected.load_state_dict(values)
+    torch.testing.assert_close(found, logp_of(expected, PROMPT, output), atol=1e-4, rtol=0)

@@ -82,6 +82,18 @@ def test_transformer_engine_that_does_not_load_is_told_apart_from_none(monkeypat
     assert "installed without CUDA" in "".join(doctor.warnings()) or torch.cuda.is_available()
 
 
+def test_sglangs_environment_is_asked_for_its_version(tmp_path: Path):
+    python = tmp_path / "bin" / "python"
+    assert doctor.sglang_row(python) == ("sglang", "-", f"`make sglang` makes {python}")
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)
+    assert doctor.sglang_row(python)[1:] == ("-", f"{python} has no sglang: `make sglang`")
+    python.unlink()
+    python.write_text("#!/bin/sh\necho 0.5.23\n")
+    python.chmod(0o755)
+    assert doctor.sglang_row(python)[1] == "0.5.23"
+
+
 def test_the_doctor_fits_on_a_screen(capsys):
     doctor.examine()
     out = capsys.readouterr().out

@@ -37,8 +37,8 @@ def shape(**changes: int) -> ModelShape:
 TINY = shape(hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=32, ffn_hidden_size=256)
 
 
-def config(*, tensor: int = 1, urls: tuple[str, ...] = (), **precision: object) -> Config:
-    sections = {"parallel": {"tensor": tensor}, "rollout": {"urls": urls}, "precision": precision}
+def config(*, tensor: int = 1, urls: tuple[str, ...] = (), engine: str = "embedded", **precision: object) -> Config:
+    sections = {"parallel": {"tensor": tensor}, "rollout": {"urls": urls, "engine": engine}, "precision": precision}
     return make_config({"model": {"path": "nowhere"}, **sections})
 
 
@@ -213,6 +213,19 @@ def test_sglang_refuses_ragged_blocks_and_the_embedded_engine_takes_them():
     assert not examine(plan, layouts, engine="embedded", foreign=False, tokens=16, **settings).warnings
     (warning,) = examine(plan, layouts, engine="embedded", foreign=True, tokens=16, **settings).warnings
     assert "k_proj" in warning and "would refuse" in warning
+
+
+def test_sglang_on_cpu_is_sent_dequantised_values_of_whatever_shape_and_the_user_is_told():
+    told = report(TINY, engine="sglang", train="bf16", recipe="blockwise", rollout="fp8_blockwise")
+    assert told.plan.dequantised and not told.warnings
+    said = printed(told)
+    assert (
+        "SGLang on CPU takes no codes: it is sent the values of fp8_128x128_e4m3, dequantised, and multiplies in bf16" in said
+    )
+    assert "rollout_activations" not in said, "it could not be honoured"
+    with pytest.raises(PrecisionError, match="k_proj"):
+        report(TINY, HOPPER, engine="sglang", **UNIFIED)
+    assert not report(shape(), HOPPER, engine="sglang", **UNIFIED).plan.dequantised
 
 
 # --- pairs that cannot match

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3MoeConfig
 
 from megatron_rl.config import PrecisionConfig
 from megatron_rl.errors import CheckpointError, ConfigError, PrecisionError, UserError
-from megatron_rl.precision.formats import fake_quantize
+from megatron_rl.precision.formats import fake_quantize, quantize
 from megatron_rl.rollout.engine import Engine
 from megatron_rl.rollout.quantised import Quantisation, check_precision, described, requested
 from megatron_rl.rollout.rows import Sampling
@@ -204,3 +205,34 @@ def test_a_run_without_quantised_weights_refuses_an_engine_that_has_them() -> No
 def test_weight_only_quantisation_is_not_asked_of_sglang(rollout: str) -> None:
     with pytest.raises(PrecisionError, match="http://e is an SGLang server, which always quantises the inputs"):
         check_precision("http://e", {"dtype": "bfloat16", "quantization": "fp8"}, PrecisionConfig(rollout=rollout))
+
+
+def test_an_sglang_server_on_cpu_is_taken_for_values_and_one_on_a_gpu_for_codes() -> None:
+    values, cpu, gpu = PrecisionConfig(rollout="fp8_blockwise"), {"device": "cpu"}, {"device": "cuda", "quantization": "fp8"}
+    served = {"dtype": "bfloat16", "quantization": None}
+    check_precision("http://e", served | cpu, values, dequantised=True)
+    check_precision("http://e", served | gpu, ASKED)
+    with pytest.raises(
+        PrecisionError, match=r"http://e is an SGLang server on CPU, .*would send it codes: set rollout.engine: sgl"
+    ):
+        check_precision("http://e", served | cpu, ASKED)
+    with pytest.raises(PrecisionError, match=r"http://e is an SGLang server on a GPU, .*would send it values"):
+        check_precision("http://e", served | gpu, values, dequantised=True)
+    with pytest.raises(PrecisionError, match="http://e is an embedded server, which takes codes itself"):
+        check_precision("http://e", embedded("bf16", Quantisation.of(values)), values, dequantised=True)
+    with pytest.raises(PrecisionError, match="dtype float32 instead of bfloat16"):
+        check_precision("http://e", served | cpu | {"dtype": "float32"}, values, dequantised=True)
+
+
+def test_an_engine_of_quantised_weights_serves_the_values_of_every_experts_codes(qwen3_moe: Path) -> None:
+    """transformers holds the experts of a layer in one parameter: each must be quantised by itself, and the router not."""
+    plain = load_file(qwen3_moe / "model.safetensors")
+    served = Engine(qwen3_moe, quantisation=Quantisation("fp8_blockwise"))._batcher.weights.model.model.layers[2].mlp
+    for expert in range(8):
+        of = {
+            kind: plain[f"model.layers.2.mlp.experts.{expert}.{kind}_proj.weight"].bfloat16() for kind in ("gate", "up", "down")
+        }
+        values = {kind: quantize(weight, "fp8_128x128_e4m3").dequantize() for kind, weight in of.items()}
+        assert torch.equal(served.experts.gate_up_proj[expert], torch.cat([values["gate"], values["up"]]))
+        assert torch.equal(served.experts.down_proj[expert], values["down"])
+    assert torch.equal(served.gate.weight, plain["model.layers.2.mlp.gate.weight"])

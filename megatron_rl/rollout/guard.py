@@ -1,0 +1,59 @@
+"""Runs one command and ends it, with every process it started, when the parent is gone.
+
+`python -I guard.py PARENT_PID COMMAND [ARGUMENT]...`. SGLang spreads over several processes, which a
+killed trainer could not end. The exit code is the command's, 128 + n when signal n ended it.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import psutil
+
+_POLL_S = 0.1
+_GRACE_S = 3.0
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def run(parent_pid: int, command: list[str]) -> int:
+    """Until the command ends, the parent does, or SIGTERM arrives. Leaves no process of the command's running."""
+    stops: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: stops.append(number))
+    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if libc is not None:
+        libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)  # processes whose own parent ended become children of this one
+
+    def die_with_the_guard() -> None:
+        if libc is not None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    child = subprocess.Popen(command, preexec_fn=die_with_the_guard)  # noqa: PLW1509  (this process has one thread)
+    try:
+        # The parent's id is looked at time and again: a death signal would come with the end of the starting thread, too.
+        while child.poll() is None and not stops and os.getppid() == parent_pid:
+            time.sleep(_POLL_S)
+        if stops and child.poll() is None:
+            child.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(_GRACE_S)
+    finally:
+        _end_descendants()
+    code = child.wait()
+    return 128 - code if code < 0 else code
+
+
+def _end_descendants() -> None:
+    while left := psutil.Process().children(recursive=True):
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=1.0)
+
+
+if __name__ == "__main__":
+    sys.exit(run(int(sys.argv[1]), sys.argv[2:]))

@@ -1,0 +1,187 @@
+"""Servers as processes of this machine: started, waited for and ended alike, whatever serves."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx
+
+from megatron_rl.errors import EngineError
+
+_GRACE_S = 5.0
+_TAIL_BYTES = 4000
+_STARTS = 3  # a free port may be taken by somebody else before the server binds it
+_PORT_TAKEN = re.compile(r"address already in use|port \d+ is (?:already in use|unavailable|not available)", re.IGNORECASE)
+# The trainer's place in its process group is no business of a server.
+_OF_THE_TRAINER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
+
+class ServerProcess:
+    """A process that listens on a port of loopback and answers /health.
+
+    name: as errors call it. command: what starts it on a given port.
+    """
+
+    def __init__(self, name: str, command: Callable[[int], list[str]], log: Path, env: dict[str, str]) -> None:
+        self.name, self.log = name, log
+        self._command, self._env, self._starts = command, env, 0
+        self._spawn()
+
+    def _spawn(self) -> None:
+        self._starts += 1
+        self.port = free_port()
+        with self.log.open("ab") as out:
+            self._log_start = out.tell()  # the log may hold an earlier run
+            self.process = subprocess.Popen(
+                self._command(self.port),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                env=self._env,
+                start_new_session=True,
+            )
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def await_health(self, timeout_s: float, deadline: float) -> None:
+        """Until /health is answered; EngineError with the end of the log once the process ended or time is up."""
+        while not self._healthy():
+            code = self.process.poll()
+            tail = self._tail()
+            if code is not None and _PORT_TAKEN.search(tail) and self._starts < _STARTS:
+                self._spawn()
+            elif code is not None:
+                raise EngineError(f"{self.name} ended with code {code} at its start; {self.log} ends:\n{tail}")
+            elif time.monotonic() > deadline:
+                raise EngineError(f"{self.name} was not healthy within {timeout_s:g} s; {self.log} ends:\n{tail}")
+            else:
+                time.sleep(0.1)
+
+    def _healthy(self) -> bool:
+        if self.process.poll() is not None:  # somebody else may answer on its port
+            return False
+        try:
+            return httpx.get(f"{self.url}/health", timeout=2.0, trust_env=False).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def _tail(self) -> str:
+        written = self.log.read_bytes()[self._log_start :]
+        return written[-_TAIL_BYTES:].decode(errors="replace").strip() or "(empty)"
+
+
+class Servers(ABC):
+    """Servers on loopback, one process and one log file (`server-<i>.log`) each.
+
+    They live in sessions of their own, so that Ctrl-C in a terminal reaches the trainer alone, and die with this process.
+    Enter it (or call `start`) on the main thread: Linux takes the end of the thread that started a child for the end of
+    its parent. `stop` ends only what `start` started.
+    """
+
+    noun = "server"
+
+    def __init__(self, log_dir: Path | str, count: int, start_timeout_s: float) -> None:
+        self.log_dir, self.count, self.start_timeout_s = Path(log_dir), count, start_timeout_s
+        self._servers: list[ServerProcess] = []
+
+    def check(self) -> None:
+        """Raise EngineError for what can be known to fail before anything is started."""
+        return
+
+    @abstractmethod
+    def command(self, index: int, port: int) -> list[str]:
+        """What starts server `index` on `port`."""
+
+    @abstractmethod
+    def environment(self) -> dict[str, str]:
+        """The environment of the servers."""
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        return tuple(server.url for server in self._servers)
+
+    @property
+    def router_url(self) -> str | None:
+        """Where generation is to go instead of to `urls`; None: there is no router."""
+        return None
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Of each server's first process; the others of a server, if any, end with it."""
+        return tuple(server.process.pid for server in self._servers)
+
+    def start(self) -> Self:
+        """Start all servers and wait until they are healthy; EngineError quotes the log of one that dies."""
+        return self.launch().wait_healthy()
+
+    def launch(self) -> Self:
+        """Start the processes without waiting for them."""
+        if self._servers:
+            raise EngineError(f"the {self.noun}s were started already")
+        self.check()
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        for index in range(self.count):
+            log = self.log_dir / f"server-{index}.log"
+            command = partial(self.command, index)
+            self._servers.append(ServerProcess(f"{self.noun} {index}", command, log, self.environment()))
+        return self
+
+    def wait_healthy(self) -> Self:
+        """Wait for what `launch` started; EngineError quotes the log of a server that dies, and none is left running."""
+        try:
+            deadline = time.monotonic() + self.start_timeout_s
+            for server in self._servers:
+                server.await_health(self.start_timeout_s, deadline)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def stop(self) -> None:
+        """SIGTERM, and SIGKILL after a grace time; returns when all have ended. Idempotent."""
+        servers, self._servers = self._servers, []
+        end_processes([server.process for server in servers])
+
+
+def end_processes(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End what leads a session of its own, and whatever else runs in that session."""
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + _GRACE_S
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(max(deadline - time.monotonic(), 0.0))
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def environment_of_servers() -> dict[str, str]:
+    """This process's environment without what makes it a rank of a trainer."""
+    own = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")}
+    return {key: value for key, value in own.items() if key not in _OF_THE_TRAINER} | {"HF_HUB_OFFLINE": "1"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

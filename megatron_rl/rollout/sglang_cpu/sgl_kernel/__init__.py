@@ -1,0 +1,18 @@
+"""The names of SGLang's CPU kernel package, which package indices do not carry.
+
+Without AMX every numeric path of SGLang is plain torch, and these names are imported only. Calling one raises, so that
+nothing is ever computed by a stand-in.
+"""
+
+__version__ = "0.0.0+names.only"
+
+
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+
+    def missing(*_, **__):
+        raise NotImplementedError(f"sgl_kernel.{name} needs SGLang's CPU kernel package, which is not installed")
+
+    missing.__name__ = name
+    return missing
