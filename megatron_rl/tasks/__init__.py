@@ -6,15 +6,18 @@ from megatron_rl.config import TaskConfig
 from megatron_rl.tasks.arithmetic import ArithmeticTask
 from megatron_rl.tasks.base import Task, prompts_for_step
 from megatron_rl.tasks.math import MathTask
+from megatron_rl.tasks.tool import ToolTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["ArithmeticTask", "MathTask", "Task", "make_task", "prompts_for_step"]
+__all__ = ["ArithmeticTask", "MathTask", "Task", "ToolTask", "make_task", "prompts_for_step"]
 
 
 def make_task(config: TaskConfig, tokenizer: "PreTrainedTokenizerFast", *, seed: int, max_prompt_tokens: int) -> Task:
     """The task of a configuration, its data read and checked. Raises ConfigError or UserError."""
     if config.name == "math":
         return MathTask(config, tokenizer, max_prompt_tokens=max_prompt_tokens)
+    if config.name == "tool":
+        return ToolTask(config, tokenizer, seed=seed, max_prompt_tokens=max_prompt_tokens)
     return ArithmeticTask(config, tokenizer, seed=seed, max_prompt_tokens=max_prompt_tokens)

@@ -1,6 +1,6 @@
 """Additions and subtractions: a task that needs no data, for tiny models and tests."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import isqrt
 from typing import TYPE_CHECKING, overload
 
@@ -32,8 +32,12 @@ class ArithmeticTask(Task):
                 "which leaves none to train on: raise the former or lower the latter"
             )
         order = np.random.default_rng([seed % 2**64, total]).permutation(total)
-        self.held_out = _Problems(order[: config.held_out], size, tokenizer, max_prompt_tokens)
-        self.train = _Problems(order[config.held_out :], size, tokenizer, max_prompt_tokens)
+
+        def problem(number: int) -> tuple[str, int]:
+            return sum_or_difference(number, size)
+
+        self.held_out = Problems(order[: config.held_out], problem, tokenizer, max_prompt_tokens)
+        self.train = Problems(order[config.held_out :], problem, tokenizer, max_prompt_tokens)
         self.train.encode(f"{size - 1}+{size - 1}=")
         self.train.encode(f"{size - 1}-{size - 1}=")
 
@@ -42,11 +46,29 @@ class ArithmeticTask(Task):
         return float(strip_end(self._tokenizer, response) == prompt.answer)
 
 
-class _Problems(Sequence[Prompt]):
-    """Problems by number, tokenised when asked for. 0 ... size^2 - 1 are a+b, the rest are a-b with b <= a."""
+def sum_or_difference(number: int, size: int) -> tuple[str, int]:
+    """The problem of that number and its answer. 0 ... size^2 - 1 are a+b, the rest are a-b with b <= a."""
+    if number < size**2:
+        a, b = divmod(number, size)
+        return f"{a}+{b}", a + b
+    # Row a of the triangle b <= a starts at a (a + 1) / 2.
+    number -= size**2
+    a = (isqrt(8 * number + 1) - 1) // 2
+    b = number - a * (a + 1) // 2
+    return f"{a}-{b}", a - b
 
-    def __init__(self, numbers: np.ndarray, size: int, tokenizer: "PreTrainedTokenizerFast", max_tokens: int) -> None:
-        self._numbers, self._size = numbers, size
+
+class Problems(Sequence[Prompt]):
+    """Calculations by number, tokenised when asked for. problem: the calculation of a number, and its answer."""
+
+    def __init__(
+        self,
+        numbers: np.ndarray,
+        problem: Callable[[int], tuple[str, int]],
+        tokenizer: "PreTrainedTokenizerFast",
+        max_tokens: int,
+    ) -> None:
+        self._numbers, self._problem = numbers, problem
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
 
     def __len__(self) -> int:
@@ -62,16 +84,7 @@ class _Problems(Sequence[Prompt]):
         return self._prompt(int(self._numbers[index]))
 
     def _prompt(self, number: int) -> Prompt:
-        additions = self._size**2
-        if number < additions:
-            a, b = divmod(number, self._size)
-            problem, answer = f"{a}+{b}", a + b
-        else:
-            # Row a of the triangle b <= a starts at a (a + 1) / 2.
-            number -= additions
-            a = (isqrt(8 * number + 1) - 1) // 2
-            b = number - a * (a + 1) // 2
-            problem, answer = f"{a}-{b}", a - b
+        problem, answer = self._problem(number)
         return Prompt(id=problem, text=f"{problem}=", tokens=self.encode(f"{problem}="), answer=str(answer))
 
     def encode(self, text: str) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,14 @@ class Observation:
 
     text: str | None = None
     void: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of a model response written down, and what the environment says after it; None after the last one."""
+
+    text: str
+    observation: str | None = None
 
 
 class Task(ABC):
@@ -48,6 +57,14 @@ class Task(ABC):
         """A response that verifies, for supervised warm-up; without the end-of-sequence token."""
         return prompt.answer
 
+    def demonstration(self, prompt: Prompt) -> list[Turn]:
+        """The whole way to an answer that verifies, for supervised warm-up; turns without their end-of-sequence tokens."""
+        return [Turn(self.solution(prompt))]
+
+    def statistics(self) -> dict[str, float]:
+        """What `observe` did since this was asked last, for the run log."""
+        return {}
+
     def close(self) -> None:  # noqa: B027  most tasks hold nothing
         """Release what the verifier holds; the task is not used afterwards."""
 
@@ -67,9 +84,13 @@ def prompts_for_step(task: Task, step: int, count: int, seed: int) -> list[Promp
     rows = np.empty(count, dtype=np.int64)
     for epoch in np.unique(drawn // size):
         here = drawn // size == epoch
-        order = np.random.default_rng([seed % 2**64, int(epoch)]).permutation(size)
-        rows[here] = order[drawn[here] % size]
+        rows[here] = _order(size, seed, int(epoch))[drawn[here] % size]
     return [task.train[row] for row in rows.tolist()]
+
+
+@lru_cache(maxsize=8)  # prompts are drawn one by one, too
+def _order(size: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed % 2**64, epoch]).permutation(size)
 
 
 def encode_plain(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[tuple[int, ...]]:

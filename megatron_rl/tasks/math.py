@@ -25,21 +25,24 @@ class MathTask(Task):
     """Problems with one final answer each, in the columns `prompt_column` and `answer_column`.
 
     The ground truth is what follows the last `####` of the answer column, else its last \\boxed{}, else all of it. The
-    prompt goes through the tokenizer's chat template where it has one, else it is the text and a newline. Held out are
-    the rows of `eval_data`, or the last `held_out` rows of `data`.
+    prompt, with `instructions` after it, goes through the tokenizer's chat template where it has one, else it is the text
+    and a newline. Held out are the rows of `eval_data`, or the last `held_out` rows of `data`.
 
     Everything is read, checked and tokenised here. Raises UserError naming file and line of the first malformed row
     or over-long prompt, ConfigError when nothing is left to train on.
     """
 
-    def __init__(self, config: TaskConfig, tokenizer: "PreTrainedTokenizerFast", *, max_prompt_tokens: int) -> None:
+    def __init__(
+        self, config: TaskConfig, tokenizer: "PreTrainedTokenizerFast", *, max_prompt_tokens: int, instructions: str = ""
+    ) -> None:
         if config.data is None:
             raise ConfigError("task.data is required for task.name: math")
         self._tokenizer = tokenizer
         self._grader = Grader()
-        rows = _load(config.data, config, tokenizer, max_prompt_tokens)
+        rows = _load(config.data, config, tokenizer, max_prompt_tokens, instructions)
         if config.eval_data is not None:
-            self.train, self.held_out = rows, _load(config.eval_data, config, tokenizer, max_prompt_tokens)
+            held_out = _load(config.eval_data, config, tokenizer, max_prompt_tokens, instructions)
+            self.train, self.held_out = rows, held_out
             return
         if config.held_out >= len(rows):
             raise ConfigError(
@@ -91,7 +94,9 @@ def _last_boxed(text: str) -> tuple[int, str] | None:
     return None
 
 
-def _load(path: Path, config: TaskConfig, tokenizer: "PreTrainedTokenizerFast", max_prompt_tokens: int) -> list[Prompt]:
+def _load(
+    path: Path, config: TaskConfig, tokenizer: "PreTrainedTokenizerFast", max_prompt_tokens: int, instructions: str
+) -> list[Prompt]:
     if not path.is_file():
         raise UserError(f"no data file at {path}; task.data and task.eval_data must name JSONL or parquet files")
     places, texts, answers = [], [], []
@@ -103,7 +108,7 @@ def _load(path: Path, config: TaskConfig, tokenizer: "PreTrainedTokenizerFast", 
             raise UserError(f"{place}: '{config.answer_column}' holds no final answer")
     if not places:
         raise UserError(f"{path} has no rows")
-    encoded = _encode(tokenizer, texts)
+    encoded = _encode(tokenizer, [text + instructions for text in texts])
     long = [at for at, tokens in enumerate(encoded) if len(tokens) > max_prompt_tokens]
     if long:
         longest = max(len(encoded[at]) for at in long)

@@ -5,6 +5,7 @@ negative log-likelihood of the solution in place of an objective.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.device import pick_device
 from megatron_rl.tasks import make_task
+from megatron_rl.tasks.base import Turn
 from megatron_rl.training.precision_check import say
 from megatron_rl.training.preflight import check_rank
 from megatron_rl.training.progress import ProgressLine
@@ -35,25 +37,40 @@ def negative_log_likelihood(inputs: LossInputs) -> LossOutputs:
     )
 
 
-def solution_batch(prompts: Sequence[Prompt], solutions: Sequence[str], tokenizer: PreTrainedTokenizerBase, end: int) -> Batch:
-    """Prompts followed by their solutions and the end token; solution and end are trained."""
-    asked = [p.tokens for p in prompts]
-    answers = [(*tokenizer.encode(solution, add_special_tokens=False), end) for solution in solutions]
-    lengths = np.array([[len(a), len(b)] for a, b in zip(asked, answers, strict=True)])
+def solution_batch(
+    prompts: Sequence[Prompt], solutions: Sequence[Sequence[Turn]], tokenizer: PreTrainedTokenizerBase, end: int
+) -> Batch:
+    """Prompts followed by the turns of their solutions, each with the end token; turns and ends are trained, and what an
+    environment says after a turn is not."""
+
+    def encoded(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    parts: list[list[tuple[Sequence[int], int]]] = []  # of every trajectory: tokens, and whether they are trained
+    for prompt, turns in zip(prompts, solutions, strict=True):
+        parts.append([(prompt.tokens, 0)])
+        for turn in turns:
+            parts[-1] += [([*encoded(turn.text), end], 1), (encoded(turn.observation or ""), 0)]
+    lengths = [sum(len(tokens) for tokens, _ in row) for row in parts]
     zeros = np.zeros(len(prompts), dtype=np.float32)
     return Batch(
         ids=np.arange(len(prompts)),
         groups=np.arange(len(prompts)),
-        tokens=np.concatenate([part for pair in zip(asked, answers, strict=True) for part in pair]).astype(np.int32),
-        cu_seqlens=np.concatenate([[0], np.cumsum(lengths.sum(1))]),
-        mask=np.repeat(np.tile(np.array([0, 1], dtype=np.float32), len(prompts)), lengths.ravel()),
+        tokens=np.concatenate([np.asarray(tokens, dtype=np.int32) for row in parts for tokens, _ in row]),
+        cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]),
+        mask=np.concatenate([np.full(len(tokens), trained, dtype=np.float32) for row in parts for tokens, trained in row]),
         rewards=zeros,
         advantages=zeros,
     )
 
 
-def with_a_slip(solution: str, rng: np.random.Generator) -> str:
-    """The solution with one of its digits replaced by another digit."""
+def with_a_slip(solution: Sequence[Turn], rng: np.random.Generator) -> list[Turn]:
+    """The solution with one digit of its last turn replaced by another digit."""
+    *before, last = solution
+    return [*before, replace(last, text=_slipped(last.text, rng))]
+
+
+def _slipped(solution: str, rng: np.random.Generator) -> str:
     places = [i for i, character in enumerate(solution) if character.isdigit()]
     if not places:
         raise UserError(f"solution {solution!r} has no digit to get wrong: warm up with careless 0")
@@ -89,11 +106,11 @@ def warm_up(
     task = make_task(config.task, tokenizer, seed=config.run.seed, max_prompt_tokens=config.rollout.max_prompt_tokens)
     end = stop_token_ids(config.model.path)[0]
     rng = np.random.default_rng(config.run.seed)
-    right = [task.solution(p) for p in task.train]
+    right = [task.demonstration(p) for p in task.train]
     wrong = [with_a_slip(solution, rng) for solution in right] if careless else right
     problems = len(right)
     everything = solution_batch([*task.train, *task.train], [*right, *wrong], tokenizer, end)
-    held_out = solution_batch(task.held_out, [task.solution(p) for p in task.held_out], tokenizer, end)
+    held_out = solution_batch(task.held_out, [task.demonstration(p) for p in task.held_out], tokenizer, end)
     rate = 0.0
     with ProgressLine("warm-up", max_updates, 0, enabled=mesh.rank == 0) as progress:
         for update in range(1, max_updates + 1):

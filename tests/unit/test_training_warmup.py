@@ -8,7 +8,9 @@ from megatron_rl.config import TaskConfig
 from megatron_rl.errors import UserError
 from megatron_rl.objectives import LossInputs, LossNorm
 from megatron_rl.tasks import make_task
+from megatron_rl.tasks.base import Turn
 from megatron_rl.training.warmup import negative_log_likelihood, solution_batch, with_a_slip
+from megatron_rl.types import Prompt
 from tests.unit.char_tokenizer import char_tokenizer
 
 
@@ -16,7 +18,7 @@ def test_solutions_and_the_end_token_are_trained_and_prompts_are_not():
     tokenizer = char_tokenizer("0123456789+-=")
     task = make_task(TaskConfig(max_operand=12, held_out=5), tokenizer, seed=0, max_prompt_tokens=8)
     prompts = list(task.train[:20])
-    batch = solution_batch(prompts, [task.solution(p) for p in prompts], tokenizer, tokenizer.eos_token_id)
+    batch = solution_batch(prompts, [task.demonstration(p) for p in prompts], tokenizer, tokenizer.eos_token_id)
     for row, prompt in enumerate(prompts):
         span = slice(batch.cu_seqlens[row], batch.cu_seqlens[row + 1])
         tokens, mask = batch.tokens[span], batch.mask[span]
@@ -25,6 +27,21 @@ def test_solutions_and_the_end_token_are_trained_and_prompts_are_not():
         assert trained[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(trained[:-1]).replace(" ", "") == prompt.answer
         assert mask.tolist() == sorted(mask.tolist())
+
+
+def test_every_turn_and_its_end_are_trained_and_what_a_tool_says_between_them_is_not():
+    tokenizer = char_tokenizer()
+    prompt = Prompt(id="p", text="ab", tokens=tuple(tokenizer.encode("ab")), answer="")
+    end = tokenizer.eos_token_id
+    batch = solution_batch([prompt, prompt], [[Turn("cd", "efg"), Turn("h")], [Turn("i")]], tokenizer, end)
+
+    def spelt(row: int, trained: int) -> list[str]:
+        span = slice(batch.cu_seqlens[row], batch.cu_seqlens[row + 1])
+        return tokenizer.convert_ids_to_tokens(batch.tokens[span][batch.mask[span] == trained].tolist())
+
+    eos = tokenizer.eos_token
+    assert (spelt(0, 1), spelt(0, 0)) == (["c", "d", eos, "h", eos], ["a", "b", "e", "f", "g"])
+    assert (spelt(1, 1), spelt(1, 0)) == (["i", eos], ["a", "b"])
 
 
 def test_the_loss_is_the_mean_negative_log_likelihood_of_trained_tokens():
@@ -41,11 +58,13 @@ def test_the_loss_is_the_mean_negative_log_likelihood_of_trained_tokens():
 def test_a_slip_changes_exactly_one_digit(solution):
     rng = np.random.default_rng(0)
     for _ in range(50):
-        slipped = with_a_slip(solution, rng)
+        first, last = with_a_slip([Turn("call 1", "7"), Turn(solution)], rng)
+        assert first == Turn("call 1", "7")
+        slipped = last.text
         changed = [i for i, (a, b) in enumerate(zip(solution, slipped, strict=True)) if a != b]
         assert len(changed) == 1 and slipped[changed[0]].isdigit()
 
 
 def test_a_solution_without_digits_cannot_slip():
     with pytest.raises(UserError, match="has no digit to get wrong"):
-        with_a_slip("none", np.random.default_rng(0))
+        with_a_slip([Turn("none")], np.random.default_rng(0))

@@ -1,0 +1,185 @@
+"""Problems that a model may compute on: it writes Python, the sandbox runs it, the output comes back, turn by turn."""
+
+import copy
+import re
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_rl.config import TaskConfig
+from megatron_rl.errors import ConfigError
+from megatron_rl.tasks.arithmetic import Problems
+from megatron_rl.tasks.base import Observation, Task, Turn, strip_end
+from megatron_rl.tasks.jails import accept_no_jail, find_jail
+from megatron_rl.tasks.math import MathTask, response_answer
+from megatron_rl.tasks.sandbox import Result, Sandbox
+from megatron_rl.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+INSTRUCTIONS = (
+    "\n\nYou may compute with Python: end your turn with one code block\n```python\nprint(1 + 1)\n```\n"
+    "and the output comes back to you. Nothing is kept between blocks. When you know the final answer, write it without code "
+    "as \\boxed{answer}."
+)
+_FENCE = "```"
+_BLOCK = re.compile(r"^```python[ \t]*\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
+_ANY_BLOCK = re.compile(r"^```.*?(?:^```[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
+_CUT = "\n...\n"
+
+
+class ToolTask(Task):
+    """Problems as in `MathTask`, or without `data` products of two numbers below max_operand: `17*23=` -> `#### 391`.
+
+    A turn that ends with a ```python block is a call: the block runs in a sandbox and what it writes comes back between
+    ```output and ```, cut to `tool_tokens` tokens. A turn with an answer as in `MathTask`, outside of code and after any, ends
+    the response. A turn with neither is void. Instructions stand behind problems of a file and not behind products, whose
+    models are warmed up on demonstrations. Raises ConfigError where no sandbox holds.
+    """
+
+    def __init__(self, config: TaskConfig, tokenizer: "PreTrainedTokenizerFast", *, seed: int, max_prompt_tokens: int) -> None:
+        self.max_turns = config.max_turns
+        # `observe` runs in threads, and a tokenizer that is used by two at once raises.
+        self._tokenizer, self._lock = copy.deepcopy(tokenizer), threading.Lock()
+        self._tool_tokens = config.tool_tokens
+        self._special = [text for text in {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} if text]
+        self._frame = ("\n", "\n")
+        self._math: MathTask | None = None
+        if config.data is None:
+            self._make_products(config, tokenizer, seed, max_prompt_tokens)
+        else:
+            self._math = MathTask(config, tokenizer, max_prompt_tokens=max_prompt_tokens, instructions=INSTRUCTIONS)
+            self.train, self.held_out = self._math.train, self._math.held_out
+            if tokenizer.chat_template is not None:
+                self._frame = between_turns(tokenizer)
+        way = accept_no_jail() if config.sandbox == "unsafe" else find_jail()
+        self._sandbox = Sandbox(way, seconds=config.tool_seconds, memory_mb=config.tool_memory_mb)
+        self._counts = dict.fromkeys(("calls", "errors", "void"), 0)
+
+    def _make_products(self, config: TaskConfig, tokenizer: "PreTrainedTokenizerFast", seed: int, max_tokens: int) -> None:
+        size = config.max_operand
+        if config.held_out >= size**2:
+            raise ConfigError(
+                f"task.max_operand {size} gives {size**2} products and task.held_out keeps {config.held_out} of them apart, "
+                "which leaves none to train on: raise the former or lower the latter"
+            )
+
+        def product(number: int) -> tuple[str, int]:
+            a, b = divmod(number, size)
+            return f"{a}*{b}", a * b
+
+        order = np.random.default_rng([seed % 2**64, size**2]).permutation(size**2)
+        self.held_out = Problems(order[: config.held_out], product, tokenizer, max_tokens)
+        self.train = Problems(order[config.held_out :], product, tokenizer, max_tokens)
+        self.train.encode(f"{size - 1}*{size - 1}=")
+
+    def verify(self, prompt: Prompt, response: str) -> float:
+        """1.0 when the response, the text of the model's last turn alone, answers outside of code as the ground truth does.
+
+        What a tool has written must not be part of it: a model could have its code print an answer.
+        """
+        text = without_code(strip_end(self._tokenizer, response))
+        if self._math is not None:
+            return self._math.verify(prompt, text)
+        return float(response_answer(text) == prompt.answer)
+
+    def observe(self, prompt: Prompt, turn: str) -> Observation:
+        """Raises ConfigError when the sandbox itself fails."""
+        turn = strip_end(self._tokenizer, turn)
+        code = called(turn)
+        if code is None:
+            void = response_answer(without_code(turn)) is None
+            self._count("void" if void else None)
+            return Observation(void=void)
+        result = self._sandbox.run(code)
+        self._count("calls", None if result.ok else "errors")
+        return Observation(self.wrapped(self._shown(result)))
+
+    def wrapped(self, output: str) -> str:
+        """The text that brings an output back, with whatever the chat template puts between two turns of a model."""
+        # An output must end neither its own block nor the turn.
+        output = output.replace(_FENCE, "'''")
+        for special in self._special:
+            output = output.replace(special, f"{special[0]} {special[1:]}")
+        before, after = self._frame
+        return f"{before}{_FENCE}output\n{self._fit(output.rstrip())}\n{_FENCE}{after}"
+
+    def solution(self, prompt: Prompt) -> str:
+        return f"#### {prompt.answer}"
+
+    def demonstration(self, prompt: Prompt) -> list[Turn]:
+        """A call and the answer; of a problem from a file, for which no code is known, the answer alone."""
+        if self._math is not None:
+            return [Turn(self.solution(prompt))]
+        call = f"{_FENCE}python\nprint({prompt.id})\n{_FENCE}"
+        return [Turn(call, self.wrapped(prompt.answer)), Turn(self.solution(prompt))]
+
+    def statistics(self) -> dict[str, float]:
+        """tool/calls: blocks of code run; tool/errors: those of them that raised or hit a limit; tool/void: void turns."""
+        with self._lock:
+            counts, self._counts = self._counts, dict.fromkeys(self._counts, 0)
+        return {f"tool/{name}": float(count) for name, count in counts.items()}
+
+    def close(self) -> None:
+        if self._math is not None:
+            self._math.close()
+
+    def _count(self, *names: str | None) -> None:
+        with self._lock:
+            for name in names:
+                if name is not None:
+                    self._counts[name] += 1
+
+    def _shown(self, result: Result) -> str:
+        notes = {
+            "timeout": f"TimeoutError: stopped after {self._sandbox.seconds:g} seconds",
+            "output": "OutputError: stopped, too much output",
+        }
+        note = notes.get(result.reason)
+        return result.output if note is None else f"{result.output.rstrip()}\n{note}".lstrip("\n")
+
+    def _fit(self, text: str) -> str:
+        """At most `tool_tokens` tokens of the text: its start and its end, where errors are named."""
+        with self._lock:
+            spans, room = self._spans(text), self._tool_tokens
+            cut = text
+            while room > 1 and len(self._spans(cut)) > self._tool_tokens:
+                cut = f"{text[: spans[room - room // 2 - 1][1]]}{_CUT}{text[spans[-(room // 2)][0] :]}"
+                room -= 1
+        return cut if room > 1 else ""
+
+    def _spans(self, text: str) -> list[tuple[int, int]]:
+        """Where every token of the text starts and ends."""
+        return list(self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"])
+
+
+def called(turn: str) -> str | None:
+    """The code of the ```python block that a turn ends with, or that nothing but prose without an answer follows."""
+    blocks = list(_BLOCK.finditer(turn))
+    if not blocks or response_answer(without_code(turn[blocks[-1].end() :])) is not None:
+        return None
+    return blocks[-1].group(1)
+
+
+def without_code(text: str) -> str:
+    """The text without its fenced blocks; one that is never closed reaches to the end."""
+    return _ANY_BLOCK.sub("\n", text)
+
+
+def between_turns(tokenizer: "PreTrainedTokenizerFast") -> tuple[str, str]:
+    """What the chat template writes before and after a user's message between two turns of the assistant.
+
+    The end-of-sequence token of the first turn is left out: the model has written it. Raises ConfigError for a template that
+    does not render such a conversation.
+    """
+    turn, message = "megatronrlturn", "megatronrlmessage"
+    roles = (("user", "question"), ("assistant", turn), ("user", message))
+    chat = tokenizer.apply_chat_template(
+        [{"role": role, "content": content} for role, content in roles], add_generation_prompt=True, tokenize=False
+    )
+    if chat.count(turn) != 1 or chat.count(message) != 1 or chat.index(turn) > chat.index(message):
+        raise ConfigError("the tokenizer's chat template does not render a user's message after an assistant's turn")
+    before, _, after = chat.partition(turn)[2].partition(message)
+    return before.removeprefix(tokenizer.eos_token or ""), after

@@ -1,0 +1,148 @@
+"""Responses of several turns from a real server: an environment speaks in between, and nothing the engine wrote is changed."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import logp_of
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+from megatron_rl.rollout.client import EnginePool, GenerationRequest, Sample
+from megatron_rl.rollout.sampling import GroupSettings, sample_group
+from megatron_rl.tasks.base import Observation, Task
+from megatron_rl.training.batches import make_batch
+from megatron_rl.types import Prompt, Trajectory
+
+PROMPT = Prompt("p", "", (5, 17, 250, 99, 3), "42")
+STOPS = tuple(range(2, 40))  # one token in eight: turns are short
+
+
+def ambiguous_tokenizer() -> PreTrainedTokenizerFast:
+    """Every token is one or two letters, and most texts can be written in many ways: `abb` is a|b|b, ab|b or a|bb."""
+    letters = "abcdefghijklmnop"
+    pieces = [*letters, *(first + second for first in letters for second in letters)]
+    vocabulary = {piece: 2 + at for at, piece in enumerate(pieces)} | {"<unk>": 0, "<eos>": 1}
+    merges = [(piece[0], piece[1]) for piece in pieces if len(piece) == 2]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
+
+
+TOKENIZER = ambiguous_tokenizer()
+
+
+class Scripted(Task):
+    """Says `says` after every turn but those it finds void; notes what it heard."""
+
+    def __init__(self, says: str | None = "abcabc", max_turns: int = 3, void: Callable[[int], bool] = lambda number: False):
+        self.train = self.held_out = [PROMPT]
+        self.says, self.max_turns, self.void = says, max_turns, void
+        self.heard: list[str] = []
+
+    def verify(self, prompt: Prompt, response: str) -> float:
+        return 0.0
+
+    def observe(self, prompt: Prompt, turn: str) -> Observation:
+        self.heard.append(turn)
+        return Observation(void=True) if self.void(len(self.heard)) else Observation(self.says)
+
+
+class Recorded:
+    """The requests of a group, and what the engine answered, in order."""
+
+    def __init__(self, pool: EnginePool) -> None:
+        self.pool = pool
+        self.asked: list[tuple[GenerationRequest, list[Sample]]] = []
+
+    async def ask(self, request: GenerationRequest) -> list[Sample]:
+        samples = await self.pool.ask(request)
+        self.asked.append((request, samples))
+        return samples
+
+    def draw(self, task: Task, samples: int = 1, max_new_tokens: int = 100, seed: int = 1) -> list[Trajectory]:
+        settings = GroupSettings(
+            seed, samples, max_new_tokens, 1.0, STOPS, need_logmu=True, environment=task, tokenizer=TOKENIZER
+        )
+        return self.pool.run(sample_group(self.ask, PROMPT, settings, first_id=0, group=0)).trajectories
+
+
+@pytest.fixture
+def engine_side(url: str) -> Iterator[Recorded]:
+    with EnginePool([url], timeout_s=120) as pool:
+        yield Recorded(pool)
+
+
+def turns_of(trajectory: Trajectory) -> list[tuple[int, tuple[int, ...]]]:
+    """Runs of one mask value: (mask, tokens)."""
+    mask = trajectory.response_mask or (1,) * len(trajectory.response_tokens)
+    runs: list[tuple[int, tuple[int, ...]]] = []
+    for value, token in zip(mask, trajectory.response_tokens, strict=True):
+        if runs and runs[-1][0] == value:
+            runs[-1] = (value, (*runs[-1][1], token))
+        else:
+            runs.append((value, (token,)))
+    return runs
+
+
+def test_engine_tokens_go_back_as_they_came_although_their_text_has_other_tokens(
+    engine_side: Recorded, model: Qwen3ForCausalLM
+) -> None:
+    (trajectory,) = engine_side.draw(task := Scripted())
+    written = [samples[0].tokens for _, samples in engine_side.asked]
+    said = tuple(TOKENIZER.encode("abcabc", add_special_tokens=False))
+    assert len(written) == 3, "all three turns ended by themselves"
+    assert any(TOKENIZER.encode(TOKENIZER.decode(tokens)) != list(tokens) for tokens in written), "the case tells nothing"
+    assert trajectory.response_tokens == (*written[0], *said, *written[1], *said, *written[2])
+    for number, (request, _) in enumerate(engine_side.asked):
+        before = [token for tokens in written[:number] for token in (*tokens, *said)]
+        assert request.prompt_tokens == (*PROMPT.tokens, *before)
+        assert request.sampling.max_new_tokens == 100 - len(before)
+    assert task.heard == [TOKENIZER.decode(tokens, skip_special_tokens=True) for tokens in written]
+    want = logp_of(model, list(PROMPT.tokens), list(trajectory.response_tokens))
+    got, mask = torch.tensor(trajectory.logmu), torch.tensor(trajectory.response_mask)
+    torch.testing.assert_close(got, want * mask, atol=1e-4, rtol=0)
+    assert (want[mask == 0] < -1e-3).all(), "a forward pass has something to say of the observation, the engine has not"
+
+
+def test_only_the_models_tokens_reach_the_batch_as_trained(engine_side: Recorded) -> None:
+    trajectories = engine_side.draw(Scripted(), samples=4)
+    batch = make_batch([replace(t, reward=1.0) for t in trajectories], "mean")
+    assert batch.versions is not None and batch.logmu is not None
+    for row, trajectory in enumerate(trajectories):
+        span = slice(batch.cu_seqlens[row], batch.cu_seqlens[row + 1])
+        expected = [0] * len(PROMPT.tokens) + list(trajectory.response_mask or [1] * len(trajectory.response_tokens))
+        assert batch.mask[span].tolist() == expected
+        assert ((batch.versions[span] >= 0) == (batch.mask[span] > 0)).all()
+        assert (batch.logmu[span][batch.mask[span] == 0] == 0).all()
+
+
+@pytest.mark.parametrize("max_new_tokens", [10, 20, 30])
+def test_all_turns_and_observations_share_one_budget(engine_side: Recorded, max_new_tokens: int) -> None:
+    trajectories = engine_side.draw(Scripted(max_turns=50), samples=6, max_new_tokens=max_new_tokens)
+    for trajectory in trajectories:
+        assert len(trajectory.response_tokens) <= max_new_tokens
+        assert trajectory.finish_reason == "length"
+        assert turns_of(trajectory)[-1][0] == 1, "no response ends with words that nobody answers"
+
+
+@pytest.mark.parametrize("max_turns", [1, 2, 4])
+def test_a_response_has_no_more_turns_than_are_allowed(engine_side: Recorded, max_turns: int) -> None:
+    trajectories = engine_side.draw(Scripted(max_turns=max_turns), samples=4, max_new_tokens=400)
+    assert {len(turns_of(t)) for t in trajectories} == {2 * max_turns - 1}
+    assert all(t.finish_reason == "stop" and t.response_tokens[-1] in (1, *STOPS) for t in trajectories)
+
+
+def test_an_environment_that_says_nothing_ends_the_response_unmasked(engine_side: Recorded) -> None:
+    (trajectory,) = engine_side.draw(Scripted(says=None))
+    assert trajectory.response_mask is None and len(engine_side.asked) == 1
+    assert trajectory.last_turn == trajectory.response_tokens
+
+
+def test_a_void_turn_is_masked_and_what_came_before_it_is_not(engine_side: Recorded) -> None:
+    (trajectory,) = engine_side.draw(Scripted(void=lambda number: number == 2))
+    first, second = (samples[0].tokens for _, samples in engine_side.asked)
+    (trained, rest) = turns_of(trajectory)
+    assert trained == (1, first) and rest[0] == 0 and rest[1][-len(second) :] == second
+    assert trajectory.last_turn == ()

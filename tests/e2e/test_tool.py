@@ -1,0 +1,124 @@
+"""A model that was taught to write code: its calls run in the sandbox, in training as in evaluation, and only it is trained.
+
+The model is tiny and the problems are nine, so that half a minute of warm-up teaches it the whole way: call, output, answer.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from megatron_rl.config import Config, load_config
+from megatron_rl.errors import ConfigError
+from megatron_rl.policy.checkpoint import TrainState
+from megatron_rl.rollout.client import EnginePool
+from megatron_rl.rollout.lifecycle import EmbeddedServers
+from megatron_rl.tasks import make_task
+from megatron_rl.tasks.jails import find_jail
+from megatron_rl.training.records import Stopwatch
+from megatron_rl.training.rollouts import Rollouts
+from megatron_rl.training.tiny import make_tokenizer
+from tests.e2e.command import Command, records
+from tests.e2e.models import make_model
+
+OPERANDS = 3
+TOOL = f"""\
+model: {{path: warm}}
+rollout: {{prompts_per_step: 6, samples_per_prompt: 4, max_prompt_tokens: 8, max_new_tokens: 48, timeout_s: 120}}
+objective: {{name: drpo, delta: 0.15, advantage: grpo, norm: token_mean}}
+optimizer: {{lr: 2.0e-4, beta2: 0.99, updates_per_step: 2, tokens_per_microbatch: 512}}
+task: {{name: tool, max_operand: {OPERANDS}, held_out: 1, max_turns: 2, tool_tokens: 12}}
+eval: {{prompts: 1, samples: 4}}
+run: {{name: tool, steps: 2, save_every: 0, seed: 3}}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """With the configuration and `warm`, a model that calls and answers rightly more often than not."""
+    try:
+        find_jail()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("tool")
+    texts = [
+        part
+        for a in range(OPERANDS)
+        for b in range(OPERANDS)
+        for part in (f"{a}*{b}=", f"```python\nprint({a}*{b})\n```", f"\n```output\n{a * b}\n```\n", f"#### {a * b}")
+    ]
+    tokenizer = make_tokenizer(texts * 20, 300)
+    tokenizer.chat_template = None
+    make_model(folder / "fresh", tokenizer)
+    (folder / "tool.yaml").write_text(TOOL, encoding="utf-8")
+    learning = ["model.path=fresh", "optimizer.lr=4e-3", "--batch-size=8", "--max-updates=300"]
+    command = Command(["warmup", "tool.yaml", "--dest=warm", "--target=0.6", *learning], folder, {})
+    try:
+        result = command.wait()
+    finally:
+        command.end()
+    assert result.code == 0, result.all
+    return folder
+
+
+@pytest.fixture
+def config(folder, monkeypatch) -> Config:
+    monkeypatch.chdir(folder)
+    return load_config("tool.yaml")
+
+
+def test_a_batch_trains_on_what_the_model_wrote_and_on_nothing_a_tool_said(config, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    task = make_task(config.task, tokenizer, seed=3, max_prompt_tokens=8)
+    with (
+        EmbeddedServers(config.model.path, tmp_path, threads=1) as servers,
+        EnginePool(servers.urls, timeout_s=120) as pool,
+    ):
+        rollouts = Rollouts(config, task, tokenizer, pool, need_logmu=True)
+        rollouts.begin(TrainState(version=0))
+        batch = rollouts.collect(0, 0, Stopwatch())
+    answers = {f"{prompt.text}": prompt.answer for prompt in task.train}
+    rewarded = called = 0
+    for row in range(len(batch)):
+        span = slice(batch.cu_seqlens[row], batch.cu_seqlens[row + 1])
+        tokens, trained = batch.tokens[span], batch.mask[span] > 0
+        asked, own, rest = _parts(tokenizer, tokens, trained)
+        assert "output" not in own and (not rest or "```output\n" in rest or not own)
+        called += "```output\n" in rest
+        if batch.rewards[row]:
+            rewarded += 1
+            assert own.endswith(f"#### {answers[asked]}<|end|>")
+            assert own.count("<|end|>") == 1 + ("```output" in rest)
+    sampled = rollouts.sampled
+    assert rewarded > 4 and called > 4
+    assert sampled["tool/calls"] >= called and sampled["tool/void"] >= 0
+
+
+def _parts(tokenizer, tokens: np.ndarray, trained: np.ndarray) -> tuple[str, str, str]:
+    """The prompt, what is trained, and what is not and stands behind the prompt."""
+    end = int(np.flatnonzero(tokens == tokenizer.encode("=")[0])[0]) + 1
+    rest = ~trained
+    rest[:end] = False
+    return tuple(tokenizer.decode(tokens[which]) for which in (np.arange(len(tokens)) < end, trained, rest))
+
+
+def test_a_run_with_tools_learns_from_its_own_tokens_and_logs_its_calls(cli, folder, tmp_path):
+    result = cli("train", folder / "tool.yaml", f"model.path={folder / 'warm'}", f"run.dir={tmp_path}")
+    assert result.code == 0, result.all
+    steps, evaluations = records(tmp_path / "tool"), records(tmp_path / "tool", "eval")
+    assert [r["step"] for r in steps] == [0, 1] and [r["step"] for r in evaluations] == [0, 2]
+    for record in steps:
+        trajectories = round(record["tokens/response"] / record["response_length/mean"])
+        assert trajectories == 24
+        # Every prompt has four tokens, and every call that was answered brought at least its fences.
+        outputs = record["tokens/total"] - record["tokens/response"] - 4 * trajectories
+        assert 6 < record["tool/calls"] <= 2 * trajectories and outputs > 4 * 6
+        assert record["tool/errors"] <= record["tool/calls"] and record["tool/void"] < trajectories
+        assert record["reward/mean"] > 0.2
+        # The first update trains from the weights that sampled: also after an output the ratio is 1.
+        assert math.isclose(record["mismatch/ratio/min"], 1, abs_tol=1e-4)
+        assert math.isclose(record["mismatch/ratio/max"], 1, abs_tol=1e-4)
+    assert sum(r["tool/calls"] for r in steps) > 24
+    assert all(0 <= r["eval/sampled"] <= 1 for r in evaluations)
