@@ -45,6 +45,9 @@ class ParallelConfig(_Block):
             raise ValueError("sequence: true needs tensor > 1")
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise ValueError("virtual_pipeline > 1 needs pipeline > 1")
+        ranks = self.tensor * self.context * self.data
+        if ranks % self.expert:
+            raise ValueError(f"expert: {self.expert} must divide tensor x context x data = {ranks}, the ranks of one stage")
         return self
 
 
@@ -114,6 +117,18 @@ class RolloutConfig(_Block):
     )
     sglang: SGLangConfig = SGLangConfig()
 
+    @model_validator(mode="after")
+    def _engine_keeps_its_word(self) -> Self:
+        if self.sglang.router and self.engine != "sglang":
+            raise ValueError("sglang.router: true needs engine: sglang; requests to embedded servers are spread by the trainer")
+        if self.sglang.router and self.urls:
+            raise ValueError("sglang.router: true starts a router for servers of our own, and urls names others: leave out one")
+        if self.sglang.router and self.routing_replay:
+            raise ValueError("routing_replay: true does not go with sglang.router: the router drops the request for experts")
+        if self.deterministic and self.engine == "sglang":
+            raise ValueError("deterministic: true is a promise of engine: embedded; SGLang's samples depend on their batch")
+        return self
+
 
 class OptimizerConfig(_Block):
     lr: float = Field(1.0e-6, gt=0)
@@ -178,11 +193,11 @@ class AlpConfig(_Block):
 
 class TaskConfig(_Block):
     name: Literal["arithmetic", "math", "tool"] = "arithmetic"
-    data: Path | None = Field(None, description="JSONL or parquet with prompts and answers (math)")
+    data: Path | None = Field(None, description="JSONL or parquet with prompts and answers (math, tool)")
     eval_data: Path | None = Field(None, description="held-out file; without it the last rows of data are held out")
     prompt_column: str = "question"
     answer_column: str = "answer"
-    max_operand: int = Field(20, ge=2, description="arithmetic: operands lie in [0, max_operand)")
+    max_operand: int = Field(20, ge=2, description="arithmetic, tool without data: operands lie in [0, max_operand)")
     held_out: int = Field(64, ge=0, description="problems kept out of training for evaluation")
     max_turns: int = Field(3, ge=1, description="tool: turns of the model in one response")
     sandbox: Literal["jail", "unsafe"] = Field("jail", description="tool: unsafe runs the model's code without a jail")
@@ -244,7 +259,18 @@ class Config(_Block):
             raise ValueError("objective.overlong_buffer exceeds rollout.max_new_tokens: it is a part of the longest response")
         if self.task.name == "math" and self.task.data is None:
             raise ValueError("task.data is required for task.name: math")
+        if self.task.name == "tool":
+            self._tool_fits()
         return self
+
+    def _tool_fits(self) -> None:
+        if self.task.max_turns < 2:
+            raise ValueError("task.max_turns is 1, but task.name: tool needs a second turn, in which an output is read")
+        if self.task.tool_tokens >= self.rollout.max_new_tokens:
+            raise ValueError(
+                f"task.tool_tokens is {self.task.tool_tokens}, but rollout.max_new_tokens, which a response has for all its "
+                f"turns and outputs, is {self.rollout.max_new_tokens}: lower the former or raise the latter"
+            )
 
     def dump(self) -> str:
         """The resolved configuration as YAML; loading it again gives an equal Config."""

@@ -66,6 +66,16 @@ class Trajectory:
         """Of the weights that sampled any of its tokens; None when the engine named none."""
         return min((span.version for span in self.versions), default=None)
 
+    @property
+    def last_turn(self) -> tuple[int, ...]:
+        """Response tokens after the last one that is masked: the answer is looked for here, never in a tool's output."""
+        if self.response_mask is None:
+            return self.response_tokens
+        written = len(self.response_mask)
+        while written and self.response_mask[written - 1]:
+            written -= 1
+        return self.response_tokens[written:]
+
     def with_reward(self, reward: float) -> Self:
         return replace(self, reward=reward)
 

@@ -10,6 +10,7 @@ import torch
 
 from megatron_rl.errors import EngineError
 from megatron_rl.rollout.cache import GrowingCache
+from megatron_rl.rollout.experts import recorded
 from megatron_rl.rollout.loading import Weights
 from megatron_rl.rollout.rows import BROKEN, STOP, Batch, Job, Row
 
@@ -56,7 +57,12 @@ class Batcher:
         groups = self._take_groups()
         rows = [row for group in groups for row in group]
         texts, text_of_row = _distinct_texts(rows)
-        logits_UV, cache, pads = self._prefill(texts, [group[0].job for group in groups])
+        with recorded(self.weights.model, any(row.job.routed for row in rows)) as choices:
+            logits_UV, cache, pads = self._prefill(texts, [group[0].job for group in groups])
+        routing_UTLK = choices.of(len(texts))
+        for row, text in zip(rows, text_of_row.tolist(), strict=True):
+            if row.job.routed and routing_UTLK is not None:
+                row.routes = [routing_UTLK[text, pads[text] :]]
         going = [at for at, row in enumerate(rows) if len(row.tokens) < row.job.sampling.max_new_tokens]
         for row in rows:
             if len(row.tokens) >= row.job.sampling.max_new_tokens:
@@ -80,7 +86,11 @@ class Batcher:
         batch = self.running
         assert batch is not None
         inputs = batch.model_inputs(self.device)
-        logits_RTV = self.weights.model(**inputs, past_key_values=batch.cache, use_cache=True).logits
+        with recorded(self.weights.model, batch.routed) as choices:
+            logits_RTV = self.weights.model(**inputs, past_key_values=batch.cache, use_cache=True).logits
+        routing_RTLK = choices.of(len(batch))
+        if routing_RTLK is not None:
+            batch.note_routing(routing_RTLK[:, 0])
         self._finish_ended(batch, *batch.advance(logits_RTV[:, -1]))
         self._keep(batch)
 

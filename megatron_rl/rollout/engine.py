@@ -23,9 +23,12 @@ from transformers import AutoTokenizer
 from megatron_rl.errors import EngineError, UserError
 from megatron_rl.precision.plan import DTYPES
 from megatron_rl.rollout.batcher import Batcher
-from megatron_rl.rollout.loading import Weights, eos_ids, load_weights, read_config
+from megatron_rl.rollout.experts import has_experts
+from megatron_rl.rollout.loading import Weights, eos_ids, load_weights, make_weights, read_config, tied_names
 from megatron_rl.rollout.quantised import Quantisation
+from megatron_rl.rollout.receive import Groups, Update, Updates
 from megatron_rl.rollout.rows import Job, Sampling
+from megatron_rl.weights.quantised import is_scale
 
 T = TypeVar("T")
 PauseMode = Literal["abort", "retract", "in_place"]
@@ -83,7 +86,8 @@ class Engine:
             max_prefill_tokens=max_prefill_tokens,
         )
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._swaps: deque[tuple[Weights, str, Future[None]]] = deque()
+        self._swaps: deque[tuple[Weights, str, Future[tuple[Weights, str] | None]]] = deque()
+        self.updates = Updates(self._begin_update, self._received, self._serve, Groups(self._device))
         self._lock = threading.Lock()
         self._jobs: dict[str, Job] = {}
         self._first_arrival = self._last_arrival = 0.0
@@ -101,6 +105,7 @@ class Engine:
 
     def stop(self) -> None:
         """End the thread; unfinished requests end as aborted."""
+        self.updates.groups.leave_all()
         if self.healthy:
             self._call(self._shut)
         if self._thread.is_alive():
@@ -122,6 +127,7 @@ class Engine:
         rid: str | None = None,
         input_start: int | None = None,
         top_logprobs: int = 0,
+        routed: bool = False,
     ) -> Job:
         """Check a request and make a job of it; UserError names what the model cannot take."""
         if not prompt:
@@ -142,8 +148,10 @@ class Engine:
         # A filter may leave fewer tokens with any mass than are wanted; what would the rest report?
         if top_logprobs and (sampling.top_p < 1 or sampling.top_k > 0):
             raise UserError("field 'top_logprobs_num' needs the whole distribution: send top_p 1 and top_k -1, or leave it out")
+        if routed and not has_experts(self.config):
+            raise UserError(f"field 'return_routed_experts': the routers of a '{self.config.model_type}' model are not known")
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        return Job.make(rid or secrets.token_hex(16), prompt, n, sampling, seed, input_start, top_logprobs)
+        return Job.make(rid or secrets.token_hex(16), prompt, n, sampling, seed, input_start, top_logprobs, routed)
 
     def submit(self, jobs: Sequence[Job]) -> list["Future[Job]"]:
         """Queue the jobs; each future gives its finished job. All are taken or none."""
@@ -164,6 +172,7 @@ class Engine:
 
     def resume(self) -> None:
         self._call(self._resume)
+        self.updates.settle()
 
     def abort(self, rid: str | None = None) -> int:
         """End one request, or all of them; partial outputs are kept. Returns how many were ended."""
@@ -202,9 +211,36 @@ class Engine:
         if self.memory == "released":
             raise EngineError(_RELEASED)
         fresh = load_weights(folder, self.config, DTYPES[self.dtype], self._device, self._shapes, version, self._plan)
-        swapped: Future[None] = Future()
-        self._call(lambda: self._swaps.append((fresh, version, swapped)))
-        swapped.result()
+        self._serve(fresh, version)
+
+    def _begin_update(self) -> Update:
+        self._check_alive()
+        if self.memory == "released":
+            raise EngineError(_RELEASED)
+        return Update(self._shapes, tied_names(self.config))
+
+    def _received(self, tensors: dict[str, torch.Tensor], digests: dict[str, str]) -> Weights:
+        """A model of tensors that came in buckets, checked like those of a folder."""
+        coded = self._plan is not None and any(is_scale(name) for name in tensors)
+        like = self._batcher.weights.model if self.memory == "held" else None
+        return make_weights(
+            tensors,
+            digests,
+            self.config,
+            DTYPES[self.dtype],
+            self._device,
+            plan=self._plan,
+            coded=coded,
+            where="the weights received",
+            expected=self._shapes,
+            like=like,
+        )
+
+    def _serve(self, weights: Weights, version: str) -> tuple[Weights, str] | None:
+        """Swap when nothing runs or while paused. What was served before, where the engine is paused and held something."""
+        swapped: Future[tuple[Weights, str] | None] = Future()
+        self._call(lambda: self._swaps.append((weights, version, swapped)))
+        return swapped.result()
 
     # The thread --------------------------------------------------------------------------------------------
 
@@ -252,9 +288,10 @@ class Engine:
         batcher = self._batcher
         if self._swaps and (self.paused or batcher.running is None):
             fresh, version, swapped = self._swaps.popleft()
+            before = (batcher.weights, batcher.version) if self.paused and self.memory == "held" else None
             batcher.swap(fresh, version)
             self.memory = "held"
-            swapped.set_result(None)
+            swapped.set_result(before)
         elif not self.paused and not self._stopping:
             # A pending swap waits for the running rows alone: whatever still waits gets the new weights.
             if not self._swaps and batcher.has_room and time.monotonic() >= self._ready_at():
@@ -293,6 +330,9 @@ class Engine:
 
     def _save(self, folder: Path) -> str:
         held = self._batcher.weights.model.state_dict()
+        fused = [name for name in self._shapes if name not in held]
+        if fused:
+            raise EngineError(f"tensor {fused[0]} is held in one with others: a model with experts cannot be given back")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tensors = {name: held[name].to("cpu", copy=True).contiguous() for name in self._shapes}

@@ -22,7 +22,7 @@ from megatron_rl.errors import CheckpointError
 from megatron_rl.precision.plan import DTYPES, PrecisionPlan
 from megatron_rl.rollout.quantised import quantises_inputs, use_quantised_products
 from megatron_rl.weights.digest import tensor_digest
-from megatron_rl.weights.quantised import check_config, is_scale, join, quantise_at_load, shapes
+from megatron_rl.weights.quantised import check_config, is_finite, is_scale, join, quantise_at_load, shapes
 
 MANIFEST = "manifest.json"
 ATTENTION = {"full_attention", "sliding_attention"}
@@ -59,21 +59,50 @@ def load_weights(
     Raises CheckpointError naming the file or the tensor; the caller's model is not touched.
     """
     tensors = _read(folder)
-    tied = _tied_names(config)
     stated = _stated_quantisation(folder)
     _check_quantised(folder, tensors, stated, plan)
-    held = shapes(tensors, coded=stated is not None)
-    if expected is not None:
-        _check_names(folder, held, expected, tied)
     digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+    if expected is not None:
+        _check_names(folder, shapes(tensors, coded=stated is not None), expected, tied_names(config))
     _check_manifest(folder, digests, version)
-    values = tensors if plan is None else _quantised_values(folder, tensors, stated, plan, dtype)
-    _check_values(folder, values, dtype)
-    _check_tied(folder, values, tied)
     # A copy even where the dtype stays: tensors read from a file map it, and the file may be rewritten.
-    served = {name: tensor.to(device=device, dtype=dtype, copy=True) for name, tensor in values.items()}
-    model = _build(folder, config, served, dtype).to(device)
-    if plan is not None and quantises_inputs(plan):
+    return make_weights(tensors, digests, config, dtype, device, plan=plan, coded=stated is not None, where=folder, copies=True)
+
+
+def make_weights(
+    tensors: dict[str, torch.Tensor],
+    digests: dict[str, str],
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    plan: PrecisionPlan | None,
+    coded: bool,
+    where: Path | str,
+    expected: dict[str, tuple[int, ...]] | None = None,
+    copies: bool = False,
+    like: PreTrainedModel | None = None,
+) -> Weights:
+    """A new model of these tensors, which it takes over unless `copies`. coded: some are codes and scales of the plan.
+
+    like: a model of the same architecture, on the same device, of which everything but the parameters may be shared.
+    Raises CheckpointError naming the tensor.
+    """
+    tied = tied_names(config)
+    held = shapes(tensors, coded=coded)
+    if expected is not None:
+        _check_names(where, held, expected, tied)
+    values = tensors if plan is None else _quantised_values(where, tensors, plan, dtype, coded=coded)
+    _check_values(where, values, dtype)
+    _check_tied(where, values, tied)
+    served = {name: tensor.to(device=device, dtype=dtype, copy=copies) for name, tensor in values.items()}
+    emulated = plan is not None and quantises_inputs(plan)
+    # transformers keeps the experts of a layer in one parameter, under none of their names: such a model is built anew.
+    named = like is not None and all(name in served or name in tied for name, _ in like.named_parameters())
+    if like is not None and named and not emulated:
+        return Weights(_with_parameters(like, served, tied), held, digests)
+    model = _build(where, config, served, dtype).to(device)
+    if plan is not None and emulated:
         use_quantised_products(model, values, plan)
     return Weights(model, held, digests)
 
@@ -118,7 +147,7 @@ def _read(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _tied_names(config: PreTrainedConfig) -> dict[str, str]:
+def tied_names(config: PreTrainedConfig) -> dict[str, str]:
     """Weights that repeat another one, which a folder may therefore leave out: name -> name it repeats."""
     if not getattr(config, "tie_word_embeddings", False):
         return {}
@@ -156,22 +185,18 @@ def _check_quantised(
 
 
 def _quantised_values(
-    folder: Path,
-    tensors: dict[str, torch.Tensor],
-    stated: dict[str, Any] | None,
-    plan: PrecisionPlan,
-    dtype: torch.dtype,
+    folder: Path | str, tensors: dict[str, torch.Tensor], plan: PrecisionPlan, dtype: torch.dtype, *, coded: bool
 ) -> dict[str, torch.Tensor]:
     """What the engine multiplies with, under plain names: fp32 for emulated products, which round once at their end."""
     dtype = torch.float32 if quantises_inputs(plan) else dtype
-    if stated is not None:
+    if coded:
         return join(tensors, plan, str(folder), dtype)
     _check_values(folder, {name: tensor for name, tensor in tensors.items() if plan.quantised(name)}, DTYPES[plan.train])
     return quantise_at_load(tensors, plan, dtype)
 
 
 def _check_names(
-    folder: Path, held: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], tied: dict[str, str]
+    folder: Path | str, held: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], tied: dict[str, str]
 ) -> None:
     missing = sorted(expected.keys() - held.keys() - tied.keys())
     if missing:
@@ -209,23 +234,25 @@ def _check_manifest(folder: Path, digests: dict[str, str], version: str | None) 
             )
 
 
-def _check_values(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+def _check_values(folder: Path | str, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in READABLE:
             raise CheckpointError(f"{folder}: tensor {name} is {tensor.dtype}; the engine reads float32, bfloat16, float16")
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise CheckpointError(f"{folder}: tensor {name} has non-finite values")
-        if tensor.dtype != dtype and not torch.isfinite(tensor.to(dtype)).all():
+        if tensor.dtype != dtype and not is_finite(tensor.to(dtype)):
             raise CheckpointError(f"{folder}: tensor {name} does not fit into {dtype}")
 
 
-def _check_tied(folder: Path, tensors: dict[str, torch.Tensor], tied: dict[str, str]) -> None:
+def _check_tied(folder: Path | str, tensors: dict[str, torch.Tensor], tied: dict[str, str]) -> None:
     for name, source in tied.items():
         if name in tensors and source in tensors and not torch.equal(tensors[name], tensors[source]):
             raise CheckpointError(f"{folder}: tensor {name} differs from {source}, but config.json ties them")
 
 
-def _build(folder: Path, config: PreTrainedConfig, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
+def _build(
+    folder: Path | str, config: PreTrainedConfig, tensors: dict[str, torch.Tensor], dtype: torch.dtype
+) -> PreTrainedModel:
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     own = copy.deepcopy(config)  # loading writes dtype and attention into it
     if hasattr(own, "quantization_config"):
@@ -246,6 +273,15 @@ def _build(folder: Path, config: PreTrainedConfig, tensors: dict[str, torch.Tens
         if report[kind]:
             raise CheckpointError(f"{folder}: {kind.replace('_', ' ')}: {sorted(map(str, report[kind]))[:5]}")
     return model.eval()
+
+
+def _with_parameters(like: PreTrainedModel, tensors: dict[str, torch.Tensor], tied: dict[str, str]) -> PreTrainedModel:
+    """A model that shares all but its parameters with `like`: much faster than building one, and as much of its own."""
+    fresh = {}
+    for name, old in like.named_parameters():
+        tensor = tensors[name] if name in tensors else tensors[tied[name]]
+        fresh[id(old)] = torch.nn.Parameter(tensor, requires_grad=False)
+    return copy.deepcopy(like, fresh)  # the memo says what stands for each old parameter
 
 
 def _few(noun: str, names: list[str]) -> str:

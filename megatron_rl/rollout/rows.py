@@ -52,6 +52,7 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     tops: list[np.ndarray] = field(default_factory=list)  # pieces of `likeliest`
+    routes: list[np.ndarray] = field(default_factory=list)  # pieces of `routing`
     spans: list[tuple[str, int, int]] = field(default_factory=list)
     span_start: int = 0
     retractions: int = 0
@@ -68,12 +69,23 @@ class Row:
         """[tokens, job.top_logprobs] of `id` int32 and `logp` float32: at every output position, the likeliest tokens."""
         return np.concatenate([np.zeros((0, self.job.top_logprobs), dtype=_LIKELY), *self.tops])
 
+    @property
+    def routing(self) -> np.ndarray | None:
+        """[tokens - 1, L, K] int16: the experts chosen for every token of prompt and output but the last.
+
+        None when they are not wanted, or the model has not seen all of these tokens (an aborted row).
+        """
+        rows = sum(map(len, self.routes))
+        total = len(self.job.prompt) + len(self.tokens) - 1
+        return np.concatenate(self.routes)[:total] if self.routes and rows >= total else None
+
 
 @dataclass(eq=False, slots=True)
 class Job:
     """A request: one prompt, n samples. `input_start` None: no log-probabilities of the prompt are wanted.
 
-    top_logprobs: how many of the likeliest tokens to report at every output position.
+    top_logprobs: how many of the likeliest tokens to report at every output position. routed: report the experts chosen for
+    every token.
     """
 
     rid: str
@@ -83,6 +95,7 @@ class Job:
     keys: np.ndarray
     input_start: int | None
     top_logprobs: int = 0
+    routed: bool = False
     future: "Future[Job]" = field(default_factory=Future)
     rows: list[Row] = field(default_factory=list)
     input_logprobs: list[float | None] = field(default_factory=list)
@@ -98,9 +111,10 @@ class Job:
         seed: int,
         input_start: int | None,
         top_logprobs: int = 0,
+        routed: bool = False,
     ) -> Self:
         keys = row_keys(seed, np.arange(n))
-        job = cls(rid, np.fromiter(prompt, dtype=np.int64), n, sampling, keys, input_start, top_logprobs)
+        job = cls(rid, np.fromiter(prompt, dtype=np.int64), n, sampling, keys, input_start, top_logprobs, routed)
         job.rows = [Row(job, index) for index in range(n)]
         return job
 
@@ -120,6 +134,7 @@ class Batch:
         self.tokens_RC = np.zeros((len(rows), room), dtype=np.int64)
         self.logprobs_RC = np.zeros((len(rows), room), dtype=np.float32)
         self.likeliest_RCK = np.zeros((len(rows), room, int(columns["top_logprobs"].max(initial=0))), dtype=_LIKELY)
+        self.routing_RCLK = np.zeros((len(rows), room, 0, 0), dtype=np.int16)
 
     @classmethod
     def start(cls, rows: list[Row], pads: np.ndarray, cache: GrowingCache) -> Self:
@@ -159,6 +174,18 @@ class Batch:
             "attention_mask": torch.arange(now + 1, device=device) >= pads[:, None],
         }
 
+    @property
+    def routed(self) -> bool:
+        """Whether anybody wants to know the experts of the tokens."""
+        return any(row.job.routed for row in self.rows)
+
+    def note_routing(self, routing_RLK: np.ndarray) -> None:
+        """The experts chosen for the token that each row's `model_inputs` held; before `advance`."""
+        widths = (self.tokens_RC.shape[1], *routing_RLK.shape[1:])
+        if self.routing_RCLK.shape[1:] != widths:
+            self.routing_RCLK = _padded(self.routing_RCLK, widths)
+        self.routing_RCLK[np.arange(len(self)), self.columns["filled"] - 1] = routing_RLK
+
     def advance(self, logits_RV: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Sample one token for every row; returns (rows that ended now, why: STOP, LENGTH or BROKEN)."""
         columns = self.columns
@@ -194,6 +221,8 @@ class Batch:
         wanted = int(self.columns["top_logprobs"][at])
         if wanted:
             self.rows[at].tops.append(self.likeliest_RCK[at, :filled, :wanted].copy())
+        if self.rows[at].job.routed and filled > 1:  # the last token was not yet put in
+            self.rows[at].routes.append(self.routing_RCLK[at, : filled - 1].copy())
         self.columns["prior"][at] += filled
         self.columns["filled"][at] = 0
 
@@ -209,6 +238,7 @@ class Batch:
         out = Batch([self.rows[at] for at in keep], cache, columns, self.stops_RK[keep])
         out.tokens_RC, out.logprobs_RC = self.tokens_RC[keep], self.logprobs_RC[keep]
         out.likeliest_RCK = self.likeliest_RCK[keep, :, : columns["top_logprobs"].max()]
+        out.routing_RCLK = self.routing_RCLK[keep]
         return out
 
     def join(self, other: "Batch") -> "Batch":
@@ -221,6 +251,7 @@ class Batch:
         out.tokens_RC = _stack(self.tokens_RC, other.tokens_RC)
         out.logprobs_RC = _stack(self.logprobs_RC, other.logprobs_RC)
         out.likeliest_RCK = _stack(self.likeliest_RCK, other.likeliest_RCK)
+        out.routing_RCLK = _stack(self.routing_RCLK, other.routing_RCLK)
         return out
 
     def _widen(self, room: int) -> None:

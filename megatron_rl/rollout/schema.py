@@ -4,10 +4,12 @@ import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.engine import Engine
+from megatron_rl.rollout.experts import encoded
 from megatron_rl.rollout.rows import Job, Sampling
 
 
@@ -43,7 +45,8 @@ class SamplingBody(_Body):
 class GenerateBody(_Body):
     """One prompt or a list of them; sampling_params and rid may be lists of the same length.
 
-    top_logprobs_num: how many of the likeliest tokens to report at every output position.
+    top_logprobs_num: how many of the likeliest tokens to report at every output position. return_routed_experts: report the
+    experts chosen for every token of prompt and output but the last.
     """
 
     input_ids: list[Any]
@@ -51,6 +54,7 @@ class GenerateBody(_Body):
     return_logprob: bool = False
     logprob_start_len: int = Field(-1, ge=-1)
     top_logprobs_num: int = Field(0, ge=0, le=64)
+    return_routed_experts: bool = False
     stream: Literal[False] = False
     rid: str | list[str] | None = None
 
@@ -93,10 +97,69 @@ class AbortBody(_Body):
 
 
 class UpdateBody(_Body):
-    """weight_version is required: a version must never be guessed."""
+    """weight_version is required: a version must never be guessed. flush_cache: refused while requests hold keys and values;
+    SGLang's default is true, and it says 400 when it has changed the weights and could not flush."""
 
     model_path: str = Field(min_length=1)
     weight_version: str = Field(min_length=1)
+    flush_cache: bool = False
+
+
+class BeginUpdateBody(_Body):
+    """selector: SGLang's; a draft model is not served here."""
+
+    selector: Literal["all", "target"] = "all"
+
+
+class JoinGroupBody(_Body):
+    master_address: str = Field(min_length=1)
+    master_port: int = Field(ge=1, le=65535)
+    rank_offset: int = Field(ge=1)
+    world_size: int = Field(ge=2)
+    group_name: str = Field("weight_update_group", min_length=1)
+    backend: Literal["nccl", "gloo"] = "nccl"
+
+
+class LeaveGroupBody(_Body):
+    group_name: str = Field("weight_update_group", min_length=1)
+
+
+class _BucketBody(_Body):
+    """weight_version: in at least one bucket of an update. flush_cache: refused while requests hold keys and values."""
+
+    flush_cache: bool = True
+    weight_version: Annotated[str, Field(min_length=1)] | None = None
+    load_format: Literal["flattened_bucket"] | None = None
+    abort_all_requests: Literal[False] = False
+    selector: Literal["all", "target"] = "all"
+
+
+class DistributedBody(_BucketBody):
+    """One entry of names, dtypes and shapes for each tensor. load_format None: a broadcast for each of them."""
+
+    names: list[str] = Field(min_length=1)
+    dtypes: list[str]
+    shapes: list[list[Annotated[int, Field(ge=0)]]]
+    group_name: str = Field("weight_update_group", min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DistributedBody":
+        if not len(self.names) == len(self.dtypes) == len(self.shapes):
+            raise ValueError(f"{len(self.names)} names, {len(self.dtypes)} dtypes and {len(self.shapes)} shapes do not match")
+        unknown = [name for name in self.dtypes if not isinstance(getattr(torch, name, None), torch.dtype)]
+        if unknown:
+            raise ValueError(f"dtype '{unknown[0]}' is unknown")
+        return self
+
+    @property
+    def torch_dtypes(self) -> list[torch.dtype]:
+        return [getattr(torch, name) for name in self.dtypes]
+
+
+class TensorBody(_BucketBody):
+    """One payload of `weights.payload` for each rank of the engine: this one has one."""
+
+    serialized_named_tensors: list[str] = Field(min_length=1, max_length=1)
 
 
 class MemoryBody(_Body):
@@ -140,7 +203,7 @@ def parse_jobs(engine: Engine, body: GenerateBody) -> list[Job]:
         sampling = _validated(SamplingBody, param, where)
         start = body.logprob_start_len if body.return_logprob and body.logprob_start_len >= 0 else None
         chosen = sampling.sampling(engine.eos_ids)
-        jobs.append(engine.job(tokens, chosen, sampling.n, rid, start, body.top_logprobs_num))
+        jobs.append(engine.job(tokens, chosen, sampling.n, rid, start, body.top_logprobs_num, body.return_routed_experts))
     return jobs
 
 
@@ -192,6 +255,8 @@ def answers(engine: Engine, job: Job, return_logprob: bool) -> list[dict[str, An
             likeliest = row.likeliest
             tops = zip(likeliest["logp"].tolist(), likeliest["id"].tolist(), strict=True)
             meta["output_top_logprobs"] = [_entries(logps, ids) for logps, ids in tops]
+        if job.routed and row.routing is not None:
+            meta["routed_experts"] = encoded(row.routing)
         answer: dict[str, Any] = {"output_ids": row.tokens, "meta_info": meta}
         if engine.tokenizer is not None:
             shown = row.tokens[:-1] if finish.get("type") == "stop" else row.tokens

@@ -24,17 +24,23 @@ from megatron_rl.rollout.quantised import Quantisation, described, requested
 from megatron_rl.rollout.rows import Job
 from megatron_rl.rollout.schema import (
     AbortBody,
+    BeginUpdateBody,
     ChecksumBody,
+    DistributedBody,
     EmptyBody,
     GenerateBody,
+    JoinGroupBody,
+    LeaveGroupBody,
     MemoryBody,
     PauseBody,
     SaveBody,
+    TensorBody,
     UpdateBody,
     answers,
     explain,
     parse_jobs,
 )
+from megatron_rl.weights.payload import unpack
 
 _PR_SET_PDEATHSIG = 1
 
@@ -143,8 +149,12 @@ def _add_control(app: FastAPI, engine: Engine) -> None:
 
     @app.post("/update_weights_from_disk")
     async def update_weights_from_disk(body: UpdateBody) -> Response:
+        if body.flush_cache:
+            await asyncio.to_thread(engine.flush)
         await asyncio.to_thread(engine.update_from_disk, Path(body.model_path), body.weight_version)
         return _done(f"serving weight version {body.weight_version}", weight_version=body.weight_version)
+
+    _add_updates(app, engine)
 
     @app.post("/release_memory_occupation")
     async def release_memory_occupation(body: MemoryBody | None = None) -> Response:
@@ -167,6 +177,67 @@ def _add_control(app: FastAPI, engine: Engine) -> None:
     async def save_weights(body: SaveBody) -> Response:
         version = await asyncio.to_thread(engine.save_weights, Path(body.path))
         return _done(weight_version=version)
+
+
+def _add_updates(app: FastAPI, engine: Engine) -> None:
+    """Weights in buckets. Unlike SGLang, the engine serves none of them before the update has ended."""
+    updates = engine.updates
+
+    @app.post("/begin_weight_update")
+    async def begin_weight_update(body: BeginUpdateBody | None = None) -> Response:
+        await asyncio.to_thread(updates.begin)
+        return _done()
+
+    @app.post("/end_weight_update")
+    async def end_weight_update(body: EmptyBody | None = None) -> Response:
+        await asyncio.to_thread(updates.end)
+        return _done(f"serving weight version {engine.weight_version}", weight_version=engine.weight_version)
+
+    @app.post("/abort_weight_update")
+    async def abort_weight_update(body: EmptyBody | None = None) -> Response:
+        await asyncio.to_thread(updates.abort)
+        return _done(f"serving weight version {engine.weight_version}", weight_version=engine.weight_version)
+
+    @app.post("/init_weights_update_group")
+    async def init_weights_update_group(body: JoinGroupBody) -> Response:
+        await asyncio.to_thread(
+            updates.groups.join,
+            body.group_name,
+            body.master_address,
+            body.master_port,
+            rank=body.rank_offset,
+            world=body.world_size,
+            backend=body.backend,
+        )
+        return _done()
+
+    @app.post("/destroy_weights_update_group")
+    async def destroy_weights_update_group(body: LeaveGroupBody) -> Response:
+        await asyncio.to_thread(updates.groups.leave, body.group_name)
+        return _done()
+
+    @app.post("/update_weights_from_distributed")
+    async def update_weights_from_distributed(body: DistributedBody) -> Response:
+        if body.flush_cache:
+            await asyncio.to_thread(engine.flush)
+        flat = body.load_format == "flattened_bucket"
+        await asyncio.to_thread(
+            updates.receive,
+            body.group_name,
+            body.names,
+            body.torch_dtypes,
+            body.shapes,
+            flat=flat,
+            version=body.weight_version,
+        )
+        return _done()
+
+    @app.post("/update_weights_from_tensor")
+    async def update_weights_from_tensor(body: TensorBody) -> Response:
+        if body.flush_cache:
+            await asyncio.to_thread(engine.flush)
+        await asyncio.to_thread(updates.load, unpack(body.serialized_named_tensors[0]), body.weight_version)
+        return _done()
 
 
 def serve(

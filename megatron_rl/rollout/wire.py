@@ -1,8 +1,9 @@
 """What travels between the client and a server, and its JSON: SGLang's /generate request and answer."""
 
+import base64
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
@@ -27,12 +28,20 @@ class SamplingParams:
     seed: int | None = None
 
 
+class RoutedShape(NamedTuple):
+    """What an engine must report of its experts: `per_token` of `experts` for every token, in each of `layers` layers."""
+
+    layers: int
+    per_token: int
+    experts: int
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One prompt and n samples of it. rid: unique among the requests of one call.
 
     top_logprobs_num: the K of `Sample.topk`, 0 for none; needs return_logprob. score_prompt: score the prompt's own tokens,
-    too, at temperature 1; needs return_logprob.
+    too, at temperature 1; needs return_logprob. routed: ask for the experts chosen for every token; None: do not.
     """
 
     rid: str
@@ -42,6 +51,7 @@ class GenerationRequest:
     return_logprob: bool = True
     top_logprobs_num: int = 0
     score_prompt: bool = False
+    routed: RoutedShape | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +62,8 @@ class Sample:
     "length" or "abort". fault: what went wrong inside the engine, "" when nothing did. topk: at every position the
     likeliest tokens of the distribution sampled from, None when not asked for, NaN as in logprobs; not compared.
     prompt_logprobs: of the prompt's tokens after the first, None when not asked for, NaN as in logprobs.
+    retractions: how often the engine put it back into its queue. routing: as in `Trajectory`, of the request's prompt and these
+    tokens; None when not asked for, and of an aborted sample, whose last tokens no model has seen; not compared.
     """
 
     tokens: tuple[int, ...]
@@ -61,6 +73,8 @@ class Sample:
     fault: str = ""
     topk: TopK | None = field(default=None, compare=False)
     prompt_logprobs: tuple[float, ...] | None = None
+    retractions: int = 0
+    routing: np.ndarray | None = field(default=None, compare=False)
 
 
 def generate_body(request: GenerationRequest, rid: str) -> dict[str, Any]:
@@ -88,6 +102,8 @@ def generate_body(request: GenerationRequest, rid: str) -> dict[str, Any]:
         body["top_logprobs_num"] = request.top_logprobs_num
     if request.score_prompt:
         body["logprob_start_len"] = 0
+    if request.routed is not None:
+        body["return_routed_experts"] = True
     return body
 
 
@@ -96,6 +112,11 @@ def read_samples(url: str, request: GenerationRequest, answer: Any) -> list[Samp
     if len(entries) != request.n:
         raise EngineError(f"{url} gave {len(entries)} samples for request '{request.rid}', {request.n} were asked for")
     try:
+        if request.routed is not None and any(_lacks_routing(entry) for entry in entries):
+            raise EngineError(
+                f"{url} does not report the experts it chose, which rollout.routing_replay asks for: start SGLang with "
+                "--enable-return-routed-experts"
+            )
         return [_sample(entry, request) for entry in entries]
     except (KeyError, TypeError, ValueError) as error:
         raise EngineError(f"{url} answered request '{request.rid}' in an unknown shape: {error!r}") from error
@@ -125,7 +146,31 @@ def _sample(entry: dict[str, Any], request: GenerationRequest) -> Sample:
         spans = [{"version": meta["weight_version"], "start": 0, "end": len(tokens)}]
     versions = tuple(VersionSpan(_version(s["version"]), int(s["start"]), int(s["end"])) for s in spans)
     fault = str(finish.get("message", "")) if finish["type"] == "abort" and (finish.get("status_code") or 0) >= 500 else ""
-    return Sample(tokens, logprobs, str(finish["type"]), versions, fault, topk, prompt_logprobs)
+    retractions = int(meta.get("num_retractions") or 0)
+    routing = None
+    if request.routed is not None and finish["type"] != "abort":
+        routing = _routing(meta["routed_experts"], len(request.prompt_tokens) + len(tokens) - 1, request.routed)
+    return Sample(tokens, logprobs, str(finish["type"]), versions, fault, topk, prompt_logprobs, retractions, routing)
+
+
+def _lacks_routing(entry: dict[str, Any]) -> bool:
+    """SGLang answers as if nothing had been asked for when it was started without the flag."""
+    meta = entry["meta_info"]
+    return meta["finish_reason"]["type"] != "abort" and meta.get("routed_experts") is None
+
+
+def _routing(coded: str, tokens: int, shape: RoutedShape) -> np.ndarray:
+    """[tokens, layers, per_token] int32 from base64; ValueError for another size or experts that cannot be."""
+    flat = np.frombuffer(base64.b64decode(coded, validate=True), dtype=np.int32)
+    if flat.size != tokens * shape.layers * shape.per_token:
+        raise ValueError(
+            f"routed_experts hold {flat.size} numbers for {tokens} tokens, {shape.layers} x {shape.per_token} each"
+        )
+    routing = flat.reshape(tokens, shape.layers, shape.per_token)
+    ordered = np.sort(routing, -1)
+    if tokens and (ordered.min() < 0 or ordered.max() >= shape.experts or (np.diff(ordered, axis=-1) == 0).any()):
+        raise ValueError(f"routed_experts are not {shape.per_token} different ones of {shape.experts} for every token")
+    return routing
 
 
 def _topk(entries: list[list[list[Any]]], tokens: int, k: int) -> TopK:

@@ -36,10 +36,10 @@ def collect(run: Run, watch: Stopwatch) -> Batch:
     if found is not None:
         batch, truncated = found
         if run.mesh.rank == 0:
-            run.rollouts.truncated = truncated
+            run.rollouts.restore(batch, {"truncated": truncated})
         return batch
     batch = run.mesh.on_lead(lambda: run.collect(run.state.step, watch))
-    run.mesh.on_lead(lambda: folder.write_batch(batch, run.rollouts.truncated))
+    run.mesh.on_lead(lambda: folder.write_batch(batch, run.rollouts.sampled["truncated"]))
     return batch
 
 

@@ -25,10 +25,10 @@ class RoundRecords:
     round: dict[str, Any]
     ratios: dict[str, float]
 
-    def records(self, step: int, version: int, watch: Stopwatch, truncated: float) -> list[dict[str, Any]]:
+    def records(self, step: int, version: int, watch: Stopwatch, sampled: dict[str, float]) -> list[dict[str, Any]]:
         """The round's record, and the step's, whose loss and gradient are the student's."""
         means = mean_update(self.student)
-        step_record = batch_record(step, version, [self.batch], watch, truncated) | means | self.objective.summary(means)
+        step_record = batch_record(step, version, [self.batch], watch, sampled) | means | self.objective.summary(means)
         return [{"kind": "erpd", "step": step, **self.round}, step_record | self.ratios]
 
 

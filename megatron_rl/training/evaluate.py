@@ -4,7 +4,10 @@ from contextlib import ExitStack
 
 from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError
-from megatron_rl.training.run import embedded_servers, open_rollouts
+from megatron_rl.precision.machine import this_machine
+from megatron_rl.rollout.servers import own_servers
+from megatron_rl.training.preflight import check_rank
+from megatron_rl.training.run import START_TIMEOUT_S, open_rollouts
 
 
 def evaluate_model(config: Config) -> dict[str, float]:
@@ -14,9 +17,12 @@ def evaluate_model(config: Config) -> dict[str, float]:
     """
     if config.eval.prompts == 0:
         raise ConfigError("eval.prompts is 0: say how many held-out problems to evaluate, e.g. eval.prompts=64")
+    plan = check_rank(config).plan
     with ExitStack() as stack:
-        urls = config.rollout.urls or stack.enter_context(embedded_servers(config)).urls
-        rollouts = stack.enter_context(open_rollouts(config, list(urls), need_logmu=False))
+        servers = None if config.rollout.urls else own_servers(config, plan, this_machine().device, START_TIMEOUT_S)
+        if servers is not None:
+            stack.enter_context(servers)
+        rollouts = stack.enter_context(open_rollouts(config, plan, servers, need_logmu=False))
         rates = rollouts.evaluate(0)
     for name, rate in rates.items():
         print(f"{name}: {rate:.1%}")

@@ -29,10 +29,11 @@ def train(run: Run) -> None:
             with watch("attribution"):
                 attributed = attribute_step(run, sampled)
         with watch("sync"):
+            run.settle()
             run.publish(run.state.version + 1)
         run.advance(step + 1, run.state.version + 1)
         if run.mesh.rank == 0:
-            for record in learned.records(step, version, watch, run.rollouts.truncated):
+            for record in learned.records(step, version, watch, run.rollouts.sampled):
                 run.record(record)
             if attributed is not None:
                 run.record(attributed.record(run.state.step, sampled_by=step))

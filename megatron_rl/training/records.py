@@ -31,21 +31,24 @@ class Stopwatch:
 
 
 def step_record(
-    step: int, version: int, parts: list[Batch], stats: list[UpdateStats], watch: Stopwatch, truncated: float
+    step: int, version: int, parts: list[Batch], stats: list[UpdateStats], watch: Stopwatch, sampled: dict[str, float]
 ) -> dict[str, Any]:
     """The record of one step: flat, slash-separated keys, plain numbers; lists for the worst trajectories alone.
 
     parts, stats: the step's updates in order; an update's log-probabilities are those of the weights before it, with ALP
-    perturbed. `mismatch/...` is the first update alone, where trainer and engine hold the same weights; the same statistics
-    without that prefix (`ratio_record`), and `worst/...`, are all updates, staleness within the step included.
+    perturbed. `mismatch/...` is the first update alone, where trainer and engine hold the same weights unless tokens are stale
+    (then `mismatch_by_staleness` tells them apart); the same statistics without that prefix (`ratio_record`), and `worst/...`,
+    are all updates, staleness within the step included.
     """
-    record: dict[str, Any] = batch_record(step, version, parts, watch, truncated)
+    record: dict[str, Any] = batch_record(step, version, parts, watch, sampled)
     record |= mean_update([update_record(part, one) for part, one in zip(parts, stats, strict=True)])
     if parts[0].logmu is not None:
         pairs = [_trained_pair(p, s.logp) for p, s in zip(parts, stats, strict=True)]
         logp, logmu = (np.concatenate(column) for column in zip(*pairs, strict=True))
         record |= ratio_record(logp, logmu)
         record |= {f"mismatch/{name}": value for name, value in ratio_record(*pairs[0]).items()}
+        if record.get("staleness/max"):
+            record |= mismatch_by_staleness(_staleness(version, parts[0]), *pairs[0])
         record |= _worst(parts, logp, logmu)
     return record
 
@@ -59,9 +62,13 @@ def _worst(parts: list[Batch], logp: np.ndarray, logmu: np.ndarray) -> dict[str,
 
 
 def batch_record(
-    step: int, version: int, parts: list[Batch], watch: Stopwatch, truncated: float
+    step: int, version: int, parts: list[Batch], watch: Stopwatch, sampled: dict[str, float]
 ) -> dict[str, float | int | str]:
-    """What a step trained on, and the time it took so far. version: the weights that sampled it."""
+    """What a step trained on, and the time it took so far. version: the weights it started from.
+
+    `staleness/mean` and `/max`: of its trained tokens, in versions. sampled: `Rollouts.sampled`; `seconds/rollout` is the time
+    the trainer waited for it.
+    """
     rewards = np.concatenate([p.rewards for p in parts])
     tokens, trained = (int(sum(c)) for c in ([len(p.tokens) for p in parts], [p.mask.sum() for p in parts]))
     responses = np.concatenate([np.add.reduceat(p.mask, p.cu_seqlens[:-1]) for p in parts])
@@ -74,13 +81,40 @@ def batch_record(
         "reward/std": float(rewards.std()),
         "pass_rate": float((rewards > 0.5).mean()),
         "response_length/mean": float(responses.mean()),
-        "truncated": truncated,
+        **sampled,
+        **staleness_record(version, parts),
         "tokens/response": trained,
         "tokens/total": tokens,
         "tokens_per_s": tokens / total,
         **{f"seconds/{phase}": seconds for phase, seconds in watch.seconds.items()},
         "seconds/total": total,
     }
+
+
+def staleness_record(version: int, parts: list[Batch]) -> dict[str, float]:
+    """Empty when the engines named no versions, or nothing is trained."""
+    if any(part.versions is None for part in parts):
+        return {}
+    stale = np.concatenate([_staleness(version, part) for part in parts])
+    return {"staleness/mean": float(stale.mean()), "staleness/max": float(stale.max())} if len(stale) else {}
+
+
+def _staleness(version: int, part: Batch) -> np.ndarray:
+    """Of the trained tokens."""
+    assert part.versions is not None
+    return version - part.versions[part.mask > 0]
+
+
+def mismatch_by_staleness(stale: np.ndarray, logp: np.ndarray, logmu: np.ndarray) -> dict[str, float]:
+    """For each staleness s of trained tokens [N]: `mismatch/stale_<s>/tokens`, `/k3` and `/mean_abs` of the log ratios."""
+    record: dict[str, float] = {}
+    for s in np.unique(stale).tolist():
+        x = logp[stale == s].astype(np.float64) - logmu[stale == s]
+        with np.errstate(over="ignore"):
+            k3 = np.mean(np.expm1(x) - x)
+        values = {"tokens": float(len(x)), "k3": float(k3), "mean_abs": float(np.abs(x).mean())}
+        record |= {f"mismatch/stale_{s}/{name}": value for name, value in values.items()}
+    return record
 
 
 def update_record(part: Batch, stats: UpdateStats) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """One run: its ranks, policy, engines, task, log and checkpoints, brought up in order and taken down in reverse."""
 
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -20,10 +21,11 @@ from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.checkpoint import Checkpoints, TrainState
 from megatron_rl.policy.device import pick_device
 from megatron_rl.policy.parallel import Mesh
-from megatron_rl.precision.plan import resolve
+from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.rollout.client import EnginePool
-from megatron_rl.rollout.lifecycle import EmbeddedServers
-from megatron_rl.rollout.quantised import Quantisation, check_precision, compute_dtype
+from megatron_rl.rollout.processes import Servers
+from megatron_rl.rollout.quantised import check_precision
+from megatron_rl.rollout.servers import own_servers
 from megatron_rl.tasks import make_task
 from megatron_rl.training.erpd_plan import ERPDPlan, make_run_objective, plan_of
 from megatron_rl.training.precision_check import say
@@ -32,10 +34,10 @@ from megatron_rl.training.progress import ProgressLine
 from megatron_rl.training.records import Stopwatch
 from megatron_rl.training.replay import check_gives_weights
 from megatron_rl.training.resting import RestingEngines
-from megatron_rl.training.rollouts import Rollouts
+from megatron_rl.training.rollouts import Rollouts, rollouts_folder
+from megatron_rl.training.transport import make_sync
 from megatron_rl.types import Batch
-from megatron_rl.weights.quantised import quantization_config
-from megatron_rl.weights.sync import DiskSync
+from megatron_rl.weights.sync import WeightSync
 
 START_TIMEOUT_S = 300.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -46,15 +48,23 @@ class Run:
 
     rollouts: Rollouts
     pool: EnginePool
-    sync: DiskSync
+    sync: WeightSync
     log: RunLog
     progress: ProgressLine
 
-    def __init__(self, config: Config, mesh: Mesh, policy: Policy, objective: Objective, plan: ERPDPlan | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        policy: Policy,
+        objective: Objective,
+        precision: PrecisionPlan,
+        plan: ERPDPlan | None = None,
+    ) -> None:
         self.config, self.mesh, self.policy, self.objective, self.plan = config, mesh, policy, objective, plan
         assert objective.norm is not None  # filled in by the objective itself
         self.norm = objective.norm
-        self.precision = resolve(config.precision, policy.shape.num_layers)
+        self.precision = precision
         pinned = plan.older_students if plan else ()
         self.checkpoints = Checkpoints(config.run.folder / "checkpoints", policy, config.run.keep, pinned)
         self.resting = RestingEngines(config.run.folder / "engines_released.json")
@@ -68,11 +78,17 @@ class Run:
             raise KeyboardInterrupt
         return self.rollouts.collect(step, self.state.version, watch)
 
+    def settle(self) -> None:
+        """Before the weights change: a deterministic run waits for what the old ones may sample. Collective."""
+        self.mesh.on_lead(lambda: self.rollouts.settle())  # noqa: PLW0108  (rank 0 alone has rollouts)
+
     def publish(self, version: int) -> None:
         """Put the policy's weights on every engine as `version`, verified, or raise EngineError. Collective.
 
-        An update that lost an engine on the way is made again with those that are left.
+        An update that lost an engine on the way is made again with those that are left. Engines that were lost before and
+        answer again take part.
         """
+        self.mesh.on_lead(self.sync.readmit)
         while True:
             before = self.mesh.on_lead(lambda: self.pool.live_urls)
             try:
@@ -92,7 +108,9 @@ class Run:
     def advance(self, step: int, version: int) -> None:
         """A step is done; a checkpoint whose files are on disk by now is completed. Collective."""
         self.checkpoints.finish(wait=False)
-        self.state = replace(self.state, step=step, version=version, updates=self.policy.optimizer.updates)
+        below, ahead = self.mesh.on_lead(lambda: self.rollouts.drawn)
+        updates = self.policy.optimizer.updates
+        self.state = replace(self.state, step=step, version=version, updates=updates, drawn=below, drawn_ahead=ahead)
         self.at_step = True
 
     def record(self, record: dict[str, Any]) -> None:
@@ -178,9 +196,9 @@ def open_run(config: Config, *, resume: bool, attribute_only: bool = False) -> I
         if mesh.rank == 0:
             say(report)
         mesh.on_lead(lambda: _prepare_folder(config, resume))
-        servers = _start_servers(config, mesh, stack)
+        servers = _start_servers(config, report.plan, mesh, stack)
         policy = Policy(config, mesh)
-        run = Run(config, mesh, policy, objective, plan)
+        run = Run(config, mesh, policy, objective, report.plan, plan)
         if "logref" in (objective.needs if plan is None else objective.needs | plan.teacher_objective().needs):
             policy.keep_reference()
         stack.push(run.checkpoints.leave)
@@ -191,13 +209,7 @@ def open_run(config: Config, *, resume: bool, attribute_only: bool = False) -> I
                 print("no usable checkpoint found: starting from the model folder", flush=True)
             run.state = found or run.state
         mesh.on_lead(lambda: _open_lead(run, servers, stack, stops, attribute_only))
-        run.sync = DiskSync(
-            run.pool if mesh.rank == 0 else None,
-            policy.source,
-            config.rollout.weights_dir,
-            group=mesh.control,
-            quantization=quantization_config(run.precision, policy.source.tensors),
-        )
+        run.sync = make_sync(config, policy, mesh, run.precision, run.pool if mesh.rank == 0 else None)
         stack.callback(run.sync.close)
         yield run
 
@@ -206,6 +218,8 @@ def _prepare_folder(config: Config, resume: bool) -> None:
     check_run_folder(config, resume=resume)
     folder = config.run.folder
     folder.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        shutil.rmtree(rollouts_folder(config), ignore_errors=True)
     resolved = folder / "config.yaml"
     if resume and resolved.is_file():
         changed = changed_keys(load_config(resolved), config)
@@ -214,31 +228,26 @@ def _prepare_folder(config: Config, resume: bool) -> None:
     resolved.write_text(config.dump(), encoding="utf-8")
 
 
-def _start_servers(config: Config, mesh: Mesh, stack: ExitStack) -> EmbeddedServers | None:
-    """Launch our own engines first, on rank 0, so that they load while the policy is built. None elsewhere."""
-    if mesh.rank != 0 or config.rollout.urls:
-        return None
-    servers = embedded_servers(config)
-    stack.callback(servers.stop)
-    return servers.launch()
+def _start_servers(config: Config, plan: PrecisionPlan, mesh: Mesh, stack: ExitStack) -> Servers | None:
+    """Launch our own engines first, on rank 0, so that they load while the policy is built. None elsewhere. Collective."""
+    launched: list[Servers] = []
 
+    def launch() -> None:
+        servers = own_servers(config, plan, mesh.device.type, START_TIMEOUT_S)
+        stack.callback(servers.stop)
+        launched.append(servers.launch())
 
-def embedded_servers(config: Config) -> EmbeddedServers:
-    """The engines this configuration asks us to start."""
-    return EmbeddedServers(
-        config.model.path,
-        config.run.folder / "servers",
-        count=config.rollout.servers,
-        dtype=compute_dtype(config.precision),
-        deterministic=config.rollout.deterministic,
-        start_timeout_s=START_TIMEOUT_S,
-        quantisation=Quantisation.of(config.precision),
-    )
+    if not config.rollout.urls:
+        mesh.on_lead(launch)
+    return launched[0] if launched else None
 
 
 @contextmanager
-def open_rollouts(config: Config, urls: list[str], *, need_logmu: bool, topk: int = 0) -> Iterator[Rollouts]:
-    """Tokenizer, task and a pool over healthy engines."""
+def open_rollouts(
+    config: Config, plan: PrecisionPlan, servers: Servers | None, *, need_logmu: bool, topk: int = 0
+) -> Iterator[Rollouts]:
+    """Tokenizer, task and a pool over healthy engines: `servers`, or those of rollout.urls."""
+    urls, router = (config.rollout.urls, None) if servers is None else (servers.urls, servers.router_url)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     task = make_task(config.task, tokenizer, seed=config.run.seed, max_prompt_tokens=config.rollout.max_prompt_tokens)
     if config.eval.prompts > len(task.held_out):
@@ -246,10 +255,10 @@ def open_rollouts(config: Config, urls: list[str], *, need_logmu: bool, topk: in
             f"eval.prompts is {config.eval.prompts}, but the task holds out {len(task.held_out)} problems: "
             "lower it, or raise task.held_out or give a larger task.eval_data"
         )
-    with closing(task), EnginePool(urls, config.rollout.timeout_s) as pool:
+    with closing(task), EnginePool(urls, config.rollout.timeout_s, router) as pool:
         pool.wait_healthy(START_TIMEOUT_S)
         for url in pool.live_urls:
-            check_precision(url, pool.info(url), config.precision)
+            check_precision(url, pool.info(url), config.precision, dequantised=plan.dequantised)
         yield Rollouts(config, task, tokenizer, pool, need_logmu, topk)
 
 
@@ -265,7 +274,7 @@ def _note_stops(mesh: Mesh) -> list[int]:
     return noted
 
 
-def _open_lead(run: Run, servers: EmbeddedServers | None, stack: ExitStack, stops: list[int], attribute_only: bool) -> None:
+def _open_lead(run: Run, servers: Servers | None, stack: ExitStack, stops: list[int], attribute_only: bool) -> None:
     """Rank 0: connect to the engines, read the task, open the log. KeyboardInterrupt when a stop was asked for."""
     config = run.config
     for name in STOP_SIGNALS:
@@ -274,11 +283,10 @@ def _open_lead(run: Run, servers: EmbeddedServers | None, stack: ExitStack, stop
         raise KeyboardInterrupt
     if servers is not None:
         servers.wait_healthy()
-    urls = list(servers.urls if servers is not None else config.rollout.urls)
     needs = run.objective.needs
     topk = run.objective.top_k if "topk" in needs else 0  # type: ignore[attr-defined]
     need_logmu = "logmu" in needs or config.rollout.record_logmu
-    run.rollouts = stack.enter_context(open_rollouts(config, urls, need_logmu=need_logmu, topk=topk))
+    run.rollouts = stack.enter_context(open_rollouts(config, run.precision, servers, need_logmu=need_logmu, topk=topk))
     run.pool = run.rollouts.pool
     if attribute_only or config.run.attribute_every:
         for url in run.pool.live_urls:
@@ -287,6 +295,8 @@ def _open_lead(run: Run, servers: EmbeddedServers | None, stack: ExitStack, stop
         run.resting.wake(run.pool)
     else:
         run.resting.forget()  # engines of ours ended with the run that rested them
+    if not attribute_only and (found := run.rollouts.begin(run.state)):
+        print(found, flush=True)
     run.log = stack.enter_context(RunLog(config.run.folder, resume_from=None if attribute_only else run.state.step))
     run.progress = stack.enter_context(ProgressLine(config.run.name, config.run.steps, run.state.step, enabled=True))
     for name in STOP_SIGNALS:

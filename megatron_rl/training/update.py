@@ -18,8 +18,8 @@ from megatron_rl.types import Batch
 class Learned(Protocol):
     """What a step has learned, as the loop needs it."""
 
-    def records(self, step: int, version: int, watch: Stopwatch, truncated: float) -> list[dict[str, Any]]:
-        """For the run log, on rank 0. version: the weights that sampled the step's batch."""
+    def records(self, step: int, version: int, watch: Stopwatch, sampled: dict[str, float]) -> list[dict[str, Any]]:
+        """For the run log, on rank 0. version: the weights the step started from. sampled: `Rollouts.sampled`."""
         ...
 
 
@@ -32,14 +32,14 @@ class Updates:
     objective: Objective
     probe: dict[str, float] = field(default_factory=dict)
 
-    def records(self, step: int, version: int, watch: Stopwatch, truncated: float) -> list[dict[str, Any]]:
-        record = step_record(step, version, self.parts, self.stats, watch, truncated)
+    def records(self, step: int, version: int, watch: Stopwatch, sampled: dict[str, float]) -> list[dict[str, Any]]:
+        record = step_record(step, version, self.parts, self.stats, watch, sampled)
         metrics = {name: value for name, value in record.items() if isinstance(value, float)}
         return [record | self.objective.summary(metrics) | self.probe]
 
 
 def collect(run: Run, watch: Stopwatch) -> Batch:
-    """The batch of the next step, sampled from the weights the engines serve. Collective."""
+    """The batch of the next step, sampled from the weights the engines serve, or not much older ones. Collective."""
     return run.mesh.on_lead(lambda: run.collect(run.state.step, watch))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -116,5 +117,5 @@ def test_weights_whose_log_probabilities_overflow(cli, small_run, run_folder, ow
     result = cli("train", small_run, f"model.path={own_model}")
     assert result.code == 2, result.all
     assert "Traceback" not in result.err
-    assert "trajectories (0, 1, 2" in result.err, result.all
+    assert re.search(r"16 trajectories \(\d+, ", result.err), result.all
     assert records(run_folder) == []

@@ -164,6 +164,14 @@ def test_the_math_task_needs_data(write):
     assert "task.data is required" in refusal(write(SMALL), "task.name=math")
 
 
+def test_the_tool_task_needs_a_second_turn_and_room_for_it(write):
+    tool = ["task.name=tool", "task.tool_tokens=20"]
+    assert load_config(write(SMALL), tool).task.max_turns == 3
+    assert "task.max_turns is 1" in refusal(write(SMALL), *tool, "task.max_turns=1")
+    message = refusal(write(SMALL), "task.name=tool", "task.tool_tokens=28")
+    assert "task.tool_tokens is 28" in message and "is 28: lower the former" in message
+
+
 def test_a_configuration_cannot_be_changed_afterwards(write):
     config = load_config(write(SMALL))
     with pytest.raises(ValueError, match="frozen"):

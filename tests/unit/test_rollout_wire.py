@@ -1,13 +1,14 @@
 """What the client makes of a server's answer to /generate."""
 
+import base64
 from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_rl.errors import EngineError
-from megatron_rl.rollout.sampling import _check_samples
-from megatron_rl.rollout.wire import GenerationRequest, SamplingParams, generate_body, read_samples
+from megatron_rl.rollout.sampling import check_samples
+from megatron_rl.rollout.wire import GenerationRequest, RoutedShape, SamplingParams, generate_body, read_samples
 
 URL = "http://engine"
 PLAIN = GenerationRequest("r", (1, 2), 1, SamplingParams(3))
@@ -64,7 +65,7 @@ def test_a_likeliest_token_without_a_finite_log_probability_refuses_the_trajecto
     samples = read_samples(URL, TOP2, answer([[[-0.5, 7, None], [None, 8, None]], [[-0.5, 9, None], [-1.0, 0, None]]]))
     assert samples[0].topk is not None and np.isnan(samples[0].topk.logmu[0, 1])
     with pytest.raises(EngineError, match="non-finite behaviour log-probabilities in trajectory 40"):
-        _check_samples([samples], 40, 1)
+        check_samples(samples, 40)
 
 
 SCORED = GenerationRequest("r", (1, 2, 5), 1, SamplingParams(0), score_prompt=True)
@@ -97,3 +98,50 @@ def test_a_prompt_is_scored_from_its_second_token_on() -> None:
 def test_scores_of_another_prompt_are_refused(entries: list[list[Any]]) -> None:
     with pytest.raises(EngineError, match="http://engine answered request 'r' in an unknown shape"):
         read_samples(URL, SCORED, scored(entries))
+
+
+ROUTED = GenerationRequest("r", (1, 2), 1, SamplingParams(3), return_logprob=False, routed=RoutedShape(2, 2, 4))
+EXPERTS = np.array([[[0, 3], [1, 2]], [[3, 1], [0, 2]], [[2, 0], [3, 0]]], dtype=np.int32)  # of 2 + 2 - 1 tokens
+
+
+def answer_with_experts(experts: np.ndarray | None, finish: str = "length") -> dict[str, Any]:
+    out = answer(None)
+    out["meta_info"]["finish_reason"] = {"type": finish}
+    if experts is not None:
+        out["meta_info"]["routed_experts"] = base64.b64encode(experts.tobytes()).decode()
+    return out
+
+
+def test_experts_are_asked_for_and_read_only_when_wanted() -> None:
+    assert "return_routed_experts" not in generate_body(PLAIN, "r")
+    assert generate_body(ROUTED, "r")["return_routed_experts"] is True
+    assert read_samples(URL, PLAIN, answer_with_experts(EXPERTS))[0].routing is None
+    (sample,) = read_samples(URL, ROUTED, answer_with_experts(EXPERTS))
+    assert sample.routing is not None and sample.routing.dtype == np.int32
+    assert np.array_equal(sample.routing, EXPERTS)
+
+
+def test_an_engine_that_does_not_report_its_experts_is_refused_naming_the_flag() -> None:
+    """SGLang without its flag answers 200."""
+    with pytest.raises(EngineError, match=r"http://engine does not report the experts .* --enable-return-routed-experts"):
+        read_samples(URL, ROUTED, answer_with_experts(None))
+
+
+def test_an_aborted_sample_may_lack_its_experts() -> None:
+    assert read_samples(URL, ROUTED, answer_with_experts(None, "abort"))[0].routing is None
+
+
+@pytest.mark.parametrize(
+    ("experts", "words"),
+    [
+        (EXPERTS[:2], "hold 8 numbers for 3 tokens, 2 x 2 each"),
+        (EXPERTS + 1, "not 2 different ones of 4"),
+        (EXPERTS - 1, "not 2 different ones of 4"),
+        (np.zeros_like(EXPERTS), "not 2 different ones of 4"),
+        (EXPERTS.astype(np.int64), "hold 24 numbers"),
+    ],
+    ids=["a token missing", "above", "below", "twice the same", "other integers"],
+)
+def test_experts_that_cannot_be_are_refused(experts: np.ndarray, words: str) -> None:
+    with pytest.raises(EngineError, match=rf"http://engine answered request 'r' in an unknown shape: .*{words}"):
+        read_samples(URL, ROUTED, answer_with_experts(experts))

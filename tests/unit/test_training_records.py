@@ -12,8 +12,9 @@ from megatron_rl.policy.actor import UpdateStats
 from megatron_rl.training.batches import make_batch, split_updates
 from megatron_rl.training.erpd_records import RoundRecords, mu_record
 from megatron_rl.training.records import Stopwatch, step_record
-from megatron_rl.types import Batch, Trajectory
+from megatron_rl.types import Batch, Trajectory, VersionSpan
 
+SPANS = (VersionSpan(5, 0, 1), VersionSpan(4, 2, 3))
 PAIRED = ("ratio", "kl", "mismatch", "dp", "chi2", "token_mult", "envelope", "worst")  # what needs behaviour log-probs
 
 
@@ -35,7 +36,7 @@ def stats_of(part: Batch, logp: float, **more: float) -> UpdateStats:
 
 def record_of(parts: list[Batch]) -> dict:
     stats = [stats_of(parts[0], -1.0, norm=1.0, lr=0.1, loss=2.0), stats_of(parts[1], -2.0, norm=3.0, lr=0.2, loss=4.0)]
-    return step_record(4, 5, parts, stats, Stopwatch(), truncated=0.25)
+    return step_record(4, 5, parts, stats, Stopwatch(), sampled={"truncated": 0.25})
 
 
 def test_the_record_says_what_the_step_did():
@@ -77,6 +78,23 @@ def test_the_mismatch_of_equal_weights_is_that_of_the_first_update_alone():
     assert record["kl/k1"] == pytest.approx(0.5)  # half of the six trained tokens lost one nat
 
 
+def test_staleness_counts_trained_tokens_alone_and_the_mismatch_is_split_by_it():
+    """Versions 5 5 4 of three tokens, of which a tool's is not trained, and 3 of another; logp - logmu is -1 throughout."""
+    made = [
+        Trajectory(0, 0, "p", (5,), (1, 2, 3), (-1.0, 0.0, -1.0), "stop", SPANS, 1.0, response_mask=(1, 0, 1)),
+        Trajectory(1, 0, "p", (5,), (1,), (-1.0,), "stop", (VersionSpan(3, 0, 1),), 0.0),
+    ]
+    part = make_batch(made, "mean")
+    record = step_record(
+        4, 5, [part], [stats_of(part, -2.0, norm=1.0, lr=0.1, loss=0.0)], Stopwatch(), sampled={"truncated": 0.0}
+    )
+    assert (record["staleness/mean"], record["staleness/max"]) == (1.0, 2.0)
+    assert [record[f"mismatch/stale_{s}/tokens"] for s in range(3)] == [1, 1, 1]
+    assert record["mismatch/stale_2/k3"] == pytest.approx(math.exp(-1)) and record["mismatch/stale_0/mean_abs"] == 1
+    fresh = step_record(4, 5, parts(), [stats_of(p, -1.0, norm=1, lr=1, loss=1) for p in parts()], Stopwatch(), sampled={})
+    assert not [name for name in fresh if "stale" in name], "the engines named no versions"
+
+
 def test_without_behaviour_log_probabilities_no_ratio_is_claimed():
     assert not [name for name in record_of(parts(logmu=False)) if name.startswith(PAIRED)]
 
@@ -91,7 +109,7 @@ def test_a_round_compares_old_policy_and_student_with_the_engine_s_where_it_repo
     logold, logp = (np.where(trained, value, 9.0).astype(np.float32) for value in (-1.0, -2.0))
     update = {"loss": 1.0, "grad_norm": 1.0, "lr": 0.1, "entropy": 0.5, "tokens": 4.0}
     made = RoundRecords(batch, [update], make_objective({"name": "erpd_distill"}), {}, mu_record(batch, logold, logp))
-    step = made.records(0, 1, Stopwatch(), 0.0)[1]
+    step = made.records(0, 1, Stopwatch(), {"truncated": 0.0})[1]
     if logmu:
         assert step["mismatch/ratio/max"] == 1 and step["mismatch/kl/k1"] == 0
         assert step["kl/k1"] == 1 and step["ratio/max"] == step["ratio/min"] == pytest.approx(math.exp(-1))

@@ -1,0 +1,134 @@
+"""Engines report the experts they chose for every token, and a client that asked for them takes no answer without."""
+
+import base64
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from conftest import SGLANG, VOCAB, write_tokenizer
+from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
+
+from megatron_rl.config import PrecisionConfig
+from megatron_rl.errors import EngineError
+from megatron_rl.precision.plan import resolve
+from megatron_rl.rollout.client import EnginePool, GenerationRequest, SamplingParams
+from megatron_rl.rollout.lifecycle import EmbeddedServers
+from megatron_rl.rollout.sglang import SGLangServers, server_flags
+from megatron_rl.rollout.wire import RoutedShape
+from tests.models import make_qwen3_moe
+
+LAYERS, EXPERTS, PER_TOKEN = 2, 8, 2
+SHAPE = RoutedShape(LAYERS, PER_TOKEN, EXPERTS)
+PROMPT = tuple(range(10, 35))
+
+
+@pytest.fixture(scope="session")
+def moe_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("moe") / "hf"
+    make_qwen3_moe(
+        folder,
+        vocab=VOCAB,
+        layers=LAYERS,
+        experts=EXPERTS,
+        per_token=PER_TOKEN,
+        hidden_size=128,
+        moe_intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+    )
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plain(moe_dir: Path) -> Qwen3MoeForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(moe_dir, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def moe_url(engine: str, moe_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    logs = tmp_path_factory.mktemp("logs")
+    flags = server_flags(resolve(PrecisionConfig(), LAYERS, engine="sglang", device="cpu"), SGLANG, device="cpu", routing=True)
+    embedded = engine == "embedded"
+    with (
+        EmbeddedServers(moe_dir, logs, 1, threads=1) if embedded else SGLangServers(moe_dir, logs, flags, SGLANG, 1) as servers
+    ):
+        yield servers.urls[0]
+
+
+def request(rid: str, prompt: tuple[int, ...] = PROMPT, n: int = 1, tokens: int = 40) -> GenerationRequest:
+    return GenerationRequest(rid, prompt, n, SamplingParams(tokens, ignore_eos=True, seed=7), routed=SHAPE)
+
+
+def chosen(model: Qwen3MoeForCausalLM, tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """[T - 1, L, K] sorted: the experts of one plain forward pass; [T - 1, L]: how far the last of them is ahead."""
+    logits: list[torch.Tensor] = []
+    hooks = [
+        layer.mlp.gate.register_forward_hook(lambda gate, args, out: logits.append(out[0])) for layer in model.model.layers
+    ]
+    with torch.no_grad():
+        model(torch.tensor([tokens[:-1]]))
+    for hook in hooks:
+        hook.remove()
+    best = torch.stack(logits, 1).topk(PER_TOKEN + 1, -1)
+    return best.indices[..., :PER_TOKEN].sort(-1).values.numpy(), (best.values[..., -2] - best.values[..., -1]).numpy()
+
+
+def test_the_reported_experts_are_those_of_a_plain_forward_pass(moe_url: str, plain: Qwen3MoeForCausalLM) -> None:
+    """Of prompt and response, for samples that share a prompt and for a prompt that the engine has seen before."""
+    with EnginePool([moe_url]) as pool:
+        first = pool.generate([request("one", n=3), request("two", PROMPT[:7], tokens=90)])
+        again = pool.generate([request("again", PROMPT + first[0][0].tokens[:20], tokens=5)])
+    asked = [(PROMPT, sample) for sample in first[0]] + [(PROMPT[:7], first[1][0])]
+    for prompt, sample in [*asked, (PROMPT + first[0][0].tokens[:20], again[0][0])]:
+        wanted, ahead = chosen(plain, [*prompt, *sample.tokens])
+        assert sample.routing is not None and sample.routing.dtype == np.int32
+        assert sample.routing.shape == (len(prompt) + len(sample.tokens) - 1, LAYERS, PER_TOKEN)
+        clear = ahead > 1e-4  # rounding may choose between experts that are equally good
+        assert clear.mean() > 0.99
+        assert np.array_equal(np.sort(sample.routing, -1)[clear], wanted[clear])
+    assert len(np.unique(first[0][0].routing)) > PER_TOKEN
+
+
+def test_experts_are_reported_to_those_who_ask_alone(moe_url: str) -> None:
+    body = {"input_ids": list(PROMPT), "sampling_params": {"max_new_tokens": 4, "ignore_eos": True}}
+    with httpx.Client(base_url=moe_url, timeout=60, trust_env=False) as client:
+        without = client.post("/generate", json=body).raise_for_status().json()
+        with_them = client.post("/generate", json={**body, "return_routed_experts": True}).raise_for_status().json()
+    assert without["meta_info"].get("routed_experts") is None
+    coded = base64.b64decode(with_them["meta_info"]["routed_experts"])
+    assert len(coded) == 4 * (len(PROMPT) + 4 - 1) * LAYERS * PER_TOKEN
+
+
+def test_experts_of_another_model_are_refused(moe_url: str) -> None:
+    """3 layers where there are 2: the numbers would be read across tokens."""
+    with EnginePool([moe_url]) as pool:
+        wrong = GenerationRequest("wrong", PROMPT, 1, SamplingParams(4, ignore_eos=True), routed=RoutedShape(3, 2, 8))
+        with pytest.raises(EngineError, match=r"routed_experts hold 112 numbers for 28 tokens, 3 x 2 each"):
+            pool.generate([wrong])
+
+
+def test_a_retracted_request_reports_every_token_once(moe_url: str, plain: Qwen3MoeForCausalLM, engine: str) -> None:
+    with EnginePool([moe_url]) as pool, EnginePool([moe_url]) as operator:
+        running = pool.start(pool.ask(request("retracted", tokens=450)))
+        for _ in range(3):
+            time.sleep(0.2)
+            operator.pause(moe_url, "retract")
+            operator.resume(moe_url)
+        (sample,) = running.result()
+    assert sample.retractions > 0 or engine == "sglang"
+    wanted, ahead = chosen(plain, [*PROMPT, *sample.tokens])
+    assert sample.routing is not None
+    assert np.array_equal(np.sort(sample.routing, -1)[ahead > 1e-4], wanted[ahead > 1e-4])
+
+
+def test_an_engine_of_a_dense_model_says_that_it_has_no_experts(url: str, engine: str) -> None:
+    """SGLang without its flag answers 200, as if nothing had been asked for: the client must not take that."""
+    words = "routers of a 'qwen3' model are not known" if engine == "embedded" else "--enable-return-routed-experts"
+    with EnginePool([url]) as pool, pytest.raises(EngineError, match=words):
+        pool.generate([request("dense")])

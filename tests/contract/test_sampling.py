@@ -1,0 +1,140 @@
+"""Groups that are aborted, updated or answered in the middle, with a real server: what comes out is what was sampled."""
+
+import copy
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from conftest import WriteWeights, logp_of
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+from megatron_rl.rollout.client import EnginePool
+from megatron_rl.rollout.sampling import Group, GroupSettings, sample_group
+from megatron_rl.tasks.base import Observation
+from megatron_rl.types import Prompt, Trajectory
+
+PROMPT = Prompt("p", "", (5, 17, 250, 99, 3), "")
+LONG = GroupSettings(seed=1, samples=6, max_new_tokens=300, temperature=1.0, stop_token_ids=(), need_logmu=True)
+TOLERANCE = {"atol": 1e-4, "rtol": 0}
+
+
+@pytest.fixture
+def pool(url: str) -> Iterator[EnginePool]:
+    with EnginePool([url], timeout_s=120) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(model_dir)
+
+
+def draw(pool: EnginePool, settings: GroupSettings = LONG) -> Group:
+    return pool.run(sample_group(pool.ask, PROMPT, settings, first_id=0, group=0))
+
+
+def draw_while(pool: EnginePool, act: Callable[[], None]) -> Group:
+    """The group, with `act` done in the middle of it; how long one takes is measured first."""
+    began = time.monotonic()
+    draw(pool)
+    timer = threading.Timer((time.monotonic() - began) / 3, act)
+    timer.start()
+    group = draw(pool)
+    timer.join()
+    return group
+
+
+def assert_sampled_by(model: Qwen3ForCausalLM, trajectory: Trajectory, start: int = 0, end: int | None = None) -> None:
+    """The response tokens [start, end) carry the log-probabilities of one plain forward pass of all tokens."""
+    assert trajectory.logmu is not None
+    want = logp_of(model, list(trajectory.prompt_tokens), list(trajectory.response_tokens))
+    torch.testing.assert_close(torch.tensor(trajectory.logmu)[start:end], want[start:end], **TOLERANCE)
+
+
+def test_aborted_samples_go_on_from_their_prefix_as_if_nothing_had_happened(
+    pool: EnginePool, url: str, model: Qwen3ForCausalLM
+) -> None:
+    def abort() -> None:
+        pool.pause(url, "abort")
+        pool.resume(url)
+
+    group = draw_while(pool, abort)
+    assert group.resumed > 0, "no sample was running"
+    for trajectory in group.trajectories:
+        assert trajectory.finish_reason in ("stop", "length") and trajectory.response_mask is None
+        assert (trajectory.finish_reason == "length") == (len(trajectory.response_tokens) == LONG.max_new_tokens)
+        assert [(span.start, span.end) for span in trajectory.versions] == [(0, len(trajectory.response_tokens))]
+        assert_sampled_by(model, trajectory)
+
+
+@pytest.mark.parametrize("mode", ["retract", "in_place", "abort"])
+def test_through_a_weight_update_every_token_names_the_weights_that_sampled_it(
+    mode: str,
+    api: httpx.Client,
+    pool: EnginePool,
+    url: str,
+    model: Qwen3ForCausalLM,
+    other_tensors: dict[str, torch.Tensor],
+    write_weights: WriteWeights,
+) -> None:
+    folder = write_weights(other_tensors, version=1)
+    newer = copy.deepcopy(model)
+    newer.load_state_dict(other_tensors)
+
+    def update() -> None:
+        pool.pause(url, mode)
+        pool.update_weights_from_disk(url, folder, 1)
+        if mode != "in_place":  # a prefix that is still cached would be continued from what the old weights made of it
+            pool.flush(url)
+        pool.resume(url)
+
+    group = draw_while(pool, update)
+    through = [t for t in group.trajectories if len(t.versions) > 1]
+    assert through, "no sample was running"
+    for trajectory in through:
+        (old, start, cut), (new, again, end) = trajectory.versions
+        assert (old, start, new, again, end) == (0, 0, 1, cut, len(trajectory.response_tokens))
+        assert_sampled_by(model, trajectory, 0, cut)
+        if mode != "in_place":  # there the cache stays as the old weights filled it
+            assert_sampled_by(newer, trajectory, cut)
+    assert (group.resumed > 0) == (mode == "abort") and (group.retractions > 0) == (mode == "retract")
+
+
+class Echo:
+    """Says something after each of the first two turns."""
+
+    max_turns = 3
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def observe(self, prompt: Prompt, turn: str) -> Observation:
+        self.heard.append(turn)
+        return Observation("w7 w8 w9")
+
+
+def test_a_response_of_several_turns_is_what_the_policy_writes_after_everything_before(
+    pool: EnginePool, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    echo = Echo()
+    stops = tuple(range(2, 40))  # turns of some eight tokens
+    settings = GroupSettings(1, 4, 120, 1.0, stops, need_logmu=True, environment=echo, tokenizer=tokenizer)
+    group = draw(pool, settings)
+    for trajectory in group.trajectories:
+        mask = trajectory.response_mask
+        assert mask is not None and trajectory.logmu is not None
+        said = [at for at in range(len(mask)) if not mask[at]]
+        tokens = trajectory.response_tokens
+        assert [tokens[at] for at in said] == [7, 8, 9] * (len(said) // 3)
+        for first in said[::3]:
+            assert tokens[first - 1] in (1, *stops), "the turn before ended by itself"
+        want = logp_of(model, list(PROMPT.tokens), list(tokens))
+        torch.testing.assert_close(torch.tensor(trajectory.logmu), want * torch.tensor(mask), **TOLERANCE)
+        covered = sorted(at for span in trajectory.versions for at in range(span.start, span.end))
+        assert covered == [at for at in range(len(mask)) if mask[at]]
+    assert any(len(t.response_mask or ()) - sum(t.response_mask or ()) == 6 for t in group.trajectories)
+    assert len(echo.heard) >= 8
