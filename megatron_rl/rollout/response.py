@@ -39,7 +39,10 @@ class Response:
             self._topk.append(sample.topk)
         self.finish_reason = sample.finish_reason
         self.retractions += sample.retractions
-        self.routing = sample.routing  # of everything so far: the request held it all as its prompt
+        if sample.routing is not None:
+            # Its rows are of everything so far, but those before its own tokens were chosen again, maybe by newer weights.
+            known = sample.routing[:0] if self.routing is None else self.routing
+            self.routing = np.concatenate([known, sample.routing[len(known) :]])
 
     def add_observation(self, tokens: Sequence[int]) -> None:
         """Tokens that no model wrote: masked, of no version, log-probability 0."""

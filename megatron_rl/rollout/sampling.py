@@ -22,7 +22,7 @@ from megatron_rl.rollout.wire import RoutedShape
 from megatron_rl.types import Prompt, Trajectory
 
 Ask = Callable[[GenerationRequest], Awaitable[list[Sample]]]
-_BARREN = 3  # aborts in a row without a new token after which a sample is given up
+_BARREN = 3  # aborts in a row without a new token, besides those of weight updates, after which a sample is given up
 
 
 class Observed(Protocol):
@@ -49,7 +49,8 @@ class GroupSettings:
 
     samples: of each prompt. max_new_tokens: of a response, observations included. environment: None for responses of one
     turn; else `tokenizer` decodes turns and encodes what it says (by one thread at a time: the pool's loop). routed: the
-    experts of every token are asked for, too.
+    experts of every token are asked for, too. updates: of the weights that a group may live through; each may abort it, also
+    while it waits.
     """
 
     seed: int
@@ -62,6 +63,7 @@ class GroupSettings:
     environment: Environment | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     routed: RoutedShape | None = None
+    updates: int = 0
 
     @property
     def turns(self) -> int:
@@ -160,7 +162,7 @@ async def _go_on(ask: Ask, prompt: Prompt, settings: GroupSettings, number: int,
             if not await _observe(settings, prompt, response, begun, last=turn == settings.turns):
                 return
             turn, begun = turn + 1, len(response.tokens)
-        elif barren == _BARREN:
+        elif barren == _BARREN + settings.updates:
             raise EngineError(f"engines aborted {named([number])} {barren} times in a row: something else aborts them")
         else:
             response.resumed += 1

@@ -121,6 +121,7 @@ class Rollouts:
             environment=self.environment,
             tokenizer=self._loop_tokenizer,
             routed=_routed(config),
+            updates=rollout.max_staleness,
         )
         source = Source(self._prompt, self._rewards, rollout.max_prompt_tokens)
         bounds = Bounds(

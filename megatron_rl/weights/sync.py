@@ -3,8 +3,6 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -15,7 +13,6 @@ from megatron_rl.weights.quantised import is_finite
 from megatron_rl.weights.tally import Tally
 from megatron_rl.weights.transaction import Engines, Probe, Traits, Transaction, Version, confirm, foretold
 from megatron_rl.weights.transports.base import Transport, each
-from megatron_rl.weights.transports.disk import DiskTransport
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,21 +160,6 @@ class WeightSync:
         self._committed = Version(version, self._transport.commit(), tally)
         self._traits = {url: found for url, found in traits.items() if url not in dropped}
         return PushReport(version, sent.nbytes, written - started, time.monotonic() - written, dropped)
-
-
-class DiskSync(WeightSync):
-    """Weight updates through a folder; see DiskTransport for `staging`, `keep` and `quantization`."""
-
-    def __init__(
-        self,
-        pool: Engines | None,
-        source: HFFolder,
-        staging: Path | None = None,
-        keep: int = 2,
-        group: dist.ProcessGroup | None = None,
-        quantization: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(pool, source, DiskTransport(source, staging, keep, quantization), group=group)
 
 
 class _Counted:

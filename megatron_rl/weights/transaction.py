@@ -251,7 +251,8 @@ class Transaction:
                     url, f"weight version {self._number} failed and the engine could not go back to the old version: {error}"
                 )
         kept = [url for url in self._urls if url not in lost and url in alive]
-        state = f"{', '.join(kept)} again serve(s) the old version" if kept else "no engine serves the old version"
+        nobody = "no engine serves the old version" if held else "no engine is left"
+        state = f"{', '.join(kept)} again serve(s) the old version" if kept else nobody
         dropped = [url for url in self._urls if url in lost and url not in held]
         state += f"; dropped: {', '.join(dropped)}" if dropped else ""
         return state + (f"; kept out until an update succeeds: {', '.join(held)}" if held else "")

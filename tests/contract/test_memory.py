@@ -18,7 +18,7 @@ from megatron_rl.rollout.client import EnginePool, GenerationRequest, SamplingPa
 from megatron_rl.training.resting import RestingEngines
 from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.hf import HFFolder
-from megatron_rl.weights.sync import DiskSync
+from tests.disk_sync import disk_sync
 
 PROMPT = [5, 17, 250, 99, 3]
 
@@ -143,7 +143,7 @@ def test_a_woken_engine_without_weights_is_brought_to_a_later_process_s_first_ve
         resting.wake(pool)
         assert pool.memory(url) == "empty" and not pool.holds_weights(url)
     with EnginePool([url]) as pool:  # another one: the note is gone, the engine is empty
-        sync = DiskSync(pool, HFFolder(model_dir), tmp_path / "staging")
+        sync = disk_sync(pool, HFFolder(model_dir), tmp_path / "staging")
         assert sync.push(iter(other_tensors.items()), 5).dropped == {}
         assert pool.weight_version(url) == "5" and pool.holds_weights(url)
         assert pool.checksums(url) == {name: tensor_digest(tensor) for name, tensor in other_tensors.items()}
@@ -168,7 +168,7 @@ def test_an_empty_engine_is_dropped_when_its_first_update_fails_for_it_has_nothi
 ) -> None:
     with SpoilingPool([url]) as pool:
         resting.wake(pool)
-        sync = DiskSync(pool, HFFolder(model_dir), tmp_path / "staging")
+        sync = disk_sync(pool, HFFolder(model_dir), tmp_path / "staging")
         with pytest.raises(EngineError, match=f"weight version 5 is not served .*no engine is left; dropped: {url}"):
             sync.push(iter(other_tensors.items()), 5)
         assert pool.live_urls == ()
@@ -187,7 +187,7 @@ def test_an_engine_that_rested_within_one_process_goes_back_to_the_version_befor
 ) -> None:
     resting = RestingEngines(tmp_path / "released.json")
     with SpoilingPool([url]) as pool:
-        sync, pool.times = DiskSync(pool, HFFolder(model_dir), tmp_path / "staging"), 0
+        sync, pool.times = disk_sync(pool, HFFolder(model_dir), tmp_path / "staging"), 0
         sync.push(iter(other_tensors.items()), 5)
         resting.rest(pool)
         resting.wake(pool)

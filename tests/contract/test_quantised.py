@@ -23,7 +23,8 @@ from megatron_rl.rollout.sglang import write_as_sent
 from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.hf import SINGLE, HFFolder
 from megatron_rl.weights.quantised import WireTensors, quantization_config
-from megatron_rl.weights.sync import DiskSync
+from megatron_rl.weights.sync import WeightSync
+from tests.disk_sync import disk_sync
 
 PRECISION = PrecisionConfig(train="bf16", rollout="fp8_blockwise", rollout_activations="fp8")
 PROMPT = [5, 17, 250, 99, 3]
@@ -53,9 +54,9 @@ def pool(server: str, model_dir: Path) -> Iterator[HookedPool]:
 
 
 @pytest.fixture
-def sync(pool: HookedPool, plan: PrecisionPlan, model_dir: Path, tmp_path: Path) -> Iterator[DiskSync]:
+def sync(pool: HookedPool, plan: PrecisionPlan, model_dir: Path, tmp_path: Path) -> Iterator[WeightSync]:
     source = HFFolder(model_dir)
-    sync = DiskSync(pool, source, tmp_path / "staging", quantization=quantization_config(plan, source.tensors))
+    sync = disk_sync(pool, source, tmp_path / "staging", quantization=quantization_config(plan, source.tensors))
     yield sync
     sync.close()
 
@@ -96,7 +97,7 @@ def answer(url: str, tokens: int = 60) -> tuple[list[int], Tensor]:
 
 @pytest.mark.parametrize("seed", [0, 1], ids=["quantised at load", "sent as codes"])
 def test_logprobs_are_those_of_fake_quantised_weights_and_inputs(
-    pool: HookedPool, sync: DiskSync, plan: PrecisionPlan, model_dir: Path, server: str, seed: int
+    pool: HookedPool, sync: WeightSync, plan: PrecisionPlan, model_dir: Path, server: str, seed: int
 ) -> None:
     """A code of an input may flip where two sums differ in their last bit: the mean is compared, not every token."""
     if seed:
@@ -109,7 +110,7 @@ def test_logprobs_are_those_of_fake_quantised_weights_and_inputs(
 
 
 def test_a_push_is_confirmed_by_the_digests_of_codes_and_scales(
-    pool: HookedPool, sync: DiskSync, plan: PrecisionPlan, model_dir: Path, server: str
+    pool: HookedPool, sync: WeightSync, plan: PrecisionPlan, model_dir: Path, server: str
 ) -> None:
     report = sync.push(WireTensors(weights(model_dir, 1), plan), 1)
     sent = dict(WireTensors(weights(model_dir, 1), plan))
@@ -148,7 +149,7 @@ def negative_scale(tensors: dict[str, Tensor]) -> None:
 )
 def test_spoiled_scales_are_refused_and_the_old_weights_serve_on(
     pool: HookedPool,
-    sync: DiskSync,
+    sync: WeightSync,
     plan: PrecisionPlan,
     model_dir: Path,
     server: str,
@@ -173,7 +174,7 @@ def test_spoiled_scales_are_refused_and_the_old_weights_serve_on(
 
 
 def test_codes_without_a_word_in_config_json_are_refused(
-    pool: HookedPool, sync: DiskSync, plan: PrecisionPlan, model_dir: Path
+    pool: HookedPool, sync: WeightSync, plan: PrecisionPlan, model_dir: Path
 ) -> None:
     def hook(_: str, folder: Path, version: int) -> int:
         config = json.loads((folder / "config.json").read_text())
@@ -187,7 +188,7 @@ def test_codes_without_a_word_in_config_json_are_refused(
 
 
 def test_a_weight_that_is_not_finite_reaches_no_engine(
-    pool: HookedPool, sync: DiskSync, plan: PrecisionPlan, model_dir: Path, server: str
+    pool: HookedPool, sync: WeightSync, plan: PrecisionPlan, model_dir: Path, server: str
 ) -> None:
     def spoiled() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights(model_dir, 1):

@@ -19,7 +19,8 @@ from megatron_rl.errors import CheckpointError, EngineError, UserError
 from megatron_rl.rollout.client import EnginePool, GenerationRequest, SamplingParams
 from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.hf import MANIFEST, SINGLE, HFFolder
-from megatron_rl.weights.sync import DiskSync
+from megatron_rl.weights.sync import WeightSync
+from tests.disk_sync import disk_sync
 from tests.models import make_qwen3
 from tests.parallel.group import RankGroup
 
@@ -91,8 +92,8 @@ def source(model: Path) -> HFFolder:
 
 
 @pytest.fixture
-def sync(pool: HookedPool, source: HFFolder, tmp_path: Path) -> Iterator[DiskSync]:
-    sync = DiskSync(pool, source, tmp_path / "staging")
+def sync(pool: HookedPool, source: HFFolder, tmp_path: Path) -> Iterator[WeightSync]:
+    sync = disk_sync(pool, source, tmp_path / "staging")
     yield sync
     sync.close()
 
@@ -142,7 +143,7 @@ def nudge(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.layers.1.mlp.down_proj.weight"][3, 4] += 1e-4
 
 
-def test_a_push_makes_every_engine_serve_the_new_version(pool: HookedPool, source: HFFolder, sync: DiskSync) -> None:
+def test_a_push_makes_every_engine_serve_the_new_version(pool: HookedPool, source: HFFolder, sync: WeightSync) -> None:
     before = logprobs(pool)
     report = sync.push(weights(source, 1), 1)
     after = logprobs(pool)
@@ -152,7 +153,7 @@ def test_a_push_makes_every_engine_serve_the_new_version(pool: HookedPool, sourc
 
 
 def test_generation_that_runs_through_a_push_ends_whole_under_the_new_version(
-    pool: HookedPool, source: HFFolder, sync: DiskSync
+    pool: HookedPool, source: HFFolder, sync: WeightSync
 ) -> None:
     sampling = SamplingParams(max_new_tokens=450, temperature=1.0, ignore_eos=True)
     requests = [GenerationRequest(f"long-{i}", (1, 2, 3), 1, sampling) for i in range(2)]
@@ -200,7 +201,7 @@ def another_version(_: str, folder: Path, version: int) -> int:
 )
 @pytest.mark.parametrize("committed", [0, 3])
 def test_an_engine_with_other_weights_makes_the_push_fail_and_all_serve_the_old(
-    pool: HookedPool, source: HFFolder, sync: DiskSync, tmp_path: Path, hook: Hook, words: str, committed: int
+    pool: HookedPool, source: HFFolder, sync: WeightSync, tmp_path: Path, hook: Hook, words: str, committed: int
 ) -> None:
     if committed:
         sync.push(weights(source, committed), committed)
@@ -217,7 +218,7 @@ def test_an_engine_with_other_weights_makes_the_push_fail_and_all_serve_the_old(
     assert_serving(pool, source, 7, 7)
 
 
-def test_weights_that_are_not_finite_never_reach_an_engine(pool: HookedPool, source: HFFolder, sync: DiskSync) -> None:
+def test_weights_that_are_not_finite_never_reach_an_engine(pool: HookedPool, source: HFFolder, sync: WeightSync) -> None:
     def poisoned() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights(source, 1):
             if name == "model.layers.0.mlp.up_proj.weight":
@@ -231,13 +232,13 @@ def test_weights_that_are_not_finite_never_reach_an_engine(pool: HookedPool, sou
     assert_serving(pool, source, 0, None)
 
 
-def test_a_tensor_that_was_not_sent_is_noticed(pool: HookedPool, source: HFFolder, sync: DiskSync) -> None:
+def test_a_tensor_that_was_not_sent_is_noticed(pool: HookedPool, source: HFFolder, sync: WeightSync) -> None:
     with pytest.raises(EngineError, match=r"model\.norm\.weight"):
         sync.push((pair for pair in weights(source, 1) if pair[0] != "model.norm.weight"), 1)
     assert_serving(pool, source, 0, None)
 
 
-def test_versions_only_grow(source: HFFolder, sync: DiskSync) -> None:
+def test_versions_only_grow(source: HFFolder, sync: WeightSync) -> None:
     sync.push(weights(source, 4), 4)
     with pytest.raises(UserError, match="version 4 does not follow version 4"):
         sync.push(weights(source, 5), 4)
@@ -245,7 +246,7 @@ def test_versions_only_grow(source: HFFolder, sync: DiskSync) -> None:
 
 
 def test_only_the_last_versions_stay_on_disk_and_close_removes_them(
-    pool: HookedPool, source: HFFolder, sync: DiskSync, tmp_path: Path
+    pool: HookedPool, source: HFFolder, sync: WeightSync, tmp_path: Path
 ) -> None:
     for version in (1, 2, 3):
         sync.push(weights(source, version), version)
@@ -256,7 +257,7 @@ def test_only_the_last_versions_stay_on_disk_and_close_removes_them(
 
 
 def test_an_engine_that_fell_back_is_restored_to_the_committed_version(
-    pool: HookedPool, source: HFFolder, sync: DiskSync, model: Path
+    pool: HookedPool, source: HFFolder, sync: WeightSync, model: Path
 ) -> None:
     sync.push(weights(source, 1), 1)
     url = pool.live_urls[1]
@@ -272,7 +273,7 @@ def test_the_default_staging_folder_is_private_and_removed(pool: HookedPool, sou
         seen.append(folder)
         return version
 
-    sync, pool.hook = DiskSync(pool, source), note
+    sync, pool.hook = disk_sync(pool, source), note
     sync.push(weights(source, 1), 1)
     assert seen[0].is_dir() and seen[0].parent.stat().st_mode & 0o777 == 0o700
     sync.close()
@@ -281,7 +282,7 @@ def test_the_default_staging_folder_is_private_and_removed(pool: HookedPool, sou
 
 def test_a_staging_folder_that_cannot_be_written_is_named(pool: HookedPool, source: HFFolder, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    sync = DiskSync(pool, source, tmp_path / "file")
+    sync = disk_sync(pool, source, tmp_path / "file")
     with pytest.raises(CheckpointError, match=r"cannot be written to .*/file/v000001 .*another staging folder"):
         sync.push(weights(source, 1), 1)
     assert_serving(pool, source, 0, None)
@@ -306,7 +307,7 @@ def test_every_rank_of_the_trainer_learns_the_outcome(
 
 
 def test_a_killed_engine_is_dropped_and_the_others_serve_the_old_version(
-    servers: list[Server], pool: HookedPool, source: HFFolder, sync: DiskSync, model: Path, tmp_path: Path
+    servers: list[Server], pool: HookedPool, source: HFFolder, sync: WeightSync, model: Path, tmp_path: Path
 ) -> None:
     """Keep this one last: the module's second server is gone afterwards."""
     sync.push(weights(source, 1), 1)

@@ -117,5 +117,8 @@ def test_weights_whose_log_probabilities_overflow(cli, small_run, run_folder, ow
     result = cli("train", small_run, f"model.path={own_model}")
     assert result.code == 2, result.all
     assert "Traceback" not in result.err
-    assert re.search(r"16 trajectories \(\d+, ", result.err), result.all
+    found = re.search(r"16 trajectories \((\d+), (\d+), ", result.err)
+    assert found is not None, result.all
+    first, second = map(int, found.groups())
+    assert first % 16 == 0 and second == first + 1, "the trajectories of one whole group"
     assert records(run_folder) == []

@@ -12,10 +12,11 @@ from megatron_rl.objectives import make_objective
 from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.device import pick_device
+from megatron_rl.precision.plan import resolve
 from megatron_rl.rollout.client import EnginePool
 from megatron_rl.rollout.lifecycle import EmbeddedServers
 from megatron_rl.training.run import Run
-from megatron_rl.weights.sync import DiskSync
+from tests.disk_sync import disk_sync
 from tests.e2e.command import Command, records
 
 TRAJECTORIES = 8 * 16
@@ -65,9 +66,10 @@ class FatalPool(EnginePool):
 def test_a_server_that_dies_inside_a_weight_update_costs_only_itself(arithmetic_model, tmp_path, capsys):
     config = make_config({"model": {"path": str(arithmetic_model)}, "run": {"dir": str(tmp_path)}})
     mesh = parallel.initialize(config.parallel, pick_device("cpu"), seed=0)
-    run = Run(config, mesh, Policy(config, mesh), make_objective(config.objective.spec()))
+    policy = Policy(config, mesh)
+    run = Run(config, mesh, policy, make_objective(config.objective.spec()), resolve(config.precision, policy.shape.num_layers))
     with EmbeddedServers(arithmetic_model, tmp_path, count=2, threads=1) as servers, FatalPool(servers.urls, 60) as run.pool:
-        run.sync = DiskSync(run.pool, run.policy.source, tmp_path / "staging", group=mesh.control)
+        run.sync = disk_sync(run.pool, run.policy.source, tmp_path / "staging", group=mesh.control)
         run.publish(1)
         FatalPool.doomed[servers.urls[0]] = psutil.Process(servers.pids[0])
         run.publish(2)

@@ -40,6 +40,7 @@ def test_stale_rollouts_from_dequantised_fp8_weights_log_their_mismatch(start, s
     assert "dequantised" in said
     found = records(run_folder)
     assert [r["step"] for r in found] == list(range(5))
-    assert max(record["staleness/max"] for record in found) == 1
-    # e4m3 has 3 bits of mantissa: the ratios cannot be 1, and are far from nonsense.
-    assert all(1e-3 < abs(record["mismatch/ratio/max"] - 1) < 1 for record in found)
+    assert [record["staleness/max"] for record in found] == [0, 1, 1, 1, 1]
+    # The first step shows what e4m3 and bf16 do alone; the others, a step of this learning rate besides.
+    assert 1e-3 < abs(found[0]["mismatch/ratio/max"] - 1) < 0.5
+    assert all(record["mismatch/stale_1/k3"] > 10 * found[0]["mismatch/kl/k3"] for record in found[1:])

@@ -19,7 +19,7 @@ from megatron_rl.weights.hf import HFFolder
 from megatron_rl.weights.load import load_weights
 from megatron_rl.weights.plan import check_folder
 from megatron_rl.weights.quantised import WireTensors, export_dtypes
-from megatron_rl.weights.sync import DiskSync
+from tests.disk_sync import disk_sync
 
 
 def round_trip(
@@ -66,7 +66,7 @@ def push(model: Path, layout: dict[str, Any], url: str, staging: Path) -> list[s
     family, shape = check_folder(folder, tensor_parallel=mesh.tp_size)
     chunks = build_chunks(config, shape, mesh)
     pool = EnginePool([url]) if mesh.rank == 0 else None
-    sync = DiskSync(pool, folder, staging, group=mesh.control)
+    sync = disk_sync(pool, folder, staging, group=mesh.control)
     outcomes = []
     for version, value in ((1, 0.5), (2, float("nan")), (3, 0.25)):
         load_weights(chunks, folder, family, shape, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size)

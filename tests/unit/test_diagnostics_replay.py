@@ -33,7 +33,8 @@ from megatron_rl.training.rollouts import Rollouts
 from megatron_rl.training.run import Run
 from megatron_rl.types import Prompt
 from megatron_rl.weights.quantised import quantization_config
-from megatron_rl.weights.sync import DiskSync
+from megatron_rl.weights.sync import WeightSync
+from tests.disk_sync import disk_sync
 from tests.models import make_qwen3
 from tests.unit.char_tokenizer import char_tokenizer
 
@@ -53,7 +54,7 @@ class Pair:
     plan: PrecisionPlan
     engine: Engine
     pool: EnginePool
-    sync: DiskSync
+    sync: WeightSync
     folder: Path
     version: int = 1
 
@@ -110,7 +111,7 @@ def paired(model: Path, tmp_path: Path) -> Iterator[Callable[..., Pair]]:
             engine = Engine(model, plan.engine, threads=1, quantisation=quantisation).start()
             pool = stack.enter_context(EnginePool([stack.enter_context(serving(create_app(engine)))], 60))
             quantization = quantization_config(plan, policy.source.tensors)
-            sync = DiskSync(pool, policy.source, tmp_path / "staging", group=mesh.control, quantization=quantization)
+            sync = disk_sync(pool, policy.source, tmp_path / "staging", group=mesh.control, quantization=quantization)
             if publish:
                 sync.push(policy.export(plan), 1)
             return Pair(policy, plan, engine, pool, sync, tmp_path)
@@ -194,7 +195,7 @@ def test_every_engine_is_looked_at_not_only_the_one_that_is_replayed(paired):
     pair = paired(FP32, publish=False)
     other = Engine(pair.engine.model_dir, "fp32", threads=1).start()
     with serving(create_app(other)) as url, EnginePool([*pair.pool.live_urls, url], 60) as both:
-        DiskSync(both, pair.policy.source, pair.folder / "other").push(pair.policy.export(pair.plan), 1)
+        disk_sync(both, pair.policy.source, pair.folder / "other").push(pair.policy.export(pair.plan), 1)
         with torch.inference_mode():
             other._batcher.weights.model.get_parameter("model.norm.weight")[0] += 1
         found = replace(pair, pool=both, version=1).attribute()
@@ -234,7 +235,8 @@ def test_an_engine_that_serves_another_version_than_it_should_is_refused(paired)
 def in_run(pair: Pair, pool: EnginePool) -> Run:
     """A run that stands before its first step, with these engines."""
     config = pair.policy.config
-    run = Run(config, pair.policy.mesh, pair.policy, make_run_objective(config))
+    plan = resolve(config.precision, pair.policy.shape.num_layers)
+    run = Run(config, pair.policy.mesh, pair.policy, make_run_objective(config), plan)
     tokenizer = char_tokenizer("0123456789+-=")
     task = make_task(TaskConfig(max_operand=12, held_out=5), tokenizer, seed=0, max_prompt_tokens=8)
     run.rollouts, run.pool = Rollouts(config, task, tokenizer, pool, need_logmu=True), pool

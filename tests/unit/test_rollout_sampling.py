@@ -205,3 +205,14 @@ def test_however_a_response_is_put_together_every_column_speaks_of_the_same_toke
     if topk:
         assert made.topk is not None and made.topk.ids.dtype == np.int32 and made.topk.logmu.dtype == np.float32
         assert made.topk.ids[:, 0].tolist() == [t * m for t, m in zip(tokens, mask, strict=True)]
+
+
+def test_the_experts_of_a_token_stay_those_that_were_chosen_when_it_was_sampled():
+    def sample(tokens: int, rows: int, name: int) -> Sample:
+        return Sample(tuple(range(tokens)), None, "abort", (), routing=np.full((rows, 1, 2), name))
+
+    response = Response(logmu=False, topk=0)
+    response.add_sample(sample(3, 5 + 3 - 1, 1))  # a prompt of 5 tokens
+    response.add_sample(sample(2, 8 + 2 - 1, 2))  # the second request's prompt is everything so far
+    assert response.routing is not None
+    assert response.routing[:, 0, 0].tolist() == [1] * 7 + [2] * 2
