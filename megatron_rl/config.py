@@ -125,6 +125,10 @@ class RolloutConfig(_Block):
             raise ValueError("sglang.router: true starts a router for servers of our own, and urls names others: leave out one")
         if self.sglang.router and self.routing_replay:
             raise ValueError("routing_replay: true does not go with sglang.router: the router drops the request for experts")
+        if self.engine != "sglang" and self.sglang.model_copy(update={"router": False}) != SGLangConfig():
+            raise ValueError(
+                "sglang.* is about servers of engine: sglang, and engine is embedded: leave it out, or change engine"
+            )
         if self.deterministic and self.engine == "sglang":
             raise ValueError("deterministic: true is a promise of engine: embedded; SGLang's samples depend on their batch")
         return self

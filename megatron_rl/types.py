@@ -62,11 +62,6 @@ class Trajectory:
     routing: np.ndarray | None = field(default=None, compare=False)
 
     @property
-    def oldest_version(self) -> int | None:
-        """Of the weights that sampled any of its tokens; None when the engine named none."""
-        return min((span.version for span in self.versions), default=None)
-
-    @property
     def last_turn(self) -> tuple[int, ...]:
         """Response tokens after the last one that is masked: the answer is looked for here, never in a tool's output."""
         if self.response_mask is None:

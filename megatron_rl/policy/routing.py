@@ -10,6 +10,7 @@ called. So pipeline stages, interleaved micro-batches and recomputation each fin
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.transformer.moe import moe_utils
 from torch import Tensor, nn
@@ -81,6 +82,11 @@ class RoutingReplay:
             return f"batch.routing has shape {list(routing.shape)}, {list(expected)} is needed"
         if routing.size and not (routing.min() >= -1 and routing.max() < experts.count):
             return f"batch.routing names experts outside [0, {experts.count}), -1 aside"
+        ordered = np.sort(routing, axis=-1)
+        twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+        partly = (ordered[..., 0] < 0) & (ordered[..., -1] >= 0)
+        if twice.any() or partly.any():
+            return "batch.routing names an expert twice for one token, or fewer experts than the model routes to"
         return None
 
     def rows(self, micro: Microbatch) -> Tensor | None:

@@ -193,7 +193,8 @@ class EnginePool(Controls):
             if time.monotonic() > end:
                 reasons = "; ".join(f"{engine.url}: {engine.held}" for engine in live)
                 raise EngineError(
-                    f"no engine serves the committed weights ({reasons}): the next weight update brings them back"
+                    f"no engine serves the committed weights ({reasons}): the next weight update brings them back; a run that "
+                    "ends here can be resumed"
                 )
             await asyncio.sleep(_BACKOFF_S)
 
@@ -240,7 +241,7 @@ class EnginePool(Controls):
 
     async def _suspect(self, engine: PooledEngine, what: str) -> None:
         """After an error: a server that is not healthy either is dropped."""
-        if engine.live and not await self._healthy(engine.url):
+        if engine.live and not await self._healthy(engine):
             self._drop(engine, what)
         elif engine is self._front:
             await self._drop_dead()  # it says that a server failed, not which
@@ -253,17 +254,17 @@ class EnginePool(Controls):
             front = [self._front] if self._front is not None else []
             through = any(engine.load for engine in front)
             busy = [engine for engine in [*front, *self._engines] if engine.live and (engine.load or through)]
-            health = await asyncio.gather(*(self._healthy(engine.url) for engine in busy))
+            health = await asyncio.gather(*(self._healthy(engine) for engine in busy))
             for engine, healthy in zip(busy, health, strict=True):
                 misses[engine.url] = 0 if healthy else misses.get(engine.url, 0) + 1
                 if misses[engine.url] >= _MISSES:
                     self._drop(engine, f"{_MISSES} health checks in a row failed")
 
-    async def _healthy(self, url: str, timeout_s: float = _HEALTH_S) -> bool:
+    async def _healthy(self, engine: PooledEngine, timeout_s: float = _HEALTH_S) -> bool:
         # SGLang's /health generates a token, which a paused server never does.
-        path = "/model_info" if self._find(url).paused else "/health"
+        path = "/model_info" if engine.paused else "/health"
         try:
-            return (await self._http.get(f"{url}{path}", timeout=timeout_s)).status_code == 200
+            return (await self._http.get(f"{engine.url}{path}", timeout=timeout_s)).status_code == 200
         except httpx.HTTPError:
             return False
 
@@ -296,12 +297,12 @@ class EnginePool(Controls):
 
     async def _wait_healthy(self, timeout_s: float) -> None:
         end = time.monotonic() + timeout_s
-        waiting = list(self.live_urls)
+        waiting = [engine for engine in self._engines if engine.live]
         while waiting:
-            health = await asyncio.gather(*(self._healthy(url) for url in waiting))
-            waiting = [url for url, healthy in zip(waiting, health, strict=True) if not healthy]
+            health = await asyncio.gather(*(self._healthy(engine) for engine in waiting))
+            waiting = [engine for engine, healthy in zip(waiting, health, strict=True) if not healthy]
             if waiting and time.monotonic() > end:
-                raise EngineError(f"no healthy server at {', '.join(waiting)} within {timeout_s:g} s")
+                raise EngineError(f"no healthy server at {', '.join(e.url for e in waiting)} within {timeout_s:g} s")
             await asyncio.sleep(0.1 if waiting else 0)
 
     def drop_dead(self) -> None:
@@ -310,7 +311,7 @@ class EnginePool(Controls):
 
     async def _drop_dead(self) -> None:
         live = [engine for engine in self._engines if engine.live]
-        health = await asyncio.gather(*(self._healthy(engine.url) for engine in live))
+        health = await asyncio.gather(*(self._healthy(engine) for engine in live))
         for engine, healthy in zip(live, health, strict=True):
             if not healthy:
                 self._drop(engine, "it does not answer /health")
@@ -348,7 +349,7 @@ class EnginePool(Controls):
 
     async def _revive(self) -> tuple[str, ...]:
         lost = [engine for engine in self._engines if not engine.live]
-        health = await asyncio.gather(*(self._healthy(engine.url, _REVIVE_S) for engine in lost))
+        health = await asyncio.gather(*(self._healthy(engine, _REVIVE_S) for engine in lost))
         back = [engine for engine, healthy in zip(lost, health, strict=True) if healthy]
         for engine in back:
             engine.held, engine.reason, engine.version, engine.dead = f"lost before ({engine.reason})", "", 0, asyncio.Event()

@@ -24,7 +24,13 @@ def own_servers(config: Config, plan: PrecisionPlan, device: str, start_timeout_
     return SGLangServers(
         config.model.path,
         logs,
-        server_flags(plan, rollout.sglang, device=device, routing=rollout.routing_replay),
+        server_flags(
+            plan,
+            rollout.sglang,
+            device=device,
+            routing=rollout.routing_replay,
+            keeps_cache=rollout.update_mode == "in_place",
+        ),
         rollout.sglang,
         count=rollout.servers,
         device=device,

@@ -40,6 +40,7 @@ _FROM_KEYS = {
     "--tp": "rollout.sglang.tensor",
     "--tp-size": "rollout.sglang.tensor",
     "--tensor-parallel-size": "rollout.sglang.tensor",
+    "--mem-fraction-static": "rollout.sglang.mem_fraction",
     "--enable-return-routed-experts": "rollout.routing_replay",
     "--host": "rollout.urls",
     "--port": "rollout.urls",
@@ -47,10 +48,13 @@ _FROM_KEYS = {
 }
 
 
-def server_flags(plan: PrecisionPlan, settings: SGLangConfig, *, device: str, routing: bool = False) -> list[str]:
+def server_flags(
+    plan: PrecisionPlan, settings: SGLangConfig, *, device: str, routing: bool = False, keeps_cache: bool = False
+) -> list[str]:
     """Arguments of sglang.launch_server that follow from the configuration. device: `cpu` or `cuda`.
 
-    routing: answers carry the experts chosen for every token. ConfigError for an argument of rollout.sglang.args that
+    routing: answers carry the experts chosen for every token. keeps_cache: weight updates leave the cache of running requests,
+    of which later prompts must then not begin. ConfigError for an argument of rollout.sglang.args that
     another key decides.
     """
     for argument in settings.args:
@@ -64,6 +68,7 @@ def server_flags(plan: PrecisionPlan, settings: SGLangConfig, *, device: str, ro
     on_gpu = ["--mem-fraction-static", str(settings.mem_fraction), "--kv-cache-dtype", "auto"]  # auto: the dtype above
     flags += _CPU_FLAGS if device == "cpu" else on_gpu
     flags += ["--enable-return-routed-experts"] if routing else []
+    flags += ["--disable-radix-cache"] if keeps_cache else []
     return [*flags, *settings.args]
 
 

@@ -34,6 +34,7 @@ def check(config: Config) -> PlanReport:
     report = check_precision(config, family, shape)
     if not config.rollout.urls:
         own_servers(config, report.plan, this_machine().device, 0.0).check()
+        check_transport(config, this_machine().device)
     if config.run.attribute_every:
         check_replayable(report.plan)
     stages = config.parallel.pipeline * config.parallel.virtual_pipeline
@@ -49,6 +50,16 @@ def check(config: Config) -> PlanReport:
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     make_task(config.task, tokenizer, seed=config.run.seed, max_prompt_tokens=config.rollout.max_prompt_tokens).close()
     return report
+
+
+def check_transport(config: Config, device: str) -> None:
+    """Raise ConfigError where a trainer on `device` and servers of our own do not share what the transport goes through."""
+    rollout = config.rollout
+    if device != "cpu" and rollout.engine == "embedded" and rollout.transport != "disk":
+        raise ConfigError(
+            f"rollout.transport: {rollout.transport} sends from the trainer's GPU, and embedded servers are on the CPU: take "
+            "transport: disk, or engine: sglang"
+        )
 
 
 def _check_folder(config: Config) -> tuple[Family, ModelShape]:

@@ -45,11 +45,14 @@ def step_record(
     if parts[0].logmu is not None:
         pairs = [_trained_pair(p, s.logp) for p, s in zip(parts, stats, strict=True)]
         logp, logmu = (np.concatenate(column) for column in zip(*pairs, strict=True))
+        if not len(logp):  # every turn was void
+            return record
         record |= ratio_record(logp, logmu)
-        record |= {f"mismatch/{name}": value for name, value in ratio_record(*pairs[0]).items()}
-        if record.get("staleness/max"):
-            record |= mismatch_by_staleness(_staleness(version, parts[0]), *pairs[0])
         record |= _worst(parts, logp, logmu)
+        if len(pairs[0][0]):
+            record |= {f"mismatch/{name}": value for name, value in ratio_record(*pairs[0]).items()}
+            if record.get("staleness/max"):
+                record |= mismatch_by_staleness(_staleness(version, parts[0]), *pairs[0])
     return record
 
 
@@ -145,7 +148,7 @@ def mean_update(updates: list[dict[str, float]]) -> dict[str, float]:
     return {
         **{name: float(np.mean([u[name] for u in updates])) for name in names},
         "lr": updates[-1]["lr"],
-        "entropy": float(np.average([u["entropy"] for u in updates], weights=tokens)),
+        "entropy": float(np.average([u["entropy"] for u in updates], weights=tokens)) if any(tokens) else 0.0,
     }
 
 

@@ -42,6 +42,20 @@ def check_rollouts(config: Config) -> None:
             "rollout.dynamic_sampling replaces groups whose rewards are all equal, and with rollout.samples_per_prompt: 1 "
             "every group is one of them: raise the latter"
         )
+    if rollout.update_mode == "in_place" and not rollout.max_staleness:
+        raise ConfigError(
+            "rollout.update_mode: in_place keeps the cache of requests that run through a weight update, and with "
+            "rollout.max_staleness: 0 none does: take retract, or raise max_staleness"
+        )
+    if rollout.weights_dir is not None and rollout.transport != "disk":
+        raise ConfigError(
+            f"rollout.weights_dir is where transport: disk writes, and rollout.transport is {rollout.transport}: leave it out"
+        )
+    if rollout.oversample > 1 and config.objective.name == "erpd":
+        raise ConfigError(
+            f"rollout.oversample: {rollout.oversample} leaves requests to be ended when a step has its groups, and "
+            "objective.name: erpd takes the engines' memory then: set it to 1"
+        )
     if rollout.max_staleness and config.objective.name == "erpd":
         raise ConfigError(
             f"rollout.max_staleness: {rollout.max_staleness} cannot be had with objective.name: erpd, whose round learns from "

@@ -258,7 +258,10 @@ def open_rollouts(
     with closing(task), EnginePool(urls, config.rollout.timeout_s, router) as pool:
         pool.wait_healthy(START_TIMEOUT_S)
         for url in pool.live_urls:
-            check_precision(url, pool.info(url), config.precision, dequantised=plan.dequantised)
+            info = pool.info(url)
+            check_precision(url, info, config.precision, dequantised=plan.dequantised)
+            if config.rollout.deterministic and not info.get("deterministic"):
+                raise ConfigError(f"rollout.deterministic is true, and {url} is not: start it with `serve --deterministic`")
         yield Rollouts(config, task, tokenizer, pool, need_logmu, topk)
 
 

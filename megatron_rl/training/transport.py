@@ -43,7 +43,8 @@ def make_transport(config: Config, policy: Policy, mesh: Mesh, precision: Precis
         return TensorTransport(rollout.bucket_mb << 20)
     # Without codes the folder says nothing of a quantisation.
     quantization = None if precision.dequantised else quantization_config(precision, policy.source.tensors)
-    return DiskTransport(policy.source, rollout.weights_dir, quantization=quantization)
+    staging = None if rollout.weights_dir is None else rollout.weights_dir / config.run.name
+    return DiskTransport(policy.source, staging, quantization=quantization)
 
 
 def score_probe(config: Config, policy: Policy, mesh: Mesh, precision: PrecisionPlan) -> Probe:
@@ -63,9 +64,16 @@ def score_probe(config: Config, policy: Policy, mesh: Mesh, precision: Precision
         mask=mask.reshape(-1),
         rewards=nothing,
         advantages=nothing,
+        routing=_free_choice(policy, len(tokens) * copies) if config.rollout.routing_replay else None,
     )
     with at_temperature_one(policy):  # at which engines score a prompt
         logp = policy.logprobs(batch)[1:length]
     low = precision.rolls_out_low or precision.trains_low
     tolerance = _LOW_TOLERANCE if low else max(_TOLERANCE[precision.engine], _TOLERANCE[precision.train])
     return Probe(tuple(tokens.tolist()), tuple(logp.tolist()), tolerance)
+
+
+def _free_choice(policy: Policy, tokens: int) -> np.ndarray:
+    """[tokens, L, K] int32 that leaves every choice of experts to the router."""
+    experts = policy.shape.experts
+    return np.full((tokens, policy.shape.num_layers, experts.per_token if experts else 0), -1, dtype=np.int32)

@@ -64,9 +64,7 @@ class WeightSync:
         kept from being routed to until a push succeeds.
         """
         stream = iter(tensors)
-        outcome: list[PushReport | MegatronRLError] = [
-            EngineError("no engine pool on global rank 0: give WeightSync one there")
-        ]
+        outcome: list[PushReport | Exception] = [EngineError("no engine pool on global rank 0: give WeightSync one there")]
         traits: dict[str, Traits] = {}
         unsure = False
         if self._pool is not None:
@@ -80,7 +78,7 @@ class WeightSync:
         if self._pool is not None and not outcome:
             try:
                 outcome = [self._push(self._pool, stream, version, traits, probe)]
-            except MegatronRLError as error:
+            except Exception as error:  # noqa: BLE001  a rank boundary: the others wait in the export
                 outcome = [error]
         for _ in stream:  # the export is collective: after a failure too, every rank runs it to its end
             pass
@@ -88,6 +86,7 @@ class WeightSync:
             dist.broadcast_object_list(outcome, src=0, group=self._group)
         if isinstance(outcome[0], MegatronRLError):
             outcome[0].everywhere = True
+        if isinstance(outcome[0], Exception):
             raise outcome[0]
         return outcome[0]
 

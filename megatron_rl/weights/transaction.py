@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn, Protocol
 
-from megatron_rl.errors import EngineError, MegatronRLError
+from megatron_rl.errors import EngineError
 from megatron_rl.weights.families.base import DTYPES
 from megatron_rl.weights.tally import Tally, first_difference
 from megatron_rl.weights.transports.base import Engines as Delivering
@@ -130,7 +130,7 @@ class Transaction:
         self._stop()
         try:
             failed = self._transport.deliver(engines, {url: self._traits[url].ranks for url in self._urls})
-        except MegatronRLError:
+        except BaseException:  # whatever went wrong here, engines are not to be left paused or half updated
             self._undo()
             self._give_up()
             raise
@@ -194,8 +194,10 @@ class Transaction:
             raise EngineError(f"{url}: its weights can be confirmed by a probe alone, and none was given")
         self._engines.hold(url, f"weight version {self._number} is being confirmed")
         self._engines.resume(url)
-        logp = self._engines.score(url, self._probe.tokens)
-        self._engines.pause(url, self._mode)
+        try:
+            logp = self._engines.score(url, self._probe.tokens)
+        finally:
+            self._engines.pause(url, self._mode)
         off = sum(abs(a - b) for a, b in zip(logp, self._probe.logp, strict=True)) / len(self._probe.logp)
         if not off <= self._probe.tolerance:
             raise EngineError(

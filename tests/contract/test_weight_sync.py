@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 import pytest
 import torch
@@ -34,10 +35,13 @@ class HookedPool(EnginePool):
     """
 
     hook: Hook | None = None
+    hooking = Lock()  # the other engine is not to read what is being rewritten
 
     def update_weights_from_disk(self, url: str, folder: Path, version: int) -> None:
-        hook, self.hook = self.hook, None
-        super().update_weights_from_disk(url, folder, version if hook is None else hook(url, folder, version))
+        with self.hooking:
+            hook, self.hook = self.hook, None
+            version = version if hook is None else hook(url, folder, version)
+        super().update_weights_from_disk(url, folder, version)
 
 
 class Server:

@@ -5,6 +5,7 @@ import signal
 import pytest
 
 from megatron_rl.policy.complete import newest_valid
+from megatron_rl.rollout.processes import free_port
 from tests.e2e.command import assert_refused, records
 from tests.e2e.conftest import version_of
 from tests.e2e.test_resume import untimed
@@ -95,7 +96,7 @@ def test_requests_that_run_through_a_weight_update_go_on_and_their_tokens_know_t
     mode, start, cli, small_run, run_folder, arithmetic_model
 ):
     # A request at a time: the engine is slower than the trainer, so that updates meet running requests.
-    port = {"retract": 31311, "in_place": 31312, "abort": 31313}[mode]
+    port = free_port()
     serving = ["--port", str(port), "--threads", "1", "--deterministic"]
     url = f"http://127.0.0.1:{port}"
     start("serve", "--model", str(arithmetic_model), *serving).until(lambda: version_of(url))
@@ -123,6 +124,10 @@ def test_requests_that_run_through_a_weight_update_go_on_and_their_tokens_know_t
             ["rollout.max_staleness=1", f"objective={ERPD}"],
             ["rollout.max_staleness: 1", "erpd"],
         ),
+        (["rollout.oversample=1.5", f"objective={ERPD}"], ["rollout.oversample: 1.5", "erpd"]),
+        (["rollout.update_mode=in_place"], ["rollout.update_mode: in_place", "max_staleness"]),
+        (["rollout.transport=tensor", "rollout.weights_dir=there"], ["rollout.weights_dir", "transport is tensor"]),
+        (["rollout.sglang.tensor=2"], ["sglang", "engine is embedded"]),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(refused, small_run, run_folder, settings, words):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -93,6 +94,15 @@ def test_staleness_counts_trained_tokens_alone_and_the_mismatch_is_split_by_it()
     assert record["mismatch/stale_2/k3"] == pytest.approx(math.exp(-1)) and record["mismatch/stale_0/mean_abs"] == 1
     fresh = step_record(4, 5, parts(), [stats_of(p, -1.0, norm=1, lr=1, loss=1) for p in parts()], Stopwatch(), sampled={})
     assert not [name for name in fresh if "stale" in name], "the engines named no versions"
+
+
+def test_updates_whose_turns_are_all_void_are_recorded_without_ratios():
+    void = [replace(part, mask=np.zeros_like(part.mask)) for part in parts()]
+    record = record_of(void)
+    assert not any(key.startswith(PAIRED) for key in record)
+    assert (record["tokens/response"], record["entropy"], record["loss"]) == (0, 0.0, 3.0)
+    half = record_of([void[0], parts()[1]])
+    assert half["ratio/max"] == pytest.approx(math.exp(-1)) and not any(key.startswith("mismatch") for key in half)
 
 
 def test_without_behaviour_log_probabilities_no_ratio_is_claimed():

@@ -1,10 +1,9 @@
 """Weights by broadcast from the trainer's rank 0 to every process of every engine: gloo on CPU, NCCL on a GPU."""
 
-import os
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from itertools import count
 from threading import Thread
 from typing import Any, TypeVar
 
@@ -20,7 +19,6 @@ T = TypeVar("T")
 
 _JOIN_S = 60.0  # time the members have to find each other
 _GRACE_S = 1.0  # time in which the engines of a failed broadcast answer by themselves
-_numbers = count()
 
 
 class DistributedTransport(BucketTransport):
@@ -39,7 +37,7 @@ class DistributedTransport(BucketTransport):
         if self._group is not None and self._members == dict(ranks):
             return {}
         self._leave(engines, list(self._members))
-        self._name, self._members = f"weights-{os.getpid()}-{next(_numbers)}", dict(ranks)
+        self._name, self._members = f"weights-{secrets.token_hex(8)}", dict(ranks)
         backend = "nccl" if self._device.type == "cuda" else "gloo"
         store, world = host_store(_JOIN_S), 1 + sum(ranks.values())
         first = dict(zip(ranks, _first_ranks(ranks), strict=True))
