@@ -19,12 +19,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from megatron_rl.rollout.sglang import SGLangServers
 from models import make_qwen3
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from megatron_rl.rollout.client import EnginePool, GenerationRequest, SamplingParams
 from megatron_rl.rollout.lifecycle import EmbeddedServers
+from megatron_rl.rollout.sglang import SGLangServers
 
 PAD = 0
 
