@@ -10,10 +10,12 @@ import os
 import pickle
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.multiprocessing as torch_mp
 from torch import Tensor
@@ -148,3 +150,12 @@ def _rebuild_cuda_tensor(*arguments: Any) -> Any:
         device = seen[device]
     known = [*arguments[:_DEVICE_ARGUMENT], device, *arguments[_DEVICE_ARGUMENT + 1 :]]
     return reductions.rebuild_cuda_tensor(*known)
+
+
+def end_manager() -> None:
+    """End torch's manager of shared memory, a child of this process that would otherwise live as long as any engine that has
+    mapped some. Nothing may lie in a `shared_buffer` any more."""
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            if child.name() == "torch_shm_manager":
+                child.terminate()
