@@ -4,6 +4,7 @@ The format is SGLang's for `/update_weights_from_tensor`: a base64 pickle of [(n
 reductions put handles in the place of data. Reading resolves nothing but those reductions and plain data types.
 """
 
+import atexit
 import base64
 import io
 import os
@@ -152,10 +153,13 @@ def _rebuild_cuda_tensor(*arguments: Any) -> Any:
     return reductions.rebuild_cuda_tensor(*known)
 
 
-def end_manager() -> None:
-    """End torch's manager of shared memory, a child of this process that would otherwise live as long as any engine that has
-    mapped some. Nothing may lie in a `shared_buffer` any more."""
+def _end_manager() -> None:
+    """At the end of this process: torch's manager of shared memory, its child, would live as long as any engine that has
+    mapped some. Not before, for torch does not start a second one."""
     for child in psutil.Process().children():
         with suppress(psutil.NoSuchProcess):
             if child.name() == "torch_shm_manager":
                 child.terminate()
+
+
+atexit.register(_end_manager)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_rl.errors import EngineError
 from megatron_rl.weights.buckets import Bucket
-from megatron_rl.weights.payload import end_manager, pack, shared_buffer
+from megatron_rl.weights.payload import pack, shared_buffer
 from megatron_rl.weights.transports.base import BucketTransport, Engines, each
 
 
@@ -22,7 +22,6 @@ class TensorTransport(BucketTransport):
 
     def close(self, engines: Engines | None) -> None:
         self._buckets.free()
-        end_manager()
 
     def send(self, engines: Engines, ranks: Mapping[str, int], bucket: Bucket, version: int | None) -> dict[str, EngineError]:
         if bucket.data.is_cuda:
