@@ -1,5 +1,6 @@
 """What the trainer may ask of one engine besides generation: SGLang's control calls, and a few of the embedded server's."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,12 @@ class Traits:
     quantised: bool
 
 
-class Controls:
+class Controls(ABC):
     """Control calls; each raises EngineError with the server's words when it refuses or does not answer."""
 
+    @abstractmethod
     def _control(self, url: str, path: str, body: dict[str, Any] | None, *, repeat: bool = True, method: str = "POST") -> Any:
         """The JSON answer. repeat: a lost connection may be tried again. `body` None with GET."""
-        raise NotImplementedError
 
     def pause(self, url: str, mode: str) -> None:
         """mode: "abort" ends requests, "retract" requeues them, "in_place" keeps them with their cache."""

@@ -194,7 +194,14 @@ def test_without_determinism_an_update_waits_for_nothing(world) -> None:
     sampler = world.sampler(max_staleness=1)
     world.held = {4}
     sampler.take(0, 1)
-    sampler.settle()
+    with ThreadPoolExecutor(1) as thread:
+        settling = thread.submit(sampler.settle)
+        try:
+            settling.result(timeout=5)
+            world.until_asked({4})
+        finally:
+            world.held = set()
+    assert settling.done()
 
 
 def test_finished_groups_of_an_earlier_life_are_taken_where_they_are_fresh_enough(world, tmp_path) -> None:
