@@ -22,8 +22,7 @@ def make_qwen3(
     config = Qwen3Config(
         vocab_size=vocab,
         num_hidden_layers=layers,
-        **{**usual, **sizes},
-        max_position_embeddings=512,
+        **{"max_position_embeddings": 512, **usual, **sizes},
         rope_theta=10000.0,
         tie_word_embeddings=tied,
         eos_token_id=0,

@@ -90,6 +90,10 @@ class Sampler:
         """
         return self.pool.run(self._take(step, version))
 
+    def skip(self, step: int, version: int) -> None:
+        """In place of `take`, where the groups of `step` were taken in an earlier life."""
+        self.pool.run(self._enter(step, version, first=step + 1))
+
     def settle(self) -> None:
         """Before a weight update: when deterministic, wait for every group that may begin under the old weights."""
         if self.bounds.deterministic:
@@ -98,14 +102,18 @@ class Sampler:
     # In the pool's loop ------------------------------------------------------------------------------------
 
     async def _take(self, step: int, version: int) -> StepGroups:
-        self._current, self._next, self._offset = step, step, version - step
-        self._fill()
+        await self._enter(step, version, first=step)
         groups = self._steps[step]
         await self._until(lambda: groups.settled)
         del self._steps[step]
         self._next = step + 1
         self.draws.spend(groups.drawn)
         return groups
+
+    async def _enter(self, step: int, version: int, *, first: int) -> None:
+        """`step` trains from `version` from now on; `first` and what follows may begin."""
+        self._current, self._next, self._offset = step, first, version - step
+        self._fill()
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():

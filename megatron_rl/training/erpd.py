@@ -34,12 +34,11 @@ def collect(run: Run, watch: Stopwatch) -> Batch:
     folder = _folder(run, run.state.step)
     found = run.mesh.on_lead(folder.read_batch)
     if found is not None:
-        batch, truncated = found
-        if run.mesh.rank == 0:
-            run.rollouts.restore(batch, {"truncated": truncated})
+        batch, sampling = found
+        run.mesh.on_lead(lambda: run.rollouts.restore(run.state.step, run.state.version, sampling))
         return batch
     batch = run.mesh.on_lead(lambda: run.collect(run.state.step, watch))
-    run.mesh.on_lead(lambda: folder.write_batch(batch, run.rollouts.sampled["truncated"]))
+    run.mesh.on_lead(lambda: folder.write_batch(batch, run.rollouts.sampling))
     return batch
 
 

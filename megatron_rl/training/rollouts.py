@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -183,10 +184,18 @@ class Rollouts:
         if self._sampler is not None:
             self._sampler.settle()
 
-    def restore(self, batch: Batch, sampled: dict[str, float]) -> None:
-        """A batch that was collected in an earlier life, and is trained on in this one."""
-        self._draws.spend(np.unique(batch.groups).tolist())
-        self.sampled = sampled
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How the newest batch was sampled, and what was drawn by then, for `restore`."""
+        return {"sampled": self.sampled, "drawn": self.drawn}
+
+    def restore(self, step: int, version: int, sampling: dict[str, Any]) -> None:
+        """In place of `collect`: the batch of that step was collected in an earlier life, and is trained on in this one."""
+        assert self._sampler is not None, "restore before begin"
+        below, ahead = sampling["drawn"]
+        self._draws.spend([*range(self._draws.below, below), *ahead])
+        self._sampler.skip(step, version)
+        self.sampled = sampling["sampled"]
 
     @property
     def drawn(self) -> tuple[int, tuple[int, ...]]:

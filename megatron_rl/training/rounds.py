@@ -22,7 +22,7 @@ from megatron_rl.types import Batch
 STAGES = ("teacher", "student")
 TEACHER_COLUMN = "teacher@"  # followed by the updates that the teacher had made
 TEACHER_RATES = "teacher_rates"
-_TRUNCATED = "truncated"
+_SAMPLING = "sampling"
 
 
 class RoundFolder:
@@ -31,20 +31,22 @@ class RoundFolder:
     def __init__(self, rounds: Path, step: int) -> None:
         self.path = rounds / f"step_{step:06d}"
 
-    def write_batch(self, batch: Batch, truncated: float) -> None:
-        """truncated: share of responses that were cut off, for the step's record."""
+    def write_batch(self, batch: Batch, sampling: dict[str, Any]) -> None:
+        """sampling: how it was sampled, as JSON; see `Rollouts.sampling`."""
         columns = {f.name: getattr(batch, f.name) for f in fields(Batch)}
         arrays = {name: np.asarray(value) for name, value in columns.items() if value is not None}
-        self._write_arrays("batch.npz", {**arrays, _TRUNCATED: np.asarray(truncated)})
+        self._write_arrays("batch.npz", {**arrays, _SAMPLING: np.asarray(json.dumps(sampling))})
 
-    def read_batch(self) -> tuple[Batch, float] | None:
+    def read_batch(self) -> tuple[Batch, dict[str, Any]] | None:
         """None when the batch was not sampled yet. Raises CheckpointError when the file is damaged."""
         arrays = self._read_arrays("batch.npz")
         if arrays is None:
             return None
-        truncated = float(arrays.pop(_TRUNCATED))
+        if _SAMPLING not in arrays:
+            raise CheckpointError(f"{self.path / 'batch.npz'} is of an earlier version of this package: {self.mend}")
+        sampling = json.loads(str(arrays.pop(_SAMPLING)))
         prompt_ids = tuple(str(name) for name in arrays.pop("prompt_ids"))
-        return Batch(**arrays, prompt_ids=prompt_ids), truncated
+        return Batch(**arrays, prompt_ids=prompt_ids), sampling
 
     def columns(self) -> dict[str, np.ndarray]:
         """Log-probabilities [N] float32 by the model they are of."""

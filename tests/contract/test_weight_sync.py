@@ -65,7 +65,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_qwen3(tmp_path_factory.mktemp("model"), tied=True, layers=2)
+    return make_qwen3(tmp_path_factory.mktemp("model"), tied=True, layers=2, max_position_embeddings=2048)
 
 
 @pytest.fixture(scope="module")
@@ -159,15 +159,15 @@ def test_a_push_makes_every_engine_serve_the_new_version(pool: HookedPool, sourc
 def test_generation_that_runs_through_a_push_ends_whole_under_the_new_version(
     pool: HookedPool, source: HFFolder, sync: WeightSync
 ) -> None:
-    sampling = SamplingParams(max_new_tokens=450, temperature=1.0, ignore_eos=True)
+    sampling = SamplingParams(max_new_tokens=1500, temperature=1.0, ignore_eos=True)
     requests = [GenerationRequest(f"long-{i}", (1, 2, 3), 1, sampling) for i in range(2)]
     with ThreadPoolExecutor(1) as thread:
         running = thread.submit(pool.generate, requests)
-        time.sleep(0.3)  # long enough to be under way, far too short for 450 tokens
+        time.sleep(0.3)  # long enough to be under way, far too short for so many tokens
         sync.push(weights(source, 1), 1)
         samples = [sample for request in running.result() for sample in request]
-    assert [(len(sample.tokens), sample.finish_reason) for sample in samples] == [(450, "length")] * 2
-    assert [sample.versions[-1].version for sample in samples] == [1, 1]
+    assert [(len(sample.tokens), sample.finish_reason) for sample in samples] == [(1500, "length")] * 2
+    assert [[span.version for span in sample.versions] for sample in samples] == [[0, 1], [0, 1]]
 
 
 def spoiled_byte(_: str, folder: Path, version: int) -> int:

@@ -149,7 +149,7 @@ def test_servers_of_somebody_else_that_rest_when_a_run_stops_are_named_and_woken
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    server = start("serve", "--model", arithmetic_model, "--port", port, "--threads", "1")
+    server = start("serve", "--model", arithmetic_model, "--port", port, "--threads", "1", "--deterministic")
     server.until(lambda: version_of(url))
     settings = ("run.steps=1", "eval.prompts=0", "parallel.tensor=1", f"rollout.urls=[{url}]")
     command = start("train", path, *settings)

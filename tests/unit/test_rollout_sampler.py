@@ -190,6 +190,17 @@ def test_a_deterministic_step_begins_when_the_one_before_has_its_groups_and_an_u
     assert numbers(sampler.take(2, 3)) == [7, 8, 9]
 
 
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_step_whose_groups_an_earlier_life_took_is_not_waited_for(world, staleness) -> None:
+    sampler = world.sampler(Draws(3), max_staleness=staleness, deterministic=True)
+    sampler.skip(0, 1)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(sampler.settle).result(timeout=5)
+    assert sorted(world.asked) == [3, 4, 5][: 3 * staleness]
+    world.version = 2
+    assert numbers(sampler.take(1, 2)) == [3, 4, 5]
+
+
 def test_without_determinism_an_update_waits_for_nothing(world) -> None:
     sampler = world.sampler(max_staleness=1)
     world.held = {4}

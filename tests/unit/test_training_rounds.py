@@ -32,9 +32,10 @@ def folder(tmp_path) -> RoundFolder:
 def test_a_batch_is_read_back_as_it_was_sampled(folder):
     assert folder.read_batch() is None
     written = batch()
-    folder.write_batch(written, 0.25)
-    found, truncated = folder.read_batch()
-    assert truncated == 0.25 and found.prompt_ids == written.prompt_ids and found.logmu is None
+    sampling = {"sampled": {"truncated": 0.25}, "drawn": [5, [7]]}
+    folder.write_batch(written, sampling)
+    found, how = folder.read_batch()
+    assert how == sampling and found.prompt_ids == written.prompt_ids and found.logmu is None
     for name in ("ids", "groups", "tokens", "cu_seqlens", "mask", "rewards", "advantages"):
         ours, theirs = getattr(found, name), getattr(written, name)
         assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
@@ -42,7 +43,7 @@ def test_a_batch_is_read_back_as_it_was_sampled(folder):
 
 @pytest.mark.parametrize("size", [0, 10, 400])
 def test_a_damaged_batch_is_refused_with_the_mend(folder, size):
-    folder.write_batch(batch(), 0.0)
+    folder.write_batch(batch(), {})
     path = folder.path / "batch.npz"
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(CheckpointError, match=r"batch.npz is damaged .*remove .*step_000003"):
