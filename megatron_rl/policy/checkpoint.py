@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,35 +25,8 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_rl.errors import CheckpointError
 from megatron_rl.policy.actor import Policy
-from megatron_rl.policy.complete import COMPLETE, PARTIAL, newest_valid, what_is_wrong
+from megatron_rl.policy.complete import COMPLETE, PARTIAL, TrainState, newest_valid, what_is_wrong
 from megatron_rl.weights.digest import tensor_digest
-
-__all__ = ["COMPLETE", "Checkpoints", "TrainState", "newest_valid", "parameter_digest", "what_is_wrong"]
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """Everything a run needs besides tensors. step: steps done; version: weight version the engines serve.
-
-    Version 0 is the folder engines start from; the first one a run publishes, and proves, is 1.
-    updates: of the optimizer, for its warm-up. stage: "" between steps, else the stage of step `step` that is under way,
-    stage_updates of whose updates are done. drawn, drawn_ahead: prompts that were drawn and trained on or given up, all
-    below a number and some above; None: in checkpoints of runs that drew the same number every step.
-    """
-
-    step: int = 0
-    version: int = 1
-    updates: int = 0
-    seed: int = 0
-    stage: str = ""
-    stage_updates: int = 0
-    drawn: int | None = None
-    drawn_ahead: tuple[int, ...] = ()
-
-    @property
-    def number(self) -> int:
-        """What a checkpoint of this state is called by: steps of a run, updates of a stage."""
-        return self.stage_updates if self.stage else self.step
 
 
 class Checkpoints:

@@ -1,10 +1,36 @@
-"""Which checkpoints are whole, told from their files alone: quick to import, for those who only look."""
+"""What can be said of checkpoints without reading a tensor: quick to import, for those who only look."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 COMPLETE = "complete.json"
 PARTIAL = ".partial"  # suffix of a checkpoint on its way
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Everything a run needs besides tensors. step: steps done; version: weight version the engines serve.
+
+    Version 0 is the folder engines start from; the first one a run publishes, and proves, is 1.
+    updates: of the optimizer, for its warm-up. stage: "" between steps, else the stage of step `step` that is under way,
+    stage_updates of whose updates are done. drawn, drawn_ahead: prompts that were drawn and trained on or given up, all
+    below a number and some above; None: in checkpoints of runs that drew the same number every step.
+    """
+
+    step: int = 0
+    version: int = 1
+    updates: int = 0
+    seed: int = 0
+    stage: str = ""
+    stage_updates: int = 0
+    drawn: int | None = None
+    drawn_ahead: tuple[int, ...] = ()
+
+    @property
+    def number(self) -> int:
+        """What a checkpoint of this state is called by: steps of a run, updates of a stage."""
+        return self.stage_updates if self.stage else self.step
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[tuple[str, str]]]:

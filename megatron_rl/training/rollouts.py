@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError
-from megatron_rl.policy.checkpoint import TrainState
-from megatron_rl.policy.complete import PARTIAL, newest_valid
+from megatron_rl.policy.complete import PARTIAL, TrainState, newest_valid
 from megatron_rl.rollout.buffer import GroupBuffer
 from megatron_rl.rollout.client import EnginePool
 from megatron_rl.rollout.sampler import Bounds, Sampler, Source

@@ -18,7 +18,8 @@ from megatron_rl.errors import ConfigError, EngineError
 from megatron_rl.objectives import Objective
 from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy
-from megatron_rl.policy.checkpoint import Checkpoints, TrainState
+from megatron_rl.policy.checkpoint import Checkpoints
+from megatron_rl.policy.complete import TrainState
 from megatron_rl.policy.device import pick_device
 from megatron_rl.policy.parallel import Mesh
 from megatron_rl.precision.plan import PrecisionPlan

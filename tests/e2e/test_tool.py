@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from megatron_rl.config import Config, load_config
 from megatron_rl.errors import ConfigError
-from megatron_rl.policy.checkpoint import TrainState
+from megatron_rl.policy.complete import TrainState
 from megatron_rl.rollout.client import EnginePool
 from megatron_rl.rollout.lifecycle import EmbeddedServers
 from megatron_rl.tasks import make_task

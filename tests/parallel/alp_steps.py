@@ -16,7 +16,8 @@ from megatron_rl.perturbation.names import is_sigma
 from megatron_rl.perturbation.noise import Key, NoiseRows, noise_key, normals
 from megatron_rl.perturbation.sigma import HoldsSigma, sigma_holders
 from megatron_rl.policy.actor import Policy
-from megatron_rl.policy.checkpoint import Checkpoints, TrainState
+from megatron_rl.policy.checkpoint import Checkpoints
+from megatron_rl.policy.complete import TrainState
 from megatron_rl.policy.normalisation import global_norm
 from tests.parallel.checkpoint_steps import update
 from tests.parallel.steps import OBJECTIVE, exported, make_batch, make_policy, noted_update, replicas_differ

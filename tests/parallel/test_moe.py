@@ -5,7 +5,7 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_rl.config import PrecisionConfig
-from megatron_rl.policy.checkpoint import TrainState
+from megatron_rl.policy.complete import TrainState
 from megatron_rl.precision.plan import resolve
 from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.quantised import WireTensors

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from megatron_rl.errors import CheckpointError, PrecisionError
 from megatron_rl.objectives import make_objective
 from megatron_rl.policy.actor import Policy, UpdateStats
-from megatron_rl.policy.checkpoint import Checkpoints, TrainState
+from megatron_rl.policy.checkpoint import Checkpoints
+from megatron_rl.policy.complete import TrainState
 from megatron_rl.policy.logprobs import token_scores
 from megatron_rl.policy.optimizer import GROWTH_INTERVAL, INITIAL_SCALE, MAX_SCALE
 from tests.models import make_qwen3

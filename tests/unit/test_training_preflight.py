@@ -1,6 +1,8 @@
 """What is known to fail is refused before a process is started."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -136,3 +138,8 @@ def test_an_older_student_must_be_on_disk_unless_it_is_the_start_of_a_new_run(mo
     check_run_folder(settings(2), resume=True)
     with pytest.raises(ConfigError, match="student@0"):
         check_run_folder(settings(0), resume=True)
+
+
+def test_what_is_checked_before_anything_starts_needs_no_megatron_core():
+    program = "import sys, megatron_rl.training.preflight; sys.exit('megatron.core' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0, "a refusal takes seconds longer"
