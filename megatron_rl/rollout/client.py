@@ -190,12 +190,12 @@ class EnginePool(Controls):
             routed = [engine for engine in live if not engine.held]
             if routed:
                 return await self._through_router(routed) or min(routed, key=lambda engine: engine.load)
+            if any(engine.paused for engine in live):  # the update is under way
+                end = time.monotonic() + _HELD_S
             if time.monotonic() > end:
                 reasons = "; ".join(f"{engine.url}: {engine.held}" for engine in live)
-                raise EngineError(
-                    f"no engine serves the committed weights ({reasons}): the next weight update brings them back; a run that "
-                    "ends here can be resumed"
-                )
+                mend = "the next weight update brings them back; a run that ends here can be resumed"
+                raise EngineError(f"no engine serves the committed weights ({reasons}): {mend}")
             await asyncio.sleep(_BACKOFF_S)
 
     async def _through_router(self, routed: Sequence[PooledEngine]) -> PooledEngine | None:

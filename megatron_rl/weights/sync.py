@@ -147,7 +147,7 @@ class WeightSync:
         probe: Probe | None,
     ) -> PushReport:
         started = time.monotonic()
-        plain = self._transport.in_buckets and any(found.embedded for found in traits.values())
+        plain = self._transport.in_buckets and any(found.embedded or not foretold(found) for found in traits.values())
         tally = Tally(plain, {found.dtype for found in traits.values() if not found.embedded and foretold(found)})
         sent = _Counted(stream)
         self._transport.prepare(iter(sent), version, tally)
@@ -156,7 +156,7 @@ class WeightSync:
             pool, self._transport, tally, version, self._committed, traits=traits, mode=self._mode, probe=probe
         )
         dropped = update.run()
-        self._committed = Version(version, self._transport.commit(), tally)
+        self._committed = Version(version, self._transport.commit(), tally, update.held)
         self._traits = {url: found for url, found in traits.items() if url not in dropped}
         return PushReport(version, sent.nbytes, written - started, time.monotonic() - written, dropped)
 

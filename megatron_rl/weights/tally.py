@@ -50,6 +50,11 @@ class Tally:
         """SGLang's name -> checksum, for a server that holds weights in `dtype`; None where that was not asked for."""
         return self._fused[dtype].digests() if dtype in self._fused else None
 
+    def changed_since(self, before: "Tally") -> list[str]:
+        """SGLang's names of the parameters that other bytes were sent for, as far as both took plain digests."""
+        changed = [name for name, digest in self.digests.items() if before.digests.get(name, digest) != digest]
+        return sorted({fused_place(name)[0] for name in changed})
+
     def where(self, name: str) -> str:
         """`name`, and in which bucket it or its parts travelled."""
         found = sorted({bucket for sent, bucket in self.placed.items() if name in (sent, fused_place(sent)[0])})

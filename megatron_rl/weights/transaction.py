@@ -1,10 +1,13 @@
 """One weight update over all engines: every one confirms the new version, or all go back to the old one.
 
 An engine confirms by naming the version and the digest of every tensor it holds; one whose digests cannot be foretold
-(several ranks, a GPU, weights quantised by the engine) by the log-probabilities of a probe, and by having the digests
-that its like have. An engine that can neither confirm the new version nor be brought back to the old one is dropped if
-it may hold anything, or kept from being routed to until an update succeeds if it only lacks a way back. One whose memory
-was given back holds nothing at first, so it takes an update like the others, but may have nothing to go back to.
+(several ranks, a GPU, weights quantised by the engine) by the log-probabilities of a probe, by having the digests that
+its like have, and by other digests than before wherever other bytes were sent. To score the probe it must generate, so
+its requests are ended first, to be resumed with their prefix, and nothing is routed to it before it is confirmed.
+
+An engine that can neither confirm the new version nor be brought back to the old one is dropped if it may hold anything,
+or kept from being routed to until an update succeeds if it only lacks a way back. One whose memory was given back holds
+nothing at first, so it takes an update like the others, but may have nothing to go back to.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn, Protocol
 
-from megatron_rl.errors import EngineError
+from megatron_rl.errors import EngineError, MegatronRLError
 from megatron_rl.weights.families.base import DTYPES
 from megatron_rl.weights.tally import Tally, first_difference
 from megatron_rl.weights.transports.base import Engines as Delivering
@@ -47,6 +50,9 @@ class Engines(Delivering, Protocol):
     @property
     def live_urls(self) -> Sequence[str]: ...
 
+    @property
+    def held(self) -> Mapping[str, str]: ...
+
     def traits(self, url: str) -> Traits: ...
 
     def drop_dead(self) -> None: ...
@@ -77,11 +83,13 @@ class Engines(Delivering, Protocol):
 @dataclass(frozen=True, slots=True)
 class Version:
     """Weights that engines serve. folder: from which they can be loaded; None where nothing but the engines holds them.
-    tally: their digests; None for the folder the engines started from, which they may serve in another dtype."""
+    tally: their digests; None for the folder the engines started from, which they may serve in another dtype. held: what
+    engines whose digests cannot be foretold answered when they had confirmed it."""
 
     number: int
     folder: Path | None
     tally: Tally | None = field(repr=False)
+    held: Mapping[str, Digests] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +107,10 @@ class NoWayBack(EngineError):
 
 
 class Transaction:
-    """The update of all live engines from `old` to `number`. mode: of the pause; "in_place" keeps the cache of requests."""
+    """The update of all live engines from `old` to `number`. mode: of the pause; "in_place" keeps the cache of requests.
+
+    held: after `run`, digests of the engines that a probe confirmed.
+    """
 
     def __init__(
         self,
@@ -118,6 +129,9 @@ class Transaction:
         self._traits, self._urls = traits, list(traits)
         self._lost: dict[str, EngineError] = {}
         self._before: Mapping[str, Digests] = {}
+        self.held: Mapping[str, Digests] = {}
+        self._unsure = [url for url in self._urls if not foretold(traits[url])]
+        self._kept_out: list[str] = []
 
     def run(self) -> dict[str, str]:
         """Deliver what the transport has prepared, have it confirmed, and let generation go on.
@@ -130,9 +144,11 @@ class Transaction:
         self._stop()
         try:
             failed = self._transport.deliver(engines, {url: self._traits[url].ranks for url in self._urls})
-        except BaseException:  # whatever went wrong here, engines are not to be left paused or half updated
+        except BaseException as error:  # whatever went wrong here, engines are not to be left paused or half updated
             self._undo()
-            self._give_up()
+            state = self._give_up()
+            if isinstance(error, MegatronRLError):
+                raise type(error)(f"{error}. {state}") from error
             raise
         failed = failed or each(self._urls, self._confirm)[1] or self._confirm_by_probe()
         if failed:
@@ -158,46 +174,66 @@ class Transaction:
         }
         # A version whose folder is known can be loaded into any engine.
         self._lost = {} if self._old.tally is not None and self._old.folder is not None else empty
-        if mute:
-            self._abandon(mute)
-        _, unpaused = each(urls, lambda url: engines.pause(url, self._mode))
-        if unpaused:
-            self._abandon(unpaused)
-        if self._old.tally is None:
-            self._before, silent = each([url for url in urls if url not in empty], engines.checksums)
-            if silent:
-                self._abandon(silent)
+        failed = mute
+        if not failed:
+            self._kept_out = [url for url in self._unsure if url not in engines.held]
+            for url in self._kept_out:
+                engines.hold(url, f"weight version {self._number} is not confirmed yet")
+            failed = each(urls, lambda url: engines.pause(url, self._pause_mode(url)))[1]
+        if not failed and self._old.tally is None:
+            self._before, failed = each([url for url in urls if url not in empty], engines.checksums)
+        if failed:
+            self._transport.discard(engines, [])
+            self._abandon(failed)
+
+    def _pause_mode(self, url: str) -> str:
+        return "abort" if url in self._unsure else self._mode
 
     # Confirmation ------------------------------------------------------------------------------------------------------
 
     def _confirm(self, url: str) -> None:
-        if self._mode != "in_place":
+        if self._pause_mode(url) != "in_place":
             self._engines.flush(url)
         confirm(self._engines, url, self._number, self._tally, self._traits[url])
 
     def _confirm_by_probe(self) -> dict[str, EngineError]:
-        """Of the engines whose digests cannot be foretold. They generate for a moment, so nothing may be routed to them."""
-        unsure = [url for url in self._urls if expected_digests(self._tally, self._traits[url]) is None]
-        if not unsure:
-            return {}
-        held, failed = each(unsure, self._engines.checksums)
-        for url, digests in held.items():
-            like = next(other for other in held if self._traits[other] == self._traits[url])
+        """Of the engines whose digests cannot be foretold."""
+        self.held, failed = each(self._unsure, self._engines.checksums)
+        for url, digests in self.held.items():
+            like = next(other for other in self.held if self._traits[other] == self._traits[url])
             try:
-                compare(url, self._number, digests, held[like], self._tally)
+                compare(url, self._number, digests, self.held[like], self._tally)
             except EngineError as error:
                 failed[url] = EngineError(f"{error} (compared with {like})")
-        return failed or each(unsure, self._try_probe)[1]
+        return failed or each(self._unsure, self._find_stale)[1] or each(self._unsure, self._try_probe)[1]
+
+    def _find_stale(self, url: str) -> None:
+        """EngineError where other bytes were sent than for the version before, and the engine holds what it held then.
+
+        Not asked of an engine that quantises: a small change may be lost in that.
+        """
+        before, now, old = self._old.held.get(url), self.held[url], self._old.tally
+        if before is None or old is None or self._traits[url].quantised:
+            return
+        same: dict[str, bool] = {}
+        for key, digest in now.items():
+            name = key.partition("@")[0]  # on every one of its ranks
+            same[name] = same.get(name, True) and before.get(key) == digest
+        for name in self._tally.changed_since(old):
+            if same.get(name):
+                raise EngineError(
+                    f"{url}, weight version {self._number}: {self._tally.where(name)} was sent anew, and the engine holds what "
+                    f"it held of version {self._old.number}"
+                )
 
     def _try_probe(self, url: str) -> None:
         if self._probe is None:
             raise EngineError(f"{url}: its weights can be confirmed by a probe alone, and none was given")
-        self._engines.hold(url, f"weight version {self._number} is being confirmed")
         self._engines.resume(url)
         try:
             logp = self._engines.score(url, self._probe.tokens)
         finally:
-            self._engines.pause(url, self._mode)
+            self._engines.pause(url, "abort")
         off = sum(abs(a - b) for a, b in zip(logp, self._probe.logp, strict=True)) / len(self._probe.logp)
         if not off <= self._probe.tolerance:
             raise EngineError(
@@ -253,6 +289,9 @@ class Transaction:
                     url, f"weight version {self._number} failed and the engine could not go back to the old version: {error}"
                 )
         kept = [url for url in self._urls if url not in lost and url in alive]
+        for url in self._kept_out:
+            if url in kept:
+                engines.admit(url, self._old.number)
         nobody = "no engine serves the old version" if held else "no engine is left"
         state = f"{', '.join(kept)} again serve(s) the old version" if kept else nobody
         dropped = [url for url in self._urls if url in lost and url not in held]

@@ -3,6 +3,7 @@
 Two engines take part: an embedded one, which does its best, and the one of the suite behind a proxy that does not.
 """
 
+import math
 import os
 import resource
 import signal
@@ -20,11 +21,14 @@ from torch import Tensor
 
 from megatron_rl.errors import CheckpointError, EngineError
 from megatron_rl.rollout.client import EnginePool, GenerationRequest, SamplingParams
+from megatron_rl.rollout.control import Traits
 from megatron_rl.rollout.lifecycle import EmbeddedServers
 from megatron_rl.weights.buckets import Bucket
 from megatron_rl.weights.hf import HFFolder
 from megatron_rl.weights.payload import pack, shared_buffer, unpack
 from megatron_rl.weights.sync import WeightSync
+from megatron_rl.weights.transaction import Probe
+from megatron_rl.weights.transports import distributed
 from megatron_rl.weights.transports.base import Transport
 from megatron_rl.weights.transports.disk import DiskTransport
 from megatron_rl.weights.transports.distributed import DistributedTransport
@@ -75,11 +79,19 @@ def make_transport(kind: str, folder: Path, source: HFFolder) -> Transport:
 class World:
     """A pool, its sync over one transport, and the weights that were committed last."""
 
-    def __init__(self, pool: EnginePool, proxy: Proxy, model_dir: Path, transport: Transport, committed: int) -> None:
+    def __init__(
+        self,
+        pool: EnginePool,
+        proxy: Proxy,
+        model_dir: Path,
+        transport: Transport,
+        committed: int,
+        probe: Callable[[], Probe] | None = None,
+    ) -> None:
         self.pool, self.proxy, self.source = pool, proxy, HFFolder(model_dir)
         self.good, self.bad = pool.live_urls
         self.transport = transport
-        self.sync = WeightSync(pool, self.source, transport)
+        self.sync = WeightSync(pool, self.source, transport, probe=probe)
         self.committed = committed
         if committed:
             self.sync.push(self.weights(committed), committed)
@@ -153,19 +165,50 @@ def test_without_sabotage_both_engines_take_every_version(world: Callable[..., W
     made.recovers()
 
 
-def test_a_dropped_bucket_is_noticed_by_its_tensors(world: Callable[..., World]) -> None:
-    made, seen = world("tensor", committed=3), []
+def second_bucket_dropped() -> Callable[[str, Body], Body | Answer]:
+    seen = []
 
-    def drop_the_second(path: str, body: Body) -> Body | Answer:
+    def tamper(path: str, body: Body) -> Body | Answer:
         if path == "/update_weights_from_tensor":
             seen.append(path)
             if len(seen) == 2:
                 return Answer(success=True, message="ok")
         return body
 
-    made.proxy.tamper = drop_the_second
+    return tamper
+
+
+def test_a_dropped_bucket_is_noticed_by_its_tensors(world: Callable[..., World]) -> None:
+    made = world("tensor", committed=3)
+    made.proxy.tamper = second_bucket_dropped()
     made.fails(made.bad, "tensor")
-    assert len(seen) >= 2
+    made.recovers()
+
+
+def test_where_digests_cannot_be_foretold_tensors_that_stayed_as_they_were_are_noticed(
+    pool: EnginePool, proxy: Proxy, model_dir: Path, sglang_only: None
+) -> None:
+    told = pool.traits
+
+    def as_on_a_gpu(url: str) -> Traits:
+        traits = told(url)
+        return traits if traits.embedded else replace(traits, device="cuda")
+
+    pool.traits = as_on_a_gpu  # type: ignore[method-assign]
+    passes_everything = Probe((5, 6, 7), (0.0, 0.0), math.inf)
+    made = World(pool, proxy, model_dir, TensorTransport(BUCKET), 3, lambda: passes_everything)
+    made.proxy.tamper = second_bucket_dropped()
+    made.fails(made.bad, "(bucket 1) was sent anew, and the engine holds what it held of version 3")
+    made.recovers()
+    made.sync.close()
+
+
+def test_an_engine_that_cannot_be_paused_leaves_nothing_staged(world: Callable[..., World]) -> None:
+    made = world("disk", committed=3)
+    made.proxy.tamper = lambda path, body: {"mode": "no_such_mode"} if path == "/pause_generation" else body
+    made.fails(made.bad, "/pause_generation refused the request")
+    staging = Path(made.transport._folders[0]).parent  # type: ignore[attr-defined]
+    assert [folder.name for folder in staging.iterdir()] == ["v000003"]
     made.recovers()
 
 
@@ -242,7 +285,10 @@ def test_an_engine_that_answers_200_and_applies_nothing_is_noticed(world: Callab
     made.recovers()
 
 
-def test_an_engine_that_answers_200_and_takes_no_part_in_the_broadcast_is_noticed(world: Callable[..., World]) -> None:
+def test_an_engine_that_answers_200_and_takes_no_part_in_the_broadcast_is_noticed(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "_JOIN_S", TIMEOUT_S)  # a broadcast that is not joined is waited for as long
     made = world("distributed", committed=3)
     path_of = "/update_weights_from_distributed"
     made.proxy.tamper = lambda path, body: Answer(success=True, message="ok") if path == path_of else body

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import pytest
 import torch
@@ -282,6 +284,40 @@ def test_the_default_staging_folder_is_private_and_removed(pool: HookedPool, sou
     assert seen[0].is_dir() and seen[0].parent.stat().st_mode & 0o777 == 0o700
     sync.close()
     assert not seen[0].parent.exists()
+
+
+STAGE = """
+import sys
+from pathlib import Path
+from megatron_rl.weights.hf import HFFolder
+from megatron_rl.weights.tally import Tally
+from megatron_rl.weights.transports.disk import DiskTransport
+
+source = HFFolder(Path(sys.argv[1]))
+transport = DiskTransport(source)
+transport.prepare(((name, source.read(name)) for name in source.tensors), 1, Tally(plain=False))
+print(transport._private, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_private_staging_folders_of_killed_processes_are_removed_and_those_in_use_are_not(model: Path) -> None:
+    def staging(**pipes: Any) -> tuple[subprocess.Popen[str], Path]:
+        process = subprocess.Popen([sys.executable, "-c", STAGE, str(model)], text=True, stdout=subprocess.PIPE, **pipes)
+        assert process.stdout is not None
+        return process, Path(process.stdout.readline().strip())
+
+    first, killed = staging(stdin=subprocess.PIPE)
+    second, living = staging(stdin=subprocess.PIPE)
+    assert (killed / "v000001" / "config.json").is_file(), "the first lived when the second began"
+    first.kill()
+    first.wait()
+    third, _ = staging(stdin=subprocess.DEVNULL)
+    assert not killed.exists() and (living / "v000001" / "config.json").is_file()
+    third.wait()
+    second.kill()
+    second.wait()
+    shutil.rmtree(living)
 
 
 def test_a_staging_folder_that_cannot_be_written_is_named(pool: HookedPool, source: HFFolder, tmp_path: Path) -> None:

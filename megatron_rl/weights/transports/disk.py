@@ -1,13 +1,13 @@
 """Weights through a folder that the trainer writes and engines read."""
 
-import os
+import fcntl
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import psutil
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from megatron_rl.weights.transports.base import Engines, Stream, Transport, each
 
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "megatron_rl-weights-"
+_LOCK = "in-use"
 
 
 class DiskTransport(Transport):
@@ -38,11 +39,13 @@ class DiskTransport(Transport):
         self._source, self._staging, self._keep, self._quantization = source, staging, keep, quantization
         self._folders: list[Path] = []
         self._private: Path | None = None
+        self._claim: IO[bytes] | None = None
         self._written: tuple[Path, int] | None = None
 
     def prepare(self, stream: Stream, version: int, tally: Tally) -> None:
         if self._staging is None:
             self._private = self._staging = _private_folder(self._source.nbytes * (self._keep + 1))
+            self._claim = _claimed(self._private)
         folder = self._staging / f"v{version:06d}"
         seen = _tallied(stream, tally)
         try:
@@ -81,6 +84,8 @@ class DiskTransport(Transport):
         self._folders.clear()
         if self._private is not None:
             shutil.rmtree(self._private, ignore_errors=True)
+        if self._claim is not None:
+            self._claim.close()
 
 
 def _tallied(stream: Stream, tally: Tally) -> Iterator[tuple[str, Tensor]]:
@@ -90,11 +95,24 @@ def _tallied(stream: Stream, tally: Tally) -> Iterator[tuple[str, Tensor]]:
 
 
 def _private_folder(nbytes: int) -> Path:
-    """A folder named after this process; those of processes that were killed are removed first, for they hold memory."""
+    """A new folder for this process; those of processes that were killed are removed first, for they hold memory."""
     for place in (_SHARED_MEMORY, Path(tempfile.gettempdir())):
-        for folder in place.glob(f"{_PREFIX}*-*"):
-            owner = folder.name.removeprefix(_PREFIX).partition("-")[0]
-            if owner.isdigit() and not psutil.pid_exists(int(owner)):
+        for folder in place.glob(f"{_PREFIX}*"):
+            if (claim := _claimed(folder, new=False)) is not None:
                 shutil.rmtree(folder, ignore_errors=True)
+                claim.close()
     roomy = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > nbytes
-    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_SHARED_MEMORY if roomy else None))
+    return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_SHARED_MEMORY if roomy else None))
+
+
+def _claimed(folder: Path, *, new: bool = True) -> IO[bytes] | None:
+    """The folder's lock, which its process holds as long as it lives, in whichever container; None where another has it, or
+    a folder that is not new has none yet."""
+    with suppress(OSError):
+        lock = (folder / _LOCK).open("wb" if new else "r+b")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except OSError:
+            lock.close()
+    return None

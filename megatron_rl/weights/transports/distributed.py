@@ -36,7 +36,7 @@ class DistributedTransport(BucketTransport):
     def connect(self, engines: Engines, ranks: Mapping[str, int]) -> dict[str, EngineError]:
         if self._group is not None and self._members == dict(ranks):
             return {}
-        self._leave(engines, list(self._members))
+        self._leave(engines, [url for url in self._members if url in ranks])  # the others are gone
         self._name, self._members = f"weights-{secrets.token_hex(8)}", dict(ranks)
         backend = "nccl" if self._device.type == "cuda" else "gloo"
         store, world = host_store(_JOIN_S), 1 + sum(ranks.values())
