@@ -13,6 +13,7 @@ from megatron_rl.report.attribution_plots import ATTRIBUTION_PANELS
 from megatron_rl.report.erpd_plots import ERPD_PANELS
 from megatron_rl.report.history import History
 from megatron_rl.report.panel import Panel
+from megatron_rl.report.rollout_plots import ROLLOUT_PANELS
 from megatron_rl.report.style import (
     BLUE,
     GREEN,
@@ -36,7 +37,7 @@ _SECONDS = (("rollout", BLUE), ("reward", GREEN), ("update", ORANGE), ("teacher"
 
 def save_panels(history: History, folder: Path) -> list[Panel]:
     """Write one PNG for every panel the log has numbers for; returns those panels in order."""
-    drawn = [panel for panel in (*PANELS, *ATTRIBUTION_PANELS, *ERPD_PANELS) if panel.shown(history)]
+    drawn = [panel for panel in (*PANELS, *ROLLOUT_PANELS, *ATTRIBUTION_PANELS, *ERPD_PANELS) if panel.shown(history)]
     with matplotlib.rc_context(RC):
         for panel in drawn:
             figure = Figure(figsize=(6.4, 3.5), layout="constrained")

@@ -9,7 +9,8 @@ import io
 import os
 import struct
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -32,21 +33,20 @@ class GroupBuffer:
 
     def append(self, step: int, group: Group) -> None:
         """Returns when the record is on disk. Raises CheckpointError when it cannot be written."""
-        try:
+        with _named(self._path(step), "written"):
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._path(step).open("ab") as file:
                 file.write(_record(_packed(group, self._asked)))
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError as error:
-            raise CheckpointError(f"{self._path(step)} cannot be written ({error}): free space there") from error
 
     def recover(self, usable: Callable[[Group], bool]) -> tuple[dict[int, Group], int]:
         """The usable groups by draw, and how many were not: those are gone from disk afterwards, so are damaged records."""
         found: dict[int, Group] = {}
         dropped = 0
         for path in sorted(self.folder.glob("step_*.groups")):
-            content = path.read_bytes()
+            with _named(path, "read back"):
+                content = path.read_bytes()
             kept = []
             for payload in _payloads(content):
                 group = _unpacked(payload, self._asked)
@@ -55,7 +55,8 @@ class GroupBuffer:
                     continue
                 found[group.number] = group
                 kept.append(_record(payload))
-            _replace(path, content, b"".join(kept))
+            with _named(path, "rewritten"):
+                _replace(path, content, b"".join(kept))
         return found, dropped
 
     def keep(self, steps: Iterable[int]) -> None:
@@ -63,10 +64,21 @@ class GroupBuffer:
         kept = {self._path(step) for step in steps}
         for path in self.folder.glob("step_*.groups"):
             if path not in kept:
-                path.unlink()
+                with _named(path, "removed"):
+                    path.unlink(missing_ok=True)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step:06d}.groups"
+
+
+@contextmanager
+def _named(path: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be {what} ({error}): free space there and see that the folder belongs to this user"
+        ) from error
 
 
 def _replace(path: Path, old: bytes, new: bytes) -> None:

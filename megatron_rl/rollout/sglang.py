@@ -25,7 +25,7 @@ _CPU_SITE = Path(__file__).parent / "sglang_cpu"
 _CPU_FLAGS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
     *("--disable-overlap-schedule", "--disable-cuda-graph", "--mem-fraction-static", "0.1"),
-    *("--max-total-tokens", "16384", "--max-running-requests", "16"),
+    *("--max-total-tokens", "16384", "--max-running-requests", "16", "--sleep-on-idle"),
 )
 # One thread: with two a tiny model is ten times slower.
 _CPU_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "SGLANG_USE_CPU_ENGINE": "1"}

@@ -245,7 +245,8 @@ class Rollouts:
         """Keep on disk what this life still trains on, and what one would that begins from the newest checkpoint, be it whole
         already or on its way."""
         folder = self.config.run.folder / "checkpoints"
-        numbers = [0, *(int(path.name.removeprefix("step_").removesuffix(PARTIAL)) for path in folder.glob("step_*"))]
+        found = (path.name.removeprefix("step_").removesuffix(PARTIAL) for path in folder.glob("step_*"))
+        numbers = [0, *(int(name) for name in found if name.isdecimal())]
         newest = newest_valid(folder)[0]
         whole = 0 if newest is None else int(newest.name.removeprefix("step_"))
         ahead = self.config.rollout.max_staleness + 1

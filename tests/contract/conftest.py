@@ -1,7 +1,7 @@
 """A tiny random model, a server of it, and weights to give that server.
 
 Every test that takes `engine`, `url` or `api` runs against the embedded server, and against SGLang where `make sglang` was
-run. One server of each kind serves the whole session, and is started by the first test that needs it. Tests that take
+run. One server of each kind serves all tests of this folder, and ends with them. Tests that take
 `embedded_only` state a promise of the embedded server alone, those that take `sglang_only` one of SGLang.
 
 Where SGLang 0.5.23 on CPU departs from the embedded server, and who copes:
@@ -47,7 +47,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         engines = ["embedded", pytest.param("sglang", marks=_without_sglang)]
         wanted = {"embedded_only": engines[:1], "sglang_only": engines[1:]}
         promised = next((wanted[name] for name in wanted if name in metafunc.fixturenames), engines)
-        metafunc.parametrize("engine", promised, indirect=True, scope="session")
+        metafunc.parametrize("engine", promised, indirect=True, scope="package")
 
 
 def make_model(folder: Path, seed: int = 0) -> Path:
@@ -89,7 +89,7 @@ def model(model_dir: Path) -> Qwen3ForCausalLM:
     return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def engine(request: pytest.FixtureRequest) -> str:
     """`embedded` or `sglang`: the kind of server behind `url`."""
     return str(request.param)
@@ -103,7 +103,7 @@ def start_servers(engine: str, model_dir: Path, logs: Path, count: int = 1) -> S
     return SGLangServers(model_dir, logs, flags, SGLANG, count)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def url(engine: str, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with start_servers(engine, model_dir, tmp_path_factory.mktemp("logs")) as servers:
         yield servers.urls[0]

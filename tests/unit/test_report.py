@@ -128,6 +128,18 @@ def test_the_sources_of_the_mismatch_are_drawn_where_they_were_attributed(tmp_pa
     assert images(page) == {"attribution"} and is_drawn(page.parent / "attribution.png")
 
 
+def test_staleness_is_drawn_where_tokens_were_older_than_the_weights_trained(tmp_path):
+    for name, ages in (("ahead", (0, 1, 2)), ("on_policy", (0,))):
+        with RunLog(tmp_path / name) as log:
+            for step in range(5):
+                record = {f"mismatch/stale_{age}/k3": 10.0 ** (age - 4) * (1 + step) for age in ages}
+                log.append({"kind": "step", "step": step, "staleness/mean": 0.7, "staleness/max": max(ages), **record})
+    page = write_report(tmp_path / "ahead")
+    assert images(page) == {"staleness", "by_staleness"}
+    assert all(is_drawn(page.parent / f"{name}.png") for name in images(page))
+    assert images(write_report(tmp_path / "on_policy")) == set()
+
+
 def test_the_summary_is_one_picture(tmp_path):
     plot_summary(write_run(tmp_path, 10, (0, 9)), tmp_path / "summary.png")
     assert is_drawn(tmp_path / "summary.png")
