@@ -102,10 +102,6 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
     if shape.num_layers % stages:
         raise ConfigError(f"parallel.pipeline x parallel.virtual_pipeline = {stages} does not divide {shape.num_layers} layers")
     dtype = DTYPES[config.precision.train]
-
-    def from_checkpoint(_: torch.Tensor) -> None:
-        return None
-
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -127,9 +123,9 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
-        init_method=from_checkpoint,
-        output_layer_init_method=from_checkpoint,
-        embedding_init_method=from_checkpoint,
+        init_method=_from_checkpoint,
+        output_layer_init_method=_from_checkpoint,
+        embedding_init_method=_from_checkpoint,
         use_cpu_initialization=False,
         persist_layer_norm=HAVE_TE,
         bias_dropout_fusion=False,
@@ -152,6 +148,10 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
         **({} if shape.experts is None else _mixture(shape.experts, parallel.expert)),
         **(transformer_engine_recipe(config, resolve(config.precision, shape.num_layers)) if HAVE_TE else {}),
     )
+
+
+def _from_checkpoint(_: torch.Tensor) -> None:
+    """In place of an initialiser."""
 
 
 def _mixture(experts: Experts, expert_parallel: int) -> dict[str, Any]:
