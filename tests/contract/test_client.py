@@ -13,7 +13,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import VOCAB, logp_of
 from transformers import Qwen3ForCausalLM
 
 from megatron_rl.config import RolloutConfig
@@ -22,6 +21,7 @@ from megatron_rl.rollout.client import EnginePool, GenerationInterrupted, Genera
 from megatron_rl.rollout.lifecycle import EmbeddedServers
 from megatron_rl.rollout.sampling import sample_groups
 from megatron_rl.types import Prompt
+from tests.contract.conftest import VOCAB, logp_of
 
 PROMPT = (5, 17, 250, 99, 3)
 

@@ -10,12 +10,12 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from conftest import WriteWeights, logp_of
 from transformers import Qwen3ForCausalLM
 
 from megatron_rl.rollout.client import EnginePool
 from megatron_rl.rollout.wire import error_message
 from megatron_rl.weights.digest import tensor_digest
+from tests.contract.conftest import WriteWeights, logp_of
 
 PROMPT = [5, 17, 250, 99, 3]
 LONG = 2000

@@ -9,10 +9,10 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from conftest import EOS, VOCAB, logp_of
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from megatron_rl.rollout.wire import error_message
+from tests.contract.conftest import EOS, VOCAB, logp_of
 
 PROMPT = [5, 17, 250, 99, 3]
 

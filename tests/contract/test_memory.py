@@ -10,7 +10,6 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from conftest import WriteWeights, logp_of
 from transformers import Qwen3ForCausalLM
 
 from megatron_rl.errors import EngineError
@@ -18,6 +17,7 @@ from megatron_rl.rollout.client import EnginePool, GenerationRequest, SamplingPa
 from megatron_rl.training.resting import RestingEngines
 from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.hf import HFFolder
+from tests.contract.conftest import WriteWeights, logp_of
 from tests.disk_sync import disk_sync
 
 PROMPT = [5, 17, 250, 99, 3]

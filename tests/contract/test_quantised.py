@@ -7,9 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from conftest import logp_of
 from safetensors.torch import load_file
-from test_weight_sync import HookedPool, rewrite
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
@@ -24,6 +22,8 @@ from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.hf import SINGLE, HFFolder
 from megatron_rl.weights.quantised import WireTensors, quantization_config
 from megatron_rl.weights.sync import WeightSync
+from tests.contract.conftest import logp_of
+from tests.contract.test_weight_sync import HookedPool, rewrite
 from tests.disk_sync import disk_sync
 
 PRECISION = PrecisionConfig(train="bf16", rollout="fp8_blockwise", rollout_activations="fp8")

@@ -9,7 +9,6 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from conftest import SGLANG, logp_of
 from transformers import Qwen3ForCausalLM
 
 from megatron_rl.errors import EngineError
@@ -17,6 +16,7 @@ from megatron_rl.rollout.client import EnginePool, GenerationRequest, SamplingPa
 from megatron_rl.rollout.lifecycle import EmbeddedServers
 from megatron_rl.rollout.processes import ServerProcess, end_processes
 from megatron_rl.rollout.sglang import start_router
+from tests.contract.conftest import SGLANG, logp_of
 
 PROMPT = (5, 17, 250, 99, 3)
 

@@ -9,7 +9,6 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from conftest import SGLANG, VOCAB, write_tokenizer
 from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 
 from megatron_rl.config import PrecisionConfig
@@ -19,6 +18,7 @@ from megatron_rl.rollout.client import EnginePool, GenerationRequest, SamplingPa
 from megatron_rl.rollout.lifecycle import EmbeddedServers
 from megatron_rl.rollout.sglang import SGLangServers, server_flags
 from megatron_rl.rollout.wire import RoutedShape
+from tests.contract.conftest import SGLANG, VOCAB, write_tokenizer
 from tests.models import make_qwen3_moe
 
 LAYERS, EXPERTS, PER_TOKEN = 2, 8, 2

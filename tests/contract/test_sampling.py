@@ -9,13 +9,13 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from conftest import WriteWeights, logp_of
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from megatron_rl.rollout.client import EnginePool
 from megatron_rl.rollout.sampling import Group, GroupSettings, sample_group
 from megatron_rl.tasks.base import Observation
 from megatron_rl.types import Prompt, Trajectory
+from tests.contract.conftest import WriteWeights, logp_of
 
 PROMPT = Prompt("p", "", (5, 17, 250, 99, 3), "")
 LONG = GroupSettings(seed=1, samples=6, max_new_tokens=300, temperature=1.0, stop_token_ids=(), need_logmu=True)

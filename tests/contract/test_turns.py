@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import logp_of
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
@@ -14,6 +13,7 @@ from megatron_rl.rollout.sampling import GroupSettings, sample_group
 from megatron_rl.tasks.base import Observation, Task
 from megatron_rl.training.batches import make_batch
 from megatron_rl.types import Prompt, Trajectory
+from tests.contract.conftest import logp_of
 
 PROMPT = Prompt("p", "", (5, 17, 250, 99, 3), "42")
 STOPS = tuple(range(2, 40))  # one token in eight: turns are short
