@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 
 def make_qwen3(folder: Path, *, hidden: int, layers: int, vocab: int, tied: bool = True) -> Path:
@@ -19,4 +20,12 @@ def make_qwen3(folder: Path, *, hidden: int, layers: int, vocab: int, tied: bool
         eos_token_id=0,
     )
     Qwen3ForCausalLM(config).save_pretrained(folder)
+    write_tokenizer(folder, vocab)
     return folder
+
+
+def write_tokenizer(folder: Path, vocab: int) -> None:
+    """Words without meaning: SGLang's first request to itself is text, and without a tokenizer it would be one of no tokens."""
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w0").save_pretrained(folder)

@@ -22,9 +22,11 @@ import torch
 from models import make_qwen3
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from megatron_rl.config import PrecisionConfig, SGLangConfig
+from megatron_rl.precision.plan import resolve
 from megatron_rl.rollout.client import EnginePool, GenerationRequest, SamplingParams
 from megatron_rl.rollout.lifecycle import EmbeddedServers
-from megatron_rl.rollout.sglang import SGLangServers
+from megatron_rl.rollout.sglang import SGLangServers, server_flags
 
 PAD = 0
 
@@ -90,7 +92,9 @@ def main() -> None:
         make_qwen3(folder, hidden=args.hidden, layers=args.layers, vocab=args.vocab)
         servers: dict[str, EmbeddedServers | SGLangServers] = {"embedded": EmbeddedServers(folder, folder.parent, threads=1)}
         if args.sglang:
-            servers["sglang"] = SGLangServers(folder, folder.parent)
+            settings, plan = SGLangConfig(), resolve(PrecisionConfig(), args.layers, engine="sglang", device="cpu")
+            flags = server_flags(plan, settings, device="cpu")
+            servers["sglang"] = SGLangServers(folder, folder.parent, flags, settings)
         prompts = make_prompts(args)
         runs = {"generate": plain(folder, prompts, args)}
         for name, server in servers.items():
