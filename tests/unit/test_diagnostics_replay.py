@@ -94,7 +94,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def paired(model: Path, tmp_path: Path) -> Iterator[Callable[..., Pair]]:
-    """Makes a policy and an engine of these precisions, with version 1 published. dtype: the engine's, if not the plan's."""
+    """Makes a policy and an engine of these precisions, with version 1 published. dtype: the engine's, if not the plan's.
+
+    The engine is deterministic, so that two probes under the same weights are the same trajectories, scored alike.
+    """
     with ExitStack() as stack:
 
         def make(precision: dict[str, Any], publish: bool = True, dtype: str = "") -> Pair:
@@ -108,7 +111,7 @@ def paired(model: Path, tmp_path: Path) -> Iterator[Callable[..., Pair]]:
             quantisation = Quantisation.of(config.precision)
             if dtype and quantisation:
                 plan = quantisation.plan(policy.shape.num_layers, dtype)
-            engine = Engine(model, plan.engine, threads=1, quantisation=quantisation).start()
+            engine = Engine(model, plan.engine, threads=1, deterministic=True, quantisation=quantisation).start()
             pool = stack.enter_context(EnginePool([stack.enter_context(serving(create_app(engine)))], 60))
             quantization = quantization_config(plan, policy.source.tensors)
             sync = disk_sync(pool, policy.source, tmp_path / "staging", group=mesh.control, quantization=quantization)
