@@ -100,7 +100,7 @@ def main() -> None:
         for name, server in servers.items():
             pool = stack.enter_context(EnginePool(list(stack.enter_context(server).urls)))
             runs[name] = asked(pool, prompts, args)
-        spread = [args.tokens // 4 + 3 * args.tokens * at // (4 * (args.prompts - 1)) for at in range(args.prompts)]
+        spread = [args.tokens // 4 + 3 * args.tokens * at // (4 * max(1, args.prompts - 1)) for at in range(args.prompts)]
         cases = {"equal": [args.tokens] * args.prompts, "mixed": spread}
         results = [measure(case, runs, lengths, args) for case, lengths in cases.items()]
     print(json.dumps({**vars(args), "device": "CPU, 1 thread each", "results": results}))

@@ -22,9 +22,9 @@ from megatron_rl.errors import CheckpointError
 from megatron_rl.precision.plan import DTYPES, PrecisionPlan
 from megatron_rl.rollout.quantised import quantises_inputs, use_quantised_products
 from megatron_rl.weights.digest import tensor_digest
+from megatron_rl.weights.hf import MANIFEST
 from megatron_rl.weights.quantised import check_config, is_finite, is_scale, join, quantise_at_load, shapes
 
-MANIFEST = "manifest.json"
 ATTENTION = {"full_attention", "sliding_attention"}
 READABLE = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -11,10 +11,8 @@ from megatron_rl.errors import EngineError
 from megatron_rl.rollout.loading import Weights
 from megatron_rl.weights.buckets import Piece, layout, views
 from megatron_rl.weights.digest import tensor_digest
-from megatron_rl.weights.group import UpdateGroup, visit_store
+from megatron_rl.weights.group import JOIN_S, UpdateGroup, visit_store
 from megatron_rl.weights.quantised import is_scale
-
-_JOIN_S = 60.0  # time all members have to join a group
 
 
 class Update:
@@ -67,8 +65,8 @@ class Groups:
     def join(self, name: str, address: str, port: int, *, rank: int, world: int, backend: str) -> None:
         if name in self._groups:
             raise EngineError(f"update group '{name}' was joined before: leave it first")
-        store = visit_store(address, port, world, _JOIN_S)
-        group = UpdateGroup.join(name, store, rank=rank, world=world, backend=backend, timeout_s=_JOIN_S)
+        store = visit_store(address, port, world, JOIN_S)
+        group = UpdateGroup.join(name, store, rank=rank, world=world, backend=backend, timeout_s=JOIN_S)
         with self._lock:
             self._groups[name] = group
 

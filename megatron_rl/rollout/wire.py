@@ -141,16 +141,25 @@ def _sample(entry: dict[str, Any], request: GenerationRequest) -> Sample:
     if request.top_logprobs_num:
         topk = _topk(meta["output_top_logprobs"], len(tokens), request.top_logprobs_num)
     finish = meta["finish_reason"]
-    spans = meta.get("weight_versions")
-    if spans is None:
-        spans = [{"version": meta["weight_version"], "start": 0, "end": len(tokens)}]
-    versions = tuple(VersionSpan(_version(s["version"]), int(s["start"]), int(s["end"])) for s in spans)
+    versions = _versions(meta, len(tokens))
     fault = str(finish.get("message", "")) if finish["type"] == "abort" and (finish.get("status_code") or 0) >= 500 else ""
     retractions = int(meta.get("num_retractions") or 0)
     routing = None
     if request.routed is not None and finish["type"] != "abort":
         routing = _routing(meta["routed_experts"], len(request.prompt_tokens) + len(tokens) - 1, request.routed)
     return Sample(tokens, logprobs, str(finish["type"]), versions, fault, topk, prompt_logprobs, retractions, routing)
+
+
+def _versions(meta: dict[str, Any], tokens: int) -> tuple[VersionSpan, ...]:
+    """Which weights sampled every token; ValueError for spans that leave one out or count one twice."""
+    spans = meta.get("weight_versions")
+    if spans is None:
+        spans = [{"version": meta["weight_version"], "start": 0, "end": tokens}]
+    versions = tuple(VersionSpan(_version(s["version"]), int(s["start"]), int(s["end"])) for s in spans)
+    bounds = [0, *(span.end for span in versions)]
+    if [span.start for span in versions] != bounds[:-1] or bounds[-1] != tokens:
+        raise ValueError(f"weight_versions {spans} do not cover {tokens} tokens from end to end")
+    return versions
 
 
 def _lacks_routing(entry: dict[str, Any]) -> bool:

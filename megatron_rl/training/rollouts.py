@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megatron_rl.config import Config
+from megatron_rl.config import Config, RolloutConfig
 from megatron_rl.errors import ConfigError
 from megatron_rl.policy.complete import PARTIAL, TrainState, newest_valid
 from megatron_rl.rollout.buffer import GroupBuffer
@@ -50,6 +50,11 @@ def check_rollouts(config: Config) -> None:
     if rollout.weights_dir is not None and rollout.transport != "disk":
         raise ConfigError(
             f"rollout.weights_dir is where transport: disk writes, and rollout.transport is {rollout.transport}: leave it out"
+        )
+    if rollout.bucket_mb != RolloutConfig.model_fields["bucket_mb"].default and rollout.transport == "disk":
+        raise ConfigError(
+            f"rollout.bucket_mb: {rollout.bucket_mb} is about transports distributed and tensor, and disk writes a whole "
+            "version at once: leave it out, or change rollout.transport"
         )
     if rollout.oversample > 1 and config.objective.name == "erpd":
         raise ConfigError(

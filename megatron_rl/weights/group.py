@@ -13,6 +13,8 @@ from torch.distributed import distributed_c10d
 
 from megatron_rl.errors import EngineError
 
+JOIN_S = 60.0  # time all members have to find each other
+
 
 class UpdateGroup:
     """A joined group. Rank 0 sends. `leave` closes the connections, whatever the others are doing."""

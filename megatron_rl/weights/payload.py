@@ -24,7 +24,7 @@ from torch.multiprocessing import reductions
 
 from megatron_rl.errors import EngineError
 
-_SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY = Path("/dev/shm")
 _DEVICE_ARGUMENT = 6  # of reductions.rebuild_cuda_tensor: the storage's device
 _SPECIAL = {
     ("torch", "Tensor"),
@@ -69,10 +69,10 @@ def shared_buffer(nbytes: int, device: torch.device) -> Tensor:
     """
     if device.type != "cpu":
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
-    free = shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else 0
+    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
     if free < nbytes:  # memory that is mapped but missing would end this process with a bus error
         raise EngineError(
-            f"{_SHARED_MEMORY} has {free >> 20} MiB left, a bucket needs {-(-nbytes // 2**20)}: free space there, lower "
+            f"{SHARED_MEMORY} has {free >> 20} MiB left, a bucket needs {-(-nbytes // 2**20)}: free space there, lower "
             "rollout.bucket_mb, or take another rollout.transport"
         )
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)

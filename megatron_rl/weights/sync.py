@@ -11,7 +11,7 @@ from megatron_rl.errors import CheckpointError, EngineError, MegatronRLError, Us
 from megatron_rl.weights.hf import HFFolder
 from megatron_rl.weights.quantised import is_finite
 from megatron_rl.weights.tally import Tally
-from megatron_rl.weights.transaction import Engines, Probe, Traits, Transaction, Version, confirm, foretold
+from megatron_rl.weights.transaction import Engines, Probe, Traits, Transaction, Version, foretold
 from megatron_rl.weights.transports.base import Transport, each
 
 
@@ -89,16 +89,6 @@ class WeightSync:
         if isinstance(outcome[0], Exception):
             raise outcome[0]
         return outcome[0]
-
-    def restore(self, url: str) -> None:
-        """On global rank 0: bring one engine, a restarted one say, to the committed version. EngineError if it cannot."""
-        pool = self._lead()
-        if self._committed.folder is None:
-            raise EngineError(f"weight version {self._committed.number} is in no folder: {url} has to wait for the next update")
-        pool.update_weights_from_disk(url, self._committed.folder, self._committed.number)
-        pool.flush(url)
-        confirm(pool, url, self._committed.number, self._committed.tally or Tally(plain=False), pool.traits(url))
-        pool.admit(url, self._committed.number)
 
     def readmit(self) -> tuple[str, ...]:
         """On global rank 0: let dropped engines that answer again take part in the next push; nothing is routed to them

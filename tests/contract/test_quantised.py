@@ -116,9 +116,6 @@ def test_a_push_is_confirmed_by_the_digests_of_codes_and_scales(
     sent = dict(WireTensors(weights(model_dir, 1), plan))
     assert report.nbytes == sum(tensor.nbytes for tensor in sent.values())
     assert pool.checksums(server) == {name: tensor_digest(tensor) for name, tensor in sent.items()}
-    pool.update_weights_from_disk(server, model_dir, 0)  # as after a restart
-    sync.restore(server)
-    assert pool.weight_version(server) == "1" and pool.checksums(server)[KEY] == tensor_digest(sent[KEY])
 
 
 def flipped_bit(tensors: dict[str, Tensor]) -> None:

@@ -262,16 +262,6 @@ def test_only_the_last_versions_stay_on_disk_and_close_removes_them(
     assert_serving(pool, source, 3, 3)
 
 
-def test_an_engine_that_fell_back_is_restored_to_the_committed_version(
-    pool: HookedPool, source: HFFolder, sync: WeightSync, model: Path
-) -> None:
-    sync.push(weights(source, 1), 1)
-    url = pool.live_urls[1]
-    pool.update_weights_from_disk(url, model, 0)
-    sync.restore(url)
-    assert_serving(pool, source, 1, 1)
-
-
 def test_the_default_staging_folder_is_private_and_removed(pool: HookedPool, source: HFFolder) -> None:
     seen: list[Path] = []
 

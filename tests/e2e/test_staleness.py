@@ -127,6 +127,7 @@ def test_requests_that_run_through_a_weight_update_go_on_and_their_tokens_know_t
         (["rollout.oversample=1.5", f"objective={ERPD}"], ["rollout.oversample: 1.5", "erpd"]),
         (["rollout.update_mode=in_place"], ["rollout.update_mode: in_place", "max_staleness"]),
         (["rollout.transport=tensor", "rollout.weights_dir=there"], ["rollout.weights_dir", "transport is tensor"]),
+        (["rollout.bucket_mb=64"], ["rollout.bucket_mb: 64", "disk"]),
         (["rollout.sglang.tensor=2"], ["sglang", "engine is embedded"]),
     ],
 )

@@ -68,6 +68,28 @@ def test_a_likeliest_token_without_a_finite_log_probability_refuses_the_trajecto
         check_samples(samples, 40)
 
 
+def answer_of(*spans: tuple[int, int, int]) -> dict[str, Any]:
+    made = answer(None)
+    made["meta_info"]["weight_versions"] = [{"version": str(v), "start": start, "end": end} for v, start, end in spans]
+    return made
+
+
+def test_every_token_has_the_version_that_sampled_it() -> None:
+    assert read_samples(URL, PLAIN, answer(None))[0].versions == ((3, 0, 2),)
+    assert read_samples(URL, PLAIN, answer_of((2, 0, 1), (3, 1, 2)))[0].versions == ((2, 0, 1), (3, 1, 2))
+    assert read_samples(URL, PLAIN, answer(None, ()))[0].versions == ((3, 0, 0),)
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [[], [(2, 0, 1)], [(2, 1, 2)], [(2, 0, 1), (3, 0, 2)], [(2, 0, 3)]],
+    ids=["none", "the last token left out", "the first one left out", "one twice", "one too many"],
+)
+def test_versions_that_do_not_cover_every_token_once_are_refused(spans: list[tuple[int, int, int]]) -> None:
+    with pytest.raises(EngineError, match=r"unknown shape.*weight_versions"):
+        read_samples(URL, PLAIN, answer_of(*spans))
+
+
 SCORED = GenerationRequest("r", (1, 2, 5), 1, SamplingParams(0), score_prompt=True)
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from megatron_rl.errors import CheckpointError, EngineError, UserError
 from megatron_rl.weights.hf import HFFolder, write_hf_folder
+from megatron_rl.weights.payload import SHARED_MEMORY
 from megatron_rl.weights.tally import Tally
 from megatron_rl.weights.transports.base import Engines, Stream, Transport, each
 
-_SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "megatron_rl-weights-"
 _LOCK = "in-use"
 
@@ -96,13 +96,13 @@ def _tallied(stream: Stream, tally: Tally) -> Iterator[tuple[str, Tensor]]:
 
 def _private_folder(nbytes: int) -> Path:
     """A new folder for this process; those of processes that were killed are removed first, for they hold memory."""
-    for place in (_SHARED_MEMORY, Path(tempfile.gettempdir())):
+    for place in (SHARED_MEMORY, Path(tempfile.gettempdir())):
         for folder in place.glob(f"{_PREFIX}*"):
             if (claim := _claimed(folder, new=False)) is not None:
                 shutil.rmtree(folder, ignore_errors=True)
                 claim.close()
-    roomy = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > nbytes
-    return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_SHARED_MEMORY if roomy else None))
+    roomy = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > nbytes
+    return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=SHARED_MEMORY if roomy else None))
 
 
 def _claimed(folder: Path, *, new: bool = True) -> IO[bytes] | None:

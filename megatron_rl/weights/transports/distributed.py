@@ -12,12 +12,11 @@ from torch import Tensor
 
 from megatron_rl.errors import EngineError
 from megatron_rl.weights.buckets import Bucket
-from megatron_rl.weights.group import UpdateGroup, address_towards, host_store
+from megatron_rl.weights.group import JOIN_S, UpdateGroup, address_towards, host_store
 from megatron_rl.weights.transports.base import BucketTransport, Engines, each
 
 T = TypeVar("T")
 
-_JOIN_S = 60.0  # time the members have to find each other
 _GRACE_S = 1.0  # time in which the engines of a failed broadcast answer by themselves
 
 
@@ -39,7 +38,7 @@ class DistributedTransport(BucketTransport):
         self._leave(engines, [url for url in self._members if url in ranks])  # the others are gone
         self._name, self._members = f"weights-{secrets.token_hex(8)}", dict(ranks)
         backend = "nccl" if self._device.type == "cuda" else "gloo"
-        store, world = host_store(_JOIN_S), 1 + sum(ranks.values())
+        store, world = host_store(JOIN_S), 1 + sum(ranks.values())
         first = dict(zip(ranks, _first_ranks(ranks), strict=True))
 
         def invite(url: str) -> None:
@@ -47,7 +46,7 @@ class DistributedTransport(BucketTransport):
             engines.join_update_group(url, address_towards(url), store.port, **place)  # type: ignore[arg-type]
 
         def join() -> UpdateGroup:
-            timeout_s = max(self._timeout_s, _JOIN_S)
+            timeout_s = max(self._timeout_s, JOIN_S)
             return UpdateGroup.join(self._name, store, rank=0, world=world, backend=backend, timeout_s=timeout_s)
 
         group, failed = _together(join, {url: lambda url=url: invite(url) for url in ranks})  # type: ignore[misc]
