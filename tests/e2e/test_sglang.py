@@ -1,12 +1,13 @@
 """Real SGLang servers on CPU, from the command line to the log. Needs `make sglang`."""
 
+import psutil
 import pytest
 
 from tests.e2e.command import ROOT, Command, records
+from tests.e2e.test_engines import assert_whole_steps, url_of
 
 PYTHON = ROOT / ".venv-sglang" / "bin" / "python"
 SGLANG = ("rollout.engine=sglang", f"rollout.sglang.python={PYTHON}")
-STALE_FP8 = ("rollout.max_staleness=1", "precision.rollout=fp8_blockwise", "rollout.transport=tensor", "run.steps=5")
 pytestmark = pytest.mark.skipif(not PYTHON.is_file(), reason="no .venv-sglang: make sglang")
 
 
@@ -44,3 +45,24 @@ def test_stale_rollouts_from_dequantised_fp8_weights_log_their_mismatch(start, s
     # The first step shows what e4m3 and bf16 do alone; the others, a step of this learning rate besides.
     assert 1e-3 < abs(found[0]["mismatch/ratio/max"] - 1) < 0.5
     assert all(record["mismatch/stale_1/k3"] > 10 * found[0]["mismatch/kl/k3"] for record in found[1:])
+
+
+def servers(command: Command) -> list[psutil.Process]:
+    """The first process of each SGLang server, not the guard that leads it."""
+    return [p for p in command.members() if p.cmdline()[1:3] == ["-m", "sglang.launch_server"]]
+
+
+def test_a_run_goes_on_without_an_sglang_server_that_was_killed(start, small_run, run_folder):
+    steps = 6
+    more = (f"run.steps={steps}", "rollout.servers=2", "rollout.transport=distributed", "run.save_every=0")
+    command: Command = start("train", small_run, *SGLANG, *more)
+    command.until(lambda: len(records(run_folder)) >= 2, timeout=400)
+    dead, _ = servers(command)
+    url = url_of(dead)
+    dead.kill()
+    before = len(records(run_folder))
+    result = command.wait(timeout=400)
+    assert result.code == 0, result.all
+    assert before < steps - 1, "the server was killed too late to matter"
+    assert_whole_steps(run_folder, steps)
+    assert result.err.count(f"engine {url} is not used any more") == 1, result.err
