@@ -62,7 +62,8 @@ class Batcher:
         routing_UTLK = choices.of(len(texts))
         for row, text in zip(rows, text_of_row.tolist(), strict=True):
             if row.job.routed and routing_UTLK is not None:
-                row.routes = [routing_UTLK[text, pads[text] :]]
+                known = sum(map(len, row.routes))  # by the weights that sampled, before the row was retracted
+                row.routes.append(routing_UTLK[text, pads[text] + known :])
         going = [at for at, row in enumerate(rows) if len(row.tokens) < row.job.sampling.max_new_tokens]
         for row in rows:
             if len(row.tokens) >= row.job.sampling.max_new_tokens:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_rl.errors import CheckpointError
+from megatron_rl.rollout.response import ToolUse
 from megatron_rl.rollout.sampling import Group
 from megatron_rl.types import TopK, Trajectory, VersionSpan
 
@@ -119,7 +120,7 @@ def _packed(group: Group, asked: str) -> bytes:
         "asked": np.array(asked),
         "prompt_id": np.array(first.prompt_id),
         "prompt": np.array(first.prompt_tokens, np.int64),
-        "group": np.array([first.group, group.resumed, group.retractions]),
+        "group": np.array([first.group, group.resumed, group.retractions, *group.tool_use]),
         "ids": np.array([t.id for t in rows]),
         "lengths": np.array([len(t.response_tokens) for t in rows]),
         "tokens": np.concatenate([np.array(t.response_tokens, np.int64) for t in rows]),
@@ -158,7 +159,7 @@ def _group(c: dict[str, np.ndarray]) -> Group:
     ends, span_ends = np.cumsum(c["lengths"]), np.cumsum(c["span_counts"])
     prompt = tuple(c["prompt"].tolist())
     routed = np.cumsum(c["lengths"] + len(prompt) - 1)
-    number, resumed, retractions = c["group"].tolist()
+    number, resumed, retractions, calls, errors, void = c["group"].tolist()
     rows = []
     for i, end in enumerate(ends.tolist()):
         at = slice(end - int(c["lengths"][i]), end)
@@ -180,4 +181,4 @@ def _group(c: dict[str, np.ndarray]) -> Group:
                 routing=c["routing"][whole] if "routing" in c else None,
             )
         )
-    return Group(rows, resumed, retractions)
+    return Group(rows, resumed, retractions, ToolUse(calls, errors, void))

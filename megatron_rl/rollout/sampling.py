@@ -8,7 +8,7 @@ import asyncio
 import hashlib
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_rl.config import RolloutConfig
 from megatron_rl.errors import EngineError, UserError
 from megatron_rl.rollout.client import EnginePool, GenerationRequest, Sample, SamplingParams, together
-from megatron_rl.rollout.response import Response
+from megatron_rl.rollout.response import Observed, Response, ToolUse
 from megatron_rl.rollout.wire import RoutedShape
 from megatron_rl.types import Prompt, Trajectory
 
@@ -25,22 +25,13 @@ Ask = Callable[[GenerationRequest], Awaitable[list[Sample]]]
 _BARREN = 3  # aborts in a row without a new token, besides those of weight updates, after which a sample is given up
 
 
-class Observed(Protocol):
-    """What an environment says after a turn: the text the model reads next or None, and whether the turn is void."""
-
-    @property
-    def text(self) -> str | None: ...
-
-    @property
-    def void(self) -> bool: ...
-
-
 class Environment(Protocol):
-    """What stands between two turns of a response (`tasks.Task` is one). `observe` is called in a thread of its own."""
+    """What stands between two turns of a response (`tasks.Task` is one). `observe` is called in a thread of its own; last:
+    nobody reads what comes back, so nothing is run and there is no text."""
 
     max_turns: int
 
-    def observe(self, prompt: Prompt, turn: str) -> Observed: ...
+    def observe(self, prompt: Prompt, turn: str, *, last: bool) -> Observed: ...
 
 
 @dataclass(frozen=True)
@@ -72,11 +63,13 @@ class GroupSettings:
 
 @dataclass(frozen=True)
 class Group:
-    """The trajectories of one prompt. resumed: samples that went on after an abort; retractions: as the engines count."""
+    """The trajectories of one prompt. resumed: samples that went on after an abort; retractions: as the engines count;
+    tool_use: of all trajectories together."""
 
     trajectories: list[Trajectory]
     resumed: int = 0
     retractions: int = 0
+    tool_use: ToolUse = field(default_factory=ToolUse)
 
     @property
     def number(self) -> int:
@@ -147,6 +140,7 @@ async def sample_group(ask: Ask, prompt: Prompt, settings: GroupSettings, *, fir
         [response.trajectory(first_id + k, group, prompt) for k, response in enumerate(responses)],
         sum(response.resumed for response in responses),
         sum(response.retractions for response in responses),
+        ToolUse.total(response.tool_use for response in responses),
     )
 
 
@@ -181,7 +175,8 @@ async def _observe(settings: GroupSettings, prompt: Prompt, response: Response, 
     """
     assert settings.environment is not None and settings.tokenizer is not None
     text = settings.tokenizer.decode(response.tokens[begun:], skip_special_tokens=True)
-    observed = await asyncio.to_thread(settings.environment.observe, prompt, text)
+    observed = await asyncio.to_thread(settings.environment.observe, prompt, text, last=last)
+    response.count(observed)
     if observed.void:
         response.leave_out(begun)
     if observed.text is None or last:

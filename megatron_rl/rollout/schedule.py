@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_rl.rollout.response import ToolUse
 from megatron_rl.rollout.sampling import Group
 
 
@@ -100,6 +101,10 @@ class StepGroups:
 
     def chosen(self) -> list[Group]:
         return sorted(self.usable[: self.wanted], key=lambda group: group.number)
+
+    def tool_use(self) -> ToolUse:
+        """Of the groups that are trained on."""
+        return ToolUse.total(group.tool_use for group in self.chosen())
 
     def counts(self) -> dict[str, Any]:
         """Of a settled step. given_up: drawn beyond what was needed, begun and not trained on; their share of all drawn."""

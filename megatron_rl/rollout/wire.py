@@ -117,6 +117,11 @@ def read_samples(url: str, request: GenerationRequest, answer: Any) -> list[Samp
                 f"{url} does not report the experts it chose, which rollout.routing_replay asks for: start SGLang with "
                 "--enable-return-routed-experts"
             )
+        if any(entry["output_ids"] and entry["meta_info"].get("weight_versions") is None for entry in entries):
+            raise EngineError(
+                f"{url} does not say which weights sampled every token (weight_versions), without which nobody knows how stale "
+                "they are: take SGLang 0.5.23 or newer"
+            )
         return [_sample(entry, request) for entry in entries]
     except (KeyError, TypeError, ValueError) as error:
         raise EngineError(f"{url} answered request '{request.rid}' in an unknown shape: {error!r}") from error
@@ -145,7 +150,7 @@ def _sample(entry: dict[str, Any], request: GenerationRequest) -> Sample:
     fault = str(finish.get("message", "")) if finish["type"] == "abort" and (finish.get("status_code") or 0) >= 500 else ""
     retractions = int(meta.get("num_retractions") or 0)
     routing = None
-    if request.routed is not None and finish["type"] != "abort":
+    if request.routed is not None and meta.get("routed_experts") is not None:
         routing = _routing(meta["routed_experts"], len(request.prompt_tokens) + len(tokens) - 1, request.routed)
     return Sample(tokens, logprobs, str(finish["type"]), versions, fault, topk, prompt_logprobs, retractions, routing)
 
@@ -153,8 +158,8 @@ def _sample(entry: dict[str, Any], request: GenerationRequest) -> Sample:
 def _versions(meta: dict[str, Any], tokens: int) -> tuple[VersionSpan, ...]:
     """Which weights sampled every token; ValueError for spans that leave one out or count one twice."""
     spans = meta.get("weight_versions")
-    if spans is None:
-        spans = [{"version": meta["weight_version"], "start": 0, "end": tokens}]
+    if spans is None:  # SGLang, of a request that ended while it waited
+        spans = [{"version": meta["weight_version"], "start": 0, "end": 0}]
     versions = tuple(VersionSpan(_version(s["version"]), int(s["start"]), int(s["end"])) for s in spans)
     bounds = [0, *(span.end for span in versions)]
     if [span.start for span in versions] != bounds[:-1] or bounds[-1] != tokens:

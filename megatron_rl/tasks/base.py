@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Observation:
     """What comes after a turn of the model. text: a tool's output, which the model reads next; None: the response is over.
-    void: the turn neither called a tool nor answered, and is not trained on."""
+    void: the turn neither called a tool nor answered, and is not trained on. failed: the tool was called, and the call
+    raised or hit a limit."""
 
     text: str | None = None
     void: bool = False
+    failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +48,10 @@ class Task(ABC):
     def verify(self, prompt: Prompt, response: str) -> float:
         """1.0 when the decoded response answers the prompt, else 0.0. Never raises for what a model wrote."""
 
-    def observe(self, prompt: Prompt, turn: str) -> Observation:
+    def observe(self, prompt: Prompt, turn: str, *, last: bool) -> Observation:
         """The environment's answer to the decoded text of one turn that ended by itself. Thread-safe; may take seconds.
 
-        Never raises for what a model wrote.
+        last: nobody reads what comes back: nothing is run, and there is no text. Never raises for what a model wrote.
         """
         return Observation()
 
@@ -60,10 +62,6 @@ class Task(ABC):
     def demonstration(self, prompt: Prompt) -> list[Turn]:
         """The whole way to an answer that verifies, for supervised warm-up; turns without their end-of-sequence tokens."""
         return [Turn(self.solution(prompt))]
-
-    def statistics(self) -> dict[str, float]:
-        """What `observe` did since this was asked last, for the run log."""
-        return {}
 
     def close(self) -> None:  # noqa: B027  most tasks hold nothing
         """Release what the verifier holds; the task is not used afterwards."""

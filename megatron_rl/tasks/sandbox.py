@@ -1,6 +1,7 @@
 """Python code of a model, run in a jail: no network, no files of ours, bounded time, memory, output and processes."""
 
 import functools
+import logging
 import marshal
 import os
 import selectors
@@ -19,6 +20,8 @@ from typing import Any, Literal
 from megatron_rl.errors import ConfigError
 from megatron_rl.tasks.interpreter import FLAGS, Interpreter, interpreter
 from megatron_rl.tasks.seccomp import filter_program
+
+_log = logging.getLogger(__name__)
 
 Way = Literal["bwrap", "namespaces", "unsafe"]
 Reason = Literal["", "timeout", "memory", "output", "error"]
@@ -67,9 +70,17 @@ class Sandbox:
         self._gate = threading.BoundedSemaphore(len(os.sched_getaffinity(0)))
 
     def run(self, code: str) -> Result:
-        """Raises ConfigError when the jail itself fails; whatever the code does is in the result."""
+        """Raises ConfigError when the jail itself fails twice; whatever the code does is in the result."""
         with self._gate:
-            return run_block(self.way, code, seconds=self.seconds, memory_mb=self.memory_mb, output_bytes=self.output_bytes)
+            try:
+                return self._run(code)
+            except ConfigError as error:
+                # The way was tried before it was trusted: a machine that is short of something for a moment ends no run.
+                _log.warning("%s: one more try", error)
+                return self._run(code)
+
+    def _run(self, code: str) -> Result:
+        return run_block(self.way, code, seconds=self.seconds, memory_mb=self.memory_mb, output_bytes=self.output_bytes)
 
 
 # One block of code -------------------------------------------------------------------------------------------

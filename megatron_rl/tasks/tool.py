@@ -56,7 +56,6 @@ class ToolTask(Task):
                 self._frame = between_turns(tokenizer)
         way = accept_no_jail() if config.sandbox == "unsafe" else find_jail()
         self._sandbox = Sandbox(way, seconds=config.tool_seconds, memory_mb=config.tool_memory_mb)
-        self._counts = dict.fromkeys(("calls", "errors", "void"), 0)
 
     def _make_products(self, config: TaskConfig, tokenizer: "PreTrainedTokenizerFast", seed: int, max_tokens: int) -> None:
         size = config.max_operand
@@ -85,17 +84,16 @@ class ToolTask(Task):
             return self._math.verify(prompt, text)
         return float(response_answer(text) == prompt.answer)
 
-    def observe(self, prompt: Prompt, turn: str) -> Observation:
-        """Raises ConfigError when the sandbox itself fails."""
+    def observe(self, prompt: Prompt, turn: str, *, last: bool) -> Observation:
+        """A call in the last turn is not void. Raises ConfigError when the sandbox itself fails."""
         turn = strip_end(self._tokenizer, turn)
         code = called(turn)
         if code is None:
-            void = response_answer(without_code(turn)) is None
-            self._count("void" if void else None)
-            return Observation(void=void)
+            return Observation(void=response_answer(without_code(turn)) is None)
+        if last:
+            return Observation()
         result = self._sandbox.run(code)
-        self._count("calls", None if result.ok else "errors")
-        return Observation(self.wrapped(self._shown(result)))
+        return Observation(self.wrapped(self._shown(result)), failed=not result.ok)
 
     def wrapped(self, output: str) -> str:
         """The text that brings an output back, with whatever the chat template puts between two turns of a model."""
@@ -116,21 +114,9 @@ class ToolTask(Task):
         call = f"{_FENCE}python\nprint({prompt.id})\n{_FENCE}"
         return [Turn(call, self.wrapped(prompt.answer)), Turn(self.solution(prompt))]
 
-    def statistics(self) -> dict[str, float]:
-        """tool/calls: blocks of code run; tool/errors: those of them that raised or hit a limit; tool/void: void turns."""
-        with self._lock:
-            counts, self._counts = self._counts, dict.fromkeys(self._counts, 0)
-        return {f"tool/{name}": float(count) for name, count in counts.items()}
-
     def close(self) -> None:
         if self._math is not None:
             self._math.close()
-
-    def _count(self, *names: str | None) -> None:
-        with self._lock:
-            for name in names:
-                if name is not None:
-                    self._counts[name] += 1
 
     def _shown(self, result: Result) -> str:
         notes = {

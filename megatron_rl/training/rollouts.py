@@ -47,6 +47,11 @@ def check_rollouts(config: Config) -> None:
             "rollout.update_mode: in_place keeps the cache of requests that run through a weight update, and with "
             "rollout.max_staleness: 0 none does: take retract, or raise max_staleness"
         )
+    if rollout.routing_replay and rollout.engine == "sglang" and rollout.update_mode == "retract" and rollout.max_staleness:
+        raise ConfigError(
+            "rollout.update_mode: retract has SGLang choose the experts of tokens again that older weights sampled, and "
+            "rollout.routing_replay would replay those: take abort or in_place, or rollout.max_staleness: 0"
+        )
     if rollout.weights_dir is not None and rollout.transport != "disk":
         raise ConfigError(
             f"rollout.weights_dir is where transport: disk writes, and rollout.transport is {rollout.transport}: leave it out"
@@ -180,7 +185,8 @@ class Rollouts:
         self.sampled = {"truncated": float(np.mean([t.finish_reason == "length" for t in trajectories]))}
         self.sampled |= {f"rollout/{name}": value for name, value in taken.counts().items()}
         self.sampled["rollout/drawn"] = self._draws.spent
-        self.sampled |= self.task.statistics()
+        if self.environment is not None:
+            self.sampled |= {f"tool/{name}": value for name, value in taken.tool_use()._asdict().items()}
         return batch
 
     def settle(self) -> None:
@@ -226,7 +232,6 @@ class Rollouts:
                 tokenizer=self._loop_tokenizer,
             )
             rates[f"eval/{name}"] = float(np.mean(self.verify(prompts, trajectories)))
-        self.task.statistics()  # the next step's record does not count these calls
         return rates
 
     def verify(self, prompts: list[Prompt], trajectories: list[Trajectory]) -> list[float]:

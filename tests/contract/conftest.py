@@ -19,6 +19,7 @@ Where SGLang 0.5.23 on CPU departs from the embedded server, and who copes:
 """
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -129,6 +130,14 @@ def api(url: str, model_dir: Path) -> Iterator[httpx.Client]:
         if client.get("/model_info").json()["weight_version"] != "0":
             body = {"model_path": str(model_dir), "weight_version": "0", "flush_cache": True}
             client.post("/update_weights_from_disk", json=body).raise_for_status()
+
+
+def until_running(client: httpx.Client) -> None:
+    """Returns once some request has keys and values: they cannot be flushed."""
+    end = time.monotonic() + 30
+    while client.post("/flush_cache", json={}).status_code == 200:
+        assert time.monotonic() < end, "no request came to run"
+        time.sleep(0.02)
 
 
 WriteWeights = Callable[..., Path]

@@ -15,7 +15,7 @@ from transformers import Qwen3ForCausalLM
 from megatron_rl.rollout.client import EnginePool
 from megatron_rl.rollout.wire import error_message
 from megatron_rl.weights.digest import tensor_digest
-from tests.contract.conftest import WriteWeights, logp_of
+from tests.contract.conftest import WriteWeights, logp_of, until_running
 
 PROMPT = [5, 17, 250, 99, 3]
 LONG = 2000
@@ -44,7 +44,8 @@ def update(api: httpx.Client, folder: Path, version: str) -> httpx.Response:
 
 def start_long(pool: ThreadPoolExecutor, api: httpx.Client, rid: str, **more: Any) -> "Future[httpx.Response]":
     future = pool.submit(ask, api, rid, **more)
-    time.sleep(0.3)
+    until_running(api)
+    time.sleep(0.1)  # for some tokens
     assert not future.done(), "the request should still be running"
     return future
 

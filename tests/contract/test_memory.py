@@ -1,7 +1,6 @@
 """An engine whose memory is given back while somebody else needs it."""
 
 import json
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,7 @@ from megatron_rl.rollout.client import EnginePool, GenerationRequest, SamplingPa
 from megatron_rl.training.resting import RestingEngines
 from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.hf import HFFolder
-from tests.contract.conftest import WriteWeights, logp_of
+from tests.contract.conftest import WriteWeights, logp_of, until_running
 from tests.disk_sync import disk_sync
 
 PROMPT = [5, 17, 250, 99, 3]
@@ -86,7 +85,7 @@ def test_resuming_an_engine_that_was_not_released_changes_nothing(restored: http
 def test_memory_in_use_is_not_released(restored: httpx.Client, embedded_only: None) -> None:
     with ThreadPoolExecutor(1) as threads:
         running = threads.submit(ask, restored, 2000, rid="running")
-        time.sleep(0.15)
+        until_running(restored)
         refused = restored.post("/release_memory_occupation", json={})
         assert refused.status_code == 400 and "being served" in refused.json()["message"]
         restored.post("/abort_request", json={"abort_all": True})

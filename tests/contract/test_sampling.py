@@ -1,7 +1,6 @@
 """Groups that are aborted, updated or answered in the middle, with a real server: what comes out is what was sampled."""
 
 import copy
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +14,10 @@ from megatron_rl.rollout.client import EnginePool
 from megatron_rl.rollout.sampling import Group, GroupSettings, sample_group
 from megatron_rl.tasks.base import Observation
 from megatron_rl.types import Prompt, Trajectory
-from tests.contract.conftest import WriteWeights, logp_of
+from tests.contract.conftest import WriteWeights, logp_of, until_running
 
 PROMPT = Prompt("p", "", (5, 17, 250, 99, 3), "")
-LONG = GroupSettings(seed=1, samples=6, max_new_tokens=300, temperature=1.0, stop_token_ids=(), need_logmu=True)
+LONG = GroupSettings(seed=1, samples=6, max_new_tokens=600, temperature=1.0, stop_token_ids=(), need_logmu=True)
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
 
 
@@ -38,14 +37,13 @@ def draw(pool: EnginePool, settings: GroupSettings = LONG) -> Group:
 
 
 def draw_while(pool: EnginePool, act: Callable[[], None]) -> Group:
-    """The group, with `act` done in the middle of it; how long one takes is measured first."""
-    began = time.monotonic()
-    draw(pool)
-    timer = threading.Timer((time.monotonic() - began) / 3, act)
-    timer.start()
-    group = draw(pool)
-    timer.join()
-    return group
+    """The group, with `act` done in the middle of it."""
+    running = pool.start(sample_group(pool.ask, PROMPT, LONG, first_id=0, group=0))
+    with httpx.Client(base_url=pool.live_urls[0], trust_env=False) as client:
+        until_running(client)
+    time.sleep(0.05)  # for some tokens
+    act()
+    return running.result()
 
 
 def assert_sampled_by(model: Qwen3ForCausalLM, trajectory: Trajectory, start: int = 0, end: int | None = None) -> None:
@@ -112,7 +110,7 @@ class Echo:
     def __init__(self) -> None:
         self.heard: list[str] = []
 
-    def observe(self, prompt: Prompt, turn: str) -> Observation:
+    def observe(self, prompt: Prompt, turn: str, *, last: bool) -> Observation:
         self.heard.append(turn)
         return Observation("w7 w8 w9")
 

@@ -34,7 +34,7 @@ TOKENIZER = ambiguous_tokenizer()
 
 
 class Scripted(Task):
-    """Says `says` after every turn but those it finds void; notes what it heard."""
+    """Says `says` after every turn but the last and those it finds void; notes what it heard."""
 
     def __init__(self, says: str | None = "abcabc", max_turns: int = 3, void: Callable[[int], bool] = lambda number: False):
         self.train = self.held_out = [PROMPT]
@@ -44,9 +44,9 @@ class Scripted(Task):
     def verify(self, prompt: Prompt, response: str) -> float:
         return 0.0
 
-    def observe(self, prompt: Prompt, turn: str) -> Observation:
+    def observe(self, prompt: Prompt, turn: str, *, last: bool) -> Observation:
         self.heard.append(turn)
-        return Observation(void=True) if self.void(len(self.heard)) else Observation(self.says)
+        return Observation(void=True) if self.void(len(self.heard)) else Observation(None if last else self.says)
 
 
 class Recorded:

@@ -4,25 +4,26 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_rl.errors import CheckpointError, EngineError, UserError
 from megatron_rl.rollout.client import EnginePool, GenerationRequest, SamplingParams
+from megatron_rl.rollout.processes import free_port
 from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.hf import MANIFEST, SINGLE, HFFolder
 from megatron_rl.weights.sync import WeightSync
+from tests.contract.conftest import until_running
 from tests.disk_sync import disk_sync
 from tests.models import make_qwen3
 from tests.parallel.group import RankGroup
@@ -50,9 +51,7 @@ class Server:
     """An embedded engine in its own process."""
 
     def __init__(self, model: Path, log: Path) -> None:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "megatron_rl.rollout.server", "--model", str(model), "--port", str(port)]
         with log.open("wb") as out:
@@ -165,7 +164,9 @@ def test_generation_that_runs_through_a_push_ends_whole_under_the_new_version(
     requests = [GenerationRequest(f"long-{i}", (1, 2, 3), 1, sampling) for i in range(2)]
     with ThreadPoolExecutor(1) as thread:
         running = thread.submit(pool.generate, requests)
-        time.sleep(0.3)  # long enough to be under way, far too short for so many tokens
+        for url in pool.live_urls:  # one request each
+            with httpx.Client(base_url=url, trust_env=False) as client:
+                until_running(client)
         sync.push(weights(source, 1), 1)
         samples = [sample for request in running.result() for sample in request]
     assert [(len(sample.tokens), sample.finish_reason) for sample in samples] == [(1500, "length")] * 2

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_rl.errors import CheckpointError
 from megatron_rl.rollout.buffer import GroupBuffer
+from megatron_rl.rollout.response import ToolUse
 from megatron_rl.rollout.sampling import Group
 from megatron_rl.types import TopK, Trajectory, VersionSpan
 
@@ -37,7 +38,7 @@ def group(
                 routing=rng.integers(0, 4, (size + 2, 2, 1), dtype=np.int32) if routed else None,
             )
         )
-    return Group(rows, resumed=number, retractions=2)
+    return Group(rows, resumed=number, retractions=2, tool_use=ToolUse(5, number, 3))
 
 
 def everything(buffer: GroupBuffer) -> dict[int, Group]:
@@ -101,6 +102,12 @@ def test_a_group_that_is_there_twice_is_read_once(tmp_path) -> None:
 def test_groups_that_were_sampled_with_other_settings_are_not_read(tmp_path) -> None:
     GroupBuffer(tmp_path, "temperature 1").append(0, group(1))
     assert GroupBuffer(tmp_path, "temperature 0.5").recover(lambda _: True) == ({}, 1)
+
+
+def test_groups_of_a_version_without_counts_of_tools_are_not_read(tmp_path) -> None:
+    buffer = GroupBuffer(tmp_path, "asked")
+    buffer.append(0, replace(group(1), tool_use=()))  # three numbers, as that version wrote
+    assert buffer.recover(lambda _: True) == ({}, 1)
 
 
 def test_files_of_other_steps_are_removed(tmp_path) -> None:

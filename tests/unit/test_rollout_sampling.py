@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_rl.errors import EngineError
 from megatron_rl.rollout.client import GenerationRequest, Sample
-from megatron_rl.rollout.response import Response
+from megatron_rl.rollout.response import Response, ToolUse
 from megatron_rl.rollout.sampling import Group, GroupSettings, sample_group, sampling_seed
 from megatron_rl.tasks.base import Observation
 from megatron_rl.types import Prompt, TopK, VersionSpan
@@ -40,17 +40,20 @@ def draw(
 
 
 class Calculator:
-    """Answers every turn that ends on '?' with its own text in capitals; a turn of dots is void."""
+    """Answers every turn that ends on '?' but the last with its own text in capitals; a turn of dots is void, '!?' fails."""
 
     max_turns = 3
 
     def __init__(self) -> None:
         self.heard: list[str] = []
+        self.lasts: list[bool] = []
 
-    def observe(self, prompt: Prompt, turn: str) -> Observation:
+    def observe(self, prompt: Prompt, turn: str, *, last: bool) -> Observation:
         turn = turn.replace(" ", "")  # the tokenizer of single characters puts them apart
         self.heard.append(turn)
-        return Observation(turn.upper() if turn.endswith("?") else None, void=turn.strip(".") == "")
+        self.lasts.append(last)
+        called = turn.endswith("?") and not last
+        return Observation(turn.upper() if called else None, void=turn.strip(".") == "", failed=called and turn.endswith("!?"))
 
 
 def written(text: str, version: int = 1, reason: str = "stop") -> Sample:
@@ -124,7 +127,8 @@ def test_turns_and_observations_alternate_and_only_the_models_tokens_are_trained
 def test_no_turn_follows_the_last_one_that_is_allowed() -> None:
     environment = Calculator()
     group, asked = draw(lambda _: [written("a?")], settings(environment=environment, tokenizer=TOKENIZER))
-    assert len(asked) == 3 and environment.heard == ["a?"] * 3
+    assert len(asked) == 3 and environment.heard == ["a?"] * 3 and environment.lasts == [False, False, True]
+    assert group.tool_use == ToolUse(calls=2), "nothing is run after the last turn"
     assert group.trajectories[0].response_tokens[-3:] == written("a?").tokens, "an answer that nobody reads is not appended"
 
 
@@ -143,6 +147,14 @@ def test_a_void_turn_is_masked_from_its_first_token_also_when_it_was_interrupted
     (found,) = group.trajectories
     assert found.response_mask == (1,) * 3 + (0,) * 2 + (0,) * 3
     assert found.versions[-1] == VersionSpan(1, 5, 8) and group.resumed == 1
+
+
+def test_calls_errors_and_void_turns_of_all_samples_of_a_group_are_counted() -> None:
+    how = settings(environment=Calculator(), tokenizer=TOKENIZER, samples=3)
+    first = [written("a!?"), written("."), written("b", reason="length")]
+    group, _ = draw(lambda request: first if request.n == 3 else [written(".")], how)
+    assert group.tool_use == ToolUse(calls=1, errors=1, void=2)
+    assert draw([[written("a?")]], settings())[0].tool_use == ToolUse(), "without an environment nobody looks"
 
 
 def test_a_turn_that_was_cut_off_is_not_shown_to_the_environment() -> None:
@@ -216,3 +228,18 @@ def test_the_experts_of_a_token_stay_those_that_were_chosen_when_it_was_sampled(
     response.add_sample(sample(2, 8 + 2 - 1, 2))  # the second request's prompt is everything so far
     assert response.routing is not None
     assert response.routing[:, 0, 0].tolist() == [1] * 7 + [2] * 2
+
+
+def test_the_experts_of_tokens_whose_request_did_not_tell_are_unknown_not_those_chosen_later():
+    def sample(tokens: int, rows: int, name: int) -> Sample:
+        routing = np.full((rows, 1, 2), name) if name else None
+        return Sample(tuple(range(tokens)), None, "abort", (), routing=routing)
+
+    response = Response(logmu=False, topk=0)
+    response.add_sample(sample(0, 0, 0))  # ended while it waited: nothing was chosen for it
+    response.add_sample(sample(3, 5 + 3 - 1, 1))  # a prompt of 5 tokens
+    response.add_sample(sample(2, 0, 0))
+    response.add_observation([7, 7])
+    response.add_sample(sample(2, 12 + 2 - 1, 3))
+    assert response.routing is not None
+    assert response.routing[:, 0, 0].tolist() == [1] * 7 + [-1] * 2 + [3] * 4

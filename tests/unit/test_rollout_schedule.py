@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_rl.rollout.response import ToolUse
 from megatron_rl.rollout.sampling import Group
 from megatron_rl.rollout.schedule import Draws, StepGroups
 from megatron_rl.types import Trajectory
@@ -13,7 +14,7 @@ def group(number: int, *rewards: float, resumed: int = 0) -> Group:
     rows = [
         Trajectory(10 * number + k, number, "p", (1,), (2,), None, "stop", reward=r) for k, r in enumerate(rewards or (0, 1))
     ]
-    return Group(rows, resumed, 2 * resumed)
+    return Group(rows, resumed, 2 * resumed, ToolUse(10**number, 2 * 10**number, 3 * 10**number))
 
 
 @given(st.integers(0, 5), st.sets(st.integers(0, 20)), st.lists(st.lists(st.integers(0, 4)), max_size=8))
@@ -67,6 +68,15 @@ def test_groups_of_equal_rewards_are_replaced_up_to_the_bound_and_then_kept() ->
         "kept_equal": 1,
         "given_up": 0,
     }
+
+
+def test_tool_use_is_of_the_groups_that_are_trained_on_and_of_no_others() -> None:
+    step = begun(4, replaceable=1)
+    step.finish(group(0, 1.0, 1.0))  # replaced
+    for number in (1, 3, 2):
+        step.finish(group(number))
+    assert [taken.number for taken in step.chosen()] == [1, 3]
+    assert step.tool_use() == ToolUse(1010, 2020, 3030)
 
 
 @given(st.permutations(range(6)), st.integers(0, 4), st.lists(st.booleans(), min_size=20, max_size=20))

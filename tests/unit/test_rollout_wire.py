@@ -20,6 +20,7 @@ def answer(tops: list[list[list[Any]]] | None, tokens: tuple[int, ...] = (7, 9))
         "output_token_logprobs": [[-0.5, token, None] for token in tokens],
         "finish_reason": {"type": "length", "length": len(tokens)},
         "weight_version": "3",
+        "weight_versions": [{"version": "3", "start": 0, "end": len(tokens)}],
     }
     return {"output_ids": list(tokens), "meta_info": meta if tops is None else {**meta, "output_top_logprobs": tops}}
 
@@ -77,7 +78,16 @@ def answer_of(*spans: tuple[int, int, int]) -> dict[str, Any]:
 def test_every_token_has_the_version_that_sampled_it() -> None:
     assert read_samples(URL, PLAIN, answer(None))[0].versions == ((3, 0, 2),)
     assert read_samples(URL, PLAIN, answer_of((2, 0, 1), (3, 1, 2)))[0].versions == ((2, 0, 1), (3, 1, 2))
-    assert read_samples(URL, PLAIN, answer(None, ()))[0].versions == ((3, 0, 0),)
+    ended_while_it_waited = answer(None, ())
+    del ended_while_it_waited["meta_info"]["weight_versions"]
+    assert read_samples(URL, PLAIN, ended_while_it_waited)[0].versions == ((3, 0, 0),)
+
+
+def test_an_engine_that_tells_the_last_version_alone_is_refused() -> None:
+    untold = answer(None)
+    del untold["meta_info"]["weight_versions"]
+    with pytest.raises(EngineError, match="http://engine does not say which weights sampled every token"):
+        read_samples(URL, PLAIN, untold)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,10 @@ def block(code: str) -> str:
     return f"```python\n{code}\n```"
 
 
+def heard(task, turn: str, *, last: bool = False) -> Observation:
+    return task.observe(task.train[0], turn, last=last)
+
+
 # Problems ----------------------------------------------------------------------------------------------------
 
 
@@ -83,7 +87,7 @@ def test_without_a_jail_the_task_is_refused_unless_the_user_says_unsafe(monkeypa
     with pytest.raises(ConfigError, match="no jail"):
         make_task(TaskConfig(name="tool"), PLAIN, seed=0, max_prompt_tokens=100)
     task = make_task(TaskConfig(name="tool", sandbox="unsafe"), PLAIN, seed=0, max_prompt_tokens=100)
-    assert task.observe(task.train[0], block("print(6 * 7)")).text == "\n```output\n42\n```\n"
+    assert heard(task, block("print(6 * 7)")).text == "\n```output\n42\n```\n"
 
 
 # A demonstration is what really happens ----------------------------------------------------------------------
@@ -92,8 +96,8 @@ def test_without_a_jail_the_task_is_refused_unless_the_user_says_unsafe(monkeypa
 def test_the_demonstration_is_what_the_sandbox_answers_and_it_verifies(task):
     for prompt in task.train[:3]:
         call, answer = task.demonstration(prompt)
-        assert task.observe(prompt, call.text) == Observation(call.observation)
-        assert task.observe(prompt, answer.text) == Observation()
+        assert heard(task, call.text) == Observation(call.observation)
+        assert heard(task, answer.text) == Observation()
         assert task.verify(prompt, f"{answer.text}<eos>") == 1.0
         assert answer.observation is None
 
@@ -131,32 +135,46 @@ def test_a_call_is_the_last_python_block_that_no_answer_follows(turn, code):
 
 @pytest.mark.parametrize("turn", ["#### 6", "so \\boxed{6}", f"{block('print(5)')}\n#### 6<eos>"])
 def test_an_answer_ends_the_response(task, turn):
-    assert task.observe(task.train[0], turn) == Observation()
+    assert heard(task, turn) == Observation()
 
 
 @pytest.mark.parametrize("turn", ["", "hmm", "```python\nprint(1)", "```\n#### 6\n```", "```python\n#### 6", "####", "<eos>"])
 def test_a_turn_with_neither_is_void(task, turn):
-    void = task.observe(task.train[0], turn).void
+    void = heard(task, turn).void
     assert void is (turn != "####")  # an empty answer is a wrong one
 
 
 def test_an_output_comes_back_between_fences(task):
-    assert task.observe(task.train[0], block("print(2)\nprint(3)")) == Observation("\n```output\n2\n3\n```\n")
-    assert task.observe(task.train[0], block("x = 1")) == Observation("\n```output\n\n```\n")
+    assert heard(task, block("print(2)\nprint(3)")) == Observation("\n```output\n2\n3\n```\n")
+    assert heard(task, block("x = 1")) == Observation("\n```output\n\n```\n")
 
 
 def test_an_error_comes_back_with_its_name_and_so_does_the_end_of_time(task):
-    assert "ZeroDivisionError: division by zero\n```\n" in task.observe(task.train[0], block("1 / 0")).text
+    assert "ZeroDivisionError: division by zero\n```\n" in heard(task, block("1 / 0")).text
     hasty = make_tool(tool_seconds=0.3)
-    text = hasty.observe(hasty.train[0], block("print('begun')\nwhile True: pass")).text
+    text = heard(hasty, block("print('begun')\nwhile True: pass")).text
     assert text == "\n```output\nbegun\nTimeoutError: stopped after 0.3 seconds\n```\n"
 
 
 def test_a_long_output_keeps_its_start_and_its_end_within_the_tokens_allowed(task):
-    text = task.observe(task.train[0], block("print('start', 'x' * 5000, 'end')")).text
+    text = heard(task, block("print('start', 'x' * 5000, 'end')")).text
     inner = text.removeprefix("\n```output\n").removesuffix("\n```\n")
     assert inner.startswith("start x") and inner.endswith("x end") and "\n...\n" in inner
     assert 110 <= len(PLAIN.encode(inner, add_special_tokens=False)) <= 120
+
+
+def test_an_observation_says_whether_its_call_failed(task):
+    turns = (block("1"), block("1 / 0"), "hm", "#### 1")
+    assert [turn for turn in turns if heard(task, turn).failed] == [block("1 / 0")]
+    hasty = make_tool(tool_seconds=0.3)
+    assert heard(hasty, block("while True: pass")).failed
+
+
+def test_after_the_last_turn_nothing_is_run_and_a_call_is_not_void(task, monkeypatch):
+    monkeypatch.setattr(task, "_sandbox", None)  # running anything raises
+    assert heard(task, block("print(1)"), last=True) == Observation()
+    assert heard(task, "hm", last=True) == Observation(void=True)
+    assert heard(task, "#### 1", last=True) == Observation()
 
 
 # A tool's output is not the model's answer -------------------------------------------------------------------
@@ -166,13 +184,13 @@ def test_code_that_prints_or_names_the_answer_has_not_answered(task):
     prompt = task.train[0]
     for code in (f"print('#### {prompt.answer}')", f"#### {prompt.answer}", f"'\\boxed{{{prompt.answer}}}'"):
         assert task.verify(prompt, block(code)) == 0.0
-        assert task.observe(prompt, block(code)).text is not None
+        assert heard(task, block(code)).text is not None
     assert task.verify(prompt, f"{block('x')}\n#### {prompt.answer}") == 1.0
 
 
 def test_an_output_can_neither_end_its_block_nor_the_turn(task):
     code = "print('`' * 3)\nprint('<eos>', '<pad>')\nprint('`' * 5)"
-    text = task.observe(task.train[0], block(code)).text
+    text = heard(task, block(code)).text
     inner = text.removeprefix("\n```output\n").removesuffix("\n```\n")
     assert "```" not in inner
     assert not {PLAIN.eos_token_id, PLAIN.pad_token_id} & set(PLAIN.encode(text, add_special_tokens=False))
@@ -206,25 +224,17 @@ def test_a_chat_models_output_is_a_users_message(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"question": "2*3?", "answer": "6"}) + "\n")
     task = make_tool(CHAT, data=path, held_out=0)
-    assert task.observe(task.train[0], block("print(6)")).text == "</user><user>```output\n6\n```</user><assistant>"
+    assert heard(task, block("print(6)")).text == "</user><user>```output\n6\n```</user><assistant>"
 
 
-# Counting, threads -------------------------------------------------------------------------------------------
-
-
-def test_calls_errors_and_void_turns_are_counted_since_last_asked(task):
-    task.statistics()
-    for turn in (block("1"), block("1 / 0"), "hm", "#### 1"):
-        task.observe(task.train[0], turn)
-    assert task.statistics() == {"tool/calls": 2.0, "tool/errors": 1.0, "tool/void": 1.0}
-    assert set(task.statistics().values()) == {0.0}
+# Threads -----------------------------------------------------------------------------------------------------
 
 
 def test_many_threads_may_observe_at_once(task):
     texts = {}
 
     def observe(number: int) -> None:
-        texts[number] = task.observe(task.train[0], block(f"print({number}, 'x' * 500)")).text
+        texts[number] = heard(task, block(f"print({number}, 'x' * 500)")).text
 
     threads = [threading.Thread(target=observe, args=(n,)) for n in range(8)]
     for thread in threads:

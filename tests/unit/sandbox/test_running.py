@@ -2,9 +2,14 @@
 
 import re
 import threading
+from dataclasses import replace
 
 import pytest
 
+from megatron_rl.errors import ConfigError
+from megatron_rl.tasks import sandbox as sandbox_module
+from megatron_rl.tasks.interpreter import interpreter
+from megatron_rl.tasks.jails import probe
 from tests.unit.sandbox.conftest import PATIENCE, SECONDS
 
 
@@ -77,3 +82,28 @@ def test_code_may_have_threads_of_its_own(sandbox):
         "import threading\nfor n in range(2):\n    t = threading.Thread(target=print, args=(n,))\n    t.start()\n    t.join()"
     )
     assert sandbox.run(code).output == "0\n1\n"
+
+
+@pytest.fixture
+def fail_next(monkeypatch):
+    """The next so many jails do not come up."""
+
+    def fail_next(count: int) -> None:
+        pythons = [replace(interpreter(), path="/bin/false") for _ in range(count)]
+        monkeypatch.setattr(sandbox_module, "interpreter", lambda: pythons.pop() if pythons else interpreter())
+
+    return fail_next
+
+
+def test_a_jail_that_fails_once_is_tried_again_with_a_warning_and_one_that_fails_twice_is_an_error(sandbox, fail_next, caplog):
+    fail_next(1)
+    assert sandbox.run("print(6 * 7)").output == "42\n"
+    assert f"the sandbox failed ({sandbox.way})" in caplog.text
+    fail_next(2)
+    with pytest.raises(ConfigError, match="the sandbox failed"):
+        sandbox.run("print(6 * 7)")
+
+
+def test_a_jail_is_trusted_only_if_it_holds_at_once(sandbox, fail_next):
+    fail_next(1)
+    assert "the sandbox failed" in probe(sandbox.way)
