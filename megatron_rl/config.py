@@ -75,6 +75,7 @@ class SGLangConfig(_Block):
 
     python: Path = Field(Path(".venv-sglang/bin/python"), description="interpreter of the environment that holds sglang")
     tensor: int = Field(1, ge=1, description="tensor-parallel size of each server")
+    first_gpu: int = Field(0, ge=0, description="GPU of this machine that the first server begins on")
     mem_fraction: float = Field(0.8, gt=0, lt=1, description="of a GPU's memory, for weights and cache")
     router: bool = Field(False, description="sglang-router in front of the servers")
     args: tuple[str, ...] = Field((), description="further arguments of sglang.launch_server, as they are")

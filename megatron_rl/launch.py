@@ -1,7 +1,8 @@
 """Start the ranks of one run on this machine, and end all of them with the first that ends badly.
 
 On a cluster `srun` or `torchrun` starts the ranks; then RANK is set and this is not used. Workers get sessions of
-their own, so that Ctrl-C reaches the parent alone, which asks rank 0 to stop; the other ranks follow rank 0.
+their own, so that Ctrl-C reaches the parent alone, which asks rank 0 to stop; the other ranks follow rank 0. Should the
+parent be killed, a watch ends the workers with all they have started: a run must not go on unseen.
 """
 
 import os
@@ -13,6 +14,15 @@ import time
 from contextlib import suppress
 
 SAME_STOP_S = 1.0  # one request may arrive twice: `timeout` and schedulers signal a process and then its group
+# Reads one pid a line. The end of its input is the end of the launcher, however that came.
+_WATCH = """
+import os, signal, sys
+for pid in sys.stdin.readlines():
+    try:
+        os.killpg(int(pid), signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+"""
 
 
 def under_launcher() -> bool:
@@ -28,17 +38,22 @@ def run_ranks(arguments: list[str], ranks: int) -> int:
     shared = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     shared.setdefault("OMP_NUM_THREADS", "1" if ranks > 1 else str(os.cpu_count() or 1))
     stops: list[float] = []
-    previous = {
-        number: signal.signal(number, lambda *_: stops.append(time.monotonic())) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    asking = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
+        asking.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, lambda *_: stops.append(time.monotonic())) for number in asking}
     workers: list[subprocess.Popen[bytes]] = []
+    watch = subprocess.Popen([sys.executable, "-I", "-c", _WATCH], stdin=subprocess.PIPE, start_new_session=True)
     try:
         for rank in range(ranks):
             env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             workers.append(subprocess.Popen([sys.executable, "-m", "megatron_rl", *arguments], env=env, start_new_session=True))
+            os.write(watch.stdin.fileno(), b"%d\n" % workers[-1].pid)  # type: ignore[union-attr]  # it is a pipe
         return _wait(workers, stops)
     finally:
         _end(workers, at_once=False)
+        watch.kill()
+        watch.wait()
         for number, handler in previous.items():
             signal.signal(number, handler)
 

@@ -19,6 +19,7 @@ import httpx
 
 from megatron_rl.errors import EngineError, UserError
 from megatron_rl.rollout.control import Controls, refusal
+from megatron_rl.rollout.health import HEALTH_S, MISSES, lives, look, report_end, unpause
 from megatron_rl.rollout.pooled import PooledEngine, Unanswered, together, unless_dead
 from megatron_rl.rollout.router import Router, gone
 from megatron_rl.rollout.wire import GenerationRequest, Sample, SamplingParams, error_message, generate_body, read_samples
@@ -29,10 +30,7 @@ _log = logging.getLogger(__name__)
 
 _RETRIES = 4
 _BACKOFF_S = 0.1  # doubled at every retry
-_HEALTH_S = 5.0  # time a server has for /health
-_REVIVE_S = 1.0  # time a lost server has for it: it is asked at every weight update
 _WATCH_S = 5.0  # between looks at servers that owe answers
-_MISSES = 3  # failed looks in a row that drop a server
 _IN_FLIGHT = 256  # requests per server at once
 _HELD_S = 30.0  # time a request waits for an engine that may be used, while all live ones wait for an update
 _THREADS = 32  # of `asyncio.to_thread` in the pool's loop: tools and verifiers, which mostly wait for processes
@@ -66,12 +64,12 @@ class EnginePool(Controls):
         # Idle connections cost more than new ones: httpx walks all pairs of them, and a server may close them first.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         # trust_env=False: an HTTP proxy of the site must not come between the trainer and its engines.
-        self._http = httpx.AsyncClient(timeout=httpx.Timeout(timeout_s, connect=_HEALTH_S), limits=limits, trust_env=False)
+        self._http = httpx.AsyncClient(timeout=httpx.Timeout(timeout_s, connect=HEALTH_S), limits=limits, trust_env=False)
         self._router = Router(router_url, self._http) if router_url else None
         self._front = PooledEngine(router_url) if router_url else None  # stands for all engines where requests are sent
         self._calls: set[asyncio.Task[Any]] = set()
         self._interrupted: set[asyncio.Task[Any]] = set()
-        asyncio.run_coroutine_threadsafe(self._watch(), self._loop)
+        asyncio.run_coroutine_threadsafe(self._watch(), self._loop).add_done_callback(report_end)
 
     def __enter__(self) -> Self:
         return self
@@ -218,9 +216,11 @@ class EnginePool(Controls):
                 answer = await unless_dead(engine.dead, self._post(engine.url, "/generate", body))
         except TimeoutError:
             await self._abort(engine, rid)
-            self._drop(engine, f"no answer to request '{request.rid}' within {self._timeout_s:g} s (rollout.timeout_s)")
-            raise Unanswered("time-out") from None
-        except asyncio.CancelledError:
+            late = f"no answer to request '{request.rid}' within {self._timeout_s:g} s (rollout.timeout_s)"
+            if engine is not self._front:  # behind a router it is a server that hangs: `_suspect` finds it
+                self._drop(engine, late)
+            raise Unanswered(late) from None
+        except (asyncio.CancelledError, Unanswered):
             await self._abort(engine, rid)
             raise
         finally:
@@ -241,7 +241,7 @@ class EnginePool(Controls):
 
     async def _suspect(self, engine: PooledEngine, what: str) -> None:
         """After an error: a server that is not healthy either is dropped."""
-        if engine.live and not await self._healthy(engine):
+        if engine.live and not await lives(self._http, engine):
             self._drop(engine, what)
         elif engine is self._front:
             await self._drop_dead()  # it says that a server failed, not which
@@ -254,25 +254,22 @@ class EnginePool(Controls):
             front = [self._front] if self._front is not None else []
             through = any(engine.load for engine in front)
             busy = [engine for engine in [*front, *self._engines] if engine.live and (engine.load or through)]
-            health = await asyncio.gather(*(self._healthy(engine) for engine in busy))
-            for engine, healthy in zip(busy, health, strict=True):
-                misses[engine.url] = 0 if healthy else misses.get(engine.url, 0) + 1
-                if misses[engine.url] >= _MISSES:
-                    self._drop(engine, f"{_MISSES} health checks in a row failed")
-
-    async def _healthy(self, engine: PooledEngine, timeout_s: float = _HEALTH_S) -> bool:
-        # SGLang's /health generates a token, which a paused server never does.
-        path = "/model_info" if engine.paused else "/health"
-        try:
-            return (await self._http.get(f"{engine.url}{path}", timeout=timeout_s)).status_code == 200
-        except httpx.HTTPError:
-            return False
+            health = await asyncio.gather(*(look(self._http, engine) for engine in busy))
+            missed = [engine for engine, healthy in zip(busy, health, strict=True) if not healthy]
+            misses = {engine.url: misses.get(engine.url, 0) + 1 for engine in missed}
+            for engine in missed:
+                if misses[engine.url] == MISSES:
+                    self._drop(engine, f"{MISSES} health checks in a row failed")
 
     def _drop(self, engine: PooledEngine, reason: str) -> None:
         if engine.live:
             engine.reason = reason or "dropped"
             engine.dead.set()
             _log.warning("engine %s is not used any more: %s", engine.url, engine.reason)
+            if self._front is not None and self._front.live and engine is not self._front:
+                # Requests in the router may be with this one, which nobody can tell: all are redone.
+                self._front.dead.set()
+                self._front.dead = asyncio.Event()
 
     async def _post(self, url: str, path: str, body: dict[str, Any]) -> Any:
         """The JSON answer. EngineError for a refusal (4xx), Unanswered for everything that may be redone."""
@@ -292,18 +289,24 @@ class EnginePool(Controls):
     # Control -----------------------------------------------------------------------------------------------
 
     def wait_healthy(self, timeout_s: float) -> None:
-        """Until every live server answers /health; EngineError naming those that do not in time."""
+        """Until every live server answers /health; EngineError naming those that do not in time.
+
+        One that is paused is told to go on: a trainer that was killed inside a weight update leaves it so.
+        """
         self._run(self._wait_healthy(timeout_s))
 
     async def _wait_healthy(self, timeout_s: float) -> None:
         end = time.monotonic() + timeout_s
         waiting = [engine for engine in self._engines if engine.live]
-        while waiting:
-            health = await asyncio.gather(*(self._healthy(engine) for engine in waiting))
+        while True:
+            health = await asyncio.gather(*(look(self._http, engine) for engine in waiting))
             waiting = [engine for engine, healthy in zip(waiting, health, strict=True) if not healthy]
-            if waiting and time.monotonic() > end:
+            if not waiting:
+                return
+            if time.monotonic() > end:
                 raise EngineError(f"no healthy server at {', '.join(e.url for e in waiting)} within {timeout_s:g} s")
-            await asyncio.sleep(0.1 if waiting else 0)
+            await asyncio.gather(*(unpause(self._http, engine) for engine in waiting))
+            await asyncio.sleep(0.1)
 
     def drop_dead(self) -> None:
         """Drop every live server that does not answer /health."""
@@ -311,7 +314,7 @@ class EnginePool(Controls):
 
     async def _drop_dead(self) -> None:
         live = [engine for engine in self._engines if engine.live]
-        health = await asyncio.gather(*(self._healthy(engine) for engine in live))
+        health = await asyncio.gather(*(lives(self._http, engine) for engine in live))
         for engine, healthy in zip(live, health, strict=True):
             if not healthy:
                 self._drop(engine, "it does not answer /health")
@@ -349,7 +352,7 @@ class EnginePool(Controls):
 
     async def _revive(self) -> tuple[str, ...]:
         lost = [engine for engine in self._engines if not engine.live]
-        health = await asyncio.gather(*(self._healthy(engine, _REVIVE_S) for engine in lost))
+        health = await asyncio.gather(*(look(self._http, engine) for engine in lost))
         back = [engine for engine, healthy in zip(lost, health, strict=True) if healthy]
         for engine in back:
             engine.held, engine.reason, engine.version, engine.dead = f"lost before ({engine.reason})", "", 0, asyncio.Event()

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 import httpx
+import psutil
 
 from megatron_rl.errors import EngineError
 
@@ -70,12 +71,22 @@ class ServerProcess:
                 time.sleep(0.1)
 
     def _healthy(self) -> bool:
-        if self.process.poll() is not None:  # somebody else may answer on its port
+        if not self._listens():
             return False
         try:
-            return httpx.get(f"{self.url}/health", timeout=2.0, trust_env=False).status_code == 200
+            return httpx.get(f"{self.url}/health", timeout=5.0, trust_env=False).status_code == 200
         except httpx.HTTPError:
             return False
+
+    def _listens(self) -> bool:
+        """Whether it is this server that listens on the port: somebody else may have taken it while ours was loading."""
+        with suppress(psutil.Error):
+            leader = psutil.Process(self.process.pid)
+            for process in (leader, *leader.children(recursive=True)):
+                for connection in process.net_connections("tcp"):
+                    if connection.status == psutil.CONN_LISTEN and connection.laddr.port == self.port:
+                        return True
+        return False
 
     def _tail(self) -> str:
         written = self.log.read_bytes()[self._log_start :]

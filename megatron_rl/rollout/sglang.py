@@ -40,7 +40,9 @@ _FROM_KEYS = {
     "--tp": "rollout.sglang.tensor",
     "--tp-size": "rollout.sglang.tensor",
     "--tensor-parallel-size": "rollout.sglang.tensor",
+    "--base-gpu-id": "rollout.sglang.first_gpu",
     "--mem-fraction-static": "rollout.sglang.mem_fraction",
+    "--enable-memory-saver": "objective.name",
     "--enable-return-routed-experts": "rollout.routing_replay",
     "--host": "rollout.urls",
     "--port": "rollout.urls",
@@ -49,13 +51,19 @@ _FROM_KEYS = {
 
 
 def server_flags(
-    plan: PrecisionPlan, settings: SGLangConfig, *, device: str, routing: bool = False, keeps_cache: bool = False
+    plan: PrecisionPlan,
+    settings: SGLangConfig,
+    *,
+    device: str,
+    routing: bool = False,
+    keeps_cache: bool = False,
+    rests: bool = False,
 ) -> list[str]:
     """Arguments of sglang.launch_server that follow from the configuration. device: `cpu` or `cuda`.
 
     routing: answers carry the experts chosen for every token. keeps_cache: weight updates leave the cache of running requests,
-    of which later prompts must then not begin. ConfigError for an argument of rollout.sglang.args that
-    another key decides.
+    of which later prompts must then not begin. rests: it is to give its memory back now and then, which on a GPU it only
+    does where it was told before. ConfigError for an argument of rollout.sglang.args that another key decides.
     """
     for argument in settings.args:
         key = _FROM_KEYS.get(argument.partition("=")[0])
@@ -69,6 +77,7 @@ def server_flags(
     flags += _CPU_FLAGS if device == "cpu" else on_gpu
     flags += ["--enable-return-routed-experts"] if routing else []
     flags += ["--disable-radix-cache"] if keeps_cache else []
+    flags += ["--enable-memory-saver"] if rests and device != "cpu" else []
     return [*flags, *settings.args]
 
 
@@ -109,7 +118,7 @@ class SGLangServers(Servers):
         model = self._model if self._plan is None else self._copy
         flags = ["--model-path", str(model), *self._flags, "--host", "127.0.0.1", "--port", str(port)]
         if self._device != "cpu":
-            flags += ["--base-gpu-id", str(index * self._settings.tensor)]
+            flags += ["--base-gpu-id", str(self._settings.first_gpu + index * self._settings.tensor)]
         return _guarded(self._settings, "sglang.launch_server", flags)
 
     def environment(self) -> dict[str, str]:

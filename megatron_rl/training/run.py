@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from megatron_rl.claim import claim
 from megatron_rl.config import Config, changed_keys, load_config
 from megatron_rl.diagnostics.runlog import RunLog
 from megatron_rl.errors import ConfigError, EngineError
@@ -26,7 +27,7 @@ from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.rollout.client import EnginePool
 from megatron_rl.rollout.processes import Servers
 from megatron_rl.rollout.quantised import check_precision
-from megatron_rl.rollout.servers import own_servers
+from megatron_rl.rollout.servers import check_named, own_servers
 from megatron_rl.tasks import make_task
 from megatron_rl.training.erpd_plan import ERPDPlan, make_run_objective, plan_of
 from megatron_rl.training.precision_check import say
@@ -196,7 +197,7 @@ def open_run(config: Config, *, resume: bool, attribute_only: bool = False) -> I
         stops = _note_stops(mesh)
         if mesh.rank == 0:
             say(report)
-        mesh.on_lead(lambda: _prepare_folder(config, resume))
+        mesh.on_lead(lambda: _prepare_folder(config, resume, stack))
         servers = _start_servers(config, report.plan, mesh, stack)
         policy = Policy(config, mesh)
         run = Run(config, mesh, policy, objective, report.plan, plan)
@@ -215,10 +216,14 @@ def open_run(config: Config, *, resume: bool, attribute_only: bool = False) -> I
         yield run
 
 
-def _prepare_folder(config: Config, resume: bool) -> None:
+def _prepare_folder(config: Config, resume: bool, stack: ExitStack) -> None:
     check_run_folder(config, resume=resume)
     folder = config.run.folder
     folder.mkdir(parents=True, exist_ok=True)
+    lock = claim(folder / "in-use")
+    if lock is None:
+        raise ConfigError(f"{folder} is in use by another process: wait for it or end it, or choose another run.name")
+    stack.enter_context(lock)
     if not resume:
         shutil.rmtree(rollouts_folder(config), ignore_errors=True)
     resolved = folder / "config.yaml"
@@ -260,9 +265,8 @@ def open_rollouts(
         pool.wait_healthy(START_TIMEOUT_S)
         for url in pool.live_urls:
             info = pool.info(url)
+            check_named(url, info, config)
             check_precision(url, info, config.precision, dequantised=plan.dequantised)
-            if config.rollout.deterministic and not info.get("deterministic"):
-                raise ConfigError(f"rollout.deterministic is true, and {url} is not: start it with `serve --deterministic`")
         yield Rollouts(config, task, tokenizer, pool, need_logmu, topk)
 
 

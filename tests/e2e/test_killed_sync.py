@@ -1,36 +1,104 @@
 """A trainer that is killed inside a weight update leaves engines that the resumed run brings back, and loses nothing."""
 
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 import httpx
 import pytest
 
+from megatron_rl.config import load_config
+from megatron_rl.precision.plan import resolve
 from megatron_rl.rollout.processes import free_port
-from tests.e2e.command import records
+from megatron_rl.rollout.servers import own_servers
+from tests.contract.proxy import Answer, Body, Proxy
+from tests.e2e.command import Command, records
 from tests.e2e.conftest import version_of
+from tests.e2e.test_sglang import SGLANG, without_sglang
 
-STEPS = 6
+STEPS, STRUCK = 6, 3  # the update to this version is the last thing the killed trainer does
+LAST_CALL = {
+    "disk": "/update_weights_from_disk",
+    "distributed": "/end_weight_update",
+    "tensor": "/end_weight_update",
+}
 
 
-def is_paused(url: str) -> bool:
-    return bool(httpx.get(f"{url}/model_info", trust_env=False, timeout=30).json()["paused"])
+class Struck:
+    """`strike` is called when the update to version STRUCK is one request from its end; that request never arrives."""
+
+    def __init__(self, proxy: Proxy, transport: str) -> None:
+        self.strike: Callable[[], None] | None = None
+        self.updates, self._path = 0, LAST_CALL[transport]
+        proxy.tamper = self
+
+    def __call__(self, path: str, body: Body) -> Body | Answer:
+        if path != self._path or self.strike is None:
+            return body
+        self.updates += 1
+        if self.updates < STRUCK:
+            return body
+        strike, self.strike = self.strike, None
+        strike()
+        return Answer(success=True)
 
 
-@pytest.mark.parametrize("transport", ["disk", "distributed", "tensor"])
-def test_a_trainer_killed_inside_a_weight_update(transport, start, cli, small_run, run_folder, arithmetic_model):
+def assert_resumes_whole(url: str, proxy: Proxy, arguments: list[object], victim: str, start, cli, run_folder: Path) -> None:
+    """url: of the server itself. victim: `rank` or `launcher`."""
+    struck = Struck(proxy, str(arguments[-1]).rpartition("=")[2])
+    command: Command = start("train", *arguments)
+
+    def kill() -> None:
+        (command.rank(0) if victim == "rank" else command.process).kill()
+
+    struck.strike = kill
+    command.process.wait(300)
+    command.until_gone(lambda: [p for p in command.members() if p.name() != "torch_shm_manager"])
+    assert struck.updates == STRUCK and command.process.returncode != 0
+    known = len(records(run_folder))
+    assert known == STRUCK - 2, "the run begins with version 1, and a step is noted once its weights are out"
+    with pytest.raises(httpx.TimeoutException):
+        generate(url, timeout=2)
+    result = cli("train", *arguments, "--resume")
+    assert result.code == 0, result.all
+    assert [r["step"] for r in records(run_folder)] == list(range(STEPS)), "every step once"
+    assert version_of(url) == str(STEPS + 1)
+    generate(url, timeout=60)
+    # What the engine samples from is what the trainer holds: the first update of every step says so.
+    assert all(abs(r["mismatch/ratio/max"] - 1) < 1e-4 for r in records(run_folder))
+
+
+def generate(url: str, timeout: float) -> None:
+    """A paused engine takes the request and does not answer."""
+    body = {"input_ids": [2, 3], "sampling_params": {"max_new_tokens": 1}}
+    httpx.post(f"{url}/generate", json=body, timeout=timeout, trust_env=False).raise_for_status()
+
+
+@pytest.mark.parametrize(("transport", "victim"), [("disk", "launcher"), ("distributed", "rank"), ("tensor", "rank")])
+def test_a_trainer_killed_inside_a_weight_update(
+    transport: str, victim: str, start, cli, small_run, run_folder, arithmetic_model
+):
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     server = start("serve", "--model", str(arithmetic_model), "--port", str(port), "--threads", "1")
     server.until(lambda: version_of(url))
-    arguments = ["train", small_run, f"run.steps={STEPS}", f"rollout.urls=[{url}]", f"rollout.transport={transport}"]
-    command = start(*arguments)
-    command.until(lambda: len(records(run_folder)) >= 2 and is_paused(url))
-    command.process.kill()
-    command.process.wait(10)
-    result = cli(*arguments, "--resume")
-    assert result.code == 0, result.all
-    assert [r["step"] for r in records(run_folder)] == list(range(STEPS)), "every step once"
-    assert version_of(url) == str(STEPS + 1) and not is_paused(url)
-    # What the engine samples from is what the trainer holds: the first update of every step says so.
-    assert all(abs(r["mismatch/ratio/max"] - 1) < 1e-4 for r in records(run_folder))
+    with Proxy(url) as proxy:
+        arguments = [small_run, f"run.steps={STEPS}", f"rollout.urls=[{proxy.url}]", f"rollout.transport={transport}"]
+        assert_resumes_whole(url, proxy, arguments, victim, start, cli, run_folder)
     server.interrupt()
     server.wait()
-    command.until_gone(command.members)  # torch's manager of shared memory lives as long as an engine that has used it
+
+
+@pytest.fixture
+def sglang_url(small_run: Path, tmp_path: Path) -> Iterator[str]:
+    """An SGLang server that somebody else has started."""
+    config = load_config(small_run, [*SGLANG, "run.name=servers", f"run.dir={tmp_path}"])
+    with own_servers(config, resolve(config.precision, 2, engine="sglang", device="cpu"), "cpu", 300) as servers:
+        yield servers.urls[0]
+
+
+@without_sglang
+def test_a_trainer_killed_inside_a_weight_update_of_sglang(start, cli, small_run, run_folder, sglang_url: str):
+    """SGLang stays paused, with half of an update in it, and answers no health check until it is told to go on."""
+    with Proxy(sglang_url) as proxy:
+        arguments = [small_run, *SGLANG, f"run.steps={STEPS}", f"rollout.urls=[{proxy.url}]", "rollout.transport=distributed"]
+        assert_resumes_whole(sglang_url, proxy, arguments, "rank", start, cli, run_folder)

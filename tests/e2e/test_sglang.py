@@ -8,7 +8,8 @@ from tests.e2e.test_engines import assert_whole_steps, url_of
 
 PYTHON = ROOT / ".venv-sglang" / "bin" / "python"
 SGLANG = ("rollout.engine=sglang", f"rollout.sglang.python={PYTHON}")
-pytestmark = pytest.mark.skipif(not PYTHON.is_file(), reason="no .venv-sglang: make sglang")
+without_sglang = pytest.mark.skipif(not PYTHON.is_file(), reason="no .venv-sglang: make sglang")
+pytestmark = without_sglang
 
 
 def train(start, small_run, *more: str) -> str:

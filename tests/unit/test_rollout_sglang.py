@@ -18,7 +18,7 @@ from megatron_rl.precision.formats import fake_quantize
 from megatron_rl.precision.plan import PrecisionPlan, resolve
 from megatron_rl.rollout import guard
 from megatron_rl.rollout.lifecycle import EmbeddedServers
-from megatron_rl.rollout.servers import own_servers
+from megatron_rl.rollout.servers import check_named, own_servers
 from megatron_rl.rollout.sglang import SGLangServers, server_flags, write_as_sent
 from megatron_rl.weights.hf import HFFolder
 
@@ -57,6 +57,46 @@ def test_on_a_gpu_flags_are_those_of_the_plan():
 def test_routed_experts_are_asked_for_and_further_arguments_come_last():
     said = flags("cpu", SGLangConfig(args=("--max-running-requests", "4")), routing=True)
     assert said.endswith("--enable-return-routed-experts --max-running-requests 4")
+
+
+def test_servers_that_rest_are_told_so_on_a_gpu_where_they_would_keep_their_memory():
+    resting = {device: server_flags(plan(device), SGLangConfig(), device=device, rests=True) for device in ("cpu", "cuda")}
+    assert "--enable-memory-saver" in resting["cuda"] and "--enable-memory-saver" not in resting["cpu"]
+    assert "--enable-memory-saver" not in flags("cuda")
+
+
+def test_servers_take_the_gpus_from_the_first_one_on_in_order():
+    two = SGLangServers("model", "logs", [], SGLangConfig(tensor=2, first_gpu=4), count=2, device="cuda")
+    assert [" ".join(two.command(i, 1)[-2:]) for i in range(2)] == ["--base-gpu-id 4", "--base-gpu-id 6"]
+
+
+ERPD = {"name": "erpd", "teacher": {"name": "sapo", "denominator": "trainer_old"}, "teacher_updates": 2}
+
+
+@pytest.mark.parametrize(
+    ("section", "info", "words"),
+    [
+        ({"rollout": {"engine": "sglang"}}, {"engine": "embedded"}, "rollout.engine is sglang, and http://a is embedded"),
+        ({}, {"device": "cuda"}, "rollout.engine is embedded, and http://a is sglang"),
+        ({"rollout": {"deterministic": True}}, {"engine": "embedded"}, "deterministic is true, and http://a is not"),
+        (
+            {"rollout": {"engine": "sglang", "update_mode": "in_place"}},
+            {"device": "cpu", "disable_radix_cache": False},
+            "http://a, and later prompts would begin with them: start it with --disable-radix-cache",
+        ),
+        (
+            {"rollout": {"engine": "sglang"}, "objective": ERPD},
+            {"device": "cuda", "enable_memory_saver": False},
+            "http://a would keep it: start it with --enable-memory-saver",
+        ),
+    ],
+)
+def test_a_running_server_that_would_do_otherwise_than_asked_is_refused(
+    section: dict[str, object], info: dict[str, object], words: str
+):
+    config = make_config({"model": {"path": "nowhere"}, **section})
+    with pytest.raises(ConfigError, match=words):
+        check_named("http://a", info, config)
 
 
 @pytest.mark.parametrize(

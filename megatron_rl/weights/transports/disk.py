@@ -1,16 +1,15 @@
 """Weights through a folder that the trainer writes and engines read."""
 
-import fcntl
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 from safetensors import SafetensorError
 from torch import Tensor
 
+from megatron_rl.claim import claim
 from megatron_rl.errors import CheckpointError, EngineError, UserError
 from megatron_rl.weights.hf import HFFolder, write_hf_folder
 from megatron_rl.weights.payload import SHARED_MEMORY
@@ -45,7 +44,7 @@ class DiskTransport(Transport):
     def prepare(self, stream: Stream, version: int, tally: Tally) -> None:
         if self._staging is None:
             self._private = self._staging = _private_folder(self._source.nbytes * (self._keep + 1))
-            self._claim = _claimed(self._private)
+            self._claim = claim(self._private / _LOCK)
         folder = self._staging / f"v{version:06d}"
         seen = _tallied(stream, tally)
         try:
@@ -98,21 +97,8 @@ def _private_folder(nbytes: int) -> Path:
     """A new folder for this process; those of processes that were killed are removed first, for they hold memory."""
     for place in (SHARED_MEMORY, Path(tempfile.gettempdir())):
         for folder in place.glob(f"{_PREFIX}*"):
-            if (claim := _claimed(folder, new=False)) is not None:
+            if (held := claim(folder / _LOCK, new=False)) is not None:
                 shutil.rmtree(folder, ignore_errors=True)
-                claim.close()
+                held.close()
     roomy = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > nbytes
     return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=SHARED_MEMORY if roomy else None))
-
-
-def _claimed(folder: Path, *, new: bool = True) -> IO[bytes] | None:
-    """The folder's lock, which its process holds as long as it lives, in whichever container; None where another has it, or
-    a folder that is not new has none yet."""
-    with suppress(OSError):
-        lock = (folder / _LOCK).open("wb" if new else "r+b")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except OSError:
-            lock.close()
-    return None
