@@ -291,7 +291,7 @@ class EnginePool(Controls):
     def wait_healthy(self, timeout_s: float) -> None:
         """Until every live server answers /health; EngineError naming those that do not in time.
 
-        One that is paused is told to go on: a trainer that was killed inside a weight update leaves it so.
+        All are told to go on: a trainer that was killed inside a weight update leaves them paused.
         """
         self._run(self._wait_healthy(timeout_s))
 
@@ -299,13 +299,13 @@ class EnginePool(Controls):
         end = time.monotonic() + timeout_s
         waiting = [engine for engine in self._engines if engine.live]
         while True:
+            await asyncio.gather(*(unpause(self._http, engine) for engine in waiting))
             health = await asyncio.gather(*(look(self._http, engine) for engine in waiting))
             waiting = [engine for engine, healthy in zip(waiting, health, strict=True) if not healthy]
             if not waiting:
                 return
             if time.monotonic() > end:
                 raise EngineError(f"no healthy server at {', '.join(e.url for e in waiting)} within {timeout_s:g} s")
-            await asyncio.gather(*(unpause(self._http, engine) for engine in waiting))
             await asyncio.sleep(0.1)
 
     def drop_dead(self) -> None:

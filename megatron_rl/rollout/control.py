@@ -44,11 +44,12 @@ class Controls(ABC):
 
     def release_memory(self, url: str) -> None:
         """Have an idle server give the memory of weights and cache back; it generates nothing until it has new weights."""
-        self._control(url, "/release_memory_occupation", {})
+        self._control(url, "/release_memory_occupation", {}, repeat=False)
 
     def resume_memory(self, url: str) -> None:
-        """Have the server take its memory again; its weights are undefined until the next update."""
-        self._control(url, "/resume_memory_occupation", {})
+        """Have the server take its memory again; its weights are undefined until the next update. SGLang dies of a second
+        time."""
+        self._control(url, "/resume_memory_occupation", {}, repeat=False)
 
     # Weights ------------------------------------------------------------------------------------------------
 

@@ -68,9 +68,12 @@ def _still_live(run: Run) -> int:
 
 def _attribute(run: Run, prompts: int, *, sampled: list[Tensor] | None, layers: bool = False) -> Attribution:
     def draw() -> Probe:
+        serving = [url for url in run.pool.live_urls if url not in run.pool.held]
+        if not serving:
+            raise EngineError(f"no engine serves weight version {run.state.version}, so none can be looked at: {run.pool.held}")
         asked = prompts_for_step(run.rollouts.task, run.state.step, prompts, run.config.run.seed + _SEED)
         return draw_probe(
-            run.pool.live_urls[0],
+            serving[0],
             asked,
             run.config.rollout,
             stop_token_ids=run.rollouts.stop,

@@ -87,23 +87,27 @@ class Run:
     def publish(self, version: int) -> None:
         """Put the policy's weights on every engine as `version`, verified, or raise EngineError. Collective.
 
-        An update that lost an engine on the way is made again with those that are left. Engines that were lost before and
-        answer again take part.
+        An update that lost an engine on the way is made again with those that are left; so is, once, one after which an engine
+        holds some of both versions, which only a whole update mends. Engines that were lost before and answer again take
+        part.
         """
         self.mesh.on_lead(self.sync.readmit)
+        mended = False
         while True:
             before = self.mesh.on_lead(lambda: self.pool.live_urls)
             try:
                 self.sync.push(self.policy.export(self.precision), version)
                 return
             except EngineError as error:
-                left = self.mesh.on_lead(lambda: self.pool.live_urls)
+                left, held = self.mesh.on_lead(lambda: (self.pool.live_urls, self.pool.held))
                 if not left:
                     lost = self.mesh.on_lead(lambda: self.pool.lost)
                     reasons = "; ".join(f"{url}: {reason}" for url, reason in lost.items())
                     self.mesh.raise_everywhere(EngineError(f"{error}; engines lost so far: {reasons}"))
-                if len(left) == len(before):
+                mends = bool(held) and not mended
+                if len(left) == len(before) and not mends:
                     raise
+                mended = mended or len(left) == len(before)
                 if self.mesh.rank == 0:
                     print(f"weight update repeated with {len(left)} of {len(before)} engines: {error}", flush=True)
 

@@ -31,7 +31,7 @@ def make_sync(config: Config, policy: Policy, mesh: Mesh, precision: PrecisionPl
         make_transport(config, policy, mesh, precision),
         mode=config.rollout.update_mode,
         group=mesh.control,
-        probe=lambda: score_probe(config, policy, mesh, precision),
+        probe=lambda: score_probe(config, policy, precision),
     )
 
 
@@ -47,24 +47,22 @@ def make_transport(config: Config, policy: Policy, mesh: Mesh, precision: Precis
     return DiskTransport(policy.source, staging, quantization=quantization)
 
 
-def score_probe(config: Config, policy: Policy, mesh: Mesh, precision: PrecisionPlan) -> Probe:
+def score_probe(config: Config, policy: Policy, precision: PrecisionPlan) -> Probe:
     """A fixed text, scored by the policy as it is. Collective."""
     length = min(_PROBE_TOKENS, config.rollout.max_prompt_tokens + config.rollout.max_new_tokens)
     tokens = np.random.default_rng(0).integers(0, policy.shape.vocab_size, length).astype(np.int32)
-    copies = mesh.dp_size  # every replica scores something
-    rows = np.arange(copies)
-    mask = np.ones((copies, length), dtype=np.float32)
-    mask[:, 0] = 0
-    nothing = np.zeros(copies, dtype=np.float32)
+    mask = np.ones(length, dtype=np.float32)
+    mask[0] = 0
+    nothing = np.zeros(1, dtype=np.float32)
     batch = Batch(
-        ids=rows,
-        groups=rows,
-        tokens=np.tile(tokens, copies),
-        cu_seqlens=np.arange(copies + 1) * length,
-        mask=mask.reshape(-1),
+        ids=np.arange(1),
+        groups=np.arange(1),
+        tokens=tokens,
+        cu_seqlens=np.array([0, length]),
+        mask=mask,
         rewards=nothing,
         advantages=nothing,
-        routing=_free_choice(policy, len(tokens) * copies) if config.rollout.routing_replay else None,
+        routing=_free_choice(policy, length) if config.rollout.routing_replay else None,
     )
     with at_temperature_one(policy):  # at which engines score a prompt
         logp = policy.logprobs(batch)[1:length]

@@ -92,12 +92,11 @@ class Replicated(Layout):
 
 
 @dataclass(frozen=True)
-class _Split(Layout):
-    """One tensor cut into equal parts along `dim`; `key` is the config.json key of that dimension."""
+class Row(Layout):
+    """One matrix, its input features (dimension 1) cut over ranks; `key` is the config.json key of their number."""
 
     shape: Shape
     key: str
-    dim: ClassVar[int]
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -105,33 +104,17 @@ class _Split(Layout):
 
     @property
     def units(self) -> dict[str, int]:
-        return {self.key: self.shape[self.dim]}
+        return {self.key: self.shape[1]}
 
     def local_shape(self, size: int) -> Shape:
-        cut = list(self.shape)
-        cut[self.dim] //= size
-        return tuple(cut)
+        return (self.shape[0], self.shape[1] // size)
 
     def read(self, sources: Sequence[Reader], rank: int, size: int) -> Tensor:
-        part = self.shape[self.dim] // size
-        return sources[0](rank * part, (rank + 1) * part, self.dim).contiguous()
+        part = self.shape[1] // size
+        return sources[0](rank * part, (rank + 1) * part, 1).contiguous()
 
     def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return (torch.cat(list(shards), self.dim),)
-
-
-@dataclass(frozen=True)
-class Column(_Split):
-    """Output features cut over ranks (dimension 0)."""
-
-    dim: ClassVar[int] = 0
-
-
-@dataclass(frozen=True)
-class Row(_Split):
-    """Input features cut over ranks (dimension 1)."""
-
-    dim: ClassVar[int] = 1
+        return (torch.cat(list(shards), 1),)
 
 
 @dataclass(frozen=True)

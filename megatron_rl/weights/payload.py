@@ -51,6 +51,12 @@ _SPECIAL = {
 }
 _FLAT_ENTRY = ("sglang.srt.weight_sync.tensor_bucket", "FlattenedTensorMetadata")
 
+# What reading bytes that are no pickle of ours may end in.
+_MALFORMED = (
+    *(ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, RuntimeError, OverflowError, MemoryError),
+    pickle.UnpicklingError,
+)
+
 
 class FlatEntry:
     """Stands for SGLang's FlattenedTensorMetadata: name, shape, dtype, start_idx, end_idx, in bytes."""
@@ -107,7 +113,7 @@ def unpack(payload: str) -> list[tuple[str, Tensor]]:
         if isinstance(content, dict):
             return _unflatten(content["flattened_tensor"], content["metadata"])
         return [_pair(entry) for entry in content]
-    except (ValueError, TypeError, KeyError, AttributeError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except _MALFORMED as error:
         raise EngineError(f"serialized_named_tensors hold no named tensors of this machine ({error})") from error
 
 

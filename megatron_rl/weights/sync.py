@@ -1,6 +1,5 @@
 """Weights from the trainer to the engines, over any transport, as one transaction per version."""
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -17,13 +16,10 @@ from megatron_rl.weights.transports.base import Transport, each
 
 @dataclass(frozen=True, slots=True)
 class PushReport:
-    """A committed version. nbytes: of its tensors. write_seconds: before engines were paused; update_seconds: since.
-    dropped: engine -> reason, for engines that could not resume."""
+    """A committed version. nbytes: of its tensors. dropped: engine -> reason, for engines that could not resume."""
 
     version: int
     nbytes: int
-    write_seconds: float
-    update_seconds: float
     dropped: dict[str, str]
 
 
@@ -136,19 +132,17 @@ class WeightSync:
         traits: Mapping[str, Traits],
         probe: Probe | None,
     ) -> PushReport:
-        started = time.monotonic()
         plain = self._transport.in_buckets and any(found.embedded or not foretold(found) for found in traits.values())
         tally = Tally(plain, {found.dtype for found in traits.values() if not found.embedded and foretold(found)})
         sent = _Counted(stream)
         self._transport.prepare(iter(sent), version, tally)
-        written = time.monotonic()
         update = Transaction(
             pool, self._transport, tally, version, self._committed, traits=traits, mode=self._mode, probe=probe
         )
         dropped = update.run()
         self._committed = Version(version, self._transport.commit(), tally, update.held)
         self._traits = {url: found for url, found in traits.items() if url not in dropped}
-        return PushReport(version, sent.nbytes, written - started, time.monotonic() - written, dropped)
+        return PushReport(version, sent.nbytes, dropped)
 
 
 class _Counted:

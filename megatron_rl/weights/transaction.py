@@ -18,6 +18,7 @@ from typing import NoReturn, Protocol
 
 from megatron_rl.errors import EngineError, MegatronRLError
 from megatron_rl.weights.families.base import DTYPES
+from megatron_rl.weights.quantised import is_scale
 from megatron_rl.weights.tally import Tally, first_difference
 from megatron_rl.weights.transports.base import Engines as Delivering
 from megatron_rl.weights.transports.base import Transport, each
@@ -210,10 +211,12 @@ class Transaction:
     def _find_stale(self, url: str) -> None:
         """EngineError where other bytes were sent than for the version before, and the engine holds what it held then.
 
-        Not asked of an engine that quantises: a small change may be lost in that.
+        Not asked of an engine that quantises what it is sent, for a small change may be lost in that; of one that is sent
+        codes it is.
         """
         before, now, old = self._old.held.get(url), self.held[url], self._old.tally
-        if before is None or old is None or self._traits[url].quantised:
+        quantises = self._traits[url].quantised and not any(map(is_scale, self._tally.digests))
+        if before is None or old is None or quantises:
             return
         same: dict[str, bool] = {}
         for key, digest in now.items():

@@ -17,11 +17,13 @@ from transformers import Qwen3ForCausalLM
 
 from megatron_rl.config import RolloutConfig
 from megatron_rl.errors import EngineError, UserError
+from megatron_rl.rollout import health, processes
 from megatron_rl.rollout.client import EnginePool, GenerationInterrupted, GenerationRequest, Sample, SamplingParams
 from megatron_rl.rollout.lifecycle import EmbeddedServers
 from megatron_rl.rollout.sampling import sample_groups
 from megatron_rl.types import Prompt
-from tests.contract.conftest import VOCAB, logp_of
+from tests.contract.conftest import VOCAB, logp_of, start_servers
+from tests.contract.proxy import Body, Proxy
 
 PROMPT = (5, 17, 250, 99, 3)
 
@@ -139,7 +141,7 @@ def test_a_server_killed_while_generating_costs_no_prompt(two: EmbeddedServers) 
 def test_a_server_that_hangs_is_dropped_at_the_time_out(url: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # the kernel accepts connections; nobody ever answers
         hanging = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        with EnginePool([hanging, url], timeout_s=2.0) as pool:
+        with EnginePool([hanging, url], timeout_s=5.0) as pool:
             assert [len(samples) for samples in pool.generate(requests(4, 10))] == [2] * 4
             assert pool.live_urls == (url,)
 
@@ -160,6 +162,19 @@ def test_stopping_ends_the_own_servers_and_no_other(model_dir: Path, tmp_path: P
 def test_a_server_that_cannot_start_is_an_error_with_its_log(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"(?s)ended with code 2.*no config\.json"):
         EmbeddedServers(tmp_path / "nothing", tmp_path / "logs").start()
+
+
+def test_a_port_that_another_engine_has_taken_meanwhile_is_left_to_it(
+    engine: str, url: str, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one is healthy, and would get our weights if it were taken for ours."""
+    free = processes.free_port
+    ports = [int(url.rpartition(":")[2])]
+    monkeypatch.setattr(processes, "free_port", lambda: ports.pop() if ports else free())
+    with start_servers(engine, model_dir, tmp_path) as servers, EnginePool(servers.urls) as pool:
+        assert not ports and servers.urls[0] != url
+        assert one(pool).finish_reason == "length"
+    assert processes._PORT_TAKEN.search((tmp_path / "server-0.log").read_text())
 
 
 def test_servers_die_with_the_process_that_started_them(engine: str, model_dir: Path, tmp_path: Path) -> None:
@@ -198,6 +213,48 @@ def test_control_calls_reach_the_server(pool: EnginePool, url: str, model: Qwen3
         pool.update_weights_from_disk(url, Path("nowhere"), 1)
     with pytest.raises(EngineError, match="not an engine of this pool"):
         pool.resume("http://127.0.0.1:9")
+
+
+def test_a_lost_server_that_answers_again_waits_for_its_weights(pool: EnginePool, url: str) -> None:
+    pool.drop(url, "it was restarted, say")
+    assert pool.revive() == (url,) and pool.live_urls == (url,) and "restarted, say" in pool.held[url]
+    pool.admit(url, 0)
+    assert one(pool).finish_reason == "length"
+
+
+def test_a_server_that_somebody_left_paused_goes_on(pool: EnginePool, url: str) -> None:
+    pool.pause(url, "abort")
+    with EnginePool([url]) as another:
+        another.wait_healthy(60)
+        assert one(another).finish_reason == "length"
+
+
+def test_a_server_that_is_slow_to_answer_is_not_taken_for_dead(
+    url: str, embedded_only: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One look may be missed; three in a row, or a connection that nobody takes, are the end."""
+    monkeypatch.setattr(health, "HEALTH_S", 1.0)
+    slow, looks = [2], []
+
+    def tamper(path: str, body: Body) -> Body:
+        if path == "/health":
+            looks.append(path)
+            if len(looks) <= slow[0]:
+                time.sleep(1.5)
+        return body
+
+    with Proxy(url) as proxy, EnginePool([proxy.url]) as pool:
+        proxy.tamper = tamper  # type: ignore[assignment]
+        pool.drop_dead()
+        assert len(looks) == 3 and pool.live_urls == (proxy.url,)
+        looks.clear()
+        slow[0] = 3
+        pool.drop_dead()
+        assert len(looks) == 3 and pool.live_urls == ()
+    with EnginePool(["http://127.0.0.1:9"]) as pool:
+        began = time.monotonic()
+        pool.drop_dead()
+        assert pool.live_urls == () and time.monotonic() - began < 1.0
 
 
 def test_a_dropped_server_gets_no_request(pool: EnginePool, url: str) -> None:

@@ -22,12 +22,16 @@ from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.hf import SINGLE, HFFolder
 from megatron_rl.weights.quantised import WireTensors, quantization_config
 from megatron_rl.weights.sync import WeightSync
+from megatron_rl.weights.transports.disk import DiskTransport
+from megatron_rl.weights.transports.distributed import DistributedTransport
+from megatron_rl.weights.transports.tensor import TensorTransport
 from tests.contract.conftest import logp_of
 from tests.contract.test_weight_sync import HookedPool, rewrite
-from tests.disk_sync import disk_sync
+from tests.models import make_qwen3
 
 PRECISION = PrecisionConfig(train="bf16", rollout="fp8_blockwise", rollout_activations="fp8")
 PROMPT = [5, 17, 250, 99, 3]
+BUCKET = 20_000  # bytes: a dozen buckets for the tiny model
 KEY, VALUE = (f"model.layers.1.self_attn.{part}_proj.weight_scale_inv" for part in "kv")
 Spoil = Callable[[dict[str, Tensor]], None]
 
@@ -38,27 +42,44 @@ def plan() -> PrecisionPlan:
 
 
 @pytest.fixture(scope="module")
-def server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of odd sizes: codes end where the scales behind them cannot begin, and tiles are cut off."""
+    return make_qwen3(tmp_path_factory.mktemp("model"), tied=False, layers=2, hidden_size=65, intermediate_size=131)
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Computes in fp32, so that a plain forward pass says the same to the last digits."""
     quantisation = Quantisation.of(PRECISION)
-    with EmbeddedServers(model_dir, tmp_path_factory.mktemp("logs"), threads=1, quantisation=quantisation) as servers:
+    with EmbeddedServers(model, tmp_path_factory.mktemp("logs"), threads=1, quantisation=quantisation) as servers:
         yield servers.urls[0]
 
 
 @pytest.fixture
-def pool(server: str, model_dir: Path) -> Iterator[HookedPool]:
+def pool(server: str, model: Path) -> Iterator[HookedPool]:
     with HookedPool([server], timeout_s=60) as pool:
-        pool.update_weights_from_disk(server, model_dir, 0)
+        pool.update_weights_from_disk(server, model, 0)
         pool.resume(server)
         yield pool
 
 
 @pytest.fixture
-def sync(pool: HookedPool, plan: PrecisionPlan, model_dir: Path, tmp_path: Path) -> Iterator[WeightSync]:
-    source = HFFolder(model_dir)
-    sync = disk_sync(pool, source, tmp_path / "staging", quantization=quantization_config(plan, source.tensors))
+def sync(
+    request: pytest.FixtureRequest, pool: HookedPool, plan: PrecisionPlan, model: Path, tmp_path: Path
+) -> Iterator[WeightSync]:
+    """Through a folder, unless the test asks for `every_transport`."""
+    source = HFFolder(model)
+    transports = {
+        "disk": DiskTransport(source, tmp_path / "staging", quantization=quantization_config(plan, source.tensors)),
+        "distributed": DistributedTransport(BUCKET, 60.0, torch.device("cpu")),
+        "tensor": TensorTransport(BUCKET),
+    }
+    sync = WeightSync(pool, source, transports[getattr(request, "param", "disk")])
     yield sync
     sync.close()
+
+
+every_transport = pytest.mark.parametrize("sync", ["disk", "distributed", "tensor"], indirect=True)
 
 
 def weights(source: Path, seed: int) -> Iterator[tuple[str, Tensor]]:
@@ -70,12 +91,12 @@ def weights(source: Path, seed: int) -> Iterator[tuple[str, Tensor]]:
         yield name, moved.bfloat16()
 
 
-def reference(model_dir: Path, seed: int, plan: PrecisionPlan, inputs: bool = True) -> Qwen3ForCausalLM:
+def reference(source: Path, seed: int, plan: PrecisionPlan, inputs: bool = True) -> Qwen3ForCausalLM:
     """A plain fp32 model on the fake-quantised weights of that seed; with `inputs`, those of the same linears too."""
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    served = dict(weights(model_dir, seed))
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    served = dict(weights(source, seed))
     if not seed:  # as loaded by the server itself: what is not quantised stays fp32
-        served |= {name: HFFolder(model_dir).read(name) for name in served if not plan.quantised(name)}
+        served |= {name: HFFolder(source).read(name) for name in served if not plan.quantised(name)}
     values = {name: fake_quantize(t, plan.wire, torch.float32) if plan.quantised(name) else t for name, t in served.items()}
     model.load_state_dict(values)
     for name, module in model.named_modules():
@@ -95,27 +116,31 @@ def answer(url: str, tokens: int = 60) -> tuple[list[int], Tensor]:
     return found["output_ids"], torch.tensor([pair[0] for pair in found["meta_info"]["output_token_logprobs"]])
 
 
-@pytest.mark.parametrize("seed", [0, 1], ids=["quantised at load", "sent as codes"])
-def test_logprobs_are_those_of_fake_quantised_weights_and_inputs(
-    pool: HookedPool, sync: WeightSync, plan: PrecisionPlan, model_dir: Path, server: str, seed: int
-) -> None:
+def assert_fake_quantised(server: str, model: Path, seed: int, plan: PrecisionPlan) -> None:
     """A code of an input may flip where two sums differ in their last bit: the mean is compared, not every token."""
-    if seed:
-        sync.push(WireTensors(weights(model_dir, seed), plan), 1)
     output, found = answer(server)
-    error = (found - logp_of(reference(model_dir, seed, plan), PROMPT, output)).abs()
-    weights_alone = (found - logp_of(reference(model_dir, seed, plan, inputs=False), PROMPT, output)).abs()
+    error = (found - logp_of(reference(model, seed, plan), PROMPT, output)).abs()
+    weights_alone = (found - logp_of(reference(model, seed, plan, inputs=False), PROMPT, output)).abs()
     assert error.median() < 1e-4
     assert error.mean() < 0.1 * weights_alone.mean()
 
 
-def test_a_push_is_confirmed_by_the_digests_of_codes_and_scales(
-    pool: HookedPool, sync: WeightSync, plan: PrecisionPlan, model_dir: Path, server: str
+def test_logprobs_are_those_of_fake_quantised_weights_and_inputs(
+    pool: HookedPool, plan: PrecisionPlan, model: Path, server: str
 ) -> None:
-    report = sync.push(WireTensors(weights(model_dir, 1), plan), 1)
-    sent = dict(WireTensors(weights(model_dir, 1), plan))
-    assert report.nbytes == sum(tensor.nbytes for tensor in sent.values())
+    assert_fake_quantised(server, model, 0, plan)
+
+
+@every_transport
+def test_codes_and_scales_are_confirmed_by_their_digests_and_served(
+    pool: HookedPool, sync: WeightSync, plan: PrecisionPlan, model: Path, server: str
+) -> None:
+    sent = dict(WireTensors(weights(model, 1), plan))
+    assert {tensor.element_size() for tensor in sent.values()} == {1, 2, 4} and any(t.nbytes % 4 for t in sent.values())
+    report = sync.push(WireTensors(weights(model, 1), plan), 1)
+    assert report.nbytes == sum(tensor.nbytes for tensor in sent.values()) > 8 * BUCKET
     assert pool.checksums(server) == {name: tensor_digest(tensor) for name, tensor in sent.items()}
+    assert_fake_quantised(server, model, 1, plan)
 
 
 def flipped_bit(tensors: dict[str, Tensor]) -> None:
@@ -148,13 +173,13 @@ def test_spoiled_scales_are_refused_and_the_old_weights_serve_on(
     pool: HookedPool,
     sync: WeightSync,
     plan: PrecisionPlan,
-    model_dir: Path,
+    model: Path,
     server: str,
     spoil: Spoil,
     manifest: bool,
     words: str,
 ) -> None:
-    sync.push(WireTensors(weights(model_dir, 1), plan), 1)
+    sync.push(WireTensors(weights(model, 1), plan), 1)
     before, held = answer(server), pool.checksums(server)
 
     def hook(_: str, folder: Path, version: int) -> int:
@@ -164,14 +189,14 @@ def test_spoiled_scales_are_refused_and_the_old_weights_serve_on(
 
     pool.hook = hook
     with pytest.raises(EngineError, match=words):
-        sync.push(WireTensors(weights(model_dir, 2), plan), 2)
+        sync.push(WireTensors(weights(model, 2), plan), 2)
     after = answer(server)
     assert after[0] == before[0] and torch.equal(after[1], before[1])
     assert pool.checksums(server) == held and pool.weight_version(server) == "1"
 
 
 def test_codes_without_a_word_in_config_json_are_refused(
-    pool: HookedPool, sync: WeightSync, plan: PrecisionPlan, model_dir: Path
+    pool: HookedPool, sync: WeightSync, plan: PrecisionPlan, model: Path
 ) -> None:
     def hook(_: str, folder: Path, version: int) -> int:
         config = json.loads((folder / "config.json").read_text())
@@ -181,14 +206,14 @@ def test_codes_without_a_word_in_config_json_are_refused(
 
     pool.hook = hook
     with pytest.raises(EngineError, match=r"is a scale, but config\.json has no quantization_config"):
-        sync.push(WireTensors(weights(model_dir, 1), plan), 1)
+        sync.push(WireTensors(weights(model, 1), plan), 1)
 
 
 def test_a_weight_that_is_not_finite_reaches_no_engine(
-    pool: HookedPool, sync: WeightSync, plan: PrecisionPlan, model_dir: Path, server: str
+    pool: HookedPool, sync: WeightSync, plan: PrecisionPlan, model: Path, server: str
 ) -> None:
     def spoiled() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in weights(model_dir, 1):
+        for name, tensor in weights(model, 1):
             if name == "model.layers.1.mlp.up_proj.weight":
                 tensor[0, 0] = float("inf")
             yield name, tensor

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from megatron_rl.errors import CheckpointError, EngineError
 from megatron_rl.rollout.client import EnginePool, GenerationRequest, SamplingParams
@@ -33,7 +34,7 @@ from megatron_rl.weights.transports.base import Transport
 from megatron_rl.weights.transports.disk import DiskTransport
 from megatron_rl.weights.transports.distributed import DistributedTransport
 from megatron_rl.weights.transports.tensor import TensorTransport
-from tests.contract.conftest import start_servers
+from tests.contract.conftest import VOCAB, logp_of, start_servers
 from tests.contract.proxy import Answer, Body, Proxy
 
 BUCKET = 60_000  # bytes: several buckets even for the tiny model
@@ -77,6 +78,14 @@ def make_transport(kind: str, folder: Path, source: HFFolder) -> Transport:
     return DistributedTransport(BUCKET, TIMEOUT_S, torch.device("cpu")) if kind == "distributed" else TensorTransport(BUCKET)
 
 
+def moved(source: HFFolder, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """The source's weights, with noise of that seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for name in source.tensors:
+        stored = source.read(name)
+        yield name, stored + 0.05 * torch.randn(stored.shape, generator=generator)
+
+
 class World:
     """A pool, its sync over one transport, and the weights that were committed last."""
 
@@ -99,10 +108,7 @@ class World:
         self.before = self.answer(self.good)
 
     def weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
-        generator = torch.Generator().manual_seed(seed)
-        for name in self.source.tensors:
-            stored = self.source.read(name)
-            yield name, stored + 0.05 * torch.randn(stored.shape, generator=generator)
+        return moved(self.source, seed)
 
     def answer(self, url: str | None = None) -> list[tuple[float, ...]]:
         """Log-probabilities of greedy requests: to one engine, or to whichever the pool routes them to."""
@@ -186,20 +192,48 @@ def test_a_dropped_bucket_is_noticed_by_its_tensors(world: Callable[..., World])
     made.recovers()
 
 
-def test_where_digests_cannot_be_foretold_tensors_that_stayed_as_they_were_are_noticed(
-    pool: EnginePool, proxy: Proxy, model_dir: Path, sglang_only: None
-) -> None:
+@pytest.fixture
+def opaque(pool: EnginePool, sglang_only: None, monkeypatch: pytest.MonkeyPatch) -> EnginePool:
+    """Its SGLang server says that it is on a GPU, so that nobody can foretell its digests."""
     told = pool.traits
 
     def as_on_a_gpu(url: str) -> Traits:
         traits = told(url)
         return traits if traits.embedded else replace(traits, device="cuda")
 
-    pool.traits = as_on_a_gpu  # type: ignore[method-assign]
+    monkeypatch.setattr(pool, "traits", as_on_a_gpu)
+    return pool
+
+
+def test_where_digests_cannot_be_foretold_tensors_that_stayed_as_they_were_are_noticed(
+    opaque: EnginePool, proxy: Proxy, model_dir: Path
+) -> None:
     passes_everything = Probe((5, 6, 7), (0.0, 0.0), math.inf)
-    made = World(pool, proxy, model_dir, TensorTransport(BUCKET), 3, lambda: passes_everything)
+    made = World(opaque, proxy, model_dir, TensorTransport(BUCKET), 3, lambda: passes_everything)
     made.proxy.tamper = second_bucket_dropped()
     made.fails(made.bad, "(bucket 1) was sent anew, and the engine holds what it held of version 3")
+    made.recovers()
+    made.sync.close()
+
+
+def scored_plainly(model_dir: Path, seed: int) -> Probe:
+    """A text as transformers scores it with the weights of that seed, of which an engine in fp32 is at most 1e-3 off."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    model.load_state_dict(dict(moved(HFFolder(model_dir), seed)))
+    text = torch.randint(2, VOCAB, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    return Probe(tuple(text), tuple(logp_of(model, text[:1], text[1:]).tolist()), 1e-3)
+
+
+def test_where_digests_cannot_be_foretold_an_engine_is_known_by_the_log_probabilities_of_the_trainer(
+    opaque: EnginePool, proxy: Proxy, model_dir: Path
+) -> None:
+    """Versions 3 and 10 are the trainer's own; when it pushes version 9, the engine's weights are not those of its probe."""
+    seeds = iter([3, 4, 10])
+    made = World(opaque, proxy, model_dir, TensorTransport(BUCKET), 3, lambda: scored_plainly(model_dir, next(seeds)))
+    assert not opaque.held
+    torch.testing.assert_close(torch.tensor(made.answer(made.bad)), torch.tensor(made.before), atol=1e-4, rtol=0)
+    message = made.fails(f"{made.bad}, weight version 9: the log-probabilities of the probe are off by", "0.001 is allowed")
+    assert f"{made.good}, weight version 9" not in message and opaque.held.keys() == {made.bad}
     made.recovers()
     made.sync.close()
 
@@ -320,13 +354,17 @@ def test_an_engine_whose_update_was_never_begun_refuses_the_bucket(world: Callab
 
 @contextmanager
 def struck_inside_an_update(
-    engine: str, kind: str, fate: signal.Signals, good: str, model_dir: Path, folder: Path
+    engine: str, kind: str, fate: signal.Signals, timeout_s: float, good: str, model_dir: Path, folder: Path
 ) -> Iterator[tuple[World, psutil.Process]]:
-    """Two engines, the second of which got `fate` for bucket 1 of a push; the push failed and dropped it."""
-    with start_servers(engine, model_dir, folder) as servers, EnginePool([good, servers.urls[0]], 4.0) as pool:
+    """Two engines, the second of which got `fate` for bucket 1 of a push; the push failed and dropped it.
+
+    timeout_s: of every call. One that hangs is waited for as long; one that is gone is noticed without.
+    """
+    with start_servers(engine, model_dir, folder) as servers, EnginePool([good, servers.urls[0]], timeout_s) as pool:
         first = psutil.Process(servers.pids[0])
         struck = first.children()[0] if engine == "sglang" else first  # a guard leads SGLang's processes
-        transport = DistributedTransport(BUCKET, 4.0, torch.device("cpu")) if kind == "distributed" else TensorTransport(BUCKET)
+        distributing = kind == "distributed"
+        transport = DistributedTransport(BUCKET, timeout_s, torch.device("cpu")) if distributing else TensorTransport(BUCKET)
         made = World.__new__(World)
         made.pool, made.source, made.transport, made.committed = pool, HFFolder(model_dir), transport, 3
         made.good, made.bad = pool.live_urls
@@ -354,7 +392,7 @@ def struck_inside_an_update(
 def test_an_engine_that_is_killed_between_begin_and_end_is_dropped(
     honest: EmbeddedServers, engine: str, model_dir: Path, tmp_path: Path, kind: str
 ) -> None:
-    with struck_inside_an_update(engine, kind, signal.SIGKILL, honest.urls[0], model_dir, tmp_path) as (made, _):
+    with struck_inside_an_update(engine, kind, signal.SIGKILL, 30.0, honest.urls[0], model_dir, tmp_path) as (made, _):
         made.sync.push(made.weights(10), 10)
         assert made.pool.weight_version(made.good) == "10"
 
@@ -364,7 +402,8 @@ def test_an_engine_that_hangs_between_begin_and_end_is_dropped_and_comes_back(
     honest: EmbeddedServers, embedded_only: None, model_dir: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distributed, "JOIN_S", 10.0)  # it holds our broadcast up, which is waited for as long
-    with struck_inside_an_update("embedded", kind, signal.SIGSTOP, honest.urls[0], model_dir, tmp_path) as (made, stopped):
+    strike = struck_inside_an_update("embedded", kind, signal.SIGSTOP, 10.0, honest.urls[0], model_dir, tmp_path)
+    with strike as (made, stopped):
         made.sync.push(made.weights(10), 10)
         stopped.send_signal(signal.SIGCONT)
         assert made.pool.revive() == (made.bad,) and made.pool.held.keys() == {made.bad}

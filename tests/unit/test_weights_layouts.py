@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rl.errors import ConfigError
-from megatron_rl.weights.layouts import QKV, Column, GateUp, Layout, Replicated, Row, VocabRows, check_divides, padded_vocab
+from megatron_rl.weights.layouts import QKV, GateUp, Layout, Replicated, Row, VocabRows, check_divides, padded_vocab
 
 SIZES = st.sampled_from([1, 2, 4, 8])
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
@@ -38,11 +38,10 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 @st.composite
 def layouts(draw: st.DrawFn) -> tuple[Layout, int]:
     size, a, b, c = draw(SIZES), draw(SMALL), draw(SMALL), draw(SMALL)
-    kind = draw(st.sampled_from(["replicated", "column", "row", "vocab", "qkv", "qkv_bias", "gate_up"]))
+    kind = draw(st.sampled_from(["replicated", "row", "vocab", "qkv", "qkv_bias", "gate_up"]))
     groups = size * a
     return {
         "replicated": Replicated((a * b,)),
-        "column": Column((size * a, b), "rows"),
         "row": Row((a, size * b), "columns"),
         "vocab": VocabRows(draw(st.integers(1, 40)), b),
         "qkv": QKV(groups * b, groups, 2 * c, (a + c,)),
@@ -108,7 +107,6 @@ def test_a_vocabulary_is_padded_with_zero_rows_that_are_never_merged() -> None:
         (QKV(12, 6, 8, (4,)), 4, "num_key_value_heads = 6", 3),
         (GateUp(96, 8), 5, "intermediate_size = 96", 4),
         (Row((8, 6), "width"), 4, "width = 6", 3),
-        (Column((6, 8), "height"), 5, "height = 6", 6),
     ],
 )
 def test_a_size_that_does_not_divide_is_refused_naming_the_key_and_the_nearest_that_works(
