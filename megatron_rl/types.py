@@ -87,7 +87,8 @@ class Batch:
     ids, groups [B] int64. logold, logref: as logmu. topk_ids [N, K] int32 and topk_logmu [N, K] float32: the behaviour
     policy's K likeliest tokens in place of each token, or None; 0 where mask is 0. token_advantages [N] float32: take the
     place of advantages in the loss; 0 where mask is 0. versions [N] int32: weight version that sampled the token, -1 where
-    mask is 0, or None. routing [N, L, K] int32: experts the engine chose with this token as input; -1 where it chose none.
+    mask is 0, or None. staleness [N] float32: versions between that one and the one the step trains from, 0 where mask is 0,
+    or None. routing [N, L, K] int32: experts the engine chose with this token as input; -1 where it chose none.
     """
 
     ids: np.ndarray
@@ -105,6 +106,7 @@ class Batch:
     topk_logmu: np.ndarray | None = None
     token_advantages: np.ndarray | None = None
     versions: np.ndarray | None = None
+    staleness: np.ndarray | None = None
     routing: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -156,5 +158,6 @@ class Batch:
             topk_logmu=per_token(self.topk_logmu),
             token_advantages=per_token(self.token_advantages),
             versions=per_token(self.versions),
+            staleness=per_token(self.staleness),
             routing=per_token(self.routing),
         )

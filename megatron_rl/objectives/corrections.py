@@ -4,7 +4,8 @@ With rho = pi_old / mu, the trainer's policy before the update over the engine's
 
     loss = weight x mask x loss of the method
 
-Masked tokens keep counting in the norm, whose counts are fixed before the forward pass.
+The last one looks at the age of a token instead. Masked tokens keep counting in the norm, whose counts are fixed before
+the forward pass.
 """
 
 from abc import ABC, abstractmethod
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.objectives.inputs import LossInputs
-from megatron_rl.objectives.options import checked, choice, flag, positive, suggest
+from megatron_rl.objectives.options import checked, choice, flag, nonnegative, positive, suggest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,11 @@ class Correction(ABC):
     def weighs(self) -> bool:
         """True when the loss is multiplied by rho, which only a ratio without mu in it can bear."""
         return False
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Tensors of LossInputs besides the numerator."""
+        return frozenset({"logmu"})
 
     @property
     def prefix(self) -> str:
@@ -144,7 +150,28 @@ class GeoMask(Correction):
         return None, mask, {"geo_mask/masked": 1 - mask}
 
 
-CORRECTIONS: dict[str, type[Correction]] = {kind.name: kind for kind in (TIS, MIS, IcePop, GeoMask)}
+@dataclass(frozen=True, kw_only=True)
+class StaleMask(Correction):
+    """Drop tokens that weights sampled which are more than so many versions behind those the step trains from. No weight.
+
+    A bound for the objective alone, below the one that sampling keeps (rollout.max_staleness).
+    """
+
+    max_staleness: float = nonnegative(0.0, "versions; older tokens are dropped")
+
+    name: ClassVar = "stale_mask"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"staleness"})
+
+    def apply(self, x: LossInputs, numerator: str) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
+        assert x.staleness is not None
+        mask = (x.staleness <= self.max_staleness).to(x.staleness.dtype)
+        return None, mask, {"stale_mask/masked": 1 - mask}
+
+
+CORRECTIONS: dict[str, type[Correction]] = {kind.name: kind for kind in (TIS, MIS, IcePop, GeoMask, StaleMask)}
 
 
 def make_corrections(specs: Any) -> tuple[Correction, ...]:

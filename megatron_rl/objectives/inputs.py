@@ -15,7 +15,7 @@ LOG_RATIO_LIMIT = 20.0  # exp(20) is far outside any trust region, and its squar
 NormMode = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
 Level = Literal["token", "sequence", "geometric", "cumulative"]
 
-OPTIONAL = ("logmu", "logold", "logref", "rewards", "entropy", "topk")
+OPTIONAL = ("logmu", "logold", "logref", "rewards", "entropy", "topk", "staleness")
 
 _PER_TOKEN = ("logp", "logmu", "logold", "logref", "entropy")
 
@@ -65,6 +65,7 @@ class LossInputs:
     advantages [B], or [B, T] (always [1, T] when packed). mask [B, T]: 1 on trained response tokens; whatever the other
         tensors hold where it is 0 (inf and nan included) has no influence.
     rewards [B] or [B, T]; entropy [B, T], differentiable; topk: logp and logmu of the engine's top-K tokens, [B, T, K] each.
+    staleness [B, T]: weight versions between the one that sampled the token and the one the step trains from.
     seq_ids [1, T] integer: which sequence a packed token belongs to; any ids, -1 on padding.
     norm: overrides the objective's own norm; carries the global counts.
     """
@@ -80,6 +81,7 @@ class LossInputs:
     seq_ids: Tensor | None = None
     entropy: Tensor | None = None
     topk: tuple[Tensor, Tensor] | None = None
+    staleness: Tensor | None = None
     norm: LossNorm | None = None
 
     def log_ratio(self, denominator: str = "logmu", level: Level = "token", numerator: str = "logp") -> Tensor:
@@ -136,7 +138,7 @@ class LossInputs:
         if self.logp.ndim != 2:
             raise UserError(f"logp has shape {list(self.logp.shape)}; it must be [B, T]")
         shape = self.logp.shape
-        for name in (*_PER_TOKEN, "mask", "seq_ids"):
+        for name in (*_PER_TOKEN, "staleness", "mask", "seq_ids"):
             tensor = getattr(self, name)
             if tensor is not None and tensor.shape != shape:
                 raise UserError(f"{name} has shape {list(tensor.shape)}, logp has {list(shape)}: they must agree")
@@ -193,7 +195,7 @@ class LossInputs:
         keep = self.mask.bool()
         if self.seq_ids is not None and bool(torch.count_nonzero(keep & (self.seq_ids < 0))):
             raise UserError("mask is 1 on padding: seq_ids is negative there")
-        for name in (*_PER_TOKEN, "advantages", "rewards"):
+        for name in (*_PER_TOKEN, "staleness", "advantages", "rewards"):
             tensor = getattr(self, name)
             if tensor is not None:
                 _check_finite(name, tensor, keep)
@@ -230,6 +232,7 @@ class LossInputs:
             rewards=constant(self.rewards),
             entropy=None if self.entropy is None else clean(self.entropy),
             topk=None if self.topk is None else (clean(self.topk[0].detach()), clean(self.topk[1].detach())),
+            staleness=constant(self.staleness),
         )
 
     def token_weights(self, norm: LossNorm) -> Tensor:

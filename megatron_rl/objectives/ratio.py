@@ -61,7 +61,8 @@ class RatioObjective(Objective):
 
     @property
     def needs(self) -> frozenset[str]:
-        return super().needs | {self.below} | ({"logmu"} if self.corrections or self.always_over_mu else set())
+        own = {self.below, "logmu"} if self.always_over_mu else {self.below}
+        return super().needs.union(own, *(correction.needs for correction in self.corrections))
 
     @abstractmethod
     def surrogate(self, x: LossInputs) -> TokenLoss:

@@ -323,6 +323,7 @@ class Policy:
             seq_ids=micro.seq_ids[None],
             entropy=torch.where(finite, entropy, 0.0)[None],
             topk=topk,
+            staleness=None if micro.staleness is None else micro.staleness[None],
             norm=norm,
         )
         out = objective(inputs)

@@ -26,7 +26,7 @@ class Microbatch:
     tokens, labels, positions int64; seq_ids int64, the row of the trajectory in its batch, -1 on padding; ids int64, the
     id of the trajectory in the run, -1 on padding;
     source int64, the flat index in the batch of the label, -1 where nothing is predicted; mask, advantages,
-    rewards, logmu, logold, logref, topk_logmu float32, topk_ids int64 (the last five None when the batch has none).
+    rewards, logmu, logold, logref, staleness, topk_logmu float32, topk_ids int64 (the last six None when the batch has none).
     advantages: the batch's token_advantages where it has them, else those of the trajectory on each of its tokens;
     rewards likewise of the trajectory. routing: experts of the token at its own position, -1 where none are given and on
     padding; None when the batch has none. cu_seqlens: host list, multiples of the alignment.
@@ -45,6 +45,7 @@ class Microbatch:
     logmu: torch.Tensor | None = None
     logold: torch.Tensor | None = None
     logref: torch.Tensor | None = None
+    staleness: torch.Tensor | None = None
     topk_ids: torch.Tensor | None = None
     topk_logmu: torch.Tensor | None = None
     routing: torch.Tensor | None = None
@@ -149,6 +150,7 @@ def _stream(batch: Batch, rows: list[int], padded: np.ndarray, budget: int, alig
         logmu=if_any(batch.logmu),
         logold=if_any(batch.logold),
         logref=if_any(batch.logref),
+        staleness=if_any(batch.staleness),
         topk_ids=if_any(batch.topk_ids, np.int64),
         topk_logmu=if_any(batch.topk_logmu),
         routing=None if routing is None else torch.from_numpy(routing),

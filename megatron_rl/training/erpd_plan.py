@@ -18,7 +18,11 @@ NAME = "erpd"
 STUDENT = "erpd_distill"
 _KEEP = (10, 20, 30)
 _DENOMINATORS = ("old", "unlearned@k", "student@j", "moving")
-_ENGINE = {"logmu": "its log-probabilities are never mixed in", "topk": "an engine's top-K is not part of the fixed batch"}
+_ENGINE = {
+    "logmu": "its log-probabilities are never mixed in",
+    "topk": "an engine's top-K is not part of the fixed batch",
+    "staleness": "the batch is sampled by the very policy it starts from",
+}
 
 
 class _Part(BaseModel):

@@ -47,6 +47,8 @@ def learn(run: Run, batch: Batch, watch: Stopwatch) -> Updates:
     """Make the step's updates. Collective."""
     with watch("update"):
         batch = with_columns(run.policy, batch, run.objective.needs)
+        if "staleness" in run.objective.needs:
+            batch = with_staleness(batch, run.state.version)
         parts = split_updates(batch, run.config.optimizer.updates_per_step)
         clean = probe(run.policy, parts[0]) if run.config.alp.enabled else None
         stats = [run.policy.update(part, run.objective, run.norm) for part in parts]
@@ -64,6 +66,12 @@ def with_columns(policy: Policy, batch: Batch, needs: frozenset[str]) -> Batch:
     if "logref" in needs and batch.logref is None:
         batch = replace(batch, logref=policy.reference_logprobs(batch))
     return batch
+
+
+def with_staleness(batch: Batch, version: int) -> Batch:
+    """The batch with the age of every token; version: of the weights the step trains from."""
+    assert batch.versions is not None  # engines tell them, always
+    return replace(batch, staleness=np.where(batch.mask > 0, version - batch.versions, 0).astype(np.float32))
 
 
 def epoch_part(batch: Batch, parts: int, update: int, seed: tuple[int, ...]) -> Batch:

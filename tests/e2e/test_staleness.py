@@ -106,11 +106,14 @@ def test_requests_that_run_through_a_weight_update_go_on_and_their_tokens_know_t
         "rollout.max_new_tokens=40",
         "optimizer.updates_per_step=1",
         "rollout.timeout_s=300",
+        "objective.corrections=[{name: stale_mask}]",
     ]
     result = cli("train", small_run, *fixed)
     assert result.code == 0, result.all
     found = records(run_folder)
     assert all(r["staleness/max"] <= 1 for r in found) and any(0 < r["staleness/mean"] < 1 for r in found)
+    masked = [r["stale_mask/masked"] for r in found]
+    assert masked == pytest.approx([r["staleness/mean"] for r in found]), "the objective knows the age of every token"
     counts = {name: sum(r[f"rollout/{name}"] for r in found) for name in ("resumed", "retractions")}
     assert (counts["resumed"] > 0, counts["retractions"] > 0) == (mode == "abort", mode == "retract"), counts
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_rl.objectives import LossInputs, Objective, make_objective
 
 MODES = ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
-TENSORS = ["logp", "logmu", "logold", "logref", "entropy"]  # [B, T] each
+TENSORS = ["logp", "logmu", "logold", "logref", "entropy", "staleness"]  # [B, T] each
 HORIZON = 9  # fixed response length, given wherever tensors are packed or split
 
 
@@ -31,7 +31,11 @@ def _spec(id: str, **options: Any) -> Spec:
     return Spec(id, {"name": id, **options})
 
 
-_MASKS = [{"name": "mis", "weight": False, "level": "sequence"}, {"name": "geo_mask", "low": 0.7, "high": 1.4}]
+_MASKS = [
+    {"name": "mis", "weight": False, "level": "sequence"},
+    {"name": "geo_mask", "low": 0.7, "high": 1.4},
+    {"name": "stale_mask", "max_staleness": 1},
+]
 _WEIGHTS = [{"name": "tis", "level": "sequence"}, {"name": "icepop", "low": 0.6, "high": 1.8}]
 
 RATIO_SPECS = [
@@ -93,6 +97,7 @@ def batch(seed: int, lengths: list[int], top_k: int = 3, vocabulary: int = 6) ->
         logold=(logp + 0.5 * normal()).clamp(max=-1e-3),
         logref=(logp + 0.5 * normal()).clamp(max=-1e-3),
         entropy=normal().abs(),
+        staleness=torch.randint(3, shape, generator=g).double(),
         advantages=torch.randn(len(lengths), generator=g, dtype=torch.float64),
         rewards=torch.randint(2, (len(lengths),), generator=g).double(),
         topk=((logits_V + 0.5 * normal(vocabulary)).log_softmax(-1).gather(-1, ids_K), logmu_K),

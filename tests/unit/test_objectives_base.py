@@ -124,6 +124,7 @@ def test_the_loss_stays_finite_however_far_the_policies_are_apart(spec, sign, ad
     pi, others = (near, far) if sign > 0 else (far, near)
     topk = tuple(t[..., None] for t in (pi, others))
     x = LossInputs(pi, others, torch.tensor([advantage]), torch.ones(1, 2), others, others, torch.ones(1), topk=topk)
+    x = replace(x, staleness=torch.zeros(1, 2))
     loss, grad = gradient(spec.make(kl_coef=0.1), x)
     assert torch.tensor(loss).isfinite()
     assert grad.isfinite().all()

@@ -16,6 +16,7 @@ from tests.unit.objective_specs import batch, f64, gradient
 # 1.1447 and 1.5492.
 RHO = [[0.5, 3.0, 1.0], [6.0, 0.4, 1.0]]
 MASK = [[1, 1, 1], [1, 1, 0]]
+STALENESS = [[0, 1, 2], [2, 0, 5]]
 PPO = {"name": "ppo", "denominator": "trainer_old"}
 
 
@@ -23,7 +24,7 @@ def inputs() -> LossInputs:
     logmu = f64([[-4.0] * 3] * 2)
     logold = logmu + f64(RHO).log()
     logp = logold + f64([[0.1, -0.1, 0.05], [0.02, -0.3, 0.2]])
-    return LossInputs(logp, logmu, f64([1, -1]), f64(MASK), logold=logold)
+    return LossInputs(logp, logmu, f64([1, -1]), f64(MASK), logold=logold, staleness=f64(STALENESS))
 
 
 def factor(*corrections, **keys) -> torch.Tensor:
@@ -48,6 +49,8 @@ CASES = {
     "icepop": ({"name": "icepop"}, [[0.5, 3, 1], [0, 0, 0]]),
     "icepop-mask": ({"name": "icepop", "weight": False, "low": 0.45, "high": 2.0}, [[1, 0, 1], [0, 0, 0]]),
     "geo_mask": ({"name": "geo_mask", "low": 0.9, "high": 1.2}, [[1] * 3, [0, 0, 0]]),
+    "stale_mask": ({"name": "stale_mask"}, [[1, 0, 0], [0, 1, 0]]),
+    "stale_mask-1": ({"name": "stale_mask", "max_staleness": 1}, [[1, 1, 0], [0, 1, 0]]),
     "geo_mask-low": ({"name": "geo_mask", "low": 1.2, "high": 1.6}, [[0] * 3, [1, 1, 0]]),
 }
 
@@ -83,9 +86,11 @@ def test_metrics_report_weights_and_shares_of_what_was_truncated_or_masked():
         {"name": "mis"},
         {"name": "icepop", "low": 0.45},
         {"name": "geo_mask", "low": 0.9, "high": 1.2},
+        {"name": "stale_mask"},
     ]
     metrics = make_objective({**PPO, "corrections": corrections})(inputs()).metrics
     expected = {"tis/weight": 5.9 / 5, "tis/truncated": 0.4, "mis/masked": 0.4, "icepop/masked": 0.4, "geo_mask/masked": 0.4}
+    expected["stale_mask/masked"] = 0.6
     assert {name: metrics[name].item() for name in expected} == pytest.approx(expected)
 
 
@@ -108,6 +113,13 @@ def test_a_correction_that_weighs_brings_in_the_trainers_old_policy_and_needs_bo
     assert objective.needs == {"logold", "logmu"}
     with pytest.raises(UserError, match="logmu"):
         objective(replace(inputs(), logmu=None))
+
+
+def test_the_age_of_tokens_is_asked_for_by_the_mask_that_looks_at_it_and_nothing_else_of_the_engine():
+    objective = make_objective({**PPO, "corrections": [{"name": "stale_mask"}]})
+    assert objective.needs == {"logold", "staleness"}
+    with pytest.raises(UserError, match="staleness"):
+        objective(replace(inputs(), staleness=None))
 
 
 def test_masks_compare_old_policy_and_engine_in_methods_always_weighted_by_the_engine():
@@ -142,6 +154,7 @@ def test_a_correction_that_weighs_is_refused_with_the_engine_below(correction):
         ([{"name": "mis", "weight": 1}], "'weight' is 1; it must be true or false"),
         ([{"name": "geo_mask"}], "needs both 'low' and 'high'"),
         ([{"name": "geo_mask", "low": 0.9}], "needs both 'low' and 'high'"),
+        ([{"name": "stale_mask", "max_staleness": -1}], "'max_staleness' is -1"),
         ([{"name": "geo_mask", "low": 1.1, "high": 0.9}], "low must be the smaller"),
         ([{"name": "icepop", "low": 5.0}], "low must be the smaller"),
         (["tis"], r"corrections\[0\] is 'tis'"),

@@ -44,6 +44,7 @@ def batch_of(lengths: list[int], seed: int = 0, *, columns: bool = True) -> Batc
         logmu=column(),
         logold=column(),
         logref=column(),
+        staleness=column(),
         topk_ids=rng.permutation(3 * total).reshape(total, 3).astype(np.int32) if columns else None,
         topk_logmu=distinct(total, 3) * mask[:, None] if columns else None,
         routing=rng.permutation(6 * total).reshape(total, 3, 2).astype(np.int32) if columns else None,
@@ -57,7 +58,7 @@ aligned = st.sampled_from([1, 2, 4, 8])
 @given(batches, aligned, st.integers(1, 4))
 def test_every_trained_token_is_a_label_exactly_once_with_its_own_columns(batch, align, multiple):
     micros = pack(batch, budget=BUDGET, align=align, multiple=multiple)
-    for name in ("mask", "logmu", "logold", "logref", "topk_ids", "topk_logmu"):
+    for name in ("mask", "logmu", "logold", "logref", "staleness", "topk_ids", "topk_logmu"):
         column = getattr(batch, name)
         found = np.zeros_like(column)
         for micro in micros:
@@ -106,7 +107,7 @@ def test_padding_belongs_to_no_trajectory_and_trains_nothing(batch, align, multi
     for micro in pack(batch, budget=BUDGET, align=align, multiple=multiple):
         padding = micro.seq_ids == -1
         assert torch.equal(micro.source[padding], torch.full_like(micro.source[padding], -1))
-        names = ("mask", "advantages", "rewards", "logmu", "logold", "logref", "tokens", "labels", "topk_ids", "topk_logmu")
+        names = ("mask", "advantages", "rewards", "logmu", "logold", "logref", "staleness", "tokens", "labels", "topk_ids")
         for name in names:
             assert not getattr(micro, name)[padding].any()
 
@@ -149,7 +150,8 @@ def test_packing_wastes_less_than_half_of_all_streams_but_one(batch):
 
 def test_columns_a_batch_does_not_have_are_not_made_up():
     (micro,) = pack(batch_of([3, 4], columns=False), budget=BUDGET, align=1, multiple=1)
-    assert (micro.logmu, micro.logold, micro.logref, micro.topk_ids, micro.topk_logmu) == (None,) * 5
+    names = ("logmu", "logold", "logref", "staleness", "topk_ids", "topk_logmu")
+    assert [getattr(micro, name) for name in names] == [None] * 6
     assert shard(micro, cp_size=1, cp_rank=0, device=CPU, max_length=BUDGET + 1).topk_labels is None
 
 
