@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.errors import EngineError, UserError
-from megatron_rl.rollout.buffer import GroupBuffer
+from megatron_rl.rollout.buffer import GroupBuffer, _payloads
 from megatron_rl.rollout.client import GenerationRequest, Sample
 from megatron_rl.rollout.sampler import Bounds, Sampler, Source
 from megatron_rl.rollout.sampling import Group, GroupSettings
@@ -62,6 +62,14 @@ class World:
                 return
             threading.Event().wait(0.001)
         pytest.fail(f"{draws - set(self.asked)} were never begun")
+
+    def until_written(self, step: int, groups: int) -> None:
+        file = self.folder / f"step_{step:06d}.groups"
+        for _ in range(2000):
+            if file.is_file() and len(_payloads(file.read_bytes())) == groups:
+                return
+            threading.Event().wait(0.005)
+        pytest.fail(f"{file} never held {groups} groups")
 
     def rest(self) -> None:
         """Long enough for everything that can begin to begin."""
@@ -218,8 +226,7 @@ def test_without_determinism_an_update_waits_for_nothing(world) -> None:
 def test_finished_groups_of_an_earlier_life_are_taken_where_they_are_fresh_enough(world, tmp_path) -> None:
     first = world.sampler(max_staleness=1)
     first.take(0, 1)
-    world.until_asked({3, 4, 5})
-    world.rest()
+    world.until_written(1, 3)
     found, dropped = GroupBuffer(tmp_path, "").recover(lambda group: group.number >= 3)
     assert (sorted(found), dropped) == ([3, 4, 5], 3), "everything finished is on disk, trained on or not"
     for k, again in ((1, []), (0, [3, 4, 5])):

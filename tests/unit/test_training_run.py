@@ -1,12 +1,16 @@
-"""A weight update that failed is made again where that can help: with the engines left, or to make one whole again."""
+"""A weight update that failed is made again where that can help; a run folder has one process at a time."""
 
+from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from megatron_rl.errors import EngineError
-from megatron_rl.training.run import Run
+from megatron_rl.claim import claim
+from megatron_rl.config import make_config
+from megatron_rl.errors import ConfigError, EngineError
+from megatron_rl.training.run import Run, _prepare_folder
 
 
 def publish(*outcomes: tuple[list[str], list[str]] | None) -> int:
@@ -51,3 +55,16 @@ def test_an_update_that_left_every_engine_whole_is_not_repeated() -> None:
 def test_without_any_engine_left_the_error_says_so() -> None:
     with pytest.raises(EngineError, match="the update failed; engines lost so far"):
         publish(([], []), None)
+
+
+def test_a_run_folder_is_for_one_process_at_a_time(tmp_path: Path) -> None:
+    config = make_config({"model": {"path": "nowhere"}, "run": {"dir": str(tmp_path), "name": "mine"}})
+    with ExitStack() as first, ExitStack() as second:
+        _prepare_folder(config, False, first)
+        before = (tmp_path / "mine" / "config.yaml").read_text()
+        with pytest.raises(ConfigError, match="mine is in use by another process: wait for it or end it"):
+            _prepare_folder(config, True, second)
+        assert (tmp_path / "mine" / "config.yaml").read_text() == before
+        assert claim(tmp_path / "mine" / "in-use") is None
+    with ExitStack() as later:
+        _prepare_folder(config, True, later)
