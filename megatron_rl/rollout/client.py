@@ -309,15 +309,16 @@ class EnginePool(Controls):
             await asyncio.sleep(0.1)
 
     def drop_dead(self) -> None:
-        """Drop every live server that does not answer /health."""
+        """Drop every live server that does not answer. That one can also generate is shown by what follows, a pause say."""
         self._run(self._drop_dead())
 
     async def _drop_dead(self) -> None:
         live = [engine for engine in self._engines if engine.live]
-        health = await asyncio.gather(*(lives(self._http, engine) for engine in live))
+        # SGLang's /health would take a second of every weight update.
+        health = await asyncio.gather(*(lives(self._http, engine, "/model_info") for engine in live))
         for engine, healthy in zip(live, health, strict=True):
             if not healthy:
-                self._drop(engine, "it does not answer /health")
+                self._drop(engine, "it does not answer")
 
     def drop(self, url: str, reason: str) -> None:
         """Route nothing to this server any more."""

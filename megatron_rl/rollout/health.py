@@ -15,10 +15,10 @@ CONNECT_S = 1.0
 MISSES = 3  # looks in a row without an answer, after which a server counts as dead
 
 
-async def look(http: httpx.AsyncClient, engine: PooledEngine) -> bool | None:
+async def look(http: httpx.AsyncClient, engine: PooledEngine, path: str = "/health") -> bool | None:
     """One look: healthy, not (it says so, or nobody listens), or None without an answer in time."""
-    # SGLang's /health generates a token, which a paused server never does.
-    path = "/model_info" if engine.paused else "/health"
+    if engine.paused:  # SGLang's /health generates a token, which it then never does
+        path = "/model_info"
     try:
         answer = await http.get(f"{engine.url}{path}", timeout=httpx.Timeout(HEALTH_S, connect=CONNECT_S))
         return answer.status_code == 200
@@ -28,10 +28,10 @@ async def look(http: httpx.AsyncClient, engine: PooledEngine) -> bool | None:
         return False
 
 
-async def lives(http: httpx.AsyncClient, engine: PooledEngine) -> bool:
+async def lives(http: httpx.AsyncClient, engine: PooledEngine, path: str = "/health") -> bool:
     """After as many looks as it takes to tell a busy server from a dead one."""
     for _ in range(MISSES):
-        healthy = await look(http, engine)
+        healthy = await look(http, engine, path)
         if healthy is not None:
             return healthy
     return False

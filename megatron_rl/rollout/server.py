@@ -86,6 +86,8 @@ def _add_generation(app: FastAPI, engine: Engine) -> None:
 
     @app.get("/model_info")
     async def model_info() -> Response:
+        if not engine.healthy:
+            return _failure(f"the engine has stopped: {engine.failure}", 503)
         return JSONResponse(
             {
                 "model_path": str(engine.model_dir),

@@ -237,7 +237,7 @@ def test_a_server_that_is_slow_to_answer_is_not_taken_for_dead(
     slow, looks = [2], []
 
     def tamper(path: str, body: Body) -> Body:
-        if path == "/health":
+        if path == "/model_info":
             looks.append(path)
             if len(looks) <= slow[0]:
                 time.sleep(1.5)
