@@ -76,11 +76,14 @@ def _wait(workers: list[subprocess.Popen[bytes]], stops: list[float]) -> int:
         if all(code == 0 for code in codes):
             return 0
         if stops and not asked:
-            print(
-                "\nstopping: a checkpoint is written and the engines end (again to stop at once)", file=sys.stderr, flush=True
-            )
             workers[0].send_signal(signal.SIGINT)
             asked = True
+            with suppress(OSError):  # the terminal may be what is gone
+                print(
+                    "\nstopping: a checkpoint is written and the engines end (again to stop at once)",
+                    file=sys.stderr,
+                    flush=True,
+                )
         if stops and stops[-1] - stops[0] > SAME_STOP_S:
             _end(workers, at_once=True)
         time.sleep(0.05)

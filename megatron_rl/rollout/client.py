@@ -20,7 +20,7 @@ import httpx
 from megatron_rl.errors import EngineError, UserError
 from megatron_rl.rollout.control import Controls, refusal
 from megatron_rl.rollout.health import HEALTH_S, MISSES, lives, look, report_end, unpause
-from megatron_rl.rollout.pooled import PooledEngine, Unanswered, together, unless_dead
+from megatron_rl.rollout.pooled import Dropped, PooledEngine, Unanswered, together, unless_dead
 from megatron_rl.rollout.router import Router, gone
 from megatron_rl.rollout.wire import GenerationRequest, Sample, SamplingParams, error_message, generate_body, read_samples
 
@@ -30,6 +30,7 @@ _log = logging.getLogger(__name__)
 
 _RETRIES = 4
 _BACKOFF_S = 0.1  # doubled at every retry
+_REVIVE_S = 2.5  # time a lost server has for an answer: it is asked at every weight update
 _WATCH_S = 5.0  # between looks at servers that owe answers
 _IN_FLIGHT = 256  # requests per server at once
 _HELD_S = 30.0  # time a request waits for an engine that may be used, while all live ones wait for an update
@@ -165,11 +166,14 @@ class EnginePool(Controls):
         Raises EngineError when a server refuses it or no server is left. When cancelled, the engine is asked to abort it.
         """
         async with self._gate:
-            failures = 0
+            failures = attempts = 0
             while True:
                 engine = await self._routable()
+                attempts += 1
                 try:
-                    return await self._attempt(engine, request, failures)
+                    return await self._attempt(engine, request, attempts - 1)
+                except Dropped:
+                    continue
                 except Unanswered as error:
                     failures += 1
                     await self._suspect(engine, str(error))
@@ -220,6 +224,8 @@ class EnginePool(Controls):
             if engine is not self._front:  # behind a router it is a server that hangs: `_suspect` finds it
                 self._drop(engine, late)
             raise Unanswered(late) from None
+        except Dropped:  # its connection is closed, which says enough
+            raise
         except (asyncio.CancelledError, Unanswered):
             await self._abort(engine, rid)
             raise
@@ -244,7 +250,7 @@ class EnginePool(Controls):
         if engine.live and not await lives(self._http, engine):
             self._drop(engine, what)
         elif engine is self._front:
-            await self._drop_dead()  # it says that a server failed, not which
+            await self._drop_dead("/health")  # it says that a server failed, not which
 
     async def _watch(self) -> None:
         """Drop servers that owe answers and miss several health checks: a lost node closes no connection."""
@@ -288,18 +294,19 @@ class EnginePool(Controls):
 
     # Control -----------------------------------------------------------------------------------------------
 
-    def wait_healthy(self, timeout_s: float) -> None:
+    def wait_healthy(self, timeout_s: float, *, wake: bool = False) -> None:
         """Until every live server answers /health; EngineError naming those that do not in time.
 
-        All are told to go on: a trainer that was killed inside a weight update leaves them paused.
+        wake: tell them to go on, for a trainer that was killed inside a weight update leaves them paused.
         """
-        self._run(self._wait_healthy(timeout_s))
+        self._run(self._wait_healthy(timeout_s, wake))
 
-    async def _wait_healthy(self, timeout_s: float) -> None:
+    async def _wait_healthy(self, timeout_s: float, wake: bool) -> None:
         end = time.monotonic() + timeout_s
         waiting = [engine for engine in self._engines if engine.live]
         while True:
-            await asyncio.gather(*(unpause(self._http, engine) for engine in waiting))
+            if wake:
+                await asyncio.gather(*(unpause(self._http, engine) for engine in waiting))
             health = await asyncio.gather(*(look(self._http, engine) for engine in waiting))
             waiting = [engine for engine, healthy in zip(waiting, health, strict=True) if not healthy]
             if not waiting:
@@ -309,13 +316,12 @@ class EnginePool(Controls):
             await asyncio.sleep(0.1)
 
     def drop_dead(self) -> None:
-        """Drop every live server that does not answer. That one can also generate is shown by what follows, a pause say."""
-        self._run(self._drop_dead())
+        """Drop every live server that does not answer; whether one can also generate is not asked."""
+        self._run(self._drop_dead("/model_info"))  # SGLang's /health would take a second of every weight update
 
-    async def _drop_dead(self) -> None:
+    async def _drop_dead(self, path: str) -> None:
         live = [engine for engine in self._engines if engine.live]
-        # SGLang's /health would take a second of every weight update.
-        health = await asyncio.gather(*(lives(self._http, engine, "/model_info") for engine in live))
+        health = await asyncio.gather(*(lives(self._http, engine, path) for engine in live))
         for engine, healthy in zip(live, health, strict=True):
             if not healthy:
                 self._drop(engine, "it does not answer")
@@ -353,7 +359,7 @@ class EnginePool(Controls):
 
     async def _revive(self) -> tuple[str, ...]:
         lost = [engine for engine in self._engines if not engine.live]
-        health = await asyncio.gather(*(look(self._http, engine) for engine in lost))
+        health = await asyncio.gather(*(look(self._http, engine, timeout_s=_REVIVE_S) for engine in lost))
         back = [engine for engine, healthy in zip(lost, health, strict=True) if healthy]
         for engine in back:
             engine.held, engine.reason, engine.version, engine.dead = f"lost before ({engine.reason})", "", 0, asyncio.Event()

@@ -15,12 +15,12 @@ CONNECT_S = 1.0
 MISSES = 3  # looks in a row without an answer, after which a server counts as dead
 
 
-async def look(http: httpx.AsyncClient, engine: PooledEngine, path: str = "/health") -> bool | None:
+async def look(http: httpx.AsyncClient, engine: PooledEngine, path: str = "/health", timeout_s: float = 0) -> bool | None:
     """One look: healthy, not (it says so, or nobody listens), or None without an answer in time."""
     if engine.paused:  # SGLang's /health generates a token, which it then never does
         path = "/model_info"
     try:
-        answer = await http.get(f"{engine.url}{path}", timeout=httpx.Timeout(HEALTH_S, connect=CONNECT_S))
+        answer = await http.get(f"{engine.url}{path}", timeout=httpx.Timeout(timeout_s or HEALTH_S, connect=CONNECT_S))
         return answer.status_code == 200
     except httpx.TimeoutException:
         return None

@@ -27,6 +27,10 @@ class Unanswered(Exception):
     """A request got no answer, or a server error; it can be redone."""
 
 
+class Dropped(Unanswered):
+    """Because the server was given up, or another one behind the same router: nobody need be suspected any more."""
+
+
 async def together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """Their results in order; after the first error the others are cancelled, and have ended when it is raised."""
     tasks = [asyncio.create_task(work) for work in works]
@@ -39,13 +43,13 @@ async def together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 async def unless_dead(dead: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
-    """`work`, given up with Unanswered once `dead` is set."""
+    """`work`, given up with Dropped once `dead` is set."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(dead.wait())
     racing: set[asyncio.Future[Any]] = {task, gone}
     try:
         await asyncio.wait(racing, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise Unanswered("the server was dropped")
+            raise Dropped("the server was dropped")
         return task.result()
     finally:
         for one in (task, gone):

@@ -44,8 +44,10 @@ def own_servers(config: Config, plan: PrecisionPlan, device: str, start_timeout_
     )
 
 
-def check_named(url: str, info: Mapping[str, Any], config: Config) -> None:
-    """Raises ConfigError for a running server that would silently do otherwise than asked. info: what it says of itself."""
+def check_named(url: str, info: Mapping[str, Any], config: Config, *, updates: bool = True) -> None:
+    """Raises ConfigError for a running server that would silently do otherwise than asked. info: what it says of itself.
+    updates: it is to take other weights than it has.
+    """
     rollout, embedded = config.rollout, info.get("engine") == "embedded"
     if embedded != (rollout.engine == "embedded"):
         found = "embedded" if embedded else "sglang"
@@ -54,7 +56,7 @@ def check_named(url: str, info: Mapping[str, Any], config: Config) -> None:
         )
     if rollout.deterministic and not info.get("deterministic"):
         raise ConfigError(f"rollout.deterministic is true, and {url} is not: start it with `serve --deterministic`")
-    if embedded:
+    if embedded or not updates:
         return
     if rollout.update_mode == "in_place" and not info.get("disable_radix_cache"):
         raise ConfigError(

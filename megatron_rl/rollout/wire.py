@@ -63,7 +63,7 @@ class Sample:
     likeliest tokens of the distribution sampled from, None when not asked for, NaN as in logprobs; not compared.
     prompt_logprobs: of the prompt's tokens after the first, None when not asked for, NaN as in logprobs.
     retractions: how often the engine put it back into its queue. routing: as in `Trajectory`, of the request's prompt and these
-    tokens; None when not asked for, and of an aborted sample, whose last tokens no model has seen; not compared.
+    tokens; None when not asked for, or not told, as may be of an aborted sample; not compared.
     """
 
     tokens: tuple[int, ...]

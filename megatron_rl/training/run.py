@@ -224,10 +224,14 @@ def _prepare_folder(config: Config, resume: bool, stack: ExitStack) -> None:
     check_run_folder(config, resume=resume)
     folder = config.run.folder
     folder.mkdir(parents=True, exist_ok=True)
-    lock = claim(folder / "in-use")
-    if lock is None:
-        raise ConfigError(f"{folder} is in use by another process: wait for it or end it, or choose another run.name")
-    stack.enter_context(lock)
+    try:
+        lock = claim(folder / "in-use")
+    except OSError as error:
+        print(f"warning: {folder} cannot be locked ({error}): see to it that no other process works there", flush=True)
+    else:
+        if lock is None:
+            raise ConfigError(f"{folder} is in use by another process: wait for it or end it, or choose another run.name")
+        stack.enter_context(lock)
     if not resume:
         shutil.rmtree(rollouts_folder(config), ignore_errors=True)
     resolved = folder / "config.yaml"
@@ -254,9 +258,12 @@ def _start_servers(config: Config, plan: PrecisionPlan, mesh: Mesh, stack: ExitS
 
 @contextmanager
 def open_rollouts(
-    config: Config, plan: PrecisionPlan, servers: Servers | None, *, need_logmu: bool, topk: int = 0
+    config: Config, plan: PrecisionPlan, servers: Servers | None, *, need_logmu: bool, topk: int = 0, updates: bool = False
 ) -> Iterator[Rollouts]:
-    """Tokenizer, task and a pool over healthy engines: `servers`, or those of rollout.urls."""
+    """Tokenizer, task and a pool over healthy engines: `servers`, or those of rollout.urls.
+
+    updates: their weights are this process's to change; those that somebody left paused go on.
+    """
     urls, router = (config.rollout.urls, None) if servers is None else (servers.urls, servers.router_url)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     task = make_task(config.task, tokenizer, seed=config.run.seed, max_prompt_tokens=config.rollout.max_prompt_tokens)
@@ -266,10 +273,10 @@ def open_rollouts(
             "lower it, or raise task.held_out or give a larger task.eval_data"
         )
     with closing(task), EnginePool(urls, config.rollout.timeout_s, router) as pool:
-        pool.wait_healthy(START_TIMEOUT_S)
+        pool.wait_healthy(START_TIMEOUT_S, wake=updates)
         for url in pool.live_urls:
             info = pool.info(url)
-            check_named(url, info, config)
+            check_named(url, info, config, updates=updates)
             check_precision(url, info, config.precision, dequantised=plan.dequantised)
         yield Rollouts(config, task, tokenizer, pool, need_logmu, topk)
 
@@ -298,7 +305,9 @@ def _open_lead(run: Run, servers: Servers | None, stack: ExitStack, stops: list[
     needs = run.objective.needs
     topk = run.objective.top_k if "topk" in needs else 0  # type: ignore[attr-defined]
     need_logmu = "logmu" in needs or config.rollout.record_logmu
-    run.rollouts = stack.enter_context(open_rollouts(config, run.precision, servers, need_logmu=need_logmu, topk=topk))
+    run.rollouts = stack.enter_context(
+        open_rollouts(config, run.precision, servers, need_logmu=need_logmu, topk=topk, updates=True)
+    )
     run.pool = run.rollouts.pool
     if attribute_only or config.run.attribute_every:
         for url in run.pool.live_urls:

@@ -154,7 +154,7 @@ def test_the_experts_of_a_token_are_those_of_the_weights_that_sampled_it(
         trajectories = running.result().trajectories
         pool.update_weights_from_disk(moe_url, moe_dir, 0)
     newer = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32).eval()
-    through = [t for t in trajectories if len(t.versions) == 2 and t.versions[0].end > 3]
+    through = [t for t in trajectories if len(t.versions) == 2 and t.versions[0].end > 1]
     assert through, "no sample was running"
     for trajectory in through:
         tokens, cut = [*PROMPT, *trajectory.response_tokens], len(PROMPT) + trajectory.versions[0].end - 1

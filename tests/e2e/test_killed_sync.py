@@ -1,9 +1,11 @@
 """A trainer that is killed inside a weight update leaves engines that the resumed run brings back, and loses nothing."""
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from megatron_rl.config import load_config
@@ -48,7 +50,12 @@ def assert_resumes_whole(url: str, proxy: Proxy, arguments: list[object], victim
     command: Command = start("train", *arguments)
 
     def kill() -> None:
-        (command.rank(0) if victim == "rank" else command.process).kill()
+        rank = command.rank(0)
+        (rank if victim == "rank" else command.process).kill()
+        end = time.monotonic() + 20
+        while lives(rank):
+            assert time.monotonic() < end, "the rank outlived its launcher"
+            time.sleep(0.01)
 
     struck.strike = kill
     command.process.wait(300)
@@ -65,6 +72,13 @@ def assert_resumes_whole(url: str, proxy: Proxy, arguments: list[object], victim
     generate(url, timeout=60)
     # What the engine samples from is what the trainer holds: the first update of every step says so.
     assert all(abs(r["mismatch/ratio/max"] - 1) < 1e-4 for r in records(run_folder))
+
+
+def lives(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def generate(url: str, timeout: float) -> None:

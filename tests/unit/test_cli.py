@@ -161,6 +161,18 @@ def test_ctrl_c_asks_the_first_rank_alone(ranks, tmp_path, capfd):
     assert "again to stop at once" in capfd.readouterr().err
 
 
+def test_a_terminal_that_closes_asks_for_a_stop_though_nothing_can_be_said_any_more(ranks, tmp_path, monkeypatch):
+    class Gone:
+        def write(self, _: str) -> None:
+            raise OSError(5, "Input/output error")
+
+        def flush(self) -> None: ...
+
+    monkeypatch.setattr(launch.sys, "stderr", Gone())
+    assert ranks(PATIENT + "time.sleep(100)", 1, ((1.5, signal.SIGHUP),))[0] == 130
+    assert (tmp_path / "asked0").exists()
+
+
 def test_one_request_that_arrives_twice_is_still_one(ranks, tmp_path):
     """`timeout` and schedulers signal a process and right after it the process group."""
     assert ranks(PATIENT + "time.sleep(100)", 1, ((1.5, signal.SIGTERM), (1.51, signal.SIGTERM)))[0] == 130

@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -97,8 +98,9 @@ def _private_folder(nbytes: int) -> Path:
     """A new folder for this process; those of processes that were killed are removed first, for they hold memory."""
     for place in (SHARED_MEMORY, Path(tempfile.gettempdir())):
         for folder in place.glob(f"{_PREFIX}*"):
-            if (held := claim(folder / _LOCK, new=False)) is not None:
-                shutil.rmtree(folder, ignore_errors=True)
-                held.close()
+            with suppress(OSError):  # somebody else's, or just being made
+                if (held := claim(folder / _LOCK, new=False)) is not None:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    held.close()
     roomy = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > nbytes
     return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=SHARED_MEMORY if roomy else None))
