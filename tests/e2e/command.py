@@ -16,6 +16,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 TAG = "MEGATRON_RL_TEST_COMMAND"
+PROMPTS = 8  # of a step of the small run
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -120,6 +121,15 @@ def records(run: Path, kind: str = "step") -> list[dict[str, Any]]:
     lines = log.read_text().splitlines(keepends=True) if log.is_file() else []
     found = [json.loads(line) for line in lines if line.endswith("\n")]
     return [record for record in found if record["kind"] == kind]
+
+
+def assert_drawn_once(run: Path) -> None:
+    """Every step spent new draws: those it trained on, those it gave up and those it replaced."""
+    before = 0
+    for record in records(run):
+        spent = record["rollout/drawn"] - before
+        assert spent == PROMPTS + record["rollout/given_up"] + record["rollout/replaced"], record["step"]
+        before = record["rollout/drawn"]
 
 
 def assert_refused(result: Result, kind: str, *words: object) -> None:

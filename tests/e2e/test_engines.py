@@ -17,7 +17,7 @@ from megatron_rl.rollout.client import EnginePool
 from megatron_rl.rollout.lifecycle import EmbeddedServers
 from megatron_rl.training.run import Run
 from tests.disk_sync import disk_sync
-from tests.e2e.command import Command, records
+from tests.e2e.command import Command, assert_drawn_once, records
 
 TRAJECTORIES = 8 * 16
 
@@ -35,6 +35,7 @@ def assert_whole_steps(run, steps: int) -> None:
         assert round(record["tokens/response"] / record["response_length/mean"]) == TRAJECTORIES
         rewarded = record["reward/mean"] * TRAJECTORIES
         assert abs(rewarded - round(rewarded)) < 1e-3
+    assert_drawn_once(run)
 
 
 def test_a_run_goes_on_without_a_server_that_was_killed(start, small_run, run_folder):

@@ -1,6 +1,7 @@
 """Real SGLang servers on CPU, from the command line to the log. Needs `make sglang`."""
 
-import psutil
+from pathlib import Path
+
 import pytest
 
 from tests.e2e.command import ROOT, Command, records
@@ -50,20 +51,20 @@ def test_stale_rollouts_from_dequantised_fp8_weights_log_their_mismatch(start, s
     assert all(record["mismatch/stale_1/tokens"] > 0 for record in found[1:])
 
 
-def servers(command: Command) -> list[psutil.Process]:
-    """The first process of each SGLang server, not the guard that leads it."""
-    return [p for p in command.members() if p.cmdline()[1:3] == ["-m", "sglang.launch_server"]]
+def kill_one_of_two(command: Command, run_folder: Path) -> tuple[str, int]:
+    """After two steps or more; its url, and the steps by then. What is killed is its first process, not the guard above."""
+    command.until(lambda: len(records(run_folder)) >= 2, timeout=400)
+    dead, _ = [p for p in command.members() if p.cmdline()[1:3] == ["-m", "sglang.launch_server"]]
+    url = url_of(dead)
+    dead.kill()
+    return url, len(records(run_folder))
 
 
 def test_a_run_goes_on_without_an_sglang_server_that_was_killed(start, small_run, run_folder):
-    steps = 6
+    steps = 10
     more = (f"run.steps={steps}", "rollout.servers=2", "rollout.transport=distributed", "run.save_every=0")
     command: Command = start("train", small_run, *SGLANG, *more)
-    command.until(lambda: len(records(run_folder)) >= 2, timeout=400)
-    dead, _ = servers(command)
-    url = url_of(dead)
-    dead.kill()
-    before = len(records(run_folder))
+    url, before = kill_one_of_two(command, run_folder)
     result = command.wait(timeout=400)
     assert result.code == 0, result.all
     assert before < steps - 1, "the server was killed too late to matter"
@@ -74,11 +75,7 @@ def test_a_run_goes_on_without_an_sglang_server_that_was_killed(start, small_run
 def test_behind_a_router_a_run_goes_on_without_a_server_and_ends_clearly_without_the_router(start, small_run, run_folder):
     more = ("run.steps=500", "rollout.servers=2", "rollout.sglang.router=true", "rollout.transport=tensor", "run.save_every=0")
     command: Command = start("train", small_run, *SGLANG, *more)
-    command.until(lambda: len(records(run_folder)) >= 2, timeout=400)
-    dead, _ = servers(command)
-    url = url_of(dead)
-    dead.kill()
-    before = len(records(run_folder))
+    url, before = kill_one_of_two(command, run_folder)
     command.until(lambda: len(records(run_folder)) >= before + 3, timeout=400)
     for process in command.members():
         if "sglang_router.launch_router" in process.cmdline():

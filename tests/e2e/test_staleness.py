@@ -6,24 +6,14 @@ import pytest
 
 from megatron_rl.policy.complete import newest_valid
 from megatron_rl.rollout.processes import free_port
-from tests.e2e.command import assert_refused, records
+from tests.e2e.command import assert_drawn_once, assert_refused, records
 from tests.e2e.conftest import version_of
 from tests.e2e.test_resume import untimed
 
-PROMPTS = 8
 ERPD = (
     "{name: erpd, advantage: grpo, teacher: {name: sapo, denominator: trainer_old}, teacher_updates: 2, "
     "signals: [{teacher: last, denominator: old, updates: 2}]}"
 )
-
-
-def assert_drawn_once(run) -> None:
-    """Every step spent new draws: those it trained on, those it gave up and those it replaced."""
-    before = 0
-    for record in records(run):
-        spent = record["rollout/drawn"] - before
-        assert spent == PROMPTS + record["rollout/given_up"] + record["rollout/replaced"], record["step"]
-        before = record["rollout/drawn"]
 
 
 def test_an_asynchronous_run_keeps_its_bound_on_staleness(cli, small_run, run_folder):
