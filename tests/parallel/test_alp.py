@@ -144,10 +144,12 @@ def test_noise_on_the_logits_makes_the_reference_step_on_four_ranks(four_ranks, 
 
 @pytest.mark.parametrize("layers", ["all", "logits"])
 def test_noise_too_small_to_change_a_number_gives_the_step_without_it_bit_for_bit(qwen3, layers):
-    """And its scales, whose gradients vanish with it, have no part in the norm."""
+    """And its scales, whose gradients vanish with it, have no part in the norm, but for the order in which it is summed up:
+    the terms are the same and zeros, and how a processor adds up vectors of another length is its own affair."""
     clean = steps.step(qwen3, ONE_RANK)
     result = alp_steps.step(qwen3, ONE_RANK, alp={"layers": layers, "sigma_init": 1e-30})
-    assert (result["loss"], result["grad_norm"]) == (clean["loss"], clean["grad_norm"])
+    assert result["loss"] == clean["loss"]
+    assert result["grad_norm"] == pytest.approx(clean["grad_norm"], rel=2**-22)
     np.testing.assert_array_equal(result["logp"], clean["logp"])
     for name, grad in clean["grads"].items():
         np.testing.assert_array_equal(result["grads"][name], grad, err_msg=name)
