@@ -144,8 +144,8 @@ def test_noise_on_the_logits_makes_the_reference_step_on_four_ranks(four_ranks, 
 
 @pytest.mark.parametrize("layers", ["all", "logits"])
 def test_noise_too_small_to_change_a_number_gives_the_step_without_it_bit_for_bit(qwen3, layers):
-    """And its scales, whose gradients vanish with it, have no part in the norm, but for the order in which it is summed up:
-    the terms are the same and zeros, and how a processor adds up vectors of another length is its own affair."""
+    """And its scales, whose gradients vanish with it, have no part in the norm: they add exact zeros to its sum, of which a
+    processor may then round the same terms in another order."""
     clean = steps.step(qwen3, ONE_RANK)
     result = alp_steps.step(qwen3, ONE_RANK, alp={"layers": layers, "sigma_init": 1e-30})
     assert result["loss"] == clean["loss"]
@@ -153,6 +153,8 @@ def test_noise_too_small_to_change_a_number_gives_the_step_without_it_bit_for_bi
     np.testing.assert_array_equal(result["logp"], clean["logp"])
     for name, grad in clean["grads"].items():
         np.testing.assert_array_equal(result["grads"][name], grad, err_msg=name)
+    scales = [grad for name, grad in result["grads"].items() if name not in clean["grads"]]
+    assert scales and not any(np.square(grad, dtype=np.float32).any() for grad in scales)
     assert len(result["noise"]) > 0
 
 
