@@ -25,7 +25,7 @@ from megatron_rl.config import make_config
 from megatron_rl.objectives import make_objective
 from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy
-from megatron_rl.policy.device import pick_device
+from megatron_rl.policy.device_port import pick_device
 from megatron_rl.types import Batch
 
 MODELS = {"tiny": (128, 2, 320), "medium": (512, 4, 2048)}  # hidden size, layers, vocabulary

@@ -19,9 +19,9 @@ from matplotlib.axes import Axes
 
 from megatron_rl.diagnostics import read_log
 from megatron_rl.errors import UserError
-from megatron_rl.launch import run_ranks
+from megatron_rl.launch.ranks import run_ranks
 from megatron_rl.quickstart import CARELESS, WARM_PASS_RATE
-from megatron_rl.training.tiny import make_tiny_model
+from megatron_rl.tiny_model import make_tiny_model
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 WARM = Path("runs/compare/warm")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from megatron_rl.config import load_config
 from megatron_rl.diagnostics.runlog import read_log
-from megatron_rl.training.tiny import make_tiny_model
+from megatron_rl.tiny_model import make_tiny_model
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 WARM, LAST = 3, 1  # steps left out at the beginning and at the end

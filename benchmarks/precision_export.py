@@ -21,14 +21,14 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_rl.config import make_config
 from megatron_rl.policy import parallel
-from megatron_rl.policy.device import pick_device
+from megatron_rl.policy.device_port import pick_device
 from megatron_rl.policy.model import build_chunks
 from megatron_rl.precision.plan import resolve
 from megatron_rl.weights.export import export_weights
-from megatron_rl.weights.hf import HFFolder
+from megatron_rl.weights.hf_folder import HFFolder
 from megatron_rl.weights.load import load_weights
-from megatron_rl.weights.plan import check_folder
-from megatron_rl.weights.quantised import WireTensors, export_dtypes
+from megatron_rl.weights.name_table import check_folder
+from megatron_rl.weights.quantized import WireTensors, export_dtypes
 
 ROLLOUTS = ("bf16", "fp8_blockwise", "fp8_blockwise_pow2", "int8")
 

@@ -19,7 +19,7 @@ from megatron_rl.config import make_config
 from megatron_rl.objectives import make_objective
 from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy
-from megatron_rl.policy.device import pick_device
+from megatron_rl.policy.device_port import pick_device
 
 SIZES = argparse.Namespace(hidden=256, layers=4, vocab=512, tokens=1024, prompt_share=0.0)
 STEPS = {

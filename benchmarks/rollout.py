@@ -23,10 +23,10 @@ from models import make_qwen3
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from megatron_rl.config import PrecisionConfig, SGLangConfig
+from megatron_rl.engines.pool import EnginePool, GenerationRequest, SamplingParams
+from megatron_rl.engines.processes.embedded import EmbeddedServers
+from megatron_rl.engines.processes.sglang import SGLangServers, server_flags
 from megatron_rl.precision.plan import resolve
-from megatron_rl.rollout.client import EnginePool, GenerationRequest, SamplingParams
-from megatron_rl.rollout.lifecycle import EmbeddedServers
-from megatron_rl.rollout.sglang import SGLangServers, server_flags
 
 PAD = 0
 

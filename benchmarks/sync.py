@@ -23,17 +23,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_rl.config import PrecisionConfig, SGLangConfig
+from megatron_rl.engines.pool import EnginePool
+from megatron_rl.engines.processes.embedded import EmbeddedServers
+from megatron_rl.engines.processes.server_process import Servers
+from megatron_rl.engines.processes.sglang import SGLangServers, server_flags
 from megatron_rl.precision.plan import resolve
-from megatron_rl.rollout.client import EnginePool
-from megatron_rl.rollout.lifecycle import EmbeddedServers
-from megatron_rl.rollout.processes import Servers
-from megatron_rl.rollout.sglang import SGLangServers, server_flags
-from megatron_rl.weights.group import UpdateGroup, host_store, visit_store
-from megatron_rl.weights.hf import HFFolder
-from megatron_rl.weights.sync import WeightSync
-from megatron_rl.weights.transports.disk import DiskTransport
-from megatron_rl.weights.transports.distributed import DistributedTransport
-from megatron_rl.weights.transports.tensor import TensorTransport
+from megatron_rl.protocol.update_group import UpdateGroup, host_store, visit_store
+from megatron_rl.weight_sync.sync import WeightSync
+from megatron_rl.weight_sync.transports.disk import DiskTransport
+from megatron_rl.weight_sync.transports.distributed import DistributedTransport
+from megatron_rl.weight_sync.transports.tensor import TensorTransport
+from megatron_rl.weights.hf_folder import HFFolder
 
 VOCAB, HIDDEN, WIDE = 2048, 1024, 3072
 TIMEOUT_S = 300.0

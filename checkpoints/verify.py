@@ -12,7 +12,7 @@ from megatron_rl.config import make_config
 from megatron_rl.errors import MegatronRLError
 from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy
-from megatron_rl.policy.device import pick_device
+from megatron_rl.policy.device_port import pick_device
 from megatron_rl.weights.digest import tensor_digest
 
 

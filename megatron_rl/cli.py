@@ -11,7 +11,7 @@ import typer
 
 from megatron_rl.config import load_config
 from megatron_rl.errors import ConfigError, MegatronRLError, UserError
-from megatron_rl.launch import run_ranks, under_launcher
+from megatron_rl.launch.ranks import run_ranks, under_launcher
 
 app = typer.Typer(
     name="megatron-rl",
@@ -47,14 +47,14 @@ def train(
     """Train a policy by reinforcement learning; starts one process per rank unless a launcher already did."""
     config = load_config(config_file, overrides)
     if not under_launcher():
-        preflight = _seam("training.preflight")
+        preflight = _seam("trainer.preflight")
         preflight.check_run_folder(config, resume=resume)
         preflight.check(config)
         arguments = ["train", str(config_file), *(overrides or []), *(["--resume"] if resume else [])]
         sys.exit(run_ranks(arguments, config.parallel.world_size))
-    with _seam("training.run").open_run(config, resume=resume) as run:
+    with _seam("trainer.bringup").open_run(config, resume=resume) as run:
         try:
-            _seam("training.loop").train(run)
+            _seam("trainer.loop").train(run)
         except KeyboardInterrupt:
             run.save(wait=True)
             if run.mesh.rank == 0:
@@ -69,7 +69,7 @@ def eval(
 ) -> None:
     """Held-out greedy and sampled pass rates of `model.path`, without training."""
     config = load_config(config_file, overrides)
-    _seam("training.evaluate").evaluate_model(config)
+    _seam("trainer.evaluate").evaluate_model(config)
 
 
 @app.command()
@@ -86,8 +86,8 @@ def serve(
     deterministic: Annotated[bool, typer.Option("--deterministic", help="every request is its own batch")] = False,
 ) -> None:
     """Serve a model over SGLang's HTTP contract with the embedded engine; SGLang has `python -m sglang.launch_server`."""
-    quantisation = _seam("rollout.quantised").requested(quantization, activations, first_last_bf16, parameters)
-    _seam("rollout.server").serve(
+    quantisation = _seam("server.quantized_linear").requested(quantization, activations, first_last_bf16, parameters)
+    _seam("server.app").serve(
         model, host=host, port=port, dtype=dtype, threads=threads, deterministic=deterministic, quantisation=quantisation
     )
 
@@ -115,11 +115,11 @@ def attribute(
     config = load_config(source, place)
     if not under_launcher():
         if layers:
-            _seam("training.hidden").check_one_rank(config.parallel.world_size)
+            _seam("attribution.hidden").check_one_rank(config.parallel.world_size)
         flags = ["--prompts", str(prompts), *(["--layers"] if layers else [])]
         flags += [] if sampled_by is None else ["--sampled-by", str(sampled_by)]
         sys.exit(run_ranks(["attribute", str(run_folder), *flags], config.parallel.world_size))
-    _seam("training.attribute_run").attribute_run(config, prompts=prompts, layers=layers, sampled_by=sampled_by)
+    _seam("trainer.attribution").attribute_run(config, prompts=prompts, layers=layers, sampled_by=sampled_by)
 
 
 @app.command()
@@ -133,8 +133,8 @@ def doctor(
     config = None if config_file is None else load_config(config_file, overrides)
     _seam("doctor").examine()
     if config is not None:
-        report = _seam("training.preflight").check(config)
-        _seam("training.precision_check").say(report)
+        report = _seam("trainer.preflight").check(config)
+        _seam("trainer.precision_check").say(report)
         print(f"{config_file}: can run")
 
 
@@ -155,9 +155,7 @@ def warmup(
         flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
         arguments = ["warmup", str(config_file), *flags, *(overrides or [])]
         sys.exit(run_ranks(arguments, config.parallel.world_size))
-    rate = _seam("training.warmup").warm_up(
-        config, dest, target=target, careless=careless, batch_size=batch_size, max_updates=max_updates
-    )
+    rate = _seam("sft").warm_up(config, dest, target=target, careless=careless, batch_size=batch_size, max_updates=max_updates)
     if os.environ["RANK"] == "0":
         print(f"warmed up to a held-out pass rate of {rate:.1%}: {dest}")
 

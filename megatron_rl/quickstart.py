@@ -7,9 +7,9 @@ from pathlib import Path
 from megatron_rl.config import load_config
 from megatron_rl.diagnostics.runlog import read_log
 from megatron_rl.errors import UserError
-from megatron_rl.launch import run_ranks
+from megatron_rl.launch.ranks import run_ranks
 from megatron_rl.report import write_report
-from megatron_rl.training.tiny import make_tiny_model
+from megatron_rl.tiny_model import make_tiny_model
 
 WARM_PASS_RATE = 0.35
 CARELESS = 0.4  # share of wrong demonstrations: the model learns the way, and what to trust from the verifier

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_rl.weights.hf import HFFolder
-from megatron_rl.weights.sync import WeightSync
-from megatron_rl.weights.transaction import Engines
-from megatron_rl.weights.transports.disk import DiskTransport
+from megatron_rl.weight_sync.sync import WeightSync
+from megatron_rl.weight_sync.transaction import Engines
+from megatron_rl.weight_sync.transports.disk import DiskTransport
+from megatron_rl.weights.hf_folder import HFFolder
 
 
 def disk_sync(

@@ -7,7 +7,6 @@ from typing import Any
 from megatron_rl.errors import ConfigError
 from megatron_rl.objectives.advantages import group_advantages
 from megatron_rl.objectives.asympo import ASymPO
-from megatron_rl.objectives.base import LossInputs, LossNorm, LossOutputs, Objective, TokenLoss
 from megatron_rl.objectives.cispo import CISPO
 from megatron_rl.objectives.dppo import DPPOKL, DPPOTV, DPPOTopK
 from megatron_rl.objectives.drpo import DRPO
@@ -15,6 +14,7 @@ from megatron_rl.objectives.erpd import ErpdCE, ErpdDistill, ErpdMSE
 from megatron_rl.objectives.grpo import DAPO, GRPO, PPO
 from megatron_rl.objectives.gspo import GSPO
 from megatron_rl.objectives.minirl import MiniRL
+from megatron_rl.objectives.objective import LossInputs, LossNorm, LossOutputs, Objective, TokenLoss
 from megatron_rl.objectives.options import suggest
 from megatron_rl.objectives.sapo import SAPO
 from megatron_rl.objectives.scaled_po import Naive, ScaledPO

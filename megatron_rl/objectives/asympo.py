@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from megatron_rl.errors import ConfigError
-from megatron_rl.objectives.base import LossInputs, TokenLoss, positive
+from megatron_rl.objectives.objective import LossInputs, TokenLoss, positive
 from megatron_rl.objectives.scaled_po import Naive
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_rl.errors import ConfigError
-from megatron_rl.objectives.base import LossInputs, TokenLoss, positive
 from megatron_rl.objectives.inputs import NormMode
+from megatron_rl.objectives.objective import LossInputs, TokenLoss, positive
 from megatron_rl.objectives.options import choice, integer
 from megatron_rl.objectives.ratio import RatioObjective
 

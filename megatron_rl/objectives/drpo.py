@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
 
-from megatron_rl.objectives.base import LossInputs, TokenLoss, positive
 from megatron_rl.objectives.inputs import NormMode
+from megatron_rl.objectives.objective import LossInputs, TokenLoss, positive
 from megatron_rl.objectives.ratio import RatioObjective
 
 # The paper says "regularization threshold 12.5", which Eq. 8 admits in two readings. As delta itself

@@ -11,9 +11,9 @@ from typing import ClassVar
 from torch.nn.functional import logsigmoid
 
 from megatron_rl.errors import UserError
-from megatron_rl.objectives.base import LossInputs, Objective, TokenLoss, choice, positive
 from megatron_rl.objectives.grpo import PPO
 from megatron_rl.objectives.inputs import NormMode
+from megatron_rl.objectives.objective import LossInputs, Objective, TokenLoss, choice, positive
 
 _POSITIVE = 0.5  # a reward below it makes a trajectory a negative one
 

@@ -5,8 +5,8 @@ from typing import ClassVar
 
 import torch
 
-from megatron_rl.objectives.base import LossInputs, TokenLoss, positive
 from megatron_rl.objectives.inputs import NormMode
+from megatron_rl.objectives.objective import LossInputs, TokenLoss, positive
 from megatron_rl.objectives.options import choice
 from megatron_rl.objectives.ratio import LEVELS, RatioObjective
 

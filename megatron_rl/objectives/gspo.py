@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from megatron_rl.objectives.base import positive
 from megatron_rl.objectives.grpo import PPO
 from megatron_rl.objectives.inputs import NormMode
+from megatron_rl.objectives.objective import positive
 from megatron_rl.objectives.options import choice
 
 

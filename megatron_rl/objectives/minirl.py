@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from megatron_rl.objectives.base import LossInputs, TokenLoss, positive
 from megatron_rl.objectives.inputs import NormMode
+from megatron_rl.objectives.objective import LossInputs, TokenLoss, positive
 from megatron_rl.objectives.ratio import RatioObjective
 
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from megatron_rl.errors import ConfigError
-from megatron_rl.objectives.base import Objective, TokenLoss
 from megatron_rl.objectives.corrections import make_corrections
 from megatron_rl.objectives.inputs import LossInputs
+from megatron_rl.objectives.objective import Objective, TokenLoss
 from megatron_rl.objectives.options import choice
 
 DENOMINATORS = {"rollout": "logmu", "trainer_old": "logold"}

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from megatron_rl.objectives.base import LossInputs, Objective, TokenLoss
 from megatron_rl.objectives.inputs import NormMode
+from megatron_rl.objectives.objective import LossInputs, Objective, TokenLoss
 from megatron_rl.objectives.options import nonnegative
 
 

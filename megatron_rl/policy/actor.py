@@ -15,26 +15,26 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
+from megatron_rl.alp.layer import Draw
+from megatron_rl.alp.sigma import sigma_holders
 from megatron_rl.config import Config
 from megatron_rl.errors import CheckpointError, PrecisionError, UserError
 from megatron_rl.objectives import LossInputs, LossNorm, LossOutputs
-from megatron_rl.perturbation.layer import Draw
-from megatron_rl.perturbation.sigma import sigma_holders
+from megatron_rl.policy.loss_denominator import global_norm, sum_gradients
 from megatron_rl.policy.model import beyond_range, build_chunks
 from megatron_rl.policy.modules import HAVE_TE
-from megatron_rl.policy.normalisation import global_norm, sum_gradients
 from megatron_rl.policy.optimizer import Gradients, PolicyOptimizer
 from megatron_rl.policy.packing import Microbatch, Shard, noise_rows, pack, shard, to_device
 from megatron_rl.policy.parallel import Mesh
-from megatron_rl.policy.quantised import QuantisedProducts
-from megatron_rl.policy.routing import RoutingReplay
+from megatron_rl.policy.quantized_products import QuantisedProducts
+from megatron_rl.policy.routing_replay import RoutingReplay
 from megatron_rl.precision.plan import DTYPES, PrecisionPlan, resolve
 from megatron_rl.types import Batch
 from megatron_rl.weights.export import export_weights
-from megatron_rl.weights.hf import HFFolder, write_hf_folder
+from megatron_rl.weights.hf_folder import HFFolder, write_hf_folder
 from megatron_rl.weights.load import load_weights
-from megatron_rl.weights.plan import check_folder
-from megatron_rl.weights.quantised import WireTensors, export_dtypes
+from megatron_rl.weights.name_table import check_folder
+from megatron_rl.weights.quantized import WireTensors, export_dtypes
 
 Objective = Callable[[LossInputs], LossOutputs]
 

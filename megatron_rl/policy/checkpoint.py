@@ -25,7 +25,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_rl.errors import CheckpointError
 from megatron_rl.policy.actor import Policy
-from megatron_rl.policy.complete import COMPLETE, PARTIAL, TrainState, newest_valid, what_is_wrong
+from megatron_rl.policy.checkpoint_state import COMPLETE, PARTIAL, TrainState, newest_valid, what_is_wrong
 from megatron_rl.weights.digest import tensor_digest
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megatron_rl.perturbation.logits import LogitNoise
+from megatron_rl.alp.logits import LogitNoise
 
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}  # of fp32 logits; on CPU near the cache is fastest (measured)
 

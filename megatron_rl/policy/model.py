@@ -12,19 +12,19 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_rl.alp.layer_noise import LayerNoise, layer_noise
+from megatron_rl.alp.logits import LogitPerturbation
 from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError, PrecisionError
-from megatron_rl.perturbation.logits import LogitPerturbation
-from megatron_rl.perturbation.plan import LayerNoise, layer_noise
-from megatron_rl.policy.experts import check_experts
+from megatron_rl.policy.expert_rules import check_experts
 from megatron_rl.policy.logprobs import token_scores
 from megatron_rl.policy.modules import HAVE_TE, block_spec
 from megatron_rl.policy.packing import Shard
 from megatron_rl.policy.parallel import Mesh
-from megatron_rl.policy.quantised import transformer_engine_recipe
-from megatron_rl.policy.routing import prepare_experts
+from megatron_rl.policy.quantized_products import transformer_engine_recipe
+from megatron_rl.policy.routing_replay import prepare_experts
 from megatron_rl.precision.plan import DTYPES, resolve
-from megatron_rl.weights.families.base import Experts, ModelShape
+from megatron_rl.weights.families.family import Experts, ModelShape
 from megatron_rl.weights.layouts import padded_vocab
 
 RECOMPUTE: dict[str, dict[str, Any]] = {

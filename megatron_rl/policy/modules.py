@@ -21,8 +21,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import divide
 
-from megatron_rl.perturbation.layer import Draw, perturbed
-from megatron_rl.perturbation.plan import LayerNoise
+from megatron_rl.alp.layer import Draw, perturbed
+from megatron_rl.alp.layer_noise import LayerNoise
 from megatron_rl.precision.linear import quantized_layer
 from megatron_rl.precision.machine import load_transformer_engine, this_machine
 from megatron_rl.precision.plan import PrecisionPlan

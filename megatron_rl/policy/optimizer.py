@@ -12,9 +12,9 @@ from megatron.core.optimizer import ParamKey, clip_grads, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
+from megatron_rl.alp.names import LOG_SIGMA
 from megatron_rl.config import AlpConfig, OptimizerConfig
 from megatron_rl.errors import CheckpointError, PrecisionError
-from megatron_rl.perturbation.names import LOG_SIGMA
 
 # The loss scale of float16 training; powers of two, so that scaling alone rounds nothing.
 # megatron-core would begin at 2^32, where the gradients of nearly every model overflow: the first update would only be

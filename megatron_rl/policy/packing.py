@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_rl.alp.noise import NoiseRows
 from megatron_rl.errors import UserError
-from megatron_rl.perturbation.noise import NoiseRows
 from megatron_rl.policy.modules import PackedStream, plan_attention
 from megatron_rl.types import Batch
 

@@ -6,8 +6,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from megatron_rl.precision.checks import PlanReport
 from megatron_rl.precision.plan import PrecisionPlan
+from megatron_rl.precision.plan_checks import PlanReport
 
 
 def describe(report: PlanReport) -> RenderableType:

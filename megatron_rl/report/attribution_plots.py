@@ -3,7 +3,7 @@
 import numpy as np
 from matplotlib.axes import Axes
 
-from megatron_rl.diagnostics.attribution import SOURCES
+from megatron_rl.diagnostics.score_chain import SOURCES
 from megatron_rl.report.history import History
 from megatron_rl.report.panel import Panel
 from megatron_rl.report.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, finish

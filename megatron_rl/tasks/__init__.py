@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING
 
 from megatron_rl.config import TaskConfig
 from megatron_rl.tasks.arithmetic import ArithmeticTask
-from megatron_rl.tasks.base import Task, prompts_for_step
 from megatron_rl.tasks.math import MathTask
+from megatron_rl.tasks.task import Task, prompts_for_step
 from megatron_rl.tasks.tool import ToolTask
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_rl.config import TaskConfig
 from megatron_rl.errors import ConfigError
-from megatron_rl.tasks.base import Task, encode_plain, strip_end
+from megatron_rl.tasks.task import Task, encode_plain, strip_end
 from megatron_rl.types import Prompt
 
 if TYPE_CHECKING:

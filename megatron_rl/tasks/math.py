@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 
 from megatron_rl.config import TaskConfig
 from megatron_rl.errors import ConfigError, UserError
-from megatron_rl.tasks.base import Task, encode_plain, strip_end
 from megatron_rl.tasks.grader import Grader
+from megatron_rl.tasks.task import Task, encode_plain, strip_end
 from megatron_rl.types import Prompt
 
 if TYPE_CHECKING:

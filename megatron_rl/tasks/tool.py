@@ -9,11 +9,11 @@ import numpy as np
 
 from megatron_rl.config import TaskConfig
 from megatron_rl.errors import ConfigError
+from megatron_rl.sandbox.runner import Result, Sandbox
+from megatron_rl.sandbox.select import accept_no_jail, find_jail
 from megatron_rl.tasks.arithmetic import Problems
-from megatron_rl.tasks.base import Observation, Task, Turn, strip_end
-from megatron_rl.tasks.jails import accept_no_jail, find_jail
 from megatron_rl.tasks.math import MathTask, response_answer
-from megatron_rl.tasks.sandbox import Result, Sandbox
+from megatron_rl.tasks.task import Observation, Task, Turn, strip_end
 from megatron_rl.types import Prompt
 
 if TYPE_CHECKING:

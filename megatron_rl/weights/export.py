@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megatron_rl.errors import CheckpointError
 from megatron_rl.weights.families import Family, ModelShape
-from megatron_rl.weights.plan import Entry, entries, local_parameters
+from megatron_rl.weights.name_table import Entry, entries, local_parameters
 
 Holdings = tuple[int, dict[str, tuple[int, ...]]]
 """What a rank contributes: its tensor-parallel rank, and the local shape of each parameter it is to send."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.errors import ConfigError
-from megatron_rl.weights.hf import Reader
+from megatron_rl.weights.hf_folder import Reader
 
 Shape = tuple[int, ...]
 

@@ -7,8 +7,8 @@ from torch import nn
 
 from megatron_rl.errors import CheckpointError
 from megatron_rl.weights.families import Family, ModelShape
-from megatron_rl.weights.hf import HFFolder
-from megatron_rl.weights.plan import entries, local_parameters
+from megatron_rl.weights.hf_folder import HFFolder
+from megatron_rl.weights.name_table import entries, local_parameters
 
 
 def load_weights(

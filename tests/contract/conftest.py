@@ -31,10 +31,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_rl.config import PrecisionConfig, SGLangConfig
+from megatron_rl.engines.processes.embedded import EmbeddedServers
+from megatron_rl.engines.processes.server_process import Servers
+from megatron_rl.engines.processes.sglang import SGLangServers, server_flags
 from megatron_rl.precision.plan import resolve
-from megatron_rl.rollout.lifecycle import EmbeddedServers
-from megatron_rl.rollout.processes import Servers
-from megatron_rl.rollout.sglang import SGLangServers, server_flags
 from megatron_rl.weights.digest import tensor_digest
 
 VOCAB = 300

@@ -16,11 +16,12 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from megatron_rl.config import RolloutConfig
+from megatron_rl.engines import health
+from megatron_rl.engines.pool import EnginePool, GenerationInterrupted, GenerationRequest, Sample, SamplingParams
+from megatron_rl.engines.processes import server_process as processes
+from megatron_rl.engines.processes.embedded import EmbeddedServers
 from megatron_rl.errors import EngineError, UserError
-from megatron_rl.rollout import health, processes
-from megatron_rl.rollout.client import EnginePool, GenerationInterrupted, GenerationRequest, Sample, SamplingParams
-from megatron_rl.rollout.lifecycle import EmbeddedServers
-from megatron_rl.rollout.sampling import sample_groups
+from megatron_rl.sampling.group import sample_groups
 from megatron_rl.types import Prompt
 from tests.contract.conftest import VOCAB, logp_of, start_servers
 from tests.contract.proxy import Body, Proxy

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
-from megatron_rl.rollout.client import EnginePool
-from megatron_rl.rollout.wire import error_message
+from megatron_rl.engines.pool import EnginePool
+from megatron_rl.protocol.generation import error_message
 from megatron_rl.weights.digest import tensor_digest
 from tests.contract.conftest import WriteWeights, logp_of, until_running
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from megatron_rl.rollout.wire import error_message
+from megatron_rl.protocol.generation import error_message
 from tests.contract.conftest import EOS, VOCAB, logp_of
 
 PROMPT = [5, 17, 250, 99, 3]

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
+from megatron_rl.engines.offload import RestingEngines
+from megatron_rl.engines.pool import EnginePool, GenerationRequest, SamplingParams
 from megatron_rl.errors import EngineError
-from megatron_rl.rollout.client import EnginePool, GenerationRequest, SamplingParams
-from megatron_rl.training.resting import RestingEngines
 from megatron_rl.weights.digest import tensor_digest
-from megatron_rl.weights.hf import HFFolder
+from megatron_rl.weights.hf_folder import HFFolder
 from tests.contract.conftest import WriteWeights, logp_of, until_running
 from tests.disk_sync import disk_sync
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
+from megatron_rl.engines.pool import EnginePool, GenerationRequest, SamplingParams
+from megatron_rl.engines.processes.embedded import EmbeddedServers
+from megatron_rl.engines.processes.server_process import ServerProcess, end_processes
+from megatron_rl.engines.processes.sglang import start_router
 from megatron_rl.errors import EngineError
-from megatron_rl.rollout.client import EnginePool, GenerationRequest, SamplingParams
-from megatron_rl.rollout.lifecycle import EmbeddedServers
-from megatron_rl.rollout.processes import ServerProcess, end_processes
-from megatron_rl.rollout.sglang import start_router
 from tests.contract.conftest import SGLANG, logp_of
 
 PROMPT = (5, 17, 250, 99, 3)

@@ -12,13 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 
 from megatron_rl.config import PrecisionConfig
+from megatron_rl.engines.pool import EnginePool, GenerationRequest, SamplingParams
+from megatron_rl.engines.processes.embedded import EmbeddedServers
+from megatron_rl.engines.processes.sglang import SGLangServers, server_flags
 from megatron_rl.errors import EngineError
 from megatron_rl.precision.plan import resolve
-from megatron_rl.rollout.client import EnginePool, GenerationRequest, SamplingParams
-from megatron_rl.rollout.lifecycle import EmbeddedServers
-from megatron_rl.rollout.sampling import GroupSettings, sample_group
-from megatron_rl.rollout.sglang import SGLangServers, server_flags
-from megatron_rl.rollout.wire import RoutedShape
+from megatron_rl.protocol.generation import RoutedShape
+from megatron_rl.sampling.group import GroupSettings, sample_group
 from megatron_rl.types import Prompt
 from tests.contract.conftest import SGLANG, VOCAB, until_running, write_tokenizer
 from tests.models import make_qwen3_moe

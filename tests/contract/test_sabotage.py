@@ -17,23 +17,23 @@ import httpx
 import psutil
 import pytest
 import torch
+from megatron_rl.weights.transports import distributed
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_rl.engines.control import Traits
+from megatron_rl.engines.pool import EnginePool, GenerationRequest, SamplingParams
+from megatron_rl.engines.processes.embedded import EmbeddedServers
 from megatron_rl.errors import CheckpointError, EngineError
-from megatron_rl.rollout.client import EnginePool, GenerationRequest, SamplingParams
-from megatron_rl.rollout.control import Traits
-from megatron_rl.rollout.lifecycle import EmbeddedServers
-from megatron_rl.weights.buckets import Bucket
-from megatron_rl.weights.hf import HFFolder
-from megatron_rl.weights.payload import pack, shared_buffer, unpack
-from megatron_rl.weights.sync import WeightSync
-from megatron_rl.weights.transaction import Probe
-from megatron_rl.weights.transports import distributed
-from megatron_rl.weights.transports.base import Transport
-from megatron_rl.weights.transports.disk import DiskTransport
-from megatron_rl.weights.transports.distributed import DistributedTransport
-from megatron_rl.weights.transports.tensor import TensorTransport
+from megatron_rl.protocol.buckets import Bucket
+from megatron_rl.protocol.payload import pack, shared_buffer, unpack
+from megatron_rl.weight_sync.sync import WeightSync
+from megatron_rl.weight_sync.transaction import Probe
+from megatron_rl.weight_sync.transports.disk import DiskTransport
+from megatron_rl.weight_sync.transports.distributed import DistributedTransport
+from megatron_rl.weight_sync.transports.tensor import TensorTransport
+from megatron_rl.weight_sync.transports.transport import Transport
+from megatron_rl.weights.hf_folder import HFFolder
 from tests.contract.conftest import VOCAB, logp_of, start_servers
 from tests.contract.proxy import Answer, Body, Proxy
 

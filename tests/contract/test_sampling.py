@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from megatron_rl.rollout.client import EnginePool
-from megatron_rl.rollout.sampling import Group, GroupSettings, sample_group
-from megatron_rl.tasks.base import Observation
+from megatron_rl.engines.pool import EnginePool
+from megatron_rl.sampling.group import Group, GroupSettings, sample_group
+from megatron_rl.tasks.task import Observation
 from megatron_rl.types import Prompt, Trajectory
 from tests.contract.conftest import WriteWeights, logp_of, until_running
 

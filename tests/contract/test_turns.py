@@ -8,10 +8,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from megatron_rl.rollout.client import EnginePool, GenerationRequest, Sample
-from megatron_rl.rollout.sampling import GroupSettings, sample_group
-from megatron_rl.tasks.base import Observation, Task
-from megatron_rl.training.batches import make_batch
+from megatron_rl.engines.pool import EnginePool, GenerationRequest, Sample
+from megatron_rl.sampling.batch import make_batch
+from megatron_rl.sampling.group import GroupSettings, sample_group
+from megatron_rl.tasks.task import Observation, Task
 from megatron_rl.types import Prompt, Trajectory
 from tests.contract.conftest import logp_of
 

@@ -17,12 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_rl.engines.pool import EnginePool, GenerationRequest, SamplingParams
+from megatron_rl.engines.processes.server_process import free_port
 from megatron_rl.errors import CheckpointError, EngineError, UserError
-from megatron_rl.rollout.client import EnginePool, GenerationRequest, SamplingParams
-from megatron_rl.rollout.processes import free_port
+from megatron_rl.weight_sync.sync import WeightSync
 from megatron_rl.weights.digest import tensor_digest
-from megatron_rl.weights.hf import MANIFEST, SINGLE, HFFolder
-from megatron_rl.weights.sync import WeightSync
+from megatron_rl.weights.hf_folder import MANIFEST, SINGLE, HFFolder
 from tests.contract.conftest import until_running
 from tests.disk_sync import disk_sync
 from tests.models import make_qwen3
@@ -53,7 +53,7 @@ class Server:
     def __init__(self, model: Path, log: Path) -> None:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "megatron_rl.rollout.server", "--model", str(model), "--port", str(port)]
+        command = [sys.executable, "-m", "megatron_rl.server.app", "--model", str(model), "--port", str(port)]
         with log.open("wb") as out:
             self.process = subprocess.Popen(
                 [*command, "--threads", "1", "--parent-pid", str(os.getpid())], stdout=out, stderr=subprocess.STDOUT
@@ -280,9 +280,9 @@ def test_the_default_staging_folder_is_private_and_removed(pool: HookedPool, sou
 STAGE = """
 import sys
 from pathlib import Path
-from megatron_rl.weights.hf import HFFolder
-from megatron_rl.weights.tally import Tally
-from megatron_rl.weights.transports.disk import DiskTransport
+from megatron_rl.weights.hf_folder import HFFolder
+from megatron_rl.weight_sync.expected_digests import Tally
+from megatron_rl.weight_sync.transports.disk import DiskTransport
 
 source = HFFolder(Path(sys.argv[1]))
 transport = DiskTransport(source)

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from megatron_rl.training.tiny import make_tokenizer
+from megatron_rl.tiny_model import make_tokenizer
 from tests.models import make_qwen3_moe
-from tests.unit.char_tokenizer import char_tokenizer
+from tests.unit.tasks.char_tokenizer import char_tokenizer
 
 ARITHMETIC = "012+-="
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.config import load_config
-from megatron_rl.training.loop import train
-from megatron_rl.training.run import open_run
+from megatron_rl.trainer.bringup import open_run
+from megatron_rl.trainer.loop import train
 
 
 def train_run(file: Path, overrides: list[str], port: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_rl.diagnostics.attribution import SOURCES
+from megatron_rl.diagnostics.score_chain import SOURCES
 from tests.e2e.command import assert_refused, records
 
 

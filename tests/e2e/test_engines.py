@@ -7,15 +7,15 @@ import psutil
 import pytest
 
 from megatron_rl.config import make_config
+from megatron_rl.engines.pool import EnginePool
+from megatron_rl.engines.processes.embedded import EmbeddedServers
 from megatron_rl.errors import EngineError
 from megatron_rl.objectives import make_objective
 from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy
-from megatron_rl.policy.device import pick_device
+from megatron_rl.policy.device_port import pick_device
 from megatron_rl.precision.plan import resolve
-from megatron_rl.rollout.client import EnginePool
-from megatron_rl.rollout.lifecycle import EmbeddedServers
-from megatron_rl.training.run import Run
+from megatron_rl.trainer.bringup import Run
 from tests.disk_sync import disk_sync
 from tests.e2e.command import Command, assert_drawn_once, records
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from megatron_rl.policy.complete import newest_valid
+from megatron_rl.policy.checkpoint_state import newest_valid
 from megatron_rl.report import write_report
 from tests.e2e.command import Command, assert_refused, records
 from tests.e2e.conftest import version_of

@@ -9,9 +9,9 @@ import psutil
 import pytest
 
 from megatron_rl.config import load_config
+from megatron_rl.engines.processes.own_servers import own_servers
+from megatron_rl.engines.processes.server_process import free_port
 from megatron_rl.precision.plan import resolve
-from megatron_rl.rollout.processes import free_port
-from megatron_rl.rollout.servers import own_servers
 from tests.contract.proxy import Answer, Body, Proxy
 from tests.e2e.command import Command, records
 from tests.e2e.conftest import version_of

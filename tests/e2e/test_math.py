@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_rl.policy.complete import newest_valid
+from megatron_rl.policy.checkpoint_state import newest_valid
 from tests.e2e.command import ROOT, records
 from tests.e2e.models import make_math_model
 

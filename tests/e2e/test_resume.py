@@ -4,7 +4,7 @@ import shutil
 
 from safetensors.torch import load_file
 
-from megatron_rl.policy.complete import newest_valid
+from megatron_rl.policy.checkpoint_state import newest_valid
 from tests.e2e.command import records
 
 TIMES = ("seconds/", "tokens_per_s")

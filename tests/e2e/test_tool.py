@@ -11,15 +11,15 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_rl.config import Config, load_config
+from megatron_rl.engines.pool import EnginePool
+from megatron_rl.engines.processes.embedded import EmbeddedServers
 from megatron_rl.errors import ConfigError
-from megatron_rl.policy.complete import TrainState
-from megatron_rl.rollout.client import EnginePool
-from megatron_rl.rollout.lifecycle import EmbeddedServers
+from megatron_rl.policy.checkpoint_state import TrainState
+from megatron_rl.sampling.rollouts import Rollouts
+from megatron_rl.sandbox.select import find_jail
 from megatron_rl.tasks import Task, make_task
-from megatron_rl.tasks.jails import find_jail
-from megatron_rl.training.records import Stopwatch
-from megatron_rl.training.rollouts import Rollouts
-from megatron_rl.training.tiny import make_tokenizer
+from megatron_rl.tiny_model import make_tokenizer
+from megatron_rl.trainer.metrics import Stopwatch
 from megatron_rl.types import Batch
 from tests.e2e.command import Command, records
 from tests.e2e.models import make_model

@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_rl.perturbation.kernels import _signed
-from megatron_rl.perturbation.noise import Key
+from megatron_rl.alp.kernels import _signed
+from megatron_rl.alp.noise import Key
 
 _BLOCK = 256
 

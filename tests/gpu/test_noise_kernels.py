@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rl.perturbation.noise import NoiseRows, noise_key, normals, philox4x32
-from megatron_rl.perturbation.perturb import Perturb, add_noise, add_noise_, dot_noise
+from megatron_rl.alp.noise import NoiseRows, noise_key, normals, philox4x32
+from megatron_rl.alp.perturb import Perturb, add_noise, add_noise_, dot_noise
 from tests.gpu.needs import needs_cuda
 
 philox_words = pytest.importorskip("tests.gpu.philox_words", reason="triton is not installed")

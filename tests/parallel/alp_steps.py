@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from megatron_rl.alp.layer import Draw, PerturbedLayer
+from megatron_rl.alp.logits import LogitNoise
+from megatron_rl.alp.names import is_sigma
+from megatron_rl.alp.noise import Key, NoiseRows, noise_key, normals
+from megatron_rl.alp.sigma import HoldsSigma, sigma_holders
 from megatron_rl.objectives import make_objective
-from megatron_rl.perturbation.layer import Draw, PerturbedLayer
-from megatron_rl.perturbation.logits import LogitNoise
-from megatron_rl.perturbation.names import is_sigma
-from megatron_rl.perturbation.noise import Key, NoiseRows, noise_key, normals
-from megatron_rl.perturbation.sigma import HoldsSigma, sigma_holders
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.checkpoint import Checkpoints
-from megatron_rl.policy.complete import TrainState
-from megatron_rl.policy.normalisation import global_norm
+from megatron_rl.policy.checkpoint_state import TrainState
+from megatron_rl.policy.loss_denominator import global_norm
 from tests.parallel.checkpoint_steps import update
 from tests.parallel.steps import OBJECTIVE, exported, make_batch, make_policy, noted_update, replicas_differ
 

@@ -16,7 +16,7 @@ from megatron_rl.errors import CheckpointError
 from megatron_rl.objectives import make_objective
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.checkpoint import Checkpoints, parameter_digest
-from megatron_rl.policy.complete import TrainState
+from megatron_rl.policy.checkpoint_state import TrainState
 from tests.parallel.steps import OBJECTIVE, exported, make_batch, make_policy
 
 

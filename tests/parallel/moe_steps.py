@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 
 from megatron_rl.policy import model as policy_model
 from megatron_rl.policy.actor import Policy
-from megatron_rl.policy.routing import prepare_experts
+from megatron_rl.policy.routing_replay import prepare_experts
 from megatron_rl.types import Batch
 from tests.parallel.alp_steps import alp_policy, named
 from tests.parallel.steps import exported, make_batch, make_policy, noted_update, replicas_differ

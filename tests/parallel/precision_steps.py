@@ -7,7 +7,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.checkpoint import Checkpoints
-from megatron_rl.policy.complete import TrainState
+from megatron_rl.policy.checkpoint_state import TrainState
 from megatron_rl.precision.linear import QuantizedLinear, linears
 from tests.parallel.checkpoint_steps import update
 from tests.parallel.steps import exported, make_batch, make_policy, noted_update, replicas_differ

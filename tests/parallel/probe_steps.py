@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.precision.plan import resolve
-from megatron_rl.training.transport import score_probe
-from megatron_rl.weights.transaction import Probe
+from megatron_rl.weight_sync.make_sync import score_probe
+from megatron_rl.weight_sync.transaction import Probe
 from tests.parallel.steps import make_policy
 
 

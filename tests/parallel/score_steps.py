@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_rl.config import ParallelConfig
 from megatron_rl.policy import parallel
-from megatron_rl.policy.device import pick_device
+from megatron_rl.policy.device_port import pick_device
 from megatron_rl.policy.logprobs import token_scores
 from megatron_rl.weights.layouts import padded_vocab
 

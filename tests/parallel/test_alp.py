@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from megatron_rl.perturbation.noise import NoiseRows, noise_key, normals
+from megatron_rl.alp.noise import NoiseRows, noise_key, normals
 from tests.parallel import alp_steps, steps
 from tests.parallel.alp_steps import ALP, SEED
 from tests.parallel.steps import LENGTHS, make_batch

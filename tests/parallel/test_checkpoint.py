@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_rl.policy.complete import COMPLETE, TrainState, newest_valid
+from megatron_rl.policy.checkpoint_state import COMPLETE, TrainState, newest_valid
 from tests.parallel.group import RankGroup
 
 STEPS = "tests.parallel.checkpoint_steps"

@@ -5,10 +5,10 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_rl.config import PrecisionConfig
-from megatron_rl.policy.complete import TrainState
+from megatron_rl.policy.checkpoint_state import TrainState
 from megatron_rl.precision.plan import resolve
 from megatron_rl.weights.digest import tensor_digest
-from megatron_rl.weights.quantised import WireTensors
+from megatron_rl.weights.quantized import WireTensors
 from tests.parallel.test_alp import PlainPerturbation, assert_same_perturbed_step
 from tests.parallel.test_checkpoint import close, round_trip, same_bits
 from tests.parallel.test_parity import assert_same_step, reference_step, worst

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_rl.weights.transaction import Probe
+from megatron_rl.weight_sync.transaction import Probe
 from tests.parallel.group import RankGroup
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from megatron_rl.config import PrecisionConfig
 from megatron_rl.precision.plan import resolve
 from megatron_rl.weights.digest import tensor_digest
-from megatron_rl.weights.quantised import WireTensors
+from megatron_rl.weights.quantized import WireTensors
 from tests.models import make_qwen3
 from tests.parallel.group import RankGroup
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl import cli, launch
+from megatron_rl import cli
 from megatron_rl.errors import ConfigError
+from megatron_rl.launch import ranks as launch
 
 COMMANDS = {"train", "eval", "serve", "report", "doctor"}
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_rl.errors import ConfigError
-from megatron_rl.weights.families.base import Experts, Family, HFConfig, ModelShape, Rule
+from megatron_rl.weights.families.family import Experts, Family, HFConfig, ModelShape, Rule
 from megatron_rl.weights.families.qwen3 import QWEN3
 from megatron_rl.weights.families.qwen3_moe import QWEN3_MOE
 

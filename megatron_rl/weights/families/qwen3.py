@@ -1,7 +1,7 @@
 """Qwen3 (dense): grouped-query attention with normalised queries and keys, gated SiLU MLP, RMSNorm, plain RoPE."""
 
 from megatron_rl.errors import ConfigError
-from megatron_rl.weights.families.base import Family, HFConfig, ModelShape, Rule
+from megatron_rl.weights.families.family import Family, HFConfig, ModelShape, Rule
 from megatron_rl.weights.layouts import QKV, GateUp, Replicated, Row, VocabRows
 
 

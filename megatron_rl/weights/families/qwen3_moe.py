@@ -6,7 +6,7 @@ Hugging Face's names have one tensor per expert, also where transformers keeps a
 from dataclasses import replace
 
 from megatron_rl.errors import ConfigError
-from megatron_rl.weights.families.base import Experts, Family, HFConfig, ModelShape, Rule
+from megatron_rl.weights.families.family import Experts, Family, HFConfig, ModelShape, Rule
 from megatron_rl.weights.families.qwen3 import HF, MCORE, read_shape, table
 from megatron_rl.weights.layouts import GateUp, Replicated, Row
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_rl.tasks.jails import probe
-from megatron_rl.tasks.sandbox import Sandbox
+from megatron_rl.sandbox.runner import Sandbox
+from megatron_rl.sandbox.select import probe
 
 SECONDS = 10.0
 HASTE = 0.5  # seconds, where the time is to run out

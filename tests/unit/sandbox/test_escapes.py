@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_rl.tasks.sandbox import Sandbox
+from megatron_rl.sandbox.runner import Sandbox
 from tests.unit.sandbox.conftest import FAULTS, SECONDS, jail_processes
 
 # The network ------------------------------------------------------------------------------------------------

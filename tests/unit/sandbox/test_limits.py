@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_rl.tasks import sandbox as sandbox_module
-from megatron_rl.tasks.sandbox import FILE_BYTES, PROCESSES
+from megatron_rl.sandbox import runner as sandbox_module
+from megatron_rl.sandbox.runner import FILE_BYTES, PROCESSES
 from tests.unit.sandbox.conftest import FAULTS, HASTE, PATIENCE, SECONDS, jail_processes
 
 
@@ -127,7 +127,8 @@ def test_an_end_of_the_trainer_is_the_end_of_its_jails(tmp_path):
         pytest.skip(f"no jail: {FAULTS['namespaces']}")
     before = jail_processes()
     program = (
-        "from megatron_rl.tasks.sandbox import Sandbox; Sandbox('namespaces', seconds=60, memory_mb=64).run('while True: pass')"
+        "from megatron_rl.sandbox.runner import Sandbox; "
+        "Sandbox('namespaces', seconds=60, memory_mb=64).run('while True: pass')"
     )
     trainer = subprocess.Popen([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])})
     deadline = time.monotonic() + PATIENCE * 2

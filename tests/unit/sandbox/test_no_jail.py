@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.errors import ConfigError
-from megatron_rl.tasks import jails
-from megatron_rl.tasks.jails import accept_no_jail, find_jail, probe
-from megatron_rl.tasks.sandbox import Sandbox
-from megatron_rl.tasks.seccomp import filter_program
+from megatron_rl.sandbox import select as jails
+from megatron_rl.sandbox.runner import Sandbox
+from megatron_rl.sandbox.seccomp import filter_program
+from megatron_rl.sandbox.select import accept_no_jail, find_jail, probe
 from tests.unit.sandbox.conftest import FAULTS, SECONDS
 
 
@@ -34,7 +34,7 @@ def test_no_jail_is_an_error_that_says_why_and_what_to_do(monkeypatch):
 
 @pytest.mark.skipif(not shutil.which("unshare"), reason="no `unshare` to make a machine without namespaces with")
 def test_where_namespaces_are_forbidden_the_jail_is_refused_with_the_reason():
-    program = "from megatron_rl.tasks.jails import find_jail; find_jail()"
+    program = "from megatron_rl.sandbox.select import find_jail; find_jail()"
     forbid = f"echo 0 > /proc/sys/user/max_user_namespaces && exec {sys.executable} -c '{program}'"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     command = ["unshare", "--user", "--map-root-user", "sh", "-c", forbid]
@@ -78,11 +78,11 @@ def test_a_user_without_rights_has_a_jail_too(tmp_path):
     # The modules that make the jail need nothing that is not here; the rest of the package may not be readable.
     for name in (
         "errors.py",
-        "tasks/jails.py",
-        "tasks/sandbox.py",
-        "tasks/jail.py",
-        "tasks/seccomp.py",
-        "tasks/interpreter.py",
+        "sandbox/select.py",
+        "sandbox/runner.py",
+        "sandbox/jail.py",
+        "sandbox/seccomp.py",
+        "sandbox/interpreter.py",
     ):
         copy = tmp_path / "megatron_rl" / name
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -91,8 +91,8 @@ def test_a_user_without_rights_has_a_jail_too(tmp_path):
         if folder.is_relative_to(tempfile.gettempdir()) and folder != Path(tempfile.gettempdir()):
             folder.chmod(0o755)
     program = """
-from megatron_rl.tasks.jails import probe
-from megatron_rl.tasks.sandbox import Sandbox
+from megatron_rl.sandbox.select import probe
+from megatron_rl.sandbox.runner import Sandbox
 print([probe("namespaces")], Sandbox("namespaces", seconds=5, memory_mb=64).run("print(6 * 7)").output)
 """
     answer = subprocess.run(

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from megatron_rl.errors import ConfigError
-from megatron_rl.tasks import sandbox as sandbox_module
-from megatron_rl.tasks.interpreter import interpreter
-from megatron_rl.tasks.jails import probe
+from megatron_rl.sandbox import runner as sandbox_module
+from megatron_rl.sandbox.interpreter import interpreter
+from megatron_rl.sandbox.select import probe
 from tests.unit.sandbox.conftest import PATIENCE, SECONDS
 
 

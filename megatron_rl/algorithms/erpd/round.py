@@ -1,0 +1,235 @@
+"""Extreme Region Policy Distillation, one round a step (arXiv 2605.25582).
+
+A round samples one batch D from pi_old and learns from it twice. Stage 1 drives a teacher far away from pi_old on D.
+Stage 2 starts from pi_old again and follows the teacher's token signal, log pi_e - log pi_den, under a clip. Every
+log-probability is the trainer's own; no engine holds memory meanwhile. A round can be resumed at any point.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from megatron_rl.algorithms.erpd.records import RoundRecords, mu_record, round_record
+from megatron_rl.algorithms.erpd.round_folder import STAGES, TEACHER_RATES, RoundFolder
+from megatron_rl.algorithms.erpd.settings import ERPDPlan
+from megatron_rl.algorithms.erpd.signals import Signals, teacher_column
+from megatron_rl.algorithms.erpd.stage import Stage, run_stage
+from megatron_rl.algorithms.policy_gradient import with_columns
+from megatron_rl.config import Config
+from megatron_rl.errors import CheckpointError, ConfigError, UserError
+from megatron_rl.policy.checkpoint import Checkpoints, parameter_digest
+from megatron_rl.trainer.bringup import Run
+from megatron_rl.trainer.metrics import Stopwatch
+from megatron_rl.types import Batch
+
+OUTCOMES = ("erpd_mse", "erpd_ce")  # teachers that take a reward for a probability
+TEACHER, STUDENT = STAGES
+
+
+def collect(run: Run, watch: Stopwatch) -> Batch:
+    """The round's batch, sampled once and read back ever after; the checkpoint of pi_old is complete before. Collective."""
+    run.ensure_saved()
+    folder = _folder(run, run.state.step)
+    found = run.mesh.on_lead(folder.read_batch)
+    if found is not None:
+        batch, sampling = found
+        run.mesh.on_lead(lambda: run.rollouts.restore(run.state.step, run.state.version, sampling))
+        return batch
+    batch = run.mesh.on_lead(lambda: run.collect(run.state.step, watch))
+    run.mesh.on_lead(lambda: folder.write_batch(batch, run.rollouts.sampling))
+    return batch
+
+
+def learn(run: Run, plan: ERPDPlan, batch: Batch, watch: Stopwatch) -> RoundRecords:
+    """Both stages; the policy is the student afterwards, and the engines wait for its weights. Collective.
+
+    Raises CheckpointError when pi_old is not what the round began with, KeyboardInterrupt when a stop was asked for.
+    """
+    return _Round(run, plan, batch, watch).learn()
+
+
+def asked_settings(config: Config, plan: ERPDPlan) -> dict[str, Any]:
+    """Every setting that a round's outcome depends on, by key: a round is ended with those it was begun with."""
+    sections = {"objective": plan, "optimizer": config.optimizer}
+    asked = {f"{name}.{key}": value for name, part in sections.items() for key, value in part.model_dump(mode="json").items()}
+    return asked | {
+        "objective.advantage": config.objective.advantage,
+        "objective.overlong_buffer": config.objective.overlong_buffer,
+        "model.path": str(config.model.path),
+        "precision.train": config.precision.train,
+        "rollout.temperature": config.rollout.temperature,
+        "run.seed": config.run.seed,
+    }
+
+
+def _folder(run: Run, step: int) -> RoundFolder:
+    return RoundFolder(run.config.run.folder / "erpd", step)
+
+
+class _Round:
+    def __init__(self, run: Run, plan: ERPDPlan, batch: Batch, watch: Stopwatch) -> None:
+        self.run, self.plan, self.watch = run, plan, watch
+        self.mesh, self.policy, self.step = run.mesh, run.policy, run.state.step
+        self.folder = _folder(run, self.step)
+        self.trained = batch.mask > 0
+        self.token_rewards = np.repeat(batch.rewards, batch.lengths)
+        self.teacher_objective, self.student_objective = plan.teacher_objective(), plan.student_objective()
+        self.bare = batch
+        keep = run.config.run.keep
+        pinned = (*plan.kept, plan.teacher_updates)
+        self.teacher = Checkpoints(self.folder.path / TEACHER, self.policy, keep, pinned)
+        self.student = Checkpoints(self.folder.path / STUDENT, self.policy, keep)
+
+    def learn(self) -> RoundRecords:
+        run, plan = self.run, self.plan
+        self._begin()
+        run.rest_engines()
+        run.at_step = False
+        self.batch = self._with_own_columns()
+        signals = Signals(plan, self.policy, self.folder, self.batch, self.teacher, run.checkpoints)
+        with self.watch("teacher"), self.teacher:
+            if not self.teacher.has(plan.teacher_updates):
+                run_stage(run, self.folder, self._teacher_stage())
+            signals.score()
+        rates = self._evaluate_teacher()
+        with self.watch("student"), self.student:
+            run_stage(run, self.folder, self._student_stage(signals))
+            logp = self.policy.logprobs(self.batch)
+        run.wake_engines()
+        record, student, ratios = self.mesh.on_lead(lambda: self._record(logp))
+        record |= {f"erpd/teacher/{name.removeprefix('eval/')}": rate for name, rate in rates.items()}
+        return RoundRecords(self.bare, student, self.student_objective, record, ratios)
+
+    def _begin(self) -> None:
+        """Note pi_old and the settings of the round, or find them as they were; drop what earlier rounds need no more."""
+        digest = parameter_digest(self.policy)
+        asked = asked_settings(self.run.config, self.plan)
+        self.mesh.on_lead(lambda: self._note_beginning(digest, asked))
+
+    def _note_beginning(self, digest: dict[str, str], asked: dict[str, Any]) -> None:
+        self._check_rewards()
+        for earlier in range(self.step):
+            _folder(self.run, earlier).drop_checkpoints()
+        note = self.folder.note()
+        if not note:
+            self.folder.add_note(asked=asked, digest=digest)
+            return
+        other = [key for key, value in asked.items() if note["asked"].get(key) != value]
+        if other:
+            raise ConfigError(
+                f"the round in {self.folder.path} was begun with other settings ({', '.join(other)}): resume with those, "
+                f"or {self.folder.mend}"
+            )
+        if not note["digest"].keys() & digest.keys():  # another layout: the weights are the same, their pieces are not
+            self.folder.add_note(digest={**note["digest"], **digest})
+        self._compare(self.folder.note()["digest"], digest)
+
+    def _compare(self, noted: dict[str, str], digest: dict[str, str]) -> None:
+        for rank, text in digest.items():
+            if noted[rank] != text:
+                raise CheckpointError(
+                    f"the parameters of {rank} have digest {text[:12]}, but the round in {self.folder.path} began with "
+                    f"{noted[rank][:12]}: {self.run.checkpoints.path(self.step)} is not the policy that sampled its batch; "
+                    f"restore that checkpoint, or {self.folder.mend}"
+                )
+
+    def _check_rewards(self) -> None:
+        bad = self.bare.ids[(self.bare.rewards < 0) | (self.bare.rewards > 1)].tolist()
+        if bad and self.teacher_objective.name in OUTCOMES:
+            raise UserError(
+                f"rewards of trajectories {bad[:20]} lie outside [0, 1], but {self.teacher_objective.name} takes them for "
+                "probabilities: mend the verifier, or take another teacher"
+            )
+
+    def _with_own_columns(self) -> Batch:
+        """The batch with log-probabilities under pi_old, and under the reference where an objective needs it."""
+        known = self.mesh.on_lead(self.folder.columns)
+        batch = replace(self.bare, logold=known.get("old"), logref=known.get("ref"))
+        needs = self.teacher_objective.needs | self.student_objective.needs | {"logold"}
+        batch = with_columns(self.policy, batch, needs)
+        for name, column in (("old", batch.logold), ("ref", batch.logref)):
+            if column is not None and name not in known:
+                self.mesh.on_lead(partial(self.folder.add_column, name, column))
+        return batch
+
+    # Stages ------------------------------------------------------------------------------------------------
+
+    def _teacher_stage(self) -> Stage:
+        plan, lr = self.plan, self.run.config.optimizer.lr
+        return Stage(
+            name=TEACHER,
+            updates=plan.teacher_updates,
+            lr=plan.teacher_lr or lr,
+            objective=self.teacher_objective,
+            batch=lambda _: self.batch,
+            checkpoints=self.teacher,
+            save_every=plan.save_every,
+            restart=self._restart_teacher,
+            kept=plan.kept,
+        )
+
+    def _student_stage(self, signals: Signals) -> Stage:
+        return Stage(
+            name=STUDENT,
+            updates=self.plan.student_updates,
+            lr=self.run.config.optimizer.lr,
+            objective=self.student_objective,
+            batch=signals.batch_of,
+            checkpoints=self.student,
+            save_every=self.plan.save_every,
+            restart=self._restart,
+        )
+
+    def _restart(self) -> None:
+        """Back to pi_old, proved by its digest."""
+        self.run.checkpoints.load(self.step)
+        digest = parameter_digest(self.policy)
+        self.mesh.on_lead(lambda: self._compare(self.folder.note()["digest"], digest))
+
+    def _restart_teacher(self) -> None:
+        """What was measured of a teacher that is gone is not true of the next."""
+        self.mesh.on_lead(self.folder.forget_teacher)
+        self._restart()
+
+    # Reporting ---------------------------------------------------------------------------------------------
+
+    def _evaluate_teacher(self) -> dict[str, float]:
+        """Held-out pass rates of the teacher when the step's evaluation is due, measured once; else nothing.
+
+        Its weights are published as a version of their own, so the student's comes after it.
+        """
+        run = self.run
+        if run.config.eval.prompts == 0 or not run.due(self.step + 1, run.config.eval.every):
+            return {}
+        rates: dict[str, float] | None = self.mesh.on_lead(lambda: self.folder.note().get(TEACHER_RATES))
+        run.state = replace(run.state, version=run.state.version + 1)
+        if rates is None:
+            with self.watch("teacher_eval"):
+                self.teacher.load_weights(self.plan.teacher_updates)
+                run.wake_engines()
+                run.publish(run.state.version)
+                rates = self.mesh.on_lead(lambda: run.rollouts.evaluate(self.step + 1))
+                self.mesh.on_lead(lambda: self.folder.add_note(**{TEACHER_RATES: rates}))
+                run.rest_engines()
+        assert rates is not None
+        self.run.say(f"step {self.step}: teacher, " + ", ".join(f"{k.removeprefix('eval/')} {v:.1%}" for k, v in rates.items()))
+        return rates
+
+    def _record(self, logp: np.ndarray) -> tuple[dict[str, Any], list[dict[str, float]], dict[str, float]]:
+        """The round's record, those of the student's updates, and the ratios to mu. logp [N]: of the student."""
+        columns = self.folder.columns()
+        teacher = self.folder.updates(TEACHER, self.plan.teacher_updates)
+        student = self.folder.updates(STUDENT, self.plan.student_updates)
+        record = round_record(
+            teacher=teacher,
+            student=student,
+            logold=columns["old"],
+            loge=columns[teacher_column(self.plan.teacher_updates)],
+            logp=logp,
+            rewards=self.token_rewards,
+            trained=self.trained,
+            outcome=self.teacher_objective.name == "erpd_mse",
+        )
+        return record, student, mu_record(self.bare, columns["old"], logp)

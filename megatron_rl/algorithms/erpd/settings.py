@@ -1,0 +1,246 @@
+"""What `objective.name: erpd` asks for, checked before anything is allocated (arXiv 2605.25582)."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from megatron_rl.alp.layer_noise import alp_objective, check_ratio
+from megatron_rl.config import Config
+from megatron_rl.errors import ConfigError
+from megatron_rl.objectives import OBJECTIVES, Objective, make_objective
+from megatron_rl.objectives.erpd import ErpdMSE
+from megatron_rl.objectives.options import suggest
+from megatron_rl.objectives.ratio import RatioObjective
+
+NAME = "erpd"
+STUDENT = "erpd_distill"
+_KEEP = (10, 20, 30)
+_DENOMINATORS = ("old", "unlearned@k", "student@j", "moving")
+_ENGINE = {
+    "logmu": "its log-probabilities are never mixed in",
+    "topk": "an engine's top-K is not part of the fixed batch",
+    "staleness": "the batch is sampled by the very policy it starts from",
+}
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class SignalPlan(_Part):
+    """One signal of stage 2: log pi_e - log pi_den, followed for `updates` optimizer updates."""
+
+    teacher: Literal["last"] | int = Field("last", description="last, or the teacher's checkpoint after that many updates")
+    denominator: str = Field("old", description="old | unlearned@k | student@j | moving")
+    updates: int = Field(16, ge=1)
+
+    @field_validator("teacher")
+    @classmethod
+    def _trained(cls, value: str | int) -> str | int:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"it is {value}, but a teacher has made at least 1 update")
+        return value
+
+    @field_validator("denominator")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in ("old", "moving") and not re.fullmatch(r"(unlearned|student)@\d+", value):
+            raise ValueError(f"it is {value!r}; {suggest(value, _DENOMINATORS)} (k teacher updates, j steps of the run)")
+        if re.fullmatch(r"unlearned@0+", value):
+            raise ValueError(f"it is {value!r}, but k is at least 1: before its first update the teacher is old")
+        return value
+
+    @property
+    def unlearned(self) -> int | None:
+        """Teacher updates of the denominator's checkpoint, when it is one of the teacher's."""
+        return self._number("unlearned")
+
+    @property
+    def student(self) -> int | None:
+        """Steps of the run of the denominator's checkpoint, when it is an older student."""
+        return self._number("student")
+
+    def _number(self, kind: str) -> int | None:
+        name, _, number = self.denominator.partition("@")
+        return int(number) if name == kind else None
+
+
+class ERPDPlan(_Part):
+    """One round: `teacher_updates` of the teacher's objective on a fixed batch, then the signals, from pi_old again."""
+
+    teacher: dict[str, Any] = Field(description="objective of stage 1: name and keys")
+    teacher_updates: int = Field(50, ge=1)
+    teacher_lr: float | None = Field(None, gt=0, description="default: optimizer.lr")
+    keep: tuple[int, ...] | None = Field(None, description="teacher checkpoints kept, in updates; default: 10, 20, 30")
+    save_every: int = Field(10, ge=1, description="updates between resumable checkpoints inside a stage")
+    signals: tuple[SignalPlan, ...] = Field(
+        (SignalPlan(),),
+        min_length=1,
+        description="followed one after the other; default: one, over the first of keep for erpd_mse, else over old",
+    )
+    outliers: Literal["none", "negative_on_positives"] = "none"
+    floor: float = Field(-20.0, lt=0, description="least log-probability of a teacher")
+    student: dict[str, Any] = Field(default_factory=dict, description=f"keys of {STUDENT}")
+
+    @field_validator("teacher")
+    @classmethod
+    def _named(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if "name" not in value:
+            raise ValueError("it has no name: give an objective, e.g. {name: erpd_mse}")
+        if value["name"] in (NAME, STUDENT):
+            raise ValueError(f"{value['name']} cannot be a teacher: it needs one")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        late = [k for k in self.keep or () if not 0 < k <= self.teacher_updates]
+        if late:
+            raise ValueError(f"keep names update {late[0]}, but the teacher makes updates 1 to {self.teacher_updates}")
+        if "signals" not in self.model_fields_set and self.teacher["name"] == ErpdMSE.name:
+            object.__setattr__(self, "signals", (SignalPlan(denominator=f"unlearned@{self._first_kept()}"),))
+        for at, signal in enumerate(self.signals):
+            for key, k in (("teacher", signal.teacher), ("denominator", signal.unlearned)):
+                if isinstance(k, int) and k not in (*self.kept, self.teacher_updates):
+                    raise ValueError(
+                        f"signals.{at}.{key} is the teacher after {k} updates, which is not kept: add {k} to keep = {self.kept}"
+                    )
+        return self
+
+    def _first_kept(self) -> int:
+        if not self.kept or self.kept[0] == self.teacher_updates:
+            raise ValueError(
+                f"{ErpdMSE.name} is measured against an early checkpoint of its own, but keep = {self.kept} names none before "
+                f"its last update {self.teacher_updates}: add one, or say what to measure against in signals"
+            )
+        return self.kept[0]
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Teacher checkpoints kept, in updates, ascending."""
+        return tuple(sorted(set(self.keep if self.keep is not None else [k for k in _KEEP if k <= self.teacher_updates])))
+
+    @property
+    def student_updates(self) -> int:
+        return sum(signal.updates for signal in self.signals)
+
+    @property
+    def older_students(self) -> tuple[int, ...]:
+        """Steps of the run whose checkpoints are denominators."""
+        return tuple(sorted({signal.student for signal in self.signals if signal.student is not None}))
+
+    def teacher_at(self, signal: SignalPlan) -> int:
+        """Teacher updates of the checkpoint that a signal's numerator is."""
+        return self.teacher_updates if signal.teacher == "last" else signal.teacher
+
+    def signal_of(self, update: int) -> SignalPlan:
+        """The signal that student update number `update` (from 0) follows."""
+        left = update
+        for signal in self.signals:
+            if left < signal.updates:
+                return signal
+            left -= signal.updates
+        raise IndexError(f"the student makes {self.student_updates} updates")
+
+    def teacher_objective(self) -> Objective:
+        """A ratio's denominator is the trainer's old policy unless another is named. Raises ConfigError for an illegal
+        objective, or one that needs something of the engine's."""
+        kind = _ratio(self.teacher["name"])
+        if kind is None:
+            return _without_engine("teacher", make_objective(self.teacher))
+        if kind.always_over_mu:
+            raise ConfigError(
+                f"objective.teacher: {kind.name} cannot be a teacher: its loss is always weighted by pi / mu, but in erpd "
+                f"{_ENGINE['logmu']}; take one of {', '.join(_teachers())}"
+            )
+        return _without_engine("teacher", make_objective(_over_old(self.teacher)))
+
+    def student_objective(self) -> Objective:
+        """Raises ConfigError for an illegal key, or one that needs something of the engine's."""
+        if "name" in self.student:
+            raise ConfigError(f"objective.student has a name; it is {STUDENT} always: remove the key")
+        return _without_engine("student", make_objective({"name": STUDENT, **self.student}))
+
+
+def make_plan(spec: Mapping[str, Any]) -> ERPDPlan:
+    """The plan of `{"name": "erpd", ...}`, its objectives checked too. Raises ConfigError with the nearest valid name."""
+    try:
+        plan = ERPDPlan(**{key: value for key, value in spec.items() if key != "name"})
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(item) for item in error.errors())) from error
+    plan.teacher_objective()
+    plan.student_objective()
+    return plan
+
+
+def plan_of(config: Config) -> ERPDPlan | None:
+    """The plan when the configuration asks for erpd, else None. Raises ConfigError."""
+    if config.objective.name != NAME:
+        return None
+    if config.run.attribute_every:
+        raise ConfigError(
+            "run.attribute_every does not go with erpd, whose engines rest while teacher and student learn: set it to 0, and "
+            "use `megatron-rl attribute` on the run's folder"
+        )
+    return make_plan(config.objective.spec())
+
+
+def make_run_objective(config: Config) -> Objective:
+    """The objective whose needs decide what the engines report: in erpd the student's. Raises ConfigError."""
+    plan = plan_of(config)
+    if plan is None:
+        return alp_objective(config.alp, config.objective.spec())
+    student = plan.student_objective()
+    check_ratio(config.alp, type(plan.teacher_objective()), "objective.teacher")
+    if config.alp.enabled and config.alp.level is not None:
+        raise ConfigError(
+            "alp.level is set, but erpd has two objectives: give the level in objective.teacher, objective.student"
+        )
+    return student
+
+
+def _ratio(name: str) -> type[RatioObjective] | None:
+    """The class of that name when it is an objective on a ratio."""
+    kind = OBJECTIVES.get(name)
+    return kind if kind is not None and issubclass(kind, RatioObjective) else None
+
+
+def _over_old(spec: Mapping[str, Any]) -> dict[str, Any]:
+    return {**spec, "denominator": spec.get("denominator") or "trainer_old"}
+
+
+def _teachers() -> list[str]:
+    """Objectives that can be a teacher with nothing set but their name."""
+    names = []
+    for name in OBJECTIVES:
+        kind = _ratio(name)
+        if name == STUDENT or (kind is not None and kind.always_over_mu):
+            continue
+        made = make_objective({"name": name} if kind is None else _over_old({"name": name}))
+        if not made.needs & _ENGINE.keys():
+            names.append(name)
+    return sorted(names)
+
+
+def _without_engine(key: str, objective: Objective) -> Objective:
+    for tensor, why in _ENGINE.items():
+        if tensor in objective.needs:
+            raise ConfigError(
+                f"objective.{key}: {objective.name} needs '{tensor}' of the engine, but in erpd {why}; "
+                "set denominator: trainer_old, or leave out what needs it"
+            )
+    return objective
+
+
+def _explain(item: Any) -> str:
+    where = [str(part) for part in item["loc"]]
+    key = ".".join(("objective", *where))
+    if item["type"] == "extra_forbidden":
+        known = (SignalPlan if where[0] == "signals" else ERPDPlan).model_fields
+        return f"unknown key '{key}'; {suggest(where[-1], known)}"
+    if item["type"] == "missing":
+        return f"key '{key}' is missing and has no default"
+    if item["type"] == "value_error":
+        return f"{key}: {item.get('ctx', {}).get('error', item['msg'])}"
+    return f"'{key}' is {item['input']!r}: {item['msg']}"

@@ -1,0 +1,251 @@
+"""Attribution of the mismatch: a few fresh trajectories, scored again by engine and trainer in every state between the two."""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from megatron_rl.attribution.hidden import check_one_rank, hidden_errors, rounding_floor
+from megatron_rl.attribution.replay import at_temperature_one, engine_products, own_weights_kept, without_recipe
+from megatron_rl.config import RolloutConfig
+from megatron_rl.diagnostics.score_chain import (
+    SOURCES,
+    Chain,
+    TensorFault,
+    largest_source,
+    layer_verdict,
+    sync_verdict,
+    tensor_fault,
+)
+from megatron_rl.engines.pool import EnginePool, GenerationRequest, SamplingParams
+from megatron_rl.errors import CheckpointError, EngineError
+from megatron_rl.policy.actor import Policy
+from megatron_rl.precision.formats import fake_quantize
+from megatron_rl.precision.plan import DTYPES, PrecisionPlan
+from megatron_rl.sampling.batch import make_batch
+from megatron_rl.sampling.group import sample_groups
+from megatron_rl.server.quantized_linear import quantises_inputs
+from megatron_rl.trainer.preflight import check_replayable
+from megatron_rl.types import Batch, Prompt
+from megatron_rl.weights.export import export_weights
+from megatron_rl.weights.hf_folder import HFFolder, write_hf_folder
+from megatron_rl.weights.load import load_weights
+from megatron_rl.weights.quantized import export_dtypes
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Trajectories an engine sampled at temperature 1 under one weight version, and its scores of them as whole texts.
+
+    batch: with logmu. prefill [N] float32: of the batch's trained tokens, 0 elsewhere.
+    """
+
+    url: str
+    version: int
+    batch: Batch
+    prefill: np.ndarray
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """What a probe came to. layers: relative error of each layer's outputs, None when they were not compared.
+
+    version: the one its engine served.
+    """
+
+    version: int
+    chain: Chain
+    faults: list[TensorFault]
+    layers: list[float] | None
+    floor: float
+
+    @property
+    def verdict(self) -> list[str]:
+        sentences = [largest_source(self.chain.record()), sync_verdict(self.faults)]
+        return sentences if self.layers is None else [*sentences, layer_verdict(self.layers, self.floor)]
+
+    def record(self, step: int, sampled_by: int) -> dict[str, Any]:
+        """For the run log. step, sampled_by: how many steps the trainer's and the sampling weights have made."""
+        record: dict[str, Any] = {"kind": "attribution", "step": step, "version": self.version, "sampled_by": sampled_by}
+        record |= self.chain.record()
+        record["attribution/sync/tensors"] = len(self.faults)
+        if self.layers is not None:
+            record["attribution/layers"] = self.layers
+        return record | {"attribution/verdict": "; ".join(self.verdict)}
+
+    def table(self, sampled_by: int) -> Table:
+        record = self.chain.record()
+        tokens = f"{record['attribution/tokens']:.0f} tokens sampled by the weights of step {sampled_by}"
+        table = Table(title=f"log ratio logp - logmu of {tokens}, in nats", min_width=72)
+        table.add_column("source")
+        for heading in ("mean |delta|", "q99", "max", "KL part", "share"):
+            table.add_column(heading, justify="right")
+        for name in (*SOURCES, "total"):
+            at = f"attribution/{name}/"
+            numbers = [f"{record[at + key]:.2e}" for key in ("mean_abs", "q99", "max", "kl")]
+            table.add_row(name, *numbers, f"{record[at + 'share']:.1%}", end_section=name == "staleness")
+        return table
+
+
+def draw_probe(
+    url: str, prompts: Sequence[Prompt], rollout: RolloutConfig, *, stop_token_ids: Sequence[int], seed: int, version: int
+) -> Probe:
+    """Have one engine sample a response to each prompt, and score it again. Rank 0 alone.
+
+    Raises EngineError when the engine samples under another version, or cannot score what it sampled.
+    """
+    with EnginePool([url], rollout.timeout_s) as pool:
+        sampled = sample_groups(
+            pool,
+            prompts,
+            rollout,
+            first_id=0,
+            first_group=0,
+            seed=seed,
+            stop_token_ids=stop_token_ids,
+            need_logmu=True,
+            temperature=1.0,
+            samples=1,
+        )
+        texts = [t.prompt_tokens + t.response_tokens for t in sampled]
+        nothing = SamplingParams(max_new_tokens=0)
+        scored = pool.generate(
+            [GenerationRequest(f"score-{seed}-{at}", text, 1, nothing, score_prompt=True) for at, text in enumerate(texts)]
+        )
+    stale = {span.version for t in sampled for span in t.versions} - {version}
+    if stale:
+        raise EngineError(f"{url} samples under weight version {min(stale)} instead of {version}: it was restarted")
+    batch = make_batch([t.with_reward(0.0) for t in sampled], "mean")
+    prefill = np.zeros(len(batch.tokens), dtype=np.float32)
+    ends = [(sample.prompt_logprobs or ())[len(t.prompt_tokens) - 1 :] for t, (sample,) in zip(sampled, scored, strict=True)]
+    prefill[batch.mask > 0] = np.concatenate([np.asarray(end, dtype=np.float32) for end in ends])
+    if not np.isfinite(prefill).all():
+        raise EngineError(f"{url} scores a text it sampled with numbers that are not finite: check the weights it serves")
+    return Probe(url, version, batch, prefill)
+
+
+def attribute(
+    policy: Policy,
+    plan: PrecisionPlan,
+    pool: EnginePool | None,
+    probe: Probe,
+    folder: Path,
+    *,
+    sampled: list[Tensor] | None = None,
+    layers: bool = False,
+) -> Attribution:
+    """Score the probe's tokens in every state between engine and trainer. Collective; the same answer on every rank.
+
+    pool: the engines, on rank 0; the weights of all of them are compared, the probe's engine is the one that is replayed.
+    sampled: `Policy.copy_weights` of the version that sampled; None: the present ones. folder: for weights, readable by
+    ranks and engines; removed afterwards. layers: compare hidden states too, at one rank alone. Parameters are as before
+    afterwards, also when an error is raised. Equal by construction is not computed again: without a recipe, say.
+    """
+    check_replayable(plan)
+    if layers:
+        check_one_rank(policy.mesh.world)
+    mesh, batch = policy.mesh, probe.batch
+    trained = batch.mask > 0
+
+    def score() -> np.ndarray:
+        return policy.logprobs(batch)[trained].astype(np.float64)
+
+    def score_served(weights: Path, quantised_inputs: bool = False) -> np.ndarray:
+        with ExitStack() as products:
+            opened = products.enter_context(closing(HFFolder(weights)))
+            _load(policy, opened)
+            if quantises_inputs(plan):
+                products.enter_context(engine_products(policy, opened, plan, quantised_inputs=quantised_inputs))
+            return score()
+
+    with ExitStack() as stack:
+        if mesh.rank == 0:
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        stack.enter_context(at_temperature_one(policy))
+        now = score()
+        stack.enter_context(own_weights_kept(policy))
+        if sampled is not None:
+            policy.put_weights(sampled)
+        fresh = now if sampled is None else score()
+        sent, held = folder / "sent", folder / "held"
+        _write_sent(policy, plan, sent)
+        faults = mesh.on_lead(lambda: compare_engines(pool, probe.url, sent, held))
+        faulty = any(fault.engine == probe.url for fault in faults)
+        stack.enter_context(without_recipe(policy))
+        plain = score() if plan.trains_low else fresh
+        wanted = score_served(sent) if plan.rolls_out_low or plan.engine != plan.train else plain
+        errors = hidden_errors(policy, batch, held) if layers else None
+        served = score_served(held) if faulty else wanted
+        emulated = score_served(held, quantised_inputs=True) if quantises_inputs(plan) else served
+    assert batch.logmu is not None
+    engine = (batch.logmu[trained], probe.prefill[trained])
+    chain = Chain.of((*engine, emulated, served, wanted, plain, fresh, now))
+    return Attribution(probe.version, chain, faults, errors, rounding_floor(plan))
+
+
+def served_weights(policy: Policy, plan: PrecisionPlan) -> Iterator[tuple[str, Tensor | None]]:
+    """What an engine must hold of the policy's present weights: names and values on rank 0, None elsewhere. Collective.
+
+    Made from the unquantised export and the plan, without the code that quantises for the wire: that is to be checked.
+    """
+    dtype = torch.float32 if quantises_inputs(plan) else DTYPES[plan.engine]
+    dtypes = export_dtypes(plan, policy.source.tensors)
+    for name, tensor in export_weights(policy.models, policy.family, policy.shape, dtypes=dtypes, control=policy.mesh.control):
+        coded = tensor is not None and plan.rolls_out_low and plan.quantised(name)
+        yield name, fake_quantize(tensor, plan.wire, dtype).contiguous() if tensor is not None and coded else tensor
+
+
+def compare_engines(pool: EnginePool | None, url: str, sent: Path, held: Path) -> list[TensorFault]:
+    """The tensors of any live engine that are not those of the folder `sent`. Rank 0 alone.
+
+    held: gets the model folder of engine `url`. Raises EngineError when an engine is lost or cannot give its weights back.
+    """
+    assert pool is not None
+    faults: list[TensorFault] = []
+    with closing(HFFolder(sent)) as wanted:
+        for engine in pool.live_urls:
+            place = held if engine == url else held.with_name("other")
+            pool.save_weights(engine, place)
+            shutil.copyfile(sent / "config.json", place / "config.json")
+            with closing(HFFolder(place)) as found:
+                faults += _faults(engine, found, wanted)
+            if engine != url:
+                shutil.rmtree(place)
+    return faults
+
+
+def _faults(engine: str, found: HFFolder, wanted: HFFolder) -> list[TensorFault]:
+    pairs = ((name, found.read(name) if name in found.tensors else None) for name in wanted.tensors)
+    return [fault for name, tensor in pairs if (fault := tensor_fault(engine, name, tensor, wanted.read(name)))]
+
+
+def _write_sent(policy: Policy, plan: PrecisionPlan, folder: Path) -> None:
+    """Collective: `served_weights` as a model folder, which every rank can load from."""
+    stream = served_weights(policy, plan)
+
+    def write() -> None:
+        try:
+            write_hf_folder(folder, ((name, tensor) for name, tensor in stream if tensor is not None), policy.source)
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be written ({error}): free space there") from error
+
+    failure: CheckpointError | None = None
+    if policy.mesh.rank == 0:
+        try:
+            write()
+        except CheckpointError as error:
+            failure = error
+    for _ in stream:  # the export is collective: after a failure too, every rank runs it to its end
+        pass
+    policy.mesh.raise_everywhere(policy.mesh.broadcast(failure))
+
+
+def _load(policy: Policy, weights: HFFolder) -> None:
+    load_weights(policy.models, weights, policy.family, policy.shape, tp_rank=policy.mesh.tp_rank, tp_size=policy.mesh.tp_size)

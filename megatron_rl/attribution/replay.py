@@ -1,0 +1,114 @@
+"""The policy's forward pass in other arithmetic than its own, for scoring: without its recipe, or with an engine's products.
+
+An engine's dtype is not imitated. What rounding to 16 bits does to a token depends on the order of every sum, and rounding
+the trainer's activations in the same places gives noise of the same size that has nothing to do with the engine's.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from megatron_rl.errors import ConfigError
+from megatron_rl.policy.actor import Policy
+from megatron_rl.precision.formats import fake_quantize
+from megatron_rl.precision.linear import QuantizedLinear, linears
+from megatron_rl.precision.plan import PrecisionPlan
+from megatron_rl.weights.hf_folder import HFFolder
+from megatron_rl.weights.name_table import entries, local_parameters
+
+
+def check_gives_weights(url: str, info: Mapping[str, Any]) -> None:
+    """ConfigError for an engine that cannot give back the weights it holds. info: what `EnginePool.info` answers."""
+    if info.get("engine") != "embedded":
+        raise ConfigError(
+            f"the mismatch cannot be attributed with the engine at {url}: it is not an embedded server and cannot give "
+            "back the weights it holds; name servers of `megatron-rl serve` in rollout.urls, or set run.attribute_every: 0"
+        )
+
+
+@contextmanager
+def at_temperature_one(policy: Policy) -> Iterator[None]:
+    """Scores of given tokens are at temperature 1 on the engines' side."""
+    before = [model.temperature for model in policy.models]
+    try:
+        for model in policy.models:
+            model.temperature = 1.0
+        yield
+    finally:
+        for model, temperature in zip(policy.models, before, strict=True):
+            model.temperature = temperature
+
+
+@contextmanager
+def own_weights_kept(policy: Policy) -> Iterator[list[Tensor]]:
+    """Whatever is put into the parameters inside, they are back afterwards, bit by bit. Yields the copy."""
+    kept = policy.copy_weights()
+    try:
+        yield kept
+    finally:
+        policy.put_weights(kept)
+
+
+@contextmanager
+def without_recipe(policy: Policy) -> Iterator[None]:
+    """Linears multiply what they are given."""
+    found = [one for model in policy.models for _, _, one in linears(model.decoder) if isinstance(one, QuantizedLinear)]
+    try:
+        for linear in found:
+            plain = ColumnParallelLinear if isinstance(linear, ColumnParallelLinear) else RowParallelLinear
+            # An attribute of the instance goes before the quantised method of its class.
+            vars(linear)["_forward_impl"] = plain._forward_impl.__get__(linear)
+        yield
+    finally:
+        for linear in found:
+            vars(linear).pop("_forward_impl", None)
+
+
+@contextmanager
+def engine_products(policy: Policy, weights: HFFolder, plan: PrecisionPlan, *, quantised_inputs: bool) -> Iterator[None]:
+    """Linears of quantised weights multiply as an engine with quantised inputs does: in float32, rounded once to their dtype.
+
+    weights: what the engine holds, taken as it is: the policy's own parameters may have fewer bits. quantised_inputs: as the
+    plan's engine_inputs, row by row; where tensor parallelism cuts the inputs of a product between blocks of 128, the blocks
+    are those of the parts.
+    """
+    fmt = plan.engine_inputs if quantised_inputs else None
+    of_parameter = {id(p): e for e, p in local_parameters(policy.models, entries(policy.family, policy.shape)).values()}
+    found = [(layer, one) for model in policy.models for layer, _, one in linears(model.decoder) if layer not in plan.kept]
+    before = [(linear, vars(linear).get("_forward_impl")) for _, linear in found]
+    try:
+        for _, linear in found:
+            rule = of_parameter[id(linear.weight)].rule
+            read = rule.layout.read([weights.reader(name) for name in rule.hf], policy.mesh.tp_rank, policy.mesh.tp_size)
+            vars(linear)["_forward_impl"] = _product(read.to(policy.mesh.device, torch.float32), fmt)
+        yield
+    finally:
+        for linear, impl in before:
+            _restore(linear, impl)
+
+
+def _product(weight_NK: Tensor, fmt: str | None) -> Callable[..., Tensor]:
+    def product(
+        input: Tensor, weight: Tensor, bias: Tensor | None, *, sequence_parallel: bool, tp_group: Any, **_: Any
+    ) -> Tensor:
+        if sequence_parallel:
+            input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
+        x_TK = input.flatten(0, -2)
+        x_TK = x_TK.float() if fmt is None else fake_quantize(x_TK, fmt, torch.float32)
+        out_TN = F.linear(x_TK, weight_NK, None if bias is None else bias.float())
+        return out_TN.to(input.dtype).view(*input.shape[:-1], -1)
+
+    return product
+
+
+def _restore(linear: torch.nn.Module, impl: Any) -> None:
+    if impl is None:
+        vars(linear).pop("_forward_impl", None)
+    else:
+        vars(linear)["_forward_impl"] = impl

@@ -1,0 +1,37 @@
+"""The configuration: its keys, and how a file with overrides becomes one."""
+
+from megatron_rl.config.schema import (
+    AlpConfig,
+    Config,
+    EvalConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RolloutConfig,
+    RunConfig,
+    SGLangConfig,
+    TaskConfig,
+    changed_keys,
+    load_config,
+    make_config,
+)
+
+__all__ = [
+    "AlpConfig",
+    "Config",
+    "EvalConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PrecisionConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "SGLangConfig",
+    "TaskConfig",
+    "changed_keys",
+    "load_config",
+    "make_config",
+]

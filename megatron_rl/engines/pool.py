@@ -1,0 +1,417 @@
+"""The trainer's side of the engines: one pool over SGLang's HTTP contract.
+
+All requests run in one asyncio loop on a thread of the pool's own: `ask` is for coroutines there, `run` and `start` put
+them there, everything else is synchronous. A server that stops answering is dropped and its requests are redone on the
+others; every request is answered exactly once.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+
+from megatron_rl.engines.control import Controls, refusal
+from megatron_rl.engines.health import HEALTH_S, MISSES, lives, look, report_end, unpause
+from megatron_rl.engines.pooled_engine import Dropped, PooledEngine, Unanswered, together, unless_dead
+from megatron_rl.engines.router import Router, gone
+from megatron_rl.errors import EngineError, UserError
+from megatron_rl.protocol.generation import (
+    GenerationRequest,
+    Sample,
+    SamplingParams,
+    error_message,
+    generate_body,
+    read_samples,
+)
+
+T = TypeVar("T")
+__all__ = ["EnginePool", "GenerationInterrupted", "GenerationRequest", "Sample", "SamplingParams", "together"]
+_log = logging.getLogger(__name__)
+
+_RETRIES = 4
+_BACKOFF_S = 0.1  # doubled at every retry
+_REVIVE_S = 2.5  # time a lost server has for an answer: it is asked at every weight update
+_WATCH_S = 5.0  # between looks at servers that owe answers
+_IN_FLIGHT = 256  # requests per server at once
+_HELD_S = 30.0  # time a request waits for an engine that may be used, while all live ones wait for an update
+_THREADS = 32  # of `asyncio.to_thread` in the pool's loop: tools and verifiers, which mostly wait for processes
+
+
+class GenerationInterrupted(KeyboardInterrupt):
+    """`EnginePool.interrupt` was called while `run` or `generate` ran; the engines were asked to abort its requests."""
+
+
+class _Cancelled(Exception):
+    """GenerationInterrupted inside the loop: asyncio lets a KeyboardInterrupt end the loop itself."""
+
+
+class EnginePool(Controls):
+    """Generation over several servers, and control of each. Use as a context manager or call `close`.
+
+    timeout_s bounds one generation request and one weight update. router_url: an sglang-router through which all generation
+    goes; without it, or when it is gone, nothing is generated.
+    """
+
+    def __init__(self, urls: Sequence[str], timeout_s: float = 600.0, router_url: str | None = None) -> None:
+        if not urls:
+            raise UserError("rollout.urls is empty: an engine pool needs at least one server")
+        self._engines = [PooledEngine(url.rstrip("/")) for url in dict.fromkeys(urls)]
+        self._timeout_s = timeout_s
+        self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="engine-pool"))
+        self._gate = asyncio.Semaphore(_IN_FLIGHT * len(self._engines))
+        self._thread = threading.Thread(target=self._loop.run_forever, name="engine-pool", daemon=True)
+        self._thread.start()
+        # Idle connections cost more than new ones: httpx walks all pairs of them, and a server may close them first.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        # trust_env=False: an HTTP proxy of the site must not come between the trainer and its engines.
+        self._http = httpx.AsyncClient(timeout=httpx.Timeout(timeout_s, connect=HEALTH_S), limits=limits, trust_env=False)
+        self._router = Router(router_url, self._http) if router_url else None
+        self._front = PooledEngine(router_url) if router_url else None  # stands for all engines where requests are sent
+        self._calls: set[asyncio.Task[Any]] = set()
+        self._interrupted: set[asyncio.Task[Any]] = set()
+        asyncio.run_coroutine_threadsafe(self._watch(), self._loop).add_done_callback(report_end)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections; servers live on. Idempotent."""
+        if self._loop.is_closed():
+            return
+        asyncio.run_coroutine_threadsafe(self._wind_up(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _wind_up(self) -> None:
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        await self._http.aclose()
+        await self._loop.shutdown_default_executor()
+
+    @property
+    def live_urls(self) -> tuple[str, ...]:
+        return tuple(engine.url for engine in self._engines if engine.live)
+
+    @property
+    def held(self) -> dict[str, str]:
+        """Live engines that nothing is routed to until they are given the committed weights, and why."""
+        return {engine.url: engine.held for engine in self._engines if engine.live and engine.held}
+
+    @property
+    def lost(self) -> dict[str, str]:
+        """Engines that are not used any more, and why."""
+        return {engine.url: engine.reason for engine in self._engines if not engine.live}
+
+    # Generation --------------------------------------------------------------------------------------------
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Sample]]:
+        """The n samples of every request, in the order of the requests.
+
+        Raises EngineError when a server refuses a request or no server is left, GenerationInterrupted after
+        `interrupt`; either way the engines are asked to abort what was still running.
+        """
+        rids = [request.rid for request in requests]
+        if len(set(rids)) != len(rids):
+            raise UserError(f"generation request ids must differ; '{max(rids, key=rids.count)}' is given twice")
+        if not requests:
+            return []
+        return self.run(together([self.ask(request) for request in requests]))
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """What a coroutine of `ask`s answers, run in the pool's loop. Raises GenerationInterrupted after `interrupt`."""
+        try:
+            return self._run(self._interruptible(work))
+        except _Cancelled:
+            raise GenerationInterrupted("generation was interrupted") from None
+
+    def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run a coroutine in the pool's loop and go on meanwhile; `interrupt` leaves it alone, `close` cancels it."""
+        self._check_open(work)
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def interrupt(self) -> None:
+        """Make a running `run` or `generate` raise GenerationInterrupted; from any thread or signal handler."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._cancel_calls)
+
+    def _cancel_calls(self) -> None:
+        self._interrupted |= self._calls
+        for task in self._calls:
+            task.cancel()
+
+    async def _interruptible(self, work: Coroutine[Any, Any, T]) -> T:
+        me = asyncio.current_task()
+        assert me is not None
+        self._calls.add(me)
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if me in self._interrupted:
+                raise _Cancelled from None
+            raise
+        finally:
+            self._calls.discard(me)
+            self._interrupted.discard(me)
+
+    async def ask(self, request: GenerationRequest) -> list[Sample]:
+        """The n samples of one request, redone on whatever server is live until one answers. For the pool's loop alone.
+
+        Raises EngineError when a server refuses it or no server is left. When cancelled, the engine is asked to abort it.
+        """
+        async with self._gate:
+            failures = attempts = 0
+            while True:
+                engine = await self._routable()
+                attempts += 1
+                try:
+                    return await self._attempt(engine, request, attempts - 1)
+                except Dropped:
+                    continue
+                except Unanswered as error:
+                    failures += 1
+                    await self._suspect(engine, str(error))
+                    if engine.live and failures > _RETRIES:
+                        raise EngineError(f"{engine.url} failed request '{request.rid}' {failures} times: {error}") from error
+                    await asyncio.sleep(_BACKOFF_S * 2 ** min(failures, 6) if engine.live else 0)
+
+    async def _routable(self) -> PooledEngine:
+        """The least loaded engine that serves the committed weights; while all wait for an update, wait with them."""
+        end = time.monotonic() + _HELD_S
+        while True:
+            live = [engine for engine in self._engines if engine.live]
+            if not live:
+                reasons = "; ".join(f"{url}: {reason}" for url, reason in self.lost.items())
+                raise EngineError(f"no engine is left ({reasons}): start them again and resume the run")
+            routed = [engine for engine in live if not engine.held]
+            if routed:
+                return await self._through_router(routed) or min(routed, key=lambda engine: engine.load)
+            if any(engine.paused for engine in live):  # the update is under way
+                end = time.monotonic() + _HELD_S
+            if time.monotonic() > end:
+                reasons = "; ".join(f"{engine.url}: {engine.held}" for engine in live)
+                mend = "the next weight update brings them back; a run that ends here can be resumed"
+                raise EngineError(f"no engine serves the committed weights ({reasons}): {mend}")
+            await asyncio.sleep(_BACKOFF_S)
+
+    async def _through_router(self, routed: Sequence[PooledEngine]) -> PooledEngine | None:
+        """The router, which then sends requests to these engines alone; None where there is none."""
+        if self._router is None or self._front is None:
+            return None
+        if not self._front.live:
+            raise EngineError(gone(self._front.url, self._front.reason))
+        await self._router.route_to(engine.url for engine in routed)
+        self._front.version = min(engine.version for engine in routed)
+        return self._front
+
+    async def _attempt(self, engine: PooledEngine, request: GenerationRequest, attempt: int) -> list[Sample]:
+        # A server may still be ending the first attempt: a second one needs its own name there.
+        rid = f"{request.rid}~{attempt}" if attempt else request.rid
+        body, expected = generate_body(request, rid), engine.version
+        engine.load += request.n
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                answer = await unless_dead(engine.dead, self._post(engine.url, "/generate", body))
+        except TimeoutError:
+            await self._abort(engine, rid)
+            late = f"no answer to request '{request.rid}' within {self._timeout_s:g} s (rollout.timeout_s)"
+            if engine is not self._front:  # behind a router it is a server that hangs: `_suspect` finds it
+                self._drop(engine, late)
+            raise Unanswered(late) from None
+        except Dropped:  # its connection is closed, which says enough
+            raise
+        except (asyncio.CancelledError, Unanswered):
+            await self._abort(engine, rid)
+            raise
+        finally:
+            engine.load -= request.n
+        samples = read_samples(engine.url, request, answer)
+        oldest = min((span.version for sample in samples for span in sample.versions), default=expected)
+        if oldest < expected:
+            engine.held = f"it answered with weight version {oldest} after version {expected}: it was restarted"
+            _log.warning("nothing is routed to engine %s: %s", engine.url, engine.held)
+            raise Unanswered(engine.held)
+        return samples
+
+    async def _abort(self, engine: PooledEngine, rid: str) -> None:
+        """Ask for an end, briefly: closing the connection, which follows, says the same."""
+        for url in self.live_urls if engine is self._front else (engine.url,) if engine.live else ():
+            with suppress(httpx.HTTPError):
+                await self._http.post(f"{url}/abort_request", json={"rid": rid}, timeout=2.0)
+
+    async def _suspect(self, engine: PooledEngine, what: str) -> None:
+        """After an error: a server that is not healthy either is dropped."""
+        if engine.live and not await lives(self._http, engine):
+            self._drop(engine, what)
+        elif engine is self._front:
+            await self._drop_dead("/health")  # it says that a server failed, not which
+
+    async def _watch(self) -> None:
+        """Drop servers that owe answers and miss several health checks: a lost node closes no connection."""
+        misses: dict[str, int] = {}
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            front = [self._front] if self._front is not None else []
+            through = any(engine.load for engine in front)
+            busy = [engine for engine in [*front, *self._engines] if engine.live and (engine.load or through)]
+            health = await asyncio.gather(*(look(self._http, engine) for engine in busy))
+            missed = [engine for engine, healthy in zip(busy, health, strict=True) if not healthy]
+            misses = {engine.url: misses.get(engine.url, 0) + 1 for engine in missed}
+            for engine in missed:
+                if misses[engine.url] == MISSES:
+                    self._drop(engine, f"{MISSES} health checks in a row failed")
+
+    def _drop(self, engine: PooledEngine, reason: str) -> None:
+        if engine.live:
+            engine.reason = reason or "dropped"
+            engine.dead.set()
+            _log.warning("engine %s is not used any more: %s", engine.url, engine.reason)
+            if self._front is not None and self._front.live and engine is not self._front:
+                # Requests in the router may be with this one, which nobody can tell: all are redone.
+                self._front.dead.set()
+                self._front.dead = asyncio.Event()
+
+    async def _post(self, url: str, path: str, body: dict[str, Any]) -> Any:
+        """The JSON answer. EngineError for a refusal (4xx), Unanswered for everything that may be redone."""
+        try:
+            response = await self._http.post(f"{url}{path}", json=body)
+        except httpx.HTTPError as error:
+            raise Unanswered(f"{type(error).__name__} {error}".strip()) from error
+        if 400 <= response.status_code < 500:
+            raise refusal(url, path, response)
+        if response.status_code != 200:
+            raise Unanswered(f"status {response.status_code}: {error_message(response)}")
+        try:
+            return response.json()
+        except ValueError as error:
+            raise EngineError(f"{url}{path} did not answer in JSON: {response.text[:200]!r}") from error
+
+    # Control -----------------------------------------------------------------------------------------------
+
+    def wait_healthy(self, timeout_s: float, *, wake: bool = False) -> None:
+        """Until every live server answers /health; EngineError naming those that do not in time.
+
+        wake: tell them to go on, for a trainer that was killed inside a weight update leaves them paused.
+        """
+        self._run(self._wait_healthy(timeout_s, wake))
+
+    async def _wait_healthy(self, timeout_s: float, wake: bool) -> None:
+        end = time.monotonic() + timeout_s
+        waiting = [engine for engine in self._engines if engine.live]
+        while True:
+            if wake:
+                await asyncio.gather(*(unpause(self._http, engine) for engine in waiting))
+            health = await asyncio.gather(*(look(self._http, engine) for engine in waiting))
+            waiting = [engine for engine, healthy in zip(waiting, health, strict=True) if not healthy]
+            if not waiting:
+                return
+            if time.monotonic() > end:
+                raise EngineError(f"no healthy server at {', '.join(e.url for e in waiting)} within {timeout_s:g} s")
+            await asyncio.sleep(0.1)
+
+    def drop_dead(self) -> None:
+        """Drop every live server that does not answer; whether one can also generate is not asked."""
+        self._run(self._drop_dead("/model_info"))  # SGLang's /health would take a second of every weight update
+
+    async def _drop_dead(self, path: str) -> None:
+        live = [engine for engine in self._engines if engine.live]
+        health = await asyncio.gather(*(lives(self._http, engine, path) for engine in live))
+        for engine, healthy in zip(live, health, strict=True):
+            if not healthy:
+                self._drop(engine, "it does not answer")
+
+    def drop(self, url: str, reason: str) -> None:
+        """Route nothing to this server any more."""
+        self._run(self._dropped(self._find(url), reason))
+
+    async def _dropped(self, engine: PooledEngine, reason: str) -> None:
+        self._drop(engine, reason)
+
+    def pause(self, url: str, mode: str) -> None:
+        self._run(self._set(self._find(url), paused=True))
+        super().pause(url, mode)
+
+    def resume(self, url: str) -> None:
+        super().resume(url)
+        self._run(self._set(self._find(url), paused=False))
+
+    def hold(self, url: str, reason: str) -> None:
+        """Route nothing new to this server until `admit`; what it is generating goes on."""
+        self._run(self._set(self._find(url), held=reason))
+
+    def admit(self, url: str, version: int) -> None:
+        """Route to a server that was found to serve `version`; an answer with an older one shows that it was restarted."""
+        self._run(self._set(self._find(url), held="", version=version))
+
+    def revive(self) -> tuple[str, ...]:
+        """Dropped servers that answer again: live from now on, but held until `admit`."""
+        return self._run(self._revive())
+
+    async def _set(self, engine: PooledEngine, **values: Any) -> None:
+        for name, value in values.items():
+            setattr(engine, name, value)
+
+    async def _revive(self) -> tuple[str, ...]:
+        lost = [engine for engine in self._engines if not engine.live]
+        health = await asyncio.gather(*(look(self._http, engine, timeout_s=_REVIVE_S) for engine in lost))
+        back = [engine for engine, healthy in zip(lost, health, strict=True) if healthy]
+        for engine in back:
+            engine.held, engine.reason, engine.version, engine.dead = f"lost before ({engine.reason})", "", 0, asyncio.Event()
+        return tuple(engine.url for engine in back)
+
+    def _find(self, url: str) -> PooledEngine:
+        for engine in self._engines:
+            if engine.url == url.rstrip("/"):
+                return engine
+        raise EngineError(f"{url} is not an engine of this pool: {', '.join(e.url for e in self._engines)}")
+
+    def _control(self, url: str, path: str, body: dict[str, Any] | None, *, repeat: bool = True, method: str = "POST") -> Any:
+        answer = self._run(self._controlled(url, method, path, body, _RETRIES if repeat else 1))
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise EngineError(f"{url}{path} failed: {answer.get('message', answer)}")
+        return answer
+
+    async def _controlled(self, url: str, method: str, path: str, body: dict[str, Any] | None, attempts: int) -> Any:
+        url = self._find(url).url
+        for attempt in range(attempts):
+            try:
+                response = await self._http.request(method, f"{url}{path}", json=body)
+                break
+            except httpx.TransportError as error:
+                if attempt + 1 == attempts or isinstance(error, httpx.ReadTimeout):  # slow work is not asked for twice
+                    raise EngineError(f"{url}{path} does not answer: {type(error).__name__} {error}".strip()) from error
+                await asyncio.sleep(_BACKOFF_S * 2**attempt)
+        if response.status_code != 200:
+            raise refusal(url, path, response)
+        try:
+            return response.json()
+        except ValueError:
+            return {}  # SGLang answers some controls in plain text
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        self._check_open(work)
+        future: Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            # A KeyboardInterrupt lands here, in the caller's thread: do not leave requests behind.
+            future.cancel()
+            raise
+
+    def _check_open(self, work: Coroutine[Any, Any, Any]) -> None:
+        if self._loop.is_closed():
+            work.close()
+            raise EngineError("the engine pool is closed")

@@ -1,0 +1,206 @@
+"""Starting and ending SGLang servers, and sglang-router in front of them, as processes of this machine.
+
+They run in an environment of their own, made by `make sglang`. On CPU they need a recipe of flags and the stand-ins of
+`sglang_cpu/`, which no other process sees.
+"""
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from safetensors import SafetensorError
+
+from megatron_rl.config import SGLangConfig
+from megatron_rl.engines.processes.server_process import (
+    ServerProcess,
+    Servers,
+    end_processes,
+    environment_of_servers,
+    free_port,
+)
+from megatron_rl.errors import CheckpointError, ConfigError, EngineError
+from megatron_rl.precision.plan import DTYPES, PrecisionPlan
+from megatron_rl.weights.hf_folder import HFFolder, write_hf_folder
+from megatron_rl.weights.quantized import WireTensors, export_dtypes, quantization_config
+
+_CPU_SITE = Path(__file__).parent / "sglang_cpu"
+_CPU_FLAGS = (
+    *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
+    *("--disable-overlap-schedule", "--disable-cuda-graph", "--mem-fraction-static", "0.1"),
+    *("--max-total-tokens", "16384", "--max-running-requests", "16", "--sleep-on-idle"),
+)
+# One thread: with two a tiny model is ten times slower.
+_CPU_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "SGLANG_USE_CPU_ENGINE": "1"}
+# Flags that follow from other keys, which a user's own would silently contradict.
+_FROM_KEYS = {
+    "--model-path": "model.path",
+    "--model": "model.path",
+    "--dtype": "precision.rollout",
+    "--quantization": "precision.rollout",
+    "--kv-cache-dtype": "precision.rollout",
+    "--device": "run.device",
+    "--tp": "rollout.sglang.tensor",
+    "--tp-size": "rollout.sglang.tensor",
+    "--tensor-parallel-size": "rollout.sglang.tensor",
+    "--base-gpu-id": "rollout.sglang.first_gpu",
+    "--mem-fraction-static": "rollout.sglang.mem_fraction",
+    "--enable-memory-saver": "objective.name",
+    "--enable-return-routed-experts": "rollout.routing_replay",
+    "--host": "rollout.urls",
+    "--port": "rollout.urls",
+    "--weight-version": "the weight updates",
+}
+
+
+def server_flags(
+    plan: PrecisionPlan,
+    settings: SGLangConfig,
+    *,
+    device: str,
+    routing: bool = False,
+    keeps_cache: bool = False,
+    rests: bool = False,
+) -> list[str]:
+    """Arguments of sglang.launch_server that follow from the configuration. device: `cpu` or `cuda`.
+
+    routing: answers carry the experts chosen for every token. keeps_cache: weight updates leave the cache of running requests,
+    of which later prompts must then not begin. rests: it is to give its memory back now and then, which on a GPU it only
+    does where it was told before. ConfigError for an argument of rollout.sglang.args that another key decides.
+    """
+    for argument in settings.args:
+        key = _FROM_KEYS.get(argument.partition("=")[0])
+        if key is not None:
+            raise ConfigError(f"rollout.sglang.args holds {argument}, which {key} decides: remove it and set that key")
+    flags = ["--dtype", str(DTYPES[plan.engine]).removeprefix("torch.")]
+    if plan.rolls_out_low and not plan.dequantised:
+        flags += ["--quantization", "fp8"]
+    flags += ["--tp", str(settings.tensor)]
+    on_gpu = ["--mem-fraction-static", str(settings.mem_fraction), "--kv-cache-dtype", "auto"]  # auto: the dtype above
+    flags += _CPU_FLAGS if device == "cpu" else on_gpu
+    flags += ["--enable-return-routed-experts"] if routing else []
+    flags += ["--disable-radix-cache"] if keeps_cache else []
+    flags += ["--enable-memory-saver"] if rests and device != "cpu" else []
+    return [*flags, *settings.args]
+
+
+class SGLangServers(Servers):
+    """`sglang.launch_server` processes, each under a guard that ends all of its processes with it.
+
+    flags: of `server_flags`. With `settings.router` an sglang-router process stands in front (`router.log`). quantised: the
+    plan of engines with quantised weights; they start from a copy of the model (`start/` in the log folder, gone after
+    `stop`) that holds what the trainer would send: SGLang's own quantisation at load has one scale a channel, not a block.
+    """
+
+    noun = "SGLang server"
+
+    def __init__(
+        self,
+        model_dir: Path | str,
+        log_dir: Path | str,
+        flags: list[str],
+        settings: SGLangConfig = SGLangConfig(),  # noqa: B008  (frozen)
+        count: int = 1,
+        device: str = "cpu",
+        weight_version: str = "0",
+        start_timeout_s: float = 300.0,
+        quantised: PrecisionPlan | None = None,
+    ) -> None:
+        super().__init__(log_dir, count, start_timeout_s)
+        self._model, self._plan = Path(model_dir).absolute(), quantised
+        self._copy = self.log_dir.absolute() / "start"
+        self._flags = [*flags, "--weight-version", weight_version]
+        self._settings, self._device = settings, device
+        self._router: ServerProcess | None = None
+
+    @property
+    def router_url(self) -> str | None:
+        return None if self._router is None else self._router.url
+
+    def command(self, index: int, port: int) -> list[str]:
+        model = self._model if self._plan is None else self._copy
+        flags = ["--model-path", str(model), *self._flags, "--host", "127.0.0.1", "--port", str(port)]
+        if self._device != "cpu":
+            flags += ["--base-gpu-id", str(self._settings.first_gpu + index * self._settings.tensor)]
+        return _guarded(self._settings, "sglang.launch_server", flags)
+
+    def environment(self) -> dict[str, str]:
+        return _environment(self._device)
+
+    def check(self) -> None:
+        python = self._settings.python
+        if not python.is_file():
+            raise EngineError(
+                f"rollout.sglang.python: no interpreter at {python.absolute()}: run `make sglang`, or name the interpreter of "
+                "an environment that holds sglang"
+            )
+
+    def launch(self) -> Self:
+        self.check()
+        if self._plan is not None:
+            write_as_sent(self._model, self._plan, self._copy)
+        return super().launch()
+
+    def wait_healthy(self) -> Self:
+        super().wait_healthy()
+        if self._settings.router:
+            self._router = start_router(self.urls, self.log_dir / "router.log", self._settings, self._device)
+            try:
+                self._router.await_health(self.start_timeout_s, time.monotonic() + self.start_timeout_s)
+            except BaseException:
+                self.stop()
+                raise
+        return self
+
+    def stop(self) -> None:
+        router, self._router = self._router, None
+        if router is not None:
+            end_processes([router.process])
+        super().stop()
+        if self._plan is not None:
+            shutil.rmtree(self._copy, ignore_errors=True)
+
+
+def start_router(urls: Sequence[str], log: Path, settings: SGLangConfig, device: str) -> ServerProcess:
+    """sglang-router in front of running servers, on its way up."""
+
+    def command(port: int) -> list[str]:
+        flags = ["--worker-urls", *urls, "--host", "127.0.0.1", "--port", str(port)]
+        # A request repeated by the router would be sampled twice. Its metrics port is one for the whole machine otherwise.
+        flags += ["--policy", "round_robin", "--disable-retries", "--prometheus-port", str(free_port())]
+        return _guarded(settings, "sglang_router.launch_router", flags)
+
+    return ServerProcess("sglang-router", command, log, _environment(device))
+
+
+def _guarded(settings: SGLangConfig, module: str, flags: list[str]) -> list[str]:
+    # -I: the guard is a process of this interpreter, for which the server's PYTHONPATH is not meant.
+    guard = [sys.executable, "-I", str(Path(__file__).parent / "subreaper.py"), str(os.getpid())]
+    return [*guard, str(settings.python.absolute()), "-m", module, *flags]
+
+
+def _environment(device: str) -> dict[str, str]:
+    # A request for several samples cannot be aborted by its id: SGLang ends it when it finds that its client left.
+    env = {"SGLANG_REQUEST_STATE_WAIT_TIMEOUT": "1"} | environment_of_servers()
+    if device == "cpu":
+        env |= _CPU_ENVIRONMENT
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_CPU_SITE), env.get("PYTHONPATH")]))
+    return env
+
+
+def write_as_sent(model_dir: Path, plan: PrecisionPlan, dest: Path) -> None:
+    """Write the model folder whose weights are those a trainer that loaded `model_dir` would send to its engines.
+
+    Raises CheckpointError as `HFFolder`, `WireTensors` and `write_hf_folder` do, or when there is no room.
+    """
+    source = HFFolder(model_dir)
+    dtypes = export_dtypes(plan, source.tensors)
+    stream = ((name, source.read(name).to(dtypes[name])) for name in source.tensors)
+    sent = ((name, tensor) for name, tensor in WireTensors(stream, plan) if tensor is not None)
+    try:
+        write_hf_folder(dest, sent, source, quantization=quantization_config(plan, source.tensors))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{dest} cannot be written ({error}): free space there or choose another run.dir") from error

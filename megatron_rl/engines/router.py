@@ -1,0 +1,72 @@
+"""sglang-router as the engine pool uses it: which servers it may send requests to.
+
+Generation goes through it, control calls go to each server directly: a weight update is between the trainer and a server.
+Contract of sglang-router 0.3.2: GET and POST /workers, DELETE /workers/{id}; changes are queued and made a moment later.
+It forwards only the fields of /generate that it knows.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import httpx
+
+from megatron_rl.errors import EngineError
+from megatron_rl.protocol.generation import error_message
+
+_CHANGE_S = 60.0  # time for a queued change of its servers
+_POLL_S = 0.05
+
+
+class Router:
+    """A router at `url`, through the pool's connections. For the pool's loop alone."""
+
+    def __init__(self, url: str, http: httpx.AsyncClient) -> None:
+        self.url, self._http = url, http
+        self._routed: frozenset[str] | None = None
+        self._changing = asyncio.Lock()
+
+    async def route_to(self, urls: Iterable[str]) -> None:
+        """Return once it sends requests to exactly these servers. EngineError when it does not answer or does not change."""
+        wanted = frozenset(urls)
+        async with self._changing:
+            if wanted != self._routed:
+                self._routed = None
+                await self._change(wanted)
+                self._routed = wanted
+
+    async def _change(self, wanted: frozenset[str]) -> None:
+        workers = await self._workers()
+        for url, worker in workers.items():
+            if url not in wanted:
+                await self._call("DELETE", f"/workers/{worker}")
+        for url in wanted - workers.keys():
+            await self._call("POST", "/workers", {"url": url})
+        end = time.monotonic() + _CHANGE_S
+        while (await self._workers()).keys() != wanted:
+            if time.monotonic() > end:
+                raise EngineError(f"sglang-router at {self.url} was asked to route to {', '.join(sorted(wanted))} and does not")
+            await asyncio.sleep(_POLL_S)
+
+    async def _workers(self) -> dict[str, str]:
+        """Its servers: url -> the name it knows them by."""
+        answer = await self._call("GET", "/workers")
+        return {str(worker["url"]).rstrip("/"): str(worker["id"]) for worker in answer["workers"]}
+
+    async def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        try:
+            response = await self._http.request(method, f"{self.url}{path}", json=body, timeout=10.0)
+        except httpx.HTTPError as error:
+            raise EngineError(gone(self.url, f"{type(error).__name__} {error}".strip())) from error
+        if response.status_code not in (200, 202):
+            raise EngineError(f"sglang-router {self.url}{path} refused ({response.status_code}): {error_message(response)}")
+        return response.json()
+
+
+def gone(url: str, reason: str) -> str:
+    """What is said of a router that does not answer: no request goes round it."""
+    return (
+        f"sglang-router at {url} is gone ({reason}): see router.log, and resume the run, or resume it with "
+        "rollout.sglang.router: false"
+    )

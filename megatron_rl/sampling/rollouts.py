@@ -1,0 +1,280 @@
+"""Rank 0's side of a step: prompts out, verified trajectories in, one batch for everybody."""
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from megatron_rl.config import Config, RolloutConfig
+from megatron_rl.engines.pool import EnginePool
+from megatron_rl.errors import ConfigError
+from megatron_rl.policy.checkpoint_state import PARTIAL, TrainState, newest_valid
+from megatron_rl.protocol.generation import RoutedShape
+from megatron_rl.sampling.batch import make_batch
+from megatron_rl.sampling.group import Group, GroupSettings, sample_groups
+from megatron_rl.sampling.journal import GroupBuffer
+from megatron_rl.sampling.scheduler import Bounds, Sampler, Source
+from megatron_rl.sampling.step_groups import Draws
+from megatron_rl.tasks import Task, prompts_for_step
+from megatron_rl.types import Batch, Prompt, Trajectory
+from megatron_rl.weights.families import HFConfig, family_of
+from megatron_rl.weights.hf_folder import HFFolder
+
+Timer = Callable[[str], AbstractContextManager[None]]
+
+
+def check_rollouts(config: Config) -> None:
+    """Raises ConfigError for settings of sampling that contradict each other."""
+    rollout = config.rollout
+    if rollout.deterministic and rollout.oversample > 1:
+        raise ConfigError(
+            f"rollout.oversample: {rollout.oversample} takes the groups that finish first, which is chance, and "
+            "rollout.deterministic: true leaves nothing to chance: drop one of them"
+        )
+    if rollout.dynamic_sampling and rollout.samples_per_prompt == 1:
+        raise ConfigError(
+            "rollout.dynamic_sampling replaces groups whose rewards are all equal, and with rollout.samples_per_prompt: 1 "
+            "every group is one of them: raise the latter"
+        )
+    if rollout.update_mode == "in_place" and not rollout.max_staleness:
+        raise ConfigError(
+            "rollout.update_mode: in_place keeps the cache of requests that run through a weight update, and with "
+            "rollout.max_staleness: 0 none does: take retract, or raise max_staleness"
+        )
+    if rollout.routing_replay and rollout.engine == "sglang" and rollout.update_mode == "retract" and rollout.max_staleness:
+        raise ConfigError(
+            "rollout.update_mode: retract has SGLang choose the experts of tokens again that older weights sampled, and "
+            "rollout.routing_replay would replay those: take abort or in_place, or rollout.max_staleness: 0"
+        )
+    if rollout.weights_dir is not None and rollout.transport != "disk":
+        raise ConfigError(
+            f"rollout.weights_dir is where transport: disk writes, and rollout.transport is {rollout.transport}: leave it out"
+        )
+    if rollout.bucket_mb != RolloutConfig.model_fields["bucket_mb"].default and rollout.transport == "disk":
+        raise ConfigError(
+            f"rollout.bucket_mb: {rollout.bucket_mb} is about transports distributed and tensor, and disk writes a whole "
+            "version at once: leave it out, or change rollout.transport"
+        )
+    if rollout.oversample > 1 and config.objective.name == "erpd":
+        raise ConfigError(
+            f"rollout.oversample: {rollout.oversample} leaves requests to be ended when a step has its groups, and "
+            "objective.name: erpd takes the engines' memory then: set it to 1"
+        )
+    if rollout.max_staleness and config.objective.name == "erpd":
+        raise ConfigError(
+            f"rollout.max_staleness: {rollout.max_staleness} cannot be had with objective.name: erpd, whose round learns from "
+            "what the policy it starts from has sampled, while the engines rest: set it to 0"
+        )
+
+
+def stop_token_ids(folder: Path) -> tuple[int, ...]:
+    """The `eos_token_id` of generation_config.json and config.json. Raises ConfigError when neither names one."""
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        if path.is_file():
+            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            found.update([value] if isinstance(value, int) else value or [])
+    if not found:
+        raise ConfigError(f"{folder} names no eos_token_id in generation_config.json or config.json: responses could never end")
+    return tuple(sorted(found))
+
+
+def _routed(config: Config) -> RoutedShape | None:
+    """What engines are to report of the experts they choose, if that is to be replayed."""
+    if not config.rollout.routing_replay:
+        return None
+    folder = HFFolder(config.model.path)
+    where = str(folder.path / "config.json")
+    shape = family_of(folder.config, where).shape_from_config(HFConfig(folder.config, where))
+    if shape.experts is None:
+        raise ConfigError(f"rollout.routing_replay: true replays the choice of experts, and {where} is of a dense model")
+    return RoutedShape(shape.num_layers, shape.experts.per_token, shape.experts.count)
+
+
+def rollouts_folder(config: Config) -> Path:
+    """Where finished groups wait for their step."""
+    return config.run.folder / "rollouts"
+
+
+class Rollouts:
+    """Draws prompts, has them answered by the engines, verifies the answers.
+
+    sampled: what the newest batch's sampling came to, for the step's record.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        task: Task,
+        tokenizer: PreTrainedTokenizerBase,
+        pool: EnginePool,
+        need_logmu: bool,
+        topk: int = 0,
+    ) -> None:
+        self.config, self.task, self.tokenizer, self.pool = config, task, tokenizer, pool
+        self.need_logmu, self.topk = need_logmu, topk
+        self.stop = stop_token_ids(config.model.path)
+        self.sampled: dict[str, float] = {}
+        self.environment = task if task.max_turns > 1 else None
+        # A tokenizer may not encode in one thread while it is used in another.
+        self._loop_tokenizer = copy.deepcopy(tokenizer) if self.environment else None
+        self._draws = Draws()
+        self._sampler: Sampler | None = None
+
+    def begin(self, state: TrainState) -> str:
+        """Make ready to collect from `state` on; a line about finished groups that an earlier life left, "" without any."""
+        config, rollout = self.config, self.config.rollout
+        self._draws = Draws(state.step * rollout.prompts_per_step if state.drawn is None else state.drawn, state.drawn_ahead)
+        self._buffer = GroupBuffer(rollouts_folder(config), self._asked())
+        found, dropped = self._buffer.recover(lambda group: self._usable(group, state.version))
+        settings = GroupSettings(
+            seed=config.run.seed,
+            samples=rollout.samples_per_prompt,
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            stop_token_ids=self.stop,
+            need_logmu=self.need_logmu,
+            topk=self.topk,
+            environment=self.environment,
+            tokenizer=self._loop_tokenizer,
+            routed=_routed(config),
+            updates=rollout.max_staleness,
+        )
+        source = Source(self._prompt, self._rewards, rollout.max_prompt_tokens)
+        bounds = Bounds(
+            wanted=rollout.prompts_per_step,
+            asked=math.ceil(round(rollout.oversample * rollout.prompts_per_step, 6)),  # 1.1 x 10 is more than 11 in floats
+            replaceable=rollout.dynamic_sampling,
+            max_staleness=rollout.max_staleness,
+            steps=config.run.steps,
+            deterministic=rollout.deterministic,
+        )
+        self._sampler = Sampler(self.pool, settings, source, bounds, self._draws, self._buffer, found)
+        if not found and not dropped:
+            return ""
+        return (
+            f"rollouts on disk: {len(found)} finished groups are read back, {dropped} thrown away (trained on already, or "
+            f"sampled by other weights than version {state.version} and those before it, or with other settings)"
+        )
+
+    def collect(self, step: int, version: int, timer: Timer) -> Batch:
+        """The batch of one step, which trains from `version`, which the engines serve. With deterministic engines a pure
+        function of weights, seed and step.
+
+        Raises EngineError naming the trajectories that were not sampled under a version allowed.
+        """
+        assert self._sampler is not None, "collect before begin"
+        self._forget(step)
+        with timer("rollout"):
+            taken = self._sampler.take(step, version)
+        trajectories = [trajectory for group in taken.chosen() for trajectory in group.trajectories]
+        with timer("batch"):
+            batch = make_batch(
+                trajectories,
+                self.config.objective.advantage,
+                overlong_buffer=self.config.objective.overlong_buffer,
+                max_new_tokens=self.config.rollout.max_new_tokens,
+            )
+        self.sampled = {"truncated": float(np.mean([t.finish_reason == "length" for t in trajectories]))}
+        self.sampled |= {f"rollout/{name}": value for name, value in taken.counts().items()}
+        self.sampled["rollout/drawn"] = self._draws.spent
+        if self.environment is not None:
+            self.sampled |= {f"tool/{name}": value for name, value in taken.tool_use()._asdict().items()}
+        return batch
+
+    def settle(self) -> None:
+        """Before a weight update: see `Sampler.settle`."""
+        if self._sampler is not None:
+            self._sampler.settle()
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How the newest batch was sampled, and what was drawn by then, for `restore`."""
+        return {"sampled": self.sampled, "drawn": self.drawn}
+
+    def restore(self, step: int, version: int, sampling: dict[str, Any]) -> None:
+        """In place of `collect`: the batch of that step was collected in an earlier life, and is trained on in this one."""
+        assert self._sampler is not None, "restore before begin"
+        below, ahead = sampling["drawn"]
+        self._draws.spend([*range(self._draws.below, below), *ahead])
+        self._sampler.skip(step, version)
+        self.sampled = sampling["sampled"]
+
+    @property
+    def drawn(self) -> tuple[int, tuple[int, ...]]:
+        """For `TrainState`: draws that were trained on, given up or replaced."""
+        return self._draws.below, self._draws.ahead
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Held-out pass rates: `eval/greedy` (one answer, temperature 0) and `eval/sampled` (mean over samples)."""
+        prompts = list(self.task.held_out[: self.config.eval.prompts])
+        rates = {}
+        for name, temperature, samples in (("greedy", 0.0, 1), ("sampled", None, self.config.eval.samples)):
+            trajectories = sample_groups(
+                self.pool,
+                prompts,
+                self.config.rollout,
+                first_id=0,
+                first_group=0,
+                seed=self.config.run.seed + 7919 * (step + 1),
+                stop_token_ids=self.stop,
+                need_logmu=False,
+                temperature=temperature,
+                samples=samples,
+                environment=self.environment,
+                tokenizer=self._loop_tokenizer,
+            )
+            rates[f"eval/{name}"] = float(np.mean(self.verify(prompts, trajectories)))
+        return rates
+
+    def verify(self, prompts: list[Prompt], trajectories: list[Trajectory]) -> list[float]:
+        """One reward per trajectory, for its last turn; trajectories come grouped by prompt, in the order of `prompts`."""
+        texts = self.tokenizer.batch_decode([list(t.last_turn) for t in trajectories], skip_special_tokens=True)
+        samples = len(trajectories) // len(prompts)
+        return [self.task.verify(prompts[i // samples], text) for i, text in enumerate(texts)]
+
+    def _prompt(self, draw: int) -> Prompt:
+        return prompts_for_step(self.task, draw, 1, self.config.run.seed)[0]
+
+    def _rewards(self, prompt: Prompt, trajectories: list[Trajectory]) -> list[float]:
+        return self.verify([prompt], trajectories)
+
+    def _usable(self, group: Group, version: int) -> bool:
+        """Whether the weights that sampled the group are those of this life, too, and nothing was trained on it."""
+        versions = [span.version for trajectory in group.trajectories for span in trajectory.versions]
+        return max(versions, default=0) <= version and not self._draws.is_spent(group.number)
+
+    def _forget(self, step: int) -> None:
+        """Keep on disk what this life still trains on, and what one would that begins from the newest checkpoint, be it whole
+        already or on its way."""
+        folder = self.config.run.folder / "checkpoints"
+        found = (path.name.removeprefix("step_").removesuffix(PARTIAL) for path in folder.glob("step_*"))
+        numbers = [0, *(int(name) for name in found if name.isdecimal())]
+        newest = newest_valid(folder)[0]
+        whole = 0 if newest is None else int(newest.name.removeprefix("step_"))
+        ahead = self.config.rollout.max_staleness + 1
+        begins = [step, *(number for number in numbers if number >= whole)]
+        self._buffer.keep({kept for begin in begins for kept in range(begin, begin + ahead)})
+
+    def _asked(self) -> str:
+        """Everything that a group depends on besides weights."""
+        config, rollout = self.config, self.config.rollout
+        asked = {
+            "model": str(config.model.path),
+            "precision": config.precision.model_dump(mode="json"),
+            "task": config.task.model_dump(mode="json"),
+            "seed": config.run.seed,
+            "rollout": {
+                name: getattr(rollout, name)
+                for name in ("samples_per_prompt", "max_prompt_tokens", "max_new_tokens", "temperature", "routing_replay")
+            },
+            "columns": [self.need_logmu, self.topk],
+        }
+        return json.dumps(asked, sort_keys=True)

@@ -1,0 +1,320 @@
+"""The embedded engine behind SGLang's HTTP contract: `python -m megatron_rl.server.app --model FOLDER --port P`."""
+
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+
+from megatron_rl.errors import EngineError, MegatronRLError
+from megatron_rl.precision.plan import WIRE
+from megatron_rl.protocol.bodies import (
+    AbortBody,
+    BeginUpdateBody,
+    ChecksumBody,
+    DistributedBody,
+    EmptyBody,
+    GenerateBody,
+    JoinGroupBody,
+    LeaveGroupBody,
+    MemoryBody,
+    PauseBody,
+    SaveBody,
+    TensorBody,
+    UpdateBody,
+    answers,
+    explain,
+    parse_jobs,
+)
+from megatron_rl.protocol.payload import unpack
+from megatron_rl.server.decode_batch import Job
+from megatron_rl.server.engine import Engine
+from megatron_rl.server.quantized_linear import Quantisation, described, requested
+
+_PR_SET_PDEATHSIG = 1
+
+
+def create_app(engine: Engine) -> FastAPI:
+    """The HTTP face of a started engine. Bad requests get 400 and a message that names the field."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(engine.stop)
+
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+
+    @app.exception_handler(MegatronRLError)
+    async def refused(_: Request, error: Exception) -> Response:
+        return _failure(str(error), 400 if engine.healthy else 503)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return _failure(explain(error.errors()), 400)
+
+    _add_generation(app, engine)
+    _add_control(app, engine)
+    return app
+
+
+def _failure(message: str, status: int) -> Response:
+    return JSONResponse({"success": False, "message": message, "error": {"message": message}}, status)
+
+
+def _done(message: str = "ok", **more: Any) -> Response:
+    return JSONResponse({"success": True, "message": message, **more})
+
+
+def _add_generation(app: FastAPI, engine: Engine) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        if not engine.healthy:
+            return _failure(f"the engine has stopped: {engine.failure}", 503)
+        return _done()
+
+    @app.get("/model_info")
+    async def model_info() -> Response:
+        if not engine.healthy:
+            return _failure(f"the engine has stopped: {engine.failure}", 503)
+        return JSONResponse(
+            {
+                "model_path": str(engine.model_dir),
+                "tokenizer_path": str(engine.model_dir) if engine.tokenizer is not None else None,
+                "is_generation": True,
+                "weight_version": engine.weight_version,
+                "engine": "embedded",
+                **described(engine.dtype, engine.quantisation),
+                "deterministic": engine.deterministic,
+                "paused": engine.paused,
+                "memory": engine.memory,
+            }
+        )
+
+    @app.post("/generate")
+    async def generate(body: GenerateBody, request: Request) -> Response:
+        jobs = parse_jobs(engine, body)
+        finished = asyncio.gather(*(asyncio.wrap_future(future) for future in engine.submit(jobs)))
+        left = asyncio.create_task(_client_left(request))
+        racing: set[asyncio.Future[Any]] = {finished, left}
+        await asyncio.wait(racing, return_when=asyncio.FIRST_COMPLETED)
+        if not finished.done():
+            await asyncio.to_thread(_abort, engine, jobs)
+            await finished
+            return Response(status_code=499)
+        left.cancel()
+        out = [answer for job in await finished for answer in answers(engine, job, body.return_logprob)]
+        return JSONResponse(out if body.batched or len(out) > 1 else out[0])
+
+
+async def _client_left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _abort(engine: Engine, jobs: list[Job]) -> None:
+    for job in jobs:
+        engine.abort(job.rid)
+
+
+def _add_control(app: FastAPI, engine: Engine) -> None:
+    @app.post("/pause_generation")
+    async def pause_generation(body: PauseBody) -> Response:
+        await asyncio.to_thread(engine.pause, body.mode)
+        return _done(f"paused ({body.mode})")
+
+    @app.post("/continue_generation")
+    async def continue_generation(body: EmptyBody | None = None) -> Response:
+        await asyncio.to_thread(engine.resume)
+        return _done()
+
+    @app.post("/abort_request")
+    async def abort_request(body: AbortBody) -> Response:
+        ended = await asyncio.to_thread(engine.abort, body.rid)
+        return _done(f"{ended} requests aborted", aborted=ended)
+
+    @app.post("/flush_cache")
+    async def flush_cache(body: EmptyBody | None = None) -> Response:
+        await asyncio.to_thread(engine.flush)
+        return _done()
+
+    @app.post("/update_weights_from_disk")
+    async def update_weights_from_disk(body: UpdateBody) -> Response:
+        if body.flush_cache:
+            await asyncio.to_thread(engine.flush)
+        await asyncio.to_thread(engine.update_from_disk, Path(body.model_path), body.weight_version)
+        return _done(f"serving weight version {body.weight_version}", weight_version=body.weight_version)
+
+    _add_updates(app, engine)
+
+    @app.post("/release_memory_occupation")
+    async def release_memory_occupation(body: MemoryBody | None = None) -> Response:
+        if body is None or body.weights:
+            await asyncio.to_thread(engine.release_memory)
+        return _done()
+
+    @app.post("/resume_memory_occupation")
+    async def resume_memory_occupation(body: MemoryBody | None = None) -> Response:
+        if body is None or body.weights:
+            await asyncio.to_thread(engine.resume_memory)
+        return _done()
+
+    @app.post("/weights_checker")
+    async def weights_checker(body: ChecksumBody) -> Response:
+        version, digests = await asyncio.to_thread(engine.checksums)
+        return _done(weight_version=version, checksums=digests)
+
+    @app.post("/save_weights")
+    async def save_weights(body: SaveBody) -> Response:
+        version = await asyncio.to_thread(engine.save_weights, Path(body.path))
+        return _done(weight_version=version)
+
+
+def _add_updates(app: FastAPI, engine: Engine) -> None:
+    """Weights in buckets. Unlike SGLang, the engine serves none of them before the update has ended."""
+    updates = engine.updates
+
+    @app.post("/begin_weight_update")
+    async def begin_weight_update(body: BeginUpdateBody | None = None) -> Response:
+        await asyncio.to_thread(updates.begin)
+        return _done()
+
+    @app.post("/end_weight_update")
+    async def end_weight_update(body: EmptyBody | None = None) -> Response:
+        await asyncio.to_thread(updates.end)
+        return _done(f"serving weight version {engine.weight_version}", weight_version=engine.weight_version)
+
+    @app.post("/abort_weight_update")
+    async def abort_weight_update(body: EmptyBody | None = None) -> Response:
+        await asyncio.to_thread(updates.abort)
+        return _done(f"serving weight version {engine.weight_version}", weight_version=engine.weight_version)
+
+    @app.post("/init_weights_update_group")
+    async def init_weights_update_group(body: JoinGroupBody) -> Response:
+        await asyncio.to_thread(
+            updates.groups.join,
+            body.group_name,
+            body.master_address,
+            body.master_port,
+            rank=body.rank_offset,
+            world=body.world_size,
+            backend=body.backend,
+        )
+        return _done()
+
+    @app.post("/destroy_weights_update_group")
+    async def destroy_weights_update_group(body: LeaveGroupBody) -> Response:
+        await asyncio.to_thread(updates.groups.leave, body.group_name)
+        return _done()
+
+    @app.post("/update_weights_from_distributed")
+    async def update_weights_from_distributed(body: DistributedBody) -> Response:
+        if body.flush_cache:
+            await asyncio.to_thread(engine.flush)
+        flat = body.load_format == "flattened_bucket"
+        await asyncio.to_thread(
+            updates.receive,
+            body.group_name,
+            body.names,
+            body.torch_dtypes,
+            body.shapes,
+            flat=flat,
+            version=body.weight_version,
+        )
+        return _done()
+
+    @app.post("/update_weights_from_tensor")
+    async def update_weights_from_tensor(body: TensorBody) -> Response:
+        if body.flush_cache:
+            await asyncio.to_thread(engine.flush)
+        await asyncio.to_thread(updates.load, unpack(body.serialized_named_tensors[0]), body.weight_version)
+        return _done()
+
+
+def serve(
+    model_dir: Path,
+    host: str = "127.0.0.1",
+    port: int = 30000,
+    dtype: str = "fp32",
+    threads: int = 0,
+    deterministic: bool = False,
+    weight_version: str = "default",
+    device: str = "cpu",
+    max_rows: int = 512,
+    parent_pid: int = 0,
+    quantisation: Quantisation | None = None,
+) -> None:
+    """Load the model and serve it until SIGTERM or SIGINT; requests still running then end as aborted.
+
+    parent_pid: die at once when that process (the parent) dies; 0: live on. Linux only.
+    """
+    if parent_pid:
+        _die_with(parent_pid)
+    engine = Engine(
+        model_dir, dtype, threads, deterministic, weight_version, device, max_rows, quantisation=quantisation
+    ).start()
+    config = uvicorn.Config(
+        create_app(engine),
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        # A kept-alive connection that the server closes first looks like a dying server to the client.
+        timeout_keep_alive=3600,
+        timeout_graceful_shutdown=2,
+    )
+    try:
+        uvicorn.Server(config).run()
+    finally:
+        engine.stop()
+
+
+def _die_with(parent_pid: int) -> None:
+    if not sys.platform.startswith("linux"):
+        raise EngineError("--parent-pid needs Linux (prctl PR_SET_PDEATHSIG)")
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise EngineError(f"prctl(PR_SET_PDEATHSIG) failed: {os.strerror(ctypes.get_errno())}")
+    if os.getppid() != parent_pid:
+        raise EngineError(f"process {parent_pid} is not the parent (any more)")
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Hugging Face folder")],
+    host: Annotated[str, typer.Option(help="address to bind; the server knows no authentication")] = "127.0.0.1",
+    port: int = 30000,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
+    threads: Annotated[int, typer.Option(help="torch threads; 0: torch's choice")] = 0,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="every request is its own batch")] = False,
+    weight_version: Annotated[str, typer.Option(help="name of the weights as loaded")] = "default",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    max_rows: Annotated[int, typer.Option(help="samples decoded together")] = 512,
+    parent_pid: Annotated[int, typer.Option(help="die when this parent process dies")] = 0,
+    quantization: Annotated[str, typer.Option(help=f"of the weights: none, {', '.join(WIRE)}")] = "none",
+    activations: Annotated[str, typer.Option(help="fp8: inputs of quantised layers too, 1 x 128 per token")] = "none",
+    parameters: Annotated[str, typer.Option(help="the trainer's dtype, which weights pass before being quantised")] = "bf16",
+    first_last_bf16: Annotated[bool, typer.Option("--first-last-bf16", help="spare the first and the last layer")] = False,
+) -> None:
+    """Serve a model with the embedded engine."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        quantisation = requested(quantization, activations, first_last_bf16, parameters)
+        serve(model, host, port, dtype, threads, deterministic, weight_version, device, max_rows, parent_pid, quantisation)
+    except MegatronRLError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    typer.run(main)

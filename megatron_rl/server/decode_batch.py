@@ -1,0 +1,272 @@
+"""What the engine works on: jobs, their rows, and the columns of the running batch."""
+
+from collections.abc import Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from megatron_rl.server.kv_cache import GrowingCache
+from megatron_rl.server.token_sampling import choose, row_keys, uniforms
+
+STOP, LENGTH, BROKEN = 1, 2, 3
+
+_COLUMNS = np.dtype(
+    [
+        ("last", np.int64),  # the token sampled but not yet in the cache
+        ("pad", np.int64),  # unused cache columns on the left
+        ("prior", np.int64),  # output tokens from before this row joined the batch
+        ("filled", np.int64),  # output tokens since
+        ("limit", np.int64),  # max_new_tokens
+        ("key", np.uint64),
+        ("temperature", np.float32),
+        ("top_p", np.float64),
+        ("top_k", np.int64),
+        ("top_logprobs", np.int64),  # how many of the likeliest tokens are wanted at every position
+        ("alive", np.bool_),
+    ]
+)
+_LIKELY = np.dtype([("id", np.int32), ("logp", np.float32)])
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the engine samples. temperature 0 is greedy; top_k 0 or less and top_p 1 are off; seed None: a fresh one."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    max_new_tokens: int = 128
+    stop_token_ids: frozenset[int] = frozenset()
+    seed: int | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """One sample of a job; `tokens` lacks what the running batch still holds."""
+
+    job: "Job"
+    index: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    tops: list[np.ndarray] = field(default_factory=list)  # pieces of `likeliest`
+    routes: list[np.ndarray] = field(default_factory=list)  # pieces of `routing`
+    spans: list[tuple[str, int, int]] = field(default_factory=list)
+    span_start: int = 0
+    retractions: int = 0
+    finish: dict[str, Any] | None = None
+
+    def close_span(self, version: str, end: int) -> None:
+        """Note that the tokens since the last span were sampled under `version`."""
+        if end > self.span_start:
+            self.spans.append((version, self.span_start, end))
+            self.span_start = end
+
+    @property
+    def likeliest(self) -> np.ndarray:
+        """[tokens, job.top_logprobs] of `id` int32 and `logp` float32: at every output position, the likeliest tokens."""
+        return np.concatenate([np.zeros((0, self.job.top_logprobs), dtype=_LIKELY), *self.tops])
+
+    @property
+    def routing(self) -> np.ndarray | None:
+        """[tokens - 1, L, K] int16: the experts chosen for every token of prompt and output but the last.
+
+        None when they are not wanted, or the model has not seen all of these tokens (an aborted row).
+        """
+        rows = sum(map(len, self.routes))
+        total = len(self.job.prompt) + len(self.tokens) - 1
+        return np.concatenate(self.routes)[:total] if self.routes and rows >= total else None
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """A request: one prompt, n samples. `input_start` None: no log-probabilities of the prompt are wanted.
+
+    top_logprobs: how many of the likeliest tokens to report at every output position. routed: report the experts chosen for
+    every token.
+    """
+
+    rid: str
+    prompt: np.ndarray
+    n: int
+    sampling: Sampling
+    keys: np.ndarray
+    input_start: int | None
+    top_logprobs: int = 0
+    routed: bool = False
+    future: "Future[Job]" = field(default_factory=Future)
+    rows: list[Row] = field(default_factory=list)
+    input_logprobs: list[float | None] = field(default_factory=list)
+    version: str = ""
+
+    @classmethod
+    def make(
+        cls,
+        rid: str,
+        prompt: Iterable[int],
+        n: int,
+        sampling: Sampling,
+        seed: int,
+        input_start: int | None,
+        top_logprobs: int = 0,
+        routed: bool = False,
+    ) -> Self:
+        keys = row_keys(seed, np.arange(n))
+        job = cls(rid, np.fromiter(prompt, dtype=np.int64), n, sampling, keys, input_start, top_logprobs, routed)
+        job.rows = [Row(job, index) for index in range(n)]
+        return job
+
+    @property
+    def done(self) -> bool:
+        return all(row.finish is not None for row in self.rows)
+
+
+class Batch:
+    """Rows decoded together, as columns: numpy for bookkeeping, one tensor per layer for the cache."""
+
+    def __init__(self, rows: list[Row], cache: GrowingCache, columns: np.ndarray, stops: np.ndarray, room: int = 32) -> None:
+        self.rows = rows
+        self.cache = cache
+        self.columns = columns
+        self.stops_RK = stops
+        self.tokens_RC = np.zeros((len(rows), room), dtype=np.int64)
+        self.logprobs_RC = np.zeros((len(rows), room), dtype=np.float32)
+        self.likeliest_RCK = np.zeros((len(rows), room, int(columns["top_logprobs"].max(initial=0))), dtype=_LIKELY)
+        self.routing_RCLK = np.zeros((len(rows), room, 0, 0), dtype=np.int16)
+
+    @classmethod
+    def start(cls, rows: list[Row], pads: np.ndarray, cache: GrowingCache) -> Self:
+        """A batch of freshly prefilled rows; pads [R] are the unused cache columns of each row."""
+        columns = np.zeros(len(rows), dtype=_COLUMNS)
+        columns["pad"], columns["alive"] = pads, True
+        columns["prior"] = [len(row.tokens) for row in rows]
+        columns["key"] = [row.job.keys[row.index] for row in rows]
+        columns["top_logprobs"] = [row.job.top_logprobs for row in rows]
+        for name, source in (("limit", "max_new_tokens"), ("temperature",) * 2, ("top_p",) * 2, ("top_k",) * 2):
+            columns[name] = [getattr(row.job.sampling, source) for row in rows]
+        width = max((len(row.job.sampling.stop_token_ids) for row in rows), default=0)
+        stops = np.full((len(rows), max(width, 1)), -1, dtype=np.int64)
+        for at, row in enumerate(rows):
+            stops[at, : len(row.job.sampling.stop_token_ids)] = sorted(row.job.sampling.stop_token_ids)
+        return cls(rows, cache, columns, stops)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def alive(self) -> np.ndarray:
+        return self.columns["alive"]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[R] output tokens of each row so far."""
+        return self.columns["prior"] + self.columns["filled"]
+
+    def model_inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """One decode step: input_ids and position_ids [R, 1], attention_mask [R, columns + 1] bool."""
+        now = self.cache.length
+        pads = torch.from_numpy(self.columns["pad"].copy()).to(device)
+        return {
+            "input_ids": torch.from_numpy(self.columns["last"].copy()).to(device)[:, None],
+            "position_ids": (now - pads)[:, None],
+            "attention_mask": torch.arange(now + 1, device=device) >= pads[:, None],
+        }
+
+    @property
+    def routed(self) -> bool:
+        """Whether anybody wants to know the experts of the tokens."""
+        return any(row.job.routed for row in self.rows)
+
+    def note_routing(self, routing_RLK: np.ndarray) -> None:
+        """The experts chosen for the token that each row's `model_inputs` held; before `advance`."""
+        widths = (self.tokens_RC.shape[1], *routing_RLK.shape[1:])
+        if self.routing_RCLK.shape[1:] != widths:
+            self.routing_RCLK = _padded(self.routing_RCLK, widths)
+        self.routing_RCLK[np.arange(len(self)), self.columns["filled"] - 1] = routing_RLK
+
+    def advance(self, logits_RV: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Sample one token for every row; returns (rows that ended now, why: STOP, LENGTH or BROKEN)."""
+        columns = self.columns
+        noise = uniforms(columns["key"], self.lengths)
+        settings = (columns["temperature"], columns["top_p"], columns["top_k"])
+        most_likely = self.likeliest_RCK.shape[2]
+        picked, logp, likeliest = choose(logits_RV.float(), *settings, noise, most_likely)
+        tokens, logprobs = picked.cpu().numpy(), logp.cpu().numpy()
+        at = columns["filled"]
+        if at.max(initial=0) >= self.tokens_RC.shape[1]:
+            self._widen(2 * self.tokens_RC.shape[1])
+        live = np.flatnonzero(columns["alive"])
+        self.tokens_RC[live, at[live]] = tokens[live]
+        self.logprobs_RC[live, at[live]] = logprobs[live]
+        if likeliest is not None:
+            logp_RK, ids_RK = (tensor.cpu().numpy() for tensor in likeliest)
+            self.likeliest_RCK["logp"][live, at[live]] = logp_RK[live]
+            self.likeliest_RCK["id"][live, at[live]] = ids_RK[live]
+        columns["filled"][live] += 1
+        columns["last"] = tokens
+        reason = np.where(self.lengths >= columns["limit"], LENGTH, 0)
+        reason[(tokens[:, None] == self.stops_RK).any(1)] = STOP
+        reason[~np.isfinite(logprobs)] = BROKEN
+        ended = live[reason[live] > 0]
+        columns["alive"][ended] = False
+        return ended, reason[ended]
+
+    def collect(self, at: int) -> None:
+        """Move the output of row `at` into its Row."""
+        filled = int(self.columns["filled"][at])
+        self.rows[at].tokens += self.tokens_RC[at, :filled].tolist()
+        self.rows[at].logprobs += self.logprobs_RC[at, :filled].tolist()
+        wanted = int(self.columns["top_logprobs"][at])
+        if wanted:
+            self.rows[at].tops.append(self.likeliest_RCK[at, :filled, :wanted].copy())
+        if self.rows[at].job.routed and filled > 1:  # the last token was not yet put in
+            self.rows[at].routes.append(self.routing_RCLK[at, : filled - 1].copy())
+        self.columns["prior"][at] += filled
+        self.columns["filled"][at] = 0
+
+    def compact(self, device: torch.device) -> "Batch":
+        """Without the rows that ended and the columns nobody uses."""
+        keep = np.flatnonzero(self.alive)
+        if len(keep) == len(self):
+            return self
+        columns = self.columns[keep]
+        drop_left = int(columns["pad"].min())
+        columns["pad"] -= drop_left
+        cache = self.cache.select(torch.from_numpy(keep).to(device), drop_left)
+        out = Batch([self.rows[at] for at in keep], cache, columns, self.stops_RK[keep])
+        out.tokens_RC, out.logprobs_RC = self.tokens_RC[keep], self.logprobs_RC[keep]
+        out.likeliest_RCK = self.likeliest_RCK[keep, :, : columns["top_logprobs"].max()]
+        out.routing_RCLK = self.routing_RCLK[keep]
+        return out
+
+    def join(self, other: "Batch") -> "Batch":
+        """The rows of both; decoding goes on with all of them."""
+        mine, theirs = self.columns.copy(), other.columns.copy()
+        mine["pad"] += max(other.cache.length - self.cache.length, 0)
+        theirs["pad"] += max(self.cache.length - other.cache.length, 0)
+        stops = _stack(self.stops_RK, other.stops_RK, fill=-1)
+        out = Batch(self.rows + other.rows, self.cache.join(other.cache), np.concatenate([mine, theirs]), stops, room=1)
+        out.tokens_RC = _stack(self.tokens_RC, other.tokens_RC)
+        out.logprobs_RC = _stack(self.logprobs_RC, other.logprobs_RC)
+        out.likeliest_RCK = _stack(self.likeliest_RCK, other.likeliest_RCK)
+        out.routing_RCLK = _stack(self.routing_RCLK, other.routing_RCLK)
+        return out
+
+    def _widen(self, room: int) -> None:
+        self.tokens_RC = _padded(self.tokens_RC, (room,))
+        self.logprobs_RC = _padded(self.logprobs_RC, (room,))
+        self.likeliest_RCK = _padded(self.likeliest_RCK, (room, self.likeliest_RCK.shape[2]))
+
+
+def _stack(first: np.ndarray, second: np.ndarray, fill: int = 0) -> np.ndarray:
+    widths = tuple(np.maximum(first.shape[1:], second.shape[1:]).tolist())
+    return np.concatenate([_padded(first, widths, fill), _padded(second, widths, fill)])
+
+
+def _padded(array: np.ndarray, widths: tuple[int, ...], fill: int = 0) -> np.ndarray:
+    """The array with every axis but the first grown to its width."""
+    out = np.full((len(array), *widths), fill, dtype=array.dtype)
+    out[tuple(slice(size) for size in array.shape)] = array
+    return out

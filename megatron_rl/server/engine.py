@@ -1,0 +1,376 @@
+"""The embedded generation engine: transformers underneath, continuous batching, versioned weights.
+
+One thread owns the model, the cache and all requests; everybody else hands it work through a queue.
+"""
+
+import logging
+import queue
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+
+from megatron_rl.errors import EngineError, UserError
+from megatron_rl.precision.plan import DTYPES
+from megatron_rl.server.batcher import Batcher
+from megatron_rl.server.decode_batch import Job, Sampling
+from megatron_rl.server.model_weights import Weights, eos_ids, load_weights, make_weights, read_config, tied_names
+from megatron_rl.server.quantized_linear import Quantisation
+from megatron_rl.server.routed_experts import has_experts
+from megatron_rl.server.weight_updates import Groups, Update, Updates
+from megatron_rl.weights.quantized import is_scale
+
+T = TypeVar("T")
+PauseMode = Literal["abort", "retract", "in_place"]
+_RELEASED = "the engine's memory is released: POST /resume_memory_occupation, then update its weights"
+_EMPTY = "the engine's memory was released and holds no weights yet: update them first"
+_log = logging.getLogger(__name__)
+
+# Requests of one step arrive one by one within milliseconds; prefilling them together is much cheaper.
+_QUIET_S, _OVERDUE_S = 0.002, 0.02
+
+
+class Engine:
+    """Generates from a Hugging Face folder; `start` it, then `submit` jobs from any thread.
+
+    dtype: of weights, activations and cache ("fp32", "bf16", "fp16"). deterministic: every request is its own batch,
+    never joined nor compacted, so that a sample depends on weights, prompt, n and seed alone. threads: torch
+    threads of this engine (0: torch's choice). max_rows: samples decoded together. quantisation: of weights and inputs,
+    emulated: weights are held as the values of their codes. None: weights are served as they come, cast to dtype.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path | str,
+        dtype: str = "fp32",
+        threads: int = 0,
+        deterministic: bool = False,
+        weight_version: str = "default",
+        device: str = "cpu",
+        max_rows: int = 512,
+        max_prefill_tokens: int = 16384,
+        quantisation: Quantisation | None = None,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise UserError(f"engine dtype '{dtype}' is not one of {sorted(DTYPES)}")
+        self.model_dir, self.dtype, self.threads, self.deterministic = Path(model_dir), dtype, threads, deterministic
+        if threads:
+            torch.set_num_threads(threads)
+        self.config = read_config(self.model_dir)
+        self._device = torch.device(device)
+        self.quantisation = quantisation
+        self._plan = None if quantisation is None else quantisation.plan(int(self.config.num_hidden_layers), dtype)
+        weights = load_weights(self.model_dir, self.config, DTYPES[dtype], self._device, plan=self._plan)
+        self._shapes = weights.shapes
+        self.tokenizer = AutoTokenizer.from_pretrained(model_dir) if (self.model_dir / "tokenizer.json").is_file() else None
+        self.eos_ids = eos_ids(self.model_dir, self.config, self.tokenizer)
+        self.vocab_size = int(self.config.vocab_size)
+        self.context = int(getattr(self.config, "max_position_embeddings", 0) or 1 << 30)
+        self._batcher = Batcher(
+            weights,
+            weight_version,
+            self._device,
+            self._deliver,
+            deterministic=deterministic,
+            max_rows=max_rows,
+            max_prefill_tokens=max_prefill_tokens,
+        )
+        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._swaps: deque[tuple[Weights, str, Future[tuple[Weights, str] | None]]] = deque()
+        self.updates = Updates(self._begin_update, self._received, self._serve, Groups(self._device))
+        self._lock = threading.Lock()
+        self._jobs: dict[str, Job] = {}
+        self._first_arrival = self._last_arrival = 0.0
+        self._stopping = False
+        self.paused = False
+        self.memory: Literal["held", "released", "empty"] = "held"  # of the weights; empty: taken back, nothing in it yet
+        self.failure = ""
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # What other threads call -------------------------------------------------------------------------------
+
+    def start(self) -> "Engine":
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """End the thread; unfinished requests end as aborted."""
+        self.updates.groups.leave_all()
+        if self.healthy:
+            self._call(self._shut)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def healthy(self) -> bool:
+        return self._thread.is_alive() and not self.failure
+
+    @property
+    def weight_version(self) -> str:
+        return self._batcher.version
+
+    def job(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        n: int = 1,
+        rid: str | None = None,
+        input_start: int | None = None,
+        top_logprobs: int = 0,
+        routed: bool = False,
+    ) -> Job:
+        """Check a request and make a job of it; UserError names what the model cannot take."""
+        if not prompt:
+            raise UserError("field 'input_ids': the prompt is empty")
+        for name, tokens in (("input_ids", prompt), ("sampling_params.stop_token_ids", sampling.stop_token_ids)):
+            bad = [token for token in tokens if not 0 <= token < self.vocab_size]
+            if bad:
+                raise UserError(f"field '{name}': token {bad[0]} is outside the vocabulary of {self.vocab_size}")
+        if len(prompt) + sampling.max_new_tokens > self.context:
+            raise UserError(
+                f"field 'sampling_params.max_new_tokens': {len(prompt)} prompt tokens + {sampling.max_new_tokens} new ones "
+                f"exceed the model's context of {self.context}"
+            )
+        if input_start is not None and not 0 <= input_start < len(prompt):
+            raise UserError(f"field 'logprob_start_len': {input_start} is outside the prompt of {len(prompt)} tokens")
+        if top_logprobs > self.vocab_size:
+            raise UserError(f"field 'top_logprobs_num': {top_logprobs} is more than the vocabulary of {self.vocab_size}")
+        # A filter may leave fewer tokens with any mass than are wanted; what would the rest report?
+        if top_logprobs and (sampling.top_p < 1 or sampling.top_k > 0):
+            raise UserError("field 'top_logprobs_num' needs the whole distribution: send top_p 1 and top_k -1, or leave it out")
+        if routed and not has_experts(self.config):
+            raise UserError(f"field 'return_routed_experts': the routers of a '{self.config.model_type}' model are not known")
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        return Job.make(rid or secrets.token_hex(16), prompt, n, sampling, seed, input_start, top_logprobs, routed)
+
+    def submit(self, jobs: Sequence[Job]) -> list["Future[Job]"]:
+        """Queue the jobs; each future gives its finished job. All are taken or none."""
+        rids = [job.rid for job in jobs]
+        with self._lock:
+            self._check_alive()
+            self._check_weights()
+            for at, rid in enumerate(rids):
+                if rid in self._jobs or rid in rids[:at]:
+                    raise UserError(f"field 'rid': request '{rid}' is already being served")
+            self._jobs.update(zip(rids, jobs, strict=True))
+        self._work.put(lambda: self._enqueue(jobs))
+        return [job.future for job in jobs]
+
+    def pause(self, mode: PauseMode) -> None:
+        """Stop stepping. abort: end all requests; retract: back to the queue, cache dropped; in_place: keep the cache."""
+        self._call(lambda: self._pause(mode))
+
+    def resume(self) -> None:
+        self._call(self._resume)
+        self.updates.settle()
+
+    def abort(self, rid: str | None = None) -> int:
+        """End one request, or all of them; partial outputs are kept. Returns how many were ended."""
+        return self._call(lambda: self._batcher.abort(rid))
+
+    def flush(self) -> None:
+        """Drop cached keys and values; EngineError while requests hold some."""
+        self._call(self._batcher.flush)
+
+    def checksums(self) -> tuple[str, dict[str, str]]:
+        """The version served, and the digest of every tensor as it was received (before any cast)."""
+        self._check_weights()
+        return self._call(lambda: (self._batcher.version, dict(self._batcher.weights.digests)))
+
+    def save_weights(self, folder: Path) -> str:
+        """Write what is multiplied with right now, dequantised and in the dtype it is held in, to `model.safetensors` in
+        `folder`; answers the version served. The digests of `checksums` tell what came in, this what became of it.
+        """
+        self._check_weights()
+        return self._call(lambda: self._save(folder))
+
+    def release_memory(self) -> None:
+        """Drop the weights; nothing is generated until `resume_memory` and new weights. EngineError while requests are here."""
+        self._call(self._release)
+
+    def resume_memory(self) -> None:
+        """Take weights again: the next update brings the engine back. Nothing to do where nothing was released."""
+        self._call(self._take_back)
+
+    def update_from_disk(self, folder: Path, version: str) -> None:
+        """Serve the weights of `folder` as `version`: checked first, swapped when nothing runs or while paused.
+
+        Raises CheckpointError naming the tensor or file; the weights served so far then go on serving.
+        """
+        self._check_alive()
+        if self.memory == "released":
+            raise EngineError(_RELEASED)
+        fresh = load_weights(folder, self.config, DTYPES[self.dtype], self._device, self._shapes, version, self._plan)
+        self._serve(fresh, version)
+
+    def _begin_update(self) -> Update:
+        self._check_alive()
+        if self.memory == "released":
+            raise EngineError(_RELEASED)
+        return Update(self._shapes, tied_names(self.config))
+
+    def _received(self, tensors: dict[str, torch.Tensor], digests: dict[str, str]) -> Weights:
+        """A model of tensors that came in buckets, checked like those of a folder."""
+        coded = self._plan is not None and any(is_scale(name) for name in tensors)
+        like = self._batcher.weights.model if self.memory == "held" else None
+        return make_weights(
+            tensors,
+            digests,
+            self.config,
+            DTYPES[self.dtype],
+            self._device,
+            plan=self._plan,
+            coded=coded,
+            where="the weights received",
+            expected=self._shapes,
+            like=like,
+        )
+
+    def _serve(self, weights: Weights, version: str) -> tuple[Weights, str] | None:
+        """Swap when nothing runs or while paused. What was served before, where the engine is paused and held something."""
+        swapped: Future[tuple[Weights, str] | None] = Future()
+        self._call(lambda: self._swaps.append((weights, version, swapped)))
+        return swapped.result()
+
+    # The thread --------------------------------------------------------------------------------------------
+
+    def _check_weights(self) -> None:
+        if self.memory != "held":
+            raise EngineError(_RELEASED if self.memory == "released" else _EMPTY)
+
+    def _check_alive(self) -> None:
+        if not self.healthy:
+            raise EngineError(f"the engine has stopped: {self.failure or 'it was shut down'}")
+
+    def _call(self, work: Callable[[], T]) -> T:
+        """Run `work` on the engine's thread, between two tokens."""
+        self._check_alive()
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except EngineError as error:
+                future.set_exception(error)
+
+        self._work.put(run)
+        while True:
+            with suppress(TimeoutError):
+                return future.result(timeout=1.0)
+            if not self._thread.is_alive() and not future.done():
+                self._check_alive()
+
+    def _run(self) -> None:
+        if self.threads:
+            torch.set_num_threads(self.threads)  # the setting belongs to the thread
+        try:
+            with torch.inference_mode():
+                while not self._stopping:
+                    self._turn()
+        except Exception as error:  # noqa: BLE001 (thread boundary: whoever waits for an answer must hear of it)
+            _log.exception("the engine's thread ended")
+            self.failure = f"{type(error).__name__}: {error}"
+        self._fail_all()
+
+    def _turn(self) -> None:
+        """Take work, then do one thing: swap weights, admit waiting rows, or decode one token."""
+        self._take_work()
+        batcher = self._batcher
+        if self._swaps and (self.paused or batcher.running is None):
+            fresh, version, swapped = self._swaps.popleft()
+            before = (batcher.weights, batcher.version) if self.paused and self.memory == "held" else None
+            batcher.swap(fresh, version)
+            self.memory = "held"
+            swapped.set_result(before)
+        elif not self.paused and not self._stopping:
+            # A pending swap waits for the running rows alone: whatever still waits gets the new weights.
+            if not self._swaps and batcher.has_room and time.monotonic() >= self._ready_at():
+                batcher.admit()
+            if batcher.running is not None:
+                batcher.decode()
+
+    def _take_work(self) -> None:
+        idle = self.paused or self._batcher.running is None
+        wait = None if idle and not self._swaps else 0.0
+        if wait is None and self._batcher.waiting and not self.paused:
+            wait = max(self._ready_at() - time.monotonic(), 0.0)
+        with suppress(queue.Empty):
+            self._work.get(block=wait != 0.0, timeout=wait)()
+            while True:
+                self._work.get_nowait()()
+
+    def _enqueue(self, jobs: Sequence[Job]) -> None:
+        self._last_arrival = time.monotonic()
+        if not self._batcher.waiting:
+            self._first_arrival = self._last_arrival
+        self._batcher.add(jobs)
+
+    def _ready_at(self) -> float:
+        return 0.0 if self.deterministic else min(self._last_arrival + _QUIET_S, self._first_arrival + _OVERDUE_S)
+
+    def _pause(self, mode: PauseMode) -> None:
+        if mode == "abort":
+            self._batcher.abort(None)
+        elif mode == "retract":
+            self._batcher.retract()
+        self.paused = True
+
+    def _resume(self) -> None:
+        self.paused = False
+
+    def _save(self, folder: Path) -> str:
+        held = self._batcher.weights.model.state_dict()
+        fused = [name for name in self._shapes if name not in held]
+        if fused:
+            raise EngineError(f"tensor {fused[0]} is held in one with others: a model with experts cannot be given back")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tensors = {name: held[name].to("cpu", copy=True).contiguous() for name in self._shapes}
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            raise EngineError(f"the weights cannot be written to {folder} ({error}): free space there") from error
+        return self.weight_version
+
+    def _release(self) -> None:
+        with self._lock:  # no job may be taken between the look at the queue and the end of the weights
+            if self._jobs:
+                raise EngineError(f"{len(self._jobs)} requests are being served: abort them before the memory is released")
+            if self.memory == "held":
+                self._batcher.release()
+            self.memory = "released"
+
+    def _take_back(self) -> None:
+        if self.memory == "released":
+            self.memory = "empty"
+
+    def _deliver(self, job: Job) -> None:
+        with self._lock:
+            self._jobs.pop(job.rid, None)
+        if job.future.set_running_or_notify_cancel():
+            job.future.set_result(job)
+
+    def _shut(self) -> None:
+        self._batcher.abort(None)
+        self._stopping = True
+
+    def _fail_all(self) -> None:
+        """After the last turn: nobody may wait for ever."""
+        with self._lock:
+            self.failure = self.failure or "it was shut down"
+            jobs, self._jobs = list(self._jobs.values()), {}
+        error = EngineError(f"the engine has stopped: {self.failure}")
+        for job in jobs:
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_exception(error)
+        for _, _, swapped in self._swaps:
+            swapped.set_exception(error)

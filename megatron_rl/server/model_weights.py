@@ -1,0 +1,289 @@
+"""Reading weights from a folder so that either every tensor is what it should be, or nothing has changed."""
+
+import copy
+import json
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from megatron_rl.errors import CheckpointError
+from megatron_rl.precision.plan import DTYPES, PrecisionPlan
+from megatron_rl.server.quantized_linear import quantises_inputs, use_quantised_products
+from megatron_rl.weights.digest import tensor_digest
+from megatron_rl.weights.hf_folder import MANIFEST
+from megatron_rl.weights.quantized import check_config, is_finite, is_scale, join, quantise_at_load, shapes
+
+ATTENTION = {"full_attention", "sliding_attention"}
+READABLE = (torch.float32, torch.bfloat16, torch.float16)
+
+_BUILDING = threading.Lock()  # from_pretrained patches transformers for its duration: two at once leave it patched
+
+transformers_logging.disable_progress_bar()
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model ready to serve, and what its files held: shapes and digests of the tensors as they were on disk."""
+
+    model: PreTrainedModel
+    shapes: dict[str, tuple[int, ...]]
+    digests: dict[str, str]
+
+
+def load_weights(
+    folder: Path,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    expected: dict[str, tuple[int, ...]] | None = None,
+    version: str | None = None,
+    plan: PrecisionPlan | None = None,
+) -> Weights:
+    """Read every safetensors file of `folder` into a new model.
+
+    expected: names and shapes the tensors must have; None at the first load, when the architecture decides.
+    version: compared with the version of manifest.json, where the folder has one.
+    plan: of an engine with quantised weights, which takes codes and scales, or quantises what is not quantised yet.
+    Raises CheckpointError naming the file or the tensor; the caller's model is not touched.
+    """
+    tensors = _read(folder)
+    stated = _stated_quantisation(folder)
+    _check_quantised(folder, tensors, stated, plan)
+    digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+    if expected is not None:
+        _check_names(folder, shapes(tensors, coded=stated is not None), expected, tied_names(config))
+    _check_manifest(folder, digests, version)
+    # A copy even where the dtype stays: tensors read from a file map it, and the file may be rewritten.
+    return make_weights(tensors, digests, config, dtype, device, plan=plan, coded=stated is not None, where=folder, copies=True)
+
+
+def make_weights(
+    tensors: dict[str, torch.Tensor],
+    digests: dict[str, str],
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    plan: PrecisionPlan | None,
+    coded: bool,
+    where: Path | str,
+    expected: dict[str, tuple[int, ...]] | None = None,
+    copies: bool = False,
+    like: PreTrainedModel | None = None,
+) -> Weights:
+    """A new model of these tensors, which it takes over unless `copies`. coded: some are codes and scales of the plan.
+
+    like: a model of the same architecture, on the same device, of which everything but the parameters may be shared.
+    Raises CheckpointError naming the tensor.
+    """
+    tied = tied_names(config)
+    held = shapes(tensors, coded=coded)
+    if expected is not None:
+        _check_names(where, held, expected, tied)
+    values = tensors if plan is None else _quantised_values(where, tensors, plan, dtype, coded=coded)
+    _check_values(where, values, dtype)
+    _check_tied(where, values, tied)
+    served = {name: tensor.to(device=device, dtype=dtype, copy=copies) for name, tensor in values.items()}
+    emulated = plan is not None and quantises_inputs(plan)
+    # transformers keeps the experts of a layer in one parameter, under none of their names: such a model is built anew.
+    named = like is not None and all(name in served or name in tied for name, _ in like.named_parameters())
+    if like is not None and named and not emulated:
+        return Weights(_with_parameters(like, served, tied), held, digests)
+    model = _build(where, config, served, dtype).to(device)
+    if plan is not None and emulated:
+        use_quantised_products(model, values, plan)
+    return Weights(model, held, digests)
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"no config.json in {folder}: the engine needs a Hugging Face folder")
+    config = AutoConfig.from_pretrained(folder)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise CheckpointError(f"{folder}/config.json: model_type '{config.model_type}' is not a causal language model")
+    other = set(getattr(config, "layer_types", None) or ()) - ATTENTION
+    if other:
+        raise CheckpointError(f"{folder}/config.json: layers of type {sorted(other)} are not supported by the embedded engine")
+    return config
+
+
+def eos_ids(folder: Path, config: PreTrainedConfig, tokenizer: Any) -> frozenset[int]:
+    """End-of-text tokens of the model, its generation settings and its tokenizer: SGLang stops at all of them."""
+    found: list[Any] = [getattr(config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
+    if (folder / "generation_config.json").is_file():
+        found.append(GenerationConfig.from_pretrained(folder).eos_token_id)
+    flat = [token for entry in found if entry is not None for token in (entry if isinstance(entry, list) else [entry])]
+    return frozenset(int(token) for token in flat)
+
+
+def _read(folder: Path) -> dict[str, torch.Tensor]:
+    if not folder.is_dir():
+        raise CheckpointError(f"no folder of weights at {folder}")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"no *.safetensors file in {folder}")
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt", device="cpu") as opened:
+                for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                    if name in tensors:
+                        raise CheckpointError(f"{file}: tensor {name} is also in another file of the folder")
+                    tensors[name] = opened.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is not a whole safetensors file ({error}): write it again") from error
+    return tensors
+
+
+def tied_names(config: PreTrainedConfig) -> dict[str, str]:
+    """Weights that repeat another one, which a folder may therefore leave out: name -> name it repeats."""
+    if not getattr(config, "tie_word_embeddings", False):
+        return {}
+    keys = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._tied_weights_keys
+    return dict(keys) if isinstance(keys, dict) else {}
+
+
+def _stated_quantisation(folder: Path) -> dict[str, Any] | None:
+    """`quantization_config` of the folder's config.json, where it has one."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a JSON object ({error}): write the folder again") from error
+    return stated if stated is None else dict(stated)
+
+
+def _check_quantised(
+    folder: Path, tensors: dict[str, torch.Tensor], stated: dict[str, Any] | None, plan: PrecisionPlan | None
+) -> None:
+    """Codes are taken only where config.json announces them and the engine was started for that format."""
+    if stated is not None and plan is None:
+        raise CheckpointError(
+            f"{folder}: config.json has a quantization_config ({stated.get('quant_method')}), but the engine serves "
+            "unquantised weights: start it with --quantization, or give it unquantised weights"
+        )
+    if stated is not None and plan is not None:
+        check_config(stated, plan, f"{folder}/config.json")
+        return
+    scales = sorted(name for name in tensors if is_scale(name))
+    if scales:
+        raise CheckpointError(f"{folder}: tensor {scales[0]} is a scale, but config.json has no quantization_config")
+
+
+def _quantised_values(
+    folder: Path | str, tensors: dict[str, torch.Tensor], plan: PrecisionPlan, dtype: torch.dtype, *, coded: bool
+) -> dict[str, torch.Tensor]:
+    """What the engine multiplies with, under plain names: fp32 for emulated products, which round once at their end."""
+    dtype = torch.float32 if quantises_inputs(plan) else dtype
+    if coded:
+        return join(tensors, plan, str(folder), dtype)
+    _check_values(folder, {name: tensor for name, tensor in tensors.items() if plan.quantised(name)}, DTYPES[plan.train])
+    return quantise_at_load(tensors, plan, dtype)
+
+
+def _check_names(
+    folder: Path | str, held: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], tied: dict[str, str]
+) -> None:
+    missing = sorted(expected.keys() - held.keys() - tied.keys())
+    if missing:
+        raise CheckpointError(f"{folder}: {_few('tensor', missing)} missing")
+    unknown = sorted(held.keys() - expected.keys() - tied.keys())
+    if unknown:
+        raise CheckpointError(f"{folder}: {_few('tensor', unknown)} unknown to the model")
+    for name, shape in held.items():
+        want = expected.get(name) or expected.get(tied.get(name, ""))
+        if want is not None and shape != want:
+            raise CheckpointError(f"{folder}: tensor {name} has shape {shape}, the model wants {want}")
+
+
+def _check_manifest(folder: Path, digests: dict[str, str], version: str | None) -> None:
+    path = folder / MANIFEST
+    if not path.is_file():
+        return
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        listed, stated = dict(manifest["tensors"]), str(manifest["version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a manifest with 'version' and 'tensors' ({error!r})") from error
+    if version is not None and stated != version:
+        raise CheckpointError(f"{path} is of version {stated}, but version {version} was asked for")
+    lacking = sorted(listed.keys() - digests.keys())
+    if lacking:
+        raise CheckpointError(f"{folder}: {_few('tensor', lacking)} in {MANIFEST} but in no file")
+    for name, digest in digests.items():
+        if name not in listed:
+            raise CheckpointError(f"{folder}: tensor {name} is not in {MANIFEST}")
+        if listed[name] != digest:
+            raise CheckpointError(
+                f"{folder}: digest of tensor {name} is {digest[:12]}, {MANIFEST} says {str(listed[name])[:12]}: "
+                "the file was damaged or written for another version"
+            )
+
+
+def _check_values(folder: Path | str, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in READABLE:
+            raise CheckpointError(f"{folder}: tensor {name} is {tensor.dtype}; the engine reads float32, bfloat16, float16")
+        if not is_finite(tensor):
+            raise CheckpointError(f"{folder}: tensor {name} has non-finite values")
+        if tensor.dtype != dtype and not is_finite(tensor.to(dtype)):
+            raise CheckpointError(f"{folder}: tensor {name} does not fit into {dtype}")
+
+
+def _check_tied(folder: Path | str, tensors: dict[str, torch.Tensor], tied: dict[str, str]) -> None:
+    for name, source in tied.items():
+        if name in tensors and source in tensors and not torch.equal(tensors[name], tensors[source]):
+            raise CheckpointError(f"{folder}: tensor {name} differs from {source}, but config.json ties them")
+
+
+def _build(
+    folder: Path | str, config: PreTrainedConfig, tensors: dict[str, torch.Tensor], dtype: torch.dtype
+) -> PreTrainedModel:
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    own = copy.deepcopy(config)  # loading writes dtype and attention into it
+    if hasattr(own, "quantization_config"):
+        del own.quantization_config  # the tensors hold values by now
+    try:
+        with _BUILDING:
+            model, report = model_class.from_pretrained(
+                None,
+                config=own,
+                state_dict=tensors,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+            )
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder}: the tensors do not fit config.json: {error}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if report[kind]:
+            raise CheckpointError(f"{folder}: {kind.replace('_', ' ')}: {sorted(map(str, report[kind]))[:5]}")
+    return model.eval()
+
+
+def _with_parameters(like: PreTrainedModel, tensors: dict[str, torch.Tensor], tied: dict[str, str]) -> PreTrainedModel:
+    """A model that shares all but its parameters with `like`: much faster than building one, and as much of its own."""
+    fresh = {}
+    for name, old in like.named_parameters():
+        tensor = tensors[name] if name in tensors else tensors[tied[name]]
+        fresh[id(old)] = torch.nn.Parameter(tensor, requires_grad=False)
+    return copy.deepcopy(like, fresh)  # the memo says what stands for each old parameter
+
+
+def _few(noun: str, names: list[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{noun} {names[0]}{more} {'are' if more else 'is'}"

@@ -1,0 +1,129 @@
+"""Supervised warm-up: teach a fresh model the task's own solutions until it solves some of them.
+
+Reinforcement learning needs a policy that is right now and then. The loop is the policy's own `update`, with the
+negative log-likelihood of the solution in place of an objective.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from megatron_rl.config import Config
+from megatron_rl.errors import UserError
+from megatron_rl.objectives import LossInputs, LossNorm, LossOutputs
+from megatron_rl.policy import parallel
+from megatron_rl.policy.actor import Policy
+from megatron_rl.policy.device_port import pick_device
+from megatron_rl.sampling.rollouts import stop_token_ids
+from megatron_rl.tasks import make_task
+from megatron_rl.tasks.task import Turn
+from megatron_rl.trainer.precision_check import say
+from megatron_rl.trainer.preflight import check_rank
+from megatron_rl.trainer.progress import ProgressLine
+from megatron_rl.types import Batch, Prompt
+
+NORM = LossNorm("token_mean")
+
+
+def negative_log_likelihood(inputs: LossInputs) -> LossOutputs:
+    """-log p of every trained token, aggregated by the inputs' norm."""
+    x = inputs.cleaned()
+    return LossOutputs(
+        loss=-(x.logp * x.token_weights(inputs.norm or NORM)).sum(), loss_tok=-x.logp, weight_tok=None, metrics={}
+    )
+
+
+def solution_batch(
+    prompts: Sequence[Prompt], solutions: Sequence[Sequence[Turn]], tokenizer: PreTrainedTokenizerBase, end: int
+) -> Batch:
+    """Prompts followed by the turns of their solutions, each with the end token; turns and ends are trained, and what an
+    environment says after a turn is not."""
+
+    def encoded(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    parts: list[list[tuple[Sequence[int], int]]] = []  # of every trajectory: tokens, and whether they are trained
+    for prompt, turns in zip(prompts, solutions, strict=True):
+        parts.append([(prompt.tokens, 0)])
+        for turn in turns:
+            parts[-1] += [([*encoded(turn.text), end], 1), (encoded(turn.observation or ""), 0)]
+    lengths = [sum(len(tokens) for tokens, _ in row) for row in parts]
+    zeros = np.zeros(len(prompts), dtype=np.float32)
+    return Batch(
+        ids=np.arange(len(prompts)),
+        groups=np.arange(len(prompts)),
+        tokens=np.concatenate([np.asarray(tokens, dtype=np.int32) for row in parts for tokens, _ in row]),
+        cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]),
+        mask=np.concatenate([np.full(len(tokens), trained, dtype=np.float32) for row in parts for tokens, trained in row]),
+        rewards=zeros,
+        advantages=zeros,
+    )
+
+
+def with_a_slip(solution: Sequence[Turn], rng: np.random.Generator) -> list[Turn]:
+    """The solution with one digit of its last turn replaced by another digit."""
+    *before, last = solution
+    return [*before, replace(last, text=_slipped(last.text, rng))]
+
+
+def _slipped(solution: str, rng: np.random.Generator) -> str:
+    places = [i for i, character in enumerate(solution) if character.isdigit()]
+    if not places:
+        raise UserError(f"solution {solution!r} has no digit to get wrong: warm up with careless 0")
+    at = int(rng.choice(places))
+    digit = (int(solution[at]) + int(rng.integers(1, 10))) % 10
+    return f"{solution[:at]}{digit}{solution[at + 1 :]}"
+
+
+def expected_pass_rate(policy: Policy, batch: Batch) -> float:
+    """Probability that one sample at the rollout temperature is exactly the solution, mean over the batch's problems."""
+    logp = policy.logprobs(batch).astype(np.float64)
+    return float(np.exp(np.add.reduceat(logp * batch.mask, batch.cu_seqlens[:-1])).mean())
+
+
+def warm_up(
+    config: Config, dest: Path, *, target: float, careless: float, batch_size: int, max_updates: int, check_every: int = 10
+) -> float:
+    """Train `config.model.path` on solutions until the held-out pass rate reaches `target`; write it to `dest`.
+
+    careless: share of demonstrations with one wrong digit. Such a teacher shows the way and cannot be trusted: what is
+    left to learn is there for the verifier to reward. Collective over the ranks of `config.parallel`; answers the pass
+    rate reached. Raises UserError when `max_updates` do not get there, PrecisionError for a plan that cannot run here.
+    """
+    report = check_rank(config)
+    device = pick_device(config.run.device)
+    if device.type == "cpu" and config.parallel.world_size > 1:
+        torch.set_num_threads(1)
+    mesh = parallel.initialize(config.parallel, device, config.run.seed)
+    if mesh.rank == 0:
+        say(report)
+    policy = Policy(config, mesh)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    task = make_task(config.task, tokenizer, seed=config.run.seed, max_prompt_tokens=config.rollout.max_prompt_tokens)
+    end = stop_token_ids(config.model.path)[0]
+    rng = np.random.default_rng(config.run.seed)
+    right = [task.demonstration(p) for p in task.train]
+    wrong = [with_a_slip(solution, rng) for solution in right] if careless else right
+    problems = len(right)
+    everything = solution_batch([*task.train, *task.train], [*right, *wrong], tokenizer, end)
+    held_out = solution_batch(task.held_out, [task.demonstration(p) for p in task.held_out], tokenizer, end)
+    rate = 0.0
+    with ProgressLine("warm-up", max_updates, 0, enabled=mesh.rank == 0) as progress:
+        for update in range(1, max_updates + 1):
+            rows = rng.choice(problems, min(batch_size, problems), replace=False)
+            rows += problems * (rng.random(len(rows)) < careless)
+            stats = policy.update(everything.select(rows), negative_log_likelihood, NORM)
+            if update % check_every == 0:
+                rate = expected_pass_rate(policy, held_out)
+                progress.show(f"loss {stats.loss:.3f} | held-out pass rate {rate:.1%}", update)
+                if rate >= target:
+                    break
+    if rate < target:
+        raise UserError(f"warm-up reached a pass rate of {rate:.1%} in {max_updates} updates, {target:.1%} was asked for")
+    policy.save_hf(dest)
+    parallel.shutdown()
+    return rate

@@ -1,0 +1,29 @@
+"""Evaluation without training: engines, task, pass rates."""
+
+from contextlib import ExitStack
+
+from megatron_rl.config import Config
+from megatron_rl.engines.processes.own_servers import own_servers
+from megatron_rl.errors import ConfigError
+from megatron_rl.precision.machine import this_machine
+from megatron_rl.trainer.bringup import START_TIMEOUT_S, open_rollouts
+from megatron_rl.trainer.preflight import check_rank
+
+
+def evaluate_model(config: Config) -> dict[str, float]:
+    """Print and answer the held-out pass rates of `config.model.path`, or of the weights that `rollout.urls` serve.
+
+    Raises ConfigError when `eval.prompts` is 0.
+    """
+    if config.eval.prompts == 0:
+        raise ConfigError("eval.prompts is 0: say how many held-out problems to evaluate, e.g. eval.prompts=64")
+    plan = check_rank(config).plan
+    with ExitStack() as stack:
+        servers = None if config.rollout.urls else own_servers(config, plan, this_machine().device, START_TIMEOUT_S)
+        if servers is not None:
+            stack.enter_context(servers)
+        rollouts = stack.enter_context(open_rollouts(config, plan, servers, need_logmu=False))
+        rates = rollouts.evaluate(0)
+    for name, rate in rates.items():
+        print(f"{name}: {rate:.1%}")
+    return rates

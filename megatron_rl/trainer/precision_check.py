@@ -1,0 +1,81 @@
+"""The precision plan of a configuration, checked against its model's shapes and this machine, and told to the user."""
+
+from collections.abc import Iterator
+from math import gcd
+
+from rich.console import Console
+
+from megatron_rl.config import Config
+from megatron_rl.precision.machine import Machine, how, this_machine
+from megatron_rl.precision.plan import PrecisionPlan, resolve
+from megatron_rl.precision.plan_checks import Matrix, PlanReport, Run, examine
+from megatron_rl.precision.table import describe
+from megatron_rl.weights.families import Family, ModelShape
+from megatron_rl.weights.layouts import QKV, GateUp, Layout
+from megatron_rl.weights.name_table import Entry, entries
+
+
+def check_precision(config: Config, family: Family, shape: ModelShape, machine: Machine | None = None) -> PlanReport:
+    """Raises ConfigError for keys that contradict each other, PrecisionError for what this machine or these shapes forbid.
+
+    machine: this one if not given.
+    """
+    machine = machine or this_machine()
+    plan = resolve(config.precision, shape.num_layers, engine=config.rollout.engine, device=machine.device)
+    computed = how(plan.recipe, machine, pow2=config.precision.pow2_scales) if plan.trains_low else ""
+    table = entries(family, shape)
+    units = [count for entry in table if entry.expert is None for count in entry.rule.layout.units.values()]
+    common = gcd(*units)
+    sizes = [size for size in range(1, common + 1) if common % size == 0]
+    return examine(
+        plan,
+        {size: tuple(matrices(plan, table, size)) for size in sizes},
+        tensor=config.parallel.tensor,
+        tokens=_tokens_per_rank(config),
+        num_layers=shape.num_layers,
+        computed=computed,
+        engine=config.rollout.engine,
+        foreign=bool(config.rollout.urls),
+    )
+
+
+def _tokens_per_rank(config: Config) -> int:
+    cut = config.parallel.tensor if config.parallel.sequence else 1
+    return config.optimizer.tokens_per_microbatch // config.parallel.context // cut
+
+
+def say(report: PlanReport, console: Console | None = None) -> None:
+    """Print the plan to standard output."""
+    (console or Console(highlight=False)).print(describe(report))
+
+
+def matrices(plan: PrecisionPlan, table: tuple[Entry, ...], size: int) -> Iterator[Matrix]:
+    """The matrices that are ever quantised, as `size` tensor-parallel ranks hold them."""
+    for entry in table:
+        layout = entry.rule.layout
+        parts = [part for part in enumerate(entry.rule.hf) if plan.quantised(part[1])]
+        cut = entry.cut(size)
+        runs = _runs(layout, cut) if parts else []
+        local_rows, local_columns = layout.local_shape(cut) if parts else (0, 0)
+        for part, name in parts:
+            rows, columns = layout.shapes[part]
+            yield Matrix(name, rows, columns, entry.mcore, local_rows, local_columns, tuple(runs[part]))
+
+
+def _runs(layout: Layout, size: int) -> list[list[Run]]:
+    """Per Hugging Face matrix of a parameter, where its rows lie on each of `size` ranks: what `Layout.read` does."""
+    if isinstance(layout, QKV):
+        queries, head = layout.heads // layout.groups * layout.head_dim, layout.head_dim
+        here = layout.groups // size
+        places = [(group, group % here * (queries + 2 * head)) for group in range(layout.groups)]
+        return [
+            [Run(group * queries, at, queries) for group, at in places],
+            [Run(group * head, at + queries, head) for group, at in places],
+            [Run(group * head, at + queries + head, head) for group, at in places],
+        ]
+    if isinstance(layout, GateUp):
+        rows = layout.ffn_hidden_size // size
+        return [[Run(rank * rows, part * rows, rows) for rank in range(size)] for part in range(2)]
+    rows = layout.local_shape(size)[0]
+    cut = layout.shapes[0][0] // rows
+    return [[Run(rank * rows, 0, rows) for rank in range(cut)]]

@@ -1,0 +1,136 @@
+"""What engines should hold after an update, learnt from the tensors as they pass."""
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_rl.protocol.buckets import Bucket
+from megatron_rl.weights.digest import tensor_digest
+from megatron_rl.weights.families.family import DTYPES
+
+_ROWS = 64  # SGLang pads the vocabulary to a multiple of it, with zeros
+_VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
+_WIDTH = 32  # on CPU it pads the width of feed-forward networks to a multiple of it, with zeros
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
+_PART = re.compile(r"(.*\.)(q|k|v|gate|up)_proj(\.\w+)$")
+_PLACES = {"q": ("qkv", 0), "k": ("qkv", 1), "v": ("qkv", 2), "gate": ("gate_up", 0), "up": ("gate_up", 1)}
+
+
+class Tally:
+    """Digests of the tensors of one version.
+
+    plain: whether to take `tensor_digest` of each, as the embedded server does. fused: dtypes in which SGLang servers hold
+    the weights, for which to compute their checksums. placed: tensor -> the bucket it travelled in.
+    """
+
+    def __init__(self, plain: bool, fused: Iterable[str] = ()) -> None:
+        self.digests: dict[str, str] = {}
+        self.placed: dict[str, int] = {}
+        self._plain = plain
+        self._fused = {name: FusedDigests(DTYPES[name]) for name in fused}
+
+    def add_bucket(self, bucket: Bucket) -> None:
+        for name, tensor in bucket.tensors():
+            self.placed[name] = bucket.index
+            self.add(name, tensor)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self._plain:
+            self.digests[name] = tensor_digest(tensor)
+        for fused in self._fused.values():
+            fused.add(name, tensor)
+
+    def sglang(self, dtype: str) -> dict[str, str] | None:
+        """SGLang's name -> checksum, for a server that holds weights in `dtype`; None where that was not asked for."""
+        return self._fused[dtype].digests() if dtype in self._fused else None
+
+    def changed_since(self, before: "Tally") -> list[str]:
+        """SGLang's names of the parameters that other bytes were sent for, as far as both took plain digests."""
+        changed = [name for name, digest in self.digests.items() if before.digests.get(name, digest) != digest]
+        return sorted({fused_place(name)[0] for name in changed})
+
+    def where(self, name: str) -> str:
+        """`name`, and in which bucket it or its parts travelled."""
+        found = sorted({bucket for sent, bucket in self.placed.items() if name in (sent, fused_place(sent)[0])})
+        return f"tensor '{name}'" + (f" (bucket {', '.join(map(str, found))})" if found else "")
+
+
+@dataclass(slots=True)
+class _Fusion:
+    digest: Any = field(default_factory=hashlib.sha256)
+    ahead: dict[int, Tensor] = field(default_factory=dict)  # parts that came before their turn
+    done: int = 0
+
+
+class FusedDigests:
+    """The checksums of SGLang's `/weights_checker` for an unquantised server on CPU with one rank.
+
+    It fuses projections along their rows and hashes the bytes of every parameter: the first 8 bytes of SHA-256. Parts
+    are hashed as they come, in whatever order; nothing is kept but parts that come before their turn.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._fusions: dict[str, _Fusion] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        place, at = fused_place(name)
+        fusion = self._fusions.setdefault(place, _Fusion())
+        values = _widened(name, tensor.detach().to(device="cpu", dtype=self._dtype)).contiguous()
+        fusion.ahead[at] = values if at == fusion.done else values.clone()
+        while fusion.done in fusion.ahead:
+            ready = fusion.ahead.pop(fusion.done)
+            fusion.digest.update(ready.reshape(-1).view(torch.uint8).numpy().data)
+            fusion.done += 1
+        if name.endswith(_VOCABULARY):
+            fusion.digest.update(bytes(-len(values) % _ROWS * values[0].nbytes))
+
+    def digests(self) -> dict[str, str]:
+        return {name: fusion.digest.hexdigest()[:16] for name, fusion in self._fusions.items()}
+
+
+def _widened(name: str, weight: Tensor) -> Tensor:
+    if name.endswith(("gate_proj.weight", "up_proj.weight")):
+        return F.pad(weight, (0, 0, 0, -len(weight) % _WIDTH))
+    if name.endswith("down_proj.weight"):
+        return F.pad(weight, (0, -weight.shape[1] % _WIDTH))
+    return weight
+
+
+def fused_place(name: str) -> tuple[str, int]:
+    """SGLang's name of the parameter that a Hugging Face tensor is a part of, and which part it is."""
+    expert = _EXPERT.match(name)
+    if expert is not None:
+        prefix, number, kind = expert.groups()
+        return (
+            (f"{prefix}.w2_weight", int(number))
+            if kind == "down"
+            else (f"{prefix}.w13_weight", 2 * int(number) + (kind == "up"))
+        )
+    part = _PART.match(name)
+    if part is None:
+        return name, 0
+    fused, at = _PLACES[part[2]]
+    return f"{part[1]}{fused}_proj{part[3]}", at
+
+
+def first_difference(held: Mapping[str, str], expected: Mapping[str, str]) -> tuple[str, str] | None:
+    """The first tensor that is not as expected, and how; None when all are.
+
+    Names that are held but not expected count, except copies of expected tensors: a tied one may be listed twice.
+    """
+    for name, digest in expected.items():
+        if held.get(name) != digest:
+            found = f"digest {held[name]}" if name in held else "no such tensor"
+            return name, f"should have digest {digest}, the engine has {found}"
+    copies = set(expected.values())
+    for name, digest in held.items():
+        if name not in expected and digest not in copies:
+            return name, "is held by the engine, but was not sent and may be stale"
+    return None

@@ -1,0 +1,25 @@
+"""Which checkpoints count as whole, told from their files."""
+
+import json
+from pathlib import Path
+
+from megatron_rl.policy.checkpoint_state import COMPLETE, newest_valid
+
+
+def checkpoint(folder: Path, name: str) -> Path:
+    path = folder / name
+    path.mkdir()
+    (path / "part").write_bytes(b"12345")
+    (path / COMPLETE).write_text(json.dumps({"files": {"part": 5}}))
+    return path
+
+
+def test_a_checkpoint_that_was_not_renamed_yet_is_passed_over_even_when_its_files_are_whole(tmp_path):
+    older = checkpoint(tmp_path, "step_000002")
+    checkpoint(tmp_path, "step_000003.partial")
+    assert newest_valid(tmp_path) == (older, [("step_000003.partial", "half-written: it was not renamed any more")])
+
+
+def test_a_folder_with_nothing_but_an_unfinished_checkpoint_holds_none(tmp_path):
+    checkpoint(tmp_path, "step_000000.partial")
+    assert newest_valid(tmp_path)[0] is None

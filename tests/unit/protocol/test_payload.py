@@ -1,0 +1,129 @@
+"""Tensors by reference: a payload can name tensors of this machine, and nothing else; memory that is not there is refused."""
+
+import base64
+import os
+import pickle
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_rl.errors import EngineError
+from megatron_rl.protocol.payload import SHARED_MEMORY, pack, shared_buffer, unpack
+
+Wrap = Callable[[Any], Any]
+Usage = namedtuple("Usage", "total used free")
+
+
+class Call:
+    """Pickled as a call that unpickling makes."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.call
+
+
+def encoded(content: bytes) -> str:
+    return base64.b64encode(content).decode("ascii")
+
+
+def test_a_payload_holds_the_tensors_that_were_packed() -> None:
+    buffer = shared_buffer(64, torch.device("cpu"))
+    buffer.copy_(torch.arange(64, dtype=torch.uint8))
+    sent = [("codes", buffer[:32].view(torch.float8_e4m3fn).view(4, 8)), ("scales", buffer[32:].view(torch.float32))]
+    found = unpack(pack(sent))
+    assert [(name, tensor.dtype, tensor.shape) for name, tensor in found] == [(n, t.dtype, t.shape) for n, t in sent]
+    assert torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in found]).equal(buffer)
+
+
+@pytest.mark.parametrize("protocol", [0, 4])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda call: call,
+        lambda call: [("weight", call)],
+        lambda call: {"flattened_tensor": call, "metadata": []},
+        lambda call: {"flattened_tensor": None, "metadata": [call]},
+    ],
+    ids=["alone", "as a tensor", "as the flat tensor", "as metadata"],
+)
+@pytest.mark.parametrize(
+    ("function", "text"), [(os.system, "touch {}"), (eval, "open({!r}, 'w')")], ids=["os.system", "builtins.eval"]
+)
+def test_a_payload_that_calls_a_function_is_refused_and_the_function_is_not_called(
+    function: Callable[[str], Any], text: str, wrap: Wrap, protocol: int, tmp_path: Path
+) -> None:
+    mark = tmp_path / "mark"
+    harmful = pickle.dumps(wrap(Call(function, text.format(str(mark)))), protocol)
+    with pytest.raises(EngineError, match=rf"hold no named tensors of this machine \(\w+\.{function.__name__} is not allowed"):
+        unpack(encoded(harmful))
+    assert not mark.exists()
+    pickle.loads(harmful)
+    assert mark.exists()  # it would have done what it says
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch save",  # beside the dtypes, which are allowed
+        "torch float32.__class__",
+        "torch serialization.os.system",
+        "torch.storage _load_from_bytes",  # unpickles anything
+        "torch.multiprocessing.reductions rebuild_storage_fd",
+        "torch._utils _rebuild_tensor_v2",
+        "builtins getattr",
+        "collections namedtuple",
+    ],
+)
+def test_a_payload_that_only_names_what_is_not_allowed_is_refused(name: str) -> None:
+    module, attribute = name.split()
+    with pytest.raises(EngineError, match=rf"{module}\.{attribute} is not allowed"):
+        unpack(encoded(f"c{module}\n{attribute}\n.".encode()))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no pickle",
+        pickle.dumps(7),
+        pickle.dumps([("weight", "no tensor")]),
+        pickle.dumps([(1, 2, 3)]),
+        pickle.dumps({"flattened_tensor": 1}),
+        pickle.dumps({"flattened_tensor": "text", "metadata": [1]}),
+        pickle.dumps([("weight", list(range(100)))])[:-60],
+        b"\x8d" + b"\xff" * 8 + b".",
+    ],
+    ids=["empty", "text", "number", "string for a tensor", "triple", "no metadata", "text for a bucket", "cut off", "too long"],
+)
+def test_what_holds_no_tensors_is_refused(content: bytes) -> None:
+    with pytest.raises(EngineError, match="hold no named tensors of this machine"):
+        unpack(encoded(content))
+    with pytest.raises(EngineError, match="hold no named tensors of this machine"):
+        unpack("no base64!")
+
+
+def test_a_buffer_that_shared_memory_has_no_room_for_is_refused_before_any_of_it_is_touched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def nearly_full(path: Path) -> Usage:
+        asked.append(path)
+        return Usage(64 << 20, (64 << 20) - 1000, 1000)
+
+    monkeypatch.setattr(shutil, "disk_usage", nearly_full)
+    assert shared_buffer(1000, torch.device("cpu")).numel() == 1000
+    ours = f"torch_{os.getpid()}_*"
+    before = set(SHARED_MEMORY.glob(ours))
+    with pytest.raises(EngineError, match=r"/dev/shm has 0 MiB left, a bucket needs 3.*lower rollout\.bucket_mb"):
+        shared_buffer((2 << 20) + 1, torch.device("cpu"))
+    with pytest.raises(EngineError, match="has 0 MiB left"):
+        shared_buffer(1001, torch.device("cpu"))
+    assert set(SHARED_MEMORY.glob(ours)) <= before and set(asked) == {SHARED_MEMORY}

@@ -1,0 +1,54 @@
+"""An engine pool without engines: answers come from a function of the request, under a version that the test sets."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import Future
+from typing import Any
+
+from megatron_rl.engines.pool import GenerationRequest, Sample
+from megatron_rl.types import VersionSpan
+
+
+def sample(*tokens: int, reason: str = "stop", version: int = 1, retractions: int = 0) -> Sample:
+    """Log-probability -0.5 x token of each token."""
+    spans = (VersionSpan(version, 0, len(tokens)),) if tokens else ()
+    return Sample(tokens, tuple(-0.5 * token for token in tokens), reason, spans, retractions=retractions)
+
+
+class ScriptedPool:
+    """`answer` gives the samples of a request and may wait; what was asked is in `asked`, what was cancelled in `cancelled`."""
+
+    def __init__(self, answer: Callable[[GenerationRequest], Awaitable[list[Sample]]]) -> None:
+        self.answer = answer
+        self.asked: list[GenerationRequest] = []
+        self.cancelled: list[str] = []
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+
+    async def ask(self, request: GenerationRequest) -> list[Sample]:
+        self.asked.append(request)
+        try:
+            return await self.answer(request)
+        except asyncio.CancelledError:
+            self.cancelled.append(request.rid)
+            raise
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return self.start(work).result(timeout=10)
+
+    def start(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
+
+    def close(self) -> None:
+        async def end() -> None:
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+
+        self.run(end())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()

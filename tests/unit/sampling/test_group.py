@@ -1,0 +1,245 @@
+"""One group from its first request to its trajectories: after aborts, and turn by turn."""
+
+import asyncio
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_rl.engines.pool import GenerationRequest, Sample
+from megatron_rl.errors import EngineError
+from megatron_rl.sampling.group import Group, GroupSettings, sample_group, sampling_seed
+from megatron_rl.sampling.trajectory_builder import Response, ToolUse
+from megatron_rl.tasks.task import Observation
+from megatron_rl.types import Prompt, TopK, VersionSpan
+from tests.unit.sampling.scripted_engine import sample
+from tests.unit.tasks.char_tokenizer import char_tokenizer
+
+PROMPT = Prompt("p", "", (3, 4), "")
+TOKENIZER = char_tokenizer()
+
+
+def settings(**more) -> GroupSettings:
+    given = {"seed": 7, "samples": 1, "max_new_tokens": 100, "temperature": 1.0, "stop_token_ids": (1,), "need_logmu": True}
+    return GroupSettings(**{**given, **more})
+
+
+def draw(
+    answers: list[list[Sample]] | Callable, how: GroupSettings, first_id: int = 40
+) -> tuple[Group, list[GenerationRequest]]:
+    """The group, and what was asked for it."""
+    asked: list[GenerationRequest] = []
+
+    async def ask(request: GenerationRequest) -> list[Sample]:
+        asked.append(request)
+        return answers(request) if callable(answers) else answers[len(asked) - 1]
+
+    return asyncio.run(sample_group(ask, PROMPT, how, first_id=first_id, group=5)), asked
+
+
+class Calculator:
+    """Answers every turn that ends on '?' but the last with its own text in capitals; a turn of dots is void, '!?' fails."""
+
+    max_turns = 3
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+        self.lasts: list[bool] = []
+
+    def observe(self, prompt: Prompt, turn: str, *, last: bool) -> Observation:
+        turn = turn.replace(" ", "")  # the tokenizer of single characters puts them apart
+        self.heard.append(turn)
+        self.lasts.append(last)
+        called = turn.endswith("?") and not last
+        return Observation(turn.upper() if called else None, void=turn.strip(".") == "", failed=called and turn.endswith("!?"))
+
+
+def written(text: str, version: int = 1, reason: str = "stop") -> Sample:
+    return sample(
+        *TOKENIZER.encode(text), *([TOKENIZER.eos_token_id] if reason == "stop" else []), version=version, reason=reason
+    )
+
+
+def test_a_response_of_one_turn_is_the_engines_sample_and_one_request() -> None:
+    group, asked = draw([[sample(8, 1), sample(9, 9, reason="length")]], settings(samples=2))
+    first, second = group.trajectories
+    assert (first.id, first.group, first.response_tokens, first.logmu, first.finish_reason) == (
+        40,
+        5,
+        (8, 1),
+        (-4.0, -0.5),
+        "stop",
+    )
+    assert (second.id, second.response_tokens, second.finish_reason) == (41, (9, 9), "length")
+    assert first.response_mask is None and first.versions == (VersionSpan(1, 0, 2),)
+    (request,) = asked
+    assert (request.rid, request.prompt_tokens, request.n) == ("s7-t40", (3, 4), 2)
+    assert request.sampling.seed == sampling_seed(7, 40) and request.sampling.max_new_tokens == 100
+
+
+def test_an_aborted_sample_goes_on_from_its_prefix_with_what_is_left_of_its_budget() -> None:
+    answers = [
+        [sample(8, 9, reason="abort", version=1, retractions=1), sample(5, 1)],
+        [sample(7, reason="abort", version=2)],
+        [sample(6, 1, version=2, retractions=2)],
+    ]
+    group, asked = draw(answers, settings(samples=2))
+    resumed, other = group.trajectories
+    assert resumed.response_tokens == (8, 9, 7, 6, 1) and resumed.logmu == (-4.0, -4.5, -3.5, -3.0, -0.5)
+    assert resumed.versions == (VersionSpan(1, 0, 2), VersionSpan(2, 2, 5)) and resumed.finish_reason == "stop"
+    assert other.response_tokens == (5, 1)
+    assert (group.resumed, group.retractions) == (2, 3)
+    assert [request.prompt_tokens for request in asked[1:]] == [(3, 4, 8, 9), (3, 4, 8, 9, 7)]
+    assert [(request.n, request.sampling.max_new_tokens) for request in asked[1:]] == [(1, 98), (1, 97)]
+    assert len({request.sampling.seed for request in asked}) == len({request.rid for request in asked}) == 3
+
+
+def test_a_sample_that_is_aborted_again_and_again_without_a_token_is_an_error_that_names_it() -> None:
+    with pytest.raises(EngineError, match="engines aborted trajectory 40 3 times in a row"):
+        draw([[sample(reason="abort")]] * 9, settings())
+    slow = [[sample(8, reason="abort")], [sample(reason="abort")], [sample(9, reason="abort")]]
+    group, _ = draw([*slow, [sample(reason="abort")], [sample(1)]], settings())
+    assert group.trajectories[0].response_tokens == (8, 9, 1)
+
+
+def test_turns_and_observations_alternate_and_only_the_models_tokens_are_trained() -> None:
+    environment = Calculator()
+    how = settings(environment=environment, tokenizer=TOKENIZER)
+    group, asked = draw([[written("a?")], [written("bc?", version=2)], [written("d", version=3)]], how)
+    (found,) = group.trajectories
+    assert environment.heard == ["a?", "bc?", "d"]
+    parts = [written("a?").tokens, TOKENIZER.encode("A?"), written("bc?").tokens, TOKENIZER.encode("BC?"), written("d").tokens]
+    assert found.response_tokens == tuple(token for part in parts for token in part)
+    assert found.response_mask == (1,) * 3 + (0,) * 2 + (1,) * 4 + (0,) * 3 + (1,) * 2
+    assert found.versions == (VersionSpan(1, 0, 3), VersionSpan(2, 5, 9), VersionSpan(3, 12, 14))
+    assert found.logmu == tuple(-0.5 * t if m else 0.0 for t, m in zip(found.response_tokens, found.response_mask, strict=True))
+    assert found.finish_reason == "stop" and group.resumed == 0
+    assert [request.prompt_tokens for request in asked] == [
+        (3, 4),
+        (3, 4, *found.response_tokens[:5]),
+        (3, 4, *found.response_tokens[:12]),
+    ]
+    assert [request.sampling.max_new_tokens for request in asked] == [100, 95, 88]
+
+
+def test_no_turn_follows_the_last_one_that_is_allowed() -> None:
+    environment = Calculator()
+    group, asked = draw(lambda _: [written("a?")], settings(environment=environment, tokenizer=TOKENIZER))
+    assert len(asked) == 3 and environment.heard == ["a?"] * 3 and environment.lasts == [False, False, True]
+    assert group.tool_use == ToolUse(calls=2), "nothing is run after the last turn"
+    assert group.trajectories[0].response_tokens[-3:] == written("a?").tokens, "an answer that nobody reads is not appended"
+
+
+def test_an_observation_that_leaves_no_room_for_an_answer_ends_the_response_as_cut_off() -> None:
+    for limit, requests in ((6, 2), (5, 1)):
+        how = settings(environment=Calculator(), tokenizer=TOKENIZER, max_new_tokens=limit)
+        group, asked = draw([[written("a?")], [sample(9, reason="length")]], how)
+        assert len(asked) == requests and group.trajectories[0].finish_reason == "length"
+        assert len(group.trajectories[0].response_tokens) == (6 if requests == 2 else 3)
+
+
+def test_a_void_turn_is_masked_from_its_first_token_also_when_it_was_interrupted() -> None:
+    how = settings(environment=Calculator(), tokenizer=TOKENIZER)
+    answers = [[written("a?")], [written(".", reason="abort")], [written(".")]]
+    group, _ = draw(answers, how)
+    (found,) = group.trajectories
+    assert found.response_mask == (1,) * 3 + (0,) * 2 + (0,) * 3
+    assert found.versions[-1] == VersionSpan(1, 5, 8) and group.resumed == 1
+
+
+def test_calls_errors_and_void_turns_of_all_samples_of_a_group_are_counted() -> None:
+    how = settings(environment=Calculator(), tokenizer=TOKENIZER, samples=3)
+    first = [written("a!?"), written("."), written("b", reason="length")]
+    group, _ = draw(lambda request: first if request.n == 3 else [written(".")], how)
+    assert group.tool_use == ToolUse(calls=1, errors=1, void=2)
+    assert draw([[written("a?")]], settings())[0].tool_use == ToolUse(), "without an environment nobody looks"
+
+
+def test_a_turn_that_was_cut_off_is_not_shown_to_the_environment() -> None:
+    environment = Calculator()
+    group, _ = draw([[written("a?", reason="length")]], settings(environment=environment, tokenizer=TOKENIZER))
+    assert environment.heard == [] and group.trajectories[0].finish_reason == "length"
+
+
+def test_what_nobody_can_train_on_is_refused_in_every_turn() -> None:
+    broken = Sample((4,), (float("nan"),), "stop", ())
+    with pytest.raises(EngineError, match="non-finite behaviour log-probabilities in trajectory 40"):
+        draw([[written("a?")], [broken]], settings(environment=Calculator(), tokenizer=TOKENIZER))
+    with pytest.raises(EngineError, match=r"the engine failed on trajectory 41: out of memory"):
+        draw([[sample(1), Sample((), (), "abort", (), "out of memory")]], settings(samples=2))
+
+
+PIECES = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("sample"), st.lists(st.integers(2, 90), max_size=5), st.lists(st.integers(1, 4), min_size=1, max_size=3)
+        ),
+        st.tuples(st.just("tool"), st.lists(st.integers(2, 90), max_size=5), st.just([0])),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(PIECES, st.booleans(), st.integers(0, 2))
+def test_however_a_response_is_put_together_every_column_speaks_of_the_same_tokens(pieces, logmu, topk) -> None:
+    response = Response(logmu, topk)
+    tokens: list[int] = []
+    version_of: list[int] = []
+    for kind, piece, versions in pieces:
+        if kind == "tool":
+            response.add_observation(piece)
+            version_of += [-1] * len(piece)
+        else:
+            per_token = sorted(versions[at % len(versions)] for at in range(len(piece)))
+            cuts = [at for at in range(len(piece)) if at == 0 or per_token[at] != per_token[at - 1]]
+            spans = tuple(VersionSpan(per_token[a], a, b) for a, b in zip(cuts, [*cuts[1:], len(piece)], strict=False))
+            rows = np.array(piece, np.int32)[:, None].repeat(topk, 1)
+            likeliest = TopK(rows, -rows.astype(np.float32)) if topk else None
+            response.add_sample(
+                Sample(tuple(piece), tuple(-float(t) for t in piece) if logmu else None, "stop", spans, topk=likeliest)
+            )
+            version_of += per_token
+        tokens += piece
+    made = response.trajectory(1, 2, PROMPT)
+    assert made.response_tokens == tuple(tokens)
+    mask = [int(version > 0) for version in version_of]
+    assert made.response_mask == (None if all(mask) else tuple(mask))
+    assert made.logmu == (tuple(-float(t) * m for t, m in zip(tokens, mask, strict=True)) if logmu else None)
+    seen = [-1] * len(tokens)
+    for span in made.versions:
+        assert span.end > span.start
+        seen[span.start : span.end] = [span.version] * (span.end - span.start)
+    assert seen == version_of
+    assert all(a.end < b.start or a.version != b.version for a, b in zip(made.versions, made.versions[1:], strict=False))
+    if topk:
+        assert made.topk is not None and made.topk.ids.dtype == np.int32 and made.topk.logmu.dtype == np.float32
+        assert made.topk.ids[:, 0].tolist() == [t * m for t, m in zip(tokens, mask, strict=True)]
+
+
+def test_the_experts_of_a_token_stay_those_that_were_chosen_when_it_was_sampled():
+    def sample(tokens: int, rows: int, name: int) -> Sample:
+        return Sample(tuple(range(tokens)), None, "abort", (), routing=np.full((rows, 1, 2), name))
+
+    response = Response(logmu=False, topk=0)
+    response.add_sample(sample(3, 5 + 3 - 1, 1))  # a prompt of 5 tokens
+    response.add_sample(sample(2, 8 + 2 - 1, 2))  # the second request's prompt is everything so far
+    assert response.routing is not None
+    assert response.routing[:, 0, 0].tolist() == [1] * 7 + [2] * 2
+
+
+def test_the_experts_of_tokens_whose_request_did_not_tell_are_unknown_not_those_chosen_later():
+    def sample(tokens: int, rows: int, name: int) -> Sample:
+        routing = np.full((rows, 1, 2), name) if name else None
+        return Sample(tuple(range(tokens)), None, "abort", (), routing=routing)
+
+    response = Response(logmu=False, topk=0)
+    response.add_sample(sample(0, 0, 0))  # ended while it waited: nothing was chosen for it
+    response.add_sample(sample(3, 5 + 3 - 1, 1))  # a prompt of 5 tokens
+    response.add_sample(sample(2, 0, 0))
+    response.add_observation([7, 7])
+    response.add_sample(sample(2, 12 + 2 - 1, 3))
+    assert response.routing is not None
+    assert response.routing[:, 0, 0].tolist() == [1] * 7 + [-1] * 2 + [3] * 4

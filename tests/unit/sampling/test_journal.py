@@ -1,0 +1,131 @@
+"""Finished groups on disk: what was written comes back, and nothing else does."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_rl.errors import CheckpointError
+from megatron_rl.sampling.group import Group
+from megatron_rl.sampling.journal import GroupBuffer
+from megatron_rl.sampling.trajectory_builder import ToolUse
+from megatron_rl.types import TopK, Trajectory, VersionSpan
+
+
+def group(
+    number: int, version: int = 1, seed: int = 0, *, topk: bool = False, routed: bool = False, masked: bool = True
+) -> Group:
+    rng = np.random.default_rng((number, seed))
+    rows = []
+    for k in range(3):
+        size = int(rng.integers(1, 6))
+        likeliest = TopK(rng.integers(0, 9, (size, 2), dtype=np.int32), -rng.random((size, 2), dtype=np.float32))
+        rows.append(
+            Trajectory(
+                id=3 * number + k,
+                group=number,
+                prompt_id="päth/7",
+                prompt_tokens=(5, 6, 7),
+                response_tokens=tuple(rng.integers(0, 2**31 - 1, size).tolist()),
+                logmu=tuple((-rng.random(size)).tolist()),
+                finish_reason=("stop", "length")[k % 2],
+                versions=(VersionSpan(version, 0, 1), VersionSpan(version + 1, 1, size))[: 1 if size == 1 else 2],
+                reward=float(rng.random()),
+                topk=likeliest if topk else None,
+                response_mask=(1,) + (0,) * (size - 1) if masked and k == 1 else None,
+                routing=rng.integers(0, 4, (size + 2, 2, 1), dtype=np.int32) if routed else None,
+            )
+        )
+    return Group(rows, resumed=number, retractions=2, tool_use=ToolUse(5, number, 3))
+
+
+def everything(buffer: GroupBuffer) -> dict[int, Group]:
+    return buffer.recover(lambda _: True)[0]
+
+
+@pytest.mark.parametrize(("topk", "routed"), [(False, False), (True, True)])
+def test_groups_come_back_as_they_were(tmp_path, topk, routed) -> None:
+    written = [group(number, topk=topk, routed=routed) for number in range(4)]
+    buffer = GroupBuffer(tmp_path / "new", "asked")
+    for at, one in enumerate(written):
+        buffer.append(at // 3, one)
+    found, dropped = GroupBuffer(tmp_path / "new", "asked").recover(lambda _: True)
+    assert dropped == 0 and list(found.values()) == written
+    for before, after in zip(written, found.values(), strict=True):
+        for a, b in zip(before.trajectories, after.trajectories, strict=True):
+            if topk and routed:
+                assert a.topk is not None and b.topk is not None and b.routing is not None
+                assert a.topk.ids.tolist() == b.topk.ids.tolist() and a.topk.logmu.tolist() == b.topk.logmu.tolist()
+                assert a.routing.tolist() == b.routing.tolist() and b.routing.dtype == np.int32
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@given(cut=st.floats(0, 1), flip=st.booleans())
+def test_a_tail_that_is_cut_short_or_damaged_costs_only_the_groups_from_there_on(tmp_path, cut, flip) -> None:
+    folder = tmp_path / "torn"
+    buffer = GroupBuffer(folder, "asked")
+    buffer.keep(())
+    sizes = []
+    for number in range(3):
+        buffer.append(7, group(number))
+        sizes.append((folder / "step_000007.groups").stat().st_size)
+    path, content = folder / "step_000007.groups", (folder / "step_000007.groups").read_bytes()
+    at = int(cut * (len(content) - 1))
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :] if flip else content[:at])
+    whole = sum(size <= at for size in sizes)
+    assert list(everything(buffer)) == list(range(whole))
+    buffer.append(7, group(9))
+    assert list(everything(buffer)) == [*range(whole), 9], "what is appended afterwards can be read"
+
+
+def test_what_is_not_usable_is_gone_for_good(tmp_path) -> None:
+    buffer = GroupBuffer(tmp_path, "asked")
+    for number, version in enumerate((1, 2, 3)):
+        buffer.append(0, group(number, version))
+    newest = lambda one: max(span.version for t in one.trajectories for span in t.versions)  # noqa: E731
+    found, dropped = buffer.recover(lambda one: newest(one) <= 3)
+    assert (list(found), dropped) == ([0, 1], 1)
+    assert list(everything(buffer)) == [0, 1]
+    assert buffer.recover(lambda _: False) == ({}, 2) and not list(tmp_path.iterdir())
+
+
+def test_a_group_that_is_there_twice_is_read_once(tmp_path) -> None:
+    buffer = GroupBuffer(tmp_path, "asked")
+    buffer.append(0, group(1))
+    buffer.append(0, group(1, seed=1))
+    buffer.append(1, group(1, seed=2))
+    assert buffer.recover(lambda _: True) == ({1: group(1)}, 2)
+
+
+def test_groups_that_were_sampled_with_other_settings_are_not_read(tmp_path) -> None:
+    GroupBuffer(tmp_path, "temperature 1").append(0, group(1))
+    assert GroupBuffer(tmp_path, "temperature 0.5").recover(lambda _: True) == ({}, 1)
+
+
+def test_groups_of_a_version_without_counts_of_tools_are_not_read(tmp_path) -> None:
+    buffer = GroupBuffer(tmp_path, "asked")
+    buffer.append(0, replace(group(1), tool_use=()))  # three numbers, as that version wrote
+    assert buffer.recover(lambda _: True) == ({}, 1)
+
+
+def test_files_of_other_steps_are_removed(tmp_path) -> None:
+    buffer = GroupBuffer(tmp_path, "asked")
+    for step in range(5):
+        buffer.append(step, group(step))
+    buffer.keep(range(1, 3))
+    assert list(everything(buffer)) == [1, 2]
+
+
+def test_a_reward_that_is_no_number_comes_back_as_such(tmp_path) -> None:
+    one = group(1)
+    bad = replace(one, trajectories=[t.with_reward(float("nan")) for t in one.trajectories])
+    GroupBuffer(tmp_path, "asked").append(0, bad)
+    assert all(np.isnan(t.reward) for t in everything(GroupBuffer(tmp_path, "asked"))[1].trajectories)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"step_000000\.groups cannot be written .*free space"):
+        GroupBuffer(tmp_path / "file" / "rollouts", "asked").append(0, group(1))

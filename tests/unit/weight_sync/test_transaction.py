@@ -1,0 +1,83 @@
+"""What confirms an engine whose digests cannot be foretold: other bytes than before, wherever other bytes were sent."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from megatron_rl.engines.control import Traits
+from megatron_rl.errors import EngineError
+from megatron_rl.weight_sync.expected_digests import Tally
+from megatron_rl.weight_sync.transaction import Probe, Transaction, Version
+
+URL = "http://engine"
+CODED = {"model.layers.0.mlp.down_proj.weight": 1, "model.layers.0.mlp.down_proj.weight_scale_inv": 2, "model.norm.weight": 3}
+PLAIN = {"model.layers.0.mlp.down_proj.weight": 1, "model.norm.weight": 3}
+
+
+class Holding:
+    """An engine that holds what it is told to hold, and scores as it is told to."""
+
+    def __init__(self, digests: dict[str, str], logp: float) -> None:
+        self.digests, self.logp = digests, logp
+
+    def checksums(self, url: str) -> dict[str, str]:
+        return self.digests
+
+    def resume(self, url: str) -> None: ...
+
+    def pause(self, url: str, mode: str) -> None: ...
+
+    def score(self, url: str, tokens: Sequence[int]) -> list[float]:
+        return [self.logp] * (len(tokens) - 1)
+
+
+def tally_of(tensors: dict[str, int]) -> Tally:
+    tally = Tally(plain=True)
+    for name, value in tensors.items():
+        tally.add(name, torch.tensor([float(value)]))
+    return tally
+
+
+def failures(sent: dict[str, int], before: dict[str, int], held: dict[str, str], *, quantised: bool, logp: float = -1.0) -> str:
+    """Of an update from `before` to `sent`, when the engine held digest "old" of everything."""
+    old = Version(1, None, tally_of(before), {URL: dict.fromkeys(held, "old")})
+    traits = {URL: Traits(embedded=False, ranks=1, device="cuda", dtype="bfloat16", quantised=quantised)}
+    probe = Probe((5, 6, 7), (-1.0, -1.0), 0.05)
+    update = Transaction(Holding(held, logp), None, tally_of(sent), 2, old, traits=traits, probe=probe)  # type: ignore[arg-type]
+    return str(update._confirm_by_probe().get(URL, ""))
+
+
+@pytest.mark.parametrize(("tensors", "quantised"), [(PLAIN, False), (CODED, True)], ids=["plain", "codes"])
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.down_proj.weight", "model.norm.weight"])
+def test_a_tensor_that_stayed_as_it_was_is_named(tensors: dict[str, int], quantised: bool, name: str) -> None:
+    held = dict.fromkeys(tensors, "new") | {name: "old"}
+    sent = {each: value + 10 for each, value in tensors.items()}
+    assert f"tensor '{name}' was sent anew" in failures(sent, tensors, held, quantised=quantised)
+    assert failures(sent | {name: tensors[name]}, tensors, held, quantised=quantised) == "", "what is sent again may stay"
+
+
+def test_an_engine_that_quantises_what_it_is_sent_may_lose_a_small_change() -> None:
+    held = dict.fromkeys(PLAIN, "old")
+    assert failures({name: value + 10 for name, value in PLAIN.items()}, PLAIN, held, quantised=True) == ""
+
+
+def test_whatever_it_holds_an_engine_that_scores_otherwise_than_the_trainer_is_refused() -> None:
+    held = dict.fromkeys(PLAIN, "new")
+    assert "are off by 0.1 on average, 0.05 is allowed" in failures(PLAIN, PLAIN, held, quantised=False, logp=-1.1)
+    assert "are off by nan" in failures(PLAIN, PLAIN, held, quantised=False, logp=float("nan"))
+
+
+def test_engines_of_one_kind_that_hold_different_weights_are_told_apart() -> None:
+    traits = Traits(embedded=False, ranks=1, device="cuda", dtype="bfloat16", quantised=False)
+
+    class Two(Holding):
+        def checksums(self, url: str) -> dict[str, str]:
+            return dict.fromkeys(PLAIN, "new") | ({"model.norm.weight": "other"} if url == "http://b" else {})
+
+    both = {"http://a": traits, "http://b": traits}
+    old = Version(1, None, tally_of(PLAIN), {})
+    update = Transaction(Two({}, -1.0), None, tally_of(PLAIN), 2, old, traits=both)  # type: ignore[arg-type]
+    failed = update._confirm_by_probe()
+    assert failed.keys() == {"http://b"} and isinstance(failed["http://b"], EngineError)
+    assert "model.norm.weight" in str(failed["http://b"]) and "compared with http://a" in str(failed["http://b"])
