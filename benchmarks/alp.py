@@ -1,6 +1,6 @@
 """A training step with perturbed layers against one without: time, what is kept for backward, and peak memory.
 
-Both run in one process, in turns, on the same tokens; the overhead is the median of the ratios of neighbours. Prints a
+Both run in one process, in turns, on the same tokens; the overhead is the median of the ratios of neighbors. Prints a
 line per model, and one JSON line for docs/benchmarks.md.
 
     OMP_NUM_THREADS=1 python benchmarks/alp.py [--repeat 10 --only tiny medium]
@@ -88,7 +88,9 @@ def saved_bytes(run: Callable[[], object]) -> int:
 def measure(folder: Path, vocab: int, repeat: int) -> dict[str, Any]:
     """Of a step, without and with noise: median seconds, the median ratio of back-to-back pairs, bytes kept, peak bytes."""
     batch, objective = make_batch(vocab), make_objective({"name": "drpo", "delta": 0.15})
-    steps = [functools.partial(make_policy(folder, on).update, batch, objective, objective.norm) for on in (False, True)]
+    steps = [
+        functools.partial(make_policy(folder, on).update, batch, objective, objective.norm) for on in (False, True)
+    ]
     saved = [saved_bytes(step) for step in steps]  # the first steps warm up as well
     peak = [peak_bytes(step) for step in steps]
     pairs = []

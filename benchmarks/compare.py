@@ -31,10 +31,12 @@ METHODS = {
         "optimizer.warmup_updates=0",  # each stage would warm up anew
     ],
 }
-COLOURS = dict(zip(METHODS, (GREY, BLUE, GREEN, ORANGE, PURPLE, RED), strict=True))
+COLORS = dict(zip(METHODS, (GREY, BLUE, GREEN, ORANGE, PURPLE, RED), strict=True))
 TAILS = ("ratio/q01", "ratio/q99")
 KL = "kl/k3"
-STUDENT_KL = "erpd/student/kl"  # ERPD's own figure: KL(pi || pi_old) at the end of a step, not the mean over its updates
+STUDENT_KL = (
+    "erpd/student/kl"  # ERPD's own figure: KL(pi || pi_old) at the end of a step, not the mean over its updates
+)
 
 
 def main() -> None:
@@ -59,7 +61,10 @@ def summary(method: str, logs: Sequence[Log]) -> dict:
     ):
         row |= median_and_worst(logs, name, key, worst)
     learning = [
-        sum(r.get(f"seconds/{p}") or 0 for p in ("update", "teacher", "student")) for log in logs for r in log if "loss" in r
+        sum(r.get(f"seconds/{p}") or 0 for p in ("update", "teacher", "student"))
+        for log in logs
+        for r in log
+        if "loss" in r
     ]
     row["update_seconds"] = float(np.median(learning))
     return row
@@ -71,12 +76,12 @@ def draw(histories: dict[str, list[Log]], path: Path) -> None:
         figure = Figure(figsize=(12, 3.8), layout="constrained")
         rate, tails, kl = figure.subplots(1, 3)
         for method, logs in histories.items():
-            colour = COLOURS[method]
-            curve(rate, logs, PASS_RATE, shade=True, color=colour, label=method)
-            curve(tails, logs, TAILS[0], color=colour)
-            curve(tails, logs, TAILS[1], color=colour, label=method)
-            curve(kl, logs, KL, color=colour, label=method)
-            curve(kl, logs, STUDENT_KL, color=colour, label=method, linestyle=":")
+            color = COLORS[method]
+            curve(rate, logs, PASS_RATE, shade=True, color=color, label=method)
+            curve(tails, logs, TAILS[0], color=color)
+            curve(tails, logs, TAILS[1], color=color, label=method)
+            curve(kl, logs, KL, color=color, label=method)
+            curve(kl, logs, STUDENT_KL, color=color, label=method, linestyle=":")
         rate.set_title("held-out pass rate, sampled")
         tails.set_title("ratio pi / mu: 1 % and 99 % quantiles")
         kl.set_title("KL(mu || pi), k3; dotted: KL(student || old)")

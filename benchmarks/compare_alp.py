@@ -24,12 +24,15 @@ from megatron_rl.report.style import BLUE, GREY, ORANGE, PURPLE, RC, RED, log_sc
 SEQUENCE = ["objective.clip_low=0.5", "objective.clip_high=3.0", "objective.dual_clip=3.0"]
 METHODS = {
     "GRPO bypass": ["objective.denominator=rollout"],
-    "Token-MIS": ["objective.denominator=trainer_old", "objective.corrections=[{name: mis, threshold: 2.0, level: token}]"],
+    "Token-MIS": [
+        "objective.denominator=trainer_old",
+        "objective.corrections=[{name: mis, threshold: 2.0, level: token}]",
+    ],
     "Token-ALP": ["objective.denominator=rollout", "alp.enabled=true", "alp.level=token"],
     "Seq bypass": ["objective.denominator=rollout", "objective.level=sequence", *SEQUENCE],
     "Seq-ALP": ["objective.denominator=rollout", "alp.enabled=true", "alp.level=sequence", *SEQUENCE],
 }
-COLOURS = dict(zip(METHODS, (GREY, ORANGE, BLUE, PURPLE, RED), strict=True))
+COLORS = dict(zip(METHODS, (GREY, ORANGE, BLUE, PURPLE, RED), strict=True))
 KL = "kl/k3"
 SPIKE = 5.0  # a step's KL over this many times its run's median
 LATE = 10  # last steps, whose trajectories are many more than those of one evaluation
@@ -92,12 +95,12 @@ def draw(histories: dict[str, list[Log]], path: Path) -> None:
         figure = Figure(figsize=(12, 7.6), layout="constrained")
         rate, tails, kl, binned = figure.subplots(2, 2).flat
         for method, logs in histories.items():
-            colour = COLOURS[method]
-            curve(rate, logs, PASS_RATE, shade=True, color=colour, label=method)
-            curve(tails, logs, "ratio/q01", color=colour)
-            curve(tails, logs, "ratio/q99", color=colour)
-            curve(kl, logs, KL, color=colour)
-            draw_envelope(binned, logs, colour)
+            color = COLORS[method]
+            curve(rate, logs, PASS_RATE, shade=True, color=color, label=method)
+            curve(tails, logs, "ratio/q01", color=color)
+            curve(tails, logs, "ratio/q99", color=color)
+            curve(kl, logs, KL, color=color)
+            draw_envelope(binned, logs, color)
         rate.set_title("held-out pass rate, sampled")
         tails.set_title("ratio pi / mu: 1 % and 99 % quantiles")
         kl.set_title("KL(mu || pi), k3")
@@ -111,11 +114,11 @@ def draw(histories: dict[str, list[Log]], path: Path) -> None:
         figure.savefig(path, dpi=160)
 
 
-def draw_envelope(axes: Axes, logs: Sequence[Log], colour: str) -> None:
+def draw_envelope(axes: Axes, logs: Sequence[Log], color: str) -> None:
     centres = (np.arange(BINS) + 0.5) / BINS
     for side in ("p02", "p98"):
         values = np.array([np.nan if value is None else value for value in envelope(logs, side)])
-        axes.plot(centres, values, color=colour, linewidth=1.4, marker="o", markersize=3)
+        axes.plot(centres, values, color=color, linewidth=1.4, marker="o", markersize=3)
 
 
 def show(rows: Sequence[dict]) -> None:
@@ -128,7 +131,9 @@ def show(rows: Sequence[dict]) -> None:
         sigma = f"{row['sigma_end']:.3g}" if row["sigma_end"] is not None else "-"
         late = f"{np.mean(row['late_by_seed']):.1%}"
         spiky = f"{row['spikes']} / {row['steps']}"
-        table.add_row(row["method"], f"{row['before']:.1%}", after, f"{row['mean_over_run']:.1%}", late, *pairs, spiky, sigma)
+        table.add_row(
+            row["method"], f"{row['before']:.1%}", after, f"{row['mean_over_run']:.1%}", late, *pairs, spiky, sigma
+        )
     Console(width=170).print(table)
 
 

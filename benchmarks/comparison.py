@@ -71,7 +71,9 @@ class Comparison:
         resume = ["--resume"] if target.is_dir() else []
         command = [sys.executable, "-m", "megatron_rl", "train", *resume, str(self.config), *self.methods[method]]
         with (self.runs / f"{target.name}.out").open("w") as out:
-            code = subprocess.run([*command, *overrides, f"run.steps={steps}"], stdout=out, stderr=out, check=False).returncode
+            code = subprocess.run(
+                [*command, *overrides, f"run.steps={steps}"], stdout=out, stderr=out, check=False
+            ).returncode
         if code:
             raise UserError(f"{target.name} ended with code {code}: see {out.name}")
         print(f"{target.name} done", flush=True)
@@ -85,7 +87,9 @@ def warm_start(warm: Path, **heads: int) -> None:
     make_tiny_model(fresh, [f"{a}+{b}={a + b}" for a in numbers for b in numbers], seed=0, **heads)
     options = ["--dest", str(warm), "--target", str(WARM_PASS_RATE), "--careless", str(CARELESS)]
     options += ["--batch-size", "224", "--max-updates", "2000"]
-    code = run_ranks(["warmup", str(CONFIGS / "warmup.yaml"), f"model.path={fresh}", f"run.dir={warm.parent}", *options], 2)
+    code = run_ranks(
+        ["warmup", str(CONFIGS / "warmup.yaml"), f"model.path={fresh}", f"run.dir={warm.parent}", *options], 2
+    )
     if code:
         raise UserError(f"the warm-up ended with code {code}")
 
@@ -109,7 +113,9 @@ def pass_rates(logs: Sequence[Log]) -> dict[str, float]:
     }
 
 
-def median_and_worst(logs: Sequence[Log], name: str, key: str, worst: Callable[[np.ndarray], float]) -> dict[str, float | None]:
+def median_and_worst(
+    logs: Sequence[Log], name: str, key: str, worst: Callable[[np.ndarray], float]
+) -> dict[str, float | None]:
     """Of the steps of all seeds; None where a run's log lacks the key."""
     found = [column(log, key)[1] for log in logs]
     if not all(map(len, found)):

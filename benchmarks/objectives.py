@@ -126,7 +126,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for option, default in (("rows", 64), ("length", 2048), ("repeat", 25)):
         parser.add_argument(f"--{option}", type=int, default=default)
-    parser.add_argument("--fill", type=float, default=0.5, help="part of the tokens that is trained, on average; 1: no padding")
+    parser.add_argument(
+        "--fill", type=float, default=0.5, help="part of the tokens that is trained, on average; 1: no padding"
+    )
     parser.add_argument("--packed", action="store_true", help="one stream without padding, as the trainer feeds it")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="*", default=sorted(OBJECTIVES), choices=sorted(OBJECTIVES))

@@ -62,7 +62,9 @@ def main() -> None:
         make_tiny_model(folder / "model", [f"{a}+{b}={a + b}" for a in numbers for b in numbers], seed=0)
         for at in range(args.repeat):
             pairs.append([run(folder, f"{at}-{k}", args, k) for k in (0, args.staleness)])
-    sync, overlapped = ({key: statistics.median(p[side][key] for p in pairs) for key in pairs[0][side]} for side in (0, 1))
+    sync, overlapped = (
+        {key: statistics.median(p[side][key] for p in pairs) for key in pairs[0][side]} for side in (0, 1)
+    )
     ratio = statistics.median(slow["step"] / fast["step"] for slow, fast in pairs)
     print(f"{'median of a step, s':<22}{'synchronous':>14}{'overlapped':>14}")
     for key in ("step", "waited", "update", "sync", "staleness"):
@@ -70,7 +72,13 @@ def main() -> None:
     print(f"synchronous / overlapped: {ratio:.3f}")
     print(
         json.dumps(
-            {**vars(args), "cores": len(os.sched_getaffinity(0)), "ratio": ratio, "sync": sync, "overlapped": overlapped}
+            {
+                **vars(args),
+                "cores": len(os.sched_getaffinity(0)),
+                "ratio": ratio,
+                "sync": sync,
+                "overlapped": overlapped,
+            }
         )
     )
 

@@ -1,6 +1,6 @@
 """What low precision costs. Each part prints a table, and one JSON line for docs/benchmarks.md.
 
-formats: quantise, dequantise and fake quantisation (also of a transposed matrix, as weight gradients need) of every
+formats: quantize, dequantize and fake quantization (also of a transposed matrix, as weight gradients need) of every
 number format against torch's own conversion of the same matrix to float8_e4m3fn and back to float32, without any scale.
 Each round times the plain round trip and one function back to back; the ratio is the median over rounds. On CPU it is
 the time of the calling thread, so that other processes count only through the caches they empty.
@@ -52,8 +52,8 @@ def part_formats(args: argparse.Namespace, console: Console) -> dict[str, object
     for name in FORMATS:
         quantized = quantize(x, name)
         functions: dict[str, Callable[[], object]] = {
-            "quantise": partial(quantize, x, name),
-            "dequantise": partial(quantized.dequantize, x.dtype),
+            "quantize": partial(quantize, x, name),
+            "dequantize": partial(quantized.dequantize, x.dtype),
             "fake": partial(fake_quantize, x, name),
             "fake, transposed": partial(fake_quantize, x.t(), name),
         }
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--part", choices=(*PARTS, "all"), default="all")
     for option, default in (("rows", 2048), ("columns", 2048), ("repeat", 15)):
         parser.add_argument(f"--{option}", type=int, default=default)
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the matrix that is quantised")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the matrix that is quantized")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
     if args.device == "cpu":

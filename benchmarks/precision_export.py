@@ -1,4 +1,4 @@
-"""What quantising costs an export: the part `export` of benchmarks/precision.py.
+"""What quantizing costs an export: the part `export` of benchmarks/precision.py.
 
 The stream of a 100M-parameter model from the real megatron-core model, in every wire format, one process. GB/s counts the
 bytes of the trainer's parameters. Memory (Linux) is the highest resident size above that before the stream, in MB and in
@@ -100,7 +100,7 @@ def measure(path: Path, dtype: str, repeat: int) -> list[dict[str, Any]]:
 
 
 def part_export(args: argparse.Namespace, console: Console) -> dict[str, object]:
-    """Export of a model with parameters in `--dtype`, unquantised and in every quantised wire format; best of three."""
+    """Export of a model with parameters in `--dtype`, unquantized and in every quantized wire format; best of three."""
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(make_model(Path(folder) / "hf"), args.dtype, repeat=3)
     table = Table(*rows[0], title=f"export of a model in {args.dtype}, CPU, {torch.get_num_threads()} thread(s)")

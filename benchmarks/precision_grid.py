@@ -34,7 +34,7 @@ ROLLOUT = {
 }
 METHODS = {f"{t} / {r}": [*TRAIN[t], *ROLLOUT[r]] for t in TRAIN for r in ROLLOUT}
 AGAIN = [f"{t} / bf16" for t in TRAIN] + ["blockwise / fp8"]
-COLOURS = dict(zip(TRAIN, (GREY, GREEN, BLUE), strict=True))
+COLORS = dict(zip(TRAIN, (GREY, GREEN, BLUE), strict=True))
 QUANTILES = ("ratio/min", "ratio/q01", "ratio/q05", "ratio/q95", "ratio/q99", "ratio/max")
 OTHERS = ("kl/k3", "token_mult_prob_error", "dp/mean", "dp/max", "ratio/ess", "ratio/outside_half_two")
 
@@ -74,8 +74,8 @@ def draw(rows: Sequence[Mapping], path: Path) -> None:
             own = [row for row in rows if row["train"] == train]
             at = np.array([list(ROLLOUT).index(row["rollout"]) for row in own]) + 0.2 * (offset - 1)
             for low, high, width in (("ratio/q01", "ratio/q99", 1.5), ("ratio/q05", "ratio/q95", 5.0)):
-                ratios.vlines(at, [r[low] for r in own], [r[high] for r in own], color=COLOURS[train], linewidth=width)
-            kl.bar(at, [row["kl/k3"] for row in own], width=0.18, color=COLOURS[train], label=f"train {train}")
+                ratios.vlines(at, [r[low] for r in own], [r[high] for r in own], color=COLORS[train], linewidth=width)
+            kl.bar(at, [row["kl/k3"] for row in own], width=0.18, color=COLORS[train], label=f"train {train}")
         ratios.set_title("ratio pi / mu at equal weights: 1-99 % (thin), 5-95 % (thick)")
         kl.set_title("KL(mu || pi) in nats a token, k3")
         for axes in (ratios, kl):
@@ -86,7 +86,9 @@ def draw(rows: Sequence[Mapping], path: Path) -> None:
 
 
 def show(rows: Sequence[Mapping]) -> None:
-    table = Table("train", "rollout", "seeds", "q01", "q05", "q95", "q99", "max", "k3", "mult. error", "|dp|", "pass rate", "s")
+    table = Table(
+        "train", "rollout", "seeds", "q01", "q05", "q95", "q99", "max", "k3", "mult. error", "|dp|", "pass rate", "s"
+    )
     for row in rows:
         values = [f"{row[key]:.4f}" for key in ("ratio/q01", "ratio/q05", "ratio/q95", "ratio/q99", "ratio/max")]
         more = [f"{row['kl/k3']:.2e}", f"{row['token_mult_prob_error']:.4f}", f"{row['dp/mean']:.4f}"]

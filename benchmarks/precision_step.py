@@ -1,4 +1,4 @@
-"""A training step with emulated low precision against the same step unquantised, run one after the other in each round.
+"""A training step with emulated low precision against the same step unquantized, run one after the other in each round.
 
 Recipes train in bf16. On a CPU without bf16 arithmetic torch's bf16 products can be far slower than its fp32 ones, which
 the emulation uses; so an fp32 step stands beside the bf16 one, and ratios to both are given.
@@ -25,7 +25,10 @@ SIZES = argparse.Namespace(hidden=256, layers=4, vocab=512, tokens=1024, prompt_
 STEPS = {
     "bf16": {"train": "bf16"},
     "fp32": {"train": "fp32"},
-    **{recipe: {"train": "bf16", "recipe": recipe} for recipe in ("tensorwise", "delayed", "blockwise", "mxfp8", "nvfp4")},
+    **{
+        recipe: {"train": "bf16", "recipe": recipe}
+        for recipe in ("tensorwise", "delayed", "blockwise", "mxfp8", "nvfp4")
+    },
 }
 
 
@@ -40,12 +43,18 @@ def part_step(args: argparse.Namespace, console: Console) -> dict[str, object]:
         {
             "step": name,
             "ms": statistics.median(one[name] for one in rounds) * 1e3,
-            **{f"times {base}": statistics.median(one[name] / one[base] for one in rounds) for base in ("bf16", "fp32")},
+            **{
+                f"times {base}": statistics.median(one[name] / one[base] for one in rounds) for base in ("bf16", "fp32")
+            },
         }
         for name in steps
     ]
     table = Table(
-        "step", "ms", "times bf16", "times fp32", title=", ".join(f"{name} {size}" for name, size in vars(SIZES).items())
+        "step",
+        "ms",
+        "times bf16",
+        "times fp32",
+        title=", ".join(f"{name} {size}" for name, size in vars(SIZES).items()),
     )
     for row in rows:
         table.add_row(str(row["step"]), f"{row['ms']:.0f}", f"{row['times bf16']:.2f}", f"{row['times fp32']:.2f}")

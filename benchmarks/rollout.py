@@ -37,7 +37,9 @@ def make_prompts(args: argparse.Namespace) -> list[tuple[int, ...]]:
     return [tuple(torch.randint(4, args.vocab, (length,), generator=generator).tolist()) for length in lengths]
 
 
-def plain(folder: Path, prompts: Sequence[tuple[int, ...]], args: argparse.Namespace) -> Callable[[Sequence[int]], None]:
+def plain(
+    folder: Path, prompts: Sequence[tuple[int, ...]], args: argparse.Namespace
+) -> Callable[[Sequence[int]], None]:
     """`generate` on all samples of all prompts at once."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     longest = max(map(len, prompts))
@@ -48,7 +50,13 @@ def plain(folder: Path, prompts: Sequence[tuple[int, ...]], args: argparse.Names
     def run(lengths: Sequence[int]) -> None:
         count = max(lengths)
         config = GenerationConfig(
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, min_new_tokens=count, max_new_tokens=count, pad_token_id=PAD
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            min_new_tokens=count,
+            max_new_tokens=count,
+            pad_token_id=PAD,
         )
         out = model.generate(ids, attention_mask=mask, generation_config=config)
         assert out.shape[1] == longest + count
@@ -56,14 +64,18 @@ def plain(folder: Path, prompts: Sequence[tuple[int, ...]], args: argparse.Names
     return run
 
 
-def asked(pool: EnginePool, prompts: Sequence[tuple[int, ...]], args: argparse.Namespace) -> Callable[[Sequence[int]], None]:
+def asked(
+    pool: EnginePool, prompts: Sequence[tuple[int, ...]], args: argparse.Namespace
+) -> Callable[[Sequence[int]], None]:
     """The same samples from the pool's engine; one request a prompt, of which all samples have its length."""
     calls = iter(range(1 << 30))
 
     def run(lengths: Sequence[int]) -> None:
         call = next(calls)
         requests = [
-            GenerationRequest(f"{call}-{at}", prompt, args.samples, SamplingParams(max_new_tokens=length, ignore_eos=True))
+            GenerationRequest(
+                f"{call}-{at}", prompt, args.samples, SamplingParams(max_new_tokens=length, ignore_eos=True)
+            )
             for at, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
         ]
         answers = pool.generate(requests)
@@ -90,7 +102,9 @@ def main() -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "hf"
         make_qwen3(folder, hidden=args.hidden, layers=args.layers, vocab=args.vocab)
-        servers: dict[str, EmbeddedServers | SGLangServers] = {"embedded": EmbeddedServers(folder, folder.parent, threads=1)}
+        servers: dict[str, EmbeddedServers | SGLangServers] = {
+            "embedded": EmbeddedServers(folder, folder.parent, threads=1)
+        }
         if args.sglang:
             settings, plan = SGLangConfig(), resolve(PrecisionConfig(), args.layers, engine="sglang", device="cpu")
             flags = server_flags(plan, settings, device="cpu")
@@ -100,13 +114,17 @@ def main() -> None:
         for name, server in servers.items():
             pool = stack.enter_context(EnginePool(list(stack.enter_context(server).urls)))
             runs[name] = asked(pool, prompts, args)
-        spread = [args.tokens // 4 + 3 * args.tokens * at // (4 * max(1, args.prompts - 1)) for at in range(args.prompts)]
+        spread = [
+            args.tokens // 4 + 3 * args.tokens * at // (4 * max(1, args.prompts - 1)) for at in range(args.prompts)
+        ]
         cases = {"equal": [args.tokens] * args.prompts, "mixed": spread}
         results = [measure(case, runs, lengths, args) for case, lengths in cases.items()]
     print(json.dumps({**vars(args), "device": "CPU, 1 thread each", "results": results}))
 
 
-def measure(case: str, runs: dict[str, Callable], lengths: Sequence[int], args: argparse.Namespace) -> dict[str, object]:
+def measure(
+    case: str, runs: dict[str, Callable], lengths: Sequence[int], args: argparse.Namespace
+) -> dict[str, object]:
     wanted = args.samples * sum(lengths)
     for run in runs.values():
         run(lengths)

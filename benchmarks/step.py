@@ -63,7 +63,9 @@ def bare_step(policy: Policy, batch: Batch, budget: int) -> Callable[[], None]:
     model, chunk = policy.models[0], policy.chunks[0]
 
     def forward(_: object) -> torch.Tensor:
-        return GPTModel.forward(model, piece.tokens, piece.positions, None, labels=labels, packed_seq_params=piece.stream)
+        return GPTModel.forward(
+            model, piece.tokens, piece.positions, None, labels=labels, packed_seq_params=piece.stream
+        )
 
     def forward_step(feed, wrapped):
         next(feed)
@@ -140,10 +142,16 @@ def main() -> None:
     print(f"{'':<28}{'bare mcore':>14}{'megatron_rl':>14}{'ratio':>9}")
     print(f"{'step, ms (median)':<28}{times[0] * 1e3:>14.1f}{times[1] * 1e3:>14.1f}{ratio:>9.3f}")
     print(f"{'tokens/s':<28}{args.tokens / times[0]:>14.0f}{args.tokens / times[1]:>14.0f}")
-    print(f"{'peak tensor memory, MiB':<28}{memory[0] / 2**20:>14.1f}{memory[1] / 2**20:>14.1f}{memory[1] / memory[0]:>9.3f}")
+    print(
+        f"{'peak tensor memory, MiB':<28}{memory[0] / 2**20:>14.1f}{memory[1] / 2**20:>14.1f}{memory[1] / memory[0]:>9.3f}"
+    )
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    print(json.dumps({**vars(args), "device": name, "ratio": ratio, "ms": times, "peak_bytes": memory, "max_rss_mib": rss}))
+    print(
+        json.dumps(
+            {**vars(args), "device": name, "ratio": ratio, "ms": times, "peak_bytes": memory, "max_rss_mib": rss}
+        )
+    )
     parallel.shutdown()
 
 

@@ -2,7 +2,7 @@
 
 An update counts from `push` to its return: export stream to paused engine, digests on both sides, confirmation, and
 generation again. The raw broadcast goes to a process that does nothing else. Rounds interleave everything, so that
-ratios compare neighbours in time. Prints a table for each size, and one JSON line for docs/benchmarks.md.
+ratios compare neighbors in time. Prints a table for each size, and one JSON line for docs/benchmarks.md.
 
     python benchmarks/sync.py [--megabytes 64 512 --engine sglang --bucket-mb 64 --repeat 5]
 """
@@ -71,7 +71,9 @@ def make_servers(engine: str, model: Path, logs: Path) -> Servers:
 def receive(port: int, nbytes: int) -> None:
     """The other end of the raw broadcasts, until a first byte says that there are no more."""
     torch.set_num_threads(1)
-    group = UpdateGroup.join("raw", visit_store("127.0.0.1", port, 2, 60), rank=1, world=2, backend="gloo", timeout_s=TIMEOUT_S)
+    group = UpdateGroup.join(
+        "raw", visit_store("127.0.0.1", port, 2, 60), rank=1, world=2, backend="gloo", timeout_s=TIMEOUT_S
+    )
     data, word = torch.empty(nbytes, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
     while True:
         group.broadcast(word)

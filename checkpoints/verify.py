@@ -16,11 +16,19 @@ from megatron_rl.policy.device_port import pick_device
 from megatron_rl.weights.digest import tensor_digest
 
 
-def verify(model: Path, tensor: int = 1, pipeline: int = 1, virtual_pipeline: int = 1, data: int = 1, expert: int = 1) -> None:
+def verify(
+    model: Path, tensor: int = 1, pipeline: int = 1, virtual_pipeline: int = 1, data: int = 1, expert: int = 1
+) -> None:
     """Load MODEL under the layout, export it, compare every tensor's dtype, shape and bytes with the file."""
-    layout = {"tensor": tensor, "pipeline": pipeline, "virtual_pipeline": virtual_pipeline, "data": data, "expert": expert}
+    layout = {
+        "tensor": tensor,
+        "pipeline": pipeline,
+        "virtual_pipeline": virtual_pipeline,
+        "data": data,
+        "expert": expert,
+    }
     try:
-        # Experts need sequence parallelism under tensor parallelism; it changes no weight.
+        # Experts need sequence parallelizm under tensor parallelizm; it changes no weight.
         config = make_config({"model": {"path": str(model)}, "parallel": layout | {"sequence": tensor > 1}})
         device = pick_device(config.run.device)
         policy = Policy(config, parallel.initialize(config.parallel, device, seed=0))

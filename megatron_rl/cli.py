@@ -42,7 +42,9 @@ def main() -> None:
 def train(
     config_file: ConfigFile,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest valid checkpoint of the run folder")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on from the newest valid checkpoint of the run folder")
+    ] = False,
 ) -> None:
     """Train a policy by reinforcement learning; starts one process per rank unless a launcher already did."""
     config = load_config(config_file, overrides)
@@ -79,16 +81,28 @@ def serve(
     port: Annotated[int, typer.Option()] = 30000,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
     quantization: Annotated[str, typer.Option(help="of the weights: fp8_blockwise, fp8_blockwise_pow2, int8")] = "none",
-    activations: Annotated[str, typer.Option(help="fp8: quantise the inputs of quantised layers too")] = "none",
-    parameters: Annotated[str, typer.Option(help="the trainer's dtype, which weights pass before being quantised")] = "bf16",
-    first_last_bf16: Annotated[bool, typer.Option("--first-last-bf16", help="spare the first and the last layer")] = False,
+    activations: Annotated[str, typer.Option(help="fp8: quantize the inputs of quantized layers too")] = "none",
+    parameters: Annotated[
+        str, typer.Option(help="the trainer's dtype, which weights pass before being quantized")
+    ] = "bf16",
+    first_last_bf16: Annotated[
+        bool, typer.Option("--first-last-bf16", help="spare the first and the last layer")
+    ] = False,
     threads: Annotated[int, typer.Option(help="torch threads; 0: all cores")] = 0,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="every request is its own batch")] = False,
 ) -> None:
     """Serve a model over SGLang's HTTP contract with the embedded engine; SGLang has `python -m sglang.launch_server`."""
-    quantisation = _seam("server.quantized_linear").requested(quantization, activations, first_last_bf16, parameters)
+    engine_quantization = _seam("server.quantized_linear").requested(
+        quantization, activations, first_last_bf16, parameters
+    )
     _seam("server.app").serve(
-        model, host=host, port=port, dtype=dtype, threads=threads, deterministic=deterministic, quantisation=quantisation
+        model,
+        host=host,
+        port=port,
+        dtype=dtype,
+        threads=threads,
+        deterministic=deterministic,
+        engine_quantization=engine_quantization,
     )
 
 
@@ -102,7 +116,9 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="run f
 def attribute(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run that has ended or stopped")],
     prompts: Annotated[int, typer.Option(min=1, help="responses to score, one a prompt")] = 16,
-    layers: Annotated[bool, typer.Option("--layers", help="compare hidden states layer by layer, too; one rank alone")] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="compare hidden states layer by layer, too; one rank alone")
+    ] = False,
     sampled_by: Annotated[
         int | None, typer.Option(metavar="STEP", help="the kept checkpoint that samples; without it the newest")
     ] = None,
@@ -151,11 +167,19 @@ def warmup(
     """Supervised training of `model.path` on the task's own solutions until it solves some of them."""
     config = load_config(config_file, overrides)
     if not under_launcher():
-        options = {"dest": dest, "target": target, "careless": careless, "batch-size": batch_size, "max-updates": max_updates}
+        options = {
+            "dest": dest,
+            "target": target,
+            "careless": careless,
+            "batch-size": batch_size,
+            "max-updates": max_updates,
+        }
         flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
         arguments = ["warmup", str(config_file), *flags, *(overrides or [])]
         sys.exit(run_ranks(arguments, config.parallel.world_size))
-    rate = _seam("sft").warm_up(config, dest, target=target, careless=careless, batch_size=batch_size, max_updates=max_updates)
+    rate = _seam("sft").warm_up(
+        config, dest, target=target, careless=careless, batch_size=batch_size, max_updates=max_updates
+    )
     if os.environ["RANK"] == "0":
         print(f"warmed up to a held-out pass rate of {rate:.1%}: {dest}")
 

@@ -60,13 +60,21 @@ def precision_rows(machine: Machine, broken: str | None) -> list[tuple[str, str,
     device = torch.device("cpu" if machine.capability is None else "cuda")
     works = [mode for mode in MODES if missing(mode, device) is None]
     lacks = [mode for mode in MODES if mode not in works]
-    products = ("torch scaled_mm", ", ".join(works) or "none", f"not here: {', '.join(lacks)}" if lacks else "all modes")
+    products = (
+        "torch scaled_mm",
+        ", ".join(works) or "none",
+        f"not here: {', '.join(lacks)}" if lacks else "all modes",
+    )
     if machine.capability is None:
         return [("FP8 recipes", "emulated", ", ".join(RECIPES)), products]
     if broken is not None:
         return [("FP8 recipes", "none", "they need Transformer Engine"), products]
     unable = [name for name in RECIPES if refusal(name, machine, pow2=True) is not None]
-    able = [name if refusal(name, machine) is None else f"{name} (pow2_scales: true)" for name in RECIPES if name not in unable]
+    able = [
+        name if refusal(name, machine) is None else f"{name} (pow2_scales: true)"
+        for name in RECIPES
+        if name not in unable
+    ]
     here = f"native: {', '.join(able)}" if able else "none"
     return [("FP8 recipes", here, f"not here: {', '.join(unable)}" if unable else "all recipes"), products]
 

@@ -16,7 +16,7 @@ class UserError(MegatronRLError):
 
 
 class ConfigError(MegatronRLError):
-    """The configuration cannot be honoured: unknown key, layout that does not divide, budget too small."""
+    """The configuration cannot be honored: unknown key, layout that does not divide, budget too small."""
 
 
 class CheckpointError(MegatronRLError):

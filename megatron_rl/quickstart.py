@@ -34,7 +34,9 @@ def run(folder: Path, config_dir: Path) -> None:
     numbers = range(warmup.task.max_operand)
     make_tiny_model(fresh, [f"{a}+{b}={a + b}" for a in numbers for b in numbers], seed=warmup.run.seed)
 
-    _say(f"2/4 supervised warm-up to a pass rate of {WARM_PASS_RATE:.0%}; the teacher is wrong {CARELESS:.0%} of the time")
+    _say(
+        f"2/4 supervised warm-up to a pass rate of {WARM_PASS_RATE:.0%}; the teacher is wrong {CARELESS:.0%} of the time"
+    )
     options = ["--dest", str(warm), "--target", str(WARM_PASS_RATE), "--careless", str(CARELESS)]
     options += ["--batch-size", "224", "--max-updates", "2000"]
     _ranks(["warmup", str(warmup_file), f"model.path={fresh}", *place, *options], warmup.parallel.world_size)

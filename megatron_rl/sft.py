@@ -58,7 +58,9 @@ def solution_batch(
         groups=np.arange(len(prompts)),
         tokens=np.concatenate([np.asarray(tokens, dtype=np.int32) for row in parts for tokens, _ in row]),
         cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]),
-        mask=np.concatenate([np.full(len(tokens), trained, dtype=np.float32) for row in parts for tokens, trained in row]),
+        mask=np.concatenate(
+            [np.full(len(tokens), trained, dtype=np.float32) for row in parts for tokens, trained in row]
+        ),
         rewards=zeros,
         advantages=zeros,
     )
@@ -86,7 +88,14 @@ def expected_pass_rate(policy: Policy, batch: Batch) -> float:
 
 
 def warm_up(
-    config: Config, dest: Path, *, target: float, careless: float, batch_size: int, max_updates: int, check_every: int = 10
+    config: Config,
+    dest: Path,
+    *,
+    target: float,
+    careless: float,
+    batch_size: int,
+    max_updates: int,
+    check_every: int = 10,
 ) -> float:
     """Train `config.model.path` on solutions until the held-out pass rate reaches `target`; write it to `dest`.
 
@@ -123,7 +132,9 @@ def warm_up(
                 if rate >= target:
                     break
     if rate < target:
-        raise UserError(f"warm-up reached a pass rate of {rate:.1%} in {max_updates} updates, {target:.1%} was asked for")
+        raise UserError(
+            f"warm-up reached a pass rate of {rate:.1%} in {max_updates} updates, {target:.1%} was asked for"
+        )
     policy.save_hf(dest)
     parallel.shutdown()
     return rate

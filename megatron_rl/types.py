@@ -27,7 +27,7 @@ class VersionSpan(NamedTuple):
 
 
 class TopK(NamedTuple):
-    """The K likeliest tokens of the behaviour policy at each of R response positions, likeliest first.
+    """The K likeliest tokens of the behavior policy at each of R response positions, likeliest first.
 
     ids [R, K] int32; logmu [R, K] float32, their log-probabilities, finite. The sampled token need not be among them.
     """
@@ -38,10 +38,10 @@ class TopK(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """One sampled response, exactly as the engine produced it (token in, token out: never re-tokenised).
+    """One sampled response, exactly as the engine produced it (token in, token out: never re-tokenized).
 
     id: unique in the run. group: trajectories of one prompt share it. prompt_id: the task's own name of
-    the prompt. logmu: behaviour log-probabilities of the response tokens, None when the objective does not
+    the prompt. logmu: behavior log-probabilities of the response tokens, None when the objective does not
     need them. reward: None until the task has verified the response. finish_reason: "stop", "length" or "abort".
     topk: None when the objective does not need it; not compared. response_mask: 1 for tokens the model wrote and is trained
     on, 0 for a tool's output (whose logmu is 0) and void turns; None: all 1. routing: [T - 1, L, K] int32, the experts the
@@ -84,7 +84,7 @@ class Batch:
 
     tokens [N] int32; cu_seqlens [B + 1] int64, trajectory i is tokens[cu[i]:cu[i + 1]]; mask [N] float32,
     1 on trained response tokens; logmu [N] float32 (0 where mask is 0) or None; rewards, advantages [B] float32;
-    ids, groups [B] int64. logold, logref: as logmu. topk_ids [N, K] int32 and topk_logmu [N, K] float32: the behaviour
+    ids, groups [B] int64. logold, logref: as logmu. topk_ids [N, K] int32 and topk_logmu [N, K] float32: the behavior
     policy's K likeliest tokens in place of each token, or None; 0 where mask is 0. token_advantages [N] float32: take the
     place of advantages in the loss; 0 where mask is 0. versions [N] int32: weight version that sampled the token, -1 where
     mask is 0, or None. staleness [N] float32: versions between that one and the one the step trains from, 0 where mask is 0,

@@ -30,9 +30,9 @@ def qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def qwen3_moe_unnormalised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def qwen3_moe_unnormalized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """3 of 4 experts for a token; gates are a softmax over all."""
-    return make_qwen3_moe(tmp_path_factory.mktemp("qwen3_moe_unnormalised"), normalised=False, per_token=3, experts=4)
+    return make_qwen3_moe(tmp_path_factory.mktemp("qwen3_moe_unnormalized"), normalized=False, per_token=3, experts=4)
 
 
 @pytest.fixture(scope="session")

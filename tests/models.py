@@ -18,7 +18,13 @@ def make_qwen3(
     **sizes: Any,
 ) -> Path:
     """Random weights, norms included, scaled so that logits differ clearly between tokens. sizes: others than the usual."""
-    usual = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
+    usual = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+    }
     config = Qwen3Config(
         vocab_size=vocab,
         num_hidden_layers=layers,
@@ -38,20 +44,26 @@ def make_qwen3_moe(
     layers: int = 4,
     experts: int = 8,
     per_token: int = 2,
-    normalised: bool = True,
+    normalized: bool = True,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     **sizes: Any,
 ) -> Path:
-    """The same with `experts` experts in every layer. normalised: the gates of a token add up to 1."""
-    usual = {"hidden_size": 64, "moe_intermediate_size": 48, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
+    """The same with `experts` experts in every layer. normalized: the gates of a token add up to 1."""
+    usual = {
+        "hidden_size": 64,
+        "moe_intermediate_size": 48,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+    }
     ends = {"eos_token_id": 0, "pad_token_id": 0}
     config = Qwen3MoeConfig(
         vocab_size=vocab,
         num_hidden_layers=layers,
         num_experts=experts,
         num_experts_per_tok=per_token,
-        norm_topk_prob=normalised,
+        norm_topk_prob=normalized,
         intermediate_size=96,
         **{**usual, **ends, **sizes},
         max_position_embeddings=512,

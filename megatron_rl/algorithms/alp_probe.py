@@ -32,6 +32,8 @@ class Probe:
 
 def probe(policy: Policy, part: Batch) -> Probe:
     """Score what of `part` fits into one micro-batch, at least one trajectory: one forward pass a step. Collective."""
-    count = int(np.searchsorted(np.cumsum(part.lengths), policy.config.optimizer.tokens_per_microbatch // 2, side="right"))
+    count = int(
+        np.searchsorted(np.cumsum(part.lengths), policy.config.optimizer.tokens_per_microbatch // 2, side="right")
+    )
     few = part.select(np.arange(max(1, count)))
     return Probe(part, policy.logprobs(few))

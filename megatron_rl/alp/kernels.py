@@ -89,7 +89,9 @@ def _normals(positions, ids, k0, k1, first, width, BLOCK: tl.constexpr):
     radius0, radius1 = _radius(w0), _radius(w2)
     sine0, cosine0 = _sine_and_cosine(w1)
     sine1, cosine1 = _sine_and_cosine(w3)
-    eps = tl.interleave(tl.interleave(cosine0 * radius0, cosine1 * radius1), tl.interleave(sine0 * radius0, sine1 * radius1))
+    eps = tl.interleave(
+        tl.interleave(cosine0 * radius0, cosine1 * radius1), tl.interleave(sine0 * radius0, sine1 * radius1)
+    )
     column = 4 * start + tl.arange(0, 4 * BLOCK) - first
     return eps, row.to(tl.int64) * width + column, (column >= 0) & (column < width)
 

@@ -20,7 +20,7 @@ from megatron_rl.alp.sigma import HoldsSigma
 class Draw:
     """The noise of one forward: which tokens this rank's slice of the stream holds, and the draw (seed, step) they get.
 
-    Where logits are perturbed, rows are the context-parallel slice: sequence parallelism does not cut what is scored.
+    Where logits are perturbed, rows are the context-parallel slice: sequence parallelizm does not cut what is scored.
     """
 
     rows: NoiseRows
@@ -36,7 +36,7 @@ class PerturbedLayer(HoldsSigma, TransformerLayer):
     TransformerLayer, bit for bit.
 
     Layers outside the range have no log_sigma. Its gradient covers this rank's tokens: data- and context-parallel ranks
-    add theirs up as for any parameter, tensor-parallel ones under sequence parallelism alone, as they otherwise hold the
+    add theirs up as for any parameter, tensor-parallel ones under sequence parallelizm alone, as they otherwise hold the
     same tokens.
     """
 

@@ -57,7 +57,7 @@ def alp_objective(alp: AlpConfig, spec: Mapping[str, Any]) -> Objective:
     if alp.enabled and kind is not None:
         check_ratio(alp, kind)
         if alp.level is not None:
-            spec = _levelled(alp.level, kind, spec)
+            spec = _leveled(alp.level, kind, spec)
     return make_objective(spec)
 
 
@@ -72,9 +72,11 @@ def check_ratio(alp: AlpConfig, kind: type[Objective], key: str = "objective") -
     )
 
 
-def _levelled(level: str, kind: type[Objective], spec: Mapping[str, Any]) -> dict[str, Any]:
+def _leveled(level: str, kind: type[Objective], spec: Mapping[str, Any]) -> dict[str, Any]:
     if spec.get("level", level) != level:
-        raise ConfigError(f"objective.level is '{spec['level']}', but alp.level is '{level}': give it in one of the two places")
+        raise ConfigError(
+            f"objective.level is '{spec['level']}', but alp.level is '{level}': give it in one of the two places"
+        )
     clips = CLIPS.get(level, {}) if issubclass(kind, PPO) else {}
     own = any(name in spec for name in ("clip_low", "clip_high", "dual_clip"))
     return {**({} if own else clips), **spec, "level": level}

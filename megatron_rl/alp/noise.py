@@ -122,7 +122,7 @@ def _box_muller(words: Words) -> torch.Tensor:
 
 
 def _mix64(x: int) -> int:
-    """The finaliser of SplitMix64: seeds that are neighbours give keys that are not."""
+    """The finalizer of SplitMix64: seeds that are neighbors give keys that are not."""
     x = (x + 0x9E3779B97F4A7C15) & _FULL
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _FULL
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _FULL

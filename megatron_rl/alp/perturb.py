@@ -82,12 +82,16 @@ def _kernels() -> ModuleType:
     try:
         return importlib.import_module("megatron_rl.alp.kernels")
     except ImportError as error:
-        raise ConfigError(f"alp.enabled: on a GPU it needs triton, which cannot be imported ({error}): install it") from error
+        raise ConfigError(
+            f"alp.enabled: on a GPU it needs triton, which cannot be imported ({error}): install it"
+        ) from error
 
 
 def _rows_of(hidden: torch.Tensor, rows: NoiseRows) -> torch.Tensor:
     """[t, H] of [t, ..., H]: one row per token."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     if len(flat) != len(rows):
-        raise ValueError(f"{len(flat)} rows of hidden state, but {len(rows)} names of tokens: the slice of this rank is wrong")
+        raise ValueError(
+            f"{len(flat)} rows of hidden state, but {len(rows)} names of tokens: the slice of this rank is wrong"
+        )
     return flat

@@ -31,7 +31,7 @@ from megatron_rl.precision.formats import fake_quantize
 from megatron_rl.precision.plan import DTYPES, PrecisionPlan
 from megatron_rl.sampling.batch import make_batch
 from megatron_rl.sampling.group import sample_groups
-from megatron_rl.server.quantized_linear import quantises_inputs
+from megatron_rl.server.quantized_linear import quantizes_inputs
 from megatron_rl.trainer.preflight import check_replayable
 from megatron_rl.types import Batch, Prompt
 from megatron_rl.weights.export import export_weights
@@ -73,7 +73,12 @@ class Attribution:
 
     def record(self, step: int, sampled_by: int) -> dict[str, Any]:
         """For the run log. step, sampled_by: how many steps the trainer's and the sampling weights have made."""
-        record: dict[str, Any] = {"kind": "attribution", "step": step, "version": self.version, "sampled_by": sampled_by}
+        record: dict[str, Any] = {
+            "kind": "attribution",
+            "step": step,
+            "version": self.version,
+            "sampled_by": sampled_by,
+        }
         record |= self.chain.record()
         record["attribution/sync/tensors"] = len(self.faults)
         if self.layers is not None:
@@ -95,7 +100,13 @@ class Attribution:
 
 
 def draw_probe(
-    url: str, prompts: Sequence[Prompt], rollout: RolloutConfig, *, stop_token_ids: Sequence[int], seed: int, version: int
+    url: str,
+    prompts: Sequence[Prompt],
+    rollout: RolloutConfig,
+    *,
+    stop_token_ids: Sequence[int],
+    seed: int,
+    version: int,
 ) -> Probe:
     """Have one engine sample a response to each prompt, and score it again. Rank 0 alone.
 
@@ -117,17 +128,24 @@ def draw_probe(
         texts = [t.prompt_tokens + t.response_tokens for t in sampled]
         nothing = SamplingParams(max_new_tokens=0)
         scored = pool.generate(
-            [GenerationRequest(f"score-{seed}-{at}", text, 1, nothing, score_prompt=True) for at, text in enumerate(texts)]
+            [
+                GenerationRequest(f"score-{seed}-{at}", text, 1, nothing, score_prompt=True)
+                for at, text in enumerate(texts)
+            ]
         )
     stale = {span.version for t in sampled for span in t.versions} - {version}
     if stale:
         raise EngineError(f"{url} samples under weight version {min(stale)} instead of {version}: it was restarted")
     batch = make_batch([t.with_reward(0.0) for t in sampled], "mean")
     prefill = np.zeros(len(batch.tokens), dtype=np.float32)
-    ends = [(sample.prompt_logprobs or ())[len(t.prompt_tokens) - 1 :] for t, (sample,) in zip(sampled, scored, strict=True)]
+    ends = [
+        (sample.prompt_logprobs or ())[len(t.prompt_tokens) - 1 :] for t, (sample,) in zip(sampled, scored, strict=True)
+    ]
     prefill[batch.mask > 0] = np.concatenate([np.asarray(end, dtype=np.float32) for end in ends])
     if not np.isfinite(prefill).all():
-        raise EngineError(f"{url} scores a text it sampled with numbers that are not finite: check the weights it serves")
+        raise EngineError(
+            f"{url} scores a text it sampled with numbers that are not finite: check the weights it serves"
+        )
     return Probe(url, version, batch, prefill)
 
 
@@ -157,12 +175,12 @@ def attribute(
     def score() -> np.ndarray:
         return policy.logprobs(batch)[trained].astype(np.float64)
 
-    def score_served(weights: Path, quantised_inputs: bool = False) -> np.ndarray:
+    def score_served(weights: Path, quantized_inputs: bool = False) -> np.ndarray:
         with ExitStack() as products:
             opened = products.enter_context(closing(HFFolder(weights)))
             _load(policy, opened)
-            if quantises_inputs(plan):
-                products.enter_context(engine_products(policy, opened, plan, quantised_inputs=quantised_inputs))
+            if quantizes_inputs(plan):
+                products.enter_context(engine_products(policy, opened, plan, quantized_inputs=quantized_inputs))
             return score()
 
     with ExitStack() as stack:
@@ -183,7 +201,7 @@ def attribute(
         wanted = score_served(sent) if plan.rolls_out_low or plan.engine != plan.train else plain
         errors = hidden_errors(policy, batch, held) if layers else None
         served = score_served(held) if faulty else wanted
-        emulated = score_served(held, quantised_inputs=True) if quantises_inputs(plan) else served
+        emulated = score_served(held, quantized_inputs=True) if quantizes_inputs(plan) else served
     assert batch.logmu is not None
     engine = (batch.logmu[trained], probe.prefill[trained])
     chain = Chain.of((*engine, emulated, served, wanted, plain, fresh, now))
@@ -193,12 +211,14 @@ def attribute(
 def served_weights(policy: Policy, plan: PrecisionPlan) -> Iterator[tuple[str, Tensor | None]]:
     """What an engine must hold of the policy's present weights: names and values on rank 0, None elsewhere. Collective.
 
-    Made from the unquantised export and the plan, without the code that quantises for the wire: that is to be checked.
+    Made from the unquantized export and the plan, without the code that quantizes for the wire: that is to be checked.
     """
-    dtype = torch.float32 if quantises_inputs(plan) else DTYPES[plan.engine]
+    dtype = torch.float32 if quantizes_inputs(plan) else DTYPES[plan.engine]
     dtypes = export_dtypes(plan, policy.source.tensors)
-    for name, tensor in export_weights(policy.models, policy.family, policy.shape, dtypes=dtypes, control=policy.mesh.control):
-        coded = tensor is not None and plan.rolls_out_low and plan.quantised(name)
+    for name, tensor in export_weights(
+        policy.models, policy.family, policy.shape, dtypes=dtypes, control=policy.mesh.control
+    ):
+        coded = tensor is not None and plan.rolls_out_low and plan.quantized(name)
         yield name, fake_quantize(tensor, plan.wire, dtype).contiguous() if tensor is not None and coded else tensor
 
 
@@ -248,4 +268,6 @@ def _write_sent(policy: Policy, plan: PrecisionPlan, folder: Path) -> None:
 
 
 def _load(policy: Policy, weights: HFFolder) -> None:
-    load_weights(policy.models, weights, policy.family, policy.shape, tp_rank=policy.mesh.tp_rank, tp_size=policy.mesh.tp_size)
+    load_weights(
+        policy.models, weights, policy.family, policy.shape, tp_rank=policy.mesh.tp_rank, tp_size=policy.mesh.tp_size
+    )

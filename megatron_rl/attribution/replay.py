@@ -62,7 +62,7 @@ def without_recipe(policy: Policy) -> Iterator[None]:
     try:
         for linear in found:
             plain = ColumnParallelLinear if isinstance(linear, ColumnParallelLinear) else RowParallelLinear
-            # An attribute of the instance goes before the quantised method of its class.
+            # An attribute of the instance goes before the quantized method of its class.
             vars(linear)["_forward_impl"] = plain._forward_impl.__get__(linear)
         yield
     finally:
@@ -71,21 +71,27 @@ def without_recipe(policy: Policy) -> Iterator[None]:
 
 
 @contextmanager
-def engine_products(policy: Policy, weights: HFFolder, plan: PrecisionPlan, *, quantised_inputs: bool) -> Iterator[None]:
-    """Linears of quantised weights multiply as an engine with quantised inputs does: in float32, rounded once to their dtype.
+def engine_products(
+    policy: Policy, weights: HFFolder, plan: PrecisionPlan, *, quantized_inputs: bool
+) -> Iterator[None]:
+    """Linears of quantized weights multiply as an engine with quantized inputs does: in float32, rounded once to their dtype.
 
-    weights: what the engine holds, taken as it is: the policy's own parameters may have fewer bits. quantised_inputs: as the
-    plan's engine_inputs, row by row; where tensor parallelism cuts the inputs of a product between blocks of 128, the blocks
+    weights: what the engine holds, taken as it is: the policy's own parameters may have fewer bits. quantized_inputs: as the
+    plan's engine_inputs, row by row; where tensor parallelizm cuts the inputs of a product between blocks of 128, the blocks
     are those of the parts.
     """
-    fmt = plan.engine_inputs if quantised_inputs else None
+    fmt = plan.engine_inputs if quantized_inputs else None
     of_parameter = {id(p): e for e, p in local_parameters(policy.models, entries(policy.family, policy.shape)).values()}
-    found = [(layer, one) for model in policy.models for layer, _, one in linears(model.decoder) if layer not in plan.kept]
+    found = [
+        (layer, one) for model in policy.models for layer, _, one in linears(model.decoder) if layer not in plan.kept
+    ]
     before = [(linear, vars(linear).get("_forward_impl")) for _, linear in found]
     try:
         for _, linear in found:
             rule = of_parameter[id(linear.weight)].rule
-            read = rule.layout.read([weights.reader(name) for name in rule.hf], policy.mesh.tp_rank, policy.mesh.tp_size)
+            read = rule.layout.read(
+                [weights.reader(name) for name in rule.hf], policy.mesh.tp_rank, policy.mesh.tp_size
+            )
             vars(linear)["_forward_impl"] = _product(read.to(policy.mesh.device, torch.float32), fmt)
         yield
     finally:

@@ -30,9 +30,10 @@ class ParallelConfig(_Block):
     context: int = Field(1, ge=1)
     expert: int = Field(1, ge=1, description="ranks over which the experts of a mixture-of-experts model are spread")
     data: int = Field(1, ge=1, description="replicas; tensor x pipeline x context x data is the number of ranks")
-    sequence: bool = Field(False, description="sequence parallelism inside the tensor-parallel group")
+    sequence: bool = Field(False, description="sequence parallelizm inside the tensor-parallel group")
     recompute: Literal["none", "selective", "full"] = Field(
-        "none", description="what backward computes again: selective: attention between q, k, v and its output; full: layers"
+        "none",
+        description="what backward computes again: selective: attention between q, k, v and its output; full: layers",
     )
 
     @property
@@ -47,7 +48,9 @@ class ParallelConfig(_Block):
             raise ValueError("virtual_pipeline > 1 needs pipeline > 1")
         ranks = self.tensor * self.context * self.data
         if ranks % self.expert:
-            raise ValueError(f"expert: {self.expert} must divide tensor x context x data = {ranks}, the ranks of one stage")
+            raise ValueError(
+                f"expert: {self.expert} must divide tensor x context x data = {ranks}, the ranks of one stage"
+            )
         return self
 
 
@@ -56,24 +59,28 @@ class PrecisionConfig(_Block):
         "fp32", description="parameters and activations of the trainer; fp32 masters"
     )
     recipe: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8", "nvfp4"] = Field(
-        "none", description="how the layers' matrix products are quantised in training, named as in megatron-core"
+        "none", description="how the layers' matrix products are quantized in training, named as in megatron-core"
     )
     format: Literal["e4m3", "hybrid"] = Field("e4m3", description="of FP8 gradients: hybrid takes e5m2 for them")
-    pow2_scales: bool = Field(False, description="blockwise: scales are powers of two (Transformer Engine's own default)")
-    first_last_bf16: bool = Field(False, description="the first and the last layer are not quantised, on neither side")
+    pow2_scales: bool = Field(
+        False, description="blockwise: scales are powers of two (Transformer Engine's own default)"
+    )
+    first_last_bf16: bool = Field(False, description="the first and the last layer are not quantized, on neither side")
     fp32_lm_head: bool = Field(False, description="log-probabilities from a float32 product with the output weights")
     rollout: Literal["fp32", "bf16", "fp16", "fp8_blockwise", "fp8_blockwise_pow2", "int8"] = Field(
-        "fp32", description="weights of the engines; the quantised ones compute in bf16"
+        "fp32", description="weights of the engines; the quantized ones compute in bf16"
     )
     rollout_activations: Literal["none", "fp8"] = Field(
-        "none", description="fp8: engines quantise the inputs of quantised layers, 1 x 128 per token"
+        "none", description="fp8: engines quantize the inputs of quantized layers, 1 x 128 per token"
     )
 
 
 class SGLangConfig(_Block):
     """How `sglang.launch_server` is started for rollout.engine: sglang."""
 
-    python: Path = Field(Path(".venv-sglang/bin/python"), description="interpreter of the environment that holds sglang")
+    python: Path = Field(
+        Path(".venv-sglang/bin/python"), description="interpreter of the environment that holds sglang"
+    )
     tensor: int = Field(1, ge=1, description="tensor-parallel size of each server")
     first_gpu: int = Field(0, ge=0, description="GPU of this machine that the first server begins on")
     mem_fraction: float = Field(0.8, gt=0, lt=1, description="of a GPU's memory, for weights and cache")
@@ -92,10 +99,11 @@ class RolloutConfig(_Block):
     temperature: float = Field(1.0, gt=0)
     deterministic: bool = Field(False, description="same seed, same trajectories: every request is its own batch")
     record_logmu: bool = Field(
-        False, description="ask for behaviour log-probs, and log the mismatch, also when the objective does without them"
+        False, description="ask for behavior log-probs, and log the mismatch, also when the objective does without them"
     )
     weights_dir: Path | None = Field(
-        None, description="where weight versions are staged; engines must be able to read it; default: shared memory here"
+        None,
+        description="where weight versions are staged; engines must be able to read it; default: shared memory here",
     )
     timeout_s: float = Field(600.0, gt=0, description="per generation request")
     transport: Literal["disk", "distributed", "tensor"] = Field(
@@ -111,7 +119,9 @@ class RolloutConfig(_Block):
     )
     oversample: float = Field(1.0, ge=1, description="groups asked for per group trained on; the slowest are given up")
     dynamic_sampling: int = Field(
-        0, ge=0, description="groups a step may draw in place of those whose rewards are all equal; 0: none are replaced"
+        0,
+        ge=0,
+        description="groups a step may draw in place of those whose rewards are all equal; 0: none are replaced",
     )
     routing_replay: bool = Field(
         False, description="mixture of experts: the trainer routes every token to the experts the engine chose (R3)"
@@ -121,17 +131,25 @@ class RolloutConfig(_Block):
     @model_validator(mode="after")
     def _engine_keeps_its_word(self) -> Self:
         if self.sglang.router and self.engine != "sglang":
-            raise ValueError("sglang.router: true needs engine: sglang; requests to embedded servers are spread by the trainer")
+            raise ValueError(
+                "sglang.router: true needs engine: sglang; requests to embedded servers are spread by the trainer"
+            )
         if self.sglang.router and self.urls:
-            raise ValueError("sglang.router: true starts a router for servers of our own, and urls names others: leave out one")
+            raise ValueError(
+                "sglang.router: true starts a router for servers of our own, and urls names others: leave out one"
+            )
         if self.sglang.router and self.routing_replay:
-            raise ValueError("routing_replay: true does not go with sglang.router: the router drops the request for experts")
+            raise ValueError(
+                "routing_replay: true does not go with sglang.router: the router drops the request for experts"
+            )
         if self.engine != "sglang" and self.sglang.model_copy(update={"router": False}) != SGLangConfig():
             raise ValueError(
                 "sglang.* is about servers of engine: sglang, and engine is embedded: leave it out, or change engine"
             )
         if self.deterministic and self.engine == "sglang":
-            raise ValueError("deterministic: true is a promise of engine: embedded; SGLang's samples depend on their batch")
+            raise ValueError(
+                "deterministic: true is a promise of engine: embedded; SGLang's samples depend on their batch"
+            )
         return self
 
 
@@ -156,7 +174,9 @@ class ObjectiveConfig(BaseModel):
     name: str = "drpo"
     advantage: Literal["mean", "grpo", "rloo", "dr_grpo", "whiten"] = "mean"
     overlong_buffer: int = Field(
-        0, ge=0, description="tokens before rollout.max_new_tokens over which the reward falls by up to 1; 0: it does not"
+        0,
+        ge=0,
+        description="tokens before rollout.max_new_tokens over which the reward falls by up to 1; 0: it does not",
     )
 
     def spec(self) -> dict[str, Any]:
@@ -185,7 +205,9 @@ class AlpConfig(_Block):
     @classmethod
     def _positive(cls, value: float) -> float:
         if not 0 < value < math.inf:
-            raise ValueError(f"it is {value}; it must be above 0, since its logarithm is learnt (no noise: enabled: false)")
+            raise ValueError(
+                f"it is {value}; it must be above 0, since its logarithm is learnt (no noise: enabled: false)"
+            )
         return value
 
     @field_validator("layers")
@@ -225,7 +247,9 @@ class RunConfig(_Block):
     save_every: int = Field(20, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(2, ge=1, description="checkpoints kept")
     attribute_every: int = Field(
-        0, ge=0, description="steps between attributions of the mismatch to its sources, each some forward passes; 0: never"
+        0,
+        ge=0,
+        description="steps between attributions of the mismatch to its sources, each some forward passes; 0: never",
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -259,9 +283,13 @@ class Config(_Block):
         if self.optimizer.tokens_per_microbatch % unit:
             raise ValueError(f"optimizer.tokens_per_microbatch must be a multiple of 2 x context x tensor = {unit}")
         if self.optimizer.updates_per_step > self.rollout.prompts_per_step:
-            raise ValueError("optimizer.updates_per_step exceeds rollout.prompts_per_step: an update needs at least one prompt")
+            raise ValueError(
+                "optimizer.updates_per_step exceeds rollout.prompts_per_step: an update needs at least one prompt"
+            )
         if self.objective.overlong_buffer > self.rollout.max_new_tokens:
-            raise ValueError("objective.overlong_buffer exceeds rollout.max_new_tokens: it is a part of the longest response")
+            raise ValueError(
+                "objective.overlong_buffer exceeds rollout.max_new_tokens: it is a part of the longest response"
+            )
         if self.task.name == "math" and self.task.data is None:
             raise ValueError("task.data is required for task.name: math")
         if self.task.name == "tool":

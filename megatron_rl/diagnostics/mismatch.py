@@ -32,11 +32,15 @@ def ratio_record(logp: np.ndarray, logmu: np.ndarray) -> dict[str, float]:
     """
     logp, logmu = np.asarray(logp, dtype=np.float64), np.asarray(logmu, dtype=np.float64)
     if logp.ndim != 1 or logp.shape != logmu.shape or not len(logp):
-        raise UserError(f"logp {list(logp.shape)} and logmu {list(logmu.shape)} must be flat, of one length, and not empty")
+        raise UserError(
+            f"logp {list(logp.shape)} and logmu {list(logmu.shape)} must be flat, of one length, and not empty"
+        )
     for name, values in (("logp", logp), ("logmu", logmu)):
         bad = np.flatnonzero(~np.isfinite(values))
         if len(bad):
-            raise UserError(f"{name}[{bad[0]}] is {values[bad[0]]} ({len(bad)} of {len(values)} trained tokens are not finite)")
+            raise UserError(
+                f"{name}[{bad[0]}] is {values[bad[0]]} ({len(bad)} of {len(values)} trained tokens are not finite)"
+            )
     x = logp - logmu
     with np.errstate(over="ignore", invalid="ignore"):  # a ratio beyond the float range is reported as inf
         ratio = np.exp(x)

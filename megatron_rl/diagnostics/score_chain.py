@@ -1,6 +1,6 @@
 """Where the mismatch comes from: one chain of scores of the same tokens, from the engine's to the trainer's.
 
-Neighbours in the chain differ in one thing, so the differences of neighbours are what each source adds to the log ratio
+Neighbors in the chain differ in one thing, so the differences of neighbors are what each source adds to the log ratio
 logp - logmu, and they sum to it token by token. How much a source gets depends on the order of the chain, as in every
 such decomposition; the order is that of SOURCES.
 """
@@ -19,7 +19,7 @@ from megatron_rl.errors import UserError
 SOURCES = {
     "decode": "the engine's token by token decoding against its scoring of the whole text",
     "kernel": "the engine's arithmetic, its dtype included, against the trainer's, on the engine's weights",
-    "activation": "the engine's quantised inputs of products",
+    "activation": "the engine's quantized inputs of products",
     "sync": "weights the engine holds against the weights it should have been sent: zero unless something is broken",
     "weight": "the precision of the engine's weights",
     "recipe": "the precision of the trainer's own products",
@@ -44,7 +44,9 @@ class Chain:
             )
         for name, column in zip(("logmu", *SOURCES), columns, strict=True):
             if column.ndim != 1 or column.shape != columns[0].shape or not len(column):
-                raise UserError(f"the scores after '{name}' have shape {list(column.shape)}, logmu {list(columns[0].shape)}")
+                raise UserError(
+                    f"the scores after '{name}' have shape {list(column.shape)}, logmu {list(columns[0].shape)}"
+                )
             if not np.isfinite(column).all():
                 raise UserError(f"the scores after '{name}' hold numbers that are not finite")
         return cls(columns)
@@ -113,8 +115,12 @@ class TensorFault:
     share: float
 
     def __str__(self) -> str:
-        scaled = f", {self.factor:.3g} times what was sent" if isfinite(self.factor) and abs(self.factor - 1) > 0.01 else ""
-        return f"{self.name} on {self.engine} (relative error {self.error:.2e}, {self.share:.1%} of its elements{scaled})"
+        scaled = (
+            f", {self.factor:.3g} times what was sent" if isfinite(self.factor) and abs(self.factor - 1) > 0.01 else ""
+        )
+        return (
+            f"{self.name} on {self.engine} (relative error {self.error:.2e}, {self.share:.1%} of its elements{scaled})"
+        )
 
 
 def tensor_fault(engine: str, name: str, held: Tensor | None, sent: Tensor) -> TensorFault | None:

@@ -15,21 +15,23 @@ from megatron_rl.protocol.generation import error_message
 @dataclass(frozen=True, slots=True)
 class Traits:
     """What weight sync must know of an engine. embedded: stages updates, can take one back, and gives the digests of what
-    it received. ranks: processes that hold a part of the model. device: `cpu` or `cuda`. dtype: of its unquantised weights.
-    quantised: it quantises weights."""
+    it received. ranks: processes that hold a part of the model. device: `cpu` or `cuda`. dtype: of its unquantized weights.
+    quantized: it quantizes weights."""
 
     embedded: bool
     ranks: int
     device: str
     dtype: str
-    quantised: bool
+    quantized: bool
 
 
 class Controls(ABC):
     """Control calls; each raises EngineError with the server's words when it refuses or does not answer."""
 
     @abstractmethod
-    def _control(self, url: str, path: str, body: dict[str, Any] | None, *, repeat: bool = True, method: str = "POST") -> Any:
+    def _control(
+        self, url: str, path: str, body: dict[str, Any] | None, *, repeat: bool = True, method: str = "POST"
+    ) -> Any:
         """The JSON answer. repeat: a lost connection may be tried again. `body` None with GET."""
 
     def pause(self, url: str, mode: str) -> None:
@@ -73,7 +75,9 @@ class Controls(ABC):
         """Have an embedded server forget the update under way, or go back from one that ended while it is still paused."""
         self._control(url, "/abort_weight_update", {})
 
-    def join_update_group(self, url: str, address: str, port: int, *, rank: int, world: int, name: str, backend: str) -> None:
+    def join_update_group(
+        self, url: str, address: str, port: int, *, rank: int, world: int, name: str, backend: str
+    ) -> None:
         """Returns when the group is complete. rank: of the engine's first process."""
         body = {"master_address": address, "master_port": port, "rank_offset": rank, "world_size": world}
         self._control(url, "/init_weights_update_group", {**body, "group_name": name, "backend": backend}, repeat=False)
@@ -113,7 +117,9 @@ class Controls(ABC):
         if isinstance(answer, dict) and answer.get("ranks"):
             ranks = answer["ranks"]
             mark = (lambda rank: f"@{rank}") if len(ranks) > 1 else (lambda rank: "")
-            return {name + mark(i): digest for i, rank in enumerate(ranks) for name, digest in rank["checksums"].items()}
+            return {
+                name + mark(i): digest for i, rank in enumerate(ranks) for name, digest in rank["checksums"].items()
+            }
         return dict(_field(answer, "checksums", url))
 
     def score(self, url: str, tokens: Sequence[int]) -> list[float]:
@@ -144,7 +150,7 @@ class Controls(ABC):
         ranks = 1 if embedded else int(_field(found, "tp_size", url)) * int(found.get("pp_size") or 1)
         device = str(found.get("device", "cpu") if embedded else _field(found, "device", url))
         dtype = str(_field(found, "dtype", url))
-        return Traits(embedded, ranks, device, dtype, quantised=found.get("quantization") is not None)
+        return Traits(embedded, ranks, device, dtype, quantized=found.get("quantization") is not None)
 
     def memory(self, url: str) -> str | None:
         """Of the weights: "held", "released", or "empty" (taken back, nothing in it yet); None where a server does not say."""

@@ -15,7 +15,9 @@ CONNECT_S = 1.0
 MISSES = 3  # looks in a row without an answer, after which a server counts as dead
 
 
-async def look(http: httpx.AsyncClient, engine: PooledEngine, path: str = "/health", timeout_s: float = 0) -> bool | None:
+async def look(
+    http: httpx.AsyncClient, engine: PooledEngine, path: str = "/health", timeout_s: float = 0
+) -> bool | None:
     """One look: healthy, not (it says so, or nobody listens), or None without an answer in time."""
     if engine.paused:  # SGLang's /health generates a token, which it then never does
         path = "/model_info"
@@ -40,7 +42,9 @@ async def lives(http: httpx.AsyncClient, engine: PooledEngine, path: str = "/hea
 async def unpause(http: httpx.AsyncClient, engine: PooledEngine) -> None:
     """Have a server go on that somebody left paused, if it can be reached."""
     with suppress(httpx.HTTPError):
-        await http.post(f"{engine.url}/continue_generation", json={}, timeout=httpx.Timeout(HEALTH_S, connect=CONNECT_S))
+        await http.post(
+            f"{engine.url}/continue_generation", json={}, timeout=httpx.Timeout(HEALTH_S, connect=CONNECT_S)
+        )
 
 
 def report_end(watch: "Future[None]") -> None:

@@ -72,7 +72,9 @@ class EnginePool(Controls):
         # Idle connections cost more than new ones: httpx walks all pairs of them, and a server may close them first.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         # trust_env=False: an HTTP proxy of the site must not come between the trainer and its engines.
-        self._http = httpx.AsyncClient(timeout=httpx.Timeout(timeout_s, connect=HEALTH_S), limits=limits, trust_env=False)
+        self._http = httpx.AsyncClient(
+            timeout=httpx.Timeout(timeout_s, connect=HEALTH_S), limits=limits, trust_env=False
+        )
         self._router = Router(router_url, self._http) if router_url else None
         self._front = PooledEngine(router_url) if router_url else None  # stands for all engines where requests are sent
         self._calls: set[asyncio.Task[Any]] = set()
@@ -82,7 +84,9 @@ class EnginePool(Controls):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -185,7 +189,9 @@ class EnginePool(Controls):
                     failures += 1
                     await self._suspect(engine, str(error))
                     if engine.live and failures > _RETRIES:
-                        raise EngineError(f"{engine.url} failed request '{request.rid}' {failures} times: {error}") from error
+                        raise EngineError(
+                            f"{engine.url} failed request '{request.rid}' {failures} times: {error}"
+                        ) from error
                     await asyncio.sleep(_BACKOFF_S * 2 ** min(failures, 6) if engine.live else 0)
 
     async def _routable(self) -> PooledEngine:
@@ -369,7 +375,12 @@ class EnginePool(Controls):
         health = await asyncio.gather(*(look(self._http, engine, timeout_s=_REVIVE_S) for engine in lost))
         back = [engine for engine, healthy in zip(lost, health, strict=True) if healthy]
         for engine in back:
-            engine.held, engine.reason, engine.version, engine.dead = f"lost before ({engine.reason})", "", 0, asyncio.Event()
+            engine.held, engine.reason, engine.version, engine.dead = (
+                f"lost before ({engine.reason})",
+                "",
+                0,
+                asyncio.Event(),
+            )
         return tuple(engine.url for engine in back)
 
     def _find(self, url: str) -> PooledEngine:
@@ -378,7 +389,9 @@ class EnginePool(Controls):
                 return engine
         raise EngineError(f"{url} is not an engine of this pool: {', '.join(e.url for e in self._engines)}")
 
-    def _control(self, url: str, path: str, body: dict[str, Any] | None, *, repeat: bool = True, method: str = "POST") -> Any:
+    def _control(
+        self, url: str, path: str, body: dict[str, Any] | None, *, repeat: bool = True, method: str = "POST"
+    ) -> Any:
         answer = self._run(self._controlled(url, method, path, body, _RETRIES if repeat else 1))
         if isinstance(answer, dict) and answer.get("success") is False:
             raise EngineError(f"{url}{path} failed: {answer.get('message', answer)}")

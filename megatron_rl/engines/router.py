@@ -46,7 +46,9 @@ class Router:
         end = time.monotonic() + _CHANGE_S
         while (await self._workers()).keys() != wanted:
             if time.monotonic() > end:
-                raise EngineError(f"sglang-router at {self.url} was asked to route to {', '.join(sorted(wanted))} and does not")
+                raise EngineError(
+                    f"sglang-router at {self.url} was asked to route to {', '.join(sorted(wanted))} and does not"
+                )
             await asyncio.sleep(_POLL_S)
 
     async def _workers(self) -> dict[str, str]:
@@ -60,7 +62,9 @@ class Router:
         except httpx.HTTPError as error:
             raise EngineError(gone(self.url, f"{type(error).__name__} {error}".strip())) from error
         if response.status_code not in (200, 202):
-            raise EngineError(f"sglang-router {self.url}{path} refused ({response.status_code}): {error_message(response)}")
+            raise EngineError(
+                f"sglang-router {self.url}{path} refused ({response.status_code}): {error_message(response)}"
+            )
         return response.json()
 
 

@@ -47,7 +47,9 @@ def run_ranks(arguments: list[str], ranks: int) -> int:
     try:
         for rank in range(ranks):
             env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            workers.append(subprocess.Popen([sys.executable, "-m", "megatron_rl", *arguments], env=env, start_new_session=True))
+            workers.append(
+                subprocess.Popen([sys.executable, "-m", "megatron_rl", *arguments], env=env, start_new_session=True)
+            )
             os.write(watch.stdin.fileno(), b"%d\n" % workers[-1].pid)  # type: ignore[union-attr]  # it is a pipe
         return _wait(workers, stops)
     finally:

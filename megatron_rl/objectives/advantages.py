@@ -32,11 +32,13 @@ def group_advantages(rewards: np.ndarray, groups: np.ndarray, kind: AdvantageKin
         raise UserError(f"rewards {list(rewards.shape)} and groups {list(groups.shape)} must be of one shape [B]")
     bad = np.flatnonzero(~np.isfinite(rewards))
     if len(bad):
-        raise UserError(f"reward of trajectory {bad[0]} (group {groups[bad[0]]}) is {rewards[bad[0]]}: rewards must be finite")
+        raise UserError(
+            f"reward of trajectory {bad[0]} (group {groups[bad[0]]}) is {rewards[bad[0]]}: rewards must be finite"
+        )
 
     _, group = np.unique(groups, return_inverse=True)
     size = np.bincount(group)
-    out = _centred(rewards, group, size)
+    out = _centered(rewards, group, size)
     if kind == "rloo":
         out = out * (size / np.maximum(size - 1, 1))[group]
     elif kind == "whiten":
@@ -59,7 +61,9 @@ def whiten_tokens(raw: np.ndarray, mask: np.ndarray) -> np.ndarray:
     values, out = raw[keep], np.zeros(len(raw))
     bad = np.flatnonzero(keep)[~np.isfinite(values)]
     if len(bad):
-        raise UserError(f"raw[{bad[0]}] is {raw[bad[0]]} on a trained token ({len(bad)} such tokens): nothing can be whitened")
+        raise UserError(
+            f"raw[{bad[0]}] is {raw[bad[0]]} on a trained token ({len(bad)} such tokens): nothing can be whitened"
+        )
     # The mean of equal numbers need not be that number in floating point.
     if len(values) and values.max() > values.min():
         out[keep] = (values - values.mean()) / np.sqrt(values.var(ddof=1) + _WHITEN_FLOOR)
@@ -73,18 +77,20 @@ def overlong_penalty(lengths: np.ndarray, max_tokens: int, buffer: int, penalty:
     Raises ConfigError unless 0 < buffer <= max_tokens.
     """
     if not 0 < buffer <= max_tokens:
-        raise ConfigError(f"the overlong buffer is {buffer} tokens; it must lie in 1..{max_tokens}, the longest response")
+        raise ConfigError(
+            f"the overlong buffer is {buffer} tokens; it must lie in 1..{max_tokens}, the longest response"
+        )
     over = np.asarray(lengths, dtype=np.float64) - (max_tokens - buffer)
     return -penalty * np.clip(over / buffer, 0.0, 1.0) + 0.0  # + 0.0: no negative zeros
 
 
-def _centred(rewards: np.ndarray, group: np.ndarray, size: np.ndarray) -> np.ndarray:
+def _centered(rewards: np.ndarray, group: np.ndarray, size: np.ndarray) -> np.ndarray:
     """[B]: rewards less the mean of their group, numbered by `group` [B]; `size`: rewards of each group."""
-    centred = rewards - (np.bincount(group, rewards) / size)[group]
+    centered = rewards - (np.bincount(group, rewards) / size)[group]
     highest = np.full(len(size), -np.inf)
     np.maximum.at(highest, group, rewards)
     lowest = np.full(len(size), np.inf)
     np.minimum.at(lowest, group, rewards)
     # The mean of equal numbers need not be that number in floating point.
-    centred[(highest == lowest)[group]] = 0.0
-    return centred
+    centered[(highest == lowest)[group]] = 0.0
+    return centered

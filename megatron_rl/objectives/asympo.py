@@ -19,11 +19,11 @@ class ASymPO(Naive):
         l = min(logp, log p_high) where A >= 0;   l = max(logp, log p_low) where A < 0;   logp where a bound is unset
 
     With its norm L = (1/G) sum_g A_g S_g / sg(S_g), the L_C of arXiv 2606.03070 with C = 1 / sg(S); the bounds are the
-    stabilised form of its appendix C. A bounded token gets no gradient and keeps counting in S and in the length.
+    stabilized form of its appendix C. A bounded token gets no gradient and keeps counting in S and in the length.
     dL/dlogp_t = -A_g / (G m_g S_g) elsewhere: responses of zero-sum advantages balance whatever their length and
     likelihood, and the loss is always 0, so it says nothing; read naive_loss, s_p, s_n and s_ratio of the log instead.
 
-    Nothing of a behaviour policy is used, and nothing bounds the step. A confident response has a small S and a large
+    Nothing of a behavior policy is used, and nothing bounds the step. A confident response has a small S and a large
     coefficient: `floor` bounds it at |A| / floor, p_high at |A| / -log p_high. The paper's bounds lie in
     0.01..0.05 and 0.95..0.99. Advantages should sum to 0 in each group, and norm stay as it is: a token mean breaks
     the balance.

@@ -31,7 +31,9 @@ class Correction(ABC):
 
     def __post_init__(self) -> None:
         for option in fields(self):
-            object.__setattr__(self, option.name, checked(f"correction {self.name}", option, getattr(self, option.name)))
+            object.__setattr__(
+                self, option.name, checked(f"correction {self.name}", option, getattr(self, option.name))
+            )
 
     @property
     def weighs(self) -> bool:
@@ -183,7 +185,9 @@ def make_corrections(specs: Any) -> tuple[Correction, ...]:
 
 def _make(index: int, spec: Any) -> Correction:
     if not isinstance(spec, Mapping):
-        raise ConfigError(f"corrections[{index}] is {spec!r}; it must be a mapping such as {{name: tis, threshold: 2.0}}")
+        raise ConfigError(
+            f"corrections[{index}] is {spec!r}; it must be a mapping such as {{name: tis, threshold: 2.0}}"
+        )
     options = dict(spec)
     name = options.pop("name", None)
     if name not in CORRECTIONS:

@@ -1,4 +1,4 @@
-"""GSPO: PPO's clipped surrogate on one length-normalised ratio a sequence (arXiv 2507.18071)."""
+"""GSPO: PPO's clipped surrogate on one length-normalized ratio a sequence (arXiv 2507.18071)."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -60,7 +60,7 @@ class LossInputs:
     """Tensors of one micro-batch: [B, T] right-padded, or packed [1, T] with `seq_ids`.
 
     logp [B, T] float32 (float64 stays float64), differentiable: current policy on the sampled tokens.
-    logmu, logold, logref [B, T]: behaviour policy as the engine reported it, trainer before the update, reference;
+    logmu, logold, logref [B, T]: behavior policy as the engine reported it, trainer before the update, reference;
         None when the objective does not need them.
     advantages [B], or [B, T] (always [1, T] when packed). mask [B, T]: 1 on trained response tokens; whatever the other
         tensors hold where it is 0 (inf and nan included) has no influence.
@@ -153,7 +153,9 @@ class LossInputs:
             if tensor is None or tensor.shape == shape:
                 continue
             if self.seq_ids is not None:
-                raise UserError(f"{name} has shape {list(tensor.shape)}; packed inputs need one value a token, {list(shape)}")
+                raise UserError(
+                    f"{name} has shape {list(tensor.shape)}; packed inputs need one value a token, {list(shape)}"
+                )
             if tensor.shape != shape[:1]:
                 raise UserError(f"{name} has shape {list(tensor.shape)}; it must be [{shape[0]}] or {list(shape)}")
 
@@ -165,7 +167,9 @@ class LossInputs:
         first, batch, length = self.topk[0], *self.logp.shape
         for tensor in self.topk:
             if tensor.ndim != 3 or tensor.shape[:2] != (batch, length) or tensor.shape != first.shape:
-                raise UserError(f"topk holds a tensor of shape {list(tensor.shape)}; both must be [{batch}, {length}, K]")
+                raise UserError(
+                    f"topk holds a tensor of shape {list(tensor.shape)}; both must be [{batch}, {length}, K]"
+                )
             if tensor.dtype not in (torch.float32, torch.float64):
                 raise UserError(f"topk holds {tensor.dtype}; log-probabilities must be computed and kept in float32")
 
@@ -173,11 +177,15 @@ class LossInputs:
         if self.seq_ids is None:
             return
         if self.logp.shape[0] != 1:
-            raise UserError(f"seq_ids is given, so tensors must be packed as [1, T], but logp is {list(self.logp.shape)}")
+            raise UserError(
+                f"seq_ids is given, so tensors must be packed as [1, T], but logp is {list(self.logp.shape)}"
+            )
         if self.seq_ids.is_floating_point() or self.seq_ids.dtype == torch.bool:
             raise UserError(f"seq_ids is {self.seq_ids.dtype}; it must hold integers")
         if self.norm and self.norm.mode == "seq_mean_token_sum_norm" and self.norm.horizon is None:
-            raise UserError("norm seq_mean_token_sum_norm has no horizon; packed inputs need one, e.g. the longest response")
+            raise UserError(
+                "norm seq_mean_token_sum_norm has no horizon; packed inputs need one, e.g. the longest response"
+            )
 
     def validated(self) -> Self:
         """These inputs, their shapes and values checked; raises UserError naming tensor, row and position.
@@ -191,7 +199,9 @@ class LossInputs:
         if bool(torch.count_nonzero(mask * (mask - 1))):
             raise UserError("mask holds values other than 0 and 1")
         if not bool(mask.sum()) and (self.norm is None or self.norm.count is None):
-            raise UserError("mask selects no token, so the loss has nothing to average; drop the batch, or give norm its count")
+            raise UserError(
+                "mask selects no token, so the loss has nothing to average; drop the batch, or give norm its count"
+            )
         keep = self.mask.bool()
         if self.seq_ids is not None and bool(torch.count_nonzero(keep & (self.seq_ids < 0))):
             raise UserError("mask is 1 on padding: seq_ids is negative there")
@@ -236,7 +246,7 @@ class LossInputs:
         )
 
     def token_weights(self, norm: LossNorm) -> Tensor:
-        """[B, T]: the factor of each token in the aggregated loss; 0 where mask is 0. Needs no device synchronisation."""
+        """[B, T]: the factor of each token in the aggregated loss; 0 where mask is 0. Needs no device synchronization."""
         return self.mask / self._divisor(norm)
 
     def aggregate(self, values: Tensor, norm: LossNorm) -> Tensor:

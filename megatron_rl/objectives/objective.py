@@ -1,7 +1,7 @@
 """The frame of every objective: check the inputs, ask the method for per-token losses, aggregate.
 
 An objective is a frozen dataclass in a file of its own. It declares its options as fields, the tensors it
-`needs`, its paper's normalisation, and implements `per_token`; nothing else.
+`needs`, its paper's normalization, and implements `per_token`; nothing else.
 """
 
 from abc import ABC, abstractmethod

@@ -19,14 +19,16 @@ def positive(
 ) -> Any:
     """A finite number in (above, at_most], or the name of a preset; None is legal only as the default."""
     return field(
-        default=default, metadata={"kind": "number", "doc": doc, "above": above, "at_most": at_most, "presets": presets or {}}
+        default=default,
+        metadata={"kind": "number", "doc": doc, "above": above, "at_most": at_most, "presets": presets or {}},
     )
 
 
 def nonnegative(default: float, doc: str, *, at_most: float = math.inf) -> Any:
     """A finite number in [0, at_most]."""
     return field(
-        default=default, metadata={"kind": "number", "doc": doc, "above": -math.inf, "at_least": 0.0, "at_most": at_most}
+        default=default,
+        metadata={"kind": "number", "doc": doc, "above": -math.inf, "at_least": 0.0, "at_most": at_most},
     )
 
 
@@ -76,7 +78,11 @@ def _checked_number(where: str, rules: Mapping[str, Any], value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ConfigError(f"{where} is {value!r}; it must be a number")
     least = rules.get("at_least")
-    if not math.isfinite(value) or not rules["above"] < value <= rules["at_most"] or (least is not None and value < least):
+    if (
+        not math.isfinite(value)
+        or not rules["above"] < value <= rules["at_most"]
+        or (least is not None and value < least)
+    ):
         floor = f"above {rules['above']:g}" if least is None else f"at least {least:g}"
         limit = f" and at most {rules['at_most']:g}" if math.isfinite(rules["at_most"]) else ""
         raise ConfigError(f"{where} is {value!r}; it must be finite, {floor}{limit} ({rules['doc']})")

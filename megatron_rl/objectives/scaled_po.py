@@ -18,7 +18,7 @@ class Naive(Objective):
 
         loss = -A logp;    L = (1/G) sum_g A_g S_g,    S_g = -mean_t logp_t, the mean token NLL of response g
 
-    L_C of arXiv 2606.03070 with C = 1. It knows of no behaviour policy, hence neither of staleness nor of mismatch, and
+    L_C of arXiv 2606.03070 with C = 1. It knows of no behavior policy, hence neither of staleness nor of mismatch, and
     has no trust region: the unlikelier a negative response, the larger its term, and training collapses late.
     Metrics (names begin with the objective's): naive_loss, the L above; and of a whole update, by `summary`, s_p and s_n,
     the means of S over positive and over negative responses, weighted by |A|, and s_ratio = s_n / s_p.

@@ -10,7 +10,7 @@ from megatron_rl.objectives.ratio import RatioObjective
 
 @dataclass(frozen=True, kw_only=True)
 class SimplePO(RatioObjective):
-    r"""Penalise the squared shift of the ratio, in proportion to the advantage.
+    r"""Penalize the squared shift of the ratio, in proportion to the advantage.
 
         loss = -A r + |A| (r - 1)^2 / (2 epsilon)
         -dloss/dlogp = A r w,    w = 1 - sign(A) (r - 1) / epsilon

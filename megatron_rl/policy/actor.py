@@ -26,7 +26,7 @@ from megatron_rl.policy.modules import HAVE_TE
 from megatron_rl.policy.optimizer import Gradients, PolicyOptimizer
 from megatron_rl.policy.packing import Microbatch, Shard, noise_rows, pack, shard, to_device
 from megatron_rl.policy.parallel import Mesh
-from megatron_rl.policy.quantized_products import QuantisedProducts
+from megatron_rl.policy.quantized_products import ProductMonitor
 from megatron_rl.policy.routing_replay import RoutingReplay
 from megatron_rl.precision.plan import DTYPES, PrecisionPlan, resolve
 from megatron_rl.types import Batch
@@ -74,18 +74,23 @@ class Policy:
         )
         models = build_chunks(config, self.shape, mesh)
         load_weights(models, self.source, self.family, self.shape, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size)
-        self.products = QuantisedProducts(resolve(config.precision, self.shape.num_layers), models, mesh, HAVE_TE)
+        self.products = ProductMonitor(resolve(config.precision, self.shape.num_layers), models, mesh, HAVE_TE)
         self.routing = RoutingReplay(config, self.shape, models, mesh)
         self.tf_config = models[0].config
         dtype = DTYPES[config.precision.train]
         mesh.raise_everywhere(mesh.broadcast(next(filter(None, mesh.gather(beyond_range(models, config))), None)))
-        wrapped: list[Any] = list(models) if dtype == torch.float32 else [Float16Module(self.tf_config, m) for m in models]
+        wrapped: list[Any] = (
+            list(models) if dtype == torch.float32 else [Float16Module(self.tf_config, m) for m in models]
+        )
         ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.distributed, average_in_collective=False
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=config.optimizer.distributed,
+            average_in_collective=False,
         )
         self.models = models
         self.chunks = [
-            DistributedDataParallel(self.tf_config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(wrapped)
+            DistributedDataParallel(self.tf_config, ddp, chunk, disable_bucketing=i > 0)
+            for i, chunk in enumerate(wrapped)
         ]
         self.optimizer = PolicyOptimizer(config.optimizer, config.alp, self.chunks, dtype)
         self.tf_config.grad_scale_func = self.optimizer.core.scale_loss
@@ -105,7 +110,9 @@ class Policy:
         whole = global_norm(norm, batch, self.config.rollout.max_new_tokens)
         scales = [scale.clone() for scale in self.products.scale_tensors()]
         try:
-            (results, computed), gradients = self.optimizer.fill(lambda: self._differentiate(batch, objective, whole, scales))
+            (results, computed), gradients = self.optimizer.fill(
+                lambda: self._differentiate(batch, objective, whole, scales)
+            )
         except PrecisionError:
             self._put_scales(scales)
             raise
@@ -210,14 +217,14 @@ class Policy:
         yield from self.products.scale_tensors()
 
     def export(
-        self, plan: PrecisionPlan | None = None, *, dequantised: bool = False
+        self, plan: PrecisionPlan | None = None, *, dequantized: bool = False
     ) -> Iterator[tuple[str, torch.Tensor | None]]:
         """Hugging Face names and tensors in table order, on rank 0 (None elsewhere): in the source's dtypes, or as `plan` has
-        them travel; `dequantised` then as in `WireTensors`.
+        them travel; `dequantized` then as in `WireTensors`.
         """
         dtypes = self.source.dtypes if plan is None else export_dtypes(plan, self.source.tensors)
         stream = export_weights(self.models, self.family, self.shape, dtypes=dtypes, control=self.mesh.control)
-        return stream if plan is None else WireTensors(stream, plan, dequantised=dequantised)
+        return stream if plan is None else WireTensors(stream, plan, dequantized=dequantized)
 
     def save_hf(self, dest: Path) -> None:
         """Write a complete Hugging Face folder, whole or not at all. Raises CheckpointError on every rank if it cannot be."""
@@ -247,7 +254,10 @@ class Policy:
         virtual = len(self.chunks) > 1
         packed = pack(batch, budget=budget, align=align, multiple=mesh.dp_size * (mesh.pp_size if virtual else 1))
         mine = packed[mesh.dp_rank :: mesh.dp_size]
-        shards = [shard(m, cp_size=mesh.cp_size, cp_rank=mesh.cp_rank, device=mesh.device, max_length=budget + 1) for m in mine]
+        shards = [
+            shard(m, cp_size=mesh.cp_size, cp_rank=mesh.cp_rank, device=mesh.device, max_length=budget + 1)
+            for m in mine
+        ]
         for micro, piece in zip(mine, shards, strict=True):
             piece.stream.noise = None if draw is None else self._noise(micro, draw)
             piece.stream.routing = self.routing.rows(micro)
@@ -255,7 +265,9 @@ class Policy:
         moved = [to_device(m, mesh.device) for m in mine] if last else mine
         pairs = list(zip(moved, shards, strict=True))
 
-        def forward_step(feed: Iterator[tuple[Microbatch, Shard]], chunk: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
+        def forward_step(
+            feed: Iterator[tuple[Microbatch, Shard]], chunk: torch.nn.Module
+        ) -> tuple[Any, Callable[..., Any]]:
             micro, piece = next(feed)
             return chunk(piece), lambda scores: self._scored(micro, piece, scores, loss)
 
@@ -286,7 +298,7 @@ class Policy:
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         """Put the scores of this rank's rows into the whole stream, then ask for the loss.
 
-        Under context parallelism every rank sees all log-probabilities of the stream, the others' as constants, and
+        Under context parallelizm every rank sees all log-probabilities of the stream, the others' as constants, and
         computes the same loss; each sends gradients through its own rows only, and those add up to the gradient. So
         an objective may look at whole sequences without knowing of any layout.
         """

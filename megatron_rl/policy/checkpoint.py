@@ -43,7 +43,9 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.leave(kind, error, trace)
 
     def path(self, number: int) -> Path:
@@ -72,7 +74,9 @@ class Checkpoints:
         try:
             self.queue.maybe_finalize_async_calls(blocking=wait)
         except (CheckpointException, OSError) as error:
-            raise CheckpointError(f"the checkpoint in {self.folder} cannot be written ({error}): free space there") from error
+            raise CheckpointError(
+                f"the checkpoint in {self.folder} cannot be written ({error}): free space there"
+            ) from error
 
     def close(self) -> None:
         self.finish(wait=True)
@@ -110,7 +114,9 @@ class Checkpoints:
         folder = self.path(number)
         reason = self.policy.mesh.on_lead(lambda: what_is_wrong(folder))
         if reason is not None:
-            self.policy.mesh.raise_everywhere(CheckpointError(f"checkpoint {folder} is needed and not usable: {reason}"))
+            self.policy.mesh.raise_everywhere(
+                CheckpointError(f"checkpoint {folder} is needed and not usable: {reason}")
+            )
         return folder
 
     def _restore_models(self, content: dict[str, Any]) -> None:
@@ -136,14 +142,18 @@ class Checkpoints:
         return state
 
     def _models(self) -> dict[str, Any]:
-        return {f"model{i}": model.sharded_state_dict(metadata=_metadata()) for i, model in enumerate(self.policy.models)}
+        return {
+            f"model{i}": model.sharded_state_dict(metadata=_metadata()) for i, model in enumerate(self.policy.models)
+        }
 
     def _content(self, state: TrainState, loading: bool = False) -> dict[str, Any]:
         mesh = self.policy.mesh
         models = self._models()
         self.policy.optimizer.allocate()
         content: dict[str, Any] = dict(models)
-        content["optimizer"] = self.policy.optimizer.core.sharded_state_dict(models, is_loading=loading, metadata=_metadata())
+        content["optimizer"] = self.policy.optimizer.core.sharded_state_dict(
+            models, is_loading=loading, metadata=_metadata()
+        )
         content["state"] = asdict(state)
         rng = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
         content["rng"] = ShardedObject(f"rng_of_{mesh.world}", rng, (mesh.world,), (mesh.rank,), replica_id=0)

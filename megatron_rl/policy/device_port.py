@@ -38,10 +38,10 @@ PORTED_MODULES = {
     "megatron.core.pipeline_parallel.p2p_communication": "receive buffers between pipeline stages",
     "megatron.core.utils": "l2-norm and global memory buffers",
     "megatron.core.parallel_state": "barriers of group creation",
-    "megatron.core.dist_checkpointing.strategies.async_utils": "synchronise before fork; liveness flags",
-    "megatron.core.dist_checkpointing.strategies.filesystem_async": "synchronise after the copy to host",
+    "megatron.core.dist_checkpointing.strategies.async_utils": "synchronize before fork; liveness flags",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async": "synchronize after the copy to host",
     "megatron.core.dist_checkpointing.strategies.state_dict_saver": "verification flags",
-    "megatron.core.dist_checkpointing.strategies.fully_parallel": "synchronise after the exchange",
+    "megatron.core.dist_checkpointing.strategies.fully_parallel": "synchronize after the exchange",
     "megatron.core.dist_checkpointing.exchange_utils": "exchanged shards",
 }
 TENSOR_METHOD_SITES = (
@@ -73,7 +73,9 @@ def pick_device(requested: str) -> torch.device:
         torch.cuda.set_device(device)
         return device
     if torch.cuda.is_available():
-        raise ConfigError("run.device is cpu on a machine with CUDA: hide the devices with CUDA_VISIBLE_DEVICES= instead")
+        raise ConfigError(
+            "run.device is cpu on a machine with CUDA: hide the devices with CUDA_VISIBLE_DEVICES= instead"
+        )
     install_cpu_port()
     return _CPU
 
@@ -140,7 +142,9 @@ def _cpu_view() -> types.ModuleType:
         stream=contextlib.nullcontext,
         current_stream=_Stream,
     )
-    allocators = {name: on_cpu(getattr(torch, name)) for name in ("tensor", "zeros", "ones", "empty", "full", "empty_like")}
+    allocators = {
+        name: on_cpu(getattr(torch, name)) for name in ("tensor", "zeros", "ones", "empty", "full", "empty_like")
+    }
     return _View(torch, cuda=cuda, **allocators)
 
 

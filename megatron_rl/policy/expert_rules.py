@@ -21,8 +21,8 @@ def check_experts(config: Config, shape: ModelShape) -> None:
         )
     if config.precision.recipe != "none":
         raise PrecisionError(
-            f"precision.recipe: {config.precision.recipe} quantises the layers' matrix products, and those of experts are not "
-            "supported: set precision.recipe: none (the engines' weights may be quantised, precision.rollout)"
+            f"precision.recipe: {config.precision.recipe} quantizes the layers' matrix products, and those of experts are not "
+            "supported: set precision.recipe: none (the engines' weights may be quantized, precision.rollout)"
         )
     if config.precision.train == "fp16":
         raise PrecisionError(

@@ -88,7 +88,12 @@ class _Head:
         return logits if temperature == 1.0 else logits.div_(temperature)
 
     def backward(
-        self, d_logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, d_hidden: torch.Tensor, d_weight: torch.Tensor
+        self,
+        d_logits: torch.Tensor,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        d_hidden: torch.Tensor,
+        d_weight: torch.Tensor,
     ) -> None:
         """Set d_hidden [rows, H] and add to d_weight [V, H] fp32, of d_logits [rows, V] fp32."""
         d_logits = d_logits.to(weight.dtype)
@@ -109,7 +114,12 @@ class _Float32Head(_Head):
         self.block = block
 
     def backward(
-        self, d_logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, d_hidden: torch.Tensor, d_weight: torch.Tensor
+        self,
+        d_logits: torch.Tensor,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        d_hidden: torch.Tensor,
+        d_weight: torch.Tensor,
     ) -> None:
         hidden, total = hidden.float(), torch.zeros_like(hidden, dtype=torch.float32)
         for at in range(0, len(weight), self.block):
@@ -172,7 +182,9 @@ class _TokenScores(torch.autograd.Function):
         return logp, entropy, topk
 
     @staticmethod
-    def backward(ctx: Any, grad_logp: torch.Tensor | None, grad_entropy: torch.Tensor | None, *_: None) -> tuple[Any, ...]:
+    def backward(
+        ctx: Any, grad_logp: torch.Tensor | None, grad_entropy: torch.Tensor | None, *_: None
+    ) -> tuple[Any, ...]:
         hidden, weight, column, owned, log_z, entropy, _ = ctx.saved_tensors
         settings: _Settings = ctx.settings
         real, rows, noise = settings.real, settings.rows, settings.noise if ctx.needs_input_grad[2] else None

@@ -94,13 +94,15 @@ class PolicyModel(GPTModel):
 def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
     """megatron-core's configuration of this model under this layout.
 
-    Weights always come from a checkpoint, so initialisers do nothing (and parameters are still marked
+    Weights always come from a checkpoint, so initializers do nothing (and parameters are still marked
     tensor-parallel, which `perform_initialization=False` would forget).
     """
     parallel = config.parallel
     stages = parallel.pipeline * parallel.virtual_pipeline
     if shape.num_layers % stages:
-        raise ConfigError(f"parallel.pipeline x parallel.virtual_pipeline = {stages} does not divide {shape.num_layers} layers")
+        raise ConfigError(
+            f"parallel.pipeline x parallel.virtual_pipeline = {stages} does not divide {shape.num_layers} layers"
+        )
     dtype = DTYPES[config.precision.train]
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -151,7 +153,7 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
 
 
 def _from_checkpoint(_: torch.Tensor) -> None:
-    """In place of an initialiser."""
+    """In place of an initializer."""
 
 
 def _mixture(experts: Experts, expert_parallel: int) -> dict[str, Any]:
@@ -218,5 +220,7 @@ def beyond_range(models: list[PolicyModel], config: Config) -> PrecisionError | 
         for name, parameter in model.named_parameters():
             if not torch.isfinite(parameter).all():
                 where = f"'{name}' of {config.model.path}"
-                return PrecisionError(f"{where} has values that float16 cannot hold: set precision.train to bf16 or fp32")
+                return PrecisionError(
+                    f"{where} has values that float16 cannot hold: set precision.train to bf16 or fp32"
+                )
     return None

@@ -1,7 +1,7 @@
 """The two submodules megatron-core's local spec lacks, and the block spec that uses them.
 
-Stock `WrappedTorchNorm` refuses sequence parallelism and stock `DotProductAttention` refuses packing and
-context parallelism. With Transformer Engine and CUDA its own spec is used instead.
+Stock `WrappedTorchNorm` refuses sequence parallelizm and stock `DotProductAttention` refuses packing and
+context parallelizm. With Transformer Engine and CUDA its own spec is used instead.
 """
 
 import dataclasses
@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -91,7 +94,11 @@ def plan_attention(cu_seqlens: list[int], cp_size: int, cp_rank: int, device: to
     for (rows_each, columns), members in blocks.items():
         queries, keys = (torch.cat(column) for column in zip(*members, strict=True))
         square = rows_each == columns
-        mask = None if square else torch.ones(rows_each, columns, dtype=torch.bool, device=device).tril(columns - rows_each)
+        mask = (
+            None
+            if square
+            else torch.ones(rows_each, columns, dtype=torch.bool, device=device).tril(columns - rows_each)
+        )
         groups.append(AttentionGroup(len(members), rows_each, columns, queries.to(device), keys.to(device), mask))
         order.append(queries)
     return AttentionPlan(tuple(groups), torch.cat(order).argsort().to(device))
@@ -166,16 +173,21 @@ class PackedStream(PackedSeqParams):
 
 
 def block_spec(
-    config: TransformerConfig, vp_stage: int | None = None, noise: LayerNoise | None = None, plan: PrecisionPlan | None = None
+    config: TransformerConfig,
+    vp_stage: int | None = None,
+    noise: LayerNoise | None = None,
+    plan: PrecisionPlan | None = None,
 ) -> TransformerBlockSubmodules | ModuleSpec:
     """The transformer block: Transformer Engine's layers with CUDA, megatron-core's local ones without.
 
     noise: how the inputs of its layers can be perturbed; None for plain layers. plan: what the products of local layers
-    are quantised to, if anything; Transformer Engine's layers have that from `config`.
+    are quantized to, if anything; Transformer Engine's layers have that from `config`.
     """
     if HAVE_TE:
         layer = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
         )
         return layer if noise is None else perturbed(layer, noise)
     plain = _local_layer(config)

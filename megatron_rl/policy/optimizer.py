@@ -125,8 +125,12 @@ class PolicyOptimizer:
         parts = self.core.chained_optimizers
         if ("grad_scaler" in content) != (self.scaler is not None):
             found = "a loss scale: it was trained" if "grad_scaler" in content else "no loss scale: it was not trained"
-            raise CheckpointError(f"the checkpoint holds {found} with precision.train: fp16; resume with the precision it had")
-        for part, state in zip(parts, [content] if len(parts) == 1 else [content[i] for i in range(len(parts))], strict=True):
+            raise CheckpointError(
+                f"the checkpoint holds {found} with precision.train: fp16; resume with the precision it had"
+            )
+        for part, state in zip(
+            parts, [content] if len(parts) == 1 else [content[i] for i in range(len(parts))], strict=True
+        ):
             inner = state.get("optimizer", state)
             if isinstance(part.optimizer, torch.optim.AdamW) and "state" in inner:
                 inner["state"].setdefault("common_step", torch.zeros((), dtype=torch.float32))

@@ -71,7 +71,7 @@ class Shard:
 def pack(batch: Batch, *, budget: int, align: int, multiple: int) -> list[Microbatch]:
     """First-fit-decreasing packing into streams of `budget` tokens.
 
-    Every trajectory is padded to a multiple of `align` (2 x cp under context parallelism); the number of
+    Every trajectory is padded to a multiple of `align` (2 x cp under context parallelizm); the number of
     micro-batches is a multiple of `multiple` (ranks that share the work), empty ones filling up.
     Raises UserError when a trajectory is longer than the budget.
     """
@@ -174,7 +174,7 @@ def held_rows(micro: Microbatch, *, cp_size: int, cp_rank: int, sp_size: int, sp
     """Positions of the stream whose hidden states this rank holds: its context-parallel slice, of that its
     sequence-parallel part.
 
-    sp_size: ranks that cut it, 1 without sequence parallelism.
+    sp_size: ranks that cut it, 1 without sequence parallelizm.
     """
     return zigzag_index(micro.cu_seqlens, cp_size, cp_rank).view(sp_size, -1)[sp_rank]
 
@@ -213,5 +213,7 @@ def shard(micro: Microbatch, *, cp_size: int, cp_rank: int, device: torch.device
 
 def to_device(micro: Microbatch, device: torch.device) -> Microbatch:
     """The same micro-batch with its columns on the device the objective runs on."""
-    moved: dict[str, Any] = {name: value.to(device) for name, value in vars(micro).items() if isinstance(value, torch.Tensor)}
+    moved: dict[str, Any] = {
+        name: value.to(device) for name, value in vars(micro).items() if isinstance(value, torch.Tensor)
+    }
     return replace(micro, **moved)

@@ -1,4 +1,4 @@
-"""Low precision in the policy's model: what megatron-core is configured with, and proof that quantised products ran."""
+"""Low precision in the policy's model: what megatron-core is configured with, and proof that quantized products ran."""
 
 import importlib
 from collections import Counter
@@ -51,14 +51,16 @@ def _block_scales(pow2: bool) -> None:
         )
 
 
-class QuantisedProducts:
-    """Counts the quantised products of an update, and refuses one in which any did not run.
+class ProductMonitor:
+    """Counts the quantized products of an update, and refuses one in which any did not run.
 
-    On construction every linear of every layer is looked at: quantised where the plan says so, plain where it is kept.
+    On construction every linear of every layer is looked at: quantized where the plan says so, plain where it is kept.
     With Transformer Engine forward products alone are counted, from what its modules say of themselves.
     """
 
-    def __init__(self, plan: PrecisionPlan, models: Sequence[torch.nn.Module], mesh: Mesh, transformer_engine: bool) -> None:
+    def __init__(
+        self, plan: PrecisionPlan, models: Sequence[torch.nn.Module], mesh: Mesh, transformer_engine: bool
+    ) -> None:
         self.plan, self.mesh, self.products = plan, mesh, PRODUCTS[:1] if transformer_engine else PRODUCTS
         self.linears: list[tuple[str, Counter[str]]] = []
         self.scales: list[LinearScales] = []
@@ -70,16 +72,20 @@ class QuantisedProducts:
                     self._watch(layer, kind, linear)
                 else:
                     self._check(layer, kind, linear)
-            scales = [linear.scales for _, _, linear in linears(block) if isinstance(linear, QuantizedLinear) and linear.scales]
+            scales = [
+                linear.scales
+                for _, _, linear in linears(block)
+                if isinstance(linear, QuantizedLinear) and linear.scales
+            ]
             if scales:
                 group = parallel_state.get_amax_reduction_group(with_context_parallel=True)
                 DelayedUpdates(block, scales, group)
                 self.scales += scales
 
     def _check(self, layer: int, kind: str, linear: torch.nn.Module) -> None:
-        quantised = isinstance(linear, QuantizedLinear)
-        if quantised == (layer in self.plan.kept):
-            found = "quantised" if quantised else "not quantised"
+        quantized = isinstance(linear, QuantizedLinear)
+        if quantized == (layer in self.plan.kept):
+            found = "quantized" if quantized else "not quantized"
             raise PrecisionError(
                 f"precision.recipe is {self.plan.recipe}, but the {kind} of layer {layer} was built {found} "
                 f"({type(linear).__name__}): this version of megatron-core builds its layers in another way; install one that "
@@ -112,10 +118,10 @@ class QuantisedProducts:
             ran.clear()
 
     def record(self) -> dict[str, float]:
-        """`precision/gemms/qkv`...: quantised products since `start` of all ranks, on rank 0 (elsewhere of this rank).
+        """`precision/gemms/qkv`...: quantized products since `start` of all ranks, on rank 0 (elsewhere of this rank).
 
         Of one update; a step's record has their mean per update.
-        Collective. Raises PrecisionError on every rank when a quantised linear of any rank lacks one of its products.
+        Collective. Raises PrecisionError on every rank when a quantized linear of any rank lacks one of its products.
         """
         if self.plan.recipe == "none":
             return {}
@@ -124,7 +130,7 @@ class QuantisedProducts:
             missing = self.mesh.broadcast(sorted(set().union(*self.mesh.gather(set(idle)))))
             self.mesh.raise_everywhere(
                 PrecisionError(
-                    f"precision.recipe is {self.plan.recipe}, but this update ran without quantised products "
+                    f"precision.recipe is {self.plan.recipe}, but this update ran without quantized products "
                     f"({', '.join(missing)}): the update is refused, parameters are untouched; install a megatron-core that "
                     "pyproject.toml allows, let nothing replace the forward of these linears, or set precision.recipe: none"
                 )

@@ -1,7 +1,7 @@
 """Rollout routing replay (R3): the trainer routes a token to the experts the engine chose for it.
 
 Only the choice I is replayed. The gates come from the trainer's own scores s: g_i = e^{s_i} / sum_{j in I} e^{s_j} where the
-model normalises over the chosen, else the softmax over all experts at i; gradients flow through s as for a free choice.
+model normalizes over the chosen, else the softmax over all experts at i; gradients flow through s as for a free choice.
 
 The choice travels with the tokens, in the PackedStream of their micro-batch, and a layer takes its own part of it when it is
 called. So pipeline stages, interleaved micro-batches and recomputation each find the rows of the tokens they compute.
@@ -61,7 +61,9 @@ class RoutingReplay:
     def __init__(self, config: Config, shape: ModelShape, models: Sequence[nn.Module], mesh: Mesh) -> None:
         self.wanted, self.sequence = config.rollout.routing_replay, config.parallel.sequence
         self.shape, self.mesh = shape, mesh
-        self.replays: list[Replay] = [layer.mlp.router.router_replay for m in models for layer in _layers_with_experts(m)]
+        self.replays: list[Replay] = [
+            layer.mlp.router.router_replay for m in models for layer in _layers_with_experts(m)
+        ]
 
     def start(self, batch: Batch) -> None:
         """Forget what ran so far. Raises UserError, on all ranks alike, for a choice that this model cannot replay."""
@@ -74,7 +76,9 @@ class RoutingReplay:
     def _what_is_wrong(self, batch: Batch) -> str | None:
         experts, routing = self.shape.experts, batch.routing
         if routing is None:
-            return "rollout.routing_replay is true, and the trajectories carry no routed experts" if self.wanted else None
+            return (
+                "rollout.routing_replay is true, and the trajectories carry no routed experts" if self.wanted else None
+            )
         if experts is None:
             return f"trajectories carry routed experts, and the model has none: batch.routing is {list(routing.shape)}"
         expected = (len(batch.tokens), self.shape.num_layers, experts.per_token)
@@ -123,9 +127,11 @@ def prepare_experts(model: nn.Module) -> None:
     """Make the layers of a chunk that have experts replay a choice that comes with their tokens. Nothing for a dense model.
 
     Also marks experts as such where one expert-parallel rank holds them all: megatron-core would take them for dense
-    parameters, and under tensor parallelism not add up what ranks learnt from different tokens.
+    parameters, and under tensor parallelizm not add up what ranks learnt from different tokens.
     """
-    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16.1 asks for it by name, and lacks the name without Transformer Engine
+    if not hasattr(
+        moe_utils, "te_general_gemm"
+    ):  # 0.16.1 asks for it by name, and lacks the name without Transformer Engine
         moe_utils.te_general_gemm = None
     for layer in _layers_with_experts(model):
         layer.mlp.router.router_replay = Replay()

@@ -50,7 +50,9 @@ class LinearScales:
 
     def tensors(self) -> list[Tensor]:
         """All that decides over coming passes, fp32, as it is held: to be copied, and written in place between updates."""
-        return [tensor for scale in (self.inputs, self.weights, self.gradients) for tensor in (scale.scale, scale.history)]
+        return [
+            tensor for scale in (self.inputs, self.weights, self.gradients) for tensor in (scale.scale, scale.history)
+        ]
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         return {name: getattr(self, name).state_dict() for name in ("inputs", "weights", "gradients")}

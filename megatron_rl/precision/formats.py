@@ -1,8 +1,8 @@
-"""Number formats of low precision: quantise a matrix to codes and scales, and back.
+"""Number formats of low precision: quantize a matrix to codes and scales, and back.
 
 Codes and scales equal those of Transformer Engine bit for bit (delayed and current scaling, block scaling, MXFP8, NVFP4
 with round to nearest). Casts saturate: inf becomes the largest finite value, NaN stays NaN where the element type has one.
-Columns are quantised as the rows of the transpose: `quantize(x.T, fmt)`.
+Columns are quantized as the rows of the transpose: `quantize(x.T, fmt)`.
 """
 
 import difflib
@@ -34,7 +34,7 @@ _NVFP4_RANGE = 448.0 * fp4.MAX
 
 @dataclass(frozen=True)
 class Format:
-    """How a matrix is quantised.
+    """How a matrix is quantized.
 
     kind: `tensor` (one scale), `channel` (one a row), `block` (one per tile `block`), `mx` (E8M0 exponents per tile),
     `nvfp4` (E4M3 scales per tile and one fp32 scale). element: dtype of the codes; uint8 is two E2M1 codes a byte.
@@ -58,7 +58,10 @@ class Format:
 def _formats() -> dict[str, Format]:
     floats = {"e4m3": (torch.float8_e4m3fn, 448.0), "e5m2": (torch.float8_e5m2, 57344.0)}
     tiles = {"tensor": None, "1x128": (1, 128), "128x128": (128, 128)}
-    every = [Format("int8_channel", "channel", torch.int8, 127.0), Format("nvfp4", "nvfp4", torch.uint8, fp4.MAX, (1, 16))]
+    every = [
+        Format("int8_channel", "channel", torch.int8, 127.0),
+        Format("nvfp4", "nvfp4", torch.uint8, fp4.MAX, (1, 16)),
+    ]
     for suffix, (element, largest) in floats.items():
         every.append(Format(f"mxfp8_{suffix}", "mx", element, largest, (1, 32), pow2=True))
         for name, block in tiles.items():
@@ -83,7 +86,7 @@ def find_format(fmt: Format | str) -> Format:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantised matrix.
+    """A quantized matrix.
 
     codes: [M, N] of the format's element type (NVFP4: uint8 [M, ceil(N/2)], low nibble first).
     scale_inv: what codes are multiplied by. fp32 scalar for `tensor`, fp32 [M, 1] for `channel`, fp32 [tiles down, tiles
@@ -105,7 +108,7 @@ class Quantized:
 
 
 def quantize(x: Tensor, fmt: Format | str, *, scale: Tensor | None = None, eps: float = 0.0) -> Quantized:
-    """Quantise x [M, N] (bf16, fp16 or fp32, any strides); tiles that reach past the edge are padded with zeros.
+    """Quantize x [M, N] (bf16, fp16 or fp32, any strides); tiles that reach past the edge are padded with zeros.
 
     scale: fp32 scalar to use instead of one from x, for `tensor` formats (delayed scaling). eps: least amax that counts
     (`tensor`, `block`, `channel`). Raises PrecisionError on other ranks, dtypes, formats, and on NaN or inf for int8.
@@ -127,7 +130,7 @@ def fake_quantize(
 ) -> Tensor:
     """quantize(x, fmt).dequantize(dtype or x.dtype), bit for bit, in about half its time. x: [M, N].
 
-    The transpose of a contiguous matrix is quantised where it lies, and the result is such a transpose as well.
+    The transpose of a contiguous matrix is quantized where it lies, and the result is such a transpose as well.
     """
     fmt = find_format(fmt)
     _check(x, fmt, scale)
@@ -137,7 +140,9 @@ def fake_quantize(
     return _fake(x.contiguous(), fmt, tile, dtype, scale, eps)
 
 
-def _fake(x: Tensor, fmt: Format, tile: tuple[int, int], dtype: torch.dtype | None, scale: Tensor | None, eps: float) -> Tensor:
+def _fake(
+    x: Tensor, fmt: Format, tile: tuple[int, int], dtype: torch.dtype | None, scale: Tensor | None, eps: float
+) -> Tensor:
     y, scales = _scaled(x, fmt, tile, scale, eps)
     if fmt.kind == "nvfp4":
         fp4.round_(y)
@@ -151,11 +156,17 @@ def _fake(x: Tensor, fmt: Format, tile: tuple[int, int], dtype: torch.dtype | No
 
 def _check(x: Tensor, fmt: Format, scale: Tensor | None) -> None:
     if x.dim() != 2:
-        raise PrecisionError(f"{fmt.name} quantises a matrix [M, N]; got shape {list(x.shape)}. Flatten the leading dimensions")
+        raise PrecisionError(
+            f"{fmt.name} quantizes a matrix [M, N]; got shape {list(x.shape)}. Flatten the leading dimensions"
+        )
     if x.dtype not in _DTYPES:
-        raise PrecisionError(f"{fmt.name} quantises bfloat16, float16 or float32; got {x.dtype}. Convert the tensor first")
+        raise PrecisionError(
+            f"{fmt.name} quantizes bfloat16, float16 or float32; got {x.dtype}. Convert the tensor first"
+        )
     if scale is not None and fmt.kind != "tensor":
-        raise PrecisionError(f"a given scale is for formats with one scale a tensor (fp8_tensor_*); {fmt.name} has its own")
+        raise PrecisionError(
+            f"a given scale is for formats with one scale a tensor (fp8_tensor_*); {fmt.name} has its own"
+        )
 
 
 @dataclass(frozen=True)
@@ -189,7 +200,9 @@ def _scales(tiles: Tensor, fmt: Format, dtype: torch.dtype, given: Tensor | None
         exponents = e8m0_of_amax(peak, fmt.max)
         return _Scales(e8m0_reciprocal(exponents), exponents)
     if fmt.kind == "channel" and not bool(tiles.isfinite().all()):
-        raise PrecisionError(f"{fmt.name} has no code for NaN or inf, and the matrix holds some; look for where they arose")
+        raise PrecisionError(
+            f"{fmt.name} has no code for NaN or inf, and the matrix holds some; look for where they arose"
+        )
     value_for_inf = torch.finfo(dtype).max if fmt.kind == "block" else FP32_MAX
     scale = scale_of_amax(peak, fmt.max, pow2=fmt.pow2, eps=eps, value_for_inf=value_for_inf)
     inverse = 1.0 / scale

@@ -1,7 +1,7 @@
-"""megatron-core's sharded linears with quantised products, for the layers of its local spec.
+"""megatron-core's sharded linears with quantized products, for the layers of its local spec.
 
-Every rank quantises what it multiplies: its own part of a weight, and under sequence parallelism the gathered input.
-Where tensor parallelism cuts a tensor, one-per-tensor scales are therefore those of the parts (tensorwise; delayed
+Every rank quantizes what it multiplies: its own part of a weight, and under sequence parallelizm the gathered input.
+Where tensor parallelizm cuts a tensor, one-per-tensor scales are therefore those of the parts (tensorwise; delayed
 scaling agrees on one), and blocks are those of the whole tensor as long as the cut falls between blocks. The codes kept
 for backward are those of the gathered input, so that it is gathered once.
 """
@@ -35,7 +35,7 @@ LINEARS = {
 
 
 class QuantizedLinear(torch.nn.Module):
-    """Mixed into a sharded linear. ran: how often each of `PRODUCTS` ran quantised, until somebody clears it.
+    """Mixed into a sharded linear. ran: how often each of `PRODUCTS` ran quantized, until somebody clears it.
 
     scales: of delayed scaling, part of the checkpoint; None with other recipes.
     """
@@ -59,9 +59,9 @@ class QuantizedLinear(torch.nn.Module):
         grad_output_buffer: Any = None,
         wgrad_deferral_limit: Any = None,
     ) -> Tensor:
-        """input [t, 1, K], this rank's rows under sequence parallelism -> [T, 1, N] in its dtype."""
+        """input [t, 1, K], this rank's rows under sequence parallelizm -> [T, 1, N] in its dtype."""
         if gradient_accumulation_fusion or grad_output_buffer is not None:
-            raise PrecisionError("quantised linears neither fuse nor defer weight gradients: turn those options off")
+            raise PrecisionError("quantized linears neither fuse nor defer weight gradients: turn those options off")
         if sequence_parallel:
             input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
         elif allreduce_dgrad:
@@ -115,7 +115,7 @@ _QUANTIZED = {
 
 
 def quantized_layer(layer: ModuleSpec, operands: Operands) -> ModuleSpec:
-    """The spec of a local TransformerLayer, its four linears with quantised products."""
+    """The spec of a local TransformerLayer, its four linears with quantized products."""
     parts = dict(vars(layer.submodules))
     for part, name in LINEARS.values():
         spec = parts[part]

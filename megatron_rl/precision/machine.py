@@ -47,7 +47,9 @@ def load_transformer_engine(machine: Machine) -> bool:
     try:
         importlib.import_module("transformer_engine.pytorch")
     except (ImportError, OSError, RuntimeError) as error:
-        raise PrecisionError(f"transformer-engine is installed but cannot be loaded ({error}): mend or remove it") from error
+        raise PrecisionError(
+            f"transformer-engine is installed but cannot be loaded ({error}): mend or remove it"
+        ) from error
     return True
 
 
@@ -70,7 +72,7 @@ def refusal(recipe: str, machine: Machine, *, pow2: bool = False) -> str | None:
 
 
 def how(recipe: str, machine: Machine, *, pow2: bool = False) -> str:
-    """How `recipe` is computed here: `native`, or `emulated` (quantised exactly, multiplied in float32) on a CPU.
+    """How `recipe` is computed here: `native`, or `emulated` (quantized exactly, multiplied in float32) on a CPU.
 
     Raises PrecisionError where a CUDA device cannot do it, or lacks Transformer Engine: never silently bf16.
     """

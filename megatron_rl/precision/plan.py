@@ -9,21 +9,21 @@ from megatron_rl.config import PrecisionConfig
 from megatron_rl.errors import ConfigError, PrecisionError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Formats of quantised weights on the wire, by `precision.rollout`; engines that hold them compute in bf16.
+# Formats of quantized weights on the wire, by `precision.rollout`; engines that hold them compute in bf16.
 WIRE = {"fp8_blockwise": "fp8_128x128_e4m3", "fp8_blockwise_pow2": "fp8_128x128_e4m3_pow2", "int8": "int8_channel"}
 
-# The matrices that are ever quantised; embeddings, lm_head, norms, biases and routers never are. One rule for all sides.
+# The matrices that are ever quantized; embeddings, lm_head, norms, biases and routers never are. One rule for all sides.
 _LINEAR = re.compile(r"\.layers\.(\d+)\..*\.(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)\.weight$")
 
 
 @dataclass(frozen=True)
 class PrecisionPlan:
-    """Formats are names of `precision.formats` (`fp8_128x128_e4m3`), or dtypes (`bf16`) where nothing is quantised.
+    """Formats are names of `precision.formats` (`fp8_128x128_e4m3`), or dtypes (`bf16`) where nothing is quantized.
 
-    train: parameters and activations of the trainer. inputs, weights, gradients: operands of its quantised products.
-    wire: what `quantised` tensors are sent as; the others go as `engine`. engine_weights, engine_inputs: the same tensors
+    train: parameters and activations of the trainer. inputs, weights, gradients: operands of its quantized products.
+    wire: what `quantized` tensors are sent as; the others go as `engine`. engine_weights, engine_inputs: the same tensors
     and their inputs while the engine multiplies, which computes in `engine`. kv_cache: of the engine.
-    kept: layers (global, from 0) quantised on neither side. dequantised: engines take no codes; the trainer sends what
+    kept: layers (global, from 0) quantized on neither side. dequantized: engines take no codes; the trainer sends what
     codes and scales stand for, which they compute with in `engine`.
     """
 
@@ -38,29 +38,31 @@ class PrecisionPlan:
     engine_inputs: str
     kv_cache: str
     kept: frozenset[int]
-    dequantised: bool = False
+    dequantized: bool = False
 
     @property
     def trains_low(self) -> bool:
-        """Whether the trainer quantises the products of its layers."""
+        """Whether the trainer quantizes the products of its layers."""
         return self.recipe != "none"
 
     @property
     def rolls_out_low(self) -> bool:
-        """Whether the engines' weights are quantised."""
+        """Whether the engines' weights are quantized."""
         return self.engine_weights != self.engine
 
-    def quantised(self, name: str) -> bool:
+    def quantized(self, name: str) -> bool:
         """Whether the Hugging Face tensor `name` is one that low precision is for."""
         found = _LINEAR.search(name)
         return found is not None and int(found[1]) not in self.kept
 
     def spared(self, name: str) -> bool:
         """Whether low precision would be for the tensor `name`, were it not in a layer that is kept."""
-        return _LINEAR.search(name) is not None and not self.quantised(name)
+        return _LINEAR.search(name) is not None and not self.quantized(name)
 
 
-def resolve(precision: PrecisionConfig, num_layers: int, *, engine: str = "embedded", device: str = "cuda") -> PrecisionPlan:
+def resolve(
+    precision: PrecisionConfig, num_layers: int, *, engine: str = "embedded", device: str = "cuda"
+) -> PrecisionPlan:
     """The plan of a `precision` section for a model of `num_layers` layers. engine: `embedded` or `sglang`, on `device`.
 
     Raises ConfigError for keys that contradict each other or would have no effect, PrecisionError if no layer is left or
@@ -85,11 +87,11 @@ def resolve(precision: PrecisionConfig, num_layers: int, *, engine: str = "embed
         engine_inputs=f"fp8_1x128_e4m3{pow2}" if precision.rollout_activations == "fp8" else computed,
         kv_cache=computed,
         kept=frozenset({0, num_layers - 1}) if precision.first_last_bf16 else frozenset(),
-        dequantised=engine == "sglang" and device == "cpu" and precision.rollout in WIRE,
+        dequantized=engine == "sglang" and device == "cpu" and precision.rollout in WIRE,
     )
     if (plan.trains_low or plan.rolls_out_low) and len(plan.kept) >= num_layers:
         raise PrecisionError(
-            f"precision.first_last_bf16 leaves none of the model's {num_layers} layers to quantise: set it to false, "
+            f"precision.first_last_bf16 leaves none of the model's {num_layers} layers to quantize: set it to false, "
             "or ask for no low precision"
         )
     return plan
@@ -128,7 +130,7 @@ def _refuse_for_sglang(precision: PrecisionConfig, device: str) -> None:
     """Raise PrecisionError for what SGLang would do otherwise than asked, or not at all."""
     if precision.rollout == "int8":
         raise PrecisionError(
-            "precision.rollout: int8 is weights alone, and SGLang's int8 quantises inputs too: take rollout: fp8_blockwise, or "
+            "precision.rollout: int8 is weights alone, and SGLang's int8 quantizes inputs too: take rollout: fp8_blockwise, or "
             "rollout.engine: embedded"
         )
     if device == "cpu" and precision.rollout_activations == "fp8":
@@ -139,12 +141,12 @@ def _refuse_for_sglang(precision: PrecisionConfig, device: str) -> None:
     if device != "cpu" and precision.rollout in WIRE and precision.rollout_activations == "none":
         raise PrecisionError(
             f"precision.rollout: {precision.rollout} with rollout_activations: none is weights alone, and SGLang always "
-            "quantises the inputs of quantised layers: set precision.rollout_activations: fp8, or rollout.engine: embedded"
+            "quantizes the inputs of quantized layers: set precision.rollout_activations: fp8, or rollout.engine: embedded"
         )
 
 
 def _operands(precision: PrecisionConfig) -> tuple[str, str, str]:
-    """Formats of inputs, weights and output gradients in the trainer's quantised products."""
+    """Formats of inputs, weights and output gradients in the trainer's quantized products."""
     grad = "e5m2" if precision.format == "hybrid" else "e4m3"
     pow2 = "_pow2" if precision.pow2_scales else ""
     match precision.recipe:

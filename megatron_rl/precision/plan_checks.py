@@ -30,7 +30,7 @@ class Run:
 class Matrix:
     """A Hugging Face matrix [rows, columns] and the trainer's parameter that holds it, at one tensor-parallel size.
 
-    parameter: megatron-core's name; [local_rows, local_columns] on one rank, rows of fused neighbours included.
+    parameter: megatron-core's name; [local_rows, local_columns] on one rank, rows of fused neighbors included.
     runs: where the matrix's rows lie, over all ranks.
     """
 
@@ -44,13 +44,13 @@ class Matrix:
 
 
 Layouts = Mapping[int, Sequence[Matrix]]
-"""The quantised matrices of a model at every tensor-parallel size that divides it."""
+"""The quantized matrices of a model at every tensor-parallel size that divides it."""
 
 
 @dataclass(frozen=True)
 class PlanReport:
-    """What a user is told of a plan before a run. computed: the trainer's quantised products are `native` or `emulated`,
-    "" where there are none. apart: why the engines do not multiply what the trainer does, None where nothing is quantised.
+    """What a user is told of a plan before a run. computed: the trainer's quantized products are `native` or `emulated`,
+    "" where there are none. apart: why the engines do not multiply what the trainer does, None where nothing is quantized.
     """
 
     plan: PrecisionPlan
@@ -92,7 +92,7 @@ def examine(
         warnings.append(f"{ragged}, and would refuse these weights; the embedded engine takes them")
     low = plan.trains_low or plan.rolls_out_low
     if plan.kept and not low:
-        warnings.append("precision.first_last_bf16: true has no effect: nothing is quantised")
+        warnings.append("precision.first_last_bf16: true has no effect: nothing is quantized")
     apart = tuple(_apart(plan, layouts, tensor)) if low else None
     return PlanReport(plan, num_layers, computed, apart, tuple(warnings))
 
@@ -138,8 +138,8 @@ def _nearest(able: Sequence[int], tensor: int) -> str:
 
 
 def _ragged_for_sglang(plan: PrecisionPlan, matrices: Sequence[Matrix]) -> str | None:
-    """Its block FP8 checks every fused part's rows, and quantises inputs in whole groups of 128."""
-    if not plan.wire.startswith("fp8_128x128") or plan.dequantised:
+    """Its block FP8 checks every fused part's rows, and quantizes inputs in whole groups of 128."""
+    if not plan.wire.startswith("fp8_128x128") or plan.dequantized:
         return None
     for m in matrices:
         for count, dimension in ((m.rows, "rows"), (m.columns, "columns")):
@@ -170,7 +170,9 @@ def _dtype_warnings(plan: PrecisionPlan) -> list[str]:
             f"precision.train is fp16 (11 bits) and the engines compute in {plan.engine}: rollout: fp16 would give them the "
             "trainer's weights and roundings"
         ]
-    return [f"the engines are fp16, whose largest number is 65504, and the trainer is {plan.train}: larger weights are refused"]
+    return [
+        f"the engines are fp16, whose largest number is 65504, and the trainer is {plan.train}: larger weights are refused"
+    ]
 
 
 def _apart(plan: PrecisionPlan, layouts: Layouts, tensor: int) -> list[str]:
@@ -185,7 +187,7 @@ def _apart(plan: PrecisionPlan, layouts: Layouts, tensor: int) -> list[str]:
     elif plan.weights.startswith("fp8_128x128"):
         reasons += _blocks_apart(layouts, tensor)
     if plan.inputs != plan.engine_inputs:
-        one_key = plan.weights == plan.engine_weights and plan.engine_inputs == plan.engine and not plan.dequantised
+        one_key = plan.weights == plan.engine_weights and plan.engine_inputs == plan.engine and not plan.dequantized
         mend = " (precision.rollout_activations: fp8)" if one_key else ""
         reasons.append(f"inputs are {plan.inputs} in the trainer and {plan.engine_inputs} in the engines{mend}")
     return reasons

@@ -1,6 +1,6 @@
-"""The three matrix products of a linear layer, on quantised operands, as Transformer Engine's recipes quantise them.
+"""The three matrix products of a linear layer, on quantized operands, as Transformer Engine's recipes quantize them.
 
-A product runs over dequantised operands in fp32 and is rounded once to the activations' dtype: what a tensor core with
+A product runs over dequantized operands in fp32 and is rounded once to the activations' dtype: what a tensor core with
 fp32 accumulation gives, up to the order of summation. (Hopper keeps fewer bits in its fast-accumulation mode, which
 Transformer Engine uses in the forward product of per-tensor recipes; that is not imitated.)
 
@@ -22,7 +22,7 @@ PRODUCTS = ("fprop", "dgrad", "wgrad")
 
 @dataclass(frozen=True)
 class Operands:
-    """Formats of what a quantised linear multiplies: its inputs, its weight and the gradients of its outputs.
+    """Formats of what a quantized linear multiplies: its inputs, its weight and the gradients of its outputs.
 
     delayed: one-per-tensor scales come from the magnitudes of earlier passes instead of from the tensor itself.
     """
@@ -45,7 +45,7 @@ class Watcher(Protocol):
     """What the products of a linear ask and tell while they run."""
 
     def count(self, product: str) -> None:
-        """One of `PRODUCTS` ran on quantised operands."""
+        """One of `PRODUCTS` ran on quantized operands."""
         ...
 
     def gradient_scale(self, grad_TN: Tensor) -> Tensor | None:
@@ -54,7 +54,7 @@ class Watcher(Protocol):
 
 
 def operands_of(plan: PrecisionPlan) -> Operands | None:
-    """The operands of a plan's quantised products, None where nothing is quantised in training."""
+    """The operands of a plan's quantized products, None where nothing is quantized in training."""
     if plan.recipe == "none":
         return None
     weights = find_format(plan.weights)
@@ -68,23 +68,31 @@ def symmetric(fmt: Format) -> bool:
     return fmt.kind == "tensor" if fmt.block is None else fmt.block[0] == fmt.block[1]
 
 
-def forward_product(x: Quantized, weight_NK: Tensor, bias_N: Tensor | None, operands: Operands, scales: Scales) -> Tensor:
+def forward_product(
+    x: Quantized, weight_NK: Tensor, bias_N: Tensor | None, operands: Operands, scales: Scales
+) -> Tensor:
     """x W^T + bias, fp32 [T, N]."""
     out_TN = x.dequantize() @ quantize(weight_NK, operands.weights, scale=scales.weights).dequantize().t()
     return out_TN if bias_N is None else out_TN.add_(bias_N)
 
 
 class QuantizedProducts(torch.autograd.Function):
-    """x W^T + bias [T, N] in x's dtype, and its gradients: dgrad dY W and wgrad dY^T x, all on quantised operands.
+    """x W^T + bias [T, N] in x's dtype, and its gradients: dgrad dY W and wgrad dY^T x, all on quantized operands.
 
     Blocks lie along the dimension that is summed over, so dgrad and wgrad take other copies than fprop; every copy is
-    quantised from the high-precision tensor, never from codes. The gradient of the bias is that of the unquantised dY.
-    Kept for backward: x by columns as codes (one byte an element), and the weight itself, which is quantised again.
+    quantized from the high-precision tensor, never from codes. The gradient of the bias is that of the unquantized dY.
+    Kept for backward: x by columns as codes (one byte an element), and the weight itself, which is quantized again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, operands: Operands, scales: Scales, watcher: Watcher
+        ctx: Any,
+        x_TK: Tensor,
+        weight_NK: Tensor,
+        bias_N: Tensor | None,
+        operands: Operands,
+        scales: Scales,
+        watcher: Watcher,
     ) -> Tensor:
         rows = quantize(x_TK, operands.inputs, scale=scales.inputs)
         out_TN = forward_product(rows, weight_NK, bias_N, operands, scales).to(x_TK.dtype)
@@ -123,7 +131,7 @@ class QuantizedProducts(torch.autograd.Function):
 
 
 def _by_columns(x_MN: Tensor, fmt: Format, scale: Tensor | None = None) -> Tensor:
-    """fp32 [M, N]: x quantised in blocks along M, and dequantised."""
+    """fp32 [M, N]: x quantized in blocks along M, and dequantized."""
     if symmetric(fmt):
         return quantize(x_MN, fmt, scale=scale).dequantize()
     return quantize(x_MN.t(), fmt).dequantize().t()

@@ -21,7 +21,7 @@ def amax(x: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
     if x.numel() == 0:
         return torch.zeros([size for axis, size in enumerate(x.shape) if axis not in dim], device=x.device)
     largest = _largest(x, dim)
-    # CUDA pays a pass rather than a host synchronisation; on CPU NaN is rare and the look at the result is nearly free.
+    # CUDA pays a pass rather than a host synchronization; on CPU NaN is rare and the look at the result is nearly free.
     if x.is_cuda or bool(largest.isnan().any()):
         largest = _largest(torch.nan_to_num(x, nan=0.0, posinf=torch.inf, neginf=-torch.inf), dim)
     return largest.float()
@@ -83,7 +83,7 @@ class DelayedScale:
     """Scale of one tensor taken from the magnitudes of earlier steps (Transformer Engine's DelayedScaling).
 
     largest: of the element type (`Format.max`). history: steps remembered. margin: powers of two left free above amax.
-    algorithm: `max` over the history or its `most_recent` entry. A step quantises with `scale` (fp32 scalar, 1 at first),
+    algorithm: `max` over the history or its `most_recent` entry. A step quantizes with `scale` (fp32 scalar, 1 at first),
     observes each amax, and ends with `update`. Ranks which share a tensor reduce `newest` by MAX before that.
     """
 
@@ -111,7 +111,7 @@ class DelayedScale:
         return self.history[0]
 
     def observe(self, amax: Tensor) -> None:
-        """Take note of the magnitude of one tensor quantised in this step; the largest counts."""
+        """Take note of the magnitude of one tensor quantized in this step; the largest counts."""
         self.newest.copy_(torch.fmax(self.newest, amax))
 
     def update(self) -> None:
@@ -131,6 +131,8 @@ class DelayedScale:
         """Put back what `state_dict` gave; the length of the history must agree."""
         if state["history"].shape != self.history.shape:
             found, wanted = len(state["history"]), len(self.history)
-            raise PrecisionError(f"DelayedScale: the saved history has {found} steps, this one {wanted}; use the same length")
+            raise PrecisionError(
+                f"DelayedScale: the saved history has {found} steps, this one {wanted}; use the same length"
+            )
         self.history.copy_(state["history"])
         self.scale = state["scale"].to(self.scale).clone()

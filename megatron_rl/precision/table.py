@@ -11,7 +11,7 @@ from megatron_rl.precision.plan_checks import PlanReport
 
 
 def describe(report: PlanReport) -> RenderableType:
-    """What `train` and `doctor --config` print: one line where nothing is quantised, else a table and what it means."""
+    """What `train` and `doctor --config` print: one line where nothing is quantized, else a table and what it means."""
     plan = report.plan
     warnings = [Text(f"warning: {warning}") for warning in report.warnings]
     if report.apart is None:
@@ -22,18 +22,20 @@ def describe(report: PlanReport) -> RenderableType:
 
 
 def _emulation(plan: PrecisionPlan) -> list[Text]:
-    if not plan.dequantised:
+    if not plan.dequantized:
         return []
-    told = f"it is sent the values of {plan.wire}, dequantised, and multiplies in {plan.engine}"
+    told = f"it is sent the values of {plan.wire}, dequantized, and multiplies in {plan.engine}"
     return [Text(f"SGLang on CPU takes no codes: {told}")]
 
 
 def _table(report: PlanReport) -> Table:
     plan = report.plan
     how = f"recipe {plan.recipe}, {report.computed}" if plan.trains_low else "no recipe"
-    table = Table(title=f"precision: trainer {plan.train}, {how}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=f"precision: trainer {plan.train}, {how}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     table.add_column("matrices of")
-    table.add_column(_quantised_layers(plan, report.num_layers))
+    table.add_column(_quantized_layers(plan, report.num_layers))
     if plan.kept:
         table.add_column(f"layers {', '.join(map(str, sorted(plan.kept)))}")
     table.add_column("all else")
@@ -42,8 +44,8 @@ def _table(report: PlanReport) -> Table:
         ("trainer: inputs", plan.inputs, trainer),
         ("trainer: weights", plan.weights, trainer),
         ("trainer: gradients", plan.gradients, trainer),
-        ("wire", f"{plan.wire} as {engine}" if plan.dequantised else plan.wire, engine),
-        ("engine: weights", f"{plan.engine_weights} as {engine}" if plan.dequantised else plan.engine_weights, engine),
+        ("wire", f"{plan.wire} as {engine}" if plan.dequantized else plan.wire, engine),
+        ("engine: weights", f"{plan.engine_weights} as {engine}" if plan.dequantized else plan.engine_weights, engine),
         ("engine: inputs", plan.engine_inputs, engine),
     ):
         table.add_row(name, low, *([high] if plan.kept else []), high)
@@ -51,7 +53,7 @@ def _table(report: PlanReport) -> Table:
     return table
 
 
-def _quantised_layers(plan: PrecisionPlan, num_layers: int) -> str:
+def _quantized_layers(plan: PrecisionPlan, num_layers: int) -> str:
     """The kept layers are the first and the last, so the others follow each other."""
     left = [layer for layer in range(num_layers) if layer not in plan.kept]
     return f"layer {left[0]}" if len(left) == 1 else f"layers {left[0]}-{left[-1]}"

@@ -22,7 +22,7 @@ _FORMATS = {"TensorWise": "fp8_tensor_e4m3", "BlockWise1x128": "fp8_1x128_e4m3",
 
 
 def operands(a_MK: Tensor, b_NK: Tensor, mode: str) -> tuple[Quantized, Quantized]:
-    """Both matrices quantised to E4M3 with the scales of a mode. K and N must be multiples of 128 for block scaling."""
+    """Both matrices quantized to E4M3 with the scales of a mode. K and N must be multiples of 128 for block scaling."""
     kind_a, kind_b = MODES[mode]
     return quantize(a_MK, _format(kind_a, a_MK.shape[1])), quantize(b_NK, _format(kind_b, b_NK.shape[1]))
 
@@ -47,7 +47,9 @@ def scaled_mm(a: Quantized, b: Quantized, mode: str, out_dtype: torch.dtype = to
         )
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise PrecisionError(f"torch {torch.__version__} cannot multiply {mode} on {a.codes.device}: {reason}") from error
+        raise PrecisionError(
+            f"torch {torch.__version__} cannot multiply {mode} on {a.codes.device}: {reason}"
+        ) from error
 
 
 def missing(mode: str, device: torch.device) -> str | None:

@@ -145,7 +145,9 @@ class DistributedBody(_BucketBody):
     @model_validator(mode="after")
     def _consistent(self) -> "DistributedBody":
         if not len(self.names) == len(self.dtypes) == len(self.shapes):
-            raise ValueError(f"{len(self.names)} names, {len(self.dtypes)} dtypes and {len(self.shapes)} shapes do not match")
+            raise ValueError(
+                f"{len(self.names)} names, {len(self.dtypes)} dtypes and {len(self.shapes)} shapes do not match"
+            )
         unknown = [name for name in self.dtypes if not isinstance(getattr(torch, name, None), torch.dtype)]
         if unknown:
             raise ValueError(f"dtype '{unknown[0]}' is unknown")
@@ -203,7 +205,9 @@ def parse_jobs(engine: Engine, body: GenerateBody) -> list[Job]:
         sampling = _validated(SamplingBody, param, where)
         start = body.logprob_start_len if body.return_logprob and body.logprob_start_len >= 0 else None
         chosen = sampling.sampling(engine.eos_ids)
-        jobs.append(engine.job(tokens, chosen, sampling.n, rid, start, body.top_logprobs_num, body.return_routed_experts))
+        jobs.append(
+            engine.job(tokens, chosen, sampling.n, rid, start, body.top_logprobs_num, body.return_routed_experts)
+        )
     return jobs
 
 

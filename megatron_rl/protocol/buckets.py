@@ -36,7 +36,11 @@ class Bucket:
 
     def __str__(self) -> str:
         first, last = self.pieces[0].name, self.pieces[-1].name
-        return f"bucket {self.index} ('{first}')" if len(self.pieces) == 1 else f"bucket {self.index} ('{first}' to '{last}')"
+        return (
+            f"bucket {self.index} ('{first}')"
+            if len(self.pieces) == 1
+            else f"bucket {self.index} ('{first}' to '{last}')"
+        )
 
     @property
     def names(self) -> list[str]:

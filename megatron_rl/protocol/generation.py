@@ -147,7 +147,9 @@ def _sample(entry: dict[str, Any], request: GenerationRequest) -> Sample:
         topk = _topk(meta["output_top_logprobs"], len(tokens), request.top_logprobs_num)
     finish = meta["finish_reason"]
     versions = _versions(meta, len(tokens))
-    fault = str(finish.get("message", "")) if finish["type"] == "abort" and (finish.get("status_code") or 0) >= 500 else ""
+    fault = (
+        str(finish.get("message", "")) if finish["type"] == "abort" and (finish.get("status_code") or 0) >= 500 else ""
+    )
     retractions = int(meta.get("num_retractions") or 0)
     routing = None
     if request.routed is not None and meta.get("routed_experts") is not None:
@@ -192,7 +194,9 @@ def _topk(entries: list[list[list[Any]]], tokens: int, k: int) -> TopK:
     if len(entries) != tokens or any(len(likeliest) != k for likeliest in entries):
         raise ValueError(f"output_top_logprobs do not hold {k} entries for each of {tokens} tokens")
     # Numbers below 2^53 pass through float64 unharmed; None becomes NaN.
-    pairs_RK2 = np.array([[pair[:2] for pair in likeliest] for likeliest in entries], dtype=np.float64).reshape(tokens, k, 2)
+    pairs_RK2 = np.array([[pair[:2] for pair in likeliest] for likeliest in entries], dtype=np.float64).reshape(
+        tokens, k, 2
+    )
     return TopK(pairs_RK2[..., 1].astype(np.int32), pairs_RK2[..., 0].astype(np.float32))
 
 

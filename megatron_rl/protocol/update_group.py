@@ -23,7 +23,9 @@ class UpdateGroup:
         self._group: dist.ProcessGroup | None = group
 
     @classmethod
-    def join(cls, name: str, store: dist.Store, *, rank: int, world: int, backend: str, timeout_s: float) -> "UpdateGroup":
+    def join(
+        cls, name: str, store: dist.Store, *, rank: int, world: int, backend: str, timeout_s: float
+    ) -> "UpdateGroup":
         """Returns when all `world` members have joined. EngineError when they have not in time."""
         timeout = timedelta(seconds=timeout_s)
         try:
@@ -37,7 +39,9 @@ class UpdateGroup:
                 timeout=timeout,
             )
         except (RuntimeError, ValueError) as error:
-            raise EngineError(f"update group '{name}' of {world} members was not completed: {first_line(error)}") from error
+            raise EngineError(
+                f"update group '{name}' of {world} members was not completed: {first_line(error)}"
+            ) from error
         distributed_c10d._world.pg_group_ranks[group] = {i: i for i in range(world)}
         return cls(group)
 

@@ -8,7 +8,7 @@ from megatron_rl.report.history import History
 from megatron_rl.report.panel import Panel
 from megatron_rl.report.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, finish
 
-_COLOURS = dict(zip(SOURCES, (GREY, BLUE, ORANGE, RED, PURPLE, GREEN, "#c9a227"), strict=True))
+_COLORS = dict(zip(SOURCES, (GREY, BLUE, ORANGE, RED, PURPLE, GREEN, "#c9a227"), strict=True))
 
 
 def _draw_sources(ax: Axes, history: History) -> None:
@@ -17,7 +17,7 @@ def _draw_sources(ax: Axes, history: History) -> None:
     places, bottom = np.arange(table.shape[1]), np.zeros(table.shape[1])
     for name, height in zip(SOURCES, table, strict=False):
         if height.any():
-            ax.bar(places, height, 0.7, bottom=bottom, color=_COLOURS[name], label=name, linewidth=0)
+            ax.bar(places, height, 0.7, bottom=bottom, color=_COLORS[name], label=name, linewidth=0)
         bottom = bottom + height
     ax.plot(places, table[-1], color="black", marker="_", markersize=14, linestyle="none", label="total")
     finish(ax, "mean |delta|, nats", legend=False)

@@ -16,9 +16,9 @@ _RATES = (("erpd/teacher/greedy", "teacher, greedy", ORANGE), ("eval/greedy", "s
 
 
 def _draw_kl(ax: Axes, history: History) -> None:
-    columns = [(history.column(key), label, colour) for key, label, colour in _KL]
-    for column, label, colour in columns:
-        line(ax, column, label, colour)
+    columns = [(history.column(key), label, color) for key, label, color in _KL]
+    for column, label, color in columns:
+        line(ax, column, label, color)
     values = np.concatenate([column.values for column, _, _ in columns])
     if (values > 0).all() and values.max() > 10 * values.min():
         log_scale(ax)
@@ -26,11 +26,11 @@ def _draw_kl(ax: Axes, history: History) -> None:
 
 
 def _draw_rates(ax: Axes, history: History) -> None:
-    for key, label, colour in _RATES:
+    for key, label, color in _RATES:
         column = history.column(key)
         # The student's rate is logged with the number of steps done, the teacher's with the step it is a part of.
         steps = column.steps + key.startswith("erpd")
-        ax.plot(steps, column.values, color=colour, label=label, marker="o", markersize=4.5)
+        ax.plot(steps, column.values, color=color, label=label, marker="o", markersize=4.5)
     finish(ax, "pass rate, held-out problems", share=True)
 
 
@@ -47,9 +47,9 @@ def _draw_shift(ax: Axes, history: History) -> None:
     ax.grid(visible=False, axis="x")
     right = ax.twinx()
     right.grid(visible=False)
-    for name, colour in (("mean", BLUE), ("median", GREEN)):
+    for name, color in (("mean", BLUE), ("median", GREEN)):
         values = np.array(record[f"erpd/shift/{name}"], dtype=np.float64)
-        right.plot(places, values, color=colour, marker="o", markersize=4, label=name)
+        right.plot(places, values, color=color, marker="o", markersize=4, label=name)
     right.axhline(1, color=GREY, linewidth=0.8, linestyle="--")
     if right.get_ylim()[1] > 50:
         right.set_yscale("log")
@@ -63,10 +63,10 @@ def _draw_stages(ax: Axes, history: History) -> None:
     record = _last_round(history)
     right = ax.twinx()
     right.grid(visible=False)
-    for side, name, colour in ((ax, "teacher", ORANGE), (right, "student", BLUE)):
+    for side, name, color in ((ax, "teacher", ORANGE), (right, "student", BLUE)):
         losses = np.array(record[f"erpd/{name}/loss"], dtype=np.float64)
-        side.plot(np.arange(1, len(losses) + 1), losses, color=colour, marker="o", markersize=3)
-        side.set_ylabel(f"{name}'s loss", color=colour)
+        side.plot(np.arange(1, len(losses) + 1), losses, color=color, marker="o", markersize=3)
+        side.set_ylabel(f"{name}'s loss", color=color)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     ax.set_xlabel("update of the stage")
 

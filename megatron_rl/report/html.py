@@ -81,7 +81,11 @@ def _facts(history: History) -> list[tuple[str, str]]:
     """The large numbers on top of the page: (what, value)."""
     steps = [record["step"] for record in history.records if record.get("kind") == "step"]
     facts = [("steps", f"{len(steps)}")]
-    for key, label in (("eval/greedy", "held-out, greedy"), ("eval/sampled", "held-out, sampled"), ("pass_rate", "pass rate")):
+    for key, label in (
+        ("eval/greedy", "held-out, greedy"),
+        ("eval/sampled", "held-out, sampled"),
+        ("pass_rate", "pass rate"),
+    ):
         column = history.column(key)
         if len(column) > 1:
             facts.append((label, f"{column.values[0]:.0%} \N{RIGHTWARDS ARROW} {column.values[-1]:.0%}"))

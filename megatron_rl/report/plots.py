@@ -32,7 +32,14 @@ from megatron_rl.report.style import (
 _FAN = ("min", "q01", "q05", "q25", "q50", "q75", "q95", "q99", "max")
 _FAN_REACH = 1e3
 _BARS = 80  # steps up to which each has its own bar
-_SECONDS = (("rollout", BLUE), ("reward", GREEN), ("update", ORANGE), ("teacher", RED), ("student", ORANGE), ("sync", PURPLE))
+_SECONDS = (
+    ("rollout", BLUE),
+    ("reward", GREEN),
+    ("update", ORANGE),
+    ("teacher", RED),
+    ("student", ORANGE),
+    ("sync", PURPLE),
+)
 
 
 def save_panels(history: History, folder: Path) -> list[Panel]:
@@ -63,12 +70,12 @@ def plot_summary(run_folder: Path | str, out_png: Path | str) -> None:
 def _curves(
     ylabel: str, *curves: tuple[str, str, str], share: bool = False, zero: bool = False
 ) -> Callable[[Axes, History], None]:
-    """A panel of plain curves, each (key, label, colour). share: the axis is [0, 1]. zero: it starts at 0."""
+    """A panel of plain curves, each (key, label, color). share: the axis is [0, 1]. zero: it starts at 0."""
 
     def draw(ax: Axes, history: History) -> None:
-        for key, label, colour in curves:
+        for key, label, color in curves:
             if history.has(key):
-                line(ax, history.column(key), label, colour)
+                line(ax, history.column(key), label, color)
         finish(ax, ylabel, share=share)
         if zero:
             ax.set_ylim(bottom=0)
@@ -88,31 +95,33 @@ def _draw_reward(ax: Axes, history: History) -> None:
 
 
 def _draw_held_out(ax: Axes, history: History) -> None:
-    kinds = [(key, label, colour) for key, label, colour in _HELD_OUT if history.has(key)]
+    kinds = [(key, label, color) for key, label, color in _HELD_OUT if history.has(key)]
     columns = [history.column(key) for key, _, _ in kinds]
     if max(len(column) for column in columns) > 2:
-        for column, (_, label, colour) in zip(columns, kinds, strict=True):
-            ax.plot(column.steps, column.values, color=colour, label=label, marker="o", markersize=4.5)
+        for column, (_, label, color) in zip(columns, kinds, strict=True):
+            ax.plot(column.steps, column.values, color=color, label=label, marker="o", markersize=4.5)
             for at in (0, -1):
                 ax.annotate(
                     f"{column.values[at]:.0%}",
                     (column.steps[at], column.values[at]),
-                    (0, 7 if colour == GREEN else -14),
+                    (0, 7 if color == GREEN else -14),
                     textcoords="offset points",
                     ha="center",
-                    color=colour,
+                    color=color,
                     fontsize=8.5,
                 )
         finish(ax, "pass rate, held-out problems", share=True)
         return
     width = 0.8 / len(kinds)
-    for at, (column, (_, label, colour)) in enumerate(zip(columns, kinds, strict=True)):
+    for at, (column, (_, label, color)) in enumerate(zip(columns, kinds, strict=True)):
         places = np.arange(len(column)) + (at - (len(kinds) - 1) / 2) * width
-        bars = ax.bar(places, column.values, width * 0.92, color=colour, label=label)
+        bars = ax.bar(places, column.values, width * 0.92, color=color, label=label)
         ax.bar_label(bars, [f"{value:.0%}" for value in column.values], padding=2, color="#3d4653")
     longest = max(columns, key=len)
     names = ["before", "after"] if len(longest) == 2 else ["evaluation"]
-    ax.set_xticks(range(len(longest)), [f"{name}\nstep {step}" for name, step in zip(names, longest.steps, strict=True)])
+    ax.set_xticks(
+        range(len(longest)), [f"{name}\nstep {step}" for name, step in zip(names, longest.steps, strict=True)]
+    )
     ax.grid(visible=False, axis="x")
     ax.set_ylim(0, 1.12)
     ax.set_yticks(np.linspace(0, 1, 6))
@@ -122,10 +131,10 @@ def _draw_held_out(ax: Axes, history: History) -> None:
 
 
 def _draw_kl(ax: Axes, history: History) -> None:
-    curves = [(key, label, colour) for key, label, colour in _KL if history.has(key)]
+    curves = [(key, label, color) for key, label, color in _KL if history.has(key)]
     values = np.concatenate([history.column(key).values for key, _, _ in curves])
-    for key, label, colour in curves:
-        line(ax, history.column(key), label, colour, linestyle="--" if key.startswith("mismatch") else "-")
+    for key, label, color in curves:
+        line(ax, history.column(key), label, color, linestyle="--" if key.startswith("mismatch") else "-")
     sizes = np.abs(values[values != 0])
     if len(sizes) and sizes.max() > 30 * sizes.min():
         if (values > 0).all():
@@ -138,15 +147,19 @@ def _draw_kl(ax: Axes, history: History) -> None:
     finish(ax, "KL(mu || pi), nats per token")
 
 
-def _fan(prefix: str, colour: str) -> Callable[[Axes, History], None]:
+def _fan(prefix: str, color: str) -> Callable[[Axes, History], None]:
     """Quantile bands of the importance ratio."""
 
     def draw(ax: Axes, history: History) -> None:
         steps, table = history.table([f"{prefix}ratio/{name}" for name in _FAN])
         lowest, q01, q05, q25, q50, q75, q95, q99, highest = table
-        for low, high, alpha, label in ((q01, q99, 0.16, "1-99 %"), (q05, q95, 0.28, "5-95 %"), (q25, q75, 0.5, "25-75 %")):
-            ax.fill_between(steps, low, high, color=colour, alpha=alpha, linewidth=0, label=label)
-        ax.plot(steps, q50, color=colour, label="median")
+        for low, high, alpha, label in (
+            (q01, q99, 0.16, "1-99 %"),
+            (q05, q95, 0.28, "5-95 %"),
+            (q25, q75, 0.5, "25-75 %"),
+        ):
+            ax.fill_between(steps, low, high, color=color, alpha=alpha, linewidth=0, label=label)
+        ax.plot(steps, q50, color=color, label="median")
         ax.plot(steps, highest, color=GREY, linewidth=0.9, label="min, max")
         ax.plot(steps, lowest, color=GREY, linewidth=0.9)
         # One token out of millions must not flatten the bands; the summary table has the extremes.
@@ -161,22 +174,22 @@ def _fan(prefix: str, colour: str) -> Callable[[Axes, History], None]:
 
 
 def _draw_seconds(ax: Axes, history: History) -> None:
-    parts = [(name, colour) for name, colour in _SECONDS if history.has(f"seconds/{name}")]
+    parts = [(name, color) for name, color in _SECONDS if history.has(f"seconds/{name}")]
     keys = [f"seconds/{name}" for name, _ in parts]
     whole = history.has("seconds/total", *keys)
     steps, table = history.table([*keys, "seconds/total"] if whole else keys)
-    stack, colours, labels = list(table[: len(keys)]), [colour for _, colour in parts], [name for name, _ in parts]
+    stack, colors, labels = list(table[: len(keys)]), [color for _, color in parts], [name for name, _ in parts]
     if whole:
         stack.append(np.maximum(table[-1] - table[:-1].sum(axis=0), 0))
-        colours, labels = [*colours, GREY], [*labels, "other"]
+        colors, labels = [*colors, GREY], [*labels, "other"]
     if len(steps) > _BARS:
         stack = [running_mean(height, len(steps) // 30) for height in stack]
     bottom = np.zeros(len(steps))
-    for height, colour, label in zip(stack, colours, labels, strict=True):
+    for height, color, label in zip(stack, colors, labels, strict=True):
         if len(steps) <= _BARS:
-            ax.bar(steps, height, 0.86, bottom=bottom, color=colour, label=label, linewidth=0)
+            ax.bar(steps, height, 0.86, bottom=bottom, color=color, label=label, linewidth=0)
         else:
-            ax.fill_between(steps, bottom, bottom + height, color=colour, label=label, linewidth=0)
+            ax.fill_between(steps, bottom, bottom + height, color=color, label=label, linewidth=0)
         bottom = bottom + height
     ax.grid(visible=False, axis="x")
     finish(ax, "seconds per step", legend=False)
@@ -272,7 +285,9 @@ PANELS = (
         ("truncated",),
         _curves("share of responses", ("truncated", "", RED), zero=True),
     ),
-    Panel("seconds", "Where the time goes", "Wall clock of a step.", ("seconds/rollout", "seconds/update"), _draw_seconds),
+    Panel(
+        "seconds", "Where the time goes", "Wall clock of a step.", ("seconds/rollout", "seconds/update"), _draw_seconds
+    ),
     Panel(
         "throughput",
         "Throughput",

@@ -6,26 +6,26 @@ from megatron_rl.report.history import History
 from megatron_rl.report.panel import Panel
 from megatron_rl.report.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, finish, line, log_scale
 
-_COLOURS = (BLUE, ORANGE, PURPLE, GREEN, RED, GREY)
-_BY_AGE = tuple((f"mismatch/stale_{age}/k3", f"{age}", colour) for age, colour in enumerate(_COLOURS))
+_COLORS = (BLUE, ORANGE, PURPLE, GREEN, RED, GREY)
+_BY_AGE = tuple((f"mismatch/stale_{age}/k3", f"{age}", color) for age, color in enumerate(_COLORS))
 # Logged where some token is older than the weights that are trained.
 _OLDER = tuple(key for key, _, _ in _BY_AGE[1:])
 
 
 def _draw_staleness(ax: Axes, history: History) -> None:
-    for name, colour in (("max", ORANGE), ("mean", BLUE)):
-        line(ax, history.column(f"staleness/{name}"), name, colour)
+    for name, color in (("max", ORANGE), ("mean", BLUE)):
+        line(ax, history.column(f"staleness/{name}"), name, color)
     finish(ax, "versions")
     ax.set_ylim(bottom=0)
 
 
 def _draw_by_age(ax: Axes, history: History) -> None:
     positive = True
-    for key, age, colour in _BY_AGE:
+    for key, age, color in _BY_AGE:
         if history.has(key):
             column = history.column(key)
             positive &= bool((column.values > 0).all())
-            ax.plot(column.steps, column.values, color=colour, label=age, marker="o", markersize=3)
+            ax.plot(column.steps, column.values, color=color, label=age, marker="o", markersize=3)
     if positive:
         log_scale(ax)
     finish(ax, "k3 of mu against pi, nats per token")

@@ -44,15 +44,15 @@ RC: dict[str, Any] = {
 _SMOOTH_FROM = 40  # records from which a curve gets a running mean
 
 
-def line(ax: Axes, column: Column, label: str, colour: str, **more: Any) -> None:
+def line(ax: Axes, column: Column, label: str, color: str, **more: Any) -> None:
     """A curve; long ones as a running mean over a faint original."""
     window = max(1, len(column) // 20) if len(column) >= _SMOOTH_FROM else 1
     marker = "o" if len(column) <= 15 else None
     if window == 1:
-        ax.plot(column.steps, column.values, color=colour, label=label, marker=marker, markersize=3.5, **more)
+        ax.plot(column.steps, column.values, color=color, label=label, marker=marker, markersize=3.5, **more)
         return
-    ax.plot(column.steps, column.values, color=colour, alpha=0.25, linewidth=0.9)
-    ax.plot(column.steps, running_mean(column.values, window), color=colour, label=label, **more)
+    ax.plot(column.steps, column.values, color=color, alpha=0.25, linewidth=0.9)
+    ax.plot(column.steps, running_mean(column.values, window), color=color, label=label, **more)
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:

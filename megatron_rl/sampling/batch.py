@@ -21,7 +21,9 @@ def make_batch(
     """
     bad = [t.id for t in trajectories if t.reward is None or not math.isfinite(t.reward)]
     if bad:
-        raise UserError(f"reward is missing or not finite for trajectories {bad[:20]}: the step is refused; mend the verifier")
+        raise UserError(
+            f"reward is missing or not finite for trajectories {bad[:20]}: the step is refused; mend the verifier"
+        )
     prompts = np.array([len(t.prompt_tokens) for t in trajectories])
     responses = np.array([len(t.response_tokens) for t in trajectories])
     cu_seqlens = np.concatenate([[0], np.cumsum(prompts + responses)])
@@ -66,7 +68,11 @@ def make_batch(
 
 def _trained(trajectory: Trajectory) -> np.ndarray:
     size = len(trajectory.response_tokens)
-    return np.ones(size, np.float32) if trajectory.response_mask is None else np.asarray(trajectory.response_mask, np.float32)
+    return (
+        np.ones(size, np.float32)
+        if trajectory.response_mask is None
+        else np.asarray(trajectory.response_mask, np.float32)
+    )
 
 
 def _versions(trajectory: Trajectory) -> np.ndarray:

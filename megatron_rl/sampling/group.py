@@ -1,7 +1,7 @@
 """From prompts to trajectories: one coroutine per group, numbered for the whole run.
 
 A group begins with one request for n samples. Each sample then goes its own way: it is continued by its tokens after an
-abort, and, where an environment answers, turn by turn. Engine tokens are passed on as they came, never tokenised again.
+abort, and, where an environment answers, turn by turn. Engine tokens are passed on as they came, never tokenized again.
 """
 
 import asyncio
@@ -111,7 +111,9 @@ def sample_groups(
     )
 
     def group(at: int) -> Coroutine[Any, Any, Group]:
-        return sample_group(pool.ask, prompts[at], settings, first_id=first_id + at * settings.samples, group=first_group + at)
+        return sample_group(
+            pool.ask, prompts[at], settings, first_id=first_id + at * settings.samples, group=first_group + at
+        )
 
     async def all_groups() -> list[Group]:
         return await together([group(at) for at in range(len(prompts))])
@@ -124,8 +126,8 @@ async def sample_group(ask: Ask, prompt: Prompt, settings: GroupSettings, *, fir
 
     Request names and sampling seeds are pure functions of (seed, trajectory id, number of the sample's request). Response
     tokens are the engine's, a stop token that matched included. topk K > 0: trajectories carry the K likeliest tokens of the
-    behaviour policy at every position, and logmu.
-    Raises EngineError naming the trajectories whose behaviour log-probabilities are not finite or that stay aborted.
+    behavior policy at every position, and logmu.
+    Raises EngineError naming the trajectories whose behavior log-probabilities are not finite or that stay aborted.
     """
     samples = await ask(_request(settings, first_id, 0, prompt.tokens, settings.samples, settings.max_new_tokens))
     check_samples(samples, first_id)
@@ -230,7 +232,9 @@ def check_samples(samples: Sequence[Sample], first_id: int) -> None:
         raise EngineError(f"the engine failed on {named([number for number, _ in faulty])}: {faulty[0][1]}")
     broken = [first_id + k for k, sample in enumerate(samples) if not _finite(sample)]
     if broken:
-        raise EngineError(f"non-finite behaviour log-probabilities in {named(broken)}: check the weights the engines serve")
+        raise EngineError(
+            f"non-finite behavior log-probabilities in {named(broken)}: check the weights the engines serve"
+        )
 
 
 def _finite(sample: Sample) -> bool:

@@ -47,7 +47,12 @@ def check_rollouts(config: Config) -> None:
             "rollout.update_mode: in_place keeps the cache of requests that run through a weight update, and with "
             "rollout.max_staleness: 0 none does: take retract, or raise max_staleness"
         )
-    if rollout.routing_replay and rollout.engine == "sglang" and rollout.update_mode == "retract" and rollout.max_staleness:
+    if (
+        rollout.routing_replay
+        and rollout.engine == "sglang"
+        and rollout.update_mode == "retract"
+        and rollout.max_staleness
+    ):
         raise ConfigError(
             "rollout.update_mode: retract has SGLang choose the experts of tokens again that older weights sampled, and "
             "rollout.routing_replay would replay those: take abort or in_place, or rollout.max_staleness: 0"
@@ -82,7 +87,9 @@ def stop_token_ids(folder: Path) -> tuple[int, ...]:
             value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
             found.update([value] if isinstance(value, int) else value or [])
     if not found:
-        raise ConfigError(f"{folder} names no eos_token_id in generation_config.json or config.json: responses could never end")
+        raise ConfigError(
+            f"{folder} names no eos_token_id in generation_config.json or config.json: responses could never end"
+        )
     return tuple(sorted(found))
 
 
@@ -94,7 +101,9 @@ def _routed(config: Config) -> RoutedShape | None:
     where = str(folder.path / "config.json")
     shape = family_of(folder.config, where).shape_from_config(HFConfig(folder.config, where))
     if shape.experts is None:
-        raise ConfigError(f"rollout.routing_replay: true replays the choice of experts, and {where} is of a dense model")
+        raise ConfigError(
+            f"rollout.routing_replay: true replays the choice of experts, and {where} is of a dense model"
+        )
     return RoutedShape(shape.num_layers, shape.experts.per_token, shape.experts.count)
 
 
@@ -131,7 +140,9 @@ class Rollouts:
     def begin(self, state: TrainState) -> str:
         """Make ready to collect from `state` on; a line about finished groups that an earlier life left, "" without any."""
         config, rollout = self.config, self.config.rollout
-        self._draws = Draws(state.step * rollout.prompts_per_step if state.drawn is None else state.drawn, state.drawn_ahead)
+        self._draws = Draws(
+            state.step * rollout.prompts_per_step if state.drawn is None else state.drawn, state.drawn_ahead
+        )
         self._buffer = GroupBuffer(rollouts_folder(config), self._asked())
         found, dropped = self._buffer.recover(lambda group: self._usable(group, state.version))
         settings = GroupSettings(
@@ -150,7 +161,9 @@ class Rollouts:
         source = Source(self._prompt, self._rewards, rollout.max_prompt_tokens)
         bounds = Bounds(
             wanted=rollout.prompts_per_step,
-            asked=math.ceil(round(rollout.oversample * rollout.prompts_per_step, 6)),  # 1.1 x 10 is more than 11 in floats
+            asked=math.ceil(
+                round(rollout.oversample * rollout.prompts_per_step, 6)
+            ),  # 1.1 x 10 is more than 11 in floats
             replaceable=rollout.dynamic_sampling,
             max_staleness=rollout.max_staleness,
             steps=config.run.steps,
@@ -273,7 +286,13 @@ class Rollouts:
             "seed": config.run.seed,
             "rollout": {
                 name: getattr(rollout, name)
-                for name in ("samples_per_prompt", "max_prompt_tokens", "max_new_tokens", "temperature", "routing_replay")
+                for name in (
+                    "samples_per_prompt",
+                    "max_prompt_tokens",
+                    "max_new_tokens",
+                    "temperature",
+                    "routing_replay",
+                )
             },
             "columns": [self.need_logmu, self.topk],
         }

@@ -170,7 +170,9 @@ class Sampler:
             groups.dropped_stale += 1
         else:
             allowed = self._allowed(groups.number)
-            raise EngineError(f"{named(stale)} were not sampled under weight version {allowed}: an engine was not updated")
+            raise EngineError(
+                f"{named(stale)} were not sampled under weight version {allowed}: an engine was not updated"
+            )
         group = await asyncio.to_thread(self._verify, groups.number, prompt, group)
         if not groups.settled:
             self._begin(groups, groups.finish(group))

@@ -55,14 +55,20 @@ def interpreter() -> Interpreter:
         environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
     command = [path, *FLAGS, "-c", _LOOK]
     try:
-        answer = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=120, check=True)
+        answer = subprocess.run(
+            command, env=environment, cwd="/", capture_output=True, text=True, timeout=120, check=True
+        )
         seen = json.loads(answer.stdout)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         told = (getattr(error, "stderr", "") or str(error)).strip()[-300:]
-        raise ConfigError(f"{path} does not start without an environment, as the sandbox needs it to: {told}") from error
+        raise ConfigError(
+            f"{path} does not start without an environment, as the sandbox needs it to: {told}"
+        ) from error
     libraries = [os.path.dirname(library) for library in seen["libraries"] if os.path.isfile(library)]
     links = tuple((name, os.readlink(name)) for name in ("/lib", "/lib32", "/lib64") if os.path.islink(name))
-    folders = {_through(links, os.path.normpath(folder)) for folder in seen["folders"]} | set(map(os.path.realpath, libraries))
+    folders = {_through(links, os.path.normpath(folder)) for folder in seen["folders"]} | set(
+        map(os.path.realpath, libraries)
+    )
     outer = sorted(folder for folder in folders if not any(_inside(folder, other) for other in folders))
     binds = [(os.path.realpath(folder), folder) for folder in outer]
     loaders = [str(loader) for folder in ("/lib", "/lib64") for loader in Path(folder).glob("ld-*.so*")]

@@ -161,7 +161,9 @@ def build_root(request: Request) -> None:
         os.symlink(text, f"/new{target}")
     os.makedirs(f"/new{request['folder']}")
     with open("/old/proc/self/mountinfo") as lines:
-        mounts = [(fields[4], fields[5].split(",")) for fields in map(str.split, lines) if f"{fields[4]}/".startswith("/new/")]
+        mounts = [
+            (fields[4], fields[5].split(",")) for fields in map(str.split, lines) if f"{fields[4]}/".startswith("/new/")
+        ]
     for target, options in mounts:
         flags = sum(flag for name, flag in KEPT.items() if name in options) | MS_NOSUID
         flags |= 0 if target.startswith("/new/dev/") else MS_NODEV

@@ -104,7 +104,9 @@ def run_block(way: Way, code: str, *, seconds: float, memory_mb: int, output_byt
     if way == "unsafe":
         with tempfile.TemporaryDirectory(prefix="megatron-rl-tool-", ignore_cleanup_errors=True) as folder:
             return _read(way, python, request | {"folder": folder}, output_bytes)
-    return _read(way, python, request | {"binds": python.binds, "links": python.links, "hidden": python.hidden}, output_bytes)
+    return _read(
+        way, python, request | {"binds": python.binds, "links": python.links, "hidden": python.hidden}, output_bytes
+    )
 
 
 @functools.cache

@@ -77,7 +77,13 @@ def _bait() -> Iterator[dict[str, Any]]:
         os.chmod(folder, 0o755)
         file = Path(folder, "canary")
         file.write_text("canary", encoding="utf-8")
-        yield {"port": tcp.getsockname()[1], "name": name, "file": str(file), "pid": os.getpid(), "home": str(Path.home())}
+        yield {
+            "port": tcp.getsockname()[1],
+            "name": name,
+            "file": str(file),
+            "pid": os.getpid(),
+            "home": str(Path.home()),
+        }
 
 
 _PROBE = """

@@ -40,7 +40,7 @@ from megatron_rl.protocol.bodies import (
 from megatron_rl.protocol.payload import unpack
 from megatron_rl.server.decode_batch import Job
 from megatron_rl.server.engine import Engine
-from megatron_rl.server.quantized_linear import Quantisation, described, requested
+from megatron_rl.server.quantized_linear import EngineQuantization, described, requested
 
 _PR_SET_PDEATHSIG = 1
 
@@ -95,7 +95,7 @@ def _add_generation(app: FastAPI, engine: Engine) -> None:
                 "is_generation": True,
                 "weight_version": engine.weight_version,
                 "engine": "embedded",
-                **described(engine.dtype, engine.quantisation),
+                **described(engine.dtype, engine.engine_quantization),
                 "deterministic": engine.deterministic,
                 "paused": engine.paused,
                 "memory": engine.memory,
@@ -253,7 +253,7 @@ def serve(
     device: str = "cpu",
     max_rows: int = 512,
     parent_pid: int = 0,
-    quantisation: Quantisation | None = None,
+    engine_quantization: EngineQuantization | None = None,
 ) -> None:
     """Load the model and serve it until SIGTERM or SIGINT; requests still running then end as aborted.
 
@@ -262,7 +262,14 @@ def serve(
     if parent_pid:
         _die_with(parent_pid)
     engine = Engine(
-        model_dir, dtype, threads, deterministic, weight_version, device, max_rows, quantisation=quantisation
+        model_dir,
+        dtype,
+        threads,
+        deterministic,
+        weight_version,
+        device,
+        max_rows,
+        engine_quantization=engine_quantization,
     ).start()
     config = uvicorn.Config(
         create_app(engine),
@@ -302,15 +309,31 @@ def main(
     max_rows: Annotated[int, typer.Option(help="samples decoded together")] = 512,
     parent_pid: Annotated[int, typer.Option(help="die when this parent process dies")] = 0,
     quantization: Annotated[str, typer.Option(help=f"of the weights: none, {', '.join(WIRE)}")] = "none",
-    activations: Annotated[str, typer.Option(help="fp8: inputs of quantised layers too, 1 x 128 per token")] = "none",
-    parameters: Annotated[str, typer.Option(help="the trainer's dtype, which weights pass before being quantised")] = "bf16",
-    first_last_bf16: Annotated[bool, typer.Option("--first-last-bf16", help="spare the first and the last layer")] = False,
+    activations: Annotated[str, typer.Option(help="fp8: inputs of quantized layers too, 1 x 128 per token")] = "none",
+    parameters: Annotated[
+        str, typer.Option(help="the trainer's dtype, which weights pass before being quantized")
+    ] = "bf16",
+    first_last_bf16: Annotated[
+        bool, typer.Option("--first-last-bf16", help="spare the first and the last layer")
+    ] = False,
 ) -> None:
     """Serve a model with the embedded engine."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        quantisation = requested(quantization, activations, first_last_bf16, parameters)
-        serve(model, host, port, dtype, threads, deterministic, weight_version, device, max_rows, parent_pid, quantisation)
+        engine_quantization = requested(quantization, activations, first_last_bf16, parameters)
+        serve(
+            model,
+            host,
+            port,
+            dtype,
+            threads,
+            deterministic,
+            weight_version,
+            device,
+            max_rows,
+            parent_pid,
+            engine_quantization,
+        )
     except MegatronRLError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -127,7 +127,9 @@ class Batcher:
     def flush(self) -> None:
         """Nothing outlives its request here; EngineError while requests hold keys and values."""
         if self.running is not None:
-            raise EngineError(f"the cache holds {int(self.running.alive.sum())} running samples: abort or retract them first")
+            raise EngineError(
+                f"the cache holds {int(self.running.alive.sum())} running samples: abort or retract them first"
+            )
 
     def release(self) -> None:
         """Give the weights' memory back; EngineError while requests run or wait."""
@@ -205,7 +207,9 @@ class Batcher:
             elif reason == BROKEN:
                 place = f"output token {len(row.tokens) - 1} under weight version '{self.version}'"
                 message = f"non-finite log-probability at {place}"
-                self._finish(row, {"type": "abort", "message": message, "status_code": 500, "err_type": "NonFiniteLogits"})
+                self._finish(
+                    row, {"type": "abort", "message": message, "status_code": 500, "err_type": "NonFiniteLogits"}
+                )
             else:
                 self._finish(row, {"type": "length", "length": len(row.tokens)})
 

@@ -126,7 +126,9 @@ class Job:
 class Batch:
     """Rows decoded together, as columns: numpy for bookkeeping, one tensor per layer for the cache."""
 
-    def __init__(self, rows: list[Row], cache: GrowingCache, columns: np.ndarray, stops: np.ndarray, room: int = 32) -> None:
+    def __init__(
+        self, rows: list[Row], cache: GrowingCache, columns: np.ndarray, stops: np.ndarray, room: int = 32
+    ) -> None:
         self.rows = rows
         self.cache = cache
         self.columns = columns

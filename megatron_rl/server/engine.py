@@ -25,7 +25,7 @@ from megatron_rl.precision.plan import DTYPES
 from megatron_rl.server.batcher import Batcher
 from megatron_rl.server.decode_batch import Job, Sampling
 from megatron_rl.server.model_weights import Weights, eos_ids, load_weights, make_weights, read_config, tied_names
-from megatron_rl.server.quantized_linear import Quantisation
+from megatron_rl.server.quantized_linear import EngineQuantization
 from megatron_rl.server.routed_experts import has_experts
 from megatron_rl.server.weight_updates import Groups, Update, Updates
 from megatron_rl.weights.quantized import is_scale
@@ -45,7 +45,7 @@ class Engine:
 
     dtype: of weights, activations and cache ("fp32", "bf16", "fp16"). deterministic: every request is its own batch,
     never joined nor compacted, so that a sample depends on weights, prompt, n and seed alone. threads: torch
-    threads of this engine (0: torch's choice). max_rows: samples decoded together. quantisation: of weights and inputs,
+    threads of this engine (0: torch's choice). max_rows: samples decoded together. quantization: of weights and inputs,
     emulated: weights are held as the values of their codes. None: weights are served as they come, cast to dtype.
     """
 
@@ -59,7 +59,7 @@ class Engine:
         device: str = "cpu",
         max_rows: int = 512,
         max_prefill_tokens: int = 16384,
-        quantisation: Quantisation | None = None,
+        engine_quantization: EngineQuantization | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise UserError(f"engine dtype '{dtype}' is not one of {sorted(DTYPES)}")
@@ -68,11 +68,15 @@ class Engine:
             torch.set_num_threads(threads)
         self.config = read_config(self.model_dir)
         self._device = torch.device(device)
-        self.quantisation = quantisation
-        self._plan = None if quantisation is None else quantisation.plan(int(self.config.num_hidden_layers), dtype)
+        self.engine_quantization = engine_quantization
+        self._plan = (
+            None if engine_quantization is None else engine_quantization.plan(int(self.config.num_hidden_layers), dtype)
+        )
         weights = load_weights(self.model_dir, self.config, DTYPES[dtype], self._device, plan=self._plan)
         self._shapes = weights.shapes
-        self.tokenizer = AutoTokenizer.from_pretrained(model_dir) if (self.model_dir / "tokenizer.json").is_file() else None
+        self.tokenizer = (
+            AutoTokenizer.from_pretrained(model_dir) if (self.model_dir / "tokenizer.json").is_file() else None
+        )
         self.eos_ids = eos_ids(self.model_dir, self.config, self.tokenizer)
         self.vocab_size = int(self.config.vocab_size)
         self.context = int(getattr(self.config, "max_position_embeddings", 0) or 1 << 30)
@@ -93,7 +97,9 @@ class Engine:
         self._first_arrival = self._last_arrival = 0.0
         self._stopping = False
         self.paused = False
-        self.memory: Literal["held", "released", "empty"] = "held"  # of the weights; empty: taken back, nothing in it yet
+        self.memory: Literal["held", "released", "empty"] = (
+            "held"  # of the weights; empty: taken back, nothing in it yet
+        )
         self.failure = ""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -144,12 +150,18 @@ class Engine:
         if input_start is not None and not 0 <= input_start < len(prompt):
             raise UserError(f"field 'logprob_start_len': {input_start} is outside the prompt of {len(prompt)} tokens")
         if top_logprobs > self.vocab_size:
-            raise UserError(f"field 'top_logprobs_num': {top_logprobs} is more than the vocabulary of {self.vocab_size}")
+            raise UserError(
+                f"field 'top_logprobs_num': {top_logprobs} is more than the vocabulary of {self.vocab_size}"
+            )
         # A filter may leave fewer tokens with any mass than are wanted; what would the rest report?
         if top_logprobs and (sampling.top_p < 1 or sampling.top_k > 0):
-            raise UserError("field 'top_logprobs_num' needs the whole distribution: send top_p 1 and top_k -1, or leave it out")
+            raise UserError(
+                "field 'top_logprobs_num' needs the whole distribution: send top_p 1 and top_k -1, or leave it out"
+            )
         if routed and not has_experts(self.config):
-            raise UserError(f"field 'return_routed_experts': the routers of a '{self.config.model_type}' model are not known")
+            raise UserError(
+                f"field 'return_routed_experts': the routers of a '{self.config.model_type}' model are not known"
+            )
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         return Job.make(rid or secrets.token_hex(16), prompt, n, sampling, seed, input_start, top_logprobs, routed)
 
@@ -188,7 +200,7 @@ class Engine:
         return self._call(lambda: (self._batcher.version, dict(self._batcher.weights.digests)))
 
     def save_weights(self, folder: Path) -> str:
-        """Write what is multiplied with right now, dequantised and in the dtype it is held in, to `model.safetensors` in
+        """Write what is multiplied with right now, dequantized and in the dtype it is held in, to `model.safetensors` in
         `folder`; answers the version served. The digests of `checksums` tell what came in, this what became of it.
         """
         self._check_weights()
@@ -332,7 +344,9 @@ class Engine:
         held = self._batcher.weights.model.state_dict()
         fused = [name for name in self._shapes if name not in held]
         if fused:
-            raise EngineError(f"tensor {fused[0]} is held in one with others: a model with experts cannot be given back")
+            raise EngineError(
+                f"tensor {fused[0]} is held in one with others: a model with experts cannot be given back"
+            )
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tensors = {name: held[name].to("cpu", copy=True).contiguous() for name in self._shapes}
@@ -344,7 +358,9 @@ class Engine:
     def _release(self) -> None:
         with self._lock:  # no job may be taken between the look at the queue and the end of the weights
             if self._jobs:
-                raise EngineError(f"{len(self._jobs)} requests are being served: abort them before the memory is released")
+                raise EngineError(
+                    f"{len(self._jobs)} requests are being served: abort them before the memory is released"
+                )
             if self.memory == "held":
                 self._batcher.release()
             self.memory = "released"

@@ -20,10 +20,10 @@ from transformers.utils import logging as transformers_logging
 
 from megatron_rl.errors import CheckpointError
 from megatron_rl.precision.plan import DTYPES, PrecisionPlan
-from megatron_rl.server.quantized_linear import quantises_inputs, use_quantised_products
+from megatron_rl.server.quantized_linear import quantizes_inputs, use_quantized_products
 from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.hf_folder import MANIFEST
-from megatron_rl.weights.quantized import check_config, is_finite, is_scale, join, quantise_at_load, shapes
+from megatron_rl.weights.quantized import check_config, is_finite, is_scale, join, quantize_at_load, shapes
 
 ATTENTION = {"full_attention", "sliding_attention"}
 READABLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,18 +55,20 @@ def load_weights(
 
     expected: names and shapes the tensors must have; None at the first load, when the architecture decides.
     version: compared with the version of manifest.json, where the folder has one.
-    plan: of an engine with quantised weights, which takes codes and scales, or quantises what is not quantised yet.
+    plan: of an engine with quantized weights, which takes codes and scales, or quantizes what is not quantized yet.
     Raises CheckpointError naming the file or the tensor; the caller's model is not touched.
     """
     tensors = _read(folder)
-    stated = _stated_quantisation(folder)
-    _check_quantised(folder, tensors, stated, plan)
+    stated = _stated_quantization(folder)
+    _check_quantized(folder, tensors, stated, plan)
     digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
     if expected is not None:
         _check_names(folder, shapes(tensors, coded=stated is not None), expected, tied_names(config))
     _check_manifest(folder, digests, version)
     # A copy even where the dtype stays: tensors read from a file map it, and the file may be rewritten.
-    return make_weights(tensors, digests, config, dtype, device, plan=plan, coded=stated is not None, where=folder, copies=True)
+    return make_weights(
+        tensors, digests, config, dtype, device, plan=plan, coded=stated is not None, where=folder, copies=True
+    )
 
 
 def make_weights(
@@ -92,18 +94,18 @@ def make_weights(
     held = shapes(tensors, coded=coded)
     if expected is not None:
         _check_names(where, held, expected, tied)
-    values = tensors if plan is None else _quantised_values(where, tensors, plan, dtype, coded=coded)
+    values = tensors if plan is None else _quantized_values(where, tensors, plan, dtype, coded=coded)
     _check_values(where, values, dtype)
     _check_tied(where, values, tied)
     served = {name: tensor.to(device=device, dtype=dtype, copy=copies) for name, tensor in values.items()}
-    emulated = plan is not None and quantises_inputs(plan)
+    emulated = plan is not None and quantizes_inputs(plan)
     # transformers keeps the experts of a layer in one parameter, under none of their names: such a model is built anew.
     named = like is not None and all(name in served or name in tied for name, _ in like.named_parameters())
     if like is not None and named and not emulated:
         return Weights(_with_parameters(like, served, tied), held, digests)
     model = _build(where, config, served, dtype).to(device)
     if plan is not None and emulated:
-        use_quantised_products(model, values, plan)
+        use_quantized_products(model, values, plan)
     return Weights(model, held, digests)
 
 
@@ -115,7 +117,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise CheckpointError(f"{folder}/config.json: model_type '{config.model_type}' is not a causal language model")
     other = set(getattr(config, "layer_types", None) or ()) - ATTENTION
     if other:
-        raise CheckpointError(f"{folder}/config.json: layers of type {sorted(other)} are not supported by the embedded engine")
+        raise CheckpointError(
+            f"{folder}/config.json: layers of type {sorted(other)} are not supported by the embedded engine"
+        )
     return config
 
 
@@ -155,7 +159,7 @@ def tied_names(config: PreTrainedConfig) -> dict[str, str]:
     return dict(keys) if isinstance(keys, dict) else {}
 
 
-def _stated_quantisation(folder: Path) -> dict[str, Any] | None:
+def _stated_quantization(folder: Path) -> dict[str, Any] | None:
     """`quantization_config` of the folder's config.json, where it has one."""
     path = folder / "config.json"
     if not path.is_file():
@@ -167,14 +171,14 @@ def _stated_quantisation(folder: Path) -> dict[str, Any] | None:
     return stated if stated is None else dict(stated)
 
 
-def _check_quantised(
+def _check_quantized(
     folder: Path, tensors: dict[str, torch.Tensor], stated: dict[str, Any] | None, plan: PrecisionPlan | None
 ) -> None:
     """Codes are taken only where config.json announces them and the engine was started for that format."""
     if stated is not None and plan is None:
         raise CheckpointError(
             f"{folder}: config.json has a quantization_config ({stated.get('quant_method')}), but the engine serves "
-            "unquantised weights: start it with --quantization, or give it unquantised weights"
+            "unquantized weights: start it with --quantization, or give it unquantized weights"
         )
     if stated is not None and plan is not None:
         check_config(stated, plan, f"{folder}/config.json")
@@ -184,15 +188,17 @@ def _check_quantised(
         raise CheckpointError(f"{folder}: tensor {scales[0]} is a scale, but config.json has no quantization_config")
 
 
-def _quantised_values(
+def _quantized_values(
     folder: Path | str, tensors: dict[str, torch.Tensor], plan: PrecisionPlan, dtype: torch.dtype, *, coded: bool
 ) -> dict[str, torch.Tensor]:
     """What the engine multiplies with, under plain names: fp32 for emulated products, which round once at their end."""
-    dtype = torch.float32 if quantises_inputs(plan) else dtype
+    dtype = torch.float32 if quantizes_inputs(plan) else dtype
     if coded:
         return join(tensors, plan, str(folder), dtype)
-    _check_values(folder, {name: tensor for name, tensor in tensors.items() if plan.quantised(name)}, DTYPES[plan.train])
-    return quantise_at_load(tensors, plan, dtype)
+    _check_values(
+        folder, {name: tensor for name, tensor in tensors.items() if plan.quantized(name)}, DTYPES[plan.train]
+    )
+    return quantize_at_load(tensors, plan, dtype)
 
 
 def _check_names(
@@ -237,7 +243,9 @@ def _check_manifest(folder: Path, digests: dict[str, str], version: str | None) 
 def _check_values(folder: Path | str, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in READABLE:
-            raise CheckpointError(f"{folder}: tensor {name} is {tensor.dtype}; the engine reads float32, bfloat16, float16")
+            raise CheckpointError(
+                f"{folder}: tensor {name} is {tensor.dtype}; the engine reads float32, bfloat16, float16"
+            )
         if not is_finite(tensor):
             raise CheckpointError(f"{folder}: tensor {name} has non-finite values")
         if tensor.dtype != dtype and not is_finite(tensor.to(dtype)):

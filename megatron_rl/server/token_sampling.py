@@ -8,7 +8,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014) on uint64; a bijection with full avalanche."""
+    """The finalizer of SplitMix64 (Steele, Lea, Flood 2014) on uint64; a bijection with full avalanche."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -40,7 +40,7 @@ def choose(
     K likeliest tokens; else None.
 
     logits_RV float32. temperature [R]: 0 is greedy, with log-probabilities at temperature 1 and no filter, as
-    SGLang reports them. top_p [R] in (0, 1], top_k [R] (0 or less: off) filter jointly and renormalise: a token
+    SGLang reports them. top_p [R] in (0, 1], top_k [R] (0 or less: off) filter jointly and renormalize: a token
     stays when its rank is below top_k and the mass before it does not exceed top_p. noise [R] in [0, 1).
     """
     greedy = temperature < GREEDY_BELOW

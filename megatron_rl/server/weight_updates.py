@@ -84,7 +84,13 @@ class Groups:
             self.leave(name)
 
     def receive(
-        self, name: str, names: Sequence[str], dtypes: Sequence[torch.dtype], shapes: Sequence[Sequence[int]], *, flat: bool
+        self,
+        name: str,
+        names: Sequence[str],
+        dtypes: Sequence[torch.dtype],
+        shapes: Sequence[Sequence[int]],
+        *,
+        flat: bool,
     ) -> list[tuple[str, Tensor]]:
         """The tensors of one broadcast, in memory of their own. flat: one bucket; otherwise a broadcast for each."""
         group = self._groups.get(name)
@@ -100,7 +106,9 @@ class Groups:
         group.broadcast(data)
         return [(name, tensor.clone()) for name, tensor in views(data, pieces)]
 
-    def _receive_one(self, group: UpdateGroup, name: str, dtype: torch.dtype, shape: Sequence[int]) -> tuple[str, Tensor]:
+    def _receive_one(
+        self, group: UpdateGroup, name: str, dtype: torch.dtype, shape: Sequence[int]
+    ) -> tuple[str, Tensor]:
         piece = Piece(name, dtype, tuple(shape), 0)
         data = self._room(piece.nbytes)
         group.broadcast(data)

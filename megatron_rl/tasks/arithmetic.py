@@ -22,7 +22,9 @@ class ArithmeticTask(Task):
     when that leaves nothing to train on, or when a prompt has more than `max_prompt_tokens` tokens.
     """
 
-    def __init__(self, config: TaskConfig, tokenizer: "PreTrainedTokenizerFast", *, seed: int, max_prompt_tokens: int) -> None:
+    def __init__(
+        self, config: TaskConfig, tokenizer: "PreTrainedTokenizerFast", *, seed: int, max_prompt_tokens: int
+    ) -> None:
         self._tokenizer = tokenizer
         size = config.max_operand
         total = size * size + size * (size + 1) // 2
@@ -59,7 +61,7 @@ def sum_or_difference(number: int, size: int) -> tuple[str, int]:
 
 
 class Problems(Sequence[Prompt]):
-    """Calculations by number, tokenised when asked for. problem: the calculation of a number, and its answer."""
+    """Calculations by number, tokenized when asked for. problem: the calculation of a number, and its answer."""
 
     def __init__(
         self,

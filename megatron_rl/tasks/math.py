@@ -28,12 +28,17 @@ class MathTask(Task):
     prompt, with `instructions` after it, goes through the tokenizer's chat template where it has one, else it is the text
     and a newline. Held out are the rows of `eval_data`, or the last `held_out` rows of `data`.
 
-    Everything is read, checked and tokenised here. Raises UserError naming file and line of the first malformed row
+    Everything is read, checked and tokenized here. Raises UserError naming file and line of the first malformed row
     or over-long prompt, ConfigError when nothing is left to train on.
     """
 
     def __init__(
-        self, config: TaskConfig, tokenizer: "PreTrainedTokenizerFast", *, max_prompt_tokens: int, instructions: str = ""
+        self,
+        config: TaskConfig,
+        tokenizer: "PreTrainedTokenizerFast",
+        *,
+        max_prompt_tokens: int,
+        instructions: str = "",
     ) -> None:
         if config.data is None:
             raise ConfigError("task.data is required for task.name: math")

@@ -39,7 +39,9 @@ class ToolTask(Task):
     models are warmed up on demonstrations. Raises ConfigError where no sandbox holds.
     """
 
-    def __init__(self, config: TaskConfig, tokenizer: "PreTrainedTokenizerFast", *, seed: int, max_prompt_tokens: int) -> None:
+    def __init__(
+        self, config: TaskConfig, tokenizer: "PreTrainedTokenizerFast", *, seed: int, max_prompt_tokens: int
+    ) -> None:
         self.max_turns = config.max_turns
         # `observe` runs in threads, and a tokenizer that is used by two at once raises.
         self._tokenizer, self._lock = copy.deepcopy(tokenizer), threading.Lock()
@@ -57,7 +59,9 @@ class ToolTask(Task):
         way = accept_no_jail() if config.sandbox == "unsafe" else find_jail()
         self._sandbox = Sandbox(way, seconds=config.tool_seconds, memory_mb=config.tool_memory_mb)
 
-    def _make_products(self, config: TaskConfig, tokenizer: "PreTrainedTokenizerFast", seed: int, max_tokens: int) -> None:
+    def _make_products(
+        self, config: TaskConfig, tokenizer: "PreTrainedTokenizerFast", seed: int, max_tokens: int
+    ) -> None:
         size = config.max_operand
         if config.held_out >= size**2:
             raise ConfigError(

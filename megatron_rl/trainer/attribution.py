@@ -70,7 +70,9 @@ def _attribute(run: Run, prompts: int, *, sampled: list[Tensor] | None, layers: 
     def draw() -> Probe:
         serving = [url for url in run.pool.live_urls if url not in run.pool.held]
         if not serving:
-            raise EngineError(f"no engine serves weight version {run.state.version}, so none can be looked at: {run.pool.held}")
+            raise EngineError(
+                f"no engine serves weight version {run.state.version}, so none can be looked at: {run.pool.held}"
+            )
         asked = prompts_for_step(run.rollouts.task, run.state.step, prompts, run.config.run.seed + _SEED)
         return draw_probe(
             serving[0],

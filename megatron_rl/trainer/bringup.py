@@ -167,12 +167,16 @@ class Run:
     def wake_engines(self) -> None:
         self.mesh.on_lead(lambda: self.resting.wake(self.pool))
 
-    def name_resting(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def name_resting(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """At the end of a run that did not come to its own: say which engines of somebody else's it leaves resting."""
         if kind is None or self.mesh.rank != 0 or not self.config.rollout.urls or not self.resting.urls:
             return
         urls = ", ".join(self.resting.urls)
-        print(f"engines left without their memory: {urls}; --resume of this run wakes them", file=sys.stderr, flush=True)
+        print(
+            f"engines left without their memory: {urls}; --resume of this run wakes them", file=sys.stderr, flush=True
+        )
 
     def export(self) -> None:
         """Write the policy as a complete Hugging Face folder, `hf/` in the run folder. Collective."""
@@ -230,7 +234,9 @@ def _prepare_folder(config: Config, resume: bool, stack: ExitStack) -> None:
         print(f"warning: {folder} cannot be locked ({error}): see to it that no other process works there", flush=True)
     else:
         if lock is None:
-            raise ConfigError(f"{folder} is in use by another process: wait for it or end it, or choose another run.name")
+            raise ConfigError(
+                f"{folder} is in use by another process: wait for it or end it, or choose another run.name"
+            )
         stack.enter_context(lock)
     if not resume:
         shutil.rmtree(rollouts_folder(config), ignore_errors=True)
@@ -258,7 +264,13 @@ def _start_servers(config: Config, plan: PrecisionPlan, mesh: Mesh, stack: ExitS
 
 @contextmanager
 def open_rollouts(
-    config: Config, plan: PrecisionPlan, servers: Servers | None, *, need_logmu: bool, topk: int = 0, updates: bool = False
+    config: Config,
+    plan: PrecisionPlan,
+    servers: Servers | None,
+    *,
+    need_logmu: bool,
+    topk: int = 0,
+    updates: bool = False,
 ) -> Iterator[Rollouts]:
     """Tokenizer, task and a pool over healthy engines: `servers`, or those of rollout.urls.
 
@@ -277,7 +289,7 @@ def open_rollouts(
         for url in pool.live_urls:
             info = pool.info(url)
             check_named(url, info, config, updates=updates)
-            check_precision(url, info, config.precision, dequantised=plan.dequantised)
+            check_precision(url, info, config.precision, dequantized=plan.dequantized)
         yield Rollouts(config, task, tokenizer, pool, need_logmu, topk)
 
 

@@ -59,7 +59,9 @@ def step_record(
 def _worst(parts: list[Batch], logp: np.ndarray, logmu: np.ndarray) -> dict[str, Any]:
     """logp, logmu: of the trained tokens of all parts, one part after the other."""
     before = np.cumsum([0, *(len(part) for part in parts)])
-    rows = [np.repeat(np.arange(len(p)) + first, p.lengths)[p.mask > 0] for p, first in zip(parts, before, strict=False)]
+    rows = [
+        np.repeat(np.arange(len(p)) + first, p.lengths)[p.mask > 0] for p, first in zip(parts, before, strict=False)
+    ]
     prompts = tuple(name for part in parts for name in part.prompt_ids)
     return worst_record(logp, logmu, np.concatenate(rows), np.concatenate([part.ids for part in parts]), prompts)
 
@@ -123,7 +125,7 @@ def mismatch_by_staleness(stale: np.ndarray, logp: np.ndarray, logmu: np.ndarray
 def update_record(part: Batch, stats: UpdateStats) -> dict[str, float]:
     """What one update did, on rank 0. tokens: trained ones.
 
-    `precision/gemms/<qkv, proj, fc1 or fc2>`: products of these linears that ran quantised, summed over ranks,
+    `precision/gemms/<qkv, proj, fc1 or fc2>`: products of these linears that ran quantized, summed over ranks,
     per update.
     """
     trained = part.mask > 0

@@ -50,10 +50,10 @@ def say(report: PlanReport, console: Console | None = None) -> None:
 
 
 def matrices(plan: PrecisionPlan, table: tuple[Entry, ...], size: int) -> Iterator[Matrix]:
-    """The matrices that are ever quantised, as `size` tensor-parallel ranks hold them."""
+    """The matrices that are ever quantized, as `size` tensor-parallel ranks hold them."""
     for entry in table:
         layout = entry.rule.layout
-        parts = [part for part in enumerate(entry.rule.hf) if plan.quantised(part[1])]
+        parts = [part for part in enumerate(entry.rule.hf) if plan.quantized(part[1])]
         cut = entry.cut(size)
         runs = _runs(layout, cut) if parts else []
         local_rows, local_columns = layout.local_shape(cut) if parts else (0, 0)

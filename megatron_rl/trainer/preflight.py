@@ -13,7 +13,7 @@ from megatron_rl.precision.machine import Machine, this_machine
 from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.precision.plan_checks import PlanReport
 from megatron_rl.sampling.rollouts import check_rollouts, stop_token_ids
-from megatron_rl.server.quantized_linear import quantises_inputs
+from megatron_rl.server.quantized_linear import quantizes_inputs
 from megatron_rl.tasks import make_task
 from megatron_rl.trainer.precision_check import check_precision
 from megatron_rl.weights.families import Family, ModelShape
@@ -39,7 +39,9 @@ def check(config: Config) -> PlanReport:
         check_replayable(report.plan)
     stages = config.parallel.pipeline * config.parallel.virtual_pipeline
     if shape.num_layers % stages:
-        raise ConfigError(f"parallel.pipeline x parallel.virtual_pipeline = {stages} does not divide {shape.num_layers} layers")
+        raise ConfigError(
+            f"parallel.pipeline x parallel.virtual_pipeline = {stages} does not divide {shape.num_layers} layers"
+        )
     longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
     if longest > shape.max_position_embeddings:
         raise ConfigError(
@@ -85,9 +87,9 @@ def check_rank(config: Config, *, attributes: bool = False) -> PlanReport:
 
 def check_replayable(plan: PrecisionPlan, machine: Machine | None = None) -> None:
     """PrecisionError where the trainer's layers cannot be made to compute without their own recipe. machine: None: this one."""
-    if (machine or this_machine()).transformer_engine and (plan.trains_low or quantises_inputs(plan)):
+    if (machine or this_machine()).transformer_engine and (plan.trains_low or quantizes_inputs(plan)):
         raise PrecisionError(
-            "the mismatch of quantised products cannot be attributed with Transformer Engine's layers, whose arithmetic cannot "
+            "the mismatch of quantized products cannot be attributed with Transformer Engine's layers, whose arithmetic cannot "
             f"be taken apart (precision.recipe: {plan.recipe}, engine inputs {plan.engine_inputs}): train with "
             "run.attribute_every: 0, and attribute the run in an environment without transformer-engine"
         )

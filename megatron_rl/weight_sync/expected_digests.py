@@ -26,7 +26,7 @@ class Tally:
     """Digests of the tensors of one version.
 
     plain: whether to take `tensor_digest` of each, as the embedded server does. fused: dtypes in which SGLang servers hold
-    the weights, for which to compute their checksums. placed: tensor -> the bucket it travelled in.
+    the weights, for which to compute their checksums. placed: tensor -> the bucket it traveled in.
     """
 
     def __init__(self, plain: bool, fused: Iterable[str] = ()) -> None:
@@ -56,7 +56,7 @@ class Tally:
         return sorted({fused_place(name)[0] for name in changed})
 
     def where(self, name: str) -> str:
-        """`name`, and in which bucket it or its parts travelled."""
+        """`name`, and in which bucket it or its parts traveled."""
         found = sorted({bucket for sent, bucket in self.placed.items() if name in (sent, fused_place(sent)[0])})
         return f"tensor '{name}'" + (f" (bucket {', '.join(map(str, found))})" if found else "")
 
@@ -69,7 +69,7 @@ class _Fusion:
 
 
 class FusedDigests:
-    """The checksums of SGLang's `/weights_checker` for an unquantised server on CPU with one rank.
+    """The checksums of SGLang's `/weights_checker` for an unquantized server on CPU with one rank.
 
     It fuses projections along their rows and hashes the bytes of every parameter: the first 8 bytes of SHA-256. Parts
     are hashed as they come, in whatever order; nothing is kept but parts that come before their turn.

@@ -20,7 +20,7 @@ _PROBE_TOKENS = 64
 # Mean difference of log-probabilities between an engine and the trainer with the same weights; measured 3e-6 and 6e-3 of
 # SGLang on CPU in the first two.
 _TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.05}
-_LOW_TOLERANCE = 0.3  # of quantised weights or inputs
+_LOW_TOLERANCE = 0.3  # of quantized weights or inputs
 
 
 def make_sync(config: Config, policy: Policy, mesh: Mesh, precision: PrecisionPlan, pool: Engines | None) -> WeightSync:
@@ -41,8 +41,8 @@ def make_transport(config: Config, policy: Policy, mesh: Mesh, precision: Precis
         return DistributedTransport(rollout.bucket_mb << 20, rollout.timeout_s, mesh.device)
     if rollout.transport == "tensor":
         return TensorTransport(rollout.bucket_mb << 20)
-    # Without codes the folder says nothing of a quantisation.
-    quantization = None if precision.dequantised else quantization_config(precision, policy.source.tensors)
+    # Without codes the folder says nothing of a quantization.
+    quantization = None if precision.dequantized else quantization_config(precision, policy.source.tensors)
     staging = None if rollout.weights_dir is None else rollout.weights_dir / config.run.name
     return DiskTransport(policy.source, staging, quantization=quantization)
 

@@ -60,7 +60,9 @@ class WeightSync:
         kept from being routed to until a push succeeds.
         """
         stream = iter(tensors)
-        outcome: list[PushReport | Exception] = [EngineError("no engine pool on global rank 0: give WeightSync one there")]
+        outcome: list[PushReport | Exception] = [
+            EngineError("no engine pool on global rank 0: give WeightSync one there")
+        ]
         traits: dict[str, Traits] = {}
         unsure = False
         if self._pool is not None:
@@ -109,14 +111,18 @@ class WeightSync:
 
     def _check_version(self, version: int) -> None:
         if version <= self._committed.number:
-            raise UserError(f"weight version {version} does not follow version {self._committed.number}: versions only grow")
+            raise UserError(
+                f"weight version {version} does not follow version {self._committed.number}: versions only grow"
+            )
 
     def _look(self, pool: Engines, version: int) -> dict[str, Traits]:
         """What the engines are that live."""
         pool.drop_dead()
         urls = list(pool.live_urls)
         if not urls:
-            raise EngineError(f"weight version {version} has no engine to go to: every engine was dropped or none was started")
+            raise EngineError(
+                f"weight version {version} has no engine to go to: every engine was dropped or none was started"
+            )
         traits, mute = each(urls, lambda url: self._traits.get(url) or pool.traits(url))
         self._traits = {}
         if mute:
@@ -155,7 +161,9 @@ class _Counted:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self._stream:
             if tensor is None:
-                raise UserError(f"tensor '{name}' of a push is None on the rank with the engines: that must be global rank 0")
+                raise UserError(
+                    f"tensor '{name}' of a push is None on the rank with the engines: that must be global rank 0"
+                )
             if not is_finite(tensor):
                 raise CheckpointError(
                     f"tensor '{name}' holds values that are not finite: the engines keep the weights they have"

@@ -1,7 +1,7 @@
 """One weight update over all engines: every one confirms the new version, or all go back to the old one.
 
 An engine confirms by naming the version and the digest of every tensor it holds; one whose digests cannot be foretold
-(several ranks, a GPU, weights quantised by the engine) by the log-probabilities of a probe, by having the digests that
+(several ranks, a GPU, weights quantized by the engine) by the log-probabilities of a probe, by having the digests that
 its like have, and by other digests than before wherever other bytes were sent. To score the probe it must generate, so
 its requests are ended first, to be resumed with their prefix, and nothing is routed to it before it is confirmed.
 
@@ -42,7 +42,7 @@ class Traits(Protocol):
     def dtype(self) -> str: ...
 
     @property
-    def quantised(self) -> bool: ...
+    def quantized(self) -> bool: ...
 
 
 class Engines(Delivering, Protocol):
@@ -157,7 +157,9 @@ class Transaction:
             self._abandon(failed)
         each(self._urls, lambda url: engines.admit(url, self._number))
         _, stuck = each(self._urls, engines.resume)
-        dropped = {url: f"it holds weight version {self._number} but cannot resume: {error}" for url, error in stuck.items()}
+        dropped = {
+            url: f"it holds weight version {self._number} but cannot resume: {error}" for url, error in stuck.items()
+        }
         for url, reason in dropped.items():
             engines.drop(url, reason)
         if len(dropped) == len(self._urls):
@@ -211,12 +213,12 @@ class Transaction:
     def _find_stale(self, url: str) -> None:
         """EngineError where other bytes were sent than for the version before, and the engine holds what it held then.
 
-        Not asked of an engine that quantises what it is sent, for a small change may be lost in that; of one that is sent
+        Not asked of an engine that quantizes what it is sent, for a small change may be lost in that; of one that is sent
         codes it is.
         """
         before, now, old = self._old.held.get(url), self.held[url], self._old.tally
-        quantises = self._traits[url].quantised and not any(map(is_scale, self._tally.digests))
-        if before is None or old is None or quantises:
+        quantizes = self._traits[url].quantized and not any(map(is_scale, self._tally.digests))
+        if before is None or old is None or quantizes:
             return
         same: dict[str, bool] = {}
         for key, digest in now.items():
@@ -263,7 +265,9 @@ class Transaction:
         if in_buckets and traits.embedded:
             engines.abort_update(url)  # back to what it served, whatever its name was
         elif old.folder is None:
-            raise NoWayBack(f"{url} holds some of weight version {self._number}, and version {old.number} is in no folder")
+            raise NoWayBack(
+                f"{url} holds some of weight version {self._number}, and version {old.number} is in no folder"
+            )
         else:
             if in_buckets:
                 with suppress(EngineError):  # where it had not begun
@@ -289,7 +293,8 @@ class Transaction:
                 engines.hold(url, f"weight version {self._number} failed: {error}")
             elif url in alive:
                 engines.drop(
-                    url, f"weight version {self._number} failed and the engine could not go back to the old version: {error}"
+                    url,
+                    f"weight version {self._number} failed and the engine could not go back to the old version: {error}",
                 )
         kept = [url for url in self._urls if url not in lost and url in alive]
         for url in self._kept_out:
@@ -304,7 +309,9 @@ class Transaction:
     def _abandon(self, causes: Mapping[str, EngineError]) -> NoReturn:
         state = self._give_up()
         reasons = "; ".join(f"{url}: {error}" for url, error in causes.items())
-        raise EngineError(f"weight version {self._number} is not served ({reasons}). {state}") from next(iter(causes.values()))
+        raise EngineError(f"weight version {self._number} is not served ({reasons}). {state}") from next(
+            iter(causes.values())
+        )
 
 
 def expected_digests(tally: Tally, traits: Traits) -> Digests | None:
@@ -316,7 +323,9 @@ def expected_digests(tally: Tally, traits: Traits) -> Digests | None:
 
 def foretold(traits: Traits) -> bool:
     """Whether the digests that an engine gives can be computed from what is sent to it."""
-    return traits.embedded or (traits.device == "cpu" and traits.ranks == 1 and not traits.quantised and traits.dtype in DTYPES)
+    return traits.embedded or (
+        traits.device == "cpu" and traits.ranks == 1 and not traits.quantized and traits.dtype in DTYPES
+    )
 
 
 def confirm(engines: Engines, url: str, number: int, tally: Tally, traits: Traits) -> None:

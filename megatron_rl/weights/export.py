@@ -40,7 +40,9 @@ def export_weights(
         raise CheckpointError(f"no dtype is given for tensor '{untyped[0]}' of the export")
     parameters = {name: parameter for name, (_, parameter) in local_parameters(chunks, entries(family, shape)).items()}
     experts = {entry.mcore for entry in plan if entry.expert is not None}
-    owners = _owners(plan, _exchange(parameters, experts, control), parallel_state.get_tensor_model_parallel_world_size())
+    owners = _owners(
+        plan, _exchange(parameters, experts, control), parallel_state.get_tensor_model_parallel_world_size()
+    )
     return _stream(plan, parameters, owners, dtypes)
 
 
@@ -77,7 +79,9 @@ def _owners(plan: Sequence[Entry], holdings: Sequence[Holdings], tp_size: int) -
         expected = entry.rule.layout.local_shape(size)
         for _, rank, local in found:
             if local != expected:
-                raise CheckpointError(f"parameter '{entry.mcore}' has shape {list(local)} on rank {rank}, not {list(expected)}")
+                raise CheckpointError(
+                    f"parameter '{entry.mcore}' has shape {list(local)} on rank {rank}, not {list(expected)}"
+                )
         owners[entry.mcore] = [rank for _, rank, _ in found]
     return owners
 

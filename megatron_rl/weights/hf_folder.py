@@ -152,7 +152,9 @@ def write_hf_folder(
     dest.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{dest.name}.writing-", dir=dest.parent))
     try:
-        temporary.chmod(dest.parent.stat().st_mode & 0o755)  # mkdtemp is private; who may read the parent may read the model
+        temporary.chmod(
+            dest.parent.stat().st_mode & 0o755
+        )  # mkdtemp is private; who may read the parent may read the model
         digests, dtypes = _write_shards(temporary, tensors, shard_bytes)
         _copy_assets(source, temporary)
         _write_config(source, temporary, dtypes, quantization)
@@ -181,7 +183,9 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
     if single.is_file():
         return _read_header(single)
     if not index.is_file():
-        raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}: save the model with safe_serialization=True")
+        raise CheckpointError(
+            f"{folder} holds neither {SINGLE} nor {INDEX}: save the model with safe_serialization=True"
+        )
     listed = _read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
         raise CheckpointError(f"{index} has no 'weight_map' of tensor names to file names: fetch the file again")
@@ -236,7 +240,9 @@ def _find_assets(folder: Path) -> list[Path]:
     def carried(path: Path) -> bool:
         weights = path.name.endswith(".index.json") or path.name == MANIFEST
         return (
-            path.is_file() and not weights and (path.suffix in _ASSET_SUFFIXES or path.name.startswith(("LICENSE", "NOTICE")))
+            path.is_file()
+            and not weights
+            and (path.suffix in _ASSET_SUFFIXES or path.name.startswith(("LICENSE", "NOTICE")))
         )
 
     top = [path for path in folder.iterdir() if carried(path)]
@@ -285,7 +291,9 @@ def _name_shards(folder: Path, shards: list[list[str]], total_size: int) -> None
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{number}.part").rename(folder / file)
         weight_map.update(dict.fromkeys(names, file))
-    _write_json(folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))})
+    _write_json(
+        folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    )
 
 
 def _copy_assets(source: HFFolder, folder: Path) -> None:
@@ -302,11 +310,13 @@ def _write_config(
 ) -> None:
     """Make config.json name the dtype that holds most of the bytes, when writing changed any tensor's dtype.
 
-    Of a quantised folder that is the dtype of what is not quantised: the one to compute in.
+    Of a quantized folder that is the dtype of what is not quantized: the one to compute in.
     """
     if quantization is not None:
         written = {name: entry for name, entry in written.items() if name in source.tensors and entry[0] in _VALUES}
-    changed = any(name in source.tensors and source.tensors[name].dtype != dtype for name, (dtype, _) in written.items())
+    changed = any(
+        name in source.tensors and source.tensors[name].dtype != dtype for name, (dtype, _) in written.items()
+    )
     added = {} if quantization is None else {"quantization_config": dict(quantization)}
     if not changed and not added:
         return

@@ -1,4 +1,4 @@
-"""How one mcore parameter is made of Hugging Face tensors, and how tensor parallelism cuts it.
+"""How one mcore parameter is made of Hugging Face tensors, and how tensor parallelizm cuts it.
 
 A layout knows the full shapes of its Hugging Face tensors. `read` builds one rank's parameter from only the slices
 that rank needs; `merge` rebuilds the Hugging Face tensors from the parameters of all ranks, bit for bit.

@@ -125,15 +125,21 @@ def _in_layer(rule: Rule, layer: int, shape: ModelShape) -> Iterator[Entry]:
 
 def _check_experts(shape: ModelShape, expert_parallel: int, where: str) -> None:
     if shape.experts is None and expert_parallel > 1:
-        raise ConfigError(f"parallel.expert = {expert_parallel} spreads experts, and {where} is a dense model: set it to 1")
+        raise ConfigError(
+            f"parallel.expert = {expert_parallel} spreads experts, and {where} is a dense model: set it to 1"
+        )
     if shape.experts is not None and shape.experts.count % expert_parallel:
-        raise ConfigError(f"parallel.expert = {expert_parallel} does not divide num_experts = {shape.experts.count} of {where}")
+        raise ConfigError(
+            f"parallel.expert = {expert_parallel} does not divide num_experts = {shape.experts.count} of {where}"
+        )
 
 
 def _check_tensor(folder: HFFolder, name: str, expected: tuple[int, ...]) -> None:
     info = folder.tensors.get(name)
     if info is None:
-        raise CheckpointError(f"{folder.path} has no tensor '{name}', which its config.json asks for (shape {list(expected)})")
+        raise CheckpointError(
+            f"{folder.path} has no tensor '{name}', which its config.json asks for (shape {list(expected)})"
+        )
     if info.shape != expected:
         raise CheckpointError(
             f"tensor '{name}' in {info.file} has shape {list(info.shape)}, but config.json asks for {list(expected)}"
@@ -141,7 +147,7 @@ def _check_tensor(folder: HFFolder, name: str, expected: tuple[int, ...]) -> Non
     if info.dtype not in _WEIGHT_DTYPES:
         raise CheckpointError(
             f"tensor '{name}' in {info.file} is {info.dtype}: "
-            "a quantised checkpoint cannot be trained, give the float32, bfloat16 or float16 one"
+            "a quantized checkpoint cannot be trained, give the float32, bfloat16 or float16 one"
         )
 
 

@@ -1,9 +1,9 @@
-"""Quantised weights as they travel: which tensors, under which names, in which shapes, and what config.json says of them.
+"""Quantized weights as they travel: which tensors, under which names, in which shapes, and what config.json says of them.
 
 Block FP8 is laid out as SGLang and transformers read it: `X.weight` float8_e4m3fn [M, N] beside `X.weight_scale_inv`
 fp32 [ceil(M/128), ceil(N/128)]. int8 is laid out as compressed-tensors' `int-quantized` with one scale a row: `X.weight`
-int8 [M, N] beside `X.weight_scale` fp32 [M, 1]. A value is its code times its scale. One quantiser (precision.formats)
-makes them here, in the trainer's products and in engines that quantise at load.
+int8 [M, N] beside `X.weight_scale` fp32 [M, 1]. A value is its code times its scale. One quantizer (precision.formats)
+makes them here, in the trainer's products and in engines that quantize at load.
 
 Here tiles are laid over Hugging Face's matrices, as engines need them; megatron-core multiplies with fused and sharded
 ones. With 128 x 128 tiles both have the same values where the fused parts begin between tiles, that is where head_dim
@@ -30,21 +30,21 @@ Stream = Iterable[tuple[str, Tensor | None]]
 
 
 def export_dtypes(plan: PrecisionPlan, names: Iterable[str]) -> dict[str, torch.dtype]:
-    """What `export_weights` is to gather each tensor in: the trainer's own dtype where it will be quantised."""
+    """What `export_weights` is to gather each tensor in: the trainer's own dtype where it will be quantized."""
     return {name: DTYPES[plan.train if _coded(plan, name) else plan.engine] for name in names}
 
 
 class WireTensors(Iterator[tuple[str, Tensor | None]]):
-    """The stream of `export_weights` as it goes to the engines: codes and scales instead of `plan.quantised` tensors.
+    """The stream of `export_weights` as it goes to the engines: codes and scales instead of `plan.quantized` tensors.
 
-    Tensor by tensor, where the tensors are; None (other ranks) is passed on. dequantised: the same values as fp32 tensors
+    Tensor by tensor, where the tensors are; None (other ranks) is passed on. dequantized: the same values as fp32 tensors
     under their plain names; so they travel, in the engines' dtype, where the plan says that engines take no codes. Raises
     CheckpointError naming a tensor that is not finite; the stream can be run to its end afterwards, which a collective
-    export needs, and then quantises nothing.
+    export needs, and then quantizes nothing.
     """
 
-    def __init__(self, stream: Stream, plan: PrecisionPlan, *, dequantised: bool = False) -> None:
-        self._stream, self._plan, self._dequantised = iter(stream), plan, dequantised
+    def __init__(self, stream: Stream, plan: PrecisionPlan, *, dequantized: bool = False) -> None:
+        self._stream, self._plan, self._dequantized = iter(stream), plan, dequantized
         self._ready: deque[tuple[str, Tensor]] = deque()
         self._failed = False
 
@@ -56,18 +56,20 @@ class WireTensors(Iterator[tuple[str, Tensor | None]]):
             return name, tensor
         if not torch.isfinite(tensor).all():  # a code saturates, and would hide it
             self._failed = True
-            raise CheckpointError(f"tensor '{name}' holds values that are not finite: the engines keep the weights they have")
+            raise CheckpointError(
+                f"tensor '{name}' holds values that are not finite: the engines keep the weights they have"
+            )
         coded = quantize(tensor, self._plan.wire)
-        if self._dequantised:
+        if self._dequantized:
             return name, coded.dequantize().contiguous()
-        if self._plan.dequantised:
+        if self._plan.dequantized:
             return name, coded.dequantize(DTYPES[self._plan.engine]).contiguous()
         self._ready.append((scale_name(name, coded.format), coded.scale_inv))
         return name, coded.codes
 
 
 def scale_name(name: str, fmt: Format | str) -> str:
-    """Name of the scales of a quantised tensor."""
+    """Name of the scales of a quantized tensor."""
     return name + _SCALE[find_format(fmt).name]
 
 
@@ -81,16 +83,18 @@ def is_finite(tensor: Tensor) -> bool:
         return not bool(((tensor.view(torch.uint8) & 0x7F) == 0x7F).any())
     if not tensor.dtype.is_floating_point or not tensor.numel():
         return True
-    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())  # NaN passes through; many times faster than isfinite
+    return bool(
+        torch.isfinite(torch.stack(torch.aminmax(tensor))).all()
+    )  # NaN passes through; many times faster than isfinite
 
 
 def quantization_config(plan: PrecisionPlan, names: Iterable[str]) -> dict[str, Any] | None:
-    """`quantization_config` of config.json for a folder with these (unquantised) names; None when nothing is quantised.
+    """`quantization_config` of config.json for a folder with these (unquantized) names; None when nothing is quantized.
 
     Block FP8: the keys SGLang's Fp8Config reads. int8: compressed-tensors, weights alone; SGLang itself serves int8
     weights with int8 activations only, and refuses this one.
     """
-    if not plan.rolls_out_low or plan.dequantised:
+    if not plan.rolls_out_low or plan.dequantized:
         return None
     modules = [name.removesuffix(".weight") for name in names if plan.spared(name)]
     kept = list(dict.fromkeys(["lm_head", *modules]))
@@ -118,13 +122,13 @@ def check_config(stated: Mapping[str, Any], plan: PrecisionPlan, where: str) -> 
 
 
 def join(tensors: Mapping[str, Tensor], plan: PrecisionPlan, where: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Plain names and values of a folder with codes and scales; in `dtype` where quantised, else as stored.
+    """Plain names and values of a folder with codes and scales; in `dtype` where quantized, else as stored.
 
     Raises CheckpointError naming the tensor: codes or scales missing, unexpected, of the wrong dtype or shape, codes that
     are NaN, scales that are not finite or not above 0.
     """
     fmt = find_format(plan.wire)
-    coded = {name for name in tensors if not is_scale(name) and plan.quantised(name)}
+    coded = {name for name in tensors if not is_scale(name) and plan.quantized(name)}
     wanted = {scale_name(name, fmt): name for name in coded}
     for name in tensors:
         if is_scale(name) and name not in wanted:
@@ -138,13 +142,13 @@ def join(tensors: Mapping[str, Tensor], plan: PrecisionPlan, where: str, dtype: 
     return values
 
 
-def quantise_at_load(tensors: Mapping[str, Tensor], plan: PrecisionPlan, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The values an engine serves of an unquantised folder: each tensor rounded to the trainer's dtype, quantised, and back.
+def quantize_at_load(tensors: Mapping[str, Tensor], plan: PrecisionPlan, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The values an engine serves of an unquantized folder: each tensor rounded to the trainer's dtype, quantized, and back.
 
     Just what `join` gives for the same weights exported by a trainer that loaded this folder.
     """
     return {
-        name: quantize(tensor.to(DTYPES[plan.train]), plan.wire).dequantize(dtype) if plan.quantised(name) else tensor
+        name: quantize(tensor.to(DTYPES[plan.train]), plan.wire).dequantize(dtype) if plan.quantized(name) else tensor
         for name, tensor in tensors.items()
     }
 
@@ -155,7 +159,7 @@ def shapes(tensors: Mapping[str, Tensor], coded: bool) -> dict[str, tuple[int, .
 
 
 def _coded(plan: PrecisionPlan, name: str) -> bool:
-    return plan.rolls_out_low and plan.quantised(name)
+    return plan.rolls_out_low and plan.quantized(name)
 
 
 def _checked(name: str, codes: Tensor, tensors: Mapping[str, Tensor], fmt: Format, where: str) -> Quantized:
@@ -178,7 +182,9 @@ def _checked(name: str, codes: Tensor, tensors: Mapping[str, Tensor], fmt: Forma
     high, wide = fmt.tile(rows, columns)
     expected = (-(-rows // high), -(-columns // wide))
     if tuple(scale.shape) != expected:
-        raise refuse(scales_name, f"has shape {list(scale.shape)}, but {name} {list(codes.shape)} needs {list(expected)}")
+        raise refuse(
+            scales_name, f"has shape {list(scale.shape)}, but {name} {list(codes.shape)} needs {list(expected)}"
+        )
     if not is_finite(codes):
         raise refuse(name, "has codes that are NaN")
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):

@@ -163,7 +163,10 @@ def write_weights(tmp_path: Path) -> WriteWeights:
 def other_tensors(model: Qwen3ForCausalLM) -> dict[str, torch.Tensor]:
     """Weights clearly different from the ones served at first."""
     generator = torch.Generator().manual_seed(5)
-    return {name: tensor + 0.2 * torch.randn(tensor.shape, generator=generator) for name, tensor in model.state_dict().items()}
+    return {
+        name: tensor + 0.2 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in model.state_dict().items()
+    }
 
 
 def logp_of(model: Qwen3ForCausalLM, prompt: list[int], output: list[int], temperature: float = 1.0) -> torch.Tensor:

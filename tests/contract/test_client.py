@@ -44,7 +44,8 @@ def two(model_dir: Path, tmp_path: Path) -> Iterator[EmbeddedServers]:
 
 def requests(count: int, tokens: int, n: int = 2) -> list[GenerationRequest]:
     return [
-        GenerationRequest(f"q{at}", (2 + at, 3), n, SamplingParams(tokens, ignore_eos=True, seed=at)) for at in range(count)
+        GenerationRequest(f"q{at}", (2 + at, 3), n, SamplingParams(tokens, ignore_eos=True, seed=at))
+        for at in range(count)
     ]
 
 
@@ -61,7 +62,8 @@ def one(pool: EnginePool, **sampling: object) -> Sample:
 
 def test_results_keep_the_order_of_the_requests(pool: EnginePool) -> None:
     asked = [
-        GenerationRequest(f"o{at}", PROMPT, 1 + at % 3, SamplingParams(1 + (7 * at) % 11, ignore_eos=True)) for at in range(30)
+        GenerationRequest(f"o{at}", PROMPT, 1 + at % 3, SamplingParams(1 + (7 * at) % 11, ignore_eos=True))
+        for at in range(30)
     ]
     answers = pool.generate(asked)
     assert [len(samples) for samples in answers] == [request.n for request in asked]
@@ -147,7 +149,9 @@ def test_a_server_that_hangs_is_dropped_at_the_time_out(url: str) -> None:
             assert pool.live_urls == (url,)
 
 
-def test_stopping_ends_the_own_servers_and_no_other(model_dir: Path, tmp_path: Path, url: str, embedded_only: None) -> None:
+def test_stopping_ends_the_own_servers_and_no_other(
+    model_dir: Path, tmp_path: Path, url: str, embedded_only: None
+) -> None:
     servers = EmbeddedServers(model_dir, tmp_path, threads=1).start()
     pids = servers.pids
     assert os.getsid(pids[0]) != os.getsid(0), "a terminal's Ctrl-C would reach the server"
@@ -189,7 +193,9 @@ def test_servers_die_with_the_process_that_started_them(engine: str, model_dir: 
     )
     here = Path(__file__).parent
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1])])}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, check=False, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=env, check=False, timeout=300
+    )
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) >= (4 if engine == "sglang" else 1), done.stderr
     left = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
@@ -270,8 +276,10 @@ ROLLOUT = RolloutConfig(samples_per_prompt=3, max_new_tokens=10, max_prompt_toke
 PROMPTS = [Prompt(f"p{at}", "", tuple(range(2 + at, 5 + 2 * at)), "") for at in range(4)]
 
 
-def test_groups_are_numbered_and_carry_behaviour_log_probs(pool: EnginePool, model: Qwen3ForCausalLM) -> None:
-    found = sample_groups(pool, PROMPTS, ROLLOUT, first_id=100, first_group=20, seed=1, stop_token_ids=(7, 8), need_logmu=True)
+def test_groups_are_numbered_and_carry_behavior_log_probs(pool: EnginePool, model: Qwen3ForCausalLM) -> None:
+    found = sample_groups(
+        pool, PROMPTS, ROLLOUT, first_id=100, first_group=20, seed=1, stop_token_ids=(7, 8), need_logmu=True
+    )
     assert [trajectory.id for trajectory in found] == list(range(100, 112))
     assert [trajectory.group for trajectory in found] == [20 + at // 3 for at in range(12)]
     for trajectory in found:
@@ -308,7 +316,9 @@ def test_trajectories_carry_the_likeliest_tokens_when_asked_for(pool: EnginePool
 
 def test_more_top_log_probs_than_a_server_gives_are_refused(pool: EnginePool, embedded_only: None) -> None:
     with pytest.raises(EngineError, match="top_logprobs_num"):
-        sample_groups(pool, PROMPTS, ROLLOUT, first_id=0, first_group=0, seed=1, stop_token_ids=(), need_logmu=True, topk=65)
+        sample_groups(
+            pool, PROMPTS, ROLLOUT, first_id=0, first_group=0, seed=1, stop_token_ids=(), need_logmu=True, topk=65
+        )
 
 
 def test_the_seed_fixes_the_trajectories_and_their_ids_vary_them(pool: EnginePool, embedded_only: None) -> None:
@@ -345,4 +355,6 @@ def test_evaluation_may_override_temperature_and_number_of_samples(pool: EngineP
 def test_a_prompt_that_cannot_be_sampled_is_named(pool: EnginePool, tokens: tuple[int, ...], match: str) -> None:
     bad = Prompt("odd", "", tokens, "")
     with pytest.raises(UserError, match=match):
-        sample_groups(pool, [*PROMPTS, bad], ROLLOUT, first_id=0, first_group=0, seed=1, stop_token_ids=(), need_logmu=False)
+        sample_groups(
+            pool, [*PROMPTS, bad], ROLLOUT, first_id=0, first_group=0, seed=1, stop_token_ids=(), need_logmu=False
+        )

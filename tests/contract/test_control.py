@@ -71,7 +71,9 @@ def test_an_aborted_request_keeps_its_partial_output(api: httpx.Client, pool: Th
     assert len(other.result().json()["output_ids"]) == 300
 
 
-def test_all_samples_of_an_aborted_request_end(api: httpx.Client, embedded_only: None, pool: ThreadPoolExecutor) -> None:
+def test_all_samples_of_an_aborted_request_end(
+    api: httpx.Client, embedded_only: None, pool: ThreadPoolExecutor
+) -> None:
     running = start_long(pool, api, "long", n=2)
     post(api, "/abort_request", rid="long")
     assert [answer["meta_info"]["finish_reason"]["type"] for answer in running.result().json()] == ["abort"] * 2
@@ -117,7 +119,9 @@ def test_pausing_with_abort_ends_requests_and_holds_new_ones(api: httpx.Client, 
 
 
 @pytest.mark.parametrize("mode", ["retract", "in_place"])
-def test_a_paused_request_goes_on_where_it_was(api: httpx.Client, pool: ThreadPoolExecutor, mode: str, model: Any) -> None:
+def test_a_paused_request_goes_on_where_it_was(
+    api: httpx.Client, pool: ThreadPoolExecutor, mode: str, model: Any
+) -> None:
     running = start_long(pool, api, "paused", n=2, seed=4, tokens=700)
     post(api, "/pause_generation", mode=mode)
     time.sleep(0.1)
@@ -257,7 +261,11 @@ def _spoil(tensors: dict[str, torch.Tensor], how: str) -> str:
 
 @pytest.mark.parametrize("how", ["missing", "unknown", "shape", "dtype", "nan"])
 def test_a_wrong_tensor_is_refused_by_name_and_the_old_weights_keep_serving(
-    api: httpx.Client, embedded_only: None, other_tensors: dict[str, torch.Tensor], write_weights: WriteWeights, how: str
+    api: httpx.Client,
+    embedded_only: None,
+    other_tensors: dict[str, torch.Tensor],
+    write_weights: WriteWeights,
+    how: str,
 ) -> None:
     before = greedy_first(api)
     name = _spoil(other_tensors, how)
@@ -318,7 +326,11 @@ def test_a_bad_model_path_is_refused_and_the_old_weights_keep_serving(api: httpx
         ("/abort_request", {}, "rid"),
         ("/abort_request", {"rid": "a", "abort_all": True}, "rid"),
         ("/update_weights_from_disk", {"model_path": "/nowhere"}, "weight_version"),
-        ("/update_weights_from_disk", {"model_path": "/x", "weight_version": "1", "load_format": "gguf"}, "load_format"),
+        (
+            "/update_weights_from_disk",
+            {"model_path": "/x", "weight_version": "1", "load_format": "gguf"},
+            "load_format",
+        ),
         ("/weights_checker", {"action": "reset"}, "action"),
     ],
 )
@@ -330,7 +342,9 @@ def test_a_malformed_control_request_is_refused_by_field(
     assert field in answer.json()["message"]
 
 
-@pytest.mark.parametrize(("path", "body"), [("/pause_generation", {"mode": "gently"}), ("/weights_checker", {"action": "zzz"})])
+@pytest.mark.parametrize(
+    ("path", "body"), [("/pause_generation", {"mode": "gently"}), ("/weights_checker", {"action": "zzz"})]
+)
 def test_a_malformed_control_request_is_refused_in_words(api: httpx.Client, path: str, body: dict[str, Any]) -> None:
     answer = api.post(path, json=body)
     assert 400 <= answer.status_code < 500

@@ -65,7 +65,9 @@ def test_log_probs_are_after_temperature(api: httpx.Client, model: Qwen3ForCausa
     torch.testing.assert_close(logprobs(answer), want, atol=1e-4, rtol=0)
 
 
-def test_prompts_of_different_length_batched_together_keep_their_log_probs(api: httpx.Client, model: Qwen3ForCausalLM) -> None:
+def test_prompts_of_different_length_batched_together_keep_their_log_probs(
+    api: httpx.Client, model: Qwen3ForCausalLM
+) -> None:
     prompts = [[7], list(range(10, 60)), PROMPT, [4, 4, 4]]
     params = [{"max_new_tokens": 5 + 9 * at, "ignore_eos": True} for at in range(4)]
     body = {"input_ids": prompts, "sampling_params": params, "return_logprob": True, "rid": ["a", "b", "c", "d"]}
@@ -76,7 +78,9 @@ def test_prompts_of_different_length_batched_together_keep_their_log_probs(api: 
         torch.testing.assert_close(logprobs(answer), logp_of(model, prompt, answer["output_ids"]), atol=1e-4, rtol=0)
 
 
-def test_requests_that_arrive_one_after_the_other_keep_their_log_probs(api: httpx.Client, model: Qwen3ForCausalLM) -> None:
+def test_requests_that_arrive_one_after_the_other_keep_their_log_probs(
+    api: httpx.Client, model: Qwen3ForCausalLM
+) -> None:
     prompts = [list(range(2 + at, 6 + 3 * at)) for at in range(10)]
 
     def late(at: int) -> Any:
@@ -87,7 +91,9 @@ def test_requests_that_arrive_one_after_the_other_keep_their_log_probs(api: http
         found = list(pool.map(late, range(10)))
     for prompt, answers in zip(prompts, found, strict=True):
         for answer in answers if isinstance(answers, list) else [answers]:
-            torch.testing.assert_close(logprobs(answer), logp_of(model, prompt, answer["output_ids"]), atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                logprobs(answer), logp_of(model, prompt, answer["output_ids"]), atol=1e-4, rtol=0
+            )
 
 
 def test_a_stop_token_ends_the_output_and_is_part_of_it(api: httpx.Client) -> None:
@@ -166,7 +172,9 @@ def test_zero_new_tokens_scores_the_prompt(api: httpx.Client, model: Qwen3ForCau
 
 def test_a_batch_of_prompts_is_scored_as_each_alone(api: httpx.Client, model: Qwen3ForCausalLM) -> None:
     prompts = [PROMPT, list(range(20, 60)), [8, 9]]
-    for prompt, answer in zip(prompts, generate(api, prompts, more={"logprob_start_len": 1}, max_new_tokens=0), strict=True):
+    for prompt, answer in zip(
+        prompts, generate(api, prompts, more={"logprob_start_len": 1}, max_new_tokens=0), strict=True
+    ):
         scored = answer["meta_info"]["input_token_logprobs"]
         assert [entry[1] for entry in scored] == prompt[1:]
         want = logp_of(model, prompt[:2], prompt[2:])
@@ -182,7 +190,9 @@ def test_many_requests_at_once_are_all_answered(api: httpx.Client) -> None:
         assert sorted(pool.map(one, range(40))) == [(at, 2 * (1 + at % 7)) for at in range(40)]
 
 
-def assert_top_logprobs(model: Qwen3ForCausalLM, prompt: list[int], answer: dict[str, Any], k: int, heat: float = 1.0) -> None:
+def assert_top_logprobs(
+    model: Qwen3ForCausalLM, prompt: list[int], answer: dict[str, Any], k: int, heat: float = 1.0
+) -> None:
     """At every output position the k likeliest tokens of a plain forward pass, with its log-probabilities."""
     output, tops = answer["output_ids"], answer["meta_info"]["output_top_logprobs"]
     assert [len(entries) for entries in tops] == [k] * len(output)
@@ -208,7 +218,9 @@ def test_top_log_probs_agree_with_the_sampled_tokens_own(api: httpx.Client) -> N
     answer = generate(api, more={"top_logprobs_num": 20}, max_new_tokens=60, temperature=0.7)
     sampled = zip(answer["meta_info"]["output_token_logprobs"], answer["meta_info"]["output_top_logprobs"], strict=True)
     both = [
-        (logprob, {i: lp for lp, i, _ in top}[token]) for (logprob, token, _), top in sampled if token in {e[1] for e in top}
+        (logprob, {i: lp for lp, i, _ in top}[token])
+        for (logprob, token, _), top in sampled
+        if token in {e[1] for e in top}
     ]
     assert len(both) > 10
     assert all(mine == theirs for mine, theirs in both)
@@ -230,7 +242,9 @@ def test_requests_with_and_without_top_log_probs_share_a_batch(api: httpx.Client
         found = list(pool.map(late, range(10)))
     for prompt, k, answers in zip(prompts, wanted, found, strict=True):
         for answer in answers:
-            torch.testing.assert_close(logprobs(answer), logp_of(model, prompt, answer["output_ids"]), atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                logprobs(answer), logp_of(model, prompt, answer["output_ids"]), atol=1e-4, rtol=0
+            )
             if k:
                 assert_top_logprobs(model, prompt, answer, k)
 
@@ -271,7 +285,10 @@ def test_requests_with_and_without_top_log_probs_share_a_batch(api: httpx.Client
             {"input_ids": [1], "return_logprob": True, "top_logprobs_num": 2, "sampling_params": {"top_k": 5}},
             "top_logprobs_num",
         ),
-        ({"input_ids": [1], "return_logprob": True, "top_logprobs_num": 2, "logprob_start_len": 0}, "logprob_start_len"),
+        (
+            {"input_ids": [1], "return_logprob": True, "top_logprobs_num": 2, "logprob_start_len": 0},
+            "logprob_start_len",
+        ),
     ],
 )
 def test_a_malformed_request_is_refused_by_field(
@@ -298,7 +315,9 @@ def test_a_malformed_request_is_refused_by_field(
         {"input_ids": [[1], [2]], "rid": ["a", "a"]},
     ],
 )
-def test_a_malformed_request_is_refused_in_words_and_the_next_one_is_answered(api: httpx.Client, body: dict[str, Any]) -> None:
+def test_a_malformed_request_is_refused_in_words_and_the_next_one_is_answered(
+    api: httpx.Client, body: dict[str, Any]
+) -> None:
     answer = api.post("/generate", json=body)
     assert 400 <= answer.status_code < 500
     assert len(error_message(answer)) > 10

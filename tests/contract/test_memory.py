@@ -205,7 +205,9 @@ def test_an_engine_is_resumed_once_whoever_woke_it(resting: RestingEngines, rest
             self.resumed += 1
             super().resume_memory(url)
 
-    restored.post("/resume_memory_occupation", json={}).raise_for_status()  # by a process killed before it could note it
+    restored.post(
+        "/resume_memory_occupation", json={}
+    ).raise_for_status()  # by a process killed before it could note it
     with CountingPool([url]) as pool:
         resting.wake(pool)
         assert pool.resumed == 0 and resting.urls == []

@@ -17,7 +17,7 @@ from megatron_rl.engines.processes.sglang import write_as_sent
 from megatron_rl.errors import CheckpointError, EngineError, PrecisionError
 from megatron_rl.precision.formats import fake_quantize
 from megatron_rl.precision.plan import PrecisionPlan, resolve
-from megatron_rl.server.quantized_linear import Quantisation, check_precision
+from megatron_rl.server.quantized_linear import EngineQuantization, check_precision
 from megatron_rl.weight_sync.sync import WeightSync
 from megatron_rl.weight_sync.transports.disk import DiskTransport
 from megatron_rl.weight_sync.transports.distributed import DistributedTransport
@@ -50,8 +50,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Computes in fp32, so that a plain forward pass says the same to the last digits."""
-    quantisation = Quantisation.of(PRECISION)
-    with EmbeddedServers(model, tmp_path_factory.mktemp("logs"), threads=1, quantisation=quantisation) as servers:
+    engine_quantization = EngineQuantization.of(PRECISION)
+    with EmbeddedServers(
+        model, tmp_path_factory.mktemp("logs"), threads=1, engine_quantization=engine_quantization
+    ) as servers:
         yield servers.urls[0]
 
 
@@ -92,20 +94,22 @@ def weights(source: Path, seed: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def reference(source: Path, seed: int, plan: PrecisionPlan, inputs: bool = True) -> Qwen3ForCausalLM:
-    """A plain fp32 model on the fake-quantised weights of that seed; with `inputs`, those of the same linears too."""
+    """A plain fp32 model on the fake-quantized weights of that seed; with `inputs`, those of the same linears too."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     served = dict(weights(source, seed))
-    if not seed:  # as loaded by the server itself: what is not quantised stays fp32
-        served |= {name: HFFolder(source).read(name) for name in served if not plan.quantised(name)}
-    values = {name: fake_quantize(t, plan.wire, torch.float32) if plan.quantised(name) else t for name, t in served.items()}
+    if not seed:  # as loaded by the server itself: what is not quantized stays fp32
+        served |= {name: HFFolder(source).read(name) for name in served if not plan.quantized(name)}
+    values = {
+        name: fake_quantize(t, plan.wire, torch.float32) if plan.quantized(name) else t for name, t in served.items()
+    }
     model.load_state_dict(values)
     for name, module in model.named_modules():
-        if inputs and isinstance(module, nn.Linear) and plan.quantised(f"{name}.weight"):
-            module.register_forward_pre_hook(lambda _, args: (quantised_rows(args[0], plan.engine_inputs),))
+        if inputs and isinstance(module, nn.Linear) and plan.quantized(f"{name}.weight"):
+            module.register_forward_pre_hook(lambda _, args: (quantized_rows(args[0], plan.engine_inputs),))
     return model
 
 
-def quantised_rows(x: Tensor, fmt: str) -> Tensor:
+def quantized_rows(x: Tensor, fmt: str) -> Tensor:
     return fake_quantize(x.flatten(0, -2), fmt).view_as(x)
 
 
@@ -116,7 +120,7 @@ def answer(url: str, tokens: int = 60) -> tuple[list[int], Tensor]:
     return found["output_ids"], torch.tensor([pair[0] for pair in found["meta_info"]["output_token_logprobs"]])
 
 
-def assert_fake_quantised(server: str, model: Path, seed: int, plan: PrecisionPlan) -> None:
+def assert_fake_quantized(server: str, model: Path, seed: int, plan: PrecisionPlan) -> None:
     """A code of an input may flip where two sums differ in their last bit: the mean is compared, not every token."""
     output, found = answer(server)
     error = (found - logp_of(reference(model, seed, plan), PROMPT, output)).abs()
@@ -125,10 +129,10 @@ def assert_fake_quantised(server: str, model: Path, seed: int, plan: PrecisionPl
     assert error.mean() < 0.1 * weights_alone.mean()
 
 
-def test_logprobs_are_those_of_fake_quantised_weights_and_inputs(
+def test_logprobs_are_those_of_fake_quantized_weights_and_inputs(
     pool: HookedPool, plan: PrecisionPlan, model: Path, server: str
 ) -> None:
-    assert_fake_quantised(server, model, 0, plan)
+    assert_fake_quantized(server, model, 0, plan)
 
 
 @every_transport
@@ -140,7 +144,7 @@ def test_codes_and_scales_are_confirmed_by_their_digests_and_served(
     report = sync.push(WireTensors(weights(model, 1), plan), 1)
     assert report.nbytes == sum(tensor.nbytes for tensor in sent.values()) > 8 * BUCKET
     assert pool.checksums(server) == {name: tensor_digest(tensor) for name, tensor in sent.items()}
-    assert_fake_quantised(server, model, 1, plan)
+    assert_fake_quantized(server, model, 1, plan)
 
 
 def flipped_bit(tensors: dict[str, Tensor]) -> None:
@@ -219,12 +223,16 @@ def test_a_weight_that_is_not_finite_reaches_no_engine(
             yield name, tensor
 
     before = answer(server)
-    with pytest.raises(CheckpointError, match=r"'model\.layers\.1\.mlp\.up_proj\.weight' holds values that are not finite"):
+    with pytest.raises(
+        CheckpointError, match=r"'model\.layers\.1\.mlp\.up_proj\.weight' holds values that are not finite"
+    ):
         sync.push(WireTensors(spoiled(), plan), 1)
     assert torch.equal(answer(server)[1], before[1]) and pool.weight_version(server) == "0"
 
 
-def test_a_run_finds_out_which_precision_a_server_has(pool: HookedPool, server: str, url: str, embedded_only: None) -> None:
+def test_a_run_finds_out_which_precision_a_server_has(
+    pool: HookedPool, server: str, url: str, embedded_only: None
+) -> None:
     said = pool.info(server)
     assert (said["dtype"], said["quantization"], said["activations"]) == ("fp32", "fp8_blockwise", "fp8")
     check_precision(server, {**said, "dtype": "bf16"}, PRECISION)
@@ -249,7 +257,8 @@ def test_sglang_on_cpu_serves_the_values_of_the_codes(
     expected = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     served = {name: HFFolder(model_dir).read(name).bfloat16() for name in HFFolder(model_dir).tensors}
     values = {
-        name: fake_quantize(t, chosen.wire, torch.bfloat16) if chosen.quantised(name) else t for name, t in served.items()
+        name: fake_quantize(t, chosen.wire, torch.bfloat16) if chosen.quantized(name) else t
+        for name, t in served.items()
     }
     expected.load_state_dict(values)
     torch.testing.assert_close(found, logp_of(expected, PROMPT, output), atol=1e-4, rtol=0)

@@ -59,10 +59,14 @@ def plain(moe_dir: Path) -> Qwen3MoeForCausalLM:
 @pytest.fixture(scope="module")
 def moe_url(engine: str, moe_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     logs = tmp_path_factory.mktemp("logs")
-    flags = server_flags(resolve(PrecisionConfig(), LAYERS, engine="sglang", device="cpu"), SGLANG, device="cpu", routing=True)
+    flags = server_flags(
+        resolve(PrecisionConfig(), LAYERS, engine="sglang", device="cpu"), SGLANG, device="cpu", routing=True
+    )
     embedded = engine == "embedded"
     with (
-        EmbeddedServers(moe_dir, logs, 1, threads=1) if embedded else SGLangServers(moe_dir, logs, flags, SGLANG, 1) as servers
+        EmbeddedServers(moe_dir, logs, 1, threads=1)
+        if embedded
+        else SGLangServers(moe_dir, logs, flags, SGLANG, 1) as servers
     ):
         yield servers.urls[0]
 
@@ -75,7 +79,8 @@ def chosen(model: Qwen3MoeForCausalLM, tokens: list[int]) -> tuple[np.ndarray, n
     """[T - 1, L, K] sorted: the experts of one plain forward pass; [T - 1, L]: how far the last of them is ahead."""
     logits: list[torch.Tensor] = []
     hooks = [
-        layer.mlp.gate.register_forward_hook(lambda gate, args, out: logits.append(out[0])) for layer in model.model.layers
+        layer.mlp.gate.register_forward_hook(lambda gate, args, out: logits.append(out[0]))
+        for layer in model.model.layers
     ]
     with torch.no_grad():
         model(torch.tensor([tokens[:-1]]))

@@ -54,7 +54,9 @@ def reset(url: str, model_dir: Path) -> None:
     with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
         for path in ("/abort_weight_update", "/end_weight_update"):  # the one the engine knows
             client.post(path, json={})
-        client.post("/update_weights_from_disk", json={"model_path": str(model_dir), "weight_version": "0"}).raise_for_status()
+        client.post(
+            "/update_weights_from_disk", json={"model_path": str(model_dir), "weight_version": "0"}
+        ).raise_for_status()
         client.post("/continue_generation", json={}).raise_for_status()
 
 
@@ -75,7 +77,11 @@ def pool(honest: EmbeddedServers, proxy: Proxy, model_dir: Path) -> Iterator[Eng
 def make_transport(kind: str, folder: Path, source: HFFolder) -> Transport:
     if kind == "disk":
         return DiskTransport(source, folder / "staging")
-    return DistributedTransport(BUCKET, TIMEOUT_S, torch.device("cpu")) if kind == "distributed" else TensorTransport(BUCKET)
+    return (
+        DistributedTransport(BUCKET, TIMEOUT_S, torch.device("cpu"))
+        if kind == "distributed"
+        else TensorTransport(BUCKET)
+    )
 
 
 def moved(source: HFFolder, seed: int) -> Iterator[tuple[str, Tensor]]:
@@ -232,7 +238,9 @@ def test_where_digests_cannot_be_foretold_an_engine_is_known_by_the_log_probabil
     made = World(opaque, proxy, model_dir, TensorTransport(BUCKET), 3, lambda: scored_plainly(model_dir, next(seeds)))
     assert not opaque.held
     torch.testing.assert_close(torch.tensor(made.answer(made.bad)), torch.tensor(made.before), atol=1e-4, rtol=0)
-    message = made.fails(f"{made.bad}, weight version 9: the log-probabilities of the probe are off by", "0.001 is allowed")
+    message = made.fails(
+        f"{made.bad}, weight version 9: the log-probabilities of the probe are off by", "0.001 is allowed"
+    )
     assert f"{made.good}, weight version 9" not in message and opaque.held.keys() == {made.bad}
     made.recovers()
     made.sync.close()
@@ -364,7 +372,9 @@ def struck_inside_an_update(
         first = psutil.Process(servers.pids[0])
         struck = first.children()[0] if engine == "sglang" else first  # a guard leads SGLang's processes
         distributing = kind == "distributed"
-        transport = DistributedTransport(BUCKET, timeout_s, torch.device("cpu")) if distributing else TensorTransport(BUCKET)
+        transport = (
+            DistributedTransport(BUCKET, timeout_s, torch.device("cpu")) if distributing else TensorTransport(BUCKET)
+        )
         made = World.__new__(World)
         made.pool, made.source, made.transport, made.committed = pool, HFFolder(model_dir), transport, 3
         made.good, made.bad = pool.live_urls
@@ -399,7 +409,12 @@ def test_an_engine_that_is_killed_between_begin_and_end_is_dropped(
 
 @in_buckets
 def test_an_engine_that_hangs_between_begin_and_end_is_dropped_and_comes_back(
-    honest: EmbeddedServers, embedded_only: None, model_dir: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+    honest: EmbeddedServers,
+    embedded_only: None,
+    model_dir: Path,
+    tmp_path: Path,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(distributed, "JOIN_S", 10.0)  # it holds our broadcast up, which is waited for as long
     strike = struck_inside_an_update("embedded", kind, signal.SIGSTOP, 10.0, honest.urls[0], model_dir, tmp_path)

@@ -36,7 +36,9 @@ TOKENIZER = ambiguous_tokenizer()
 class Scripted(Task):
     """Says `says` after every turn but the last and those it finds void; notes what it heard."""
 
-    def __init__(self, says: str | None = "abcabc", max_turns: int = 3, void: Callable[[int], bool] = lambda number: False):
+    def __init__(
+        self, says: str | None = "abcabc", max_turns: int = 3, void: Callable[[int], bool] = lambda number: False
+    ):
         self.train = self.held_out = [PROMPT]
         self.says, self.max_turns, self.void = says, max_turns, void
         self.heard: list[str] = []
@@ -93,7 +95,9 @@ def test_engine_tokens_go_back_as_they_came_although_their_text_has_other_tokens
     written = [samples[0].tokens for _, samples in engine_side.asked]
     said = tuple(TOKENIZER.encode("abcabc", add_special_tokens=False))
     assert len(written) == 3, "all three turns ended by themselves"
-    assert any(TOKENIZER.encode(TOKENIZER.decode(tokens)) != list(tokens) for tokens in written), "the case tells nothing"
+    assert any(TOKENIZER.encode(TOKENIZER.decode(tokens)) != list(tokens) for tokens in written), (
+        "the case tells nothing"
+    )
     assert trajectory.response_tokens == (*written[0], *said, *written[1], *said, *written[2])
     for number, (request, _) in enumerate(engine_side.asked):
         before = [token for tokens in written[:number] for token in (*tokens, *said)]

@@ -225,7 +225,9 @@ def test_an_engine_with_other_weights_makes_the_push_fail_and_all_serve_the_old(
     assert_serving(pool, source, 7, 7)
 
 
-def test_weights_that_are_not_finite_never_reach_an_engine(pool: HookedPool, source: HFFolder, sync: WeightSync) -> None:
+def test_weights_that_are_not_finite_never_reach_an_engine(
+    pool: HookedPool, source: HFFolder, sync: WeightSync
+) -> None:
     def poisoned() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights(source, 1):
             if name == "model.layers.0.mlp.up_proj.weight":
@@ -233,7 +235,9 @@ def test_weights_that_are_not_finite_never_reach_an_engine(pool: HookedPool, sou
             yield name, tensor
 
     stream = poisoned()
-    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj\.weight' holds values that are not finite"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj\.weight' holds values that are not finite"
+    ):
         sync.push(stream, 1)
     assert next(stream, None) is None  # a collective export was run to its end all the same
     assert_serving(pool, source, 0, None)
@@ -294,7 +298,9 @@ sys.stdin.read()
 
 def test_private_staging_folders_of_killed_processes_are_removed_and_those_in_use_are_not(model: Path) -> None:
     def staging(**pipes: Any) -> tuple[subprocess.Popen[str], Path]:
-        process = subprocess.Popen([sys.executable, "-c", STAGE, str(model)], text=True, stdout=subprocess.PIPE, **pipes)
+        process = subprocess.Popen(
+            [sys.executable, "-c", STAGE, str(model)], text=True, stdout=subprocess.PIPE, **pipes
+        )
         assert process.stdout is not None
         return process, Path(process.stdout.readline().strip())
 
@@ -329,7 +335,9 @@ def test_every_rank_of_the_trainer_learns_the_outcome(
     )
     assert first == second
     assert first[0] == "1" and first[2] == "3"
-    assert first[1].startswith("CheckpointError: tensor 'model.layers.1.mlp.down_proj.weight' holds values that are not finite")
+    assert first[1].startswith(
+        "CheckpointError: tensor 'model.layers.1.mlp.down_proj.weight' holds values that are not finite"
+    )
     assert pool.weight_version(url) == "3"
     pushed = dict.fromkeys(["model.layers.1.mlp.down_proj.weight"], torch.full((64, 96), 0.25))
     served = pool.checksums(url)

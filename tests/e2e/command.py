@@ -41,7 +41,12 @@ class Command:
         self.tag = uuid.uuid4().hex
         env = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
         paths = [environment.pop("PYTHONPATH", ""), str(ROOT)]
-        env |= {"OMP_NUM_THREADS": "1", TAG: self.tag, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **environment}
+        env |= {
+            "OMP_NUM_THREADS": "1",
+            TAG: self.tag,
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            **environment,
+        }
         self.out, self.err = folder / f"{self.tag}.out", folder / f"{self.tag}.err"
         self.started = time.monotonic()
         with self.out.open("wb") as out, self.err.open("wb") as err:

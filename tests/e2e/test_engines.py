@@ -68,8 +68,17 @@ def test_a_server_that_dies_inside_a_weight_update_costs_only_itself(arithmetic_
     config = make_config({"model": {"path": str(arithmetic_model)}, "run": {"dir": str(tmp_path)}})
     mesh = parallel.initialize(config.parallel, pick_device("cpu"), seed=0)
     policy = Policy(config, mesh)
-    run = Run(config, mesh, policy, make_objective(config.objective.spec()), resolve(config.precision, policy.shape.num_layers))
-    with EmbeddedServers(arithmetic_model, tmp_path, count=2, threads=1) as servers, FatalPool(servers.urls, 60) as run.pool:
+    run = Run(
+        config,
+        mesh,
+        policy,
+        make_objective(config.objective.spec()),
+        resolve(config.precision, policy.shape.num_layers),
+    )
+    with (
+        EmbeddedServers(arithmetic_model, tmp_path, count=2, threads=1) as servers,
+        FatalPool(servers.urls, 60) as run.pool,
+    ):
         run.sync = disk_sync(run.pool, run.policy.source, tmp_path / "staging", group=mesh.control)
         run.publish(1)
         FatalPool.doomed[servers.urls[0]] = psutil.Process(servers.pids[0])
@@ -85,7 +94,9 @@ def test_a_server_that_dies_inside_a_weight_update_costs_only_itself(arithmetic_
 
 
 def test_a_run_without_any_server_left_ends_with_one_clear_error(start, small_run, run_folder):
-    command: Command = start("train", small_run, "run.steps=500", "rollout.servers=2", "parallel.tensor=2", "run.save_every=0")
+    command: Command = start(
+        "train", small_run, "run.steps=500", "rollout.servers=2", "parallel.tensor=2", "run.save_every=0"
+    )
     command.until(lambda: len(records(run_folder)) >= 2)
     servers = command.servers()
     urls = [url_of(server) for server in servers]

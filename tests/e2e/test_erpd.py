@@ -84,7 +84,7 @@ def test_a_round_logs_both_stages_and_what_the_student_took_over(straight):
         assert len(record["erpd/shift/mean"]) == len(record["erpd/shift/edges"]) == len(record["erpd/shift/count"])
         assert 0 <= record["erpd/student/clipped"] < 1
         first, last = (np.mean(record["erpd/teacher/loss"][at : at + 2]) for at in (0, TEACHER - 2))  # whole epochs
-        assert last < first, "a mean squared error that is minimised falls"
+        assert last < first, "a mean squared error that is minimized falls"
     first, second = records(straight, "erpd")
     assert "erpd/teacher/greedy" not in first and 0 <= second["erpd/teacher/greedy"] <= 1
     assert second["erpd/teacher/explained_variance"] is not None
@@ -143,7 +143,9 @@ def test_a_round_stopped_and_killed_inside_either_stage_ends_bit_for_bit_like_an
     assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
 
 
-def test_servers_of_somebody_else_that_rest_when_a_run_stops_are_named_and_woken_by_resuming(start, arithmetic_model, tmp_path):
+def test_servers_of_somebody_else_that_rest_when_a_run_stops_are_named_and_woken_by_resuming(
+    start, arithmetic_model, tmp_path
+):
     path, folder = configuration(tmp_path, arithmetic_model), tmp_path / "runs" / "rounds"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -159,7 +161,9 @@ def test_servers_of_somebody_else_that_rest_when_a_run_stops_are_named_and_woken
     assert result.code == 130, result.all
     assert f"left without their memory: {url}; --resume of this run wakes them" in result.err, result.all
     other = start("train", "--resume", path, *settings, "rollout.temperature=0.5", "optimizer.weight_decay=0.5").wait()
-    assert other.code == 2 and "begun with other settings (optimizer.weight_decay, rollout.temperature)" in other.err, other.all
+    assert other.code == 2 and "begun with other settings (optimizer.weight_decay, rollout.temperature)" in other.err, (
+        other.all
+    )
     assert "without their memory" not in other.err, "it was woken and given weights before the round was looked at"
     result = start("train", "--resume", path, *settings).wait()
     assert result.code == 0, result.all

@@ -1,4 +1,4 @@
-"""Runs of a mixture of experts: spread over ranks, synchronised with engines that fuse experts, and with routing replayed."""
+"""Runs of a mixture of experts: spread over ranks, synchronized with engines that fuse experts, and with routing replayed."""
 
 import pytest
 
@@ -24,7 +24,9 @@ def test_replayed_routing_is_what_the_engines_chose(cli, small_run, run_folder, 
     assert [r["step"] for r in found] == [0, 1, 2]
     for record in found:
         assert record["routing/agreement"] > 0.999
-        assert 0.5 < record["routing/replayed"] < 1, "of every trajectory all tokens but the last, which no engine took in"
+        assert 0.5 < record["routing/replayed"] < 1, (
+            "of every trajectory all tokens but the last, which no engine took in"
+        )
         assert record["mismatch/kl/k3"] < 1e-6
 
 
@@ -57,7 +59,9 @@ def test_without_replay_the_same_run_records_none(cli, small_run, run_folder, mi
 
 
 def test_replay_on_a_dense_model_is_refused_before_anything_starts(refused, small_run):
-    assert_refused(refused("train", small_run, "rollout.routing_replay=true"), "ConfigError", "routing_replay", "dense model")
+    assert_refused(
+        refused("train", small_run, "rollout.routing_replay=true"), "ConfigError", "routing_replay", "dense model"
+    )
 
 
 def test_experts_that_the_ranks_cannot_share_are_refused(refused, small_run, mixture):

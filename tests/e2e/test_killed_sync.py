@@ -44,7 +44,9 @@ class Struck:
         return Answer(success=True)
 
 
-def assert_resumes_whole(url: str, proxy: Proxy, arguments: list[object], victim: str, start, cli, run_folder: Path) -> None:
+def assert_resumes_whole(
+    url: str, proxy: Proxy, arguments: list[object], victim: str, start, cli, run_folder: Path
+) -> None:
     """url: of the server itself. victim: `rank` or `launcher`."""
     struck = Struck(proxy, str(arguments[-1]).rpartition("=")[2])
     command: Command = start("train", *arguments)
@@ -114,5 +116,11 @@ def sglang_url(small_run: Path, tmp_path: Path) -> Iterator[str]:
 def test_a_trainer_killed_inside_a_weight_update_of_sglang(start, cli, small_run, run_folder, sglang_url: str):
     """SGLang stays paused, with half of an update in it, and answers no health check until it is told to go on."""
     with Proxy(sglang_url) as proxy:
-        arguments = [small_run, *SGLANG, f"run.steps={STEPS}", f"rollout.urls=[{proxy.url}]", "rollout.transport=distributed"]
+        arguments = [
+            small_run,
+            *SGLANG,
+            f"run.steps={STEPS}",
+            f"rollout.urls=[{proxy.url}]",
+            "rollout.transport=distributed",
+        ]
         assert_resumes_whole(sglang_url, proxy, arguments, "rank", start, cli, run_folder)

@@ -66,7 +66,9 @@ def train(ranks, server, small_run, run_folder):
             "rollout.samples_per_prompt=32",
             *own,
         ]
-        answers = ranks.run("tests.e2e.objective_steps", "train_run", file=small_run, overrides=overrides, port=free_port())
+        answers = ranks.run(
+            "tests.e2e.objective_steps", "train_run", file=small_run, overrides=overrides, port=free_port()
+        )
         steps = records(run_folder)
         assert [r["step"] for r in steps] == list(range(STEPS))
         assert answers[0]["before"] != answers[0]["after"], "the weights did not move"
@@ -97,6 +99,11 @@ def test_perturbed_layers_train_and_say_what_the_noise_did(train, level):
     for r in steps:
         assert 0 < r["alp/sigma_min"] <= r["alp/sigma_mean"] <= r["alp/sigma_max"] and r["alp/sigma/0"] > 0
         assert 0 < r["alp/shift/p75"] < 0.1 and r["alp/unmoved"] < 0.5
-        assert r["alp/clean/ratio/q50"] == pytest.approx(1, abs=1e-3), "the engine holds the weights of the first update"
-        assert r["alp/perturbed/ratio/q99"] - r["alp/perturbed/ratio/q01"] > r["alp/clean/ratio/q99"] - r["alp/clean/ratio/q01"]
+        assert r["alp/clean/ratio/q50"] == pytest.approx(1, abs=1e-3), (
+            "the engine holds the weights of the first update"
+        )
+        assert (
+            r["alp/perturbed/ratio/q99"] - r["alp/perturbed/ratio/q01"]
+            > r["alp/clean/ratio/q99"] - r["alp/clean/ratio/q01"]
+        )
         assert any(name.startswith("alp/perturbed/envelope/p98/") for name in r)

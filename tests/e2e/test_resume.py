@@ -61,7 +61,9 @@ def test_a_run_that_is_killed_twice_is_one_whole_run_at_its_end(start, cli, smal
     command = start("train", small_run, "run.steps=500", "run.save_every=0", "eval.prompts=2")
     command.until(lambda: len(records(run_folder)) >= 2)
     command.end()
-    command = start("train", "--resume", small_run, "run.steps=500", "run.save_every=10", "eval.prompts=2", "parallel.tensor=2")
+    command = start(
+        "train", "--resume", small_run, "run.steps=500", "run.save_every=10", "eval.prompts=2", "parallel.tensor=2"
+    )
     newest = command.until(lambda: newest_valid(run_folder / "checkpoints")[0])
     # Complete soon after it was begun, not only when the next one is due.
     assert newest.name == "step_000010" and len(records(run_folder)) < 20

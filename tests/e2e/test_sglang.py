@@ -28,10 +28,12 @@ def test_five_strictly_on_policy_steps_with_weights_broadcast_to_sglang(start, s
     for record in found:
         # The first update of a step meets the very weights that sampled: nothing but arithmetic is between mu and pi.
         assert abs(record["mismatch/ratio/min"] - 1) < 1e-4 and abs(record["mismatch/ratio/max"] - 1) < 1e-4
-    assert max(abs(record["ratio/max"] - 1) for record in found) > 1e-3, "the second update meets weights that have moved"
+    assert max(abs(record["ratio/max"] - 1) for record in found) > 1e-3, (
+        "the second update meets weights that have moved"
+    )
 
 
-def test_stale_rollouts_from_dequantised_fp8_weights_log_their_mismatch(start, small_run, run_folder):
+def test_stale_rollouts_from_dequantized_fp8_weights_log_their_mismatch(start, small_run, run_folder):
     said = train(
         start,
         small_run,
@@ -41,7 +43,7 @@ def test_stale_rollouts_from_dequantised_fp8_weights_log_their_mismatch(start, s
         "rollout.transport=distributed",
         "run.steps=5",
     )
-    assert "dequantised" in said
+    assert "dequantized" in said
     found = records(run_folder)
     assert [r["step"] for r in found] == list(range(5))
     assert [record["staleness/max"] for record in found] == [0, 1, 1, 1, 1]
@@ -72,8 +74,16 @@ def test_a_run_goes_on_without_an_sglang_server_that_was_killed(start, small_run
     assert result.err.count(f"engine {url} is not used any more") == 1, result.err
 
 
-def test_behind_a_router_a_run_goes_on_without_a_server_and_ends_clearly_without_the_router(start, small_run, run_folder):
-    more = ("run.steps=500", "rollout.servers=2", "rollout.sglang.router=true", "rollout.transport=tensor", "run.save_every=0")
+def test_behind_a_router_a_run_goes_on_without_a_server_and_ends_clearly_without_the_router(
+    start, small_run, run_folder
+):
+    more = (
+        "run.steps=500",
+        "rollout.servers=2",
+        "rollout.sglang.router=true",
+        "rollout.transport=tensor",
+        "run.save_every=0",
+    )
     command: Command = start("train", small_run, *SGLANG, *more)
     url, before = kill_one_of_two(command, run_folder)
     command.until(lambda: len(records(run_folder)) >= before + 3, timeout=400)

@@ -43,7 +43,9 @@ def test_groups_beyond_need_are_given_up_and_groups_without_a_signal_replaced(cl
     assert_drawn_once(run_folder)
 
 
-def test_a_deterministic_run_that_overlaps_and_is_killed_in_between_is_the_one_that_was_not(start, cli, small_run, tmp_path):
+def test_a_deterministic_run_that_overlaps_and_is_killed_in_between_is_the_one_that_was_not(
+    start, cli, small_run, tmp_path
+):
     fixed = ["rollout.deterministic=true", "rollout.max_staleness=2", "rollout.dynamic_sampling=2"]
     fixed += ["optimizer.warmup_updates=8", "run.steps=9", "run.save_every=3"]
     result = cli("train", small_run, *fixed, "run.name=straight")
@@ -111,8 +113,14 @@ def test_requests_that_run_through_a_weight_update_go_on_and_their_tokens_know_t
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["rollout.deterministic=true", "rollout.oversample=1.5"], ["rollout.oversample: 1.5", "rollout.deterministic"]),
-        (["rollout.dynamic_sampling=2", "rollout.samples_per_prompt=1"], ["rollout.dynamic_sampling", "samples_per_prompt"]),
+        (
+            ["rollout.deterministic=true", "rollout.oversample=1.5"],
+            ["rollout.oversample: 1.5", "rollout.deterministic"],
+        ),
+        (
+            ["rollout.dynamic_sampling=2", "rollout.samples_per_prompt=1"],
+            ["rollout.dynamic_sampling", "samples_per_prompt"],
+        ),
         (
             ["rollout.max_staleness=1", f"objective={ERPD}"],
             ["rollout.max_staleness: 1", "erpd"],

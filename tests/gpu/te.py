@@ -1,4 +1,4 @@
-"""Transformer Engine's quantisers, their codes and scales brought into the layout of `precision.formats`.
+"""Transformer Engine's quantizers, their codes and scales brought into the layout of `precision.formats`.
 
 Called where it is installed only; the seam at which it is imported.
 """
@@ -15,7 +15,7 @@ ELEMENTS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 @dataclass(frozen=True)
 class Codes:
-    """uint8 codes [M, N] and scale_inv of x [M, N], and of its transpose where that is quantised anew."""
+    """uint8 codes [M, N] and scale_inv of x [M, N], and of its transpose where that is quantized anew."""
 
     codes: Tensor
     scale_inv: Tensor
@@ -41,7 +41,9 @@ def current(x: Tensor, element: str, *, pow2: bool) -> Codes:
 def delayed(x: Tensor, element: str, scale: Tensor) -> tuple[Codes, Tensor]:
     """One given scale per tensor; also the amax that is noted."""
     amax = torch.zeros(1, device="cuda")
-    made = _tensors("float8_tensor").Float8Quantizer(scale.reshape(1).cuda(), amax, _element(element), columnwise=False)(x)
+    made = _tensors("float8_tensor").Float8Quantizer(
+        scale.reshape(1).cuda(), amax, _element(element), columnwise=False
+    )(x)
     return Codes(made._data, made._scale_inv), amax
 
 
@@ -99,7 +101,7 @@ def block_recipe(*, pow2: bool, hybrid: bool) -> Any:
 
 
 def autocast(recipe: Any) -> Any:
-    """The context in which modules quantise; its name changed in 2.8."""
+    """The context in which modules quantize; its name changed in 2.8."""
     te = importlib.import_module("transformer_engine.pytorch")
     if hasattr(te, "autocast"):
         return te.autocast(enabled=True, recipe=recipe)

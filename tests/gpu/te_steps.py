@@ -34,7 +34,9 @@ def step(model: Path, transformer_engine: bool, precision: dict[str, Any]) -> di
 
     def noting_step(grad_norm: float) -> None:
         for name, parameter in policy.models[0].named_parameters():
-            if ".linear_" in name and parameter.dim() == 2:  # vectors: Transformer Engine's norms lie inside its linears
+            if (
+                ".linear_" in name and parameter.dim() == 2
+            ):  # vectors: Transformer Engine's norms lie inside its linears
                 grads[name] = parameter.main_grad.float().cpu().numpy()
         optimizer_step(grad_norm)
 

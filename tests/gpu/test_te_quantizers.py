@@ -1,4 +1,4 @@
-"""Transformer Engine's own quantisers: its codes and scales are the golden vectors', and the emulator's, bit for bit."""
+"""Transformer Engine's own quantizers: its codes and scales are the golden vectors', and the emulator's, bit for bit."""
 
 from collections import Counter
 
@@ -10,7 +10,17 @@ from megatron_rl.precision.formats import Quantized, amax, quantize
 from megatron_rl.precision.plan import resolve
 from megatron_rl.precision.products import QuantizedProducts, Scales, operands_of
 from tests.gpu import te
-from tests.gpu.needs import GOLDEN, assert_as_accumulated, needs_capability, needs_te, only_hopper, raw, relative, spread, unhex
+from tests.gpu.needs import (
+    GOLDEN,
+    assert_as_accumulated,
+    needs_capability,
+    needs_te,
+    only_hopper,
+    raw,
+    relative,
+    spread,
+    unhex,
+)
 
 pytestmark = needs_te
 POW2 = [False, True]
@@ -141,7 +151,7 @@ def test_a_block_scaled_linear_has_the_emulated_products(form, pow2):
     theirs.backward(grad)
     assert watcher.ran == {"fprop": 1, "dgrad": 1, "wgrad": 1}
     assert_as_accumulated(theirs, quantize(x, operands.inputs).dequantize(), quantize(w, operands.weights).dequantize())
-    # Both round to bfloat16 once (at most 2^-8 of an element apart); unquantised products are some 3 % away.
+    # Both round to bfloat16 once (at most 2^-8 of an element apart); unquantized products are some 3 % away.
     for found, expected in ((theirs, ours), (their_x.grad, ours_x.grad), (module.weight.grad, ours_w.grad)):
         assert relative(found.detach().cpu(), expected.detach().cpu()) < 4e-3
     assert relative((x @ w.t()).cpu(), ours.detach().cpu()) > 1e-2

@@ -54,7 +54,11 @@ def steps(tmp_path_factory):
             try:
                 precision = RECIPES.get(name, {"train": "bf16"})
                 (done[key],) = group.run(
-                    "tests.gpu.te_steps", "step", model=model, transformer_engine=transformer_engine, precision=precision
+                    "tests.gpu.te_steps",
+                    "step",
+                    model=model,
+                    transformer_engine=transformer_engine,
+                    precision=precision,
                 )
             finally:
                 group.close()
@@ -78,9 +82,9 @@ def test_without_a_recipe_both_sorts_of_layers_agree_as_bfloat16_does(steps):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_quantised_step_is_the_emulated_one(steps, recipe):
+def test_a_quantized_step_is_the_emulated_one(steps, recipe):
     """Inputs that differ by a rounding of bfloat16 fall into other codes here and there, so codes deep in the model are not
-    all equal; but what Transformer Engine computes is nearer to the emulation than either is to the unquantised step."""
+    all equal; but what Transformer Engine computes is nearer to the emulation than either is to the unquantized step."""
     ours, theirs, plain = steps(False, recipe), steps(True, recipe), steps(False, "none")
     trained = ours["trained"]
     apart = np.abs(ours["logp"] - theirs["logp"])[trained].mean()
@@ -88,11 +92,11 @@ def test_a_quantised_step_is_the_emulated_one(steps, recipe):
     assert apart < 0.75 * effect, (apart, effect)
     assert ours["grads"].keys() == theirs["grads"].keys() and len(ours["grads"]) == 8
     between = np.mean([relative(theirs["grads"][name], grad) for name, grad in ours["grads"].items()])
-    quantised = np.mean([relative(plain["grads"][name], grad) for name, grad in ours["grads"].items()])
-    assert between < 0.75 * quantised, (between, quantised)
+    quantized = np.mean([relative(plain["grads"][name], grad) for name, grad in ours["grads"].items()])
+    assert between < 0.75 * quantized, (between, quantized)
 
 
-def test_a_quantised_step_says_how_many_products_ran(steps):
+def test_a_quantized_step_says_how_many_products_ran(steps):
     for transformer_engine in (False, True):
         metrics = steps(transformer_engine, "blockwise")["metrics"]
         for kind in ("qkv", "proj", "fc1", "fc2"):

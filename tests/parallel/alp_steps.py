@@ -61,7 +61,9 @@ class NoiseNotes:
         self.vocab = policy.shape.vocab_size
         self.hooks: list[RemovableHandle] = []
         for chunk in policy.models:
-            self.hooks += [layer.register_forward_pre_hook(self._layer, with_kwargs=True) for layer in chunk.decoder.layers]
+            self.hooks += [
+                layer.register_forward_pre_hook(self._layer, with_kwargs=True) for layer in chunk.decoder.layers
+            ]
             if chunk.perturbation is not None:
                 chunk.perturbation.noise = self._noting(chunk.perturbation.noise, chunk.perturbation.layer_index)
 

@@ -65,7 +65,9 @@ def refused_load(model: Path, layout: dict[str, Any], folder: Path) -> str:
     return "not refused"
 
 
-def save_each_update(model: Path, layout: dict[str, Any], folder: Path, count: int, keep: int) -> list[dict[str, np.ndarray]]:
+def save_each_update(
+    model: Path, layout: dict[str, Any], folder: Path, count: int, keep: int
+) -> list[dict[str, np.ndarray]]:
     """`count` updates with a checkpoint after each; the weights of every checkpoint."""
     policy = make_policy(model, layout)
     checkpoints, weights = Checkpoints(folder, policy, keep), []
@@ -76,7 +78,9 @@ def save_each_update(model: Path, layout: dict[str, Any], folder: Path, count: i
     return weights
 
 
-def update_while_saving(model: Path, layout: dict[str, Any], folder: Path, gate: Path, **sections: Any) -> dict[str, Any]:
+def update_while_saving(
+    model: Path, layout: dict[str, Any], folder: Path, gate: Path, **sections: Any
+) -> dict[str, Any]:
     """A checkpoint whose files are written only after two further updates were made."""
     policy = make_policy(model, layout, **sections)
     before = update(policy)["weights"]

@@ -31,7 +31,7 @@ def expert_replicas_differ(policy: Policy) -> float:
 
 
 def shift_experts(policy: Policy) -> None:
-    """Every rank's experts take the weights of their neighbour: a wrong offset."""
+    """Every rank's experts take the weights of their neighbor: a wrong offset."""
     for chunk in policy.models:
         for layer in chunk.decoder.layers:
             experts = layer.mlp.experts.local_experts
@@ -84,7 +84,7 @@ def replay_batch(seed: int = 3, experts: int = 8, per_token: int = 2, layers: in
 
 
 def shift_rows(policy: Policy) -> None:
-    """Every token is given the experts of its neighbour in the stream."""
+    """Every token is given the experts of its neighbor in the stream."""
     rows = policy.routing.rows
     policy.routing.rows = lambda micro: rows(replace(micro, routing=micro.routing.roll(1, 0)))  # type: ignore[method-assign]
 

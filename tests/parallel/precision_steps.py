@@ -1,4 +1,4 @@
-"""What the ranks of a group run to show that quantised products are the same under every layout that leaves blocks whole."""
+"""What the ranks of a group run to show that quantized products are the same under every layout that leaves blocks whole."""
 
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from tests.parallel.checkpoint_steps import update
 from tests.parallel.steps import exported, make_batch, make_policy, noted_update, replicas_differ
 
 
-def quantised_linears(policy: Policy) -> list[tuple[int, str]]:
-    """(global layer, kind) of every quantised linear of all stages, on rank 0."""
+def quantized_linears(policy: Policy) -> list[tuple[int, str]]:
+    """(global layer, kind) of every quantized linear of all stages, on rank 0."""
     own = [
         (layer, kind)
         for chunk in policy.models
@@ -24,8 +24,10 @@ def quantised_linears(policy: Policy) -> list[tuple[int, str]]:
     return sorted({one for part in policy.mesh.gather(own) for one in part})
 
 
-def step(model: Path, layout: dict[str, Any], updates: int = 1, sabotage: str | None = None, **sections: Any) -> dict[str, Any]:
-    """`updates` updates; of the last one what `steps.step` answers, and what was quantised."""
+def step(
+    model: Path, layout: dict[str, Any], updates: int = 1, sabotage: str | None = None, **sections: Any
+) -> dict[str, Any]:
+    """`updates` updates; of the last one what `steps.step` answers, and what was quantized."""
     policy = make_policy(model, layout, **sections)
     if sabotage == "plain_on_last_rank" and policy.mesh.rank == policy.mesh.world - 1:
         linear = policy.models[0].decoder.layers[1].mlp.linear_fc1
@@ -40,7 +42,7 @@ def step(model: Path, layout: dict[str, Any], updates: int = 1, sabotage: str | 
         "logp": stats.logp,
         "metrics": stats.metrics,
         "replicas_differ": replicas_differ(policy),
-        "quantised": quantised_linears(policy),
+        "quantized": quantized_linears(policy),
         "core_fp8": policy.tf_config.fp8,
         "dtype": policy.models[0].decoder.layers[0].mlp.linear_fc1.weight.dtype,
     }
@@ -82,7 +84,11 @@ def load_and_go_on(model: Path, layout: dict[str, Any], folder: Path, forget: bo
     """That checkpoint into a fresh policy, and the next update; `forget`: without its scales."""
     policy = make_policy(model, layout, precision={"recipe": "delayed"})
     checkpoints = Checkpoints(folder, policy, keep=2)
-    fresh = [(linear.scales, linear.scales.state_dict()) for chunk in policy.models for _, _, linear in linears(chunk.decoder)]
+    fresh = [
+        (linear.scales, linear.scales.state_dict())
+        for chunk in policy.models
+        for _, _, linear in linears(chunk.decoder)
+    ]
     checkpoints.load_newest()
     checkpoints.close()
     for scales, state in fresh if forget else []:

@@ -1,4 +1,4 @@
-"""What the ranks of a group run to score tokens over a vocabulary cut by tensor parallelism, and the same in float64."""
+"""What the ranks of a group run to score tokens over a vocabulary cut by tensor parallelizm, and the same in float64."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -59,7 +59,12 @@ def make_policy(model: Path, layout: dict[str, Any], **sections: Any) -> Policy:
             "model": {"path": str(model)},
             "parallel": layout,
             "optimizer": {**OPTIMIZER, **sections.pop("optimizer", {})},
-            "rollout": {"max_prompt_tokens": 100, "max_new_tokens": 92, "temperature": 0.7, **sections.pop("rollout", {})},
+            "rollout": {
+                "max_prompt_tokens": 100,
+                "max_new_tokens": 92,
+                "temperature": 0.7,
+                **sections.pop("rollout", {}),
+            },
             **sections,
         }
     )

@@ -42,7 +42,9 @@ class PlainPerturbation:
         self.seen = {}
         self.log_sigma = {f"layer {n}": start_of_sigma() for n in range(len(model.model.layers))}
         for n, layer in enumerate(model.model.layers):
-            layer.register_forward_pre_hook(lambda _, args, kwargs, n=n: self.perturbed(n, args, kwargs), with_kwargs=True)
+            layer.register_forward_pre_hook(
+                lambda _, args, kwargs, n=n: self.perturbed(n, args, kwargs), with_kwargs=True
+            )
         return self.log_sigma
 
     def perturbed(self, n, args, kwargs):
@@ -76,7 +78,9 @@ class PlainLogits(PlainPerturbation):
         """A policy makes noise for the tokens whose next one is trained, and for no others."""
         batch, row = make_batch(), self.trajectory - 1000
         mask = batch.mask[batch.cu_seqlens[row] : batch.cu_seqlens[row + 1]]
-        return logits + self.log_sigma["logits"].exp() * self.noise(self.layers, logits, np.flatnonzero(mask[1:]).tolist())
+        return logits + self.log_sigma["logits"].exp() * self.noise(
+            self.layers, logits, np.flatnonzero(mask[1:]).tolist()
+        )
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +110,9 @@ def assert_same_perturbed_step(result, reference, plain):
     assert_same_step(result, reference)
     for name in plain.log_sigma:
         moved = result["weights"][name] - math.log(ALP["sigma_init"])
-        np.testing.assert_allclose(moved, reference["weights"][name] - math.log(ALP["sigma_init"]), rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(
+            moved, reference["weights"][name] - math.log(ALP["sigma_init"]), rtol=1e-3, atol=1e-6
+        )
 
 
 def test_one_rank_makes_the_reference_step(qwen3, reference, plain):
@@ -131,13 +137,17 @@ def test_noise_on_the_logits_makes_the_reference_step_on_one_rank(qwen3, referen
 
 
 @pytest.mark.parametrize("name", ["tp2", "tp2_sp", "cp2", "pp2", "pp2_vpp2", "dp2", "tp2_sp_recompute"])
-def test_noise_on_the_logits_makes_the_reference_step_on_two_ranks(two_ranks, qwen3, reference_logits, plain_logits, name):
+def test_noise_on_the_logits_makes_the_reference_step_on_two_ranks(
+    two_ranks, qwen3, reference_logits, plain_logits, name
+):
     result = two_ranks.run(STEPS, "step", model=qwen3, layout=LAYOUTS[2][name], alp=ON_LOGITS)[0]
     assert_same_perturbed_step(result, reference_logits, plain_logits)
 
 
 @pytest.mark.parametrize("name", ["tp2_pp2_sp", "tp2_cp2_sp_recompute"])
-def test_noise_on_the_logits_makes_the_reference_step_on_four_ranks(four_ranks, qwen3, reference_logits, plain_logits, name):
+def test_noise_on_the_logits_makes_the_reference_step_on_four_ranks(
+    four_ranks, qwen3, reference_logits, plain_logits, name
+):
     result = four_ranks.run(STEPS, "step", model=qwen3, layout=FOUR[name], alp=ON_LOGITS)[0]
     assert_same_perturbed_step(result, reference_logits, plain_logits)
 
@@ -198,7 +208,9 @@ def assert_gradients_are_differences(ranks):
 @pytest.mark.parametrize("layers", ["all", "logits"])
 def test_only_updates_are_perturbed_and_no_sigma_leaves_the_policy(two_ranks, qwen3, tmp_path, layers):
     layout = TWO["tp2_sp"]
-    result = two_ranks.run(STEPS, "scores_and_export", model=qwen3, layout=layout, folder=tmp_path / "hf", layers=layers)[0]
+    result = two_ranks.run(
+        STEPS, "scores_and_export", model=qwen3, layout=layout, folder=tmp_path / "hf", layers=layers
+    )[0]
     plain = two_ranks.run("tests.parallel.steps", "step", model=qwen3, layout=layout)[0]
     np.testing.assert_array_equal(result["logp"], plain["logp"])
     np.testing.assert_array_equal(result["logref"], plain["logp"])
@@ -276,7 +288,13 @@ def test_in_sixteen_bits_sigma_stays_float32_and_learns(two_ranks, qwen3, refere
         ),
         ({"layout": TWO["pp2_vpp2"], "alp": ON_LOGITS}, {"layout": TWO["tp2_sp"], "alp": ON_LOGITS}),
     ],
-    ids=["tp2_to_pp2", "pp2_vpp2_to_dp2", "one_layer_pp2_to_tp2_sp", "dp2_sharded_optimizer", "logits_pp2_vpp2_to_tp2_sp"],
+    ids=[
+        "tp2_to_pp2",
+        "pp2_vpp2_to_dp2",
+        "one_layer_pp2_to_tp2_sp",
+        "dp2_sharded_optimizer",
+        "logits_pp2_vpp2_to_tp2_sp",
+    ],
 )
 def test_a_checkpoint_carries_sigma_and_its_moments_to_another_layout(two_ranks, qwen3, tmp_path, saving, loading):
     saved = two_ranks.run(STEPS, "save_and_go_on", model=qwen3, folder=tmp_path, **saving)[0]
@@ -286,5 +304,7 @@ def test_a_checkpoint_carries_sigma_and_its_moments_to_another_layout(two_ranks,
     assert ("logits" if on_logits else "layer 3") in saved["saved"] and saved["saved"].keys() == loaded["saved"].keys()
     for name, value in saved["saved"].items():
         np.testing.assert_array_equal(loaded["saved"][name], value, err_msg=name)
-        np.testing.assert_allclose(loaded["next"][name], saved["next"][name], atol=1e-5 * np.abs(value).max(), err_msg=name)
+        np.testing.assert_allclose(
+            loaded["next"][name], saved["next"][name], atol=1e-5 * np.abs(value).max(), err_msg=name
+        )
         assert not np.array_equal(saved["next"][name], value)

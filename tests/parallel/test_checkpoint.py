@@ -44,7 +44,17 @@ def round_trip(
         {"layout": {"pipeline": 2}, "precision": {"train": "fp16"}},
         {"layout": {"data": 2}, "precision": {"train": "fp16"}, **SHARDED},
     ],
-    ids=["tp2", "pp2", "pp2_vpp2", "dp2", "dp2_sharded", "tp2_bf16", "dp2_sharded_bf16", "pp2_fp16", "dp2_sharded_fp16"],
+    ids=[
+        "tp2",
+        "pp2",
+        "pp2_vpp2",
+        "dp2",
+        "dp2_sharded",
+        "tp2_bf16",
+        "dp2_sharded_bf16",
+        "pp2_fp16",
+        "dp2_sharded_fp16",
+    ],
 )
 def test_loading_under_the_same_layout_continues_bit_for_bit(two_ranks, qwen3, tmp_path, arguments):
     saved, loaded = round_trip(two_ranks, qwen3, tmp_path, arguments, arguments)
@@ -68,7 +78,7 @@ def test_a_tensor_parallel_checkpoint_loads_under_other_layouts(two_ranks, qwen3
     assert close(loaded["next"]["weights"], saved["next"]["weights"]), "the optimizer's state was not carried over"
 
 
-def test_sharded_optimizer_state_loads_under_tensor_parallelism(two_ranks, qwen3, tmp_path):
+def test_sharded_optimizer_state_loads_under_tensor_parallelizm(two_ranks, qwen3, tmp_path):
     saving = {"layout": {"data": 2}, **SHARDED}
     saved, loaded = round_trip(two_ranks, qwen3, tmp_path, saving, {"layout": {"tensor": 2}, **SHARDED})
     assert same_bits(loaded["weights"], saved["weights"])
@@ -106,7 +116,9 @@ class Saved:
 @pytest.fixture(scope="module")
 def three(two_ranks, qwen3, tmp_path_factory) -> Saved:
     folder = tmp_path_factory.mktemp("three")
-    weights = two_ranks.run(STEPS, "save_each_update", model=qwen3, layout={"tensor": 2}, folder=folder, count=3, keep=3)[0]
+    weights = two_ranks.run(
+        STEPS, "save_each_update", model=qwen3, layout={"tensor": 2}, folder=folder, count=3, keep=3
+    )[0]
     return Saved(folder, weights)
 
 
@@ -181,7 +193,9 @@ def test_only_the_newest_checkpoints_are_kept(two_ranks, qwen3, tmp_path):
 def test_the_list_of_a_complete_checkpoint_names_every_file_and_its_size(three):
     folder = three.folder / "step_000003"
     listed = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["files"]
-    there = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.name != COMPLETE}
+    there = {
+        str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.name != COMPLETE
+    }
     assert listed == there and len([name for name in listed if name.endswith(".distcp")]) >= 2
 
 

@@ -73,25 +73,29 @@ def test_four_rank_layouts_make_the_reference_step(four_ranks, qwen3_moe, refere
 
 
 @pytest.mark.parametrize("layout", [TWO["ep2_dp2"], TWO["pp2"]], ids=["ep2_dp2", "pp2"])
-def test_gates_that_are_not_normalised_make_the_reference_step(two_ranks, qwen3_moe_unnormalised, layout):
-    reference = moe_reference(qwen3_moe_unnormalised)
+def test_gates_that_are_not_normalized_make_the_reference_step(two_ranks, qwen3_moe_unnormalized, layout):
+    reference = moe_reference(qwen3_moe_unnormalized)
     assert_same_step(
-        two_ranks.run("tests.parallel.moe_steps", "step", model=qwen3_moe_unnormalised, layout=layout)[0], reference
+        two_ranks.run("tests.parallel.moe_steps", "step", model=qwen3_moe_unnormalized, layout=layout)[0], reference
     )
 
 
-@pytest.mark.parametrize("layout", [TWO["ep2_dp2"], TWO["ep2_tp2"], TWO["ep1_dp2"]], ids=["ep2_dp2", "ep2_tp2", "ep1_dp2"])
+@pytest.mark.parametrize(
+    "layout", [TWO["ep2_dp2"], TWO["ep2_tp2"], TWO["ep1_dp2"]], ids=["ep2_dp2", "ep2_tp2", "ep1_dp2"]
+)
 def test_the_distributed_optimizer_makes_the_reference_update(two_ranks, qwen3_moe, reference, layout):
-    result = two_ranks.run("tests.parallel.moe_steps", "step", model=qwen3_moe, layout=layout, optimizer={"distributed": True})[
-        0
-    ]
+    result = two_ranks.run(
+        "tests.parallel.moe_steps", "step", model=qwen3_moe, layout=layout, optimizer={"distributed": True}
+    )[0]
     assert abs(result["grad_norm"] / reference["grad_norm"] - 1) < 1e-5
     assert worst(result["weights"], reference["weights"]) < (1e-5,)
 
 
 @pytest.mark.parametrize("layout", [TWO["ep2_dp2"], TWO["ep2_tp2"]], ids=["ep2_dp2", "ep2_tp2"])
 def test_bfloat16_training_stays_near_the_reference(two_ranks, qwen3_moe, reference, layout):
-    result = two_ranks.run("tests.parallel.moe_steps", "step", model=qwen3_moe, layout=layout, precision={"train": "bf16"})[0]
+    result = two_ranks.run(
+        "tests.parallel.moe_steps", "step", model=qwen3_moe, layout=layout, precision={"train": "bf16"}
+    )[0]
     # Where two experts are nearly equally good, rounding chooses another: single tokens are off by much.
     assert 0 < np.median(np.abs(result["logp"] - reference["logp"])[reference["logp"] != 0]) < 0.02
     assert abs(result["grad_norm"] / reference["grad_norm"] - 1) < 0.05
@@ -117,7 +121,9 @@ def test_four_ranks_give_the_stored_bytes_back(four_ranks, qwen3_moe, layout):
 
 def test_experts_taken_for_dense_parameters_fail_the_same_comparison(two_ranks, qwen3_moe, reference):
     """megatron-core's own reading where one rank holds all experts: tensor-parallel ranks do not add up what they learnt."""
-    result = two_ranks.run("tests.parallel.moe_steps", "step", model=qwen3_moe, layout=TWO["ep1_tp2"], sabotage="dense")[0]
+    result = two_ranks.run(
+        "tests.parallel.moe_steps", "step", model=qwen3_moe, layout=TWO["ep1_tp2"], sabotage="dense"
+    )[0]
     with pytest.raises(AssertionError):
         assert_same_step(result, reference)
     assert worst(result["grads"], reference["grads"])[0] > 0.1
@@ -162,14 +168,15 @@ def test_a_checkpoint_of_spread_experts_loads_under_other_layouts(two_ranks, qwe
     assert close(loaded["next"]["weights"], saved["next"]["weights"]), "the optimizer's state was not carried over"
 
 
-def test_a_quantised_export_of_spread_experts_is_that_of_the_whole_tensors(two_ranks, qwen3_moe):
+def test_a_quantized_export_of_spread_experts_is_that_of_the_whole_tensors(two_ranks, qwen3_moe):
     precision = {"train": "bf16", "rollout": "fp8_blockwise"}
     answers = two_ranks.run(
-        "tests.parallel.weight_steps", "quantised_export", model=qwen3_moe, layout=TWO["ep2_dp2"], precision=precision
+        "tests.parallel.weight_steps", "quantized_export", model=qwen3_moe, layout=TWO["ep2_dp2"], precision=precision
     )
     stored = {name: tensor.bfloat16() for name, tensor in load_file(qwen3_moe / "model.safetensors").items()}
     sent = {
-        name: tensor_digest(t) for name, t in WireTensors(stored.items(), resolve(PrecisionConfig(**precision), num_layers=4))
+        name: tensor_digest(t)
+        for name, t in WireTensors(stored.items(), resolve(PrecisionConfig(**precision), num_layers=4))
     }
     assert answers == [sent, {}]
     assert "model.layers.1.mlp.experts.7.down_proj.weight_scale_inv" in sent

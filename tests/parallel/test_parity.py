@@ -153,7 +153,9 @@ def test_float16_training_with_a_loss_scale_stays_near_the_reference(two_ranks, 
 
 
 def test_the_distributed_optimizer_makes_the_reference_update(two_ranks, qwen3, reference):
-    result = two_ranks.run("tests.parallel.steps", "step", model=qwen3, layout=TWO["dp2"], optimizer={"distributed": True})[0]
+    result = two_ranks.run(
+        "tests.parallel.steps", "step", model=qwen3, layout=TWO["dp2"], optimizer={"distributed": True}
+    )[0]
     assert abs(result["grad_norm"] / reference["grad_norm"] - 1) < 1e-5
     assert worst(result["weights"], reference["weights"]) < (1e-5,)
 

@@ -1,8 +1,8 @@
-"""A training step with quantised products is the same step under every layout that leaves its blocks whole.
+"""A training step with quantized products is the same step under every layout that leaves its blocks whole.
 
-In float32 two layouts differ by the order of summation. Between quantised products that can also turn a value that
+In float32 two layouts differ by the order of summation. Between quantized products that can also turn a value that
 lies on the boundary between two codes: rare, but each one moves a gradient by far more than rounding does. Hence two
-tolerances: UNTURNED where operands are equal bit by bit, TURNED where tensor parallelism sums them in another order.
+tolerances: UNTURNED where operands are equal bit by bit, TURNED where tensor parallelizm sums them in another order.
 """
 
 import functools
@@ -78,7 +78,7 @@ def test_layouts_make_the_step_of_one_rank(two_ranks, wide, one_rank, precision,
 
 
 @pytest.mark.parametrize("precision", [BLOCKWISE, TENSORWISE, MX], ids=lambda p: p["recipe"])
-def test_the_unquantised_step_fails_the_same_comparison(one_rank, precision):
+def test_the_unquantized_step_fails_the_same_comparison(one_rank, precision):
     with pytest.raises(AssertionError):
         assert_same_step(one_rank(), one_rank(**precision), TURNED)
     assert difference(one_rank(), one_rank(**precision))[0] > 0.05
@@ -90,11 +90,12 @@ def test_recomputed_layers_make_the_same_step_bit_by_bit(wide, one_rank, recipe)
     assert difference(result, one_rank(recipe=recipe)) == (0.0, 0.0)
 
 
-def test_one_scale_a_tensor_is_one_a_part_under_tensor_parallelism_and_of_the_gathered_input_under_sequence_parallelism(
+def test_one_scale_a_tensor_is_one_a_part_under_tensor_parallelizm_and_of_the_gathered_input_under_sequence_parallelizm(
     two_ranks, wide, one_rank
 ):
     parts, gathered = (
-        two_ranks.run(STEPS, "step", model=wide, layout=TWO[name], precision=TENSORWISE)[0] for name in ("tp2", "tp2_sp")
+        two_ranks.run(STEPS, "step", model=wide, layout=TWO[name], precision=TENSORWISE)[0]
+        for name in ("tp2", "tp2_sp")
     )
     assert_same_step(gathered, parts, TURNED)
     assert difference(parts, one_rank(**TENSORWISE))[0] > 10 * TURNED
@@ -105,7 +106,7 @@ def test_one_scale_a_tensor_is_one_a_part_under_tensor_parallelism_and_of_the_ga
 def test_first_and_last_layer_are_kept_wherever_they_lie(two_ranks, wide, one_rank, layout):
     section = {**BLOCKWISE, "first_last_bf16": True}
     result = two_ranks.run(STEPS, "step", model=wide, layout=layout, precision=section)[0]
-    assert result["quantised"] == [(layer, kind) for layer in (1, 2) for kind in KINDS]
+    assert result["quantized"] == [(layer, kind) for layer in (1, 2) for kind in KINDS]
     assert_same_step(result, one_rank(**section), TURNED)
     assert difference(one_rank(**section), one_rank(**BLOCKWISE))[0] > 0.05
 
@@ -123,17 +124,19 @@ def test_the_record_counts_products_of_every_kind_of_linear(wide, one_rank):
     assert every["core_fp8"] is None, "without Transformer Engine megatron-core's own switch would do nothing"
 
 
-def test_an_update_that_ran_without_a_quantised_product_is_refused_by_every_rank(two_ranks, wide):
-    message = r"rank 0: PrecisionError: precision.recipe is blockwise, but .*\(dgrad of fc1, fprop of fc1, wgrad of fc1\)"
+def test_an_update_that_ran_without_a_quantized_product_is_refused_by_every_rank(two_ranks, wide):
+    message = (
+        r"rank 0: PrecisionError: precision.recipe is blockwise, but .*\(dgrad of fc1, fprop of fc1, wgrad of fc1\)"
+    )
     with pytest.raises(RuntimeError, match=message):
         two_ranks.run(STEPS, "step", model=wide, layout=TWO["pp2"], precision=BLOCKWISE, sabotage="plain_on_last_rank")
 
 
 @pytest.mark.parametrize("train", ["bf16", "fp16"])
-def test_sixteen_bit_training_is_quantised_too(two_ranks, wide, one_rank, train):
+def test_sixteen_bit_training_is_quantized_too(two_ranks, wide, one_rank, train):
     section = {**BLOCKWISE, "train": train}
     result = two_ranks.run(STEPS, "step", model=wide, layout=TWO["tp2_sp"], precision=section)[0]
-    assert result["quantised"] == one_rank(**BLOCKWISE)["quantised"] and result["dtype"] == DTYPES[train]
+    assert result["quantized"] == one_rank(**BLOCKWISE)["quantized"] and result["dtype"] == DTYPES[train]
     assert result["metrics"]["precision/gemms/fc1"] == 2 * one_rank(**BLOCKWISE)["metrics"]["precision/gemms/fc1"]
     grads, _ = difference(result, one_rank(**BLOCKWISE))
     assert grads < difference(one_rank(**BLOCKWISE), one_rank())[0]
@@ -144,16 +147,16 @@ def test_sixteen_bit_training_is_quantised_too(two_ranks, wide, one_rank, train)
     [(TWO["pp2_vpp2_recompute"], UNTURNED), (TP2_SP_RECOMPUTE, 2 * TURNED)],
     ids=["pp2_vpp2_recompute", "tp2_sp_recompute"],
 )
-def test_perturbed_layers_are_quantised_and_make_the_step_of_one_rank(two_ranks, wide, one_rank, layout, tolerance):
+def test_perturbed_layers_are_quantized_and_make_the_step_of_one_rank(two_ranks, wide, one_rank, layout, tolerance):
     alp = {"enabled": True, "sigma_init": 0.3}
     result = two_ranks.run(STEPS, "step", model=wide, layout=layout, precision=BLOCKWISE, alp=alp)[0]
     reference = precision_steps.step(wide, {}, precision=BLOCKWISE, alp=alp)
     assert_same_step(result, reference, tolerance)
-    assert reference["quantised"] == one_rank(**BLOCKWISE)["quantised"]
+    assert reference["quantized"] == one_rank(**BLOCKWISE)["quantized"]
     assert difference(reference, one_rank(**BLOCKWISE))[0] > 0.05
 
 
-def test_blocks_that_context_parallelism_cuts_elsewhere_fail_the_same_comparison(two_ranks, wide, one_rank):
+def test_blocks_that_context_parallelizm_cuts_elsewhere_fail_the_same_comparison(two_ranks, wide, one_rank):
     """Blocks of weight gradients span 128 tokens of a rank's stream, and a rank holds half of it."""
     result = two_ranks.run(STEPS, "step", model=wide, layout=TWO["cp2"], precision=BLOCKWISE)[0]
     assert 4 * TURNED < difference(result, one_rank(**BLOCKWISE))[0] < 0.1
@@ -178,6 +181,7 @@ def test_a_checkpoint_carries_delayed_scales(two_ranks, wide, tmp_path):
     assert [rank["scales"] for rank in loaded] == [rank["scales"] for rank in saved]
     without = two_ranks.run(STEPS, "load_and_go_on", model=wide, layout=layout, folder=tmp_path, forget=True)
     same = [
-        all(np.array_equal(rank["next"][name], w) for name, w in saved[0]["next"].items()) for rank in (loaded[0], without[0])
+        all(np.array_equal(rank["next"][name], w) for name, w in saved[0]["next"].items())
+        for rank in (loaded[0], without[0])
     ]
     assert same == [True, False]

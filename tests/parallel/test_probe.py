@@ -29,7 +29,9 @@ def check(group: RankGroup, model: Path, layout: dict[str, Any], **sections: Any
 
 
 @pytest.mark.parametrize("layout", [{"tensor": 2}, {"data": 2}], ids=str)
-def test_two_ranks_score_the_probe_as_a_plain_model_does(two_ranks: RankGroup, qwen3: Path, layout: dict[str, Any]) -> None:
+def test_two_ranks_score_the_probe_as_a_plain_model_does(
+    two_ranks: RankGroup, qwen3: Path, layout: dict[str, Any]
+) -> None:
     check(two_ranks, qwen3, layout)
 
 

@@ -49,7 +49,9 @@ def assert_refused(answers, expected_ids, reference):
 def test_a_poisoned_last_stage_names_every_trained_trajectory(two_ranks, qwen3, undisturbed, layout, value):
     batch = make_batch()
     trained = np.add.reduceat(batch.mask, batch.cu_seqlens[:-1]) > 0
-    answers = two_ranks.run(STEPS, "refused_update", model=qwen3, layout=LAYOUTS[layout], kind="last_stage", value=value)
+    answers = two_ranks.run(
+        STEPS, "refused_update", model=qwen3, layout=LAYOUTS[layout], kind="last_stage", value=value
+    )
     assert_refused(answers, batch.ids[trained].tolist(), undisturbed(layout))
 
 

@@ -42,7 +42,9 @@ class PlainReplay:
 
     def replayed(self, gate, n, logits, scores, free):
         row = self.trajectory - 1000
-        given = torch.from_numpy(self.batch.routing[self.batch.cu_seqlens[row] : self.batch.cu_seqlens[row + 1], n]).long()
+        given = torch.from_numpy(
+            self.batch.routing[self.batch.cu_seqlens[row] : self.batch.cu_seqlens[row + 1], n]
+        ).long()
         chosen = torch.where(given >= 0, given, free)
         exponentials = logits.exp()
         chosen_ones = exponentials.gather(-1, chosen)
@@ -73,11 +75,11 @@ def test_every_layout_makes_the_reference_step(request, qwen3_moe, reference, na
     assert 0 < result["metrics"]["routing/agreement"] < 0.2, "experts drawn at random are seldom those of the router"
 
 
-def test_gates_that_are_not_normalised_make_the_reference_step(qwen3_moe_unnormalised, monkeypatch):
+def test_gates_that_are_not_normalized_make_the_reference_step(qwen3_moe_unnormalized, monkeypatch):
     batch = replay_batch(experts=4, per_token=3)
-    plain = moe_reference(qwen3_moe_unnormalised, perturbation=PlainReplay(batch))
+    plain = moe_reference(qwen3_moe_unnormalized, perturbation=PlainReplay(batch))
     monkeypatch.setattr(moe_steps, "replay_batch", lambda: batch)
-    assert_same_step(moe_steps.replay_step(qwen3_moe_unnormalised, {}), plain)
+    assert_same_step(moe_steps.replay_step(qwen3_moe_unnormalized, {}), plain)
 
 
 @pytest.mark.parametrize("name", ["2_ep2_dp2", "2_pp2_vpp2_recompute", "4_ep2_tp2_pp2_recompute"])
@@ -87,7 +89,7 @@ def test_perturbed_layers_make_the_reference_step(request, qwen3_moe, name):
 
 
 @pytest.mark.parametrize("name", ["2_ep2_dp2", "2_pp2_vpp2_recompute"])
-def test_rows_of_neighbouring_tokens_fail_the_same_comparison(request, qwen3_moe, reference, name):
+def test_rows_of_neighboring_tokens_fail_the_same_comparison(request, qwen3_moe, reference, name):
     result = replay_step(request, name, qwen3_moe, sabotage="shifted")
     with pytest.raises(AssertionError):
         assert_same_step(result, reference)

@@ -70,7 +70,9 @@ REFERENCE = {
 
 
 @pytest.mark.parametrize(("layout", "sections"), REFERENCE.values(), ids=REFERENCE)
-def test_the_reference_is_the_policy_as_it_was_kept_and_asking_it_leaves_no_trace(two_ranks, qwen3_tied, layout, sections):
+def test_the_reference_is_the_policy_as_it_was_kept_and_asking_it_leaves_no_trace(
+    two_ranks, qwen3_tied, layout, sections
+):
     for result in two_ranks.run("tests.parallel.topk_steps", "reference", model=qwen3_tied, layout=layout, **sections):
         assert "keep_reference" in result["unkept"]
         assert "tokens_per_microbatch" in result["refused"]

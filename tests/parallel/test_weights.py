@@ -59,13 +59,16 @@ def test_only_the_first_replica_is_exported(four_ranks, qwen3, layout):
 
 
 @pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}], ids=str)
-def test_a_quantised_export_is_that_of_the_whole_tensors(two_ranks, qwen3, layout):
+def test_a_quantized_export_is_that_of_the_whole_tensors(two_ranks, qwen3, layout):
     precision = {"train": "bf16", "rollout": "fp8_blockwise", "first_last_bf16": True}
-    answers = two_ranks.run("tests.parallel.weight_steps", "quantised_export", model=qwen3, layout=layout, precision=precision)
+    answers = two_ranks.run(
+        "tests.parallel.weight_steps", "quantized_export", model=qwen3, layout=layout, precision=precision
+    )
     stored = {name: tensor.bfloat16() for name, tensor in load_file(qwen3 / "model.safetensors").items()}
     plan = resolve(PrecisionConfig(**precision), num_layers=4)
     sent = {name: tensor_digest(tensor) for name, tensor in WireTensors(stored.items(), plan)}
     assert answers == [sent, {}]
     assert (
-        "model.layers.1.mlp.down_proj.weight_scale_inv" in sent and "model.layers.0.mlp.down_proj.weight_scale_inv" not in sent
+        "model.layers.1.mlp.down_proj.weight_scale_inv" in sent
+        and "model.layers.0.mlp.down_proj.weight_scale_inv" not in sent
     )

@@ -35,7 +35,9 @@ def round_trip(
         for parameter in chunk.parameters():
             nn.init.constant_(parameter, float("nan"))
     load_weights(chunks, folder, family, shape, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size)
-    unfilled = [name for chunk in chunks for name, parameter in chunk.named_parameters() if torch.isnan(parameter).any()]
+    unfilled = [
+        name for chunk in chunks for name, parameter in chunk.named_parameters() if torch.isnan(parameter).any()
+    ]
     if spoil_replicas and (mesh.dp_rank or mesh.cp_rank):
         for chunk in chunks:
             for parameter in chunk.parameters():
@@ -45,8 +47,8 @@ def round_trip(
     return [name for name, _ in exported], digests, unfilled
 
 
-def quantised_export(model: Path, layout: dict[str, Any], precision: dict[str, Any]) -> dict[str, str]:
-    """Digests of what rank 0 would send to quantised engines; empty elsewhere."""
+def quantized_export(model: Path, layout: dict[str, Any], precision: dict[str, Any]) -> dict[str, str]:
+    """Digests of what rank 0 would send to quantized engines; empty elsewhere."""
     config = make_config({"model": {"path": str(model)}, "parallel": layout, "precision": precision})
     mesh = parallel.initialize(config.parallel, pick_device("cpu"), seed=1)
     folder = HFFolder(model)
@@ -75,7 +77,9 @@ def push(model: Path, layout: dict[str, Any], url: str, staging: Path) -> list[s
                 if layer.layer_number == shape.num_layers:
                     nn.init.constant_(layer.mlp.linear_fc2.weight, value)
         try:
-            report = sync.push(export_weights(chunks, family, shape, dtypes=folder.dtypes, control=mesh.control), version)
+            report = sync.push(
+                export_weights(chunks, family, shape, dtypes=folder.dtypes, control=mesh.control), version
+            )
             outcomes.append(str(report.version))
         except MegatronRLError as error:
             outcomes.append(f"{type(error).__name__}: {error}")

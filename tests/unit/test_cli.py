@@ -116,7 +116,9 @@ def ranks(monkeypatch, tmp_path):
 
 
 def test_ranks_are_told_who_they_are(ranks, tmp_path):
-    script = "open(f'rank{rank}', 'w').write(' '.join(os.environ[n] for n in ('LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR')))"
+    script = (
+        "open(f'rank{rank}', 'w').write(' '.join(os.environ[n] for n in ('LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR')))"
+    )
     assert ranks(script, 3)[0] == 0
     assert [(tmp_path / f"rank{rank}").read_text() for rank in range(3)] == [f"{rank} 3 127.0.0.1" for rank in range(3)]
 
@@ -151,7 +153,9 @@ def test_helpers_of_a_killed_rank_are_ended_with_it(ranks, tmp_path):
         time.sleep(0.05)
 
 
-PATIENT = "signal.signal(signal.SIGINT, lambda *_: (open(f'asked{rank}', 'a').write('x'), time.sleep(0.5), sys.exit(130)))\n"
+PATIENT = (
+    "signal.signal(signal.SIGINT, lambda *_: (open(f'asked{rank}', 'a').write('x'), time.sleep(0.5), sys.exit(130)))\n"
+)
 STUBBORN = "signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
 
 

@@ -15,7 +15,8 @@ CPU = Machine()
 HOPPER = Machine((9, 0), (13, 0), transformer_engine=True)
 BLACKWELL = Machine((10, 0), (13, 0), transformer_engine=True)
 needs_cpu_products = pytest.mark.skipif(
-    not hasattr(torch.nn.functional, "scaled_mm") or torch.__version__ < "2.13", reason="torch before 2.13 lacks them on CPU"
+    not hasattr(torch.nn.functional, "scaled_mm") or torch.__version__ < "2.13",
+    reason="torch before 2.13 lacks them on CPU",
 )
 
 
@@ -65,8 +66,14 @@ def test_scales_have_the_shapes_that_each_mode_is_named_for(mode):
 
 def test_recipes_of_a_gpu_need_transformer_engine_and_its_architecture(monkeypatch):
     monkeypatch.setattr(doctor, "missing", lambda mode, device: None)  # no GPU here to try products on
-    assert doctor.precision_rows(HOPPER, "cannot be loaded: no libnccl")[0][1:] == ("none", "they need Transformer Engine")
-    assert doctor.precision_rows(HOPPER, None)[0][1:] == ("native: delayed, tensorwise, blockwise", "not here: mxfp8, nvfp4")
+    assert doctor.precision_rows(HOPPER, "cannot be loaded: no libnccl")[0][1:] == (
+        "none",
+        "they need Transformer Engine",
+    )
+    assert doctor.precision_rows(HOPPER, None)[0][1:] == (
+        "native: delayed, tensorwise, blockwise",
+        "not here: mxfp8, nvfp4",
+    )
     here = doctor.precision_rows(BLACKWELL, None)[0][1]
     assert here == "native: delayed, tensorwise, blockwise (pow2_scales: true), mxfp8, nvfp4"
 

@@ -53,7 +53,9 @@ def learn(run: Run, plan: ERPDPlan, batch: Batch, watch: Stopwatch) -> RoundReco
 def asked_settings(config: Config, plan: ERPDPlan) -> dict[str, Any]:
     """Every setting that a round's outcome depends on, by key: a round is ended with those it was begun with."""
     sections = {"objective": plan, "optimizer": config.optimizer}
-    asked = {f"{name}.{key}": value for name, part in sections.items() for key, value in part.model_dump(mode="json").items()}
+    asked = {
+        f"{name}.{key}": value for name, part in sections.items() for key, value in part.model_dump(mode="json").items()
+    }
     return asked | {
         "objective.advantage": config.objective.advantage,
         "objective.overlong_buffer": config.objective.overlong_buffer,
@@ -214,7 +216,9 @@ class _Round:
                 self.mesh.on_lead(lambda: self.folder.add_note(**{TEACHER_RATES: rates}))
                 run.rest_engines()
         assert rates is not None
-        self.run.say(f"step {self.step}: teacher, " + ", ".join(f"{k.removeprefix('eval/')} {v:.1%}" for k, v in rates.items()))
+        self.run.say(
+            f"step {self.step}: teacher, " + ", ".join(f"{k.removeprefix('eval/')} {v:.1%}" for k, v in rates.items())
+        )
         return rates
 
     def _record(self, logp: np.ndarray) -> tuple[dict[str, Any], list[dict[str, float]], dict[str, float]]:

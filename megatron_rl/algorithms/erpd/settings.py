@@ -32,7 +32,9 @@ class _Part(BaseModel):
 class SignalPlan(_Part):
     """One signal of stage 2: log pi_e - log pi_den, followed for `updates` optimizer updates."""
 
-    teacher: Literal["last"] | int = Field("last", description="last, or the teacher's checkpoint after that many updates")
+    teacher: Literal["last"] | int = Field(
+        "last", description="last, or the teacher's checkpoint after that many updates"
+    )
     denominator: str = Field("old", description="old | unlearned@k | student@j | moving")
     updates: int = Field(16, ge=1)
 
@@ -47,7 +49,9 @@ class SignalPlan(_Part):
     @classmethod
     def _known(cls, value: str) -> str:
         if value not in ("old", "moving") and not re.fullmatch(r"(unlearned|student)@\d+", value):
-            raise ValueError(f"it is {value!r}; {suggest(value, _DENOMINATORS)} (k teacher updates, j steps of the run)")
+            raise ValueError(
+                f"it is {value!r}; {suggest(value, _DENOMINATORS)} (k teacher updates, j steps of the run)"
+            )
         if re.fullmatch(r"unlearned@0+", value):
             raise ValueError(f"it is {value!r}, but k is at least 1: before its first update the teacher is old")
         return value
@@ -119,7 +123,9 @@ class ERPDPlan(_Part):
     @property
     def kept(self) -> tuple[int, ...]:
         """Teacher checkpoints kept, in updates, ascending."""
-        return tuple(sorted(set(self.keep if self.keep is not None else [k for k in _KEEP if k <= self.teacher_updates])))
+        return tuple(
+            sorted(set(self.keep if self.keep is not None else [k for k in _KEEP if k <= self.teacher_updates]))
+        )
 
     @property
     def student_updates(self) -> int:

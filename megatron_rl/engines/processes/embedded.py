@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from megatron_rl.engines.processes.server_process import Servers, environment_of_servers
-from megatron_rl.server.quantized_linear import Quantisation
+from megatron_rl.server.quantized_linear import EngineQuantization
 
 _PACKAGE_ROOT = Path(__file__).resolve().parents[3]
 
@@ -29,14 +29,14 @@ class EmbeddedServers(Servers):
         deterministic: bool = False,
         weight_version: str = "0",
         start_timeout_s: float = 300.0,
-        quantisation: Quantisation | None = None,
+        engine_quantization: EngineQuantization | None = None,
     ) -> None:
         super().__init__(log_dir, count, start_timeout_s)
         self._threads = threads or max(_cores() // (2 * count), 1)
         self._flags = ["--model", str(Path(model_dir).absolute()), "--dtype", dtype, "--weight-version", weight_version]
         self._flags += ["--threads", str(self._threads)]
         self._flags += ["--deterministic"] if deterministic else []
-        self._flags += quantisation.flags if quantisation else []
+        self._flags += engine_quantization.flags if engine_quantization else []
 
     def command(self, index: int, port: int) -> list[str]:
         command = [sys.executable, "-m", "megatron_rl.server.app", *self._flags]

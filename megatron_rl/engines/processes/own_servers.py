@@ -9,7 +9,7 @@ from megatron_rl.engines.processes.server_process import Servers
 from megatron_rl.engines.processes.sglang import SGLangServers, server_flags
 from megatron_rl.errors import ConfigError
 from megatron_rl.precision.plan import PrecisionPlan, compute_dtype
-from megatron_rl.server.quantized_linear import Quantisation
+from megatron_rl.server.quantized_linear import EngineQuantization
 
 
 def own_servers(config: Config, plan: PrecisionPlan, device: str, start_timeout_s: float) -> Servers:
@@ -23,7 +23,7 @@ def own_servers(config: Config, plan: PrecisionPlan, device: str, start_timeout_
             dtype=compute_dtype(config.precision),
             deterministic=rollout.deterministic,
             start_timeout_s=start_timeout_s,
-            quantisation=Quantisation.of(config.precision),
+            engine_quantization=EngineQuantization.of(config.precision),
         )
     return SGLangServers(
         config.model.path,
@@ -40,7 +40,7 @@ def own_servers(config: Config, plan: PrecisionPlan, device: str, start_timeout_
         count=rollout.servers,
         device=device,
         start_timeout_s=start_timeout_s,
-        quantised=plan if plan.rolls_out_low else None,
+        quantized=plan if plan.rolls_out_low else None,
     )
 
 

@@ -22,7 +22,9 @@ from megatron_rl.errors import EngineError
 _GRACE_S = 5.0
 _TAIL_BYTES = 4000
 _STARTS = 3  # a free port may be taken by somebody else before the server binds it
-_PORT_TAKEN = re.compile(r"address already in use|port \d+ is (?:already in use|unavailable|not available)", re.IGNORECASE)
+_PORT_TAKEN = re.compile(
+    r"address already in use|port \d+ is (?:already in use|unavailable|not available)", re.IGNORECASE
+)
 # The trainer's place in its process group is no business of a server.
 _OF_THE_TRAINER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
@@ -122,7 +124,9 @@ class Servers(ABC):
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
     @property

@@ -76,7 +76,7 @@ def server_flags(
         if key is not None:
             raise ConfigError(f"rollout.sglang.args holds {argument}, which {key} decides: remove it and set that key")
     flags = ["--dtype", str(DTYPES[plan.engine]).removeprefix("torch.")]
-    if plan.rolls_out_low and not plan.dequantised:
+    if plan.rolls_out_low and not plan.dequantized:
         flags += ["--quantization", "fp8"]
     flags += ["--tp", str(settings.tensor)]
     on_gpu = ["--mem-fraction-static", str(settings.mem_fraction), "--kv-cache-dtype", "auto"]  # auto: the dtype above
@@ -90,9 +90,9 @@ def server_flags(
 class SGLangServers(Servers):
     """`sglang.launch_server` processes, each under a guard that ends all of its processes with it.
 
-    flags: of `server_flags`. With `settings.router` an sglang-router process stands in front (`router.log`). quantised: the
-    plan of engines with quantised weights; they start from a copy of the model (`start/` in the log folder, gone after
-    `stop`) that holds what the trainer would send: SGLang's own quantisation at load has one scale a channel, not a block.
+    flags: of `server_flags`. With `settings.router` an sglang-router process stands in front (`router.log`). quantized: the
+    plan of engines with quantized weights; they start from a copy of the model (`start/` in the log folder, gone after
+    `stop`) that holds what the trainer would send: SGLang's own quantization at load has one scale a channel, not a block.
     """
 
     noun = "SGLang server"
@@ -107,10 +107,10 @@ class SGLangServers(Servers):
         device: str = "cpu",
         weight_version: str = "0",
         start_timeout_s: float = 300.0,
-        quantised: PrecisionPlan | None = None,
+        quantized: PrecisionPlan | None = None,
     ) -> None:
         super().__init__(log_dir, count, start_timeout_s)
-        self._model, self._plan = Path(model_dir).absolute(), quantised
+        self._model, self._plan = Path(model_dir).absolute(), quantized
         self._copy = self.log_dir.absolute() / "start"
         self._flags = [*flags, "--weight-version", weight_version]
         self._settings, self._device = settings, device
@@ -203,4 +203,6 @@ def write_as_sent(model_dir: Path, plan: PrecisionPlan, dest: Path) -> None:
     try:
         write_hf_folder(dest, sent, source, quantization=quantization_config(plan, source.tensors))
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{dest} cannot be written ({error}): free space there or choose another run.dir") from error
+        raise CheckpointError(
+            f"{dest} cannot be written ({error}): free space there or choose another run.dir"
+        ) from error

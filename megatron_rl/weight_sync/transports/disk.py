@@ -32,7 +32,11 @@ class DiskTransport(Transport):
     in_buckets = False
 
     def __init__(
-        self, source: HFFolder, staging: Path | None = None, keep: int = 2, quantization: Mapping[str, Any] | None = None
+        self,
+        source: HFFolder,
+        staging: Path | None = None,
+        keep: int = 2,
+        quantization: Mapping[str, Any] | None = None,
     ) -> None:
         if keep < 1:
             raise UserError(f"keep is {keep}: the version the engines serve must be kept")

@@ -53,7 +53,9 @@ class DistributedTransport(BucketTransport):
         self._group = group
         return failed
 
-    def send(self, engines: Engines, ranks: Mapping[str, int], bucket: Bucket, version: int | None) -> dict[str, EngineError]:
+    def send(
+        self, engines: Engines, ranks: Mapping[str, int], bucket: Bucket, version: int | None
+    ) -> dict[str, EngineError]:
         group = self._group
         assert group is not None
 
@@ -118,7 +120,9 @@ def _together(
             with suppress(EngineError):
                 free(url)
         if left:
-            done, left = wait(left, timeout=_GRACE_S)  # who fails by itself is to blame, who fails by our leaving is not
+            done, left = wait(
+                left, timeout=_GRACE_S
+            )  # who fails by itself is to blame, who fails by our leaving is not
             failed |= _failures(done, answers)
         if left and ours.done():
             stop()

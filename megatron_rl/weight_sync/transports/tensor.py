@@ -23,7 +23,9 @@ class TensorTransport(BucketTransport):
     def close(self, engines: Engines | None) -> None:
         self._buckets.free()
 
-    def send(self, engines: Engines, ranks: Mapping[str, int], bucket: Bucket, version: int | None) -> dict[str, EngineError]:
+    def send(
+        self, engines: Engines, ranks: Mapping[str, int], bucket: Bucket, version: int | None
+    ) -> dict[str, EngineError]:
         if bucket.data.is_cuda:
             torch.cuda.synchronize()  # other processes read without regard to our streams
         tensors = list(bucket.tensors())

@@ -124,7 +124,9 @@ class BucketTransport(Transport):
         return {}
 
     @abstractmethod
-    def send(self, engines: Engines, ranks: Mapping[str, int], bucket: Bucket, version: int | None) -> dict[str, EngineError]:
+    def send(
+        self, engines: Engines, ranks: Mapping[str, int], bucket: Bucket, version: int | None
+    ) -> dict[str, EngineError]:
         """To all engines; returns when all have it, or with what failed. version: with the last bucket."""
 
 
@@ -140,7 +142,9 @@ def _begin(engines: Engines, url: str) -> None:
         engines.begin_update(url)
 
 
-def each(urls: Mapping[str, object] | Sequence[str], call: Callable[[str], T]) -> tuple[dict[str, T], dict[str, EngineError]]:
+def each(
+    urls: Mapping[str, object] | Sequence[str], call: Callable[[str], T]
+) -> tuple[dict[str, T], dict[str, EngineError]]:
     """Call every engine at the same time: engine -> result, and engine -> error."""
 
     def attempt(url: str) -> T | EngineError:

@@ -71,7 +71,7 @@ class Rule:
 
     @property
     def per_expert(self) -> bool:
-        """Spread over expert-parallel ranks, whole experts each: tensor parallelism does not cut it."""
+        """Spread over expert-parallel ranks, whole experts each: tensor parallelizm does not cut it."""
         return "{expert}" in self.mcore
 
 
@@ -113,7 +113,9 @@ class HFConfig:
         value = self.values.get(key)
         if value not in supported:
             wanted = " or ".join(repr(choice) for choice in supported if choice is not None)
-            raise ConfigError(f"{self.where}: '{key}' is {value!r}, which is not supported; supported: {wanted or 'null'}")
+            raise ConfigError(
+                f"{self.where}: '{key}' is {value!r}, which is not supported; supported: {wanted or 'null'}"
+            )
 
     def dtype(self) -> torch.dtype:
         """transformers 5 writes `dtype`, 4 wrote `torch_dtype`."""
@@ -131,7 +133,9 @@ class HFConfig:
                 raise ConfigError(f"{self.where}: '{key}' is {found!r}, a mapping is needed")
             kind = found.get("rope_type", found.get("type", "default"))
             if kind != "default":
-                raise ConfigError(f"{self.where}: '{key}' asks for {kind!r} RoPE, which is not supported; supported: 'default'")
+                raise ConfigError(
+                    f"{self.where}: '{key}' asks for {kind!r} RoPE, which is not supported; supported: 'default'"
+                )
         if "rope_theta" in parameters:
             return self._as_number("rope_parameters.rope_theta", parameters["rope_theta"])
         return self.number("rope_theta")

@@ -1,4 +1,4 @@
-"""Qwen3 (dense): grouped-query attention with normalised queries and keys, gated SiLU MLP, RMSNorm, plain RoPE."""
+"""Qwen3 (dense): grouped-query attention with normalized queries and keys, gated SiLU MLP, RMSNorm, plain RoPE."""
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.weights.families.family import Family, HFConfig, ModelShape, Rule

@@ -43,7 +43,11 @@ def _rules(s: ModelShape) -> tuple[Rule, ...]:
     return table(
         s,
         (
-            Rule(MCORE + "pre_mlp_layernorm.weight", (HF + "post_attention_layernorm.weight",), Replicated((s.hidden_size,))),
+            Rule(
+                MCORE + "pre_mlp_layernorm.weight",
+                (HF + "post_attention_layernorm.weight",),
+                Replicated((s.hidden_size,)),
+            ),
             Rule(MCORE + "mlp.router.weight", (HF + "mlp.gate.weight",), Replicated((s.experts.count, s.hidden_size))),
             Rule(
                 mcore + "linear_fc1.weight",

@@ -35,7 +35,9 @@ def test_a_ratio_teacher_compares_to_the_trainer_s_own_old_policy_unless_told_ot
 
 @pytest.mark.parametrize("name", ["dppo_tv", "dppo_kl", "dppo_topk", "minirl"])
 def test_objectives_that_always_weigh_by_the_engine_s_policy_cannot_be_teachers(name):
-    with pytest.raises(ConfigError, match=f"{name} cannot be a teacher: .*take one of .*erpd_ce, erpd_mse.*sapo") as refusal:
+    with pytest.raises(
+        ConfigError, match=f"{name} cannot be a teacher: .*take one of .*erpd_ce, erpd_mse.*sapo"
+    ) as refusal:
         plan(teacher={"name": name})
     offered = str(refusal.value).rpartition("take one of ")[2].split(", ")
     assert name not in offered and all(plan(teacher={"name": other}).teacher_updates for other in offered)

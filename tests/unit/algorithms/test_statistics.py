@@ -56,7 +56,9 @@ def test_a_teacher_that_is_its_own_denominator_says_nothing(logp):
 
 
 @given(logprobs, logprobs, logprobs)
-def test_the_signal_against_an_unlearned_policy_is_the_difference_of_two_signals_against_the_old_one(loge, logun, logold):
+def test_the_signal_against_an_unlearned_policy_is_the_difference_of_two_signals_against_the_old_one(
+    loge, logun, logold
+):
     size = min(map(len, (loge, logun, logold)))
     loge, logun, logold = loge[:size], logun[:size], logold[:size]
     both = raw_signal(loge, logold, FLOOR) - raw_signal(logun, logold, FLOOR)
@@ -74,7 +76,9 @@ def test_the_reverse_kl_is_that_of_the_distributions_when_tokens_are_drawn_from_
     counts = np.array([5, 3, 2])
     old, new = counts / 10, np.array([0.2, 0.3, 0.5])
     logold, logp = np.repeat(np.log(old), counts), np.repeat(np.log(new), counts)
-    assert kl_to_old(logp, logold, np.ones(10, dtype=bool)) == pytest.approx(float((new * np.log(new / old)).sum()), rel=1e-12)
+    assert kl_to_old(logp, logold, np.ones(10, dtype=bool)) == pytest.approx(
+        float((new * np.log(new / old)).sum()), rel=1e-12
+    )
     assert kl_to_old(logold, logold, np.ones(10, dtype=bool)) == 0
 
 

@@ -82,7 +82,7 @@ def test_everything_in_the_name_of_an_element_changes_its_noise(other):
 
 
 def test_no_two_elements_share_key_and_counter():
-    """A million names drawn at random, and keys of neighbouring seeds, steps and layers."""
+    """A million names drawn at random, and keys of neighboring seeds, steps and layers."""
     rng = np.random.default_rng(0)
     drawn = np.stack([rng.integers(0, high, 1_000_000) for high in (100, 500, 1 << 40, 32768)], axis=1)
     names = _distinct(drawn)

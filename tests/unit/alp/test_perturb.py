@@ -128,7 +128,9 @@ def test_the_worked_perturbation_of_a_linear_policy(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("distance", "trained", "learns"), [(5, 1, False), (0, 0, False), (0, 1, True)], ids=["clipped", "masked", "neither"]
+    ("distance", "trained", "learns"),
+    [(5, 1, False), (0, 0, False), (0, 1, True)],
+    ids=["clipped", "masked", "neither"],
 )
 def test_a_batch_that_is_clipped_or_masked_altogether_gives_sigma_no_gradient(head, distance, trained, learns):
     log_sigma = log_of(0.2, torch.float64)

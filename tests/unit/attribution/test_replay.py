@@ -26,7 +26,7 @@ from megatron_rl.precision.plan import PrecisionPlan, resolve
 from megatron_rl.sampling.rollouts import Rollouts
 from megatron_rl.server.app import create_app
 from megatron_rl.server.engine import Engine
-from megatron_rl.server.quantized_linear import Quantisation
+from megatron_rl.server.quantized_linear import EngineQuantization
 from megatron_rl.tasks import make_task
 from megatron_rl.trainer.attribution import attribute_step
 from megatron_rl.trainer.bringup import Run
@@ -108,10 +108,12 @@ def paired(model: Path, tmp_path: Path) -> Iterator[Callable[..., Pair]]:
             mesh = parallel.initialize(config.parallel, pick_device("cpu"), seed=0)
             policy = Policy(config, mesh)
             plan = resolve(config.precision, policy.shape.num_layers)
-            quantisation = Quantisation.of(config.precision)
-            if dtype and quantisation:
-                plan = quantisation.plan(policy.shape.num_layers, dtype)
-            engine = Engine(model, plan.engine, threads=1, deterministic=True, quantisation=quantisation).start()
+            engine_quantization = EngineQuantization.of(config.precision)
+            if dtype and engine_quantization:
+                plan = engine_quantization.plan(policy.shape.num_layers, dtype)
+            engine = Engine(
+                model, plan.engine, threads=1, deterministic=True, engine_quantization=engine_quantization
+            ).start()
             pool = stack.enter_context(EnginePool([stack.enter_context(serving(create_app(engine)))], 60))
             quantization = quantization_config(plan, policy.source.tensors)
             sync = disk_sync(pool, policy.source, tmp_path / "staging", group=mesh.control, quantization=quantization)
@@ -177,7 +179,9 @@ def test_a_tensor_that_is_corrupted_after_the_sync_is_named_and_so_is_its_layer(
     assert pair.pool.checksums(pair.pool.live_urls[0]) == before, "the digests of what came in cannot tell"
     found = pair.attribute(layers=True)
     assert [fault.name for fault in found.faults] == [DOWN] and found.faults[0].share == pytest.approx(8 / 64, abs=0.01)
-    assert found.verdict[1].startswith(f"sync is broken: other weights than the trainer's are served: {DOWN} on http://")
+    assert found.verdict[1].startswith(
+        f"sync is broken: other weights than the trainer's are served: {DOWN} on http://"
+    )
     assert "part at layer 2" in found.verdict[2]
     assert mean_abs(found)["sync"] > 0.01 and found.record(1, 0)["attribution/sync/tensors"] == 1
     if precision is FP32:
@@ -186,7 +190,9 @@ def test_a_tensor_that_is_corrupted_after_the_sync_is_named_and_so_is_its_layer(
 
 def test_scales_that_were_exported_twice_too_large_are_named_though_every_digest_agrees(paired):
     pair = paired(FP8_WEIGHTS, publish=False)
-    wrong = ((name, tensor * 2 if name == f"{DOWN}_scale_inv" else tensor) for name, tensor in pair.policy.export(pair.plan))
+    wrong = (
+        (name, tensor * 2 if name == f"{DOWN}_scale_inv" else tensor) for name, tensor in pair.policy.export(pair.plan)
+    )
     pair.sync.push(wrong, 1)
     found = pair.attribute(layers=True)
     assert [fault.name for fault in found.faults] == [DOWN]
@@ -270,9 +276,13 @@ def test_an_engine_lost_at_an_attribution_costs_the_run_that_attribution_alone(p
 
 def test_a_server_that_lacks_an_endpoint_is_named_with_what_has_it(tmp_path):
     with serving(FastAPI()) as url, EnginePool([url], 60) as pool:
-        with pytest.raises(EngineError, match=rf"{url} has no /save_weights \(404\): name a server of `megatron-rl serve` in"):
+        with pytest.raises(
+            EngineError, match=rf"{url} has no /save_weights \(404\): name a server of `megatron-rl serve` in"
+        ):
             pool.save_weights(url, tmp_path)
-        with pytest.raises(EngineError, match=r"has no /weights_checker \(404\): .* or an SGLang of a version that has it"):
+        with pytest.raises(
+            EngineError, match=r"has no /weights_checker \(404\): .* or an SGLang of a version that has it"
+        ):
             pool.checksums(url)
 
 

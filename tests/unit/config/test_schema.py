@@ -43,7 +43,7 @@ def test_a_file_gives_its_values_and_the_defaults_of_the_rest(write):
     assert config.objective.spec() == {"name": "drpo"}
 
 
-def test_an_override_replaces_one_key_and_leaves_its_neighbours(write):
+def test_an_override_replaces_one_key_and_leaves_its_neighbors(write):
     config = load_config(write(SMALL), ["rollout.max_new_tokens=20", "objective.delta=0.15", "run.name=other"])
     assert (config.rollout.max_prompt_tokens, config.rollout.max_new_tokens) == (100, 20)
     assert config.objective.spec() == {"name": "drpo", "delta": 0.15}
@@ -148,16 +148,18 @@ def test_the_budget_must_divide_over_tensor_and_context_ranks(write):
     assert message == "optimizer.tokens_per_microbatch must be a multiple of 2 x context x tensor = 4"
 
 
-def test_sequence_parallelism_without_tensor_parallelism_is_refused(write):
+def test_sequence_parallelizm_without_tensor_parallelizm_is_refused(write):
     assert "sequence: true needs tensor > 1" in refusal(write(SMALL), "parallel.tensor=1")
 
 
-def test_virtual_stages_without_pipeline_parallelism_are_refused(write):
+def test_virtual_stages_without_pipeline_parallelizm_are_refused(write):
     assert "virtual_pipeline > 1 needs pipeline > 1" in refusal(write(SMALL), "parallel.virtual_pipeline=2")
 
 
 def test_an_update_needs_at_least_one_prompt(write):
-    assert "updates_per_step exceeds" in refusal(write(SMALL), "rollout.prompts_per_step=3", "optimizer.updates_per_step=4")
+    assert "updates_per_step exceeds" in refusal(
+        write(SMALL), "rollout.prompts_per_step=3", "optimizer.updates_per_step=4"
+    )
 
 
 def test_the_math_task_needs_data(write):

@@ -35,7 +35,9 @@ def test_what_the_sources_add_sums_to_the_log_ratio_token_by_token_and_so_do_kl_
     total = np.sum(list(chain.deltas.values()), axis=0)
     np.testing.assert_allclose(total, chain.total, atol=1e-12)
     record = chain.record()
-    assert sum(record[f"attribution/{name}/kl"] for name in SOURCES) == pytest.approx(record["attribution/total/kl"], abs=1e-9)
+    assert sum(record[f"attribution/{name}/kl"] for name in SOURCES) == pytest.approx(
+        record["attribution/total/kl"], abs=1e-9
+    )
     if np.any(np.abs(chain.total) > 1e-3):
         assert sum(record[f"attribution/{name}/share"] for name in SOURCES) == pytest.approx(1.0, abs=1e-4)
 

@@ -42,7 +42,7 @@ def test_on_cpu_the_server_gets_the_recipe_and_the_dtype_of_the_plan():
 
 
 def test_fp8_on_cpu_is_emulated_by_the_weights_sent_and_no_flag_asks_for_it():
-    assert plan("cpu", rollout="fp8_blockwise").dequantised
+    assert plan("cpu", rollout="fp8_blockwise").dequantized
     assert "--quantization" not in flags("cpu", rollout="fp8_blockwise")
 
 
@@ -51,7 +51,7 @@ def test_on_a_gpu_flags_are_those_of_the_plan():
     said = flags("cuda", settings, rollout="fp8_blockwise", rollout_activations="fp8")
     assert "--dtype bfloat16 --quantization fp8 --tp 2 --mem-fraction-static 0.5 --kv-cache-dtype auto" in said
     assert "--device" not in said and "torch_native" not in said
-    assert not plan("cuda", rollout="fp8_blockwise", rollout_activations="fp8").dequantised
+    assert not plan("cuda", rollout="fp8_blockwise", rollout_activations="fp8").dequantized
 
 
 def test_routed_experts_are_asked_for_and_further_arguments_come_last():
@@ -60,7 +60,9 @@ def test_routed_experts_are_asked_for_and_further_arguments_come_last():
 
 
 def test_servers_that_rest_are_told_so_on_a_gpu_where_they_would_keep_their_memory():
-    resting = {device: server_flags(plan(device), SGLangConfig(), device=device, rests=True) for device in ("cpu", "cuda")}
+    resting = {
+        device: server_flags(plan(device), SGLangConfig(), device=device, rests=True) for device in ("cpu", "cuda")
+    }
     assert "--enable-memory-saver" in resting["cuda"] and "--enable-memory-saver" not in resting["cpu"]
     assert "--enable-memory-saver" not in flags("cuda")
 
@@ -76,7 +78,11 @@ ERPD = {"name": "erpd", "teacher": {"name": "sapo", "denominator": "trainer_old"
 @pytest.mark.parametrize(
     ("section", "info", "words"),
     [
-        ({"rollout": {"engine": "sglang"}}, {"engine": "embedded"}, "rollout.engine is sglang, and http://a is embedded"),
+        (
+            {"rollout": {"engine": "sglang"}},
+            {"engine": "embedded"},
+            "rollout.engine is sglang, and http://a is embedded",
+        ),
         ({}, {"device": "cuda"}, "rollout.engine is embedded, and http://a is sglang"),
         ({"rollout": {"deterministic": True}}, {"engine": "embedded"}, "deterministic is true, and http://a is not"),
         (
@@ -100,7 +106,8 @@ def test_a_running_server_that_would_do_otherwise_than_asked_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("argument", "key"), [("--dtype=half", "precision.rollout"), ("--tp", "rollout.sglang.tensor"), ("--port", "rollout.urls")]
+    ("argument", "key"),
+    [("--dtype=half", "precision.rollout"), ("--tp", "rollout.sglang.tensor"), ("--port", "rollout.urls")],
 )
 def test_an_argument_that_another_key_decides_is_refused_by_that_key(argument: str, key: str):
     with pytest.raises(ConfigError, match=f"rollout.sglang.args holds {argument}, which {key} decides"):
@@ -113,7 +120,7 @@ def test_an_argument_that_another_key_decides_is_refused_by_that_key(argument: s
         ("cpu", {"rollout": "int8"}, "int8 is weights alone"),
         ("cuda", {"rollout": "int8"}, "int8 is weights alone"),
         ("cpu", {"rollout": "fp8_blockwise", "rollout_activations": "fp8"}, "no FP8 products"),
-        ("cuda", {"rollout": "fp8_blockwise"}, "always quantises"),
+        ("cuda", {"rollout": "fp8_blockwise"}, "always quantizes"),
     ],
 )
 def test_what_sglang_would_do_otherwise_than_asked_is_refused(device: str, precision: dict[str, str], words: str):
@@ -155,7 +162,9 @@ def test_the_stand_ins_for_cpu_reach_no_server_on_a_gpu(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_engines_start_from_the_weights_the_trainer_would_send(qwen3: Path, tmp_path: Path, device: str):
-    precision = {"train": "bf16", "rollout": "fp8_blockwise"} | ({"rollout_activations": "fp8"} if device == "cuda" else {})
+    precision = {"train": "bf16", "rollout": "fp8_blockwise"} | (
+        {"rollout_activations": "fp8"} if device == "cuda" else {}
+    )
     chosen = plan(device, **precision)
     write_as_sent(qwen3, chosen, tmp_path / "start")
     written = load_file(tmp_path / "start" / "model.safetensors")
@@ -183,14 +192,18 @@ def servers(tmp_path: Path) -> Callable[..., SGLangServers]:
         python = tmp_path / "python"
         python.write_text(f"#!/bin/sh\n{script}\n")
         python.chmod(0o755)
-        return SGLangServers("model", tmp_path / "logs", [], SGLangConfig(python=python), count, start_timeout_s=timeout_s)
+        return SGLangServers(
+            "model", tmp_path / "logs", [], SGLangConfig(python=python), count, start_timeout_s=timeout_s
+        )
 
     return make
 
 
 def test_a_missing_interpreter_is_named_with_the_mend(tmp_path: Path):
     settings = SGLangConfig(python=tmp_path / "no" / "python")
-    with pytest.raises(EngineError, match=r"rollout\.sglang\.python: no interpreter at /.*/no/python: run `make sglang`"):
+    with pytest.raises(
+        EngineError, match=r"rollout\.sglang\.python: no interpreter at /.*/no/python: run `make sglang`"
+    ):
         SGLangServers("model", tmp_path, [], settings).start()
 
 
@@ -251,7 +264,9 @@ def start() -> Iterator[Start]:
     parents = []
 
     def start(command: list[str]) -> tuple[subprocess.Popen[str], psutil.Process]:
-        parent = subprocess.Popen([sys.executable, "-c", PARENT, guard.__file__, *command], stdout=subprocess.PIPE, text=True)
+        parent = subprocess.Popen(
+            [sys.executable, "-c", PARENT, guard.__file__, *command], stdout=subprocess.PIPE, text=True
+        )
         parents.append(parent)
         assert parent.stdout is not None
         return parent, psutil.Process(int(parent.stdout.readline()))

@@ -11,7 +11,7 @@ REWARDS = np.array([1, 0, 5, 0, 0, 2.0])
 GROUPS = np.array([9, 4, 9, 9, 4, -1])
 
 
-def test_mean_advantages_are_centred_within_each_group_in_any_order():
+def test_mean_advantages_are_centered_within_each_group_in_any_order():
     out = group_advantages(REWARDS, GROUPS, "mean")
     np.testing.assert_allclose(out, [-1, 0, 3, -2, 0, 0])
     assert out.dtype == np.float32
@@ -42,14 +42,14 @@ def test_rloo_subtracts_the_mean_of_the_others_and_a_group_of_one_has_none():
     np.testing.assert_allclose(group_advantages(REWARDS, GROUPS, "rloo"), [1 - 2.5, 0, 5 - 0.5, 0 - 3, 0, 0])
 
 
-def test_dr_grpo_is_the_centred_reward():
+def test_dr_grpo_is_the_centered_reward():
     assert (group_advantages(REWARDS, GROUPS, "dr_grpo") == group_advantages(REWARDS, GROUPS, "mean")).all()
 
 
-def test_whitened_advantages_are_centred_in_the_group_and_scaled_by_the_batch():
-    centred = group_advantages(REWARDS, GROUPS, "mean")
+def test_whitened_advantages_are_centered_in_the_group_and_scaled_by_the_batch():
+    centered = group_advantages(REWARDS, GROUPS, "mean")
     whitened = group_advantages(REWARDS, GROUPS, "whiten")
-    np.testing.assert_allclose(whitened, centred / centred.std(ddof=1), rtol=1e-6)
+    np.testing.assert_allclose(whitened, centered / centered.std(ddof=1), rtol=1e-6)
     assert not group_advantages(np.array([7.0]), np.array([0]), "whiten").any(), "a batch of one has no deviation"
 
 

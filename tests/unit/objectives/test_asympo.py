@@ -93,7 +93,9 @@ def test_the_log_tells_the_naive_loss_and_both_scales_whatever_the_objective(spe
     name = spec["name"]
     assert metrics[f"{name}/naive_loss"] == pytest.approx(-0.422222, abs=6e-7)
     expected = {"s_p": 0.6, "s_n": 2.5, "s_ratio": 4.166667}
-    assert objective.summary(metrics) == {f"{name}/{key}": pytest.approx(value, abs=6e-7) for key, value in expected.items()}
+    assert objective.summary(metrics) == {
+        f"{name}/{key}": pytest.approx(value, abs=6e-7) for key, value in expected.items()
+    }
 
 
 def test_without_positive_advantages_there_is_no_ratio_of_scales():
@@ -180,8 +182,12 @@ def test_bounded_tokens_get_no_gradient_and_keep_counting(seed, p_low, p_high):
     close(grad, coefficient[:, None] * x.mask * ~outside)
     assert abs(out.loss.item()) < 1e-10
     tokens = x.mask.sum()
-    assert out.metrics["asympo/clip_high"].item() == pytest.approx(((outside & raised) * x.mask).sum().item() / tokens.item())
-    assert out.metrics["asympo/clip_low"].item() == pytest.approx(((outside & ~raised) * x.mask).sum().item() / tokens.item())
+    assert out.metrics["asympo/clip_high"].item() == pytest.approx(
+        ((outside & raised) * x.mask).sum().item() / tokens.item()
+    )
+    assert out.metrics["asympo/clip_low"].item() == pytest.approx(
+        ((outside & ~raised) * x.mask).sum().item() / tokens.item()
+    )
 
 
 @given(seeds)
@@ -192,13 +198,13 @@ def test_bounds_at_the_ends_leave_the_plain_form(seed):
 
 @given(seeds, st.floats(0.05, 0.5), st.floats(0.0, 0.5))
 def test_the_theorem_bounds_the_naive_sum_where_ratios_stay_in_a_clip_range(seed, epsilon, spread):
-    """Theorem 1: behaviour scales within spread of each other and ratios in 1 +- epsilon bound |sum A S|."""
+    """Theorem 1: behavior scales within spread of each other and ratios in 1 +- epsilon bound |sum A S|."""
     g = torch.Generator().manual_seed(seed)
     x = group(seed)
-    behaviour = 1 + spread * (2 * torch.rand(x.logp.shape, generator=g, dtype=torch.float64) - 1)  # NLL of every token
+    behavior = 1 + spread * (2 * torch.rand(x.logp.shape, generator=g, dtype=torch.float64) - 1)  # NLL of every token
     ratio = 1 + epsilon * (2 * torch.rand(x.logp.shape, generator=g, dtype=torch.float64) - 1)
-    x = replace(x, logp=ratio.log() - behaviour)
-    scale_b = nll(x, -behaviour)
+    x = replace(x, logp=ratio.log() - behavior)
+    scale_b = nll(x, -behavior)
     delta = (scale_b - scale_b.mean()).abs().max().item()
     tau = max(math.log(1 + epsilon), -math.log(1 - epsilon))
     mass = x.advantages.relu().sum().item()
@@ -208,7 +214,7 @@ def test_the_theorem_bounds_the_naive_sum_where_ratios_stay_in_a_clip_range(seed
 
 @pytest.mark.parametrize("spec", [NAIVE, SCALED, ASYMPO, BOUNDED], ids=["naive", "scaled_po", "asympo", "bounded"])
 @given(seed=seeds)
-def test_behaviour_log_probabilities_change_nothing(spec, seed):
+def test_behavior_log_probabilities_change_nothing(spec, seed):
     assert make_objective(spec).needs == frozenset()
     x = group(seed)
     other = replace(x, logmu=-torch.rand(x.logp.shape, dtype=torch.float64), logold=x.logp - 1)

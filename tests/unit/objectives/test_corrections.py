@@ -89,7 +89,13 @@ def test_metrics_report_weights_and_shares_of_what_was_truncated_or_masked():
         {"name": "stale_mask"},
     ]
     metrics = make_objective({**PPO, "corrections": corrections})(inputs()).metrics
-    expected = {"tis/weight": 5.9 / 5, "tis/truncated": 0.4, "mis/masked": 0.4, "icepop/masked": 0.4, "geo_mask/masked": 0.4}
+    expected = {
+        "tis/weight": 5.9 / 5,
+        "tis/truncated": 0.4,
+        "mis/masked": 0.4,
+        "icepop/masked": 0.4,
+        "geo_mask/masked": 0.4,
+    }
     expected["stale_mask/masked"] = 0.6
     assert {name: metrics[name].item() for name in expected} == pytest.approx(expected)
 
@@ -126,7 +132,10 @@ def test_masks_compare_old_policy_and_engine_in_methods_always_weighted_by_the_e
     x = inputs()
     mask = f64(CASES["mis-mask"][1])
     for spec in ({"name": "minirl"}, {"name": "dppo_tv", "denominator": "trainer_old"}):
-        base, out = make_objective(spec)(x), make_objective({**spec, "corrections": [{"name": "mis", "weight": False}]})(x)
+        base, out = (
+            make_objective(spec)(x),
+            make_objective({**spec, "corrections": [{"name": "mis", "weight": False}]})(x),
+        )
         torch.testing.assert_close(out.loss_tok, base.loss_tok * mask, rtol=0, atol=0)
 
 

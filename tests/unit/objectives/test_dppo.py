@@ -37,7 +37,12 @@ def test_masks_and_gradients_equal_the_worked_numbers():
     out.loss_tok.sum().backward()
     assert out.weight_tok.tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
     torch.testing.assert_close(logp.grad, f64([[-1.2, -0.8, -1.5, 0], [1.125, 0, 0, 0]]), atol=1e-12, rtol=0)
-    shares = {"mask/high": 1 / 6, "mask/low": 1 / 6, "truncated": 0, "divergence": (0.1 + 0.1 + 0.02 + 0.3 + 0.25 + 0.28) / 6}
+    shares = {
+        "mask/high": 1 / 6,
+        "mask/low": 1 / 6,
+        "truncated": 0,
+        "divergence": (0.1 + 0.1 + 0.02 + 0.3 + 0.25 + 0.28) / 6,
+    }
     assert {name: out.metrics[name].item() for name in shares} == pytest.approx(shares)
 
 
@@ -93,7 +98,9 @@ def test_among_diverging_tokens_the_tv_mask_is_the_sign_of_the_weight_of_drpo(pi
 @given(probability, probability, advantage)
 def test_without_bounds_it_has_the_gradient_of_drpo_without_a_bound(pi, mu, a):
     free = {"name": "dppo_tv", "delta": 1e15, "truncation": 1e15}
-    assert one_token(free, pi, mu, a)[2] == pytest.approx(one_token({"name": "drpo", "delta": 1e15}, pi, mu, a)[2], rel=1e-6)
+    assert one_token(free, pi, mu, a)[2] == pytest.approx(
+        one_token({"name": "drpo", "delta": 1e15}, pi, mu, a)[2], rel=1e-6
+    )
 
 
 @given(probability, probability)
@@ -165,7 +172,9 @@ def test_the_whole_vocabulary_gives_the_divergence_itself_and_the_mask_that_foll
 
 @pytest.mark.parametrize(("divergence", "name"), [("tv", "dppo_tv"), ("kl", "dppo_kl")])
 @given(seed=st.integers(0, 10**6), vocabulary=st.integers(2, 12))
-def test_the_likeliest_token_alone_gives_the_binary_divergence_when_it_is_the_sampled_one(divergence, name, seed, vocabulary):
+def test_the_likeliest_token_alone_gives_the_binary_divergence_when_it_is_the_sampled_one(
+    divergence, name, seed, vocabulary
+):
     engine, trainer = distributions(seed, vocabulary)
     x = topk_inputs(engine, trainer, 1, engine.argmax(-1))
     one = measured(x, {"name": "dppo_topk", "divergence": divergence})

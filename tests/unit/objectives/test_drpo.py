@@ -149,11 +149,15 @@ def test_the_loss_is_convex_in_the_ratio_with_its_minimum_at_the_boundary(mu, a,
 @given(st.floats(1e-7, 1e-2), delta)
 def test_the_weight_of_a_rare_token_depends_on_the_shift_alone(mu, d):
     assert one_token(mu + 0.05, mu, 1.0, d)[1] == pytest.approx(1 - 0.05 / d, rel=1e-6, abs=1e-9)
-    assert token_of({"name": "simple_po", "epsilon": d}, mu + 0.05, mu, 1.0)[1] == pytest.approx(1 - 0.05 / mu / d, rel=1e-6)
+    assert token_of({"name": "simple_po", "epsilon": d}, mu + 0.05, mu, 1.0)[1] == pytest.approx(
+        1 - 0.05 / mu / d, rel=1e-6
+    )
 
 
 def test_the_loss_does_not_depend_on_padding_when_the_horizon_is_given():
-    wide = [torch.nn.functional.pad(t, (0, 3), value=float("nan")) for t in (f64(PI).log(), f64(MU).log(), f64(ADVANTAGES))]
+    wide = [
+        torch.nn.functional.pad(t, (0, 3), value=float("nan")) for t in (f64(PI).log(), f64(MU).log(), f64(ADVANTAGES))
+    ]
     objective = make_objective({"name": "drpo", "norm": {"horizon": 64}})
     padded = objective(LossInputs(*wide, torch.nn.functional.pad(f64(MASK), (0, 3))))
     assert padded.loss.item() == pytest.approx(objective(worked_inputs()).loss.item(), rel=1e-14)
@@ -179,6 +183,6 @@ def test_metrics_report_the_penalty_and_the_share_of_corrective_tokens():
     assert not out.metrics["penalty"].requires_grad
 
 
-def test_drpo_asks_for_behaviour_log_probs():
+def test_drpo_asks_for_behavior_log_probs():
     with pytest.raises(UserError, match="logmu"):
         make_objective({"name": "drpo"})(LossInputs(f64(PI).log(), None, f64(ADVANTAGES), f64(MASK)))

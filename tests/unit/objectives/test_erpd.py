@@ -119,7 +119,9 @@ def test_mse_is_flat_where_the_probability_is_the_reward_and_where_it_vanishes()
     assert slope(0.0, 1.0) == 0
     assert slope(-800.0, 0.0) == 0
     assert slope(math.log(1e-3), 0.0) == pytest.approx(2e-6)  # negatives fade as pi squared
-    assert slope(math.log(1e-6), 1.0) == pytest.approx(-2e-6, rel=1e-5)  # an unlikely token of a positive is hardly learnt
+    assert slope(math.log(1e-6), 1.0) == pytest.approx(
+        -2e-6, rel=1e-5
+    )  # an unlikely token of a positive is hardly learnt
 
 
 def test_the_log_of_mse_tells_the_mean_probability_on_each_side():

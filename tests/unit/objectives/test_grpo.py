@@ -43,7 +43,11 @@ def test_the_default_norm_is_the_sequence_mean_of_token_means():
 
 
 @given(
-    st.floats(0.01, 30), st.floats(-3, 3), st.floats(0.05, 0.9), st.floats(0.05, 3), st.one_of(st.none(), st.floats(1.1, 12))
+    st.floats(0.01, 30),
+    st.floats(-3, 3),
+    st.floats(0.05, 0.9),
+    st.floats(0.05, 3),
+    st.one_of(st.none(), st.floats(1.1, 12)),
 )
 def test_loss_and_gradient_follow_the_definition(ratio, a, low, high, dual):
     logp = f64([[-5 + math.log(ratio)]]).requires_grad_()

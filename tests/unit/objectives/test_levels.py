@@ -127,7 +127,11 @@ WORKED = {
         [[-1.491825] * 3, [2.013753, 2.013753, 0]],
         -0.089594,
     ),
-    ("sequence", 0.2, 0.28, 10.0): ([[-1.28] * 3, [2.013753, 2.013753, 0]], [[0] * 3, [2.013753, 2.013753, 0]], 0.037501),
+    ("sequence", 0.2, 0.28, 10.0): (
+        [[-1.28] * 3, [2.013753, 2.013753, 0]],
+        [[0] * 3, [2.013753, 2.013753, 0]],
+        0.037501,
+    ),
     ("token", 0.5, 3.0, 3.0): (
         [[-1.105171, -1.648721, -0.818731], [0.5, 3.0, 0]],
         [[-1.105171, -1.648721, -0.818731], [0, 0, 0]],
@@ -163,7 +167,9 @@ def test_geometric_ratios_equal_the_worked_numbers():
 @given(seed=seeds, lengths=sizes, name=st.sampled_from(["ppo", "grpo", "dapo"]))
 def test_on_policy_the_loss_is_minus_the_mean_advantage_and_the_gradient_is_reinforce(level, seed, lengths, name):
     x = batch(seed, lengths)
-    loss, grad = gradient(make_objective({"name": name, "level": level, "norm": "token_mean"}), replace(x, logmu=x.logp))
+    loss, grad = gradient(
+        make_objective({"name": name, "level": level, "norm": "token_mean"}), replace(x, logmu=x.logp)
+    )
     expected = -x.advantages[:, None] * x.mask / x.mask.sum()
     assert loss == pytest.approx(expected.sum().item(), abs=1e-12)
     torch.testing.assert_close(grad[..., 0], expected, rtol=1e-12, atol=1e-14)
@@ -181,7 +187,9 @@ def test_the_coefficient_has_the_sign_of_the_advantage_and_is_bounded_by_the_cli
     assert (coefficient.abs() <= a.abs() * torch.where(a > 0, 1.6, 3.0) + 1e-12).all()
 
 
-@pytest.mark.parametrize("name", ["drpo", "simple_po", "cispo", "sapo", "minirl", "dppo_tv", "dppo_kl", "dppo_topk", "gspo"])
+@pytest.mark.parametrize(
+    "name", ["drpo", "simple_po", "cispo", "sapo", "minirl", "dppo_tv", "dppo_kl", "dppo_topk", "gspo"]
+)
 def test_a_level_that_no_paper_defines_for_a_method_is_refused(name):
     legal = "geometric" if name == "gspo" else "token"
     assert make_objective({"name": name, "level": legal}).level == legal

@@ -138,7 +138,9 @@ def test_no_objective_reads_a_value_back_which_would_stall_a_gpu(spec, packing):
     x = only_needed(objective, batch(4, [4, 2]))
     if packing:
         x = packed(x, trained(x, [0, 1]), [7, 3], padding=2)
-    x = mapped(x, lambda _, tensor: tensor.to("meta"))  # such tensors have shapes but no values: reading one is an error
+    x = mapped(
+        x, lambda _, tensor: tensor.to("meta")
+    )  # such tensors have shapes but no values: reading one is an error
     logp = x.logp.requires_grad_()
     objective(replace(x, logp=logp)).loss.backward()
     assert logp.grad is not None

@@ -118,7 +118,9 @@ def test_sapo_loss_and_gate_equal_the_worked_numbers():
     raw = f64([[0.1, 0.4, -0.2], [-0.6, -0.2, -2]])
     logmu = f64([[-0.2, -1, -0.5], [-0.8, -0.1, -2]])
     logp = (logmu + raw).requires_grad_()
-    out = make_objective({"name": "sapo", "norm": "token_mean"})(LossInputs(logp, logmu, f64([1, -1]), torch.ones(2, 3)))
+    out = make_objective({"name": "sapo", "norm": "token_mean"})(
+        LossInputs(logp, logmu, f64([1, -1]), torch.ones(2, 3))
+    )
     gate = f64([[2.105074, 2.482145, 1.819225], [1.461827, 1.724038, 1.094972]])
     weight = f64([[0.997240, 0.941884, 0.991830], [0.945925, 0.990998, 0.819256]])
     torch.testing.assert_close(out.loss_tok.detach(), f64([[-1], [1]]) * gate, atol=6e-7, rtol=0)
@@ -190,7 +192,13 @@ DEFAULTS = {
     "cispo": {"clip_low": 1.0, "clip_high": 4.0, "norm": "token_mean"},
     "sapo": {"tau_pos": 1.0, "tau_neg": 1.05, "norm": PER_SEQUENCE},
     "simple_po": {"epsilon": 0.2, "norm": "token_mean"},
-    "minirl": {"clip_low": 0.2, "clip_high": 0.27, "truncation": 5.0, "denominator": "trainer_old", "norm": "token_mean"},
+    "minirl": {
+        "clip_low": 0.2,
+        "clip_high": 0.27,
+        "truncation": 5.0,
+        "denominator": "trainer_old",
+        "norm": "token_mean",
+    },
     "dppo_tv": {"delta": 0.15, "truncation": 20.0, "norm": SUMMED},
     "dppo_kl": {"delta": 0.05, "truncation": 20.0, "norm": SUMMED},
     "dppo_topk": {"divergence": "tv", "delta": 0.15, "top_k": 20, "truncation": 20.0, "norm": SUMMED},

@@ -24,7 +24,9 @@ def test_estimates_of_the_divergence_equal_the_worked_numbers(kl):
     assert not out.loss_tok.any(), "loss_tok is the method's own"
 
 
-@pytest.mark.parametrize(("kl", "slope"), [("k1", lambda x: 1 + 0 * x), ("k2", lambda x: -x), ("k3", lambda x: 1 - x.exp())])
+@pytest.mark.parametrize(
+    ("kl", "slope"), [("k1", lambda x: 1 + 0 * x), ("k2", lambda x: -x), ("k3", lambda x: 1 - x.exp())]
+)
 @settings(max_examples=25)
 @given(seed=st.integers(0, 10**6), mode=st.sampled_from(MODES))
 def test_the_gradient_of_the_term_is_added_under_the_same_norm(kl, slope, seed, mode):
@@ -32,7 +34,9 @@ def test_the_gradient_of_the_term_is_added_under_the_same_norm(kl, slope, seed, 
     spec = {"name": "drpo", "norm": mode}
     plain, both = (gradient(make_objective({**spec, **more}), x) for more in ({}, {"kl_coef": 0.3, "kl": kl}))
     # What the norm makes of a sum: the gradient of -A r at r = 1 and A = -1.
-    share = gradient(make_objective({"name": "ppo", "norm": mode}), replace(x, logmu=x.logp, advantages=f64([-1, -1])))[1]
+    share = gradient(make_objective({"name": "ppo", "norm": mode}), replace(x, logmu=x.logp, advantages=f64([-1, -1])))[
+        1
+    ]
     torch.testing.assert_close((both[1] - plain[1])[..., 0], 0.3 * slope(x.logref - x.logp) * share[..., 0])
 
 
@@ -42,7 +46,9 @@ def test_terms_are_added_to_every_objective(spec):
     plain, _ = gradient(spec.make(norm="token_mean"), x)
     loss, grad = gradient(spec.make(norm="token_mean", kl_coef=0.5, kl="k1", entropy_coef=0.25), x)
     keep = x.mask.bool()
-    assert loss == pytest.approx(plain + 0.5 * (x.logp - x.logref)[keep].mean().item() - 0.25 * x.entropy[keep].mean().item())
+    assert loss == pytest.approx(
+        plain + 0.5 * (x.logp - x.logref)[keep].mean().item() - 0.25 * x.entropy[keep].mean().item()
+    )
     torch.testing.assert_close(grad[..., 1], -0.25 * x.mask / 6)
 
 
@@ -65,7 +71,9 @@ def test_the_tensors_of_a_term_are_needed_exactly_when_its_coefficient_is_not_ze
 
 @pytest.mark.parametrize("kl", ESTIMATES)
 def test_a_reference_far_away_leaves_the_term_finite(kl):
-    x = LossInputs(torch.zeros(1, 1), None, torch.zeros(1), torch.ones(1, 1), torch.zeros(1, 1), logref=torch.full((1, 1), 1e4))
+    x = LossInputs(
+        torch.zeros(1, 1), None, torch.zeros(1), torch.ones(1, 1), torch.zeros(1, 1), logref=torch.full((1, 1), 1e4)
+    )
     spec = {"name": "ppo", "denominator": "trainer_old", "kl": kl, "kl_coef": 1.0}
     assert make_objective(spec)(x).loss.isfinite()
 

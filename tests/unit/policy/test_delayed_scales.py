@@ -11,7 +11,7 @@ import torch
 from megatron_rl.errors import PrecisionError
 from megatron_rl.objectives import make_objective
 from megatron_rl.policy.actor import Policy
-from megatron_rl.policy.quantized_products import QuantisedProducts
+from megatron_rl.policy.quantized_products import ProductMonitor
 from megatron_rl.precision.plan import resolve
 from tests.parallel.refusal_steps import digest
 from tests.parallel.steps import OBJECTIVE, make_batch, make_policy
@@ -23,7 +23,9 @@ def policy_of(model: Any, train: str = "bf16") -> Policy:
     return make_policy(model, {}, precision={"train": train, "recipe": "delayed"})
 
 
-def update(policy: Policy, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda loss, logp: loss) -> Any:
+def update(
+    policy: Policy, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda loss, logp: loss
+) -> Any:
     """One update; `change` makes the loss from the objective's own and the log-probabilities."""
     objective = make_objective(OBJECTIVE)
 
@@ -73,7 +75,10 @@ def test_copied_weights_score_as_they_did_when_they_are_put_back(qwen3):
     ("change", "said"),
     [
         (lambda loss, logp: loss * torch.nan, "a non-finite loss: the update is refused"),
-        (lambda loss, logp: loss + ((logp - logp.detach()) * 1e38).sum() * 1e3, r"gradient norm is (inf|nan): .*; lower what"),
+        (
+            lambda loss, logp: loss + ((logp - logp.detach()) * 1e38).sum() * 1e3,
+            r"gradient norm is (inf|nan): .*; lower what",
+        ),
     ],
     ids=["loss", "gradient"],
 )
@@ -112,6 +117,6 @@ def set_loss_scale(policy: Policy, scale: float) -> None:
 def test_scales_that_transformer_engine_keeps_to_itself_are_refused_where_earlier_weights_are_to_score(qwen3):
     policy = policy_of(qwen3)
     plan = resolve(policy.config.precision, policy.shape.num_layers)
-    policy.products = QuantisedProducts(plan, [], policy.mesh, transformer_engine=True)
+    policy.products = ProductMonitor(plan, [], policy.mesh, transformer_engine=True)
     with pytest.raises(PrecisionError, match=r"scored with present scales; set precision.recipe: tensorwise"):
         policy.keep_reference()

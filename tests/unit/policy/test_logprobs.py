@@ -49,7 +49,10 @@ def scored(case: Case, group: dist.ProcessGroup, *, rows: int = 10_000, temperat
 
 
 def assert_close(
-    found: dict[str, Tensor], expected: dict[str, np.ndarray], tolerance: float = 5e-6, summands: dict[str, float] | None = None
+    found: dict[str, Tensor],
+    expected: dict[str, np.ndarray],
+    tolerance: float = 5e-6,
+    summands: dict[str, float] | None = None,
 ) -> None:
     """summands: by gradient, the largest sum of absolute values before they cancel; 8 steps of float32 of it are allowed."""
     for name, value in expected.items():
@@ -74,7 +77,9 @@ def test_no_chunk_size_changes_the_result(alone, vocab, tokens, rows, seed, heat
         "d_weight": float((from_above_R * case.hidden[case.rows].abs()).sum(0).max()),
         "d_hidden": float(from_above_R.max() * case.weight.abs().max()),
     }
-    assert_close(scored(case, alone, rows=rows, temperature=heat), case.reference(heat), tolerance=2e-5, summands=summands)
+    assert_close(
+        scored(case, alone, rows=rows, temperature=heat), case.reference(heat), tolerance=2e-5, summands=summands
+    )
 
 
 @pytest.mark.parametrize("wanted", ["logp", "entropy"])
@@ -99,14 +104,18 @@ def test_further_tokens_are_scored_without_gradient_and_change_nothing_else(alon
     plain = token_scores(hidden[case.rows], weight, case.labels, **settings)
     assert len(plain) == 2
     assert torch.equal(logp, plain[0]) and torch.equal(entropy, plain[1])
-    twice = token_scores(hidden[case.rows], weight, case.labels, topk_labels_RK=case.labels[:, None].expand(-1, 2), **settings)
+    twice = token_scores(
+        hidden[case.rows], weight, case.labels, topk_labels_RK=case.labels[:, None].expand(-1, 2), **settings
+    )
     assert torch.equal(twice[2], logp.detach()[:, None].expand(-1, 2)), "the label itself scores as the label"
 
 
 def test_rows_that_pad_the_vocabulary_take_no_part(alone):
     case = Case.make(vocab=200)
     padded = torch.cat([case.weight, torch.full((56, case.weight.shape[1]), 1e4)]).requires_grad_()
-    logp, entropy = token_scores(case.hidden[case.rows], padded, case.labels, temperature=1.0, vocab_size=200, group=alone)
+    logp, entropy = token_scores(
+        case.hidden[case.rows], padded, case.labels, temperature=1.0, vocab_size=200, group=alone
+    )
     (logp.sum() + entropy.sum()).backward()
     expected = case.reference(1.0)
     assert_close({"logp": logp.detach(), "entropy": entropy.detach()}, {k: expected[k] for k in ("logp", "entropy")})
@@ -130,7 +139,9 @@ def test_no_scored_rows_give_empty_scores_and_zero_gradients(alone):
     logp, entropy = token_scores(hidden, weight, labels, temperature=1.0, vocab_size=7, group=alone)
     assert logp.shape == entropy.shape == (0,)
     more = labels.reshape(0, 1).expand(0, 6)
-    assert token_scores(hidden, weight, labels, temperature=1.0, vocab_size=7, group=alone, topk_labels_RK=more)[2].shape == (
+    assert token_scores(hidden, weight, labels, temperature=1.0, vocab_size=7, group=alone, topk_labels_RK=more)[
+        2
+    ].shape == (
         0,
         6,
     )
@@ -196,6 +207,8 @@ def test_nothing_of_the_size_of_the_vocabulary_is_kept_for_a_token(alone, many_t
     weight = many_tokens.weight.clone().requires_grad_()
     hidden = many_tokens.hidden[many_tokens.rows].requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        token_scores(hidden, weight, many_tokens.labels, temperature=1.0, vocab_size=1000, group=alone, chunk_bytes=64_000)
+        token_scores(
+            hidden, weight, many_tokens.labels, temperature=1.0, vocab_size=1000, group=alone, chunk_bytes=64_000
+        )
     inputs = hidden.numel() + weight.numel()
     assert inputs <= sum(saved) <= inputs + 8 * len(hidden)

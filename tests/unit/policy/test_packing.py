@@ -107,7 +107,18 @@ def test_padding_belongs_to_no_trajectory_and_trains_nothing(batch, align, multi
     for micro in pack(batch, budget=BUDGET, align=align, multiple=multiple):
         padding = micro.seq_ids == -1
         assert torch.equal(micro.source[padding], torch.full_like(micro.source[padding], -1))
-        names = ("mask", "advantages", "rewards", "logmu", "logold", "logref", "staleness", "tokens", "labels", "topk_ids")
+        names = (
+            "mask",
+            "advantages",
+            "rewards",
+            "logmu",
+            "logold",
+            "logref",
+            "staleness",
+            "tokens",
+            "labels",
+            "topk_ids",
+        )
         for name in names:
             assert not getattr(micro, name)[padding].any()
 
@@ -123,7 +134,9 @@ def test_every_token_carries_the_advantage_and_the_reward_of_its_trajectory(batc
 
 @given(batches, aligned)
 def test_advantages_of_tokens_take_the_place_of_those_of_trajectories(batch, align):
-    given = replace(batch, token_advantages=np.random.default_rng(1).standard_normal(len(batch.tokens)).astype(np.float32))
+    given = replace(
+        batch, token_advantages=np.random.default_rng(1).standard_normal(len(batch.tokens)).astype(np.float32)
+    )
     for micro in pack(given, budget=BUDGET, align=align, multiple=1):
         predicts = micro.source >= 0
         np.testing.assert_array_equal(
@@ -157,7 +170,9 @@ def test_columns_a_batch_does_not_have_are_not_made_up():
 
 def test_a_trajectory_longer_than_the_budget_is_refused_by_its_id():
     batch = batch_of([3, BUDGET + 1])
-    with pytest.raises(UserError, match=rf"trajectory {batch.ids[1]} has 49 tokens, more than .*tokens_per_microbatch = 48"):
+    with pytest.raises(
+        UserError, match=rf"trajectory {batch.ids[1]} has 49 tokens, more than .*tokens_per_microbatch = 48"
+    ):
         pack(batch, budget=BUDGET, align=1, multiple=1)
 
 
@@ -223,7 +238,9 @@ def test_every_query_sees_its_own_past_and_nothing_else(batch, cp_size):
         index = zigzag_index(cu, cp_size, rank)
         plan = plan_attention(cu, cp_size, rank, CPU)
         past = gathered[None] <= index[:, None]
-        assert torch.equal(visible(plan, len(index), budget), past & (sequence[gathered][None] == sequence[index][:, None]))
+        assert torch.equal(
+            visible(plan, len(index), budget), past & (sequence[gathered][None] == sequence[index][:, None])
+        )
         order = torch.cat([group.queries for group in plan.groups])
         assert torch.equal(order[plan.inverse], torch.arange(len(index)))
 
@@ -233,7 +250,9 @@ def test_every_token_finds_its_own_experts_on_the_one_rank_that_holds_its_hidden
     """Experts belong to the token that is put in: unlike labels they are not shifted."""
     budget = BUDGET + 2 * cp_size * sp_size
     seen = np.zeros(len(batch.tokens), dtype=int)
-    for micro in pack(batch, budget=budget // (2 * cp_size * sp_size) * 2 * cp_size * sp_size, align=2 * cp_size, multiple=1):
+    for micro in pack(
+        batch, budget=budget // (2 * cp_size * sp_size) * 2 * cp_size * sp_size, align=2 * cp_size, multiple=1
+    ):
         for cp_rank, sp_rank in product(range(cp_size), range(sp_size)):
             own = held_rows(micro, cp_size=cp_size, cp_rank=cp_rank, sp_size=sp_size, sp_rank=sp_rank)
             real = micro.seq_ids[own] >= 0

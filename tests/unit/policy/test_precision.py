@@ -214,7 +214,8 @@ def test_a_resumed_run_has_the_scale_of_the_checkpoint_and_goes_on_bit_for_bit(q
 
 
 @pytest.mark.parametrize(
-    ("saved", "loaded", "said"), [("bf16", "fp16", "no loss scale: it was not"), ("fp16", "bf16", "a loss scale: it was")]
+    ("saved", "loaded", "said"),
+    [("bf16", "fp16", "no loss scale: it was not"), ("fp16", "bf16", "a loss scale: it was")],
 )
 def test_a_checkpoint_with_and_without_a_loss_scale_are_not_taken_for_each_other(qwen3, tmp_path, saved, loaded, said):
     with Checkpoints(tmp_path, policy_of(qwen3, saved), keep=1) as checkpoints:
@@ -232,7 +233,9 @@ def test_weights_beyond_the_range_of_float16_are_refused_by_name(tmp_path):
     tensors["model.layers.2.mlp.down_proj.weight"][3, 5] = 7e4
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     policy_of(folder, "bf16")
-    with pytest.raises(PrecisionError, match=r"'decoder.layers.2.mlp.linear_fc2.weight' of .*large has values that float16"):
+    with pytest.raises(
+        PrecisionError, match=r"'decoder.layers.2.mlp.linear_fc2.weight' of .*large has values that float16"
+    ):
         policy_of(folder, "fp16")
 
 

@@ -39,7 +39,9 @@ def update(folder, recompute):
     policy.optimizer.step = lambda _: grads.update(exported(policy, lambda p: p.main_grad))
     with torch.autograd.graph.saved_tensors_hooks(kept.note, lambda tensor: tensor):
         loss = policy.update(make_batch(), objective, objective.norm).loss
-    grads |= {name: p.main_grad.numpy().copy() for name, p in policy.models[0].named_parameters() if "log_sigma" in name}
+    grads |= {
+        name: p.main_grad.numpy().copy() for name, p in policy.models[0].named_parameters() if "log_sigma" in name
+    }
     return kept, loss, grads
 
 

@@ -11,10 +11,10 @@ from megatron_rl.policy.routing_replay import Replay
 TOKENS, EXPERTS, TOPK = 6, 5, 2
 
 
-def routed(logits, rows, *, normalised):
+def routed(logits, rows, *, normalized):
     replay = Replay()
     replay.rows = rows
-    out = topk_routing_with_score_function(logits, TOPK, use_pre_softmax=not normalised, router_replay=replay)
+    out = topk_routing_with_score_function(logits, TOPK, use_pre_softmax=not normalized, router_replay=replay)
     return (*out, replay)
 
 
@@ -30,7 +30,7 @@ def drawn(seed):
 def test_gates_over_the_given_experts_have_the_gradients_of_their_softmax(seed):
     """g_i = e^{s_i} / sum_{j in I} e^{s_j}, so dL/ds_i = g_i (w_i - sum_{j in I} g_j w_j) for L = sum_i w_i g_i."""
     logits, rows, w = drawn(seed)
-    gates, chosen, _ = routed(logits, rows, normalised=True)
+    gates, chosen, _ = routed(logits, rows, normalized=True)
     inside = torch.zeros(TOKENS, EXPERTS, dtype=torch.bool).scatter(1, rows, True)
     assert torch.equal(chosen, inside)
     g = torch.where(inside, logits.detach().exp(), 0)
@@ -41,22 +41,24 @@ def test_gates_over_the_given_experts_have_the_gradients_of_their_softmax(seed):
 
 
 @given(seed=st.integers(0, 10_000))
-def test_gates_that_are_not_normalised_have_the_gradients_of_the_softmax_over_all(seed):
+def test_gates_that_are_not_normalized_have_the_gradients_of_the_softmax_over_all(seed):
     logits, rows, w = drawn(seed)
-    gates, _, _ = routed(logits, rows, normalised=False)
+    gates, _, _ = routed(logits, rows, normalized=False)
     p = logits.detach().softmax(-1)
     inside = torch.zeros(TOKENS, EXPERTS, dtype=torch.float64).scatter(1, rows, 1)
     torch.testing.assert_close(gates.detach(), p * inside, atol=1e-6, rtol=0)
     (gates * w).sum().backward()
-    torch.testing.assert_close(logits.grad, p * (w * inside - (p * w * inside).sum(-1, keepdim=True)), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        logits.grad, p * (w * inside - (p * w * inside).sum(-1, keepdim=True)), atol=1e-6, rtol=0
+    )
 
 
-@pytest.mark.parametrize("normalised", [True, False])
-def test_rows_of_minus_one_choose_as_without_replay_bit_for_bit(normalised):
+@pytest.mark.parametrize("normalized", [True, False])
+def test_rows_of_minus_one_choose_as_without_replay_bit_for_bit(normalized):
     logits, rows, _ = drawn(1)
-    free, map_free, _ = routed(logits, None, normalised=normalised)
+    free, map_free, _ = routed(logits, None, normalized=normalized)
     rows[::2] = -1
-    gates, chosen, replay = routed(logits, rows, normalised=normalised)
+    gates, chosen, replay = routed(logits, rows, normalized=normalized)
     assert torch.equal(gates[::2], free[::2]) and torch.equal(chosen[::2], map_free[::2])
     assert not torch.equal(chosen[1::2], map_free[1::2])
     assert replay.counts.tolist()[0] == TOKENS // 2
@@ -66,10 +68,10 @@ def test_a_choice_agrees_whatever_the_order_of_its_experts():
     logits, _, _ = drawn(2)
     rows = logits.topk(TOPK).indices.flip(-1).clone()
     rows[0] = logits[0].topk(EXPERTS).indices[-TOPK:]
-    assert routed(logits, rows, normalised=True)[2].counts.tolist() == [TOKENS, TOKENS - 1]
+    assert routed(logits, rows, normalized=True)[2].counts.tolist() == [TOKENS, TOKENS - 1]
 
 
 def test_nothing_is_counted_where_no_gradient_is_made():
     logits, rows, _ = drawn(3)
     with torch.no_grad():
-        assert routed(logits, rows, normalised=True)[2].counts is None
+        assert routed(logits, rows, normalized=True)[2].counts is None

@@ -64,7 +64,7 @@ def every_bf16() -> torch.Tensor:
 
 
 def many_fp32() -> torch.Tensor:
-    """Random bit patterns, and ones whose magnitude lies within the formats, ties and their neighbours among them."""
+    """Random bit patterns, and ones whose magnitude lies within the formats, ties and their neighbors among them."""
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (100_000,), generator=generator).to(torch.int32).view(torch.float32)
     coarse = torch.randint(-1024, 1024, (100_000,), generator=generator).float()
@@ -87,7 +87,7 @@ def test_codes_equal_those_of_the_oracle(element, values):
 
 @pytest.mark.parametrize("element", ["e4m3", "e5m2"])
 @pytest.mark.parametrize("values", [every_bf16, many_fp32])
-def test_values_of_fake_quantisation_equal_those_of_the_oracle(element, values):
+def test_values_of_fake_quantization_equal_those_of_the_oracle(element, values):
     x = values()
     found = fake_quantize(x, f"fp8_tensor_{element}", torch.float32, scale=torch.tensor(1.0))
     assert torch.equal(found.isnan(), x.isnan())
@@ -103,7 +103,9 @@ def test_e2m1_codes_are_the_nearest_values_and_ties_go_to_even_codes():
     y = torch.cat([around, torch.linspace(0, 6, 1201), torch.tensor(values)])
     wanted = [min(range(8), key=lambda code: (abs(v - values[code]), code % 2)) for v in y.tolist()]
     assert fp4.encode(fp4.round_(y.clone())).tolist() == wanted
-    assert fp4.encode(fp4.round_(-y[y > 0])).tolist() == [code + 8 for code, v in zip(wanted, y.tolist(), strict=True) if v > 0]
+    assert fp4.encode(fp4.round_(-y[y > 0])).tolist() == [
+        code + 8 for code, v in zip(wanted, y.tolist(), strict=True) if v > 0
+    ]
     assert torch.equal(fp4.decode(torch.arange(16).to(torch.uint8)), torch.tensor([*values, *(-v for v in values)]))
 
 
@@ -125,7 +127,9 @@ def matrices(draw, largest_exponent: int = 30, special: bool = True) -> torch.Te
     rows, columns = draw(st.integers(1, 150)), draw(st.integers(1, 300))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     x = torch.randn(rows, columns, generator=generator)
-    x = torch.ldexp(x, torch.randint(-6, 6, (rows, 1), generator=generator) + draw(st.integers(-30, largest_exponent - 10)))
+    x = torch.ldexp(
+        x, torch.randint(-6, 6, (rows, 1), generator=generator) + draw(st.integers(-30, largest_exponent - 10))
+    )
     oddities = [0.0, -0.0] + ([1e-40, -1e-45, 1e-38, math.inf, -math.inf, math.nan, 3e38] if special else [])
     for oddity in draw(st.lists(st.sampled_from(oddities), max_size=4)):
         x[draw(st.integers(0, rows - 1)), draw(st.integers(0, columns - 1))] = oddity
@@ -141,13 +145,13 @@ LAWS = settings(max_examples=40, deadline=None)
 
 @LAWS
 @given(x=matrices(), name=st.sampled_from(FLOATS), dtype=st.sampled_from([None, torch.float32, torch.bfloat16]))
-def test_fake_quantisation_is_quantise_then_dequantise_bit_for_bit(x, name, dtype):
+def test_fake_quantization_is_quantize_then_dequantize_bit_for_bit(x, name, dtype):
     assert same(fake_quantize(x, name, dtype), quantize(x, name).dequantize(dtype or x.dtype))
 
 
 @LAWS
 @given(x=matrices(special=False), dtype=st.sampled_from([None, torch.float32, torch.bfloat16]))
-def test_fake_quantisation_to_int8_is_quantise_then_dequantise_bit_for_bit(x, dtype):
+def test_fake_quantization_to_int8_is_quantize_then_dequantize_bit_for_bit(x, dtype):
     if bool(x.isfinite().all()):
         assert same(fake_quantize(x, "int8_channel", dtype), quantize(x, "int8_channel").dequantize(dtype or x.dtype))
 
@@ -184,10 +188,14 @@ def test_the_error_is_at_most_half_a_step_of_the_element_at_its_scale(x, name):
     if not bool(x.isfinite().all()):
         return
     back = quantize(x, name).dequantize().double()
-    inverse = quantize(torch.ones_like(x) * x.float().abs().max().item(), name) if fmt.kind == "tensor" else quantize(x, name)
+    inverse = (
+        quantize(torch.ones_like(x) * x.float().abs().max().item(), name) if fmt.kind == "tensor" else quantize(x, name)
+    )
     factor = e8m0_value(inverse.scale_inv) if fmt.kind == "mx" else inverse.scale_inv
     if fmt.block is not None:
-        factor = factor.repeat_interleave(fmt.block[0], 0)[: x.shape[0]].repeat_interleave(fmt.block[1], 1)[:, : x.shape[1]]
+        factor = factor.repeat_interleave(fmt.block[0], 0)[: x.shape[0]].repeat_interleave(fmt.block[1], 1)[
+            :, : x.shape[1]
+        ]
     mantissa, least, _ = ELEMENTS[name.removesuffix("_pow2")[-4:]]
     scaled = x.double() / factor.double()
     step = 2.0 ** (torch.clamp(torch.frexp(scaled)[1] - 1, min=least) - mantissa).double()
@@ -212,14 +220,14 @@ OTHERS = [name for name in EIGHT_BITS if not FORMATS[name].pow2]
 
 @LAWS
 @given(x=matrices(), name=st.sampled_from(POWERS))
-def test_with_scales_of_powers_of_two_quantised_values_quantise_to_themselves(x, name):
+def test_with_scales_of_powers_of_two_quantized_values_quantize_to_themselves(x, name):
     once = fake_quantize(x, name, torch.float32)
     assert same(fake_quantize(once, name, torch.float32), once)
 
 
 @LAWS
 @given(x=matrices(special=False), name=st.sampled_from(OTHERS))
-def test_with_other_scales_quantised_values_quantise_to_the_same_codes(x, name):
+def test_with_other_scales_quantized_values_quantize_to_the_same_codes(x, name):
     x = x.nan_to_num(0, 0, 0)
     quantized = quantize(x.float(), name)
     assert torch.equal(raw(quantize(quantized.dequantize(), name).codes), raw(quantized.codes))
@@ -247,14 +255,17 @@ def test_a_matrix_of_zeros_stays_zeros(name, dtype):
 
 
 @pytest.mark.parametrize("name", EIGHT_BITS)
-def test_nan_survives_and_leaves_the_scale_of_its_neighbours(name):
+def test_nan_survives_and_leaves_the_scale_of_its_neighbors(name):
     x = torch.linspace(-3, 3, 256).view(1, 256)
     clean = quantize(x, name)
     x[0, 7] = math.nan
     dirty = quantize(x, name)
     assert dirty.dequantize()[0].isnan().nonzero().flatten().tolist() == [7]
     assert bytes_of(dirty.scale_inv) == bytes_of(clean.scale_inv)
-    assert [*bytes_of(dirty.codes)[:7], *bytes_of(dirty.codes)[8:]] == [*bytes_of(clean.codes)[:7], *bytes_of(clean.codes)[8:]]
+    assert [*bytes_of(dirty.codes)[:7], *bytes_of(dirty.codes)[8:]] == [
+        *bytes_of(clean.codes)[:7],
+        *bytes_of(clean.codes)[8:],
+    ]
 
 
 @pytest.mark.parametrize("name", EIGHT_BITS)
@@ -323,7 +334,7 @@ def test_shapes_of_a_ragged_matrix(name, codes, scales):
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
-def test_an_empty_matrix_is_quantised_to_nothing(name, shape):
+def test_an_empty_matrix_is_quantized_to_nothing(name, shape):
     assert quantize(torch.zeros(shape), name).dequantize().shape == shape
     assert fake_quantize(torch.zeros(shape), name).shape == shape
 
@@ -359,7 +370,9 @@ def test_delayed_scaling_keeps_the_largest_of_a_step_and_resumes_from_its_state(
         DelayedScale(448.0, history=2).load_state_dict(state.state_dict())
 
 
-@pytest.mark.parametrize(("arguments", "message"), [({"history": 0}, "at least 1"), ({"algorithm": "mean"}, "most_recent")])
+@pytest.mark.parametrize(
+    ("arguments", "message"), [({"history": 0}, "at least 1"), ({"algorithm": "mean"}, "most_recent")]
+)
 def test_delayed_scaling_refuses_what_it_cannot_do(arguments, message):
     with pytest.raises(PrecisionError, match=message):
         DelayedScale(448.0, **arguments)

@@ -92,7 +92,9 @@ def test_a_ramp_in_one_row_block_gives_the_golden_codes(pow2):
     assert sum(codes) == golden["sum_codes"]
 
 
-@pytest.mark.parametrize(("key", "name"), [("block128_pow2", "fp8_128x128_e4m3_pow2"), ("block128_f32", "fp8_128x128_e4m3")])
+@pytest.mark.parametrize(
+    ("key", "name"), [("block128_pow2", "fp8_128x128_e4m3_pow2"), ("block128_f32", "fp8_128x128_e4m3")]
+)
 def test_four_square_blocks_one_of_them_zero_give_the_golden_codes(key, name):
     w = ((torch.arange(256 * 256) % 509 - 254).float() * 0.013).view(256, 256)
     w[:128, 128:] = 0
@@ -139,5 +141,7 @@ def test_an_nvfp4_row_gives_the_golden_scales_and_codes():
     codes = fp4.unpack(quantized.codes, 32).flatten().tolist()
     assert amax(x).item() == golden["global_amax"]
     assert bytes_of(quantized.scale_inv) == unhex(golden["blockscale_e4m3"])
-    assert [codes[i] for i in range(32) if i != 14] == [golden["codes"][i] for i in range(32) if i != 14]  # -0.0: see fp4
+    assert [codes[i] for i in range(32) if i != 14] == [
+        golden["codes"][i] for i in range(32) if i != 14
+    ]  # -0.0: see fp4
     assert quantized.codes[0, 0].item() == codes[0] | codes[1] << 4

@@ -1,4 +1,4 @@
-"""Products of quantised linears: what they multiply, what their gradients are, what they keep."""
+"""Products of quantized linears: what they multiply, what their gradients are, what they keep."""
 
 from collections import Counter
 
@@ -79,7 +79,7 @@ def assert_product(found, left, right, added=0.0):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("options", RECIPES.values(), ids=RECIPES)
-def test_the_three_products_are_those_of_operands_quantised_along_the_summed_dimension(options, dtype):
+def test_the_three_products_are_those_of_operands_quantized_along_the_summed_dimension(options, dtype):
     x, weight, bias, grad = tensors(dtype)
     chosen, watcher = operands(options), Watcher()
     out, x_grad, weight_grad, _ = run(x, weight, bias, grad, chosen, watcher=watcher)
@@ -91,7 +91,7 @@ def test_the_three_products_are_those_of_operands_quantised_along_the_summed_dim
 
 
 @pytest.mark.parametrize("options", RECIPES.values(), ids=RECIPES)
-def test_unquantised_products_fail_the_same_comparison(options):
+def test_unquantized_products_fail_the_same_comparison(options):
     x, weight, bias, grad = tensors()
     chosen = operands(options)
     with pytest.raises(AssertionError):
@@ -103,7 +103,7 @@ def test_unquantised_products_fail_the_same_comparison(options):
 
 
 @pytest.mark.parametrize("options", RECIPES.values(), ids=RECIPES)
-def test_quantised_gradients_point_where_the_exact_ones_do(options):
+def test_quantized_gradients_point_where_the_exact_ones_do(options):
     x, weight, bias, grad = tensors()
     _, x_grad, weight_grad, _ = run(x, weight, bias, grad, operands(options))
     least = 0.95 if options["recipe"] == "nvfp4" else 0.99
@@ -128,7 +128,7 @@ def test_column_copies_come_from_the_tensor_and_not_from_row_codes(name):
 
 
 @pytest.mark.parametrize("options", RECIPES.values(), ids=RECIPES)
-def test_the_gradient_of_the_bias_is_that_of_unquantised_output_gradients(options):
+def test_the_gradient_of_the_bias_is_that_of_unquantized_output_gradients(options):
     x, weight, bias, grad = tensors()
     chosen = operands(options)
     found = run(x, weight, bias, grad, chosen)[3]
@@ -169,15 +169,15 @@ def test_delayed_products_use_the_given_scales():
     assert chosen.delayed and chosen.gradients.element == torch.float8_e5m2
     given, for_grad = Scales(torch.tensor(3.0), torch.tensor(2000.0)), torch.tensor(5e6)
     out, x_grad, weight_grad, _ = run(x, weight, bias, grad, chosen, given, Watcher(for_grad))
-    quantised = (
+    quantized = (
         rows(x, chosen.inputs, scale=given.inputs),
         rows(weight, chosen.weights, scale=given.weights),
         rows(grad, chosen.gradients, scale=for_grad),
     )
-    assert not torch.equal(quantised[0], rows(x, chosen.inputs))
-    assert_product(out, quantised[0], quantised[1].t(), bias.double())
-    assert_product(x_grad, quantised[2], quantised[1])
-    assert_product(weight_grad, quantised[2].t(), quantised[0])
+    assert not torch.equal(quantized[0], rows(x, chosen.inputs))
+    assert_product(out, quantized[0], quantized[1].t(), bias.double())
+    assert_product(x_grad, quantized[2], quantized[1])
+    assert_product(weight_grad, quantized[2].t(), quantized[0])
 
 
 class TestDelayedScales:

@@ -73,7 +73,7 @@ def test_keys_that_contradict_each_other_are_a_configuration_error(precision, wo
         report(shape(), **precision)
 
 
-def test_a_model_with_no_layer_left_to_quantise_is_refused():
+def test_a_model_with_no_layer_left_to_quantize_is_refused():
     for precision in ({"recipe": "blockwise"}, {"rollout": "int8"}):
         with pytest.raises(PrecisionError, match="none of the model's 2 layers"):
             report(shape(num_layers=2), first_last_bf16=True, **precision)
@@ -83,7 +83,7 @@ def test_a_model_with_no_layer_left_to_quantise_is_refused():
 def test_layers_that_are_kept_are_kept_on_both_sides():
     plan = resolve(config(**UNIFIED, first_last_bf16=True).precision, 4)
     names = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(4)]
-    assert [plan.quantised(name) for name in names] == [False, True, True, False]
+    assert [plan.quantized(name) for name in names] == [False, True, True, False]
     assert {m.name.split(".")[2] for m in matrices(plan, entries(QWEN3, shape()), 1)} == {"1", "2"}
 
 
@@ -132,7 +132,9 @@ def test_cuda_without_transformer_engine_is_refused_since_it_would_train_in_bf16
 # --- shapes
 
 
-@pytest.mark.parametrize("model", [shape(), TINY, shape(num_kv_heads=8, head_dim=96), shape(num_kv_heads=2, head_dim=64)])
+@pytest.mark.parametrize(
+    "model", [shape(), TINY, shape(num_kv_heads=8, head_dim=96), shape(num_kv_heads=2, head_dim=64)]
+)
 @pytest.mark.parametrize("size", [1, 2])
 def test_blocks_coincide_exactly_where_the_trainers_parameter_says_so(model, size):
     """Every row of the parameters that the trainer builds is traced back to the matrix it comes from."""
@@ -162,7 +164,7 @@ def blocks_are_whole(shard: torch.Tensor, part: int, whole: torch.Tensor) -> boo
     return all(frozenset(b.tolist()) in blocks for b in held if (b // 10**9 == part).any())
 
 
-def test_unified_fp8_is_recognised():
+def test_unified_fp8_is_recognized():
     told = report(shape(), **UNIFIED)
     assert told.apart == () and not told.warnings
     assert "unified: yes" in printed(told)
@@ -193,14 +195,18 @@ def test_what_tensor_cores_cannot_multiply_is_an_error_that_names_tensor_and_dim
 
 
 def test_where_no_cut_works_the_error_says_so():
-    with pytest.raises(PrecisionError, match=r"40 columns per rank.*no parallel\.tensor works: set precision\.recipe: none"):
+    with pytest.raises(
+        PrecisionError, match=r"40 columns per rank.*no parallel\.tensor works: set precision\.recipe: none"
+    ):
         report(shape(hidden_size=40), HOPPER, tensor=2, recipe="tensorwise")
 
 
 def test_tokens_that_tensor_cores_cannot_multiply_are_refused_on_them_alone():
     low = config(recipe="blockwise").model_copy(update={"optimizer": OptimizerConfig(tokens_per_microbatch=1000)})
     check_precision(low, QWEN3, shape(), CPU)
-    with pytest.raises(PrecisionError, match=r"multiplies 1000 tokens a rank, which must be a multiple of 16.* part is 1008"):
+    with pytest.raises(
+        PrecisionError, match=r"multiplies 1000 tokens a rank, which must be a multiple of 16.* part is 1008"
+    ):
         check_precision(low, QWEN3, shape(), HOPPER)
 
 
@@ -215,17 +221,18 @@ def test_sglang_refuses_ragged_blocks_and_the_embedded_engine_takes_them():
     assert "k_proj" in warning and "would refuse" in warning
 
 
-def test_sglang_on_cpu_is_sent_dequantised_values_of_whatever_shape_and_the_user_is_told():
+def test_sglang_on_cpu_is_sent_dequantized_values_of_whatever_shape_and_the_user_is_told():
     told = report(TINY, engine="sglang", train="bf16", recipe="blockwise", rollout="fp8_blockwise")
-    assert told.plan.dequantised and not told.warnings
+    assert told.plan.dequantized and not told.warnings
     said = printed(told)
     assert (
-        "SGLang on CPU takes no codes: it is sent the values of fp8_128x128_e4m3, dequantised, and multiplies in bf16" in said
+        "SGLang on CPU takes no codes: it is sent the values of fp8_128x128_e4m3, dequantized, and multiplies in bf16"
+        in said
     )
-    assert "rollout_activations" not in said, "it could not be honoured"
+    assert "rollout_activations" not in said, "it could not be honored"
     with pytest.raises(PrecisionError, match="k_proj"):
         report(TINY, HOPPER, engine="sglang", **UNIFIED)
-    assert not report(shape(), HOPPER, engine="sglang", **UNIFIED).plan.dequantised
+    assert not report(shape(), HOPPER, engine="sglang", **UNIFIED).plan.dequantized
 
 
 # --- pairs that cannot match
@@ -269,7 +276,10 @@ def test_a_key_without_effect_is_noted():
 
 
 def test_a_run_without_low_precision_has_one_line():
-    assert printed(report(shape(), train="bf16", rollout="bf16")) == "precision: bf16 in the trainer, bf16 in the engines\n"
+    assert (
+        printed(report(shape(), train="bf16", rollout="bf16"))
+        == "precision: bf16 in the trainer, bf16 in the engines\n"
+    )
 
 
 def test_the_table_has_every_class_of_tensors_on_a_terminal_of_80_columns():

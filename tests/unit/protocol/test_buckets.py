@@ -54,7 +54,9 @@ def digests(sizes: list[tuple[int, torch.dtype]]) -> dict[str, str]:
 
 
 @given(st.lists(st.tuples(st.integers(1, 400), DTYPES), min_size=1, max_size=60))
-def test_a_stream_of_any_tensors_is_held_in_two_buffers_and_one_tensor_at_a_time(sizes: list[tuple[int, torch.dtype]]) -> None:
+def test_a_stream_of_any_tensors_is_held_in_two_buffers_and_one_tensor_at_a_time(
+    sizes: list[tuple[int, torch.dtype]],
+) -> None:
     """A buffer is half of what is allowed, or as large as a tensor that does not fit into that."""
     buffers, sources = Memory(), Memory()
     arrived: dict[str, str] = {}
@@ -95,7 +97,9 @@ class Slow(BucketTransport):
     def memory(self, nbytes: int, device: torch.device) -> Tensor:
         return self.counted.make(nbytes)
 
-    def send(self, engines: Any, ranks: Mapping[str, int], bucket: Bucket, version: int | None) -> dict[str, EngineError]:
+    def send(
+        self, engines: Any, ranks: Mapping[str, int], bucket: Bucket, version: int | None
+    ) -> dict[str, EngineError]:
         time.sleep(0.02)
         self.arrived |= {name: tensor_digest(tensor) for name, tensor in bucket.tensors()}
         self.versions.append(version)

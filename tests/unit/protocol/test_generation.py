@@ -27,7 +27,9 @@ def answer(tops: list[list[list[Any]]] | None, tokens: tuple[int, ...] = (7, 9))
 
 def test_likeliest_tokens_are_read_as_columns() -> None:
     big = 2**31 - 1
-    (sample,) = read_samples(URL, TOP2, answer([[[-0.25, big, "a"], [-1.5, 7, "b"]], [[-0.5, 9, None], [-2.0, 0, None]]]))
+    (sample,) = read_samples(
+        URL, TOP2, answer([[[-0.25, big, "a"], [-1.5, 7, "b"]], [[-0.5, 9, None], [-2.0, 0, None]]])
+    )
     assert sample.topk is not None
     assert (sample.topk.ids.dtype, sample.topk.logmu.dtype) == (np.int32, np.float32)
     assert sample.topk.ids.tolist() == [[big, 7], [9, 0]]
@@ -65,7 +67,7 @@ def test_an_answer_with_other_than_k_tokens_at_every_position_is_refused(tops: A
 def test_a_likeliest_token_without_a_finite_log_probability_refuses_the_trajectory() -> None:
     samples = read_samples(URL, TOP2, answer([[[-0.5, 7, None], [None, 8, None]], [[-0.5, 9, None], [-1.0, 0, None]]]))
     assert samples[0].topk is not None and np.isnan(samples[0].topk.logmu[0, 1])
-    with pytest.raises(EngineError, match="non-finite behaviour log-probabilities in trajectory 40"):
+    with pytest.raises(EngineError, match="non-finite behavior log-probabilities in trajectory 40"):
         check_samples(samples, 40)
 
 
@@ -112,7 +114,9 @@ def scored(entries: list[list[Any]]) -> dict[str, Any]:
 def test_a_prompt_is_scored_from_its_second_token_on() -> None:
     assert generate_body(SCORED, "r")["logprob_start_len"] == 0 and "logprob_start_len" not in generate_body(PLAIN, "r")
     (sample,) = read_samples(URL, SCORED, scored([[None, 1, None], [-0.5, 2, None], [None, 5, None]]))
-    assert sample.prompt_logprobs is not None and sample.prompt_logprobs[0] == -0.5 and np.isnan(sample.prompt_logprobs[1])
+    assert (
+        sample.prompt_logprobs is not None and sample.prompt_logprobs[0] == -0.5 and np.isnan(sample.prompt_logprobs[1])
+    )
     assert sample.tokens == ()
     assert read_samples(URL, PLAIN, answer(None))[0].prompt_logprobs is None
 
@@ -155,7 +159,9 @@ def test_experts_are_asked_for_and_read_only_when_wanted() -> None:
 
 def test_an_engine_that_does_not_report_its_experts_is_refused_naming_the_flag() -> None:
     """SGLang without its flag answers 200."""
-    with pytest.raises(EngineError, match=r"http://engine does not report the experts .* --enable-return-routed-experts"):
+    with pytest.raises(
+        EngineError, match=r"http://engine does not report the experts .* --enable-return-routed-experts"
+    ):
         read_samples(URL, ROUTED, answer_with_experts(None))
 
 

@@ -61,7 +61,9 @@ def test_a_payload_that_calls_a_function_is_refused_and_the_function_is_not_call
 ) -> None:
     mark = tmp_path / "mark"
     harmful = pickle.dumps(wrap(Call(function, text.format(str(mark)))), protocol)
-    with pytest.raises(EngineError, match=rf"hold no named tensors of this machine \(\w+\.{function.__name__} is not allowed"):
+    with pytest.raises(
+        EngineError, match=rf"hold no named tensors of this machine \(\w+\.{function.__name__} is not allowed"
+    ):
         unpack(encoded(harmful))
     assert not mark.exists()
     pickle.loads(harmful)
@@ -100,7 +102,17 @@ def test_a_payload_that_only_names_what_is_not_allowed_is_refused(name: str) -> 
         pickle.dumps([("weight", list(range(100)))])[:-60],
         b"\x8d" + b"\xff" * 8 + b".",
     ],
-    ids=["empty", "text", "number", "string for a tensor", "triple", "no metadata", "text for a bucket", "cut off", "too long"],
+    ids=[
+        "empty",
+        "text",
+        "number",
+        "string for a tensor",
+        "triple",
+        "no metadata",
+        "text for a bucket",
+        "cut off",
+        "too long",
+    ],
 )
 def test_what_holds_no_tensors_is_refused(content: bytes) -> None:
     with pytest.raises(EngineError, match="hold no named tensors of this machine"):

@@ -39,7 +39,15 @@ def write_run(folder: Path, steps: int, evaluations: tuple[int, ...] = ()) -> Pa
                     **update,
                 }
                 | {f"mismatch/{key}": value for key, value in first.items()}
-                | {"entropy": 1.0, "loss": -0.1, "grad_norm": 0.5, "lr": 1e-6, "clip/high": 0.1, "clip/low": 0.0, **seconds}
+                | {
+                    "entropy": 1.0,
+                    "loss": -0.1,
+                    "grad_norm": 0.5,
+                    "lr": 1e-6,
+                    "clip/high": 0.1,
+                    "clip/low": 0.0,
+                    **seconds,
+                }
                 | {"seconds/total": sum(seconds.values()) + 0.1, "tokens/response": 500, "tokens_per_s": 1e3}
                 | {"response_length/mean": 8.5, "truncated": 0.25}
             )
@@ -51,10 +59,10 @@ def images(page: Path) -> set[str]:
 
 
 def is_drawn(png: Path) -> bool:
-    """Whether the picture has a title in ink and something in colour."""
+    """Whether the picture has a title in ink and something in color."""
     pixels = np.asarray(Image.open(png).convert("RGB")).astype(int)
-    colourful = (pixels.max(axis=2) - pixels.min(axis=2)) > 60
-    return bool((pixels.sum(axis=2) < 150).any() and colourful.any())
+    colorful = (pixels.max(axis=2) - pixels.min(axis=2)) > 60
+    return bool((pixels.sum(axis=2) < 150).any() and colorful.any())
 
 
 @pytest.mark.parametrize(("steps", "evaluations"), [(1, (0,)), (12, (0, 11)), (100, (0, 40, 80))])
@@ -108,7 +116,12 @@ def test_rounds_of_teacher_and_student_are_drawn(tmp_path):
     with RunLog(tmp_path) as log:
         for step in range(2):
             lists = {f"erpd/{stage}/loss": [0.5, None, 0.25] for stage in ("teacher", "student")}
-            bins = {"edges": [0.0, 0.1, 1.0], "count": [4, 5, 0], "mean": [0.3, 90.0, None], "median": [0.2, 80.0, None]}
+            bins = {
+                "edges": [0.0, 0.1, 1.0],
+                "count": [4, 5, 0],
+                "mean": [0.3, 90.0, None],
+                "median": [0.2, 80.0, None],
+            }
             lists |= {f"erpd/shift/{name}": values for name, values in bins.items()}
             rates = {"erpd/teacher/greedy": 0.5} if step else {}
             log.append({"kind": "erpd", "step": step, "erpd/teacher/kl": 0.2, "erpd/student/kl": 0.001} | lists | rates)

@@ -12,7 +12,9 @@ from megatron_rl.sampling.batch import make_batch, split_updates
 from megatron_rl.types import TopK, Trajectory, VersionSpan
 
 
-def trajectory(at: int, group: int, prompt: int, response: int, reward: float | None = 0.0, logmu: bool = True) -> Trajectory:
+def trajectory(
+    at: int, group: int, prompt: int, response: int, reward: float | None = 0.0, logmu: bool = True
+) -> Trajectory:
     return Trajectory(
         id=100 + at,
         group=group,
@@ -35,20 +37,25 @@ def test_every_response_token_is_trained_and_carries_its_own_log_probability():
     assert batch.mask.tolist() == [0, 0, 1, 1, 1, 0, 0, 1, 0, 1, 1]
     assert batch.logmu is not None
     assert batch.logmu.tolist() == [0, 0, -0.5, -1.5, -2.5, 0, 0, -0.5, 0, -0.5, -1.5]
-    assert (batch.ids.tolist(), batch.groups.tolist(), batch.prompt_ids) == ([100, 101, 102], [7, 7, 9], ("p7", "p7", "p9"))
+    assert (batch.ids.tolist(), batch.groups.tolist(), batch.prompt_ids) == (
+        [100, 101, 102],
+        [7, 7, 9],
+        ("p7", "p7", "p9"),
+    )
     assert (batch.rewards.tolist(), batch.advantages.tolist()) == ([1, 0, 1], [0.5, -0.5, 0])
 
 
 def test_the_dtypes_are_those_a_batch_promises():
     batch = make_batch(THREE, "grpo")
     found = {
-        name: getattr(batch, name).dtype.name for name in ("tokens", "mask", "logmu", "rewards", "advantages", "cu_seqlens")
+        name: getattr(batch, name).dtype.name
+        for name in ("tokens", "mask", "logmu", "rewards", "advantages", "cu_seqlens")
     }
     expected = {"tokens": "int32", "mask": "float32", "logmu": "float32", "rewards": "float32", "advantages": "float32"}
     assert found == {**expected, "cu_seqlens": "int64"}
 
 
-def test_without_behaviour_log_probabilities_there_is_no_column_of_them():
+def test_without_behavior_log_probabilities_there_is_no_column_of_them():
     assert make_batch([trajectory(0, 0, 1, 1, logmu=False)], "mean").logmu is None
 
 
@@ -61,7 +68,11 @@ def with_topk(one: Trajectory, k: int = 2) -> Trajectory:
 def test_the_likeliest_tokens_stand_at_the_response_tokens_they_were_sampled_with():
     batch = make_batch([with_topk(one) for one in THREE], "mean")
     none = [0, 0]
-    first, second, third = [[10000, 10001], [10002, 10003], [10004, 10005]], [[10100, 10101]], [[10200, 10201], [10202, 10203]]
+    first, second, third = (
+        [[10000, 10001], [10002, 10003], [10004, 10005]],
+        [[10100, 10101]],
+        [[10200, 10201], [10202, 10203]],
+    )
     assert batch.topk_ids is not None and batch.topk_logmu is not None
     assert batch.topk_ids.tolist() == [none, none, *first, none, none, *second, none, *third]
     np.testing.assert_array_equal(batch.topk_logmu, (-batch.topk_ids / 1000).astype(np.float32))
@@ -125,7 +136,12 @@ def test_updates_are_whole_groups_and_together_the_whole_batch(sizes, data):
 )
 def test_a_column_that_is_not_finite_names_its_trajectory(column, bad_id):
     batch = make_batch(THREE, "mean")
-    columns = {"logmu": batch.logmu, "token_advantages": batch.mask, "advantages": batch.advantages, "rewards": batch.rewards}
+    columns = {
+        "logmu": batch.logmu,
+        "token_advantages": batch.mask,
+        "advantages": batch.advantages,
+        "rewards": batch.rewards,
+    }
     values = columns[column].astype(np.float32)
     row = int(np.flatnonzero(batch.ids == bad_id)[0])
     values[row if len(values) == len(batch) else batch.cu_seqlens[row + 1] - 1] = np.nan

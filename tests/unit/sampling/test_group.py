@@ -22,7 +22,14 @@ TOKENIZER = char_tokenizer()
 
 
 def settings(**more) -> GroupSettings:
-    given = {"seed": 7, "samples": 1, "max_new_tokens": 100, "temperature": 1.0, "stop_token_ids": (1,), "need_logmu": True}
+    given = {
+        "seed": 7,
+        "samples": 1,
+        "max_new_tokens": 100,
+        "temperature": 1.0,
+        "stop_token_ids": (1,),
+        "need_logmu": True,
+    }
     return GroupSettings(**{**given, **more})
 
 
@@ -53,7 +60,9 @@ class Calculator:
         self.heard.append(turn)
         self.lasts.append(last)
         called = turn.endswith("?") and not last
-        return Observation(turn.upper() if called else None, void=turn.strip(".") == "", failed=called and turn.endswith("!?"))
+        return Observation(
+            turn.upper() if called else None, void=turn.strip(".") == "", failed=called and turn.endswith("!?")
+        )
 
 
 def written(text: str, version: int = 1, reason: str = "stop") -> Sample:
@@ -110,11 +119,19 @@ def test_turns_and_observations_alternate_and_only_the_models_tokens_are_trained
     group, asked = draw([[written("a?")], [written("bc?", version=2)], [written("d", version=3)]], how)
     (found,) = group.trajectories
     assert environment.heard == ["a?", "bc?", "d"]
-    parts = [written("a?").tokens, TOKENIZER.encode("A?"), written("bc?").tokens, TOKENIZER.encode("BC?"), written("d").tokens]
+    parts = [
+        written("a?").tokens,
+        TOKENIZER.encode("A?"),
+        written("bc?").tokens,
+        TOKENIZER.encode("BC?"),
+        written("d").tokens,
+    ]
     assert found.response_tokens == tuple(token for part in parts for token in part)
     assert found.response_mask == (1,) * 3 + (0,) * 2 + (1,) * 4 + (0,) * 3 + (1,) * 2
     assert found.versions == (VersionSpan(1, 0, 3), VersionSpan(2, 5, 9), VersionSpan(3, 12, 14))
-    assert found.logmu == tuple(-0.5 * t if m else 0.0 for t, m in zip(found.response_tokens, found.response_mask, strict=True))
+    assert found.logmu == tuple(
+        -0.5 * t if m else 0.0 for t, m in zip(found.response_tokens, found.response_mask, strict=True)
+    )
     assert found.finish_reason == "stop" and group.resumed == 0
     assert [request.prompt_tokens for request in asked] == [
         (3, 4),
@@ -129,7 +146,9 @@ def test_no_turn_follows_the_last_one_that_is_allowed() -> None:
     group, asked = draw(lambda _: [written("a?")], settings(environment=environment, tokenizer=TOKENIZER))
     assert len(asked) == 3 and environment.heard == ["a?"] * 3 and environment.lasts == [False, False, True]
     assert group.tool_use == ToolUse(calls=2), "nothing is run after the last turn"
-    assert group.trajectories[0].response_tokens[-3:] == written("a?").tokens, "an answer that nobody reads is not appended"
+    assert group.trajectories[0].response_tokens[-3:] == written("a?").tokens, (
+        "an answer that nobody reads is not appended"
+    )
 
 
 def test_an_observation_that_leaves_no_room_for_an_answer_ends_the_response_as_cut_off() -> None:
@@ -165,7 +184,7 @@ def test_a_turn_that_was_cut_off_is_not_shown_to_the_environment() -> None:
 
 def test_what_nobody_can_train_on_is_refused_in_every_turn() -> None:
     broken = Sample((4,), (float("nan"),), "stop", ())
-    with pytest.raises(EngineError, match="non-finite behaviour log-probabilities in trajectory 40"):
+    with pytest.raises(EngineError, match="non-finite behavior log-probabilities in trajectory 40"):
         draw([[written("a?")], [broken]], settings(environment=Calculator(), tokenizer=TOKENIZER))
     with pytest.raises(EngineError, match=r"the engine failed on trajectory 41: out of memory"):
         draw([[sample(1), Sample((), (), "abort", (), "out of memory")]], settings(samples=2))
@@ -174,7 +193,9 @@ def test_what_nobody_can_train_on_is_refused_in_every_turn() -> None:
 PIECES = st.lists(
     st.one_of(
         st.tuples(
-            st.just("sample"), st.lists(st.integers(2, 90), max_size=5), st.lists(st.integers(1, 4), min_size=1, max_size=3)
+            st.just("sample"),
+            st.lists(st.integers(2, 90), max_size=5),
+            st.lists(st.integers(1, 4), min_size=1, max_size=3),
         ),
         st.tuples(st.just("tool"), st.lists(st.integers(2, 90), max_size=5), st.just([0])),
     ),
@@ -213,7 +234,9 @@ def test_however_a_response_is_put_together_every_column_speaks_of_the_same_toke
         assert span.end > span.start
         seen[span.start : span.end] = [span.version] * (span.end - span.start)
     assert seen == version_of
-    assert all(a.end < b.start or a.version != b.version for a, b in zip(made.versions, made.versions[1:], strict=False))
+    assert all(
+        a.end < b.start or a.version != b.version for a, b in zip(made.versions, made.versions[1:], strict=False)
+    )
     if topk:
         assert made.topk is not None and made.topk.ids.dtype == np.int32 and made.topk.logmu.dtype == np.float32
         assert made.topk.ids[:, 0].tolist() == [t * m for t, m in zip(tokens, mask, strict=True)]

@@ -145,7 +145,9 @@ def test_groups_sampled_by_older_weights_than_allowed_are_sampled_again_and_coun
 
 
 @pytest.mark.parametrize("version", [0, 7])
-def test_an_engine_that_keeps_sampling_under_another_version_is_an_error_that_names_the_trajectories(world, version) -> None:
+def test_an_engine_that_keeps_sampling_under_another_version_is_an_error_that_names_the_trajectories(
+    world, version
+) -> None:
     sampler = world.sampler(max_staleness=1)
     world.version = 2
     world.serves = {1: [version] * 9}

@@ -12,7 +12,8 @@ from megatron_rl.types import Trajectory
 
 def group(number: int, *rewards: float, resumed: int = 0) -> Group:
     rows = [
-        Trajectory(10 * number + k, number, "p", (1,), (2,), None, "stop", reward=r) for k, r in enumerate(rewards or (0, 1))
+        Trajectory(10 * number + k, number, "p", (1,), (2,), None, "stop", reward=r)
+        for k, r in enumerate(rewards or (0, 1))
     ]
     return Group(rows, resumed, 2 * resumed, ToolUse(10**number, 2 * 10**number, 3 * 10**number))
 

@@ -71,7 +71,17 @@ def test_a_file_that_everybody_may_read_cannot_be_read_nor_written(refused, secr
 
 
 def test_the_home_folder_and_the_trainers_own_files_are_not_there(sandbox):
-    names = [str(Path.home()), str(Path(__file__).parents[3]), "/etc/passwd", "/tmp", "/proc", "/sys", "/home", "/var", "/run"]
+    names = [
+        str(Path.home()),
+        str(Path(__file__).parents[3]),
+        "/etc/passwd",
+        "/tmp",
+        "/proc",
+        "/sys",
+        "/home",
+        "/var",
+        "/run",
+    ]
     # The home folder may lead to the interpreter, and on the way there is that way alone.
     python = (str(Path(os.__file__).parents[1]), os.path.realpath(sys._base_executable))
     code = f"""
@@ -101,7 +111,10 @@ def test_the_root_and_the_interpreter_are_read_only(refused):
 
 
 def test_no_path_leads_out_of_the_root(refused, sandbox, secret):
-    assert sandbox.run("import os; os.chdir('../../../..'); print(os.getcwd(), 'work' in os.listdir('.'))").output == "/ True\n"
+    assert (
+        sandbox.run("import os; os.chdir('../../../..'); print(os.getcwd(), 'work' in os.listdir('.'))").output
+        == "/ True\n"
+    )
     refused("os.chroot('/work')", "PermissionError")
     refused(f"os.open({str(secret)[1:]!r}, os.O_RDONLY, dir_fd=os.open('/', os.O_RDONLY))", "FileNotFoundError")
 
@@ -153,9 +166,7 @@ def test_it_has_no_rights_and_cannot_get_any(refused, sandbox):
     assert sandbox.run("import os; print(*os.getresuid(), *os.getresgid())").output == "1000 1000 1000 1000 1000 1000\n"
     refused("os.setuid(0)", "PermissionError", "OSError")
     refused("os.setgroups([0])", "PermissionError")
-    code = (
-        "import resource\ntry:\n    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))\nexcept ValueError as e:\n    print('no')"
-    )
+    code = "import resource\ntry:\n    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))\nexcept ValueError as e:\n    print('no')"
     assert sandbox.run(code).output == "no\n"
 
 

@@ -48,7 +48,8 @@ def test_memory_is_bounded(sandbox):
 
 
 @pytest.mark.parametrize(
-    "call", ["os.memfd_create('x')", "m = ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600)\nif m < 0: raise PermissionError"]
+    "call",
+    ["os.memfd_create('x')", "m = ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600)\nif m < 0: raise PermissionError"],
 )
 def test_memory_that_no_limit_counts_is_not_to_be_had(refused, call):
     refused(call, "PermissionError")
@@ -118,7 +119,9 @@ except RuntimeError:
 def test_no_daemon_survives_and_no_other_program_is_started(sandbox, refused):
     refused("os.execv('/proc/self/exe', ['x'])", "PermissionError")
     refused("import subprocess; subprocess.run(['true'])", "PermissionError")
-    daemon = "import os\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        import time; time.sleep(600)"
+    daemon = (
+        "import os\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        import time; time.sleep(600)"
+    )
     assert "PermissionError" in sandbox.run(daemon).output
 
 
@@ -130,7 +133,9 @@ def test_an_end_of_the_trainer_is_the_end_of_its_jails(tmp_path):
         "from megatron_rl.sandbox.runner import Sandbox; "
         "Sandbox('namespaces', seconds=60, memory_mb=64).run('while True: pass')"
     )
-    trainer = subprocess.Popen([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])})
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    )
     deadline = time.monotonic() + PATIENCE * 2
     while len(jail_processes() - before) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -58,7 +58,9 @@ def test_unsafe_is_warned_of_once_and_keeps_the_limits(caplog):
         assert accept_no_jail() == accept_no_jail() == "unsafe"
     assert [r.getMessage() for r in caplog.records] == [caplog.records[0].getMessage()] and "your rights" in caplog.text
     sandbox = Sandbox("unsafe", seconds=SECONDS, memory_mb=128, output_bytes=1000)
-    seen = sandbox.run("import os; open('x', 'w'); print(os.listdir('.'), os.getcwd(), dict(os.environ))").output.split()
+    seen = sandbox.run(
+        "import os; open('x', 'w'); print(os.listdir('.'), os.getcwd(), dict(os.environ))"
+    ).output.split()
     assert seen[0] == "['x']" and seen[2] == "{}" and not os.path.exists(seen[1])
     reasons = {
         "import time; time.sleep(1000)": "timeout",

@@ -37,13 +37,16 @@ def test_an_exception_is_an_error_with_its_traceback(sandbox):
 
 
 @pytest.mark.parametrize(
-    ("code", "ok"), [("import sys; sys.exit(0)", True), ("import sys; sys.exit(4)", False), ("import os; os._exit(1)", False)]
+    ("code", "ok"),
+    [("import sys; sys.exit(0)", True), ("import sys; sys.exit(4)", False), ("import os; os._exit(1)", False)],
 )
 def test_the_exit_status_decides(sandbox, code, ok):
     assert sandbox.run(code).ok is ok
 
 
-@pytest.mark.parametrize("code", ["def f(:\n", "print('\0')", "import os; os.kill(os.getpid(), 11)", "def f(): f()\nf()"])
+@pytest.mark.parametrize(
+    "code", ["def f(:\n", "print('\0')", "import os; os.kill(os.getpid(), 11)", "def f(): f()\nf()"]
+)
 def test_code_that_cannot_run_or_crashes_is_an_error(sandbox, code):
     result = sandbox.run(code)
     assert (result.ok, result.reason) == (False, "error")
@@ -78,9 +81,7 @@ def test_threads_may_share_a_sandbox(sandbox):
 
 
 def test_code_may_have_threads_of_its_own(sandbox):
-    code = (
-        "import threading\nfor n in range(2):\n    t = threading.Thread(target=print, args=(n,))\n    t.start()\n    t.join()"
-    )
+    code = "import threading\nfor n in range(2):\n    t = threading.Thread(target=print, args=(n,))\n    t.start()\n    t.join()"
     assert sandbox.run(code).output == "0\n1\n"
 
 
@@ -95,7 +96,9 @@ def fail_next(monkeypatch):
     return fail_next
 
 
-def test_a_jail_that_fails_once_is_tried_again_with_a_warning_and_one_that_fails_twice_is_an_error(sandbox, fail_next, caplog):
+def test_a_jail_that_fails_once_is_tried_again_with_a_warning_and_one_that_fails_twice_is_an_error(
+    sandbox, fail_next, caplog
+):
     fail_next(1)
     assert sandbox.run("print(6 * 7)").output == "42\n"
     assert f"the sandbox failed ({sandbox.way})" in caplog.text

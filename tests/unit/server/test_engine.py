@@ -47,7 +47,9 @@ def engine(folder: Path) -> Iterator[Engine]:
     engine.stop()
 
 
-def run(engine: Engine, prompts: list[list[int]] = PROMPTS, n: int = 3, tokens: int = 40, seed: int | None = 1) -> list[Job]:
+def run(
+    engine: Engine, prompts: list[list[int]] = PROMPTS, n: int = 3, tokens: int = 40, seed: int | None = 1
+) -> list[Job]:
     jobs = [engine.job(prompt, Sampling(max_new_tokens=tokens, seed=seed), n) for prompt in prompts]
     return [future.result(60) for future in engine.submit(jobs)]
 

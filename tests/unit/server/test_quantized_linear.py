@@ -1,4 +1,4 @@
-"""The embedded engine serves quantised weights: from a high-precision folder, from codes, with quantised inputs or without."""
+"""The embedded engine serves quantized weights: from a high-precision folder, from codes, with quantized inputs or without."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ from megatron_rl.errors import CheckpointError, ConfigError, PrecisionError, Use
 from megatron_rl.precision.formats import fake_quantize, quantize
 from megatron_rl.server.decode_batch import Sampling
 from megatron_rl.server.engine import Engine
-from megatron_rl.server.quantized_linear import Quantisation, check_precision, described, requested
+from megatron_rl.server.quantized_linear import EngineQuantization, check_precision, described, requested
 from megatron_rl.weights.hf_folder import HFFolder, write_hf_folder
 from megatron_rl.weights.quantized import WireTensors, quantization_config
 
@@ -55,18 +55,18 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def reference(folder: Path, weights: str | None, inputs: str | None = None, kept: tuple[int, ...] = ()) -> nn.Module:
-    """The transformers model in fp32, its linears on bf16-rounded and then fake-quantised weights and inputs."""
+    """The transformers model in fp32, its linears on bf16-rounded and then fake-quantized weights and inputs."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for name, linear in linears(model):
         if weights is None or any(f".layers.{layer}." in name for layer in kept):
             continue
         linear.weight.data = fake_quantize(linear.weight.data.bfloat16(), weights, torch.float32)
         if inputs is not None:
-            linear.register_forward_pre_hook(lambda _, args: (flat_quantised(args[0], inputs),))
+            linear.register_forward_pre_hook(lambda _, args: (flat_quantized(args[0], inputs),))
     return model
 
 
-def flat_quantised(x: Tensor, fmt: str) -> Tensor:
+def flat_quantized(x: Tensor, fmt: str) -> Tensor:
     return fake_quantize(x.flatten(0, -2), fmt).view_as(x)
 
 
@@ -83,11 +83,11 @@ def logp(model: nn.Module, output: list[int]) -> Tensor:
 
 
 def started(folder: Path, *args: object, **options: object) -> Engine:
-    return Engine(folder, "fp32", quantisation=Quantisation(*args, **options)).start()
+    return Engine(folder, "fp32", engine_quantization=EngineQuantization(*args, **options)).start()
 
 
 @pytest.mark.parametrize("wire", [FP8, POW2, INT8])
-def test_weights_alone_are_quantised_as_in_a_plain_forward_pass_over_their_values(folder: Path, wire: str) -> None:
+def test_weights_alone_are_quantized_as_in_a_plain_forward_pass_over_their_values(folder: Path, wire: str) -> None:
     engine = started(folder, ROLLOUT[wire])
     output, found = greedy(engine)
     engine.stop()
@@ -96,7 +96,7 @@ def test_weights_alone_are_quantised_as_in_a_plain_forward_pass_over_their_value
 
 
 @pytest.mark.parametrize("wire", [FP8, POW2])
-def test_inputs_are_quantised_too_when_asked_for(folder: Path, wire: str) -> None:
+def test_inputs_are_quantized_too_when_asked_for(folder: Path, wire: str) -> None:
     """A code may flip where two sums differ in their last bit, so a few tokens differ by a little."""
     engine = started(folder, ROLLOUT[wire], "fp8")
     output, found = greedy(engine, 40)
@@ -114,13 +114,17 @@ def test_the_first_and_the_last_layer_can_be_spared(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("wire", [FP8, POW2, INT8])
-def test_codes_from_a_trainer_and_quantising_at_load_serve_the_same(folder: Path, tmp_path: Path, wire: str) -> None:
+def test_codes_from_a_trainer_and_quantizing_at_load_serve_the_same(folder: Path, tmp_path: Path, wire: str) -> None:
     engine = started(folder, ROLLOUT[wire])
     at_load = greedy(engine)
-    source, plan = HFFolder(folder), Quantisation(ROLLOUT[wire]).plan(3, "fp32")
-    exported = ((name, source.read(name).bfloat16() if plan.quantised(name) else source.read(name)) for name in source.tensors)
+    source, plan = HFFolder(folder), EngineQuantization(ROLLOUT[wire]).plan(3, "fp32")
+    exported = (
+        (name, source.read(name).bfloat16() if plan.quantized(name) else source.read(name)) for name in source.tensors
+    )
     config = quantization_config(plan, source.tensors)
-    digests = write_hf_folder(tmp_path / "v1", WireTensors(exported, plan), source, manifest_version=1, quantization=config)
+    digests = write_hf_folder(
+        tmp_path / "v1", WireTensors(exported, plan), source, manifest_version=1, quantization=config
+    )
     engine.update_from_disk(tmp_path / "v1", "1")
     tokens, logprobs = greedy(engine)
     assert tokens == at_load[0] and torch.equal(logprobs, at_load[1])
@@ -129,7 +133,9 @@ def test_codes_from_a_trainer_and_quantising_at_load_serve_the_same(folder: Path
     assert torch.equal(greedy(fresh)[1], logprobs)
     engine.stop()
     fresh.stop()
-    with pytest.raises(CheckpointError, match=r"config\.json has a quantization_config .* start it with --quantization"):
+    with pytest.raises(
+        CheckpointError, match=r"config\.json has a quantization_config .* start it with --quantization"
+    ):
         Engine(tmp_path / "v1")
 
 
@@ -146,7 +152,9 @@ def test_inputs_of_a_model_without_such_linears_are_refused(tmp_path: Path) -> N
     torch.manual_seed(0)
     config = Qwen3MoeConfig(**SIZES, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(PrecisionError, match=r"tensor model\.layers\.0\.mlp\.experts\.0\.down_proj\.weight is not the weight"):
+    with pytest.raises(
+        PrecisionError, match=r"tensor model\.layers\.0\.mlp\.experts\.0\.down_proj\.weight is not the weight"
+    ):
         started(tmp_path, "fp8_blockwise", "fp8")
 
 
@@ -156,23 +164,23 @@ def test_words_that_mean_nothing_are_refused() -> None:
         requested("fp4", "none", False, "bf16")
     with pytest.raises(UserError, match="--activations 'int8' is not one of"):
         requested("int8", "int8", False, "bf16")
-    with pytest.raises(UserError, match="--activations fp8 needs quantised weights"):
+    with pytest.raises(UserError, match="--activations fp8 needs quantized weights"):
         requested("none", "fp8", False, "bf16")
-    with pytest.raises(UserError, match="--first-last-bf16 spares layers of quantised weights"):
+    with pytest.raises(UserError, match="--first-last-bf16 spares layers of quantized weights"):
         requested("none", "none", True, "bf16")
     with pytest.raises(ConfigError, match="needs FP8 weights"):
-        Quantisation("int8", "fp8").plan(3, "bf16")
+        EngineQuantization("int8", "fp8").plan(3, "bf16")
 
 
 ASKED = PrecisionConfig(train="bf16", rollout="fp8_blockwise", rollout_activations="fp8")
 
 
-def embedded(dtype: str, quantisation: Quantisation | None) -> dict[str, object]:
-    return {"engine": "embedded", **described(dtype, quantisation)}
+def embedded(dtype: str, engine_quantization: EngineQuantization | None) -> dict[str, object]:
+    return {"engine": "embedded", **described(dtype, engine_quantization)}
 
 
 def test_an_engine_that_serves_what_the_run_asks_for_is_taken() -> None:
-    check_precision("http://e", embedded("bf16", Quantisation.of(ASKED)), ASKED)
+    check_precision("http://e", embedded("bf16", EngineQuantization.of(ASKED)), ASKED)
     check_precision("http://e", embedded("fp16", None), PrecisionConfig(rollout="fp16"))
     check_precision("http://e", {"dtype": "bfloat16", "quantization": "fp8"}, ASKED)
     check_precision("http://e", {"dtype": "float32", "quantization": None}, PrecisionConfig())
@@ -182,11 +190,14 @@ def test_an_engine_that_serves_what_the_run_asks_for_is_taken() -> None:
     ("info", "words"),
     [
         (embedded("bf16", None), "quantization None instead of fp8_blockwise"),
-        (embedded("fp32", Quantisation.of(ASKED)), "dtype fp32 instead of bf16"),
-        (embedded("bf16", Quantisation("fp8_blockwise")), "activations none instead of fp8"),
-        (embedded("bf16", Quantisation("fp8_blockwise", "fp8", True)), "first_last_bf16 True instead of False"),
-        (embedded("bf16", Quantisation("fp8_blockwise_pow2", "fp8")), "quantization fp8_blockwise_pow2 instead"),
-        (embedded("bf16", Quantisation("fp8_blockwise", "fp8", False, "fp32")), "parameters fp32 instead of bf16"),
+        (embedded("fp32", EngineQuantization.of(ASKED)), "dtype fp32 instead of bf16"),
+        (embedded("bf16", EngineQuantization("fp8_blockwise")), "activations none instead of fp8"),
+        (embedded("bf16", EngineQuantization("fp8_blockwise", "fp8", True)), "first_last_bf16 True instead of False"),
+        (embedded("bf16", EngineQuantization("fp8_blockwise_pow2", "fp8")), "quantization fp8_blockwise_pow2 instead"),
+        (
+            embedded("bf16", EngineQuantization("fp8_blockwise", "fp8", False, "fp32")),
+            "parameters fp32 instead of bf16",
+        ),
         ({"dtype": "auto", "quantization": "fp8"}, "dtype auto instead of bfloat16"),
         ({"dtype": "bfloat16", "quantization": None}, "quantization None instead of fp8"),
     ],
@@ -196,41 +207,52 @@ def test_an_engine_that_serves_another_precision_is_refused_by_its_url(info: dic
         check_precision("http://e", info, ASKED)
 
 
-def test_a_run_without_quantised_weights_refuses_an_engine_that_has_them() -> None:
+def test_a_run_without_quantized_weights_refuses_an_engine_that_has_them() -> None:
     with pytest.raises(PrecisionError, match="quantization fp8_blockwise instead of None"):
-        check_precision("http://e", embedded("bf16", Quantisation("fp8_blockwise")), PrecisionConfig(rollout="bf16"))
+        check_precision(
+            "http://e", embedded("bf16", EngineQuantization("fp8_blockwise")), PrecisionConfig(rollout="bf16")
+        )
 
 
 @pytest.mark.parametrize("rollout", ["fp8_blockwise", "int8"])
-def test_weight_only_quantisation_is_not_asked_of_sglang(rollout: str) -> None:
-    with pytest.raises(PrecisionError, match="http://e is an SGLang server, which always quantises the inputs"):
+def test_weight_only_quantization_is_not_asked_of_sglang(rollout: str) -> None:
+    with pytest.raises(PrecisionError, match="http://e is an SGLang server, which always quantizes the inputs"):
         check_precision("http://e", {"dtype": "bfloat16", "quantization": "fp8"}, PrecisionConfig(rollout=rollout))
 
 
 def test_an_sglang_server_on_cpu_is_taken_for_values_and_one_on_a_gpu_for_codes() -> None:
-    values, cpu, gpu = PrecisionConfig(rollout="fp8_blockwise"), {"device": "cpu"}, {"device": "cuda", "quantization": "fp8"}
+    values, cpu, gpu = (
+        PrecisionConfig(rollout="fp8_blockwise"),
+        {"device": "cpu"},
+        {"device": "cuda", "quantization": "fp8"},
+    )
     served = {"dtype": "bfloat16", "quantization": None}
-    check_precision("http://e", served | cpu, values, dequantised=True)
+    check_precision("http://e", served | cpu, values, dequantized=True)
     check_precision("http://e", served | gpu, ASKED)
     with pytest.raises(
         PrecisionError, match=r"http://e is an SGLang server on CPU, .*would send it codes: set rollout.engine: sgl"
     ):
         check_precision("http://e", served | cpu, ASKED)
     with pytest.raises(PrecisionError, match=r"http://e is an SGLang server on a GPU, .*would send it values"):
-        check_precision("http://e", served | gpu, values, dequantised=True)
+        check_precision("http://e", served | gpu, values, dequantized=True)
     with pytest.raises(PrecisionError, match="http://e is an embedded server, which takes codes itself"):
-        check_precision("http://e", embedded("bf16", Quantisation.of(values)), values, dequantised=True)
+        check_precision("http://e", embedded("bf16", EngineQuantization.of(values)), values, dequantized=True)
     with pytest.raises(PrecisionError, match="dtype float32 instead of bfloat16"):
-        check_precision("http://e", served | cpu | {"dtype": "float32"}, values, dequantised=True)
+        check_precision("http://e", served | cpu | {"dtype": "float32"}, values, dequantized=True)
 
 
-def test_an_engine_of_quantised_weights_serves_the_values_of_every_experts_codes(qwen3_moe: Path) -> None:
-    """transformers holds the experts of a layer in one parameter: each must be quantised by itself, and the router not."""
+def test_an_engine_of_quantized_weights_serves_the_values_of_every_experts_codes(qwen3_moe: Path) -> None:
+    """transformers holds the experts of a layer in one parameter: each must be quantized by itself, and the router not."""
     plain = load_file(qwen3_moe / "model.safetensors")
-    served = Engine(qwen3_moe, quantisation=Quantisation("fp8_blockwise"))._batcher.weights.model.model.layers[2].mlp
+    served = (
+        Engine(qwen3_moe, engine_quantization=EngineQuantization("fp8_blockwise"))
+        ._batcher.weights.model.model.layers[2]
+        .mlp
+    )
     for expert in range(8):
         of = {
-            kind: plain[f"model.layers.2.mlp.experts.{expert}.{kind}_proj.weight"].bfloat16() for kind in ("gate", "up", "down")
+            kind: plain[f"model.layers.2.mlp.experts.{expert}.{kind}_proj.weight"].bfloat16()
+            for kind in ("gate", "up", "down")
         }
         values = {kind: quantize(weight, "fp8_128x128_e4m3").dequantize() for kind, weight in of.items()}
         assert torch.equal(served.experts.gate_up_proj[expert], torch.cat([values["gate"], values["up"]]))

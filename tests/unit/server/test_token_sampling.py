@@ -73,7 +73,7 @@ def test_greedy_log_probs_are_at_temperature_one_and_unfiltered() -> None:
 @pytest.mark.parametrize(
     ("top_p", "top_k", "kept"), [(1.0, 2, 2), (0.45, -1, 1), (0.55, -1, 2), (0.95, 2, 2), (1.0, 50, 4), (1e-9, -1, 1)]
 )
-def test_filters_keep_the_likeliest_tokens_and_renormalise(top_p: float, top_k: int, kept: int) -> None:
+def test_filters_keep_the_likeliest_tokens_and_renormalize(top_p: float, top_k: int, kept: int) -> None:
     p_V = torch.tensor([0.1, 0.5, 0.15, 0.25])
     noise = np.linspace(0, 1, 400, endpoint=False)
     tokens, logp = pick(p_V.log().repeat(400, 1), noise.tolist(), top_p=top_p, top_k=top_k)

@@ -142,7 +142,10 @@ def test_parquet_and_other_column_names_are_read_alike(tmp_path):
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"prompt": ["2+2?", "3+3?"], "solution": [4, 6]}), path)
     task = math_task(path, prompt_column="prompt", answer_column="solution")
-    assert [(p.id, p.text, p.answer) for p in task.train] == [("rows.parquet:1", "2+2?", "4"), ("rows.parquet:2", "3+3?", "6")]
+    assert [(p.id, p.text, p.answer) for p in task.train] == [
+        ("rows.parquet:1", "2+2?", "4"),
+        ("rows.parquet:2", "3+3?", "6"),
+    ]
 
 
 GOOD = {"question": "1+1?", "answer": "2"}
@@ -179,7 +182,9 @@ def test_a_parquet_file_that_is_none_is_refused(tmp_path):
 
 def test_prompts_over_the_limit_are_counted_and_the_first_is_named(tmp_path):
     path = jsonl(tmp_path / "rows.jsonl", GOOD, {**GOOD, "question": "x" * 30}, {**GOOD, "question": "x" * 40})
-    with pytest.raises(UserError, match=r"rows.jsonl:2: the prompt has 31 tokens.*is 20; 2 of 3 .*max_prompt_tokens to 41"):
+    with pytest.raises(
+        UserError, match=r"rows.jsonl:2: the prompt has 31 tokens.*is 20; 2 of 3 .*max_prompt_tokens to 41"
+    ):
         math_task(path, max_prompt_tokens=20)
 
 

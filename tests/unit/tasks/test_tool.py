@@ -138,7 +138,9 @@ def test_an_answer_ends_the_response(task, turn):
     assert heard(task, turn) == Observation()
 
 
-@pytest.mark.parametrize("turn", ["", "hmm", "```python\nprint(1)", "```\n#### 6\n```", "```python\n#### 6", "####", "<eos>"])
+@pytest.mark.parametrize(
+    "turn", ["", "hmm", "```python\nprint(1)", "```\n#### 6\n```", "```python\n#### 6", "####", "<eos>"]
+)
 def test_a_turn_with_neither_is_void(task, turn):
     void = heard(task, turn).void
     assert void is (turn != "####")  # an empty answer is a wrong one

@@ -16,7 +16,7 @@ from megatron_rl.trainer.metrics import Stopwatch, step_record
 from megatron_rl.types import Batch, Trajectory, VersionSpan
 
 SPANS = (VersionSpan(5, 0, 1), VersionSpan(4, 2, 3))
-PAIRED = ("ratio", "kl", "mismatch", "dp", "chi2", "token_mult", "envelope", "worst")  # what needs behaviour log-probs
+PAIRED = ("ratio", "kl", "mismatch", "dp", "chi2", "token_mult", "envelope", "worst")  # what needs behavior log-probs
 
 
 def parts(logmu: bool = True) -> list[Batch]:
@@ -31,7 +31,12 @@ def parts(logmu: bool = True) -> list[Batch]:
 def stats_of(part: Batch, logp: float, **more: float) -> UpdateStats:
     column = np.full(len(part.tokens), logp, dtype=np.float32)
     return UpdateStats(
-        grad_norm=more["norm"], lr=more["lr"], loss=more["loss"], metrics={"penalty": logp}, logp=column, entropy=-column
+        grad_norm=more["norm"],
+        lr=more["lr"],
+        loss=more["loss"],
+        metrics={"penalty": logp},
+        logp=column,
+        entropy=-column,
     )
 
 
@@ -92,7 +97,9 @@ def test_staleness_counts_trained_tokens_alone_and_the_mismatch_is_split_by_it()
     assert (record["staleness/mean"], record["staleness/max"]) == (1.0, 2.0)
     assert [record[f"mismatch/stale_{s}/tokens"] for s in range(3)] == [1, 1, 1]
     assert record["mismatch/stale_2/k3"] == pytest.approx(math.exp(-1)) and record["mismatch/stale_0/mean_abs"] == 1
-    fresh = step_record(4, 5, parts(), [stats_of(p, -1.0, norm=1, lr=1, loss=1) for p in parts()], Stopwatch(), sampled={})
+    fresh = step_record(
+        4, 5, parts(), [stats_of(p, -1.0, norm=1, lr=1, loss=1) for p in parts()], Stopwatch(), sampled={}
+    )
     assert not [name for name in fresh if "stale" in name], "the engines named no versions"
 
 
@@ -105,14 +112,17 @@ def test_updates_whose_turns_are_all_void_are_recorded_without_ratios():
     assert half["ratio/max"] == pytest.approx(math.exp(-1)) and not any(key.startswith("mismatch") for key in half)
 
 
-def test_without_behaviour_log_probabilities_no_ratio_is_claimed():
+def test_without_behavior_log_probabilities_no_ratio_is_claimed():
     assert not [name for name in record_of(parts(logmu=False)) if name.startswith(PAIRED)]
 
 
 @pytest.mark.parametrize("logmu", [True, False])
 def test_a_round_compares_old_policy_and_student_with_the_engine_s_where_it_reported_any(logmu):
     batch = make_batch(
-        [Trajectory(i, 0, "p", (5, 6), (7, 8), (-1.0, -1.0) if logmu else None, "stop", reward=float(i)) for i in range(2)],
+        [
+            Trajectory(i, 0, "p", (5, 6), (7, 8), (-1.0, -1.0) if logmu else None, "stop", reward=float(i))
+            for i in range(2)
+        ],
         "mean",
     )
     trained = batch.mask > 0

@@ -55,7 +55,9 @@ LOW = [{"recipe": "blockwise"}, {"rollout": "fp8_blockwise", "rollout_activation
 
 
 @pytest.mark.parametrize("precision", LOW, ids=["recipe", "engine inputs"])
-def test_an_attribution_that_could_never_be_made_is_refused_before_the_run_and_on_every_rank(model, monkeypatch, precision):
+def test_an_attribution_that_could_never_be_made_is_refused_before_the_run_and_on_every_rank(
+    model, monkeypatch, precision
+):
     monkeypatch.setattr(preflight, "this_machine", lambda: Machine((9, 0), (12, 9), transformer_engine=True))
     asked = config(model, precision={"train": "bf16", **precision}, run={"attribute_every": 5})
     for refuse in (lambda: check(asked), lambda: check_rank(asked, attributes=True)):
@@ -130,7 +132,9 @@ def test_an_older_student_must_be_on_disk_unless_it_is_the_start_of_a_new_run(mo
 
     check_run_folder(settings(0), resume=False)
     for resume in (False, True):
-        with pytest.raises(ConfigError, match=r"student@2 .* no usable one \(half-written.* run\.steps=2, then --resume"):
+        with pytest.raises(
+            ConfigError, match=r"student@2 .* no usable one \(half-written.* run\.steps=2, then --resume"
+        ):
             check_run_folder(settings(2), resume=resume)
     newest = tmp_path / "rounds" / "checkpoints" / "step_000002"
     newest.mkdir(parents=True)
@@ -142,4 +146,6 @@ def test_an_older_student_must_be_on_disk_unless_it_is_the_start_of_a_new_run(mo
 
 def test_what_is_checked_before_anything_starts_needs_no_megatron_core():
     program = "import sys, megatron_rl.trainer.preflight; sys.exit('megatron.core' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0, "a refusal takes seconds longer"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0, (
+        "a refusal takes seconds longer"
+    )

@@ -11,7 +11,11 @@ from megatron_rl.weight_sync.expected_digests import Tally
 from megatron_rl.weight_sync.transaction import Probe, Transaction, Version
 
 URL = "http://engine"
-CODED = {"model.layers.0.mlp.down_proj.weight": 1, "model.layers.0.mlp.down_proj.weight_scale_inv": 2, "model.norm.weight": 3}
+CODED = {
+    "model.layers.0.mlp.down_proj.weight": 1,
+    "model.layers.0.mlp.down_proj.weight_scale_inv": 2,
+    "model.norm.weight": 3,
+}
 PLAIN = {"model.layers.0.mlp.down_proj.weight": 1, "model.norm.weight": 3}
 
 
@@ -39,37 +43,41 @@ def tally_of(tensors: dict[str, int]) -> Tally:
     return tally
 
 
-def failures(sent: dict[str, int], before: dict[str, int], held: dict[str, str], *, quantised: bool, logp: float = -1.0) -> str:
+def failures(
+    sent: dict[str, int], before: dict[str, int], held: dict[str, str], *, quantized: bool, logp: float = -1.0
+) -> str:
     """Of an update from `before` to `sent`, when the engine held digest "old" of everything."""
     old = Version(1, None, tally_of(before), {URL: dict.fromkeys(held, "old")})
-    traits = {URL: Traits(embedded=False, ranks=1, device="cuda", dtype="bfloat16", quantised=quantised)}
+    traits = {URL: Traits(embedded=False, ranks=1, device="cuda", dtype="bfloat16", quantized=quantized)}
     probe = Probe((5, 6, 7), (-1.0, -1.0), 0.05)
     update = Transaction(Holding(held, logp), None, tally_of(sent), 2, old, traits=traits, probe=probe)  # type: ignore[arg-type]
     return str(update._confirm_by_probe().get(URL, ""))
 
 
-@pytest.mark.parametrize(("tensors", "quantised"), [(PLAIN, False), (CODED, True)], ids=["plain", "codes"])
+@pytest.mark.parametrize(("tensors", "quantized"), [(PLAIN, False), (CODED, True)], ids=["plain", "codes"])
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.down_proj.weight", "model.norm.weight"])
-def test_a_tensor_that_stayed_as_it_was_is_named(tensors: dict[str, int], quantised: bool, name: str) -> None:
+def test_a_tensor_that_stayed_as_it_was_is_named(tensors: dict[str, int], quantized: bool, name: str) -> None:
     held = dict.fromkeys(tensors, "new") | {name: "old"}
     sent = {each: value + 10 for each, value in tensors.items()}
-    assert f"tensor '{name}' was sent anew" in failures(sent, tensors, held, quantised=quantised)
-    assert failures(sent | {name: tensors[name]}, tensors, held, quantised=quantised) == "", "what is sent again may stay"
+    assert f"tensor '{name}' was sent anew" in failures(sent, tensors, held, quantized=quantized)
+    assert failures(sent | {name: tensors[name]}, tensors, held, quantized=quantized) == "", (
+        "what is sent again may stay"
+    )
 
 
-def test_an_engine_that_quantises_what_it_is_sent_may_lose_a_small_change() -> None:
+def test_an_engine_that_quantizes_what_it_is_sent_may_lose_a_small_change() -> None:
     held = dict.fromkeys(PLAIN, "old")
-    assert failures({name: value + 10 for name, value in PLAIN.items()}, PLAIN, held, quantised=True) == ""
+    assert failures({name: value + 10 for name, value in PLAIN.items()}, PLAIN, held, quantized=True) == ""
 
 
 def test_whatever_it_holds_an_engine_that_scores_otherwise_than_the_trainer_is_refused() -> None:
     held = dict.fromkeys(PLAIN, "new")
-    assert "are off by 0.1 on average, 0.05 is allowed" in failures(PLAIN, PLAIN, held, quantised=False, logp=-1.1)
-    assert "are off by nan" in failures(PLAIN, PLAIN, held, quantised=False, logp=float("nan"))
+    assert "are off by 0.1 on average, 0.05 is allowed" in failures(PLAIN, PLAIN, held, quantized=False, logp=-1.1)
+    assert "are off by nan" in failures(PLAIN, PLAIN, held, quantized=False, logp=float("nan"))
 
 
 def test_engines_of_one_kind_that_hold_different_weights_are_told_apart() -> None:
-    traits = Traits(embedded=False, ranks=1, device="cuda", dtype="bfloat16", quantised=False)
+    traits = Traits(embedded=False, ranks=1, device="cuda", dtype="bfloat16", quantized=False)
 
     class Two(Holding):
         def checksums(self, url: str) -> dict[str, str]:

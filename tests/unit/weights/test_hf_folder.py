@@ -70,7 +70,9 @@ def test_reading_rows_and_columns_gives_that_slice(qwen3: Path) -> None:
 
 def test_a_slice_of_a_huge_tensor_reads_only_that_slice(copy: Path) -> None:
     rows, columns = 2**20, 2**12
-    text = json.dumps({"huge": {"dtype": "F32", "shape": [rows, columns], "data_offsets": [0, 4 * rows * columns]}}).encode()
+    text = json.dumps(
+        {"huge": {"dtype": "F32", "shape": [rows, columns], "data_offsets": [0, 4 * rows * columns]}}
+    ).encode()
     with (copy / SINGLE).open("wb") as stream:  # a sparse file: 16 GiB that occupy no disk
         stream.write(len(text).to_bytes(8, "little") + text)
         stream.truncate(8 + len(text) + 4 * rows * columns)
@@ -83,7 +85,9 @@ def test_a_slice_of_a_huge_tensor_reads_only_that_slice(copy: Path) -> None:
 def test_a_folder_written_in_shards_has_the_bytes_names_and_index_of_the_source(sharded: Path, qwen3: Path) -> None:
     files, source = shards(sharded), load_file(qwen3 / SINGLE)
     assert len(files) > 3
-    assert [file.name for file in files] == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    assert [file.name for file in files] == [
+        f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))
+    ]
     index = json.loads((sharded / INDEX).read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in source.values())
     assert set(index["weight_map"]) == set(source)
@@ -113,7 +117,9 @@ def test_one_shard_is_a_single_file_without_an_index(qwen3: Path, tmp_path: Path
     assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == {"version": 7, "tensors": digests}
 
 
-def test_tokenizer_files_templates_and_licences_are_carried_over_and_old_weights_are_not(copy: Path, tmp_path: Path) -> None:
+def test_tokenizer_files_templates_and_licences_are_carried_over_and_old_weights_are_not(
+    copy: Path, tmp_path: Path
+) -> None:
     for name in ("tokenizer.json", "merges.txt", "chat_template.jinja", "LICENSE", "tokenizer.model"):
         (copy / name).write_text(name)
     (copy / "additional_chat_templates").mkdir()
@@ -145,7 +151,9 @@ def test_config_json_names_the_dtype_that_was_written(copy: Path, tmp_path: Path
     write_hf_folder(tmp_path / "out", ((name, tensor.bfloat16()) for name, tensor in stored(source)), source)
     out = HFFolder(tmp_path / "out")
     assert {info.dtype for info in out.tensors.values()} == {torch.bfloat16}
-    assert {key: out.config[key] for key in out.config if "dtype" in key} == dict.fromkeys(keys or ("dtype",), "bfloat16")
+    assert {key: out.config[key] for key in out.config if "dtype" in key} == dict.fromkeys(
+        keys or ("dtype",), "bfloat16"
+    )
 
 
 def test_a_failed_write_leaves_no_trace(qwen3: Path, tmp_path: Path) -> None:

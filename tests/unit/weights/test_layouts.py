@@ -28,7 +28,11 @@ class Source:
 def bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
     """Random bits: every pattern, NaN payloads and negative zeros included."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (*shape, dtype.itemsize), dtype=torch.uint8, generator=generator).view(dtype).reshape(shape)
+    return (
+        torch.randint(0, 256, (*shape, dtype.itemsize), dtype=torch.uint8, generator=generator)
+        .view(dtype)
+        .reshape(shape)
+    )
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -52,7 +56,9 @@ def layouts(draw: st.DrawFn) -> tuple[Layout, int]:
 
 @settings(max_examples=150, deadline=None)
 @given(layouts(), DTYPES, st.integers(0, 2**31))
-def test_merging_what_each_rank_read_gives_the_stored_bytes(case: tuple[Layout, int], dtype: torch.dtype, seed: int) -> None:
+def test_merging_what_each_rank_read_gives_the_stored_bytes(
+    case: tuple[Layout, int], dtype: torch.dtype, seed: int
+) -> None:
     layout, size = case
     layout.check(size)
     stored = [bits(shape, dtype, seed + index) for index, shape in enumerate(layout.shapes)]

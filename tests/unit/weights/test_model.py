@@ -79,7 +79,9 @@ def test_an_export_shows_a_changed_parameter(case: Case) -> None:
     case.load()
     with torch.no_grad():
         case.model.decoder.layers[1].mlp.linear_fc1.weight[96] += 1  # the first row of up, after 96 rows of gate
-    changed = {name: (tensor - case.folder.read(name)).nonzero() for name, tensor in case.export() if tensor is not None}
+    changed = {
+        name: (tensor - case.folder.read(name)).nonzero() for name, tensor in case.export() if tensor is not None
+    }
     assert {name: rows[:, 0].unique().tolist() for name, rows in changed.items() if len(rows)} == {
         "model.layers.1.mlp.up_proj.weight": [0]
     }
@@ -116,7 +118,9 @@ def test_a_parameter_without_a_rule_is_named_before_any_changes(case: Case) -> N
 
 def test_a_stored_tensor_the_model_has_no_parameter_for_is_named(case: Case) -> None:
     case.model.decoder.layers[2].self_attention.q_layernorm = nn.Identity()
-    with pytest.raises(CheckpointError, match=r"no parameter 'decoder\.layers\.2\.self_attention\.q_layernorm\.weight'"):
+    with pytest.raises(
+        CheckpointError, match=r"no parameter 'decoder\.layers\.2\.self_attention\.q_layernorm\.weight'"
+    ):
         case.load()
     assert case.untouched()
 

@@ -72,12 +72,14 @@ def test_experts_that_cannot_be_spread_are_refused(qwen3: Path, qwen3_moe: Path)
         make_config({"model": {"path": "m"}, "parallel": {"expert": 4, "tensor": 2, "data": 3}})
 
 
-def test_experts_are_quantised_for_the_engines_and_routers_never(qwen3_moe: Path) -> None:
-    config = make_config({"model": {"path": str(qwen3_moe)}, "precision": {"train": "bf16", "rollout": "fp8_blockwise"}})
+def test_experts_are_quantized_for_the_engines_and_routers_never(qwen3_moe: Path) -> None:
+    config = make_config(
+        {"model": {"path": str(qwen3_moe)}, "precision": {"train": "bf16", "rollout": "fp8_blockwise"}}
+    )
     plan = resolve(config.precision, 4)
-    quantised = {name for name in HFFolder(qwen3_moe).tensors if plan.quantised(name)}
-    assert len(quantised) == 4 * (4 + 8 * 3)
-    assert not any("mlp.gate." in name or "norm" in name or "lm_head" in name for name in quantised)
+    quantized = {name for name in HFFolder(qwen3_moe).tensors if plan.quantized(name)}
+    assert len(quantized) == 4 * (4 + 8 * 3)
+    assert not any("mlp.gate." in name or "norm" in name or "lm_head" in name for name in quantized)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,9 @@ def test_experts_under_the_names_of_grouped_products_load_and_export_alike(qwen3
         for linear in ("linear_fc1", "linear_fc2"):
             holder = nn.Module()
             for index, expert in enumerate(layer.mlp.experts.local_experts):
-                holder.register_parameter(f"weight{index}", nn.Parameter(torch.full_like(getattr(expert, linear).weight, 7.0)))
+                holder.register_parameter(
+                    f"weight{index}", nn.Parameter(torch.full_like(getattr(expert, linear).weight, 7.0))
+                )
             grouped.add_module(linear, holder)
         layer.mlp.experts = grouped
     case.load()

@@ -76,9 +76,19 @@ def test_the_shape_is_read_from_the_config_of_transformers_4_and_of_5() -> None:
         max_position_embeddings=512,
         dtype=torch.bfloat16,
     )
-    four = {**CONFIG, "torch_dtype": "bfloat16", "rope_scaling": None, "sliding_window": None, "use_sliding_window": False}
+    four = {
+        **CONFIG,
+        "torch_dtype": "bfloat16",
+        "rope_scaling": None,
+        "sliding_window": None,
+        "use_sliding_window": False,
+    }
     four.pop("dtype")
-    five = {**CONFIG, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}, "layer_types": ["full_attention"] * 4}
+    five = {
+        **CONFIG,
+        "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+        "layer_types": ["full_attention"] * 4,
+    }
     five.pop("rope_theta")
     assert shape_of(four) == shape_of(five) == expected
 
@@ -110,7 +120,9 @@ def test_a_missing_key_is_named(key: str) -> None:
         shape_of({name: value for name, value in CONFIG.items() if name != key})
 
 
-@pytest.mark.parametrize("architectures", [["LlamaForCausalLM"], None, [], ["Qwen3ForCausalLM", "Other"], "Qwen3ForCausalLM"])
+@pytest.mark.parametrize(
+    "architectures", [["LlamaForCausalLM"], None, [], ["Qwen3ForCausalLM", "Other"], "Qwen3ForCausalLM"]
+)
 def test_an_unknown_architecture_is_refused_listing_the_known(architectures: object) -> None:
     with pytest.raises(ConfigError, match="Qwen3ForCausalLM"):
         family_of({"architectures": architectures}, "config.json")
@@ -155,7 +167,7 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(copy: Path) -> None
         check_folder(HFFolder(copy), tensor_parallel=1)
 
 
-def test_a_quantised_tensor_is_refused(copy: Path) -> None:
+def test_a_quantized_tensor_is_refused(copy: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     edit_tensors(copy, lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)}))
     with pytest.raises(CheckpointError, match=r"up_proj\.weight' .* is torch\.float8_e4m3fn"):

@@ -1,4 +1,4 @@
-"""Quantised weights on the wire: what an export sends, what config.json says of it, and what a reader refuses."""
+"""Quantized weights on the wire: what an export sends, what config.json says of it, and what a reader refuses."""
 
 import json
 from collections.abc import Callable
@@ -20,7 +20,14 @@ from megatron_rl.precision.plan import PrecisionPlan, resolve
 from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.hf_folder import HFFolder, write_hf_folder
 from megatron_rl.weights.layouts import QKV, GateUp, Layout, Row
-from megatron_rl.weights.quantized import WireTensors, check_config, is_finite, join, quantise_at_load, quantization_config
+from megatron_rl.weights.quantized import (
+    WireTensors,
+    check_config,
+    is_finite,
+    join,
+    quantization_config,
+    quantize_at_load,
+)
 
 LAYERS = 3
 WIRES = ["fp8_blockwise", "fp8_blockwise_pow2", "int8"]
@@ -138,9 +145,9 @@ def test_int8_has_one_scale_a_row(folder: HFFolder) -> None:
 
 
 @pytest.mark.parametrize("rollout", WIRES)
-def test_the_dequantised_stream_has_the_values_of_the_codes(folder: HFFolder, rollout: str) -> None:
+def test_the_dequantized_stream_has_the_values_of_the_codes(folder: HFFolder, rollout: str) -> None:
     plan = plan_of(rollout)
-    values = dict(WireTensors(stored(folder).items(), plan, dequantised=True))
+    values = dict(WireTensors(stored(folder).items(), plan, dequantized=True))
     joined = join(dict(WireTensors(stored(folder).items(), plan)), plan, "here", torch.float32)
     assert values.keys() == joined.keys() == folder.tensors.keys()
     assert all(same_bytes(values[name], joined[name]) for name in values)
@@ -149,15 +156,15 @@ def test_the_dequantised_stream_has_the_values_of_the_codes(folder: HFFolder, ro
 
 @pytest.mark.parametrize("train", ["fp32", "bf16"])
 @pytest.mark.parametrize("rollout", WIRES)
-def test_quantising_at_load_gives_what_the_trainer_would_have_sent(folder: HFFolder, rollout: str, train: str) -> None:
+def test_quantizing_at_load_gives_what_the_trainer_would_have_sent(folder: HFFolder, rollout: str, train: str) -> None:
     plan = plan_of(rollout, train=train)
     trained = {name: tensor.bfloat16() if train == "bf16" else tensor for name, tensor in stored(folder).items()}
     joined = join(dict(WireTensors(trained.items(), plan)), plan, "here", torch.bfloat16)
-    loaded = quantise_at_load(stored(folder), plan, torch.bfloat16)
-    assert all(same_bytes(loaded[name], joined[name]) for name in loaded if plan.quantised(name))
+    loaded = quantize_at_load(stored(folder), plan, torch.bfloat16)
+    assert all(same_bytes(loaded[name], joined[name]) for name in loaded if plan.quantized(name))
 
 
-def test_an_unquantised_plan_changes_nothing(folder: HFFolder) -> None:
+def test_an_unquantized_plan_changes_nothing(folder: HFFolder) -> None:
     sent = dict(WireTensors(stored(folder).items(), plan_of("bf16")))
     assert sent.keys() == folder.tensors.keys()
     assert all(same_bytes(sent[name], folder.read(name)) for name in sent)
@@ -187,7 +194,7 @@ def test_ranks_without_the_tensors_draw_the_stream_to_its_end(folder: HFFolder) 
     assert dict(stream) == dict.fromkeys(folder.tensors)
 
 
-def test_a_written_folder_says_how_it_is_quantised(folder: HFFolder, tmp_path: Path) -> None:
+def test_a_written_folder_says_how_it_is_quantized(folder: HFFolder, tmp_path: Path) -> None:
     plan = plan_of("fp8_blockwise", first_last_bf16=True)
     sent = dict(WireTensors(((name, tensor.bfloat16()) for name, tensor in stored(folder).items()), plan))
     stated = quantization_config(plan, folder.tensors)
@@ -210,7 +217,11 @@ PARTS = [("mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn
 def test_the_pow2_and_int8_folders_say_so(folder: HFFolder) -> None:
     assert quantization_config(plan_of("fp8_blockwise_pow2"), folder.tensors)["scale_fmt"] == "ue8m0"
     int8 = quantization_config(plan_of("int8"), folder.tensors)
-    assert (int8["quant_method"], int8["format"], int8["ignore"]) == ("compressed-tensors", "int-quantized", ["lm_head"])
+    assert (int8["quant_method"], int8["format"], int8["ignore"]) == (
+        "compressed-tensors",
+        "int-quantized",
+        ["lm_head"],
+    )
     group = int8["config_groups"]["group_0"]
     assert group["weights"]["num_bits"] == 8 and group["weights"]["strategy"] == "channel"
     assert group["input_activations"] is None
