@@ -1,7 +1,7 @@
-"""A training step with perturbed layers against one without: time, what is kept for backward, and peak memory.
+"""A training step with perturbed layers against one without: time, bytes saved for backward, and peak memory.
 
-Both run in one process, in turns, on the same tokens; the overhead is the median of the ratios of neighbors. Prints a
-line per model, and one JSON line for docs/benchmarks.md.
+Both run alternately in one process, on the same tokens. The overhead is the median of the ratios of back-to-back pairs.
+Prints a line per model, and one JSON line for docs/benchmarks.md.
 
     OMP_NUM_THREADS=1 python benchmarks/alp.py [--repeat 10 --only tiny medium]
 """
@@ -25,6 +25,7 @@ from megatron_rl.config import make_config
 from megatron_rl.objectives import make_objective
 from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy
+from megatron_rl.policy.build import build_policy
 from megatron_rl.policy.device_port import pick_device
 from megatron_rl.types import Batch
 
@@ -56,11 +57,15 @@ def make_policy(folder: Path, enabled: bool) -> Policy:
             "rollout": {"max_prompt_tokens": 32, "max_new_tokens": 32},
         }
     )
-    return Policy(config, parallel.initialize(config.parallel, pick_device("auto"), seed=0))
+    return build_policy(config, parallel.initialize(config.parallel, pick_device("auto"), seed=0))
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Processor time of this process on CPU, so that others count only through the caches they empty; else time on a clock."""
+    """Return the seconds that `run` takes.
+
+    On CPU this is the processor time of this process, so that other processes count only through the caches they empty.
+    On a GPU it is wall-clock time.
+    """
     if not torch.cuda.is_available():
         start = time.process_time()
         run()
@@ -73,7 +78,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def saved_bytes(run: Callable[[], object]) -> int:
-    """Bytes that autograd keeps for backward over a step."""
+    """Return the bytes that autograd saves for backward in a step."""
     sizes: list[int] = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -86,15 +91,18 @@ def saved_bytes(run: Callable[[], object]) -> int:
 
 
 def measure(folder: Path, vocab: int, repeat: int) -> dict[str, Any]:
-    """Of a step, without and with noise: median seconds, the median ratio of back-to-back pairs, bytes kept, peak bytes."""
+    """Measure a step without and with noise.
+
+    Returns: median seconds, the overhead (from the median ratio of back-to-back pairs), bytes saved and peak bytes.
+    """
     batch, objective = make_batch(vocab), make_objective({"name": "drpo", "delta": 0.15})
     steps = [
         functools.partial(make_policy(folder, on).update, batch, objective, objective.norm) for on in (False, True)
     ]
-    saved = [saved_bytes(step) for step in steps]  # the first steps warm up as well
+    saved = [saved_bytes(step) for step in steps]  # The first steps are also the warm-up.
     peak = [peak_bytes(step) for step in steps]
     pairs = []
-    for turn in range(repeat):  # each goes first in turn
+    for turn in range(repeat):  # Each of the two goes first in every second round.
         order = (0, 1) if turn % 2 == 0 else (1, 0)
         pairs.append([second for _, second in sorted((which, seconds(steps[which])) for which in order)])
     return {

@@ -1,7 +1,7 @@
-"""Objectives side by side: same warm start, same task, same seeds, stale rollouts; one table and one plot.
+"""Comparison of objectives with the same warm start, task and seeds, and stale rollouts: one table and one plot.
 
-Every run is `megatron-rl train configs/compare.yaml` with another objective and seed; finished runs are kept, so an
-interrupted comparison goes on where it was.
+Every run is `megatron-rl train configs/compare.yaml` with another objective and seed. Finished runs are kept, so an
+interrupted comparison can be resumed.
 
     python benchmarks/compare.py [--seeds 0 1 2 --jobs 2 --steps 60 --out docs]
 """
@@ -26,17 +26,16 @@ METHODS = {
     "ASymPO": ["objective.name=asympo", "objective.advantage=mean", "objective.p_low=0.02", "objective.p_high=0.95"],
     "ScaledPO": ["objective.name=scaled_po", "objective.advantage=mean"],
     "ERPD": [
-        "objective={name: erpd, advantage: grpo, teacher: {name: sapo, denominator: trainer_old}, teacher_updates: 16, "
+        "objective={name: erpd, advantage: grpo, teacher: {name: sapo, ratio_denominator: trainer_old}, teacher_updates: 16, "
         "keep: [], save_every: 16, signals: [{teacher: last, denominator: old, updates: 4}]}",
-        "optimizer.warmup_updates=0",  # each stage would warm up anew
+        "optimizer.warmup_updates=0",  # Each stage would warm up again.
     ],
 }
 COLORS = dict(zip(METHODS, (GREY, BLUE, GREEN, ORANGE, PURPLE, RED), strict=True))
 TAILS = ("ratio/q01", "ratio/q99")
 KL = "kl/k3"
-STUDENT_KL = (
-    "erpd/student/kl"  # ERPD's own figure: KL(pi || pi_old) at the end of a step, not the mean over its updates
-)
+# ERPD's own metric: KL(pi || pi_old) at the end of a step, not the mean over its updates.
+STUDENT_KL = "erpd/student/kl"
 
 
 def main() -> None:
@@ -51,7 +50,7 @@ def main() -> None:
 
 
 def summary(method: str, logs: Sequence[Log]) -> dict:
-    """What the table shows: means over seeds, and the range of the pass rate."""
+    """Return the row of a method: pass rates as means and range over seeds; other metrics as median and worst."""
     row = {"method": method, **pass_rates(logs)}
     for name, key, worst in (
         ("q01", TAILS[0], np.min),
@@ -71,7 +70,10 @@ def summary(method: str, logs: Sequence[Log]) -> dict:
 
 
 def draw(histories: dict[str, list[Log]], path: Path) -> None:
-    """Held-out pass rate, ratio tails and KL against steps: mean over seeds, range shaded."""
+    """Plot held-out pass rate, ratio tails and KL against steps.
+
+    The curves are means over seeds. The range of the pass rate is shaded.
+    """
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(12, 3.8), layout="constrained")
         rate, tails, kl = figure.subplots(1, 3)

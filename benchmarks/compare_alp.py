@@ -1,7 +1,7 @@
-"""Adaptive layerwise perturbation beside the bypass ratio and masked importance sampling: stale, mismatched rollouts.
+"""Adaptive layerwise perturbation, the bypass ratio and masked importance sampling on stale, mismatched rollouts.
 
 Every run is `megatron-rl train configs/compare_alp.yaml` with another method and seed, from the warm start of
-`benchmarks/compare.py`; finished runs are kept, so an interrupted comparison goes on where it was.
+`benchmarks/compare.py`. Finished runs are kept, so an interrupted comparison can be resumed.
 
     python benchmarks/compare_alp.py [--seeds 0 1 2 --jobs 2 --steps 40 --out docs]
 """
@@ -23,19 +23,19 @@ from megatron_rl.report.style import BLUE, GREY, ORANGE, PURPLE, RC, RED, log_sc
 
 SEQUENCE = ["objective.clip_low=0.5", "objective.clip_high=3.0", "objective.dual_clip=3.0"]
 METHODS = {
-    "GRPO bypass": ["objective.denominator=rollout"],
+    "GRPO bypass": ["objective.ratio_denominator=rollout"],
     "Token-MIS": [
-        "objective.denominator=trainer_old",
+        "objective.ratio_denominator=trainer_old",
         "objective.corrections=[{name: mis, threshold: 2.0, level: token}]",
     ],
-    "Token-ALP": ["objective.denominator=rollout", "alp.enabled=true", "alp.level=token"],
-    "Seq bypass": ["objective.denominator=rollout", "objective.level=sequence", *SEQUENCE],
-    "Seq-ALP": ["objective.denominator=rollout", "alp.enabled=true", "alp.level=sequence", *SEQUENCE],
+    "Token-ALP": ["objective.ratio_denominator=rollout", "alp.enabled=true", "alp.level=token"],
+    "Seq bypass": ["objective.ratio_denominator=rollout", "objective.ratio_level=sequence", *SEQUENCE],
+    "Seq-ALP": ["objective.ratio_denominator=rollout", "alp.enabled=true", "alp.level=sequence", *SEQUENCE],
 }
 COLORS = dict(zip(METHODS, (GREY, ORANGE, BLUE, PURPLE, RED), strict=True))
 KL = "kl/k3"
-SPIKE = 5.0  # a step's KL over this many times its run's median
-LATE = 10  # last steps, whose trajectories are many more than those of one evaluation
+SPIKE = 5.0  # A step is a spike if its KL is over this many times the median of its run.
+LATE = 10  # number of last steps, which have many more trajectories than one evaluation
 
 
 def main() -> None:
@@ -50,7 +50,10 @@ def main() -> None:
 
 
 def summary(method: str, logs: Sequence[Log]) -> dict:
-    """A row of the table. Medians and worsts are over the steps of all seeds; `null` is what a method does not have."""
+    """Return a row of the table. Median and worst are over the steps of all seeds.
+
+    A metric that a method does not have is None.
+    """
     row = {"method": method, "seeds": len(logs), **pass_rates(logs)}
     row["after_by_seed"] = [float(column(log, PASS_RATE)[1][-1]) for log in logs]
     row["best_by_seed"] = [float(column(log, PASS_RATE)[1].max()) for log in logs]
@@ -79,18 +82,24 @@ def summary(method: str, logs: Sequence[Log]) -> dict:
 
 
 def spikes(values: np.ndarray) -> int:
-    """Steps above SPIKE times the median of all."""
+    """Return the number of steps above SPIKE times the median of all steps."""
     return int((values > SPIKE * np.median(values)).sum())
 
 
 def envelope(logs: Sequence[Log], side: str) -> list[float | None]:
-    """Per bin of the rollout probability: the median over the steps of all seeds; None for a bin that never had tokens."""
+    """Return the median over the steps of all seeds, per bin of the rollout probability.
+
+    A bin that never had tokens is None.
+    """
     found = [np.concatenate([column(log, f"envelope/{side}/{k}")[1] for log in logs]) for k in range(BINS)]
     return [float(np.median(values)) if len(values) else None for values in found]
 
 
 def draw(histories: dict[str, list[Log]], path: Path) -> None:
-    """Pass rate, ratio tails, KL against steps (means over seeds), and the envelope of the ratio by rollout probability."""
+    """Plot pass rate, ratio tails and KL against steps, and the envelope of the ratio by rollout probability.
+
+    The curves are means over seeds.
+    """
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(12, 7.6), layout="constrained")
         rate, tails, kl, binned = figure.subplots(2, 2).flat

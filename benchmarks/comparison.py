@@ -1,7 +1,7 @@
-"""What comparisons of methods share: the same warm start, runs that are kept, columns of their logs, curves over seeds.
+"""Shared parts of the comparisons of methods: warm start, runs, columns of their logs, curves over seeds.
 
-Every run is `megatron-rl train CONFIG` with a method's overrides and a seed; finished runs are kept, so an interrupted
-comparison goes on where it was.
+Every run is `megatron-rl train CONFIG` with a method's overrides and a seed. Finished runs are kept, so an interrupted
+comparison can be resumed.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from megatron_rl.diagnostics import read_log
 from megatron_rl.errors import UserError
 from megatron_rl.launch.ranks import run_ranks
-from megatron_rl.quickstart import CARELESS, WARM_PASS_RATE
+from megatron_rl.quickstart import ERROR_RATE, WARM_PASS_RATE
 from megatron_rl.tiny_model import make_tiny_model
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -32,8 +32,14 @@ Log = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """methods: the overrides of `config` that make each of them, by name. runs: the folder of all their runs. warm: the model
-    they all start from."""
+    """Comparison of methods that start from the same model.
+
+    Attributes:
+        config: the configuration that all methods share.
+        runs: the folder of all runs.
+        methods: the overrides of `config` for each method, by its name.
+        warm: the model that all runs start from.
+    """
 
     config: Path
     runs: Path
@@ -50,7 +56,14 @@ class Comparison:
         return parser.parse_args()
 
     def histories(self, methods: Sequence[str], seeds: Sequence[int], steps: int, jobs: int) -> dict[str, list[Log]]:
-        """The logs of all seeds by method, trained first where they are not there yet."""
+        """Return the logs of all seeds by method. Train the runs that do not exist yet.
+
+        Args:
+            methods: names of the methods.
+            seeds: seeds of each method.
+            steps: training steps of a run.
+            jobs: runs at the same time.
+        """
         warm_start(self.warm)
         self.runs.mkdir(parents=True, exist_ok=True)
         runs = [(method, seed) for seed in seeds for method in methods]
@@ -62,7 +75,7 @@ class Comparison:
         return self.runs / f"{re.sub('[^a-z0-9]+', '-', method.lower())}-{seed}"
 
     def train(self, method: str, seed: int, steps: int) -> None:
-        """One run, unless it is there already. Raises UserError when it fails."""
+        """Train one run, or resume it, unless it is finished. Raises UserError if it fails."""
         target = self.folder(method, seed)
         done = target.is_dir() and any(r["kind"] == "eval" and r["step"] == steps for r in read_log(target))
         if done:
@@ -80,12 +93,12 @@ class Comparison:
 
 
 def warm_start(warm: Path, **heads: int) -> None:
-    """The quickstart's warmed-up model, made once. heads: as for `make_tiny_model`."""
+    """Make the warmed-up model of the quickstart in the folder `warm`, once. `heads` is passed to `make_tiny_model`."""
     if (warm / "config.json").is_file():
         return
     numbers, fresh = range(50), warm.parent / "fresh"
     make_tiny_model(fresh, [f"{a}+{b}={a + b}" for a in numbers for b in numbers], seed=0, **heads)
-    options = ["--dest", str(warm), "--target", str(WARM_PASS_RATE), "--careless", str(CARELESS)]
+    options = ["--dest", str(warm), "--target", str(WARM_PASS_RATE), "--error-rate", str(ERROR_RATE)]
     options += ["--batch-size", "224", "--max-updates", "2000"]
     code = run_ranks(
         ["warmup", str(CONFIGS / "warmup.yaml"), f"model.path={fresh}", f"run.dir={warm.parent}", *options], 2
@@ -95,13 +108,13 @@ def warm_start(warm: Path, **heads: int) -> None:
 
 
 def column(log: Log, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the records that have the key."""
+    """Return steps and values of the records that have the key."""
     found = [(r["step"], r[key]) for r in log if r.get(key) is not None]
     return np.array([s for s, _ in found]), np.array([v for _, v in found], dtype=np.float64)
 
 
 def pass_rates(logs: Sequence[Log]) -> dict[str, float]:
-    """Held out and sampled: the mean before and after, the range over seeds, the mean over all evaluations."""
+    """Return held-out pass rates, sampled: means before and after, range over seeds, mean over all evaluations."""
     rates = np.array([column(log, PASS_RATE)[1] for log in logs])
     last = rates[:, -1]
     return {
@@ -116,7 +129,14 @@ def pass_rates(logs: Sequence[Log]) -> dict[str, float]:
 def median_and_worst(
     logs: Sequence[Log], name: str, key: str, worst: Callable[[np.ndarray], float]
 ) -> dict[str, float | None]:
-    """Of the steps of all seeds; None where a run's log lacks the key."""
+    """Return median and worst of a metric over the steps of all seeds; None if the log of a run lacks the key.
+
+    Args:
+        logs: one log per seed.
+        name: prefix of the two keys that are returned.
+        key: name of the metric in the logs.
+        worst: reduces the values of all steps to the worst.
+    """
     found = [column(log, key)[1] for log in logs]
     if not all(map(len, found)):
         return {f"{name}_median": None, f"{name}_worst": None}
@@ -125,7 +145,16 @@ def median_and_worst(
 
 
 def curve(axes: Axes, logs: Sequence[Log], key: str, *, shade: bool = False, color: str, **more: Any) -> None:
-    """The mean over seeds, with their range shaded; nothing where a run's log lacks the key."""
+    """Plot the mean of a metric over seeds against steps. Plot nothing if the log of a run lacks the key.
+
+    Args:
+        axes: where the curve is drawn.
+        logs: one log per seed.
+        key: name of the metric in the logs.
+        shade: also shade the range over seeds.
+        color: color of the curve.
+        more: further options of `Axes.plot`.
+    """
     columns = [column(log, key) for log in logs]
     if not all(len(steps) for steps, _ in columns):
         return

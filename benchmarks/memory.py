@@ -1,4 +1,4 @@
-"""Peak memory of a call, as the benchmarks report it."""
+"""Peak memory of a call."""
 
 from collections.abc import Callable
 
@@ -6,9 +6,10 @@ import torch
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Most bytes of tensors alive at once that a call allocates, over what there was before it.
+    """Return the peak of the tensor bytes that a call allocates, above those allocated before it.
 
-    CUDA: the allocator's own count. CPU: torch's profiler, which sees every allocation and every release of a tensor.
+    On CUDA this is the allocator's own count. On CPU it comes from torch's profiler, which records every allocation and
+    every release of a tensor.
     """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

@@ -25,7 +25,10 @@ def make_qwen3(folder: Path, *, hidden: int, layers: int, vocab: int, tied: bool
 
 
 def write_tokenizer(folder: Path, vocab: int) -> None:
-    """Words without meaning: SGLang's first request to itself is text, and without a tokenizer it would be one of no tokens."""
+    """Write a tokenizer of words without meaning.
+
+    SGLang's first request to itself is text. Without a tokenizer, it would have no tokens.
+    """
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w0").save_pretrained(folder)

@@ -1,13 +1,14 @@
-"""Every objective against PPO's surrogate written by hand in eager torch: same tokens, one process, alternating.
+"""Every objective against a hand-written PPO surrogate in eager torch, on the same tokens, alternately in one process.
 
-The hand-written PPO is the least a training script holds: clamped log-ratio, clip, masked token mean. No metrics, no
-checks. Ours adds the checks of shapes and values, masking that stops inf and nan, the per-token weight and the method's
-own metrics. Each round times it and one objective back to back, forward and backward; the ratio is the median over
-rounds. On CPU it is the time of the calling thread, so that other processes count only through the caches they
-empty. Peak memory is the largest sum of bytes allocated and not yet freed during one call (CPU: torch's profiler; CUDA:
-its allocator), without the inputs. Prints a table, and one JSON line for docs/benchmarks.md.
+The hand-written PPO is the minimum of a training script: clamped log-ratio, clip, masked token mean. It has no metrics
+and no checks. Our objectives add checks of shapes and values, masking that stops inf and nan, the per-token weight and
+the method's own metrics. Each round times PPO and one objective back to back, forward and backward. The ratio is the
+median over rounds. On CPU the time is that of the calling thread, so that other processes count only through the
+caches they empty. Peak memory is the largest sum of bytes allocated and not yet freed during one call (CPU: torch's
+profiler; CUDA: its allocator), without the inputs. Prints a table, and one JSON line for docs/benchmarks.md.
 
-    OMP_NUM_THREADS=1 python benchmarks/objectives.py [--rows 64 --length 2048 --fill 0.5 --repeat 25 --device cpu --packed]
+    OMP_NUM_THREADS=1 python benchmarks/objectives.py [--rows 64 --length 2048 --fill 0.5 --repeat 25]
+                                                      [--device cpu --packed]
 """
 
 import argparse
@@ -29,7 +30,10 @@ TOP_K = 8
 
 
 def make_inputs(args: argparse.Namespace) -> LossInputs:
-    """Random float32 inputs; `fill` of the tokens is trained, 1.0 leaves no padding. Every optional tensor is there."""
+    """Return random float32 inputs with every optional tensor.
+
+    `fill` is the average part of the tokens that is trained; 1.0 means no padding.
+    """
     g = torch.Generator().manual_seed(0)
     shape = (args.rows, args.length)
     lengths = (args.length * args.fill * (0.5 + torch.rand(args.rows, generator=g))).long().clamp(1, args.length)
@@ -51,7 +55,7 @@ def make_inputs(args: argparse.Namespace) -> LossInputs:
 
 
 def pack(x: LossInputs) -> LossInputs:
-    """The same tokens as one stream without padding, as the trainer feeds them."""
+    """Return the same tokens as one stream [1, T] without padding, as the trainer feeds them."""
     keep = x.mask > 0
     owner = torch.arange(len(x.mask))[:, None].expand_as(x.mask)
 
@@ -77,7 +81,7 @@ def move(x: LossInputs, device: str) -> LossInputs:
 
 
 def plain_ppo(x: LossInputs) -> Tensor:
-    """The clipped surrogate as one writes it by hand, token mean."""
+    """Return the hand-written clipped surrogate, as token mean."""
     advantages = x.advantages[:, None] if x.advantages.ndim == 1 else x.advantages
     ratio = (x.logp - x.logmu).clamp(-20, 20).exp()
     loss_tok = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2))
@@ -85,7 +89,7 @@ def plain_ppo(x: LossInputs) -> Tensor:
 
 
 def runner(x: LossInputs, forward: Callable[[LossInputs], Tensor]) -> Callable[[], None]:
-    """Forward and backward to a fresh leaf."""
+    """Return a function that runs forward and backward to a new leaf `logp`."""
 
     def run() -> None:
         logp = x.logp.detach().requires_grad_()
@@ -95,15 +99,18 @@ def runner(x: LossInputs, forward: Callable[[LossInputs], Tensor]) -> Callable[[
 
 
 def given(x: LossInputs, objective: Objective) -> LossInputs:
-    """The tensors the objective needs, and no others."""
+    """Return the inputs with only those optional tensors that the objective needs."""
     optional = ("logmu", "logold", "logref", "rewards", "entropy", "topk")
     return replace(x, **{name: None for name in optional if name not in objective.needs})
 
 
 def measure(x: LossInputs, name: str, args: argparse.Namespace) -> dict[str, float | str]:
-    """Milliseconds of the objective and of plain PPO, the median ratio of back-to-back pairs, peak bytes."""
+    """Measure an objective and plain PPO.
+
+    Returns: milliseconds of both, the median ratio of back-to-back pairs, and peak bytes of both.
+    """
     objective = make_objective({"name": name})
-    if args.packed:  # the trainer gives the counts of the whole update
+    if args.packed:  # The trainer passes the counts of the whole update.
         assert objective.norm is not None
         x = replace(x, norm=replace(objective.norm, tokens=x.mask.numel(), sequences=args.rows, horizon=args.length))
     ours = runner(given(x, objective), lambda inputs: objective(inputs).loss)

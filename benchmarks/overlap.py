@@ -1,9 +1,10 @@
 """Step time with rollouts that overlap training (max_staleness 1) against synchronous ones, on the quickstart task.
 
-Both are `megatron-rl train configs/quickstart.yaml` with one trainer rank and one engine of one thread each, from the same
-untrained small model; they alternate. A step counts from the fourth on, and until the last but one: the overlap has begun and
-has not ended. `waited` is the time the trainer waits for rollouts. What can be gained at most is the shorter of rollout and
-training; on machines with fewer free cores than two, less. Prints a table, and one JSON line for docs/benchmarks.md.
+Both are `megatron-rl train configs/quickstart.yaml` with one trainer rank and one engine of one thread each, from the
+same untrained small model. They alternate. Only the steps from the fourth to the last but one count: there the overlap
+has begun and has not ended. `waited` is the time that the trainer waits for rollouts. The gain is at most the shorter
+of rollout and training, and less on machines with fewer than two free cores. Prints a table, and one JSON line for
+docs/benchmarks.md.
 
     python benchmarks/overlap.py [--steps 16 --repeat 3 --max-new-tokens 6 --staleness 1]
 """
@@ -26,7 +27,7 @@ WARM, LAST = 3, 1  # steps left out at the beginning and at the end
 
 
 def run(folder: Path, name: str, args: argparse.Namespace, staleness: int) -> dict[str, float]:
-    """Medians over the steps of one run, in seconds."""
+    """Train one run. Return medians over its steps in seconds, and its mean staleness."""
     settings = [
         f"model.path={folder / 'model'}",
         f"run.dir={folder}",

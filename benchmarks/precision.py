@@ -1,15 +1,16 @@
-"""What low precision costs. Each part prints a table, and one JSON line for docs/benchmarks.md.
+"""Cost of low precision. Each part prints a table, and one JSON line for docs/benchmarks.md.
 
 formats: quantize, dequantize and fake quantization (also of a transposed matrix, as weight gradients need) of every
 number format against torch's own conversion of the same matrix to float8_e4m3fn and back to float32, without any scale.
-Each round times the plain round trip and one function back to back; the ratio is the median over rounds. On CPU it is
-the time of the calling thread, so that other processes count only through the caches they empty.
+Each round times the plain round trip and one function back to back. The ratio is the median over rounds. On CPU the
+time is that of the calling thread, so that other processes count only through the caches they empty.
 
 step: a training step with each recipe, emulated, against the same step in bf16 and in fp32; see precision_step.py.
 
-export: the stream of weights to the engines of a 100M-parameter model, with its memory; see precision_export.py.
+export: the stream of weights to the engines, for a 100M-parameter model, and its memory; see precision_export.py.
 
-    OMP_NUM_THREADS=1 python benchmarks/precision.py [--part formats --rows 2048 --columns 2048 --dtype bf16 --repeat 15]
+    OMP_NUM_THREADS=1 python benchmarks/precision.py [--part formats --rows 2048 --columns 2048]
+                                                     [--dtype bf16 --repeat 15]
 """
 
 import argparse
@@ -31,7 +32,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def paired(plain: Callable[[], object], ours: Callable[[], object], args: argparse.Namespace) -> tuple[float, float]:
-    """Median seconds of ours, and the median over rounds of plain / ours: above 1, ours is faster."""
+    """Return median seconds of `ours`, and the median over rounds of plain / ours. Above 1, `ours` is faster."""
     for run in (plain, ours, plain, ours):
         run()
     pairs = [(seconds(plain, args.device), seconds(ours, args.device)) for _ in range(args.repeat)]
@@ -39,7 +40,7 @@ def paired(plain: Callable[[], object], ours: Callable[[], object], args: argpar
 
 
 def part_formats(args: argparse.Namespace, console: Console) -> dict[str, object]:
-    """Throughput of each format, in millions of elements a second, and times that of the plain round trip."""
+    """Measure each format: millions of elements per second, and the ratio to the plain round trip."""
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(args.rows, args.columns, generator=generator).to(args.device)
     x = wide.to(DTYPES[args.dtype])

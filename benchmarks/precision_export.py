@@ -1,8 +1,8 @@
-"""What quantizing costs an export: the part `export` of benchmarks/precision.py.
+"""Cost of quantization in an export: the part `export` of benchmarks/precision.py.
 
-The stream of a 100M-parameter model from the real megatron-core model, in every wire format, one process. GB/s counts the
-bytes of the trainer's parameters. Memory (Linux) is the highest resident size above that before the stream, in MB and in
-units of the largest tensor in fp32.
+The stream of a 100M-parameter model comes from the real megatron-core model, in every wire format, in one process. GB/s
+counts the bytes of the trainer's parameters. Memory (Linux) is the peak resident size above the one before the stream,
+in MB and in units of the largest tensor in fp32.
 """
 
 import argparse
@@ -50,10 +50,15 @@ def make_model(folder: Path) -> Path:
 
 
 def peak_above(stream: Iterable[tuple[str, torch.Tensor | None]]) -> tuple[float, int, int]:
-    """Seconds of this thread, bytes given, and the highest resident memory above the present one in bytes (Linux)."""
+    """Consume the stream and measure it.
+
+    Returns: seconds of this thread, bytes of the stream, and the peak resident memory above the present one in bytes
+    (Linux).
+    """
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed would otherwise be used again unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    # Without this, memory that previous runs have freed would be used again and not be measured.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # This resets the peak, VmHWM.
     before, sent, started = resident("VmRSS"), 0, time.thread_time()
     for _, tensor in stream:
         assert tensor is not None
@@ -100,7 +105,7 @@ def measure(path: Path, dtype: str, repeat: int) -> list[dict[str, Any]]:
 
 
 def part_export(args: argparse.Namespace, console: Console) -> dict[str, object]:
-    """Export of a model with parameters in `--dtype`, unquantized and in every quantized wire format; best of three."""
+    """Measure the export of a model in `--dtype`, unquantized and in every quantized wire format; best of three."""
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(make_model(Path(folder) / "hf"), args.dtype, repeat=3)
     table = Table(*rows[0], title=f"export of a model in {args.dtype}, CPU, {torch.get_num_threads()} thread(s)")

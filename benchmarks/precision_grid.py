@@ -1,11 +1,11 @@
-"""Training precision x rollout precision: how far trainer and engine are apart, and what it does to learning.
+"""Training precision x rollout precision: the mismatch between trainer and engine, and its effect on learning.
 
-Every run is `megatron-rl train configs/precision_grid.yaml` with another pair of precisions and seed, from one warm start whose
-matrices fall into blocks of 128 x 128; finished runs are kept, so an interrupted grid goes on where it was.
+Every run is `megatron-rl train configs/precision_grid.yaml` with another pair of precisions and seed, from one warm
+start whose matrices divide into blocks of 128 x 128. Finished runs are kept, so an interrupted grid can be resumed.
 
     python benchmarks/precision_grid.py [--seeds 0 --jobs 2 --steps 30 --out docs]
 
-The first of the seeds runs the whole grid, the others only the rows of bf16 engines and the unified cell.
+The first seed runs the whole grid. The other seeds run only the rows of bf16 engines and the unified cell.
 """
 
 import json
@@ -56,7 +56,10 @@ def main() -> None:
 
 
 def summary(name: str, logs: Sequence[Log]) -> dict:
-    """A row: medians over the steps of all seeds, of the first update of each, in which both sides hold the same weights."""
+    """Return a row: medians over the steps of all seeds.
+
+    The mismatch is that of the first update of each step, in which trainer and engine have the same weights.
+    """
     train, rollout = name.split(" / ")
     row = {"train": train, "rollout": rollout, "seeds": len(logs), **pass_rates(logs)}
     for key in (*QUANTILES, *OTHERS):
@@ -66,7 +69,7 @@ def summary(name: str, logs: Sequence[Log]) -> dict:
 
 
 def draw(rows: Sequence[Mapping], path: Path) -> None:
-    """Ratio quantiles and KL of every cell, by the precision of the engine."""
+    """Plot ratio quantiles and KL of every cell, by the precision of the engine."""
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(11, 4.2), layout="constrained")
         ratios, kl = figure.subplots(1, 2)

@@ -1,7 +1,7 @@
-"""A training step with emulated low precision against the same step unquantized, run one after the other in each round.
+"""A training step with emulated low precision against the same step unquantized, back to back in each round.
 
-Recipes train in bf16. On a CPU without bf16 arithmetic torch's bf16 products can be far slower than its fp32 ones, which
-the emulation uses; so an fp32 step stands beside the bf16 one, and ratios to both are given.
+Recipes train in bf16. On a CPU without bf16 arithmetic, torch's bf16 products can be much slower than its fp32
+products, which the emulation uses. Therefore an fp32 step is also measured, and the table has the ratios to both.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from step import make_batch, make_model
 from megatron_rl.config import make_config
 from megatron_rl.objectives import make_objective
 from megatron_rl.policy import parallel
-from megatron_rl.policy.actor import Policy
+from megatron_rl.policy.build import build_policy
 from megatron_rl.policy.device_port import pick_device
 
 SIZES = argparse.Namespace(hidden=256, layers=4, vocab=512, tokens=1024, prompt_share=0.0)
@@ -33,7 +33,10 @@ STEPS = {
 
 
 def part_step(args: argparse.Namespace, console: Console) -> dict[str, object]:
-    """Seconds of the calling thread per step, and medians over rounds of its ratio to bf16 and fp32: above 1, slower."""
+    """Measure a step of each recipe.
+
+    The time is that of the calling thread. The ratios to bf16 and fp32 are medians over rounds; above 1 is slower.
+    """
     with tempfile.TemporaryDirectory() as folder:
         steps = _steps(make_model(Path(folder), SIZES))
     for step in (*steps.values(), *steps.values()):
@@ -64,7 +67,7 @@ def part_step(args: argparse.Namespace, console: Console) -> dict[str, object]:
 
 
 def _steps(model: Path) -> dict[str, Callable[[], object]]:
-    """One update of a policy of its own per entry of STEPS, all on the same batch."""
+    """Return one update per entry of STEPS, each of its own policy, all on the same batch."""
     batch, objective = make_batch(SIZES), make_objective({"name": "drpo"})
     steps: dict[str, Callable[[], object]] = {}
     mesh = None
@@ -78,7 +81,7 @@ def _steps(model: Path) -> dict[str, Callable[[], object]]:
             }
         )
         mesh = mesh or parallel.initialize(config.parallel, pick_device("auto"), seed=0)
-        policy = Policy(config, mesh)
+        policy = build_policy(config, mesh)
         steps[name] = lambda policy=policy: policy.update(batch, objective, objective.norm)
     return steps
 

@@ -1,10 +1,10 @@
 """Tokens per second of the embedded server, and of SGLang, against plain `transformers.generate` on the same batch.
 
-*Plain* is one call of `generate` in this process: prompts padded on the left, sampled at temperature 1, no log-probabilities,
-every row as long as the longest. Engines are asked over HTTP, answer with log-probabilities, and end each row where it ends.
-`equal`: all rows have one length; `mixed`: lengths are spread evenly from a quarter of it up, as those of responses are.
-Tokens count that were asked for. One thread each; engines and plain alternate, the ratio is a median of pairs.
-Prints a table, and one JSON line for docs/benchmarks.md.
+*Plain* is one call of `generate` in this process: prompts padded on the left, sampled at temperature 1, no
+log-probabilities, every row as long as the longest. Engines get requests over HTTP, return log-probabilities, and end
+each row at its own length. `equal`: all rows have one length. `mixed`: lengths are spread evenly from a quarter of it
+up to it, because lengths of responses also differ. Only requested tokens count. Each has one thread. Engines and plain
+alternate, and the ratio is a median of pairs. Prints a table, and one JSON line for docs/benchmarks.md.
 
     python benchmarks/rollout.py [--hidden 128 --layers 2 --prompts 16 --samples 8 --tokens 128 --repeat 5] [--sglang]
 """
@@ -40,7 +40,7 @@ def make_prompts(args: argparse.Namespace) -> list[tuple[int, ...]]:
 def plain(
     folder: Path, prompts: Sequence[tuple[int, ...]], args: argparse.Namespace
 ) -> Callable[[Sequence[int]], None]:
-    """`generate` on all samples of all prompts at once."""
+    """Return a function that calls `generate` on all samples of all prompts at once."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     longest = max(map(len, prompts))
     rows = [prompt for prompt in prompts for _ in range(args.samples)]
@@ -67,7 +67,7 @@ def plain(
 def asked(
     pool: EnginePool, prompts: Sequence[tuple[int, ...]], args: argparse.Namespace
 ) -> Callable[[Sequence[int]], None]:
-    """The same samples from the pool's engine; one request a prompt, of which all samples have its length."""
+    """Return a function that requests the same samples from the pool's engine: one request per prompt and length."""
     calls = iter(range(1 << 30))
 
     def run(lengths: Sequence[int]) -> None:

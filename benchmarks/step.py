@@ -1,8 +1,8 @@
 """Our training step against a bare megatron-core step: same model, same tokens, same optimizer, one process.
 
-The bare step is what one would write by hand with megatron-core: its GPTModel fed with the packed stream, its
-vocab-parallel cross entropy over all logits, its schedule, its optimizer. Ours adds the packing, the chunked
-log-probabilities and entropy, the objective, the finite check and the collection of per-token results.
+The bare step is a hand-written step with megatron-core: its GPTModel on the packed stream, its vocab-parallel cross
+entropy over all logits, its schedule, its optimizer. Our step adds the packing, the chunked log-probabilities and
+entropy, the objective, the finite check and the collection of per-token results.
 Prints a table, and one JSON line for docs/benchmarks.md.
 
     python benchmarks/step.py [--hidden 128 --layers 4 --vocab 512 --tokens 2048 --repeat 15]
@@ -28,13 +28,14 @@ from megatron_rl.config import make_config
 from megatron_rl.objectives import make_objective
 from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy
+from megatron_rl.policy.build import build_policy
 from megatron_rl.policy.device_port import pick_device
 from megatron_rl.policy.packing import pack, shard
 from megatron_rl.types import Batch
 
 
 def make_batch(args: argparse.Namespace) -> Batch:
-    """Trajectories that fill one micro-batch exactly; `prompt_share` of each is prompt, the rest is trained."""
+    """Return trajectories that fill one micro-batch exactly. `prompt_share` of each is prompt, the rest is trained."""
     rng = np.random.default_rng(0)
     share = np.array([0.15, 0.1, 0.25, 0.06, 0.03, 0.2, 0.12, 0.09])
     lengths = (share * args.tokens).astype(int)
@@ -56,7 +57,13 @@ def make_batch(args: argparse.Namespace) -> Batch:
 
 
 def bare_step(policy: Policy, batch: Batch, budget: int) -> Callable[[], None]:
-    """A step on the same DDP model and optimizer that goes through GPTModel's own forward and cross entropy."""
+    """Return a step on the same DDP model and optimizer with GPTModel's own forward and cross entropy.
+
+    Args:
+        policy: the policy whose model and optimizer are used.
+        batch: trajectories that fill one micro-batch.
+        budget: tokens of the micro-batch.
+    """
     micro = pack(batch, budget=budget, align=1, multiple=1)[0]
     piece = shard(micro, cp_size=1, cp_rank=0, device=policy.mesh.device, max_length=budget + 1)
     labels, mask = micro.labels[None].to(policy.mesh.device), micro.mask[None].to(policy.mesh.device)
@@ -129,7 +136,7 @@ def main() -> None:
             }
         )
         device = pick_device("auto")
-        policy = Policy(config, parallel.initialize(config.parallel, device, seed=0))
+        policy = build_policy(config, parallel.initialize(config.parallel, device, seed=0))
     batch, objective = make_batch(args), make_objective({"name": "drpo"})
     bare = bare_step(policy, batch, args.tokens)
     ours = lambda: policy.update(batch, objective, objective.norm)  # noqa: E731
@@ -143,7 +150,8 @@ def main() -> None:
     print(f"{'step, ms (median)':<28}{times[0] * 1e3:>14.1f}{times[1] * 1e3:>14.1f}{ratio:>9.3f}")
     print(f"{'tokens/s':<28}{args.tokens / times[0]:>14.0f}{args.tokens / times[1]:>14.0f}")
     print(
-        f"{'peak tensor memory, MiB':<28}{memory[0] / 2**20:>14.1f}{memory[1] / 2**20:>14.1f}{memory[1] / memory[0]:>9.3f}"
+        f"{'peak tensor memory, MiB':<28}{memory[0] / 2**20:>14.1f}{memory[1] / 2**20:>14.1f}"
+        f"{memory[1] / memory[0]:>9.3f}"
     )
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

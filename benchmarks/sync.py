@@ -1,8 +1,8 @@
 """Weight updates by every transport, against a raw copy in memory and a raw gloo broadcast of the same bytes.
 
-An update counts from `push` to its return: export stream to paused engine, digests on both sides, confirmation, and
-generation again. The raw broadcast goes to a process that does nothing else. Rounds interleave everything, so that
-ratios compare neighbors in time. Prints a table for each size, and one JSON line for docs/benchmarks.md.
+The time of an update is that of one `push`: export stream to the paused engine, digests on both sides, confirmation,
+and generation again. The raw broadcast goes to a process that does nothing else. Each round runs everything once, so
+that ratios compare measurements close in time. Prints a table for each size, and one JSON line for docs/benchmarks.md.
 
     python benchmarks/sync.py [--megabytes 64 512 --engine sglang --bucket-mb 64 --repeat 5]
 """
@@ -28,7 +28,7 @@ from megatron_rl.engines.processes.embedded import EmbeddedServers
 from megatron_rl.engines.processes.server_process import Servers
 from megatron_rl.engines.processes.sglang import SGLangServers, server_flags
 from megatron_rl.precision.plan import resolve
-from megatron_rl.protocol.update_group import UpdateGroup, host_store, visit_store
+from megatron_rl.protocol.update_group import UpdateGroup, connect_store, create_store
 from megatron_rl.weight_sync.sync import WeightSync
 from megatron_rl.weight_sync.transports.disk import DiskTransport
 from megatron_rl.weight_sync.transports.distributed import DistributedTransport
@@ -40,7 +40,7 @@ TIMEOUT_S = 300.0
 
 
 def make_model(folder: Path, megabytes: int) -> Path:
-    """fp32 weights of about that many 10^6 bytes, in layers with the shapes of a 0.6B model."""
+    """Write a model with about `megabytes` * 10^6 bytes of fp32 weights, in layers with the shapes of a 0.6B model."""
     layer = 4 * (HIDDEN * (16 + 2 * 8) * 128 + 16 * 128 * HIDDEN + 3 * HIDDEN * WIDE)
     config = Qwen3Config(
         vocab_size=VOCAB,
@@ -69,10 +69,10 @@ def make_servers(engine: str, model: Path, logs: Path) -> Servers:
 
 
 def receive(port: int, nbytes: int) -> None:
-    """The other end of the raw broadcasts, until a first byte says that there are no more."""
+    """Receive the raw broadcasts. A first byte of 0 means that there are no more."""
     torch.set_num_threads(1)
     group = UpdateGroup.join(
-        "raw", visit_store("127.0.0.1", port, 2, 60), rank=1, world=2, backend="gloo", timeout_s=TIMEOUT_S
+        "raw", connect_store("127.0.0.1", port, 2, 60), rank=1, world=2, backend="gloo", timeout_s=TIMEOUT_S
     )
     data, word = torch.empty(nbytes, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
     while True:
@@ -85,8 +85,8 @@ def receive(port: int, nbytes: int) -> None:
 
 @contextmanager
 def raw_broadcast(data: torch.Tensor) -> Iterator[Callable[[], None]]:
-    """Broadcasts `data` to one process, and returns when that process has it."""
-    store = host_store(60)
+    """Yield a function that broadcasts `data` to one process and returns when that process has it."""
+    store = create_store(60)
     peer = mp.get_context("spawn").Process(target=receive, args=(store.port, data.numel()))
     peer.start()
     group = UpdateGroup.join("raw", store, rank=0, world=2, backend="gloo", timeout_s=TIMEOUT_S)
@@ -103,7 +103,7 @@ def raw_broadcast(data: torch.Tensor) -> Iterator[Callable[[], None]]:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Wall clock: several processes work."""
+    """Return the wall-clock seconds that `run` takes, because several processes work."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
@@ -152,7 +152,10 @@ def show(result: dict[str, object]) -> None:
     size = result["megabytes"]
     print(f"{f'{size:.0f} MB':<18}{'seconds':>10}{'GB/s':>10}{'x broadcast':>14}")
     for name, taken in result["seconds"].items():  # type: ignore[attr-defined]
-        print(f"{name:<18}{taken:>10.3f}{size / 1e3 / taken:>10.2f}{result['to_broadcast'][name]:>14.2f}")  # type: ignore[index,operator]
+        print(
+            f"{name:<18}{taken:>10.3f}{size / 1e3 / taken:>10.2f}"  # type: ignore[operator]
+            f"{result['to_broadcast'][name]:>14.2f}"  # type: ignore[index]
+        )
 
 
 def main() -> None:

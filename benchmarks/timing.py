@@ -1,4 +1,4 @@
-"""How long one call takes."""
+"""Time of one call."""
 
 import time
 from collections.abc import Callable
@@ -7,7 +7,11 @@ import torch
 
 
 def seconds(run: Callable[[], object], device: str) -> float:
-    """Of the calling thread on a CPU, where other processes then count little; of the device's whole work on a GPU."""
+    """Return the seconds that `run` takes.
+
+    On a CPU this is the time of the calling thread, on which other processes have little effect. On a GPU it is the
+    wall-clock time until all work of the device is done.
+    """
     if device == "cpu":
         start = time.thread_time()
         run()

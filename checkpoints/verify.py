@@ -1,6 +1,6 @@
-"""Prove that a Hugging Face checkpoint survives the way into megatron-core and back, byte for byte.
+"""Check that a Hugging Face checkpoint loaded into megatron-core and exported again is equal byte for byte.
 
-Run as one process per rank (torchrun or srun with RANK exported); exits 0 when every tensor is identical.
+Run one process per rank (torchrun, or srun with RANK exported). The exit code is 0 if every tensor is identical.
 """
 
 import sys
@@ -11,7 +11,7 @@ import typer
 from megatron_rl.config import make_config
 from megatron_rl.errors import MegatronRLError
 from megatron_rl.policy import parallel
-from megatron_rl.policy.actor import Policy
+from megatron_rl.policy.build import build_policy
 from megatron_rl.policy.device_port import pick_device
 from megatron_rl.weights.digest import tensor_digest
 
@@ -28,10 +28,10 @@ def verify(
         "expert": expert,
     }
     try:
-        # Experts need sequence parallelizm under tensor parallelizm; it changes no weight.
+        # With tensor parallelism, experts need sequence parallelism. It changes no weight.
         config = make_config({"model": {"path": str(model)}, "parallel": layout | {"sequence": tensor > 1}})
         device = pick_device(config.run.device)
-        policy = Policy(config, parallel.initialize(config.parallel, device, seed=0))
+        policy = build_policy(config, parallel.initialize(config.parallel, device, seed=0))
         changed, total = [], 0
         for name, exported in policy.export():
             if exported is not None:

@@ -1,4 +1,4 @@
-"""The command line. Heavy rooms are imported by the command that needs them, so that `--help` and `doctor` are quick."""
+"""The command line: one function a command. Heavy rooms are imported by the command that needs them, so `--help` is quick."""
 
 import importlib
 import json
@@ -25,7 +25,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VAL
 
 
 def main() -> None:
-    """Entry point: errors a user can mend are one paragraph and exit code 2; Ctrl-C is 130."""
+    """Run the command line. An error of the user is one paragraph and exit code 2; Ctrl-C is exit code 130."""
     try:
         app()
     except MegatronRLError as error:
@@ -47,20 +47,24 @@ def train(
     ] = False,
 ) -> None:
     """Train a policy by reinforcement learning; starts one process per rank unless a launcher already did."""
-    config = load_config(config_file, overrides)
+    # A run folder's own file may be from a version with other key names.
+    own_file = resume and config_file.with_name("log.jsonl").is_file()
+    config = load_config(config_file, overrides, accept_old_keys=own_file)
     if not under_launcher():
         preflight = _seam("trainer.preflight")
         preflight.check_run_folder(config, resume=resume)
         preflight.check(config)
         arguments = ["train", str(config_file), *(overrides or []), *(["--resume"] if resume else [])]
         sys.exit(run_ranks(arguments, config.parallel.world_size))
-    with _seam("trainer.bringup").open_run(config, resume=resume) as run:
+    with _seam("trainer.bringup").open_run(config, resume=resume) as trainer:
+        algorithm = _seam("algorithms").make_algorithm(trainer.plan)
+        hooks = _seam("trainer.attribution").attribution_hooks(config)
         try:
-            _seam("trainer.loop").train(run)
+            _seam("trainer.loop").train(trainer, algorithm, hooks)
         except KeyboardInterrupt:
-            run.save(wait=True)
-            if run.mesh.rank == 0:
-                print(f"stopped after {run.state.step} steps; go on with --resume", file=sys.stderr, flush=True)
+            trainer.save(wait=True)
+            if trainer.mesh.rank == 0:
+                print(f"stopped after {trainer.state.step} steps; go on with --resume", file=sys.stderr, flush=True)
             raise
 
 
@@ -77,32 +81,41 @@ def eval(
 @app.command()
 def serve(
     model: Annotated[Path, typer.Option(help="Hugging Face folder")],
-    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="address to listen on; the server has no authentication")] = "127.0.0.1",
     port: Annotated[int, typer.Option()] = 30000,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
     quantization: Annotated[str, typer.Option(help="of the weights: fp8_blockwise, fp8_blockwise_pow2, int8")] = "none",
     activations: Annotated[str, typer.Option(help="fp8: quantize the inputs of quantized layers too")] = "none",
-    parameters: Annotated[
-        str, typer.Option(help="the trainer's dtype, which weights pass before being quantized")
+    trainer_dtype: Annotated[
+        str, typer.Option(help="the trainer's dtype, to which weights are rounded before they are quantized")
     ] = "bf16",
     first_last_bf16: Annotated[
-        bool, typer.Option("--first-last-bf16", help="spare the first and the last layer")
+        bool, typer.Option("--first-last-bf16", help="do not quantize the first and the last layer")
     ] = False,
-    threads: Annotated[int, typer.Option(help="torch threads; 0: all cores")] = 0,
+    threads: Annotated[int, typer.Option(help="torch threads; 0: torch's choice")] = 0,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="every request is its own batch")] = False,
+    weight_version: Annotated[str, typer.Option(help="name of the weights as loaded")] = "default",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    max_rows: Annotated[int, typer.Option(help="samples decoded together")] = 512,
+    parent_pid: Annotated[int, typer.Option(help="end with this parent process; 0: live on", hidden=True)] = 0,
 ) -> None:
     """Serve a model over SGLang's HTTP contract with the embedded engine; SGLang has `python -m sglang.launch_server`."""
-    engine_quantization = _seam("server.quantized_linear").requested(
-        quantization, activations, first_last_bf16, parameters
-    )
-    _seam("server.app").serve(
-        model,
-        host=host,
-        port=port,
-        dtype=dtype,
-        threads=threads,
-        deterministic=deterministic,
-        engine_quantization=engine_quantization,
+    options = _seam("protocol.server_options")
+    quantized = options.parse_quantization(quantization, activations, first_last_bf16, trainer_dtype)
+    _seam("server.app").run_server(
+        options.ServerOptions(
+            model=model,
+            host=host,
+            port=port,
+            dtype=dtype,
+            threads=threads,
+            deterministic=deterministic,
+            weight_version=weight_version,
+            device=device,
+            max_rows=max_rows,
+            parent_pid=parent_pid,
+            quantization=quantized,
+        )
     )
 
 
@@ -123,12 +136,12 @@ def attribute(
         int | None, typer.Option(metavar="STEP", help="the kept checkpoint that samples; without it the newest")
     ] = None,
 ) -> None:
-    """Say where the mismatch between trainer and engine comes from: kernels, precisions, weight sync, staleness."""
+    """Report where the mismatch between trainer and engine comes from: kernels, precisions, weight sync, staleness."""
     source = run_folder / "config.yaml"
     if not source.is_file():
         raise UserError(f"{run_folder} is not the folder of a run: it has no config.yaml")
     place = [f"run.dir={json.dumps(str(run_folder.parent))}", f"run.name={json.dumps(run_folder.name)}"]
-    config = load_config(source, place)
+    config = load_config(source, place, accept_old_keys=True)
     if not under_launcher():
         if layers:
             _seam("attribution.hidden").check_one_rank(config.parallel.world_size)
@@ -143,14 +156,14 @@ def doctor(
     config_file: Annotated[Path | None, typer.Option("--config", help="also check this configuration")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Say in seconds what this machine can do, and whether a configuration can run on it; nothing is started or written."""
+    """Report in seconds what this machine can do, and whether a configuration can run on it; nothing is started or written."""
     if overrides and config_file is None:
         raise ConfigError(f"override '{overrides[0]}' has no configuration to go with: give one with --config")
     config = None if config_file is None else load_config(config_file, overrides)
-    _seam("doctor").examine()
+    _seam("doctor").print_report()
     if config is not None:
         report = _seam("trainer.preflight").check(config)
-        _seam("trainer.precision_check").say(report)
+        _seam("trainer.precision_check").print_plan(report)
         print(f"{config_file}: can run")
 
 
@@ -160,7 +173,7 @@ def warmup(
     dest: Annotated[Path, typer.Option(help="Hugging Face folder to write")],
     overrides: Overrides = None,
     target: Annotated[float, typer.Option(help="held-out pass rate at which to stop")] = 0.4,
-    careless: Annotated[float, typer.Option(help="share of demonstrations with one wrong digit")] = 0.0,
+    error_rate: Annotated[float, typer.Option(help="share of demonstrations with one wrong digit")] = 0.0,
     batch_size: Annotated[int, typer.Option(help="problems per update")] = 200,
     max_updates: Annotated[int, typer.Option()] = 1000,
 ) -> None:
@@ -170,7 +183,7 @@ def warmup(
         options = {
             "dest": dest,
             "target": target,
-            "careless": careless,
+            "error-rate": error_rate,
             "batch-size": batch_size,
             "max-updates": max_updates,
         }
@@ -178,7 +191,7 @@ def warmup(
         arguments = ["warmup", str(config_file), *flags, *(overrides or [])]
         sys.exit(run_ranks(arguments, config.parallel.world_size))
     rate = _seam("sft").warm_up(
-        config, dest, target=target, careless=careless, batch_size=batch_size, max_updates=max_updates
+        config, dest, target=target, error_rate=error_rate, batch_size=batch_size, max_updates=max_updates
     )
     if os.environ["RANK"] == "0":
         print(f"warmed up to a held-out pass rate of {rate:.1%}: {dest}")
@@ -190,7 +203,7 @@ def quickstart(
     config_dir: Annotated[Path, typer.Option(help="folder with warmup.yaml and quickstart.yaml")] = Path("configs"),
 ) -> None:
     """Build a small model, warm it up, improve it by reinforcement learning at TP2, report. Minutes on a laptop."""
-    _seam("quickstart").run(folder, config_dir)
+    _seam("quickstart").run_quickstart(folder, config_dir)
 
 
 def _seam(module: str) -> Any:

@@ -14,13 +14,13 @@ from rich.table import Table
 
 from megatron_rl.config import SGLangConfig
 from megatron_rl.errors import PrecisionError
-from megatron_rl.precision.machine import RECIPES, Machine, load_transformer_engine, refusal, this_machine
-from megatron_rl.precision.tensor_cores import MODES, missing
+from megatron_rl.precision.machine import RECIPES, Machine, load_transformer_engine, this_machine, unsupported_reason
+from megatron_rl.precision.tensor_cores import MODES, missing_feature
 
 PACKAGES = ("torch", "megatron-core", "transformers", "triton")
 
 
-def examine() -> None:
+def print_report() -> None:
     """Print a table of versions and capabilities, and warnings where an installation would mislead."""
     machine = this_machine()
     cuda = machine.capability is not None
@@ -58,7 +58,7 @@ def sglang_row(python: Path) -> tuple[str, str, str]:
 def precision_rows(machine: Machine, broken: str | None) -> list[tuple[str, str, str]]:
     """Which recipes of precision.recipe run how, and which FP8 products torch itself has on the device."""
     device = torch.device("cpu" if machine.capability is None else "cuda")
-    works = [mode for mode in MODES if missing(mode, device) is None]
+    works = [mode for mode in MODES if missing_feature(mode, device) is None]
     lacks = [mode for mode in MODES if mode not in works]
     products = (
         "torch scaled_mm",
@@ -69,9 +69,9 @@ def precision_rows(machine: Machine, broken: str | None) -> list[tuple[str, str,
         return [("FP8 recipes", "emulated", ", ".join(RECIPES)), products]
     if broken is not None:
         return [("FP8 recipes", "none", "they need Transformer Engine"), products]
-    unable = [name for name in RECIPES if refusal(name, machine, pow2=True) is not None]
+    unable = [name for name in RECIPES if unsupported_reason(name, machine, pow2=True) is not None]
     able = [
-        name if refusal(name, machine) is None else f"{name} (pow2_scales: true)"
+        name if unsupported_reason(name, machine) is None else f"{name} (pow2_scales: true)"
         for name in RECIPES
         if name not in unable
     ]

@@ -1,12 +1,17 @@
-"""The six exceptions of the project.
+"""The exceptions of the project: one base class and five kinds of error.
 
-A message says what is wrong, where (file:line, key path, tensor name) and how to mend it. The command
-line prints these in one paragraph and exits 2; anything else is a bug and shows its traceback.
+A message says what is wrong, where (file:line, key path, tensor name) and how to fix it. The command line prints
+the message of these errors in one paragraph and exits with status 2. Any other exception is a bug and shows its
+traceback.
 """
 
 
 class MegatronRLError(Exception):
-    """Root of every error a user can cause or mend. everywhere: the same error is raised on all ranks, so one prints it."""
+    """Base class of every error that a user can cause or fix.
+
+    Attributes:
+        everywhere: True if the same error is raised on all ranks, so that only one rank prints it.
+    """
 
     everywhere = False
 
@@ -24,7 +29,7 @@ class CheckpointError(MegatronRLError):
 
 
 class EngineError(MegatronRLError):
-    """A rollout engine is unreachable, refused a request, or holds other weights than it should."""
+    """A rollout engine is unreachable, refused a request, or holds weights other than the expected ones."""
 
 
 class PrecisionError(MegatronRLError):

@@ -12,10 +12,10 @@ from megatron_rl.report import write_report
 from megatron_rl.tiny_model import make_tiny_model
 
 WARM_PASS_RATE = 0.35
-CARELESS = 0.4  # share of wrong demonstrations: the model learns the way, and what to trust from the verifier
+ERROR_RATE = 0.4  # share of wrong demonstrations: the model learns the way, and what to trust from the verifier
 
 
-def run(folder: Path, config_dir: Path) -> None:
+def run_quickstart(folder: Path, config_dir: Path) -> None:
     """Models go to FOLDER/quickstart-models, the run to FOLDER/quickstart; both are made anew.
 
     Raises UserError when a stage fails; its own message was printed by its ranks.
@@ -35,9 +35,9 @@ def run(folder: Path, config_dir: Path) -> None:
     make_tiny_model(fresh, [f"{a}+{b}={a + b}" for a in numbers for b in numbers], seed=warmup.run.seed)
 
     _say(
-        f"2/4 supervised warm-up to a pass rate of {WARM_PASS_RATE:.0%}; the teacher is wrong {CARELESS:.0%} of the time"
+        f"2/4 supervised warm-up to a pass rate of {WARM_PASS_RATE:.0%}; the teacher is wrong {ERROR_RATE:.0%} of the time"
     )
-    options = ["--dest", str(warm), "--target", str(WARM_PASS_RATE), "--careless", str(CARELESS)]
+    options = ["--dest", str(warm), "--target", str(WARM_PASS_RATE), "--error-rate", str(ERROR_RATE)]
     options += ["--batch-size", "224", "--max-updates", "2000"]
     _ranks(["warmup", str(warmup_file), f"model.path={fresh}", *place, *options], warmup.parallel.world_size)
 

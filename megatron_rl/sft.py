@@ -9,19 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
 from megatron_rl.objectives import LossInputs, LossNorm, LossOutputs
-from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy
-from megatron_rl.policy.device_port import pick_device
+from megatron_rl.policy.build import build_policy
+from megatron_rl.policy.parallel import joined_mesh
 from megatron_rl.sampling.rollouts import stop_token_ids
 from megatron_rl.tasks import make_task
 from megatron_rl.tasks.task import Turn
-from megatron_rl.trainer.precision_check import say
+from megatron_rl.trainer.precision_check import print_plan
 from megatron_rl.trainer.preflight import check_rank
 from megatron_rl.trainer.progress import ProgressLine
 from megatron_rl.types import Batch, Prompt
@@ -66,16 +65,16 @@ def solution_batch(
     )
 
 
-def with_a_slip(solution: Sequence[Turn], rng: np.random.Generator) -> list[Turn]:
+def with_wrong_digit(solution: Sequence[Turn], rng: np.random.Generator) -> list[Turn]:
     """The solution with one digit of its last turn replaced by another digit."""
     *before, last = solution
-    return [*before, replace(last, text=_slipped(last.text, rng))]
+    return [*before, replace(last, text=_with_wrong_digit(last.text, rng))]
 
 
-def _slipped(solution: str, rng: np.random.Generator) -> str:
+def _with_wrong_digit(solution: str, rng: np.random.Generator) -> str:
     places = [i for i, character in enumerate(solution) if character.isdigit()]
     if not places:
-        raise UserError(f"solution {solution!r} has no digit to get wrong: warm up with careless 0")
+        raise UserError(f"solution {solution!r} has no digit to get wrong: warm up with error_rate 0")
     at = int(rng.choice(places))
     digit = (int(solution[at]) + int(rng.integers(1, 10))) % 10
     return f"{solution[:at]}{digit}{solution[at + 1 :]}"
@@ -92,49 +91,59 @@ def warm_up(
     dest: Path,
     *,
     target: float,
-    careless: float,
+    error_rate: float,
     batch_size: int,
     max_updates: int,
     check_every: int = 10,
 ) -> float:
-    """Train `config.model.path` on solutions until the held-out pass rate reaches `target`; write it to `dest`.
+    """Train `config.model.path` on solutions until the held-out pass rate reaches `target`. Collective.
 
-    careless: share of demonstrations with one wrong digit. Such a teacher shows the way and cannot be trusted: what is
-    left to learn is there for the verifier to reward. Collective over the ranks of `config.parallel`; answers the pass
-    rate reached. Raises UserError when `max_updates` do not get there, PrecisionError for a plan that cannot run here.
+    Args:
+        config: the resolved configuration.
+        dest: Hugging Face folder to write.
+        target: held-out pass rate at which to stop.
+        error_rate: share of demonstrations with one wrong digit. The model then learns the form of a solution from them,
+            and the verifier's reward has something left to teach.
+        batch_size: problems of an update.
+        max_updates: updates after which to fail.
+        check_every: updates between measurements of the pass rate.
+
+    Returns:
+        The pass rate reached.
+
+    Raises:
+        UserError: when `max_updates` updates do not reach the target.
+        PrecisionError: when this machine cannot do what the precision plan says.
     """
     report = check_rank(config)
-    device = pick_device(config.run.device)
-    if device.type == "cpu" and config.parallel.world_size > 1:
-        torch.set_num_threads(1)
-    mesh = parallel.initialize(config.parallel, device, config.run.seed)
-    if mesh.rank == 0:
-        say(report)
-    policy = Policy(config, mesh)
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    task = make_task(config.task, tokenizer, seed=config.run.seed, max_prompt_tokens=config.rollout.max_prompt_tokens)
-    end = stop_token_ids(config.model.path)[0]
-    rng = np.random.default_rng(config.run.seed)
-    right = [task.demonstration(p) for p in task.train]
-    wrong = [with_a_slip(solution, rng) for solution in right] if careless else right
-    problems = len(right)
-    everything = solution_batch([*task.train, *task.train], [*right, *wrong], tokenizer, end)
-    held_out = solution_batch(task.held_out, [task.demonstration(p) for p in task.held_out], tokenizer, end)
-    rate = 0.0
-    with ProgressLine("warm-up", max_updates, 0, enabled=mesh.rank == 0) as progress:
-        for update in range(1, max_updates + 1):
-            rows = rng.choice(problems, min(batch_size, problems), replace=False)
-            rows += problems * (rng.random(len(rows)) < careless)
-            stats = policy.update(everything.select(rows), negative_log_likelihood, NORM)
-            if update % check_every == 0:
-                rate = expected_pass_rate(policy, held_out)
-                progress.show(f"loss {stats.loss:.3f} | held-out pass rate {rate:.1%}", update)
-                if rate >= target:
-                    break
-    if rate < target:
-        raise UserError(
-            f"warm-up reached a pass rate of {rate:.1%} in {max_updates} updates, {target:.1%} was asked for"
+    with joined_mesh(config) as mesh:
+        if mesh.rank == 0:
+            print_plan(report)
+        policy = build_policy(config, mesh)
+        tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        task = make_task(
+            config.task, tokenizer, seed=config.run.seed, max_prompt_tokens=config.rollout.max_prompt_tokens
         )
-    policy.save_hf(dest)
-    parallel.shutdown()
+        end = stop_token_ids(config.model.path)[0]
+        rng = np.random.default_rng(config.run.seed)
+        right = [task.demonstration(p) for p in task.train]
+        wrong = [with_wrong_digit(solution, rng) for solution in right] if error_rate else right
+        everything = solution_batch([*task.train, *task.train], [*right, *wrong], tokenizer, end)
+        held_out = solution_batch(task.held_out, [task.demonstration(p) for p in task.held_out], tokenizer, end)
+        rate = 0.0
+        with ProgressLine("warm-up", max_updates, 0, enabled=mesh.rank == 0) as progress:
+            for update in range(1, max_updates + 1):
+                rows = rng.choice(len(right), min(batch_size, len(right)), replace=False)
+                rows += len(right) * (rng.random(len(rows)) < error_rate)
+                stats = policy.update(everything.select(rows), negative_log_likelihood, NORM)
+                if update % check_every == 0:
+                    rate = expected_pass_rate(policy, held_out)
+                    progress.show(f"loss {stats.loss:.3f} | held-out pass rate {rate:.1%}", update)
+                    if rate >= target:
+                        break
+        if rate < target:
+            raise UserError(
+                f"warm-up reached a pass rate of {rate:.1%} in {max_updates} updates, {target:.1%} was asked for"
+            )
+        policy.save_hf(dest)
     return rate

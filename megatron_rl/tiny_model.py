@@ -1,4 +1,4 @@
-"""A small Qwen3-architecture model with a byte-level BPE tokenizer, made on the spot: no download needed."""
+"""A small Qwen3-architecture model with a byte-level BPE tokenizer, generated locally: no download needed."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(corpus: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE trained on `corpus`; every digit is a token of its own, so numbers align."""
+    """Return a byte-level BPE tokenizer trained on `corpus`. Every digit is one token, so numbers align."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -37,7 +37,15 @@ def make_tiny_model(
 ) -> Path:
     """Write a complete Hugging Face folder: random weights (about 0.34 M), tokenizer, generation config.
 
-    With 2 heads of 128 every matrix falls into blocks of 128 x 128, also on two tensor-parallel ranks.
+    With 2 heads of 128, every matrix divides into blocks of 128 x 128, also on two tensor-parallel ranks.
+
+    Args:
+        folder: where the model is written; also the return value.
+        corpus: texts that the tokenizer is trained on.
+        seed: seed of the weights.
+        vocab_size: size of the vocabulary.
+        heads: number of attention heads.
+        head_dim: dimension of one head.
     """
     tokenizer = make_tokenizer(corpus, vocab_size)
     config = Qwen3Config(

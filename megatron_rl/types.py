@@ -1,4 +1,4 @@
-"""What travels round the loop: a prompt, what an engine made of it, and the columns of one batch."""
+"""The data that the training loop passes around: a prompt, a sampled response, and the columns of one batch."""
 
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Self
@@ -10,7 +10,14 @@ from megatron_rl.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One problem of a task: its name there, its text, its tokens, and what the verifier compares with."""
+    """One problem of a task.
+
+    Attributes:
+        id: the task's own name of the problem.
+        text: the prompt text.
+        tokens: the token ids of the prompt.
+        answer: what the verifier compares the response with.
+    """
 
     id: str
     text: str
@@ -19,7 +26,7 @@ class Prompt:
 
 
 class VersionSpan(NamedTuple):
-    """Response tokens [start, end) were sampled under weight version `version`."""
+    """Response tokens [start, end), sampled under weight version `version`."""
 
     version: int
     start: int
@@ -27,9 +34,13 @@ class VersionSpan(NamedTuple):
 
 
 class TopK(NamedTuple):
-    """The K likeliest tokens of the behavior policy at each of R response positions, likeliest first.
+    """The K most likely tokens of the behavior policy at each of R response positions, most likely first.
 
-    ids [R, K] int32; logmu [R, K] float32, their log-probabilities, finite. The sampled token need not be among them.
+    The sampled token need not be among them.
+
+    Attributes:
+        ids: token ids, [R, K] int32.
+        logmu: their log-probabilities, [R, K] float32, finite.
     """
 
     ids: np.ndarray
@@ -40,12 +51,19 @@ class TopK(NamedTuple):
 class Trajectory:
     """One sampled response, exactly as the engine produced it (token in, token out: never re-tokenized).
 
-    id: unique in the run. group: trajectories of one prompt share it. prompt_id: the task's own name of
-    the prompt. logmu: behavior log-probabilities of the response tokens, None when the objective does not
-    need them. reward: None until the task has verified the response. finish_reason: "stop", "length" or "abort".
-    topk: None when the objective does not need it; not compared. response_mask: 1 for tokens the model wrote and is trained
-    on, 0 for a tool's output (whose logmu is 0) and void turns; None: all 1. routing: [T - 1, L, K] int32, the experts the
-    engine chose for each input token of prompt and response but the last, in each of L mixture-of-experts layers; not compared.
+    Attributes:
+        id: unique in the run.
+        group: shared by the trajectories of one prompt.
+        prompt_id: the task's own name of the prompt.
+        logmu: behavior log-probabilities of the response tokens; None if the objective does not need them.
+        finish_reason: "stop", "length" or "abort".
+        versions: the weight versions that sampled the response tokens.
+        reward: None until the task has verified the response.
+        topk: None if the objective does not need it; not compared.
+        response_mask: 1 for tokens that the model wrote and that are trained on, 0 for tool output (whose logmu is 0)
+            and for void turns; None means all 1.
+        routing: [T - 1, L, K] int32, the experts that the engine chose for each input token of prompt and response
+            except the last one, in each of L mixture-of-experts layers; not compared.
     """
 
     id: int
@@ -63,7 +81,10 @@ class Trajectory:
 
     @property
     def last_turn(self) -> tuple[int, ...]:
-        """Response tokens after the last one that is masked: the answer is looked for here, never in a tool's output."""
+        """The response tokens after the last masked one.
+
+        The answer is searched for in these tokens only, never in tool output.
+        """
         if self.response_mask is None:
             return self.response_tokens
         written = len(self.response_mask)
@@ -79,16 +100,29 @@ class Trajectory:
 class Batch:
     """Trajectories as columns; identical on every rank.
 
-    B trajectories, N = sum of their lengths (prompt and response). Per-token columns are flat and in
-    *token* order: entry t speaks of token t itself (packing shifts them to the position that predicts it).
+    B trajectories, N = sum of their lengths (prompt and response). Per-token columns are flat and in *token* order:
+    entry t describes token t itself. Packing later shifts the entries to the position that predicts the token.
 
-    tokens [N] int32; cu_seqlens [B + 1] int64, trajectory i is tokens[cu[i]:cu[i + 1]]; mask [N] float32,
-    1 on trained response tokens; logmu [N] float32 (0 where mask is 0) or None; rewards, advantages [B] float32;
-    ids, groups [B] int64. logold, logref: as logmu. topk_ids [N, K] int32 and topk_logmu [N, K] float32: the behavior
-    policy's K likeliest tokens in place of each token, or None; 0 where mask is 0. token_advantages [N] float32: take the
-    place of advantages in the loss; 0 where mask is 0. versions [N] int32: weight version that sampled the token, -1 where
-    mask is 0, or None. staleness [N] float32: versions between that one and the one the step trains from, 0 where mask is 0,
-    or None. routing [N, L, K] int32: experts the engine chose with this token as input; -1 where it chose none.
+    Attributes:
+        ids: trajectory ids, [B] int64.
+        groups: group of each trajectory, [B] int64.
+        tokens: [N] int32.
+        cu_seqlens: [B + 1] int64; trajectory i is tokens[cu[i]:cu[i + 1]].
+        mask: [N] float32, 1 on trained response tokens.
+        rewards: [B] float32.
+        advantages: [B] float32.
+        logmu: [N] float32, 0 where mask is 0; or None.
+        logold: same layout as logmu.
+        logref: same layout as logmu.
+        prompt_ids: the task's own names of the prompts.
+        topk_ids: [N, K] int32, the behavior policy's K most likely tokens at the position of each token, 0 where mask
+            is 0; or None.
+        topk_logmu: [N, K] float32, their log-probabilities, 0 where mask is 0; or None.
+        token_advantages: [N] float32, used in the loss in place of `advantages`; 0 where mask is 0.
+        versions: [N] int32, weight version that sampled the token, -1 where mask is 0; or None.
+        staleness: [N] float32, versions between the one that sampled the token and the one the step trains from, 0
+            where mask is 0; or None.
+        routing: [N, L, K] int32, experts that the engine chose with this token as input, -1 where it chose none.
     """
 
     ids: np.ndarray
@@ -114,11 +148,15 @@ class Batch:
 
     @property
     def lengths(self) -> np.ndarray:
-        """[B] int64, tokens per trajectory."""
+        """Tokens per trajectory, [B] int64."""
         return np.diff(self.cu_seqlens)
 
     def check_finite(self) -> None:
-        """Raises UserError naming the column and the trajectory of the first trained token whose number is not finite."""
+        """Check that every number of a trained token is finite.
+
+        Raises:
+            UserError: a value is not finite; the message names the column and the trajectories.
+        """
         trained = self.mask > 0
         per_token = {
             name: column
@@ -131,11 +169,12 @@ class Batch:
             if bad.any():
                 rows = np.searchsorted(self.cu_seqlens, np.flatnonzero(bad), side="right") - 1
                 raise UserError(
-                    f"{name} is not finite in trajectories {np.unique(self.ids[rows])[:20].tolist()}: the update is refused"
+                    f"{name} is not finite in trajectories {np.unique(self.ids[rows])[:20].tolist()}: "
+                    "the update is refused"
                 )
 
     def select(self, rows: np.ndarray) -> "Batch":
-        """The batch of the given trajectories (row indices), in that order."""
+        """Return the batch of the trajectories with row indices `rows`, in that order."""
         lengths = self.lengths[rows]
         flat = np.concatenate([np.arange(self.cu_seqlens[r], self.cu_seqlens[r + 1]) for r in rows])
 

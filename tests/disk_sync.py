@@ -6,14 +6,14 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_rl.engines.pool import EnginePool
 from megatron_rl.weight_sync.sync import WeightSync
-from megatron_rl.weight_sync.transaction import Engines
 from megatron_rl.weight_sync.transports.disk import DiskTransport
 from megatron_rl.weights.hf_folder import HFFolder
 
 
 def disk_sync(
-    pool: Engines | None,
+    pool: EnginePool | None,
     source: HFFolder,
     staging: Path | None = None,
     keep: int = 2,

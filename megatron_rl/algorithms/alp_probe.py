@@ -1,4 +1,4 @@
-"""A few trajectories scored without the perturbation that the step's first update puts on them."""
+"""ALP's clean pass: a few trajectories scored without the noise that the step's first update adds."""
 
 from dataclasses import dataclass, field
 
@@ -10,19 +10,24 @@ from megatron_rl.types import Batch
 
 
 @dataclass(frozen=True)
-class Probe:
-    """Clean log-probabilities [N] of the first N tokens of `part`, under the weights before its update."""
+class CleanScores:
+    """Log-probabilities without noise, of the first N tokens of an update's batch, under the weights before it.
+
+    Attributes:
+        part: the batch of the update.
+        logp: [N] float32.
+    """
 
     part: Batch
-    clean: np.ndarray = field(repr=False)
+    logp: np.ndarray = field(repr=False)
 
     def record(self, stats: UpdateStats) -> dict[str, float]:
-        """What the noise did to these tokens. stats: of the update of `part`, on rank 0."""
+        """Return what the noise did to these tokens. `stats` is of the update of `part`. For rank 0."""
         assert stats.logp is not None
-        trained = np.flatnonzero(self.part.mask[: len(self.clean)] > 0)
+        trained = np.flatnonzero(self.part.mask[: len(self.logp)] > 0)
         if not len(trained):
             return {}
-        clean, perturbed = self.clean[trained], stats.logp[trained]
+        clean, perturbed = self.logp[trained], stats.logp[trained]
         record = shift_record(perturbed, clean)
         if self.part.logmu is not None:
             logmu = self.part.logmu[trained]
@@ -30,10 +35,12 @@ class Probe:
         return record
 
 
-def probe(policy: Policy, part: Batch) -> Probe:
-    """Score what of `part` fits into one micro-batch, at least one trajectory: one forward pass a step. Collective."""
-    count = int(
-        np.searchsorted(np.cumsum(part.lengths), policy.config.optimizer.tokens_per_microbatch // 2, side="right")
-    )
+def score_clean(policy: Policy, part: Batch) -> CleanScores:
+    """Score without noise as many trajectories of `part` as fit into half a micro-batch, at least one. Collective.
+
+    The cost is one forward pass a step.
+    """
+    budget = policy.settings.tokens_per_microbatch // 2
+    count = int(np.searchsorted(np.cumsum(part.lengths), budget, side="right"))
     few = part.select(np.arange(max(1, count)))
-    return Probe(part, policy.logprobs(few))
+    return CleanScores(part, policy.logprobs(few))

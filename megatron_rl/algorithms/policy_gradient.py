@@ -1,66 +1,71 @@
-"""An ordinary step's learning: one pass over the batch, cut into the step's optimizer updates."""
+"""Policy gradient: one pass over the step's batch, cut into the step's optimizer updates."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from megatron_rl.algorithms.alp_probe import probe
-from megatron_rl.diagnostics.alp_effect import swallowed
+from megatron_rl.algorithms.alp_probe import score_clean
+from megatron_rl.diagnostics.alp_effect import rounding_warning
 from megatron_rl.objectives import Objective
 from megatron_rl.policy.actor import Policy, UpdateStats
-from megatron_rl.sampling.batch import split_updates
-from megatron_rl.trainer.bringup import Run
 from megatron_rl.trainer.metrics import Stopwatch, step_record
+from megatron_rl.trainer.trainer import Trainer
 from megatron_rl.types import Batch
-
-
-class Learned(Protocol):
-    """What a step has learned, as the loop needs it."""
-
-    def records(self, step: int, version: int, watch: Stopwatch, sampled: dict[str, float]) -> list[dict[str, Any]]:
-        """For the run log, on rank 0. version: the weights the step started from. sampled: `Rollouts.sampled`."""
-        ...
 
 
 @dataclass(frozen=True)
 class Updates:
-    """The updates of a step in order, and what each did. probe: what a perturbation did to some tokens of the first."""
+    """The updates of a step in order, with the statistics of each.
+
+    Attributes:
+        parts: the batch of each update.
+        stats: the outcome of each update.
+        objective: makes the metrics that are ratios of others.
+        alp: what the noise of ALP did to some tokens of the first update; empty without ALP.
+    """
 
     parts: list[Batch]
     stats: list[UpdateStats]
     objective: Objective
-    probe: dict[str, float] = field(default_factory=dict)
+    alp: dict[str, float] = field(default_factory=dict)
 
     def records(self, step: int, version: int, watch: Stopwatch, sampled: dict[str, float]) -> list[dict[str, Any]]:
+        """Return the one record of the step; see `trainer.algorithm.Learned`."""
         record = step_record(step, version, self.parts, self.stats, watch, sampled)
         metrics = {name: value for name, value in record.items() if isinstance(value, float)}
-        return [record | self.objective.summary(metrics) | self.probe]
+        return [record | self.objective.summary(metrics) | self.alp]
 
 
-def collect(run: Run, watch: Stopwatch) -> Batch:
-    """The batch of the next step, sampled from the weights the engines serve, or not much older ones. Collective."""
-    return run.mesh.on_lead(lambda: run.collect(run.state.step, watch))
+class PolicyGradient:
+    """The algorithm of every objective that learns from each batch once."""
 
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
 
-def learn(run: Run, batch: Batch, watch: Stopwatch) -> Updates:
-    """Make the step's updates. Collective."""
-    with watch("update"):
-        batch = with_columns(run.policy, batch, run.objective.needs)
-        if "staleness" in run.objective.needs:
-            batch = with_staleness(batch, run.state.version)
-        parts = split_updates(batch, run.config.optimizer.updates_per_step)
-        clean = probe(run.policy, parts[0]) if run.config.alp.enabled else None
-        stats = [run.policy.update(part, run.objective, run.norm) for part in parts]
-    if clean is None or run.mesh.rank != 0:
-        return Updates(parts, stats, run.objective)
-    record = clean.record(stats[0])
-    run.warn_once(swallowed(record) if record else None)
-    return Updates(parts, stats, run.objective, record)
+    def collect(self, trainer: Trainer, watch: Stopwatch) -> Batch:
+        """Return a batch sampled from the weights that the engines serve, or from recent ones. Collective."""
+        return trainer.collect(watch)
+
+    def learn(self, trainer: Trainer, batch: Batch, watch: Stopwatch) -> Updates:
+        """Make the step's optimizer updates. Collective."""
+        policy, objective = trainer.policy, self.objective
+        with watch("update"):
+            batch = with_columns(policy, batch, objective.needs)
+            if "staleness" in objective.needs:
+                batch = with_staleness(batch, trainer.state.version)
+            parts = split_updates(batch, trainer.config.optimizer.updates_per_step)
+            clean = score_clean(policy, parts[0]) if trainer.config.alp.enabled else None
+            stats = [policy.update(part, objective, trainer.plan.norm) for part in parts]
+        if clean is None or trainer.lead is None:
+            return Updates(parts, stats, objective)
+        record = clean.record(stats[0])
+        trainer.lead.warn_once(rounding_warning(record) if record else None)
+        return Updates(parts, stats, objective, record)
 
 
 def with_columns(policy: Policy, batch: Batch, needs: frozenset[str]) -> Batch:
-    """The batch with the log-probabilities that the trainer itself computes, where they are needed. Collective."""
+    """Return the batch with the log-probabilities that the trainer itself computes, where `needs` names them. Collective."""
     if "logold" in needs and batch.logold is None:
         batch = replace(batch, logold=policy.logprobs(batch))
     if "logref" in needs and batch.logref is None:
@@ -69,17 +74,12 @@ def with_columns(policy: Policy, batch: Batch, needs: frozenset[str]) -> Batch:
 
 
 def with_staleness(batch: Batch, version: int) -> Batch:
-    """The batch with the age of every token; version: of the weights the step trains from."""
-    assert batch.versions is not None  # engines tell them, always
+    """Return the batch with the age of every token, in versions before `version`, from which the step trains."""
+    assert batch.versions is not None  # engines always report them
     return replace(batch, staleness=np.where(batch.mask > 0, version - batch.versions, 0).astype(np.float32))
 
 
-def epoch_part(batch: Batch, parts: int, update: int, seed: tuple[int, ...]) -> Batch:
-    """The part of update number `update` (from 0) of a stage that goes through the batch again and again.
-
-    Each epoch cuts it into `parts` parts of whole groups, in an order that follows from (seed, epoch) alone.
-    """
-    epoch, at = divmod(update, parts)
-    order = np.random.default_rng((*seed, epoch)).permutation(np.unique(batch.groups))
-    chosen = np.array_split(order, parts)[at]
-    return batch.select(np.flatnonzero(np.isin(batch.groups, chosen)))
+def split_updates(batch: Batch, updates: int) -> list[Batch]:
+    """Cut a step's batch into `updates` parts of whole groups."""
+    parts = np.array_split(np.unique(batch.groups), updates)
+    return [batch.select(np.flatnonzero(np.isin(batch.groups, part))) for part in parts]

@@ -1,1 +1,1 @@
-"""Adaptive layerwise perturbation (arXiv 2603.19470): noise that every layout agrees on, and the layer that adds it."""
+"""Adaptive layerwise perturbation (arXiv 2603.19470): noise equal in every layout, and the layer that adds it."""

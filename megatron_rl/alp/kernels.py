@@ -1,6 +1,7 @@
-"""The noise on a GPU: one pass adds it, one sums a gradient against it, and it never reaches memory.
+"""GPU kernels for the noise. Needs triton.
 
-The integers are those of `noise.philox4x32`; the normals made of them differ by rounding only. Needs triton.
+One kernel adds the noise, one computes the dot product of a gradient and the noise. The noise is never written to
+memory. The integers are those of `noise.philox4x32`. The normals computed from them differ by rounding only.
 """
 
 import torch
@@ -9,15 +10,21 @@ import triton.language as tl
 
 from megatron_rl.alp.noise import WORD, Key, NoiseRows
 
-_BLOCK = 512  # counters per program, at most: four elements each
+_BLOCK = 512  # maximum number of counters per program; every counter gives four elements
 
 
-def add_noise(
+def launch_add_noise(
     x: torch.Tensor, sigma: torch.Tensor, rows: NoiseRows, key: Key, first: int = 0, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """x [t, n] (float32, bfloat16, float16) + sigma [1] * eps of columns first to first + n, added in float32, rounded once.
+    """Return x + sigma * eps, added in float32 and rounded once.
 
-    out: where to, contiguous; x itself may be given.
+    Args:
+        x: [t, n], float32, bfloat16 or float16.
+        sigma: [1].
+        rows: the tokens of the rows of x.
+        key: key of the noise.
+        first: global index of column 0 of x. eps is the noise of columns first to first + n.
+        out: contiguous tensor for the result, may be x itself. None for a new tensor.
     """
     x = x.contiguous()
     out = torch.empty_like(x) if out is None else out
@@ -26,8 +33,17 @@ def add_noise(
     return out
 
 
-def dot_noise(grad: torch.Tensor, rows: NoiseRows, key: Key, first: int = 0) -> torch.Tensor:
-    """[1] float64: the sum of grad [t, n] * eps; up to 2048 products in float32, then in float64, in a fixed order."""
+def launch_dot_noise(grad: torch.Tensor, rows: NoiseRows, key: Key, first: int = 0) -> torch.Tensor:
+    """Return the sum of grad * eps, float64 [1].
+
+    Up to 2048 products are summed in float32, the partial sums in float64. The order is fixed.
+
+    Args:
+        grad: [t, n].
+        rows: the tokens of the rows of grad.
+        key: key of the noise.
+        first: global index of column 0 of grad.
+    """
     grad = grad.contiguous()
     grid, block = _grid(grad, first)
     parts = torch.empty(grid, dtype=torch.float32, device=grad.device)
@@ -36,7 +52,7 @@ def dot_noise(grad: torch.Tensor, rows: NoiseRows, key: Key, first: int = 0) -> 
 
 
 def _grid(x: torch.Tensor, first: int) -> tuple[tuple[int, int], int]:
-    """A program per row and stretch of a row, so that it reads the name of one token."""
+    """Return the grid and the block size. A program handles part of one row, so it loads the id of one token only."""
     rows, width = x.shape
     lanes = triton.cdiv(first + width, 4) - first // 4
     block = min(_BLOCK, triton.next_power_of_2(lanes))
@@ -44,16 +60,17 @@ def _grid(x: torch.Tensor, first: int) -> tuple[tuple[int, int], int]:
 
 
 def _signed(word: int) -> int:
-    """A 32-bit word as the int32 of the same bits: whatever the key, the kernel is compiled for one type."""
+    """Return a 32-bit word as the int32 with the same bits, so that the kernel is compiled for one type only."""
     return word - WORD - 1 if word > WORD >> 1 else word
 
 
 @triton.jit
 def _sine_and_cosine(word):
-    """Of the same float32 angle as on a CPU, 2 pi times the upper 24 bits as a fraction.
+    """Return sine and cosine of the angle 2 pi * (upper 24 bits as a fraction), the same float32 angle as on a CPU.
 
-    The nearest quarter turn is taken off in three parts, so that it costs no digit; what is left is at most pi / 4, where
-    the polynomials of the Cephes library are right to one unit in the last place. No slow path as in sin and cos.
+    The nearest multiple of pi / 2 is subtracted in three parts, so that no digit is lost. The remainder is at most
+    pi / 4. There the polynomials of the Cephes library are accurate to one unit in the last place. Unlike sin and cos,
+    this has no slow path.
     """
     fraction = word >> 8
     quarters = (fraction + (1 << 21)) >> 22
@@ -76,7 +93,7 @@ def _radius(word):
 
 @triton.jit
 def _normals(positions, ids, k0, k1, first, width, BLOCK: tl.constexpr):
-    """[4 * BLOCK] normals of this program in the order of memory, their places, and which of them exist."""
+    """Return this program's [4 * BLOCK] normals in memory order, their offsets, and a mask of those inside the row."""
     row, start = tl.program_id(0), first // 4 + tl.program_id(1) * BLOCK
     token = tl.load(ids + row)
     position = tl.load(positions + row).to(tl.uint32)

@@ -1,4 +1,4 @@
-"""Adaptive layerwise perturbation inside megatron-core: a layer whose input gets learnable noise (arXiv 2603.19470)."""
+"""Adaptive layerwise perturbation (arXiv 2603.19470) in megatron-core: a layer with learnable noise on its input."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +13,18 @@ from megatron_rl.alp.layer_noise import LayerNoise
 from megatron_rl.alp.names import LOG_SIGMA
 from megatron_rl.alp.noise import NoiseRows, noise_key
 from megatron_rl.alp.perturb import Perturb
-from megatron_rl.alp.sigma import HoldsSigma
+from megatron_rl.alp.sigma import SigmaModule
 
 
 @dataclass(frozen=True)
-class Draw:
-    """The noise of one forward: which tokens this rank's slice of the stream holds, and the draw (seed, step) they get.
+class NoiseDraw:
+    """The noise of one forward pass.
 
-    Where logits are perturbed, rows are the context-parallel slice: sequence parallelizm does not cut what is scored.
+    Attributes:
+        rows: the tokens of this rank's slice of the stream. If logits are perturbed, this is the context-parallel
+            slice, because sequence parallelism does not cut the tokens that are scored.
+        seed: seed of the run.
+        step: step of the draw.
     """
 
     rows: NoiseRows
@@ -28,16 +32,17 @@ class Draw:
     step: int
 
 
-class PerturbedLayer(HoldsSigma, TransformerLayer):
-    """h <- h + exp(log_sigma) * eps at the input of the block: in the residual stream, before input_layernorm.
+class PerturbedLayer(SigmaModule, TransformerLayer):
+    """TransformerLayer that adds noise to its input: h <- h + exp(log_sigma) * eps.
 
-    eps is a function of the token, the global layer and the draw alone, so every parallel layout adds the same noise. It is
-    added when the layer is given a PackedStream with a `noise`, and to the layers of the range only; otherwise this is a
-    TransformerLayer, bit for bit.
+    The noise is added to the residual stream, before input_layernorm. eps depends only on the token, the global layer
+    and the draw, so every parallel layout adds the same noise. The noise is added only in layers of the configured
+    range, and only if the layer gets a PackedStream with a `noise`. Otherwise the result is that of a TransformerLayer,
+    bit for bit.
 
-    Layers outside the range have no log_sigma. Its gradient covers this rank's tokens: data- and context-parallel ranks
-    add theirs up as for any parameter, tensor-parallel ones under sequence parallelizm alone, as they otherwise hold the
-    same tokens.
+    Layers outside the range have no log_sigma. The gradient of log_sigma covers the tokens of this rank. It is summed
+    over data- and context-parallel ranks, as for any parameter. It is summed over tensor-parallel ranks only under
+    sequence parallelism, because otherwise they hold the same tokens.
     """
 
     config: Any
@@ -51,8 +56,8 @@ class PerturbedLayer(HoldsSigma, TransformerLayer):
             self.log_sigma.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> Any:
-        """hidden_states [t, 1, H]: this rank's tokens, as for TransformerLayer."""
-        draw: Draw | None = getattr(packed_seq_params, "noise", None)
+        """Run the layer on hidden_states [t, 1, H], this rank's tokens, as TransformerLayer does."""
+        draw: NoiseDraw | None = getattr(packed_seq_params, "noise", None)
         if draw is not None and self.log_sigma is not None:
             key = noise_key(draw.seed, draw.step, self.layer_index)
             hidden_states = Perturb.apply(hidden_states, self.log_sigma, draw.rows, key)
@@ -61,7 +66,10 @@ class PerturbedLayer(HoldsSigma, TransformerLayer):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """As for TransformerLayer, but log_sigma is a tensor of its own per layer, since not every layer need have one."""
+        """Return the sharded state of TransformerLayer, with a separate log_sigma per layer.
+
+        The log_sigma of all layers cannot be one stacked tensor, because not every layer has one.
+        """
         content = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.log_sigma is not None:
             whole = make_sharded_tensors_for_checkpoint({LOG_SIGMA: self.log_sigma}, f"{prefix}{self.layer_index}.")
@@ -69,7 +77,7 @@ class PerturbedLayer(HoldsSigma, TransformerLayer):
         return content
 
 
-def perturbed(layer: ModuleSpec, noise: LayerNoise) -> ModuleSpec:
-    """The spec of a TransformerLayer, local or Transformer Engine's, with noise at its input."""
+def perturbed_spec(layer: ModuleSpec, noise: LayerNoise) -> ModuleSpec:
+    """Return the spec of a TransformerLayer (local or Transformer Engine's) with noise at its input."""
     assert layer.module is TransformerLayer, f"{layer.module} cannot be perturbed"
     return ModuleSpec(module=PerturbedLayer, params={**layer.params, "noise": noise}, submodules=layer.submodules)

@@ -1,4 +1,4 @@
-"""What the `alp` section asks for, checked against the model and the objective before anything is allocated."""
+"""Settings of the `alp` section, checked against the model and the objective before anything is allocated."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from megatron_rl.objectives import OBJECTIVES, Objective, make_objective
 from megatron_rl.objectives.grpo import PPO
 from megatron_rl.objectives.ratio import RatioObjective
 
-# The clips of arXiv 2603.19470, for objectives that clip as PPO does and name none of their own.
+# The clips of arXiv 2603.19470. They apply to objectives that clip as PPO does, if the objective sets no clip itself.
 CLIPS = MappingProxyType(
     {
         "token": {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 10.0},
@@ -22,8 +22,14 @@ CLIPS = MappingProxyType(
 
 @dataclass(frozen=True)
 class LayerNoise:
-    """What is built to perturb a model. layers: [start, end) of the global layers, None for all; logits: no layer, the
-    logits instead."""
+    """Settings of the noise of a model.
+
+    Attributes:
+        sigma_init: initial standard deviation of the noise.
+        learnable: True if sigma is a parameter.
+        layers: [start, end) of the global layers, None for all.
+        logits: True to perturb the logits and no layer.
+    """
 
     sigma_init: float
     learnable: bool = True
@@ -35,7 +41,7 @@ class LayerNoise:
 
 
 def layer_noise(alp: AlpConfig, num_layers: int) -> LayerNoise | None:
-    """How a model is perturbed, None when it is not. Raises ConfigError for layers it does not have."""
+    """Return how a model is perturbed, None if it is not. Raise ConfigError for layers that the model does not have."""
     if not alp.enabled:
         return None
     if alp.layers == "logits":
@@ -43,15 +49,17 @@ def layer_noise(alp: AlpConfig, num_layers: int) -> LayerNoise | None:
     layers = None if alp.layers == "all" else alp.layers
     if layers is not None and layers[1] > num_layers:
         raise ConfigError(
-            f"alp.layers is [{layers[0]}, {layers[1]}), but the model has layers 0 to {num_layers - 1}: end at {num_layers}"
+            f"alp.layers is [{layers[0]}, {layers[1]}), but the model has layers 0 to {num_layers - 1}: "
+            f"end at {num_layers}"
         )
     return LayerNoise(alp.sigma_init, alp.learnable, layers)
 
 
 def alp_objective(alp: AlpConfig, spec: Mapping[str, Any]) -> Objective:
-    """The objective `spec`, with the level of `alp.level` and, where it names no clip, the clips of that level.
+    """Return the objective of `spec` with the level `alp.level`. If `spec` sets no clip, use the clips of that level.
 
-    Raises ConfigError for an illegal objective, one without a ratio, and one that names another level itself.
+    Raises:
+        ConfigError: the objective is illegal, has no ratio, or sets another level itself.
     """
     kind = OBJECTIVES.get(str(spec.get("name")))
     if alp.enabled and kind is not None:
@@ -62,21 +70,27 @@ def alp_objective(alp: AlpConfig, spec: Mapping[str, Any]) -> Objective:
 
 
 def check_ratio(alp: AlpConfig, kind: type[Objective], key: str = "objective") -> None:
-    """Raises ConfigError when perturbation is asked for and the objective under `key` has no ratio to perturb."""
+    """Raise ConfigError if perturbation is enabled and the objective has no ratio to perturb.
+
+    Args:
+        alp: the `alp` section.
+        kind: class of the objective.
+        key: configuration key of the objective, for the message.
+    """
     if not alp.enabled or issubclass(kind, RatioObjective):
         return
     others = ", ".join(sorted(name for name, other in OBJECTIVES.items() if issubclass(other, RatioObjective)))
     raise ConfigError(
-        f"alp.enabled is true, but {key} {kind.name} uses no importance ratio: the perturbed policy is the numerator of one, "
-        f"and without it the noise would only blur the gradient; set alp.enabled: false, or use one of {others}"
+        f"alp.enabled is true, but {key} {kind.name} uses no importance ratio: the perturbed policy is the numerator "
+        f"of one, and without it the noise would only blur the gradient; set alp.enabled: false, or use one of {others}"
     )
 
 
 def _leveled(level: str, kind: type[Objective], spec: Mapping[str, Any]) -> dict[str, Any]:
-    if spec.get("level", level) != level:
+    if spec.get("ratio_level", level) != level:
         raise ConfigError(
-            f"objective.level is '{spec['level']}', but alp.level is '{level}': give it in one of the two places"
+            f"objective.ratio_level is '{spec['ratio_level']}', but alp.level is '{level}': give it in one of the two places"
         )
     clips = CLIPS.get(level, {}) if issubclass(kind, PPO) else {}
     own = any(name in spec for name in ("clip_low", "clip_high", "dual_clip"))
-    return {**({} if own else clips), **spec, "level": level}
+    return {**({} if own else clips), **spec, "ratio_level": level}

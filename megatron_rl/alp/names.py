@@ -1,8 +1,8 @@
-"""What the scale of a perturbation is called in a model, for those who must tell it from the weights."""
+"""The name of a perturbation's scale in a model, to distinguish it from the weights."""
 
 LOG_SIGMA = "log_sigma"
 
 
 def is_sigma(name: str) -> bool:
-    """Whether a parameter of a model is the scale of a perturbation: no model folder and no engine knows of it."""
+    """Return True if the parameter `name` is the scale of a perturbation. Model folders and engines have none."""
     return name.rpartition(".")[2] == LOG_SIGMA

@@ -1,4 +1,4 @@
-"""h + sigma * eps as one autograd step that keeps no noise: backward makes the same eps again."""
+"""h + sigma * eps as one autograd function that stores no noise: backward computes the same eps again."""
 
 import functools
 import importlib
@@ -7,20 +7,28 @@ from typing import Any
 
 import torch
 
-from megatron_rl.alp.noise import Key, NoiseRows, chunks
+from megatron_rl.alp.noise import Key, NoiseRows, normal_chunks
 from megatron_rl.errors import ConfigError
 
 
 class Perturb(torch.autograd.Function):
-    """perturb(h, log_sigma) = h + exp(log_sigma) * eps, with eps the normals of the rows under the key.
+    """perturb(h, log_sigma) = h + exp(log_sigma) * eps, where eps are the normals of the rows under the key.
 
-    The gradient of h passes unchanged; that of log_sigma is sum(grad * sigma * eps) over the rows of this rank. Saved for
-    it: log_sigma and which rows these are, nothing of the size of h.
+    The gradient of h passes through unchanged. The gradient of log_sigma is sum(grad * sigma * eps) over the rows of
+    this rank. Backward keeps log_sigma and the rows, nothing of the size of h.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, log_sigma: torch.Tensor, rows: NoiseRows, key: Key) -> torch.Tensor:
-        """hidden [t, ..., H] in any float dtype, added to in at least float32 and rounded once; log_sigma [1] float32."""
+        """Return hidden plus noise, added in at least float32 and rounded once.
+
+        Args:
+            ctx: context of autograd.
+            hidden: [t, ..., H], any float dtype.
+            log_sigma: float32 [1].
+            rows: the tokens of the rows of hidden.
+            key: key of the noise.
+        """
         ctx.save_for_backward(log_sigma)
         ctx.rows, ctx.key = rows, key
         return add_noise(hidden, log_sigma.exp(), rows, key)
@@ -37,48 +45,70 @@ class Perturb(torch.autograd.Function):
 
 
 def add_noise(hidden: torch.Tensor, sigma: torch.Tensor, rows: NoiseRows, key: Key) -> torch.Tensor:
-    """hidden [t, ..., H] + sigma [1] * eps, as a new tensor of the same shape and dtype."""
+    """Return hidden + sigma * eps as a new tensor of the same shape and dtype.
+
+    Args:
+        hidden: [t, ..., H].
+        sigma: [1].
+        rows: the tokens of the rows of hidden.
+        key: key of the noise.
+    """
     flat = _rows_of(hidden, rows)
     if hidden.is_cuda:
-        return _kernels().add_noise(flat, sigma, rows, key).view(hidden.shape)
+        return _kernels().launch_add_noise(flat, sigma, rows, key).view(hidden.shape)
     out = torch.empty_like(flat)
     _add_on_cpu(flat, sigma, rows, key, 0, out)
     return out.view(hidden.shape)
 
 
 def add_noise_(x: torch.Tensor, sigma: torch.Tensor, rows: NoiseRows, key: Key, first: int = 0) -> torch.Tensor:
-    """x [t, n] += sigma [1] * eps, in place, with the noise of columns first to first + n."""
+    """Add sigma * eps to x in place and return x.
+
+    Args:
+        x: [t, n].
+        sigma: [1].
+        rows: the tokens of the rows of x.
+        key: key of the noise.
+        first: global index of column 0 of x. eps is the noise of columns first to first + n.
+    """
     _rows_of(x, rows)
     if x.is_cuda:
-        return _kernels().add_noise(x, sigma, rows, key, first, out=x)
+        return _kernels().launch_add_noise(x, sigma, rows, key, first, out=x)
     _add_on_cpu(x, sigma, rows, key, first, x)
     return x
 
 
 def dot_noise(grad: torch.Tensor, rows: NoiseRows, key: Key, first: int = 0) -> torch.Tensor:
-    """[1] float64: the sum of grad [t, ..., n] * eps, with the noise of columns first to first + n."""
+    """Return the sum of grad * eps, float64 [1].
+
+    Args:
+        grad: [t, ..., n].
+        rows: the tokens of the rows of grad.
+        key: key of the noise.
+        first: global index of column 0 of grad. eps is the noise of columns first to first + n.
+    """
     flat = _rows_of(grad, rows)
     if grad.is_cuda:
-        return _kernels().dot_noise(flat, rows, key, first)
+        return _kernels().launch_dot_noise(flat, rows, key, first)
     total = torch.zeros(1, dtype=torch.float64)
     work = torch.promote_types(grad.dtype, torch.float32)
-    for at, eps in chunks(rows, key, flat.shape[1], first):
+    for at, eps in normal_chunks(rows, key, flat.shape[1], first):
         total += torch.dot(flat[at].to(work).reshape(-1), eps.to(work).reshape(-1))
     return total
 
 
 def _add_on_cpu(x: torch.Tensor, sigma: torch.Tensor, rows: NoiseRows, key: Key, first: int, out: torch.Tensor) -> None:
     scale = sigma.item()
-    for at, eps in chunks(rows, key, x.shape[1], first):
+    for at, eps in normal_chunks(rows, key, x.shape[1], first):
         if x.dtype in (torch.float32, torch.float64):
             torch.add(x[at], eps, alpha=scale, out=out[at])
         else:
-            out[at] = eps.mul_(scale).add_(x[at])  # in float32, rounded once
+            out[at] = eps.mul_(scale).add_(x[at])  # the sum is float32 and is rounded once
 
 
 @functools.cache
 def _kernels() -> ModuleType:
-    """The GPU's own; only here is triton asked for."""
+    """Return the module of the GPU kernels. It is imported on first use, because it needs triton."""
     try:
         return importlib.import_module("megatron_rl.alp.kernels")
     except ImportError as error:
@@ -88,7 +118,7 @@ def _kernels() -> ModuleType:
 
 
 def _rows_of(hidden: torch.Tensor, rows: NoiseRows) -> torch.Tensor:
-    """[t, H] of [t, ..., H]: one row per token."""
+    """Return hidden [t, ..., H] as [t, H], one row per token."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     if len(flat) != len(rows):
         raise ValueError(

@@ -13,26 +13,26 @@ from rich.table import Table
 from torch import Tensor
 
 from megatron_rl.attribution.hidden import check_one_rank, hidden_errors, rounding_floor
-from megatron_rl.attribution.replay import at_temperature_one, engine_products, own_weights_kept, without_recipe
+from megatron_rl.attribution.limits import check_replayable
+from megatron_rl.attribution.replay import engine_products, own_weights_kept, without_recipe
 from megatron_rl.config import RolloutConfig
 from megatron_rl.diagnostics.score_chain import (
     SOURCES,
-    Chain,
-    TensorFault,
+    ScoreChain,
+    TensorMismatch,
+    compare_tensors,
     largest_source,
     layer_verdict,
     sync_verdict,
-    tensor_fault,
 )
 from megatron_rl.engines.pool import EnginePool, GenerationRequest, SamplingParams
 from megatron_rl.errors import CheckpointError, EngineError
 from megatron_rl.policy.actor import Policy
+from megatron_rl.policy.temperature import at_temperature_one
 from megatron_rl.precision.formats import fake_quantize
 from megatron_rl.precision.plan import DTYPES, PrecisionPlan
 from megatron_rl.sampling.batch import make_batch
 from megatron_rl.sampling.group import sample_groups
-from megatron_rl.server.quantized_linear import quantizes_inputs
-from megatron_rl.trainer.preflight import check_replayable
 from megatron_rl.types import Batch, Prompt
 from megatron_rl.weights.export import export_weights
 from megatron_rl.weights.hf_folder import HFFolder, write_hf_folder
@@ -41,7 +41,7 @@ from megatron_rl.weights.quantized import export_dtypes
 
 
 @dataclass(frozen=True)
-class Probe:
+class AttributionProbe:
     """Trajectories an engine sampled at temperature 1 under one weight version, and its scores of them as whole texts.
 
     batch: with logmu. prefill [N] float32: of the batch's trained tokens, 0 elsewhere.
@@ -61,8 +61,8 @@ class Attribution:
     """
 
     version: int
-    chain: Chain
-    faults: list[TensorFault]
+    chain: ScoreChain
+    faults: list[TensorMismatch]
     layers: list[float] | None
     floor: float
 
@@ -107,7 +107,7 @@ def draw_probe(
     stop_token_ids: Sequence[int],
     seed: int,
     version: int,
-) -> Probe:
+) -> AttributionProbe:
     """Have one engine sample a response to each prompt, and score it again. Rank 0 alone.
 
     Raises EngineError when the engine samples under another version, or cannot score what it sampled.
@@ -146,14 +146,14 @@ def draw_probe(
         raise EngineError(
             f"{url} scores a text it sampled with numbers that are not finite: check the weights it serves"
         )
-    return Probe(url, version, batch, prefill)
+    return AttributionProbe(url, version, batch, prefill)
 
 
 def attribute(
     policy: Policy,
     plan: PrecisionPlan,
     pool: EnginePool | None,
-    probe: Probe,
+    probe: AttributionProbe,
     folder: Path,
     *,
     sampled: list[Tensor] | None = None,
@@ -179,7 +179,7 @@ def attribute(
         with ExitStack() as products:
             opened = products.enter_context(closing(HFFolder(weights)))
             _load(policy, opened)
-            if quantizes_inputs(plan):
+            if plan.quantizes_inputs:
                 products.enter_context(engine_products(policy, opened, plan, quantized_inputs=quantized_inputs))
             return score()
 
@@ -201,10 +201,10 @@ def attribute(
         wanted = score_served(sent) if plan.rolls_out_low or plan.engine != plan.train else plain
         errors = hidden_errors(policy, batch, held) if layers else None
         served = score_served(held) if faulty else wanted
-        emulated = score_served(held, quantized_inputs=True) if quantizes_inputs(plan) else served
+        emulated = score_served(held, quantized_inputs=True) if plan.quantizes_inputs else served
     assert batch.logmu is not None
     engine = (batch.logmu[trained], probe.prefill[trained])
-    chain = Chain.of((*engine, emulated, served, wanted, plain, fresh, now))
+    chain = ScoreChain.of((*engine, emulated, served, wanted, plain, fresh, now))
     return Attribution(probe.version, chain, faults, errors, rounding_floor(plan))
 
 
@@ -213,7 +213,7 @@ def served_weights(policy: Policy, plan: PrecisionPlan) -> Iterator[tuple[str, T
 
     Made from the unquantized export and the plan, without the code that quantizes for the wire: that is to be checked.
     """
-    dtype = torch.float32 if quantizes_inputs(plan) else DTYPES[plan.engine]
+    dtype = torch.float32 if plan.quantizes_inputs else DTYPES[plan.engine]
     dtypes = export_dtypes(plan, policy.source.tensors)
     for name, tensor in export_weights(
         policy.models, policy.family, policy.shape, dtypes=dtypes, control=policy.mesh.control
@@ -222,13 +222,13 @@ def served_weights(policy: Policy, plan: PrecisionPlan) -> Iterator[tuple[str, T
         yield name, fake_quantize(tensor, plan.wire, dtype).contiguous() if tensor is not None and coded else tensor
 
 
-def compare_engines(pool: EnginePool | None, url: str, sent: Path, held: Path) -> list[TensorFault]:
+def compare_engines(pool: EnginePool | None, url: str, sent: Path, held: Path) -> list[TensorMismatch]:
     """The tensors of any live engine that are not those of the folder `sent`. Rank 0 alone.
 
     held: gets the model folder of engine `url`. Raises EngineError when an engine is lost or cannot give its weights back.
     """
     assert pool is not None
-    faults: list[TensorFault] = []
+    faults: list[TensorMismatch] = []
     with closing(HFFolder(sent)) as wanted:
         for engine in pool.live_urls:
             place = held if engine == url else held.with_name("other")
@@ -241,9 +241,9 @@ def compare_engines(pool: EnginePool | None, url: str, sent: Path, held: Path) -
     return faults
 
 
-def _faults(engine: str, found: HFFolder, wanted: HFFolder) -> list[TensorFault]:
+def _faults(engine: str, found: HFFolder, wanted: HFFolder) -> list[TensorMismatch]:
     pairs = ((name, found.read(name) if name in found.tensors else None) for name in wanted.tensors)
-    return [fault for name, tensor in pairs if (fault := tensor_fault(engine, name, tensor, wanted.read(name)))]
+    return [fault for name, tensor in pairs if (fault := compare_tensors(engine, name, tensor, wanted.read(name)))]
 
 
 def _write_sent(policy: Policy, plan: PrecisionPlan, folder: Path) -> None:

@@ -4,7 +4,7 @@ An engine's dtype is not imitated. What rounding to 16 bits does to a token depe
 the trainer's activations in the same places gives noise of the same size that has nothing to do with the engine's.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,35 +14,12 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from megatron_rl.errors import ConfigError
 from megatron_rl.policy.actor import Policy
 from megatron_rl.precision.formats import fake_quantize
 from megatron_rl.precision.linear import QuantizedLinear, linears
 from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.weights.hf_folder import HFFolder
 from megatron_rl.weights.name_table import entries, local_parameters
-
-
-def check_gives_weights(url: str, info: Mapping[str, Any]) -> None:
-    """ConfigError for an engine that cannot give back the weights it holds. info: what `EnginePool.info` answers."""
-    if info.get("engine") != "embedded":
-        raise ConfigError(
-            f"the mismatch cannot be attributed with the engine at {url}: it is not an embedded server and cannot give "
-            "back the weights it holds; name servers of `megatron-rl serve` in rollout.urls, or set run.attribute_every: 0"
-        )
-
-
-@contextmanager
-def at_temperature_one(policy: Policy) -> Iterator[None]:
-    """Scores of given tokens are at temperature 1 on the engines' side."""
-    before = [model.temperature for model in policy.models]
-    try:
-        for model in policy.models:
-            model.temperature = 1.0
-        yield
-    finally:
-        for model, temperature in zip(policy.models, before, strict=True):
-            model.temperature = temperature
 
 
 @contextmanager
@@ -77,7 +54,7 @@ def engine_products(
     """Linears of quantized weights multiply as an engine with quantized inputs does: in float32, rounded once to their dtype.
 
     weights: what the engine holds, taken as it is: the policy's own parameters may have fewer bits. quantized_inputs: as the
-    plan's engine_inputs, row by row; where tensor parallelizm cuts the inputs of a product between blocks of 128, the blocks
+    plan's engine_inputs, row by row; where tensor parallelism cuts the inputs of a product between blocks of 128, the blocks
     are those of the parts.
     """
     fmt = plan.engine_inputs if quantized_inputs else None

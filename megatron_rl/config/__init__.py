@@ -1,5 +1,6 @@
 """The configuration: its keys, and how a file with overrides becomes one."""
 
+from megatron_rl.config.load import changed_keys, load_config, make_config
 from megatron_rl.config.schema import (
     AlpConfig,
     Config,
@@ -13,9 +14,6 @@ from megatron_rl.config.schema import (
     RunConfig,
     SGLangConfig,
     TaskConfig,
-    changed_keys,
-    load_config,
-    make_config,
 )
 
 __all__ = [

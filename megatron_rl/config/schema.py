@@ -1,18 +1,13 @@
-"""The whole configuration: frozen, validated once, before anything is allocated.
+"""The keys of the configuration: a class is a section, a field is a key. Frozen, validated once, before any allocation."""
 
-Read a YAML file with `load_config(path, overrides)`; every block below is one section of that file and every
-field is one key. Unknown keys are errors that name the key, its place and the nearest valid one.
-"""
-
-import difflib
 import math
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from megatron_rl.errors import ConfigError
+from megatron_rl.config import rules
 
 
 class _Block(BaseModel):
@@ -30,7 +25,7 @@ class ParallelConfig(_Block):
     context: int = Field(1, ge=1)
     expert: int = Field(1, ge=1, description="ranks over which the experts of a mixture-of-experts model are spread")
     data: int = Field(1, ge=1, description="replicas; tensor x pipeline x context x data is the number of ranks")
-    sequence: bool = Field(False, description="sequence parallelizm inside the tensor-parallel group")
+    sequence: bool = Field(False, description="sequence parallelism inside the tensor-parallel group")
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
         description="what backward computes again: selective: attention between q, k, v and its output; full: layers",
@@ -118,7 +113,7 @@ class RolloutConfig(_Block):
         description="running requests at a weight update: cache computed again, cache kept, or ended and resumed by prefix",
     )
     oversample: float = Field(1.0, ge=1, description="groups asked for per group trained on; the slowest are given up")
-    dynamic_sampling: int = Field(
+    max_resampled_groups: int = Field(
         0,
         ge=0,
         description="groups a step may draw in place of those whose rewards are all equal; 0: none are replaced",
@@ -294,6 +289,8 @@ class Config(_Block):
             raise ValueError("task.data is required for task.name: math")
         if self.task.name == "tool":
             self._tool_fits()
+        for check in rules.ROLLOUT_RULES:
+            check(self)
         return self
 
     def _tool_fits(self) -> None:
@@ -308,102 +305,3 @@ class Config(_Block):
     def dump(self) -> str:
         """The resolved configuration as YAML; loading it again gives an equal Config."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def load_config(path: Path | str, overrides: list[str] | None = None) -> Config:
-    """Read YAML, apply dotted overrides (`rollout.temperature=0.9`), validate.
-
-    Raises ConfigError naming file:line and key path of the first problem.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"no configuration file at {path}")
-    try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    lines: dict[tuple[str, ...], str] = {}
-    tree = _plain(node, (), lines, str(path)) if node is not None else {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: the top level must be a mapping of sections")
-    for override in overrides or []:
-        _apply(tree, override, lines)
-    return make_config(tree, lines)
-
-
-def make_config(tree: dict[str, Any], lines: dict[tuple[str, ...], str] | None = None) -> Config:
-    """Validate a nested mapping; `lines` maps key paths to file:line for the error messages."""
-    try:
-        return Config(**tree)
-    except ValidationError as error:
-        raise ConfigError(_explain(error, lines or {})) from error
-
-
-def changed_keys(old: Config, new: Config) -> list[str]:
-    """`section.key: old -> new` for every value that differs."""
-    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
-    return [
-        f"{section}.{key}: {before[section].get(key)} -> {after[section].get(key)}"
-        for section in after
-        for key in sorted({*before[section], *after[section]})
-        if before[section].get(key) != after[section].get(key)
-    ]
-
-
-def _plain(node: yaml.Node, at: tuple[str, ...], lines: dict[tuple[str, ...], str], file: str) -> Any:
-    """The value of a YAML node, noting the line of every key."""
-    if not isinstance(node, yaml.MappingNode):
-        return yaml.safe_load(yaml.serialize(node))
-    out: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key = str(key_node.value)
-        place = f"{file}:{key_node.start_mark.line + 1}"
-        if key in out:
-            raise ConfigError(f"{place}: key '{'.'.join((*at, key))}' is given twice")
-        lines[(*at, key)] = place
-        out[key] = _plain(value_node, (*at, key), lines, file)
-    return out
-
-
-def _apply(tree: dict[str, Any], override: str, lines: dict[tuple[str, ...], str]) -> None:
-    key, separator, value = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"override '{override}' must read section.key=value")
-    *sections, last = key.split(".")
-    for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"override '{override}': '{section}' is not a section")
-    try:
-        tree[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override '{override}': the value is not valid YAML ({error})") from error
-    lines[(*sections, last)] = f"override '{override}'"
-
-
-def _explain(error: ValidationError, lines: dict[tuple[str, ...], str]) -> str:
-    problems = []
-    for item in error.errors():
-        where = tuple(str(part) for part in item["loc"])
-        key = ".".join(where)
-        place = lines.get(where)
-        prefix = f"{place}: " if place else ""
-        if item["type"] == "extra_forbidden":
-            valid = list(_fields_at(where[:-1]))
-            near = difflib.get_close_matches(where[-1], valid, n=1, cutoff=0.0)
-            problems.append(f"{prefix}unknown key '{key}'; did you mean '{'.'.join((*where[:-1], *near))}'?")
-        elif item["type"] == "missing":
-            problems.append(f"key '{key}' is missing and has no default")
-        elif not where or item["type"] == "value_error":
-            message = str(item.get("ctx", {}).get("error", item["msg"]))
-            problems.append(f"{prefix}{key + ': ' if key else ''}{message}")
-        else:
-            problems.append(f"{prefix}'{key}' is {item['input']!r}: {item['msg']}")
-    return "; ".join(problems)
-
-
-def _fields_at(where: tuple[str, ...]) -> dict[str, Any]:
-    model: Any = Config
-    for part in where:
-        model = model.model_fields[part].annotation
-    return model.model_fields

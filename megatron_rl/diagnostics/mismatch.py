@@ -1,4 +1,4 @@
-"""How far the trainer's policy pi is from the policy mu that wrote the tokens, tails first."""
+"""Statistics, mainly of the tails, of how the trainer's policy pi differs from mu, which sampled the tokens."""
 
 import json
 
@@ -12,23 +12,26 @@ WORST = 5
 
 
 def ratio_record(logp: np.ndarray, logmu: np.ndarray) -> dict[str, float]:
-    """Statistics of the importance ratios r = exp(x), x = logp - logmu, of trained tokens; computed in float64.
+    """Return statistics of the importance ratios r = exp(x), x = logp - logmu, of trained tokens; computed in float64.
 
-    logp, logmu [N]: log-probabilities of the sampled tokens, in nats. With tokens drawn from mu:
+    `logp` and `logmu` [N] are log-probabilities of the sampled tokens, in nats. The tokens are drawn from mu.
 
-    kl/k1                    mean(-x): unbiased estimate of KL(mu || pi) in nats a token; may be negative
-    kl/k3                    mean(exp(x) - 1 - x): unbiased too, every term >= 0
-    chi2                     mean((r - 1)^2): estimate of chi-squared(pi || mu). Heavy-tailed: a few tokens make most of it, and
-                             its variance may be infinite, so that one step's value says little and a low one proves nothing
-    token_mult_prob_error    mean(exp(|x|)): the multiplicative error of sampled tokens' probabilities, at least 1, as NeMo-RL
-                             defines it (its guide "Add New Models", log-probability consistency)
-    ratio/q01 ... q99        quantiles of r (linear interpolation); ratio/min, ratio/max
-    ratio/ess                (sum r)^2 / (N sum r^2): effective share of the sample, in (0, 1], 1 when all ratios are equal
-    ratio/outside_half_two   share of tokens with r outside [1/2, 2]
-    dp/mean, dp/max          mean and maximum of |pi - mu| = |exp(logp) - exp(logmu)|
-    envelope/p02/k, p98/k    see `envelope_record`
+        kl/k1                    mean(-x): unbiased estimate of KL(mu || pi) in nats per token; may be negative
+        kl/k3                    mean(exp(x) - 1 - x): also unbiased, every term >= 0
+        chi2                     mean((r - 1)^2): estimate of chi-squared(pi || mu). It is heavy-tailed: a few tokens
+                                 make up most of it, and its variance may be infinite. The value of one step therefore
+                                 means little, and a low value proves nothing
+        token_mult_prob_error    mean(exp(|x|)): the multiplicative error of sampled tokens' probabilities, at least 1,
+                                 as NeMo-RL defines it (its guide "Add New Models", log-probability consistency)
+        ratio/q01 ... q99        quantiles of r (linear interpolation); ratio/min, ratio/max
+        ratio/ess                (sum r)^2 / (N sum r^2): effective share of the sample, in (0, 1], 1 if all ratios are
+                                 equal
+        ratio/outside_half_two   share of tokens with r outside [1/2, 2]
+        dp/mean, dp/max          mean and maximum of |pi - mu| = |exp(logp) - exp(logmu)|
+        envelope/p02/k, p98/k    see `envelope_record`
 
-    Raises UserError for arrays that do not match, are empty, or hold a number that is not finite.
+    Raises:
+        UserError: the arrays do not match, are empty, or contain a number that is not finite.
     """
     logp, logmu = np.asarray(logp, dtype=np.float64), np.asarray(logmu, dtype=np.float64)
     if logp.ndim != 1 or logp.shape != logmu.shape or not len(logp):
@@ -67,18 +70,21 @@ def ratio_record(logp: np.ndarray, logmu: np.ndarray) -> dict[str, float]:
 
 
 def quantile_record(ratio: np.ndarray) -> dict[str, float]:
-    """ratio/q01 ... ratio/q99 of ratios [N]."""
+    """Return the quantiles ratio/q01 ... ratio/q99 of ratios [N]."""
     values = np.quantile(ratio, list(QUANTILES.values()))
     return {f"ratio/{name}": float(value) for name, value in zip(QUANTILES, values, strict=True)}
 
 
 def envelope_record(logp: np.ndarray, logmu: np.ndarray) -> dict[str, float]:
-    """The 2nd and 98th percentile, envelope/p02/k and envelope/p98/k, of the ratios pi / mu of the tokens whose mu lies in
-    [k / 10, (k + 1) / 10); bins without tokens are left out. logp, logmu [N] float64."""
+    """Return the 2nd and 98th percentile of the ratios pi / mu in each of 10 bins of mu.
+
+    Bin k contains the tokens whose mu lies in [k / 10, (k + 1) / 10); its keys are envelope/p02/k and envelope/p98/k.
+    Bins without tokens are left out. `logp` and `logmu` are [N] float64.
+    """
     bins = np.minimum((np.exp(logmu) * BINS).astype(np.int8), BINS - 1)
     counts = np.bincount(bins, minlength=BINS)
     ends = np.cumsum(counts)
-    grouped = np.exp(logp - logmu)[np.argsort(bins, kind="stable")]  # bytes: a radix sort
+    grouped = np.exp(logp - logmu)[np.argsort(bins, kind="stable")]  # int8 keys: numpy uses a radix sort
     record: dict[str, float] = {}
     for k in np.flatnonzero(counts).tolist():
         low, high = np.quantile(grouped[ends[k] - counts[k] : ends[k]], [0.02, 0.98])
@@ -89,13 +95,19 @@ def envelope_record(logp: np.ndarray, logmu: np.ndarray) -> dict[str, float]:
 def worst_record(
     logp: np.ndarray, logmu: np.ndarray, rows: np.ndarray, ids: np.ndarray, prompt_ids: tuple[str, ...]
 ) -> dict[str, list[float] | list[int] | str]:
-    """The (at most 5) trajectories with the largest |log ratio| of one token, worst first.
+    """Return the (at most 5) trajectories with the largest |log ratio| of one token, worst first.
 
-    logp, logmu, rows [N]: of trained tokens; rows: the trajectory of each, an index into ids [B] and prompt_ids (B of them).
+        worst/max          max |logp - logmu| over the trajectory's tokens, in nats
+        worst/mean         mean of |logp - logmu|
+        worst/trajectory   the trajectories' ids in the run
+        worst/prompt_ids   the task's names of their prompts, as the text of a JSON list
 
-    worst/max          max |logp - logmu| over the trajectory's tokens, in nats; worst/mean: mean of |logp - logmu|
-    worst/trajectory   the trajectories' ids in the run
-    worst/prompt_ids   the task's names of their prompts, as the text of a JSON list
+    Args:
+        logp: [N], of trained tokens.
+        logmu: [N], of trained tokens.
+        rows: [N], the trajectory of each token, an index into `ids` and `prompt_ids`.
+        ids: [B], trajectory ids in the run.
+        prompt_ids: B names of prompts.
     """
     size = np.abs(np.asarray(logp, dtype=np.float64) - np.asarray(logmu, dtype=np.float64))
     largest = np.full(len(ids), -np.inf)

@@ -1,7 +1,7 @@
-"""The run log: one JSON object a line, on disk before the loop goes on, and TensorBoard beside it.
+"""The run log: one JSON object per line, written to disk before the loop continues, and also to TensorBoard.
 
-Everything a report shows is in `log.jsonl`. Records are flat, with slash keys; every record has a `step`
-(int) and a `kind` ("step", "eval", "erpd" or "attribution").
+A report uses only `log.jsonl`. Records are flat, with slash-separated keys. Every record has a `step` (int) and a
+`kind` ("step", "eval", "erpd" or "attribution").
 """
 
 import json
@@ -15,16 +15,17 @@ from typing import Any, Self
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_rl.errors import UserError
+from megatron_rl.files import append_file, replace_file
 
 LOG_NAME = "log.jsonl"
 DROPPED_NAME = "log.dropped.jsonl"
 
 
 class RunLog:
-    """Append-only log of one run. A second RunLog on the folder continues it.
+    """Append-only log of one run. A second RunLog on the same folder continues it.
 
-    resume_from: the first step that will run again. Records from it on are moved to `log.dropped.jsonl`, as is a
-    last line that was cut short when the previous process died; nothing is deleted.
+    `resume_from` is the first step that will run again. Records from this step on are moved to `log.dropped.jsonl`. So
+    is a last line that is incomplete because the previous process died. Nothing is deleted.
     """
 
     def __init__(self, folder: Path | str, resume_from: int | None = None) -> None:
@@ -39,8 +40,11 @@ class RunLog:
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record and wait until it is on disk. Numbers that are not finite become null.
 
-        A list of numbers is kept in the log and left out of TensorBoard. Raises UserError for a record without an
-        integer `step`, or a value that is none of number, text, bool, None or a list of numbers.
+        A list of numbers is written to the log but not to TensorBoard.
+
+        Raises:
+            UserError: the record has no integer `step`, or a value is not a number, text, bool, None or a list of
+                numbers.
         """
         row = {key: _plain(key, value) for key, value in record.items()}
         step = row.get("step")
@@ -68,9 +72,10 @@ class RunLog:
 
 
 def read_log(folder: Path | str) -> list[dict[str, Any]]:
-    """The records of a run in the order they were written; a last line cut short is left out.
+    """Return the records of a run in the order they were written, without an incomplete last line.
 
-    Raises UserError when there is no log, or naming file:line for any other malformed line.
+    Raises:
+        UserError: there is no log, or another line is malformed; the message names file:line.
     """
     path = Path(folder) / LOG_NAME
     if not path.is_file():
@@ -79,7 +84,7 @@ def read_log(folder: Path | str) -> list[dict[str, Any]]:
 
 
 def _records(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """(line, record) of every whole line."""
+    """Return (line, record) of every complete line."""
     lines = path.read_bytes().split(b"\n")
     if not lines[-1]:
         lines.pop()
@@ -98,7 +103,7 @@ def _records(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 def _mend(path: Path, dropped: Path, resume_from: int | None) -> None:
-    """Leave in `path` the whole lines before `resume_from`, each ended by a newline; move the rest to `dropped`."""
+    """Keep in `path` the complete lines before `resume_from`, each ended by a newline; move the rest to `dropped`."""
     content = path.read_bytes()
     records = _records(path)
     kept = [line for line, record in records if _stays(record, resume_from)]
@@ -110,32 +115,24 @@ def _mend(path: Path, dropped: Path, resume_from: int | None) -> None:
     if whole == content:
         return
     if gone:
-        # Written before the log is replaced: a crash in between repeats lines here and loses none.
-        _write(dropped, "ab", b"".join(line + b"\n" for line in gone))
-    new = path.with_name(path.name + ".new")
-    _write(new, "wb", whole)
-    new.replace(path)
+        # Written before the log is replaced: a crash in between duplicates lines in `dropped` but loses none.
+        append_file(dropped, b"".join(line + b"\n" for line in gone))
+    replace_file(path, whole)
 
 
 def _stays(record: dict[str, Any], resume_from: int | None) -> bool:
-    """A step record tells of the step of its number, an evaluation or attribution of the weights after that many steps.
+    """Return True if a record stays in the log when the run resumes.
 
-    A run that starts over from 0 evaluates again.
+    A step record describes the step of its number. An evaluation or attribution record describes the weights after that
+    many steps. A run that starts from 0 again evaluates again.
     """
     if resume_from is None or record["step"] < resume_from:
         return True
     return record.get("kind") in ("eval", "attribution") and 0 < record["step"] == resume_from
 
 
-def _write(path: Path, mode: str, content: bytes) -> None:
-    with path.open(mode) as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _plain(key: str, value: Any) -> Any:
-    """A JSON value: tensor and array scalars unpacked, numbers that are not finite as None."""
+    """Return a JSON value: tensor and array scalars become numbers, and numbers that are not finite become None."""
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         value = value.item()
     if isinstance(value, float):

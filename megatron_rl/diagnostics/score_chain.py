@@ -1,7 +1,7 @@
-"""Where the mismatch comes from: one chain of scores of the same tokens, from the engine's to the trainer's.
+"""The sources of the mismatch: one chain of scores of the same tokens, from the engine's to the trainer's.
 
-Neighbors in the chain differ in one thing, so the differences of neighbors are what each source adds to the log ratio
-logp - logmu, and they sum to it token by token. How much a source gets depends on the order of the chain, as in every
+Neighbors in the chain differ in one thing. Their difference is what this source adds to the log-ratio logp - logmu. The
+differences sum to the log-ratio token by token. How much a source gets depends on the order of the chain, as in every
 such decomposition; the order is that of SOURCES.
 """
 
@@ -29,14 +29,19 @@ _JUMP = 5.0
 
 
 @dataclass(frozen=True)
-class Chain:
+class ScoreChain:
     """Log-probabilities [N] float64 of the same N sampled tokens, in nats; entry i + 1 is entry i without source i."""
 
     scores: tuple[np.ndarray, ...]
 
     @classmethod
-    def of(cls, scores: Sequence[np.ndarray]) -> "Chain":
-        """Raises UserError unless there is one score more than sources, all flat, of one length, not empty and finite."""
+    def of(cls, scores: Sequence[np.ndarray]) -> "ScoreChain":
+        """Build a chain from its scores.
+
+        Raises:
+            UserError: unless there is one score more than sources, and all are flat, of one length, not empty and
+                finite.
+        """
         columns = tuple(np.asarray(column, dtype=np.float64) for column in scores)
         if len(columns) != len(SOURCES) + 1:
             raise UserError(
@@ -53,22 +58,22 @@ class Chain:
 
     @property
     def total(self) -> np.ndarray:
-        """[N] logp - logmu."""
+        """The log-ratio logp - logmu, [N]."""
         return self.scores[-1] - self.scores[0]
 
     @property
     def deltas(self) -> dict[str, np.ndarray]:
-        """[N] of each source: what it adds to `total`."""
+        """What each source adds to `total`, [N] per source."""
         return {name: self.scores[i + 1] - self.scores[i] for i, name in enumerate(SOURCES)}
 
     def record(self) -> dict[str, float]:
-        """Flat numbers, `attribution/<source>/...` and the same for `total`, in nats:
+        """Return flat numbers in nats, `attribution/<source>/...` and the same for `total`.
 
         mean_abs, q99, max   of |delta|
         rms                  root of mean(delta^2)
-        kl                   mean(-delta): its part of the k1 estimate of KL(mu || pi); parts sum to the total's
-        share                mean(delta x total) / mean(total^2): parts sum to 1, and one that cancels others is negative; 0
-                             for all when the total is 0 everywhere
+        kl                   mean(-delta): its part of the k1 estimate of KL(mu || pi); the parts sum to the total's
+        share                mean(delta x total) / mean(total^2): the parts sum to 1, and a part that cancels others
+                             is negative; 0 for all if the total is 0 everywhere
         """
         total = self.total
         square = float(np.mean(np.square(total)))
@@ -80,7 +85,7 @@ class Chain:
                 "q99": np.quantile(size, 0.99),
                 "max": size.max(),
                 "rms": np.sqrt(np.mean(np.square(delta))),
-                "kl": 0.0 - delta.mean(),  # no -0
+                "kl": 0.0 - delta.mean(),  # 0.0 - x avoids -0
                 "share": np.mean(delta * total) / square if square else 0.0,
             }
             record |= {f"attribution/{name}/{key}": float(value) for key, value in values.items()}
@@ -88,7 +93,7 @@ class Chain:
 
 
 def largest_source(record: Mapping[str, Any]) -> str:
-    """One sentence on the source with the largest root mean square. record: that of `Chain.record`."""
+    """Return one sentence on the source with the largest root mean square; `record` is the result of `Chain.record`."""
     sizes = {name: record[f"attribution/{name}/rms"] for name in SOURCES}
     name = max(sizes, key=lambda key: sizes[key])
     if sizes[name] == 0:
@@ -101,11 +106,15 @@ def largest_source(record: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class TensorFault:
-    """A tensor an engine holds in place of another. error: |held - sent| / |sent| (Frobenius norms, inf for sent = 0).
+class TensorMismatch:
+    """A tensor of an engine that differs from the one that was sent.
 
-    factor: <held, sent> / <sent, sent>, by what the tensor was multiplied if that is the fault; nan for sent = 0.
-    share: of the elements that differ.
+    Attributes:
+        engine: the engine that holds the tensor.
+        name: the tensor's name.
+        error: |held - sent| / |sent| (Frobenius norms; inf for sent = 0).
+        factor: <held, sent> / <sent, sent>, the factor of the tensor if it was scaled by mistake; nan for sent = 0.
+        share: share of the elements that differ.
     """
 
     engine: str
@@ -123,22 +132,31 @@ class TensorFault:
         )
 
 
-def tensor_fault(engine: str, name: str, held: Tensor | None, sent: Tensor) -> TensorFault | None:
-    """None when both hold the same numbers in every bit. A tensor that is missing, or of another shape, is all wrong."""
+def compare_tensors(engine: str, name: str, held: Tensor | None, sent: Tensor) -> TensorMismatch | None:
+    """Compare the tensor that an engine holds with the one that was sent; return None if every bit is equal.
+
+    A tensor that is missing or of another shape counts as completely wrong.
+
+    Args:
+        engine: name of the engine, for the report.
+        name: name of the tensor, for the report.
+        held: the engine's tensor; None if it is missing.
+        sent: the expected tensor.
+    """
     if held is None or held.shape != sent.shape:
-        return TensorFault(engine, name, float("inf"), float("nan"), 1.0)
+        return TensorMismatch(engine, name, float("inf"), float("nan"), 1.0)
     x, y = held.detach().cpu().double(), sent.detach().cpu().double()
-    differs = x != y  # true of NaN as well
+    differs = x != y  # also true for NaN
     if not bool(differs.any()):
         return None
     norm = float(torch.linalg.vector_norm(y))
     error = float(torch.linalg.vector_norm(x - y)) / norm if norm else float("inf")
     factor = float((x * y).sum()) / norm**2 if norm else float("nan")
-    return TensorFault(engine, name, error, factor, float(differs.double().mean()))
+    return TensorMismatch(engine, name, error, factor, float(differs.double().mean()))
 
 
-def sync_verdict(faults: Sequence[TensorFault]) -> str:
-    """One sentence; names at most three tensors, the largest error first."""
+def sync_verdict(faults: Sequence[TensorMismatch]) -> str:
+    """Return one sentence that names at most three tensors, the largest error first."""
     if not faults:
         return "sync is whole: every tensor the engines hold is the one they should have been sent, bit for bit"
     worst = sorted(faults, key=lambda fault: -fault.error)
@@ -146,23 +164,23 @@ def sync_verdict(faults: Sequence[TensorFault]) -> str:
     return f"sync is broken: other weights than the trainer's are served: {'; '.join(map(str, worst[:3]))}{more}"
 
 
-def first_jump(errors: Sequence[float], floor: float) -> int | None:
-    """The first layer whose error is 5 times that of the layer before it, or None.
+def first_diverging_layer(errors: Sequence[float], floor: float) -> int | None:
+    """Return the first layer whose error is more than 5 times that of the previous layer, or None.
 
-    errors: relative errors of each layer's outputs, first layer first. floor: what rounding alone gives; errors below
-    count as that, and it stands for the error of the first layer's input.
+    `errors` are the relative errors of each layer's outputs, first layer first. `floor` is the error that rounding
+    alone causes: smaller errors count as `floor`, and it is also the error of the first layer's input.
     """
     before = floor
     for layer, error in enumerate(errors):
-        if not error <= _JUMP * before:  # NaN jumps
+        if not error <= _JUMP * before:  # written this way so that NaN counts as a jump
             return layer
         before = max(error, floor)
     return None
 
 
 def layer_verdict(errors: Sequence[float], floor: float) -> str:
-    """One sentence on `first_jump`."""
-    layer = first_jump(errors, floor)
+    """Return one sentence on the result of `first_jump`."""
+    layer = first_diverging_layer(errors, floor)
     if layer is None:
         return f"hidden states agree through all {len(errors)} layers (largest relative error {max(errors):.1e})"
     before = errors[layer - 1] if layer else 0.0

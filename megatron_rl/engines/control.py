@@ -170,7 +170,7 @@ def _common(version: int | None) -> dict[str, Any]:
     return {"flush_cache": False} | ({} if version is None else {"weight_version": str(version)})
 
 
-def refusal(url: str, path: str, response: httpx.Response) -> EngineError:
+def refusal_error(url: str, path: str, response: httpx.Response) -> EngineError:
     """The error for an answer other than 200."""
     if response.status_code != 404:
         return EngineError(f"{url}{path} refused the request ({response.status_code}): {error_message(response)}")

@@ -15,7 +15,7 @@ CONNECT_S = 1.0
 MISSES = 3  # looks in a row without an answer, after which a server counts as dead
 
 
-async def look(
+async def check_health(
     http: httpx.AsyncClient, engine: PooledEngine, path: str = "/health", timeout_s: float = 0
 ) -> bool | None:
     """One look: healthy, not (it says so, or nobody listens), or None without an answer in time."""
@@ -30,16 +30,16 @@ async def look(
         return False
 
 
-async def lives(http: httpx.AsyncClient, engine: PooledEngine, path: str = "/health") -> bool:
+async def is_alive(http: httpx.AsyncClient, engine: PooledEngine, path: str = "/health") -> bool:
     """After as many looks as it takes to tell a busy server from a dead one."""
     for _ in range(MISSES):
-        healthy = await look(http, engine, path)
+        healthy = await check_health(http, engine, path)
         if healthy is not None:
             return healthy
     return False
 
 
-async def unpause(http: httpx.AsyncClient, engine: PooledEngine) -> None:
+async def resume_paused(http: httpx.AsyncClient, engine: PooledEngine) -> None:
     """Have a server go on that somebody left paused, if it can be reached."""
     with suppress(httpx.HTTPError):
         await http.post(
@@ -47,7 +47,7 @@ async def unpause(http: httpx.AsyncClient, engine: PooledEngine) -> None:
         )
 
 
-def report_end(watch: "Future[None]") -> None:
+def log_unexpected_end(watch: "Future[None]") -> None:
     """Of a pool's watch over its servers, which is not to end unnoticed before the pool does."""
     if not watch.cancelled() and watch.exception() is not None:
         _log.error("servers are not watched any more", exc_info=watch.exception())

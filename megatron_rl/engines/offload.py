@@ -1,16 +1,20 @@
-"""Engines whose memory is given back while the trainer works alone."""
+"""Engines whose memory is released while the trainer works alone."""
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_rl.engines.pool import EnginePool
+from megatron_rl.files import replace_file
 
 
-class RestingEngines:
-    """Which engines rest, on disk as well: a server that we did not start outlives a killed trainer, resting.
+class OffloadedEngines:
+    """Which engines are offloaded, noted on disk: a server that this run did not start outlives a killed trainer.
 
-    note: the file that says so. Engines must be resumed exactly once, and SGLang takes a second time badly.
+    Engines must be resumed exactly once: SGLang dies of a second request.
+
+    Attributes:
+        note: the file that holds the engines' urls.
     """
 
     def __init__(self, note: Path) -> None:
@@ -18,39 +22,38 @@ class RestingEngines:
 
     @property
     def urls(self) -> list[str]:
-        """Engines that were put to rest and not woken since."""
+        """Engines that were offloaded and not resumed since."""
         return list(json.loads(self.note.read_text(encoding="utf-8"))) if self.note.is_file() else []
 
-    def rest(self, pool: EnginePool) -> None:
+    def release(self, pool: EnginePool) -> None:
         """Release the memory of every engine of the pool. Raises EngineError when one refuses."""
         pool.drop_dead()
         for url in pool.live_urls:
             self._write([*self.urls, url])
             pool.release_memory(url)
 
-    def wake(self, pool: EnginePool) -> None:
-        """Have those that rest take their memory again; they generate after the next weight update.
+    def resume(self, pool: EnginePool) -> None:
+        """Let offloaded engines allocate their memory again; they generate after the next weight update.
 
-        Each is noted as it wakes, and asked beforehand where it knows; one that cannot be reached stays noted.
+        Each is noted when it resumes. Where an engine can report it, its memory is checked first. An engine that cannot be
+        reached stays noted.
         """
-        resting = self.urls
-        if not resting:
+        offloaded = self.urls
+        if not offloaded:
             return
         pool.drop_dead()
-        for url in [url for url in pool.live_urls if url in resting]:
+        for url in [url for url in pool.live_urls if url in offloaded]:
             if pool.memory(url) in ("released", None):
                 pool.resume_memory(url)
             self._write(other for other in self.urls if other != url)
 
     def forget(self) -> None:
-        """The engines that were noted are gone, and what they held with them."""
+        """Delete the note: the engines ended, and their memory with them."""
         self._write(())
 
     def _write(self, urls: Iterable[str]) -> None:
         left = list(dict.fromkeys(urls))
-        if not left:
+        if left:
+            replace_file(self.note, json.dumps(left).encode())
+        else:
             self.note.unlink(missing_ok=True)
-            return
-        partial = self.note.with_suffix(".partial")
-        partial.write_text(json.dumps(left), encoding="utf-8")
-        partial.replace(self.note)

@@ -17,10 +17,10 @@ from typing import Any, Self, TypeVar
 
 import httpx
 
-from megatron_rl.engines.control import Controls, refusal
-from megatron_rl.engines.health import HEALTH_S, MISSES, lives, look, report_end, unpause
-from megatron_rl.engines.pooled_engine import Dropped, PooledEngine, Unanswered, together, unless_dead
-from megatron_rl.engines.router import Router, gone
+from megatron_rl.engines.control import Controls, refusal_error
+from megatron_rl.engines.health import HEALTH_S, MISSES, check_health, is_alive, log_unexpected_end, resume_paused
+from megatron_rl.engines.pooled_engine import Dropped, EngineState, PooledEngine, Unanswered, together, unless_dead
+from megatron_rl.engines.router import Router, router_lost
 from megatron_rl.errors import EngineError, UserError
 from megatron_rl.protocol.generation import (
     GenerationRequest,
@@ -37,10 +37,10 @@ _log = logging.getLogger(__name__)
 
 _RETRIES = 4
 _BACKOFF_S = 0.1  # doubled at every retry
-_REVIVE_S = 2.5  # time a lost server has for an answer: it is asked at every weight update
+_RECOVER_S = 2.5  # time of a lost engine's health check, which every weight update makes
 _WATCH_S = 5.0  # between looks at servers that owe answers
 _IN_FLIGHT = 256  # requests per server at once
-_HELD_S = 30.0  # time a request waits for an engine that may be used, while all live ones wait for an update
+_QUARANTINE_S = 30.0  # time a request waits while every live engine is quarantined
 _THREADS = 32  # of `asyncio.to_thread` in the pool's loop: tools and verifiers, which mostly wait for processes
 
 
@@ -79,7 +79,7 @@ class EnginePool(Controls):
         self._front = PooledEngine(router_url) if router_url else None  # stands for all engines where requests are sent
         self._calls: set[asyncio.Task[Any]] = set()
         self._interrupted: set[asyncio.Task[Any]] = set()
-        asyncio.run_coroutine_threadsafe(self._watch(), self._loop).add_done_callback(report_end)
+        asyncio.run_coroutine_threadsafe(self._watch(), self._loop).add_done_callback(log_unexpected_end)
 
     def __enter__(self) -> Self:
         return self
@@ -111,14 +111,20 @@ class EnginePool(Controls):
         return tuple(engine.url for engine in self._engines if engine.live)
 
     @property
-    def held(self) -> dict[str, str]:
-        """Live engines that nothing is routed to until they are given the committed weights, and why."""
-        return {engine.url: engine.held for engine in self._engines if engine.live and engine.held}
+    def states(self) -> dict[str, EngineState]:
+        """The state of every engine, by url."""
+        return {engine.url: engine.state for engine in self._engines}
+
+    @property
+    def quarantined(self) -> dict[str, str]:
+        """Engines that get no new request until a weight update succeeds, with the reason."""
+        quarantined = (engine for engine in self._engines if engine.state is EngineState.QUARANTINED)
+        return {engine.url: engine.quarantined_because for engine in quarantined}
 
     @property
     def lost(self) -> dict[str, str]:
-        """Engines that are not used any more, and why."""
-        return {engine.url: engine.reason for engine in self._engines if not engine.live}
+        """Engines that are not used any more, with the reason."""
+        return {engine.url: engine.lost_because for engine in self._engines if not engine.live}
 
     # Generation --------------------------------------------------------------------------------------------
 
@@ -196,19 +202,19 @@ class EnginePool(Controls):
 
     async def _routable(self) -> PooledEngine:
         """The least loaded engine that serves the committed weights; while all wait for an update, wait with them."""
-        end = time.monotonic() + _HELD_S
+        end = time.monotonic() + _QUARANTINE_S
         while True:
             live = [engine for engine in self._engines if engine.live]
             if not live:
                 reasons = "; ".join(f"{url}: {reason}" for url, reason in self.lost.items())
                 raise EngineError(f"no engine is left ({reasons}): start them again and resume the run")
-            routed = [engine for engine in live if not engine.held]
+            routed = [engine for engine in live if engine.routable]
             if routed:
                 return await self._through_router(routed) or min(routed, key=lambda engine: engine.load)
             if any(engine.paused for engine in live):  # the update is under way
-                end = time.monotonic() + _HELD_S
+                end = time.monotonic() + _QUARANTINE_S
             if time.monotonic() > end:
-                reasons = "; ".join(f"{engine.url}: {engine.held}" for engine in live)
+                reasons = "; ".join(f"{engine.url}: {engine.quarantined_because}" for engine in live)
                 mend = "the next weight update brings them back; a run that ends here can be resumed"
                 raise EngineError(f"no engine serves the committed weights ({reasons}): {mend}")
             await asyncio.sleep(_BACKOFF_S)
@@ -218,7 +224,7 @@ class EnginePool(Controls):
         if self._router is None or self._front is None:
             return None
         if not self._front.live:
-            raise EngineError(gone(self._front.url, self._front.reason))
+            raise EngineError(router_lost(self._front.url, self._front.lost_because))
         await self._router.route_to(engine.url for engine in routed)
         self._front.version = min(engine.version for engine in routed)
         return self._front
@@ -247,9 +253,11 @@ class EnginePool(Controls):
         samples = read_samples(engine.url, request, answer)
         oldest = min((span.version for sample in samples for span in sample.versions), default=expected)
         if oldest < expected:
-            engine.held = f"it answered with weight version {oldest} after version {expected}: it was restarted"
-            _log.warning("nothing is routed to engine %s: %s", engine.url, engine.held)
-            raise Unanswered(engine.held)
+            engine.quarantined_because = (
+                f"it answered with weight version {oldest} after version {expected}: it was restarted"
+            )
+            _log.warning("engine %s is %s: %s", engine.url, engine.state, engine.quarantined_because)
+            raise Unanswered(engine.quarantined_because)
         return samples
 
     async def _abort(self, engine: PooledEngine, rid: str) -> None:
@@ -260,7 +268,7 @@ class EnginePool(Controls):
 
     async def _suspect(self, engine: PooledEngine, what: str) -> None:
         """After an error: a server that is not healthy either is dropped."""
-        if engine.live and not await lives(self._http, engine):
+        if engine.live and not await is_alive(self._http, engine):
             self._drop(engine, what)
         elif engine is self._front:
             await self._drop_dead("/health")  # it says that a server failed, not which
@@ -273,7 +281,7 @@ class EnginePool(Controls):
             front = [self._front] if self._front is not None else []
             through = any(engine.load for engine in front)
             busy = [engine for engine in [*front, *self._engines] if engine.live and (engine.load or through)]
-            health = await asyncio.gather(*(look(self._http, engine) for engine in busy))
+            health = await asyncio.gather(*(check_health(self._http, engine) for engine in busy))
             missed = [engine for engine, healthy in zip(busy, health, strict=True) if not healthy]
             misses = {engine.url: misses.get(engine.url, 0) + 1 for engine in missed}
             for engine in missed:
@@ -282,9 +290,9 @@ class EnginePool(Controls):
 
     def _drop(self, engine: PooledEngine, reason: str) -> None:
         if engine.live:
-            engine.reason = reason or "dropped"
+            engine.lost_because = reason or "dropped"
             engine.dead.set()
-            _log.warning("engine %s is not used any more: %s", engine.url, engine.reason)
+            _log.warning("engine %s is %s: %s", engine.url, engine.state, engine.lost_because)
             if self._front is not None and self._front.live and engine is not self._front:
                 # Requests in the router may be with this one, which nobody can tell: all are redone.
                 self._front.dead.set()
@@ -297,7 +305,7 @@ class EnginePool(Controls):
         except httpx.HTTPError as error:
             raise Unanswered(f"{type(error).__name__} {error}".strip()) from error
         if 400 <= response.status_code < 500:
-            raise refusal(url, path, response)
+            raise refusal_error(url, path, response)
         if response.status_code != 200:
             raise Unanswered(f"status {response.status_code}: {error_message(response)}")
         try:
@@ -319,8 +327,8 @@ class EnginePool(Controls):
         waiting = [engine for engine in self._engines if engine.live]
         while True:
             if wake:
-                await asyncio.gather(*(unpause(self._http, engine) for engine in waiting))
-            health = await asyncio.gather(*(look(self._http, engine) for engine in waiting))
+                await asyncio.gather(*(resume_paused(self._http, engine) for engine in waiting))
+            health = await asyncio.gather(*(check_health(self._http, engine) for engine in waiting))
             waiting = [engine for engine, healthy in zip(waiting, health, strict=True) if not healthy]
             if not waiting:
                 return
@@ -334,7 +342,7 @@ class EnginePool(Controls):
 
     async def _drop_dead(self, path: str) -> None:
         live = [engine for engine in self._engines if engine.live]
-        health = await asyncio.gather(*(lives(self._http, engine, path) for engine in live))
+        health = await asyncio.gather(*(is_alive(self._http, engine, path) for engine in live))
         for engine, healthy in zip(live, health, strict=True):
             if not healthy:
                 self._drop(engine, "it does not answer")
@@ -354,33 +362,37 @@ class EnginePool(Controls):
         super().resume(url)
         self._run(self._set(self._find(url), paused=False))
 
-    def hold(self, url: str, reason: str) -> None:
-        """Route nothing new to this server until `admit`; what it is generating goes on."""
-        self._run(self._set(self._find(url), held=reason))
+    def release_memory(self, url: str) -> None:
+        super().release_memory(url)
+        self._run(self._set(self._find(url), offloaded=True))
+
+    def resume_memory(self, url: str) -> None:
+        super().resume_memory(url)
+        self._run(self._set(self._find(url), offloaded=False))
+
+    def quarantine(self, url: str, reason: str) -> None:
+        """Send no new request to this engine until `admit`; it finishes what it is generating."""
+        self._run(self._set(self._find(url), quarantined_because=reason))
 
     def admit(self, url: str, version: int) -> None:
-        """Route to a server that was found to serve `version`; an answer with an older one shows that it was restarted."""
-        self._run(self._set(self._find(url), held="", version=version))
+        """Send requests to an engine that serves `version`; a sample of an older one shows that it was restarted."""
+        self._run(self._set(self._find(url), quarantined_because="", version=version))
 
-    def revive(self) -> tuple[str, ...]:
-        """Dropped servers that answer again: live from now on, but held until `admit`."""
-        return self._run(self._revive())
+    def recover_lost(self) -> tuple[str, ...]:
+        """Check the lost engines, and quarantine those that are healthy again. Return their urls."""
+        return self._run(self._recover_lost())
 
     async def _set(self, engine: PooledEngine, **values: Any) -> None:
         for name, value in values.items():
             setattr(engine, name, value)
 
-    async def _revive(self) -> tuple[str, ...]:
+    async def _recover_lost(self) -> tuple[str, ...]:
         lost = [engine for engine in self._engines if not engine.live]
-        health = await asyncio.gather(*(look(self._http, engine, timeout_s=_REVIVE_S) for engine in lost))
+        health = await asyncio.gather(*(check_health(self._http, engine, timeout_s=_RECOVER_S) for engine in lost))
         back = [engine for engine, healthy in zip(lost, health, strict=True) if healthy]
         for engine in back:
-            engine.held, engine.reason, engine.version, engine.dead = (
-                f"lost before ({engine.reason})",
-                "",
-                0,
-                asyncio.Event(),
-            )
+            engine.quarantined_because, engine.lost_because = f"lost before ({engine.lost_because})", ""
+            engine.version, engine.dead = 0, asyncio.Event()
         return tuple(engine.url for engine in back)
 
     def _find(self, url: str) -> PooledEngine:
@@ -408,7 +420,7 @@ class EnginePool(Controls):
                     raise EngineError(f"{url}{path} does not answer: {type(error).__name__} {error}".strip()) from error
                 await asyncio.sleep(_BACKOFF_S * 2**attempt)
         if response.status_code != 200:
-            raise refusal(url, path, response)
+            raise refusal_error(url, path, response)
         try:
             return response.json()
         except ValueError:

@@ -1,38 +1,87 @@
-"""What the pool knows of one engine, and how it waits for several answers."""
+"""One engine as the pool sees it: its state, and how the pool waits for its answers."""
 
 import asyncio
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
+class EngineState(StrEnum):
+    """What an engine may be used for.
+
+    SERVING: generates with the committed weights.
+    PAUSED: generates nothing, because a weight update is in progress; requests wait at the engine.
+    OFFLOADED: its memory is released while the trainer works alone.
+    QUARANTINED: healthy, but gets no new request until a weight update succeeds.
+    LOST: not used any more. It is checked again before each weight update.
+    """
+
+    SERVING = "serving"
+    PAUSED = "paused"
+    OFFLOADED = "offloaded"
+    QUARANTINED = "quarantined"
+    LOST = "lost"
+
+
 @dataclass(eq=False)
 class PooledEngine:
+    """One engine of the pool.
+
+    Attributes:
+        url: base URL of the server.
+        load: samples that it still owes.
+        lost_because: why it is lost; empty while it is used.
+        quarantined_because: why it gets no new request; empty while it gets some.
+        paused: generation is paused for a weight update.
+        offloaded: its memory is released.
+        version: oldest weight version that it may report; an older one shows that it was restarted.
+        dead: set when it is lost, so that its requests are redone elsewhere.
+    """
+
     url: str
-    load: int = 0  # samples owed
-    reason: str = ""  # why it was dropped
+    load: int = 0
+    lost_because: str = ""
+    quarantined_because: str = ""
     paused: bool = False
-    held: str = ""  # why nothing is routed to it although it lives
-    version: int = 0  # the oldest weight version it may answer with: a restarted server falls back behind it
+    offloaded: bool = False
+    version: int = 0
     dead: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
+    def state(self) -> EngineState:
+        """The state that decides what the engine may be used for."""
+        if self.lost_because:
+            return EngineState.LOST
+        if self.quarantined_because:
+            return EngineState.QUARANTINED
+        if self.offloaded:
+            return EngineState.OFFLOADED
+        return EngineState.PAUSED if self.paused else EngineState.SERVING
+
+    @property
     def live(self) -> bool:
-        return not self.reason
+        """Whether the engine is not lost."""
+        return self.state is not EngineState.LOST
+
+    @property
+    def routable(self) -> bool:
+        """Whether new requests may be sent to the engine."""
+        return self.state not in (EngineState.LOST, EngineState.QUARANTINED)
 
 
 class Unanswered(Exception):
-    """A request got no answer, or a server error; it can be redone."""
+    """A request got no answer, or a server error. It can be redone."""
 
 
 class Dropped(Unanswered):
-    """Because the server was given up, or another one behind the same router: nobody need be suspected any more."""
+    """The request was canceled because its engine is lost, or another one behind the same router. No health check is needed."""
 
 
 async def together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Their results in order; after the first error the others are cancelled, and have ended when it is raised."""
+    """Return the results in order. After the first error the others are canceled, and have ended when it is raised."""
     tasks = [asyncio.create_task(work) for work in works]
     try:
         return list(await asyncio.gather(*tasks))
@@ -43,7 +92,7 @@ async def together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 async def unless_dead(dead: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
-    """`work`, given up with Dropped once `dead` is set."""
+    """Return the result of `work`. Cancel it and raise Dropped once `dead` is set."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(dead.wait())
     racing: set[asyncio.Future[Any]] = {task, gone}
     try:

@@ -60,7 +60,7 @@ class Router:
         try:
             response = await self._http.request(method, f"{self.url}{path}", json=body, timeout=10.0)
         except httpx.HTTPError as error:
-            raise EngineError(gone(self.url, f"{type(error).__name__} {error}".strip())) from error
+            raise EngineError(router_lost(self.url, f"{type(error).__name__} {error}".strip())) from error
         if response.status_code not in (200, 202):
             raise EngineError(
                 f"sglang-router {self.url}{path} refused ({response.status_code}): {error_message(response)}"
@@ -68,7 +68,7 @@ class Router:
         return response.json()
 
 
-def gone(url: str, reason: str) -> str:
+def router_lost(url: str, reason: str) -> str:
     """What is said of a router that does not answer: no request goes round it."""
     return (
         f"sglang-router at {url} is gone ({reason}): see router.log, and resume the run, or resume it with "

@@ -1,11 +1,11 @@
-"""Advantages of trajectories within the group of their prompt, and what shapes rewards and advantages."""
+"""Advantages of trajectories within the group of their prompt, and transformations of rewards and advantages."""
 
 from typing import Literal, get_args
 
 import numpy as np
 
 from megatron_rl.errors import ConfigError, UserError
-from megatron_rl.objectives.options import suggest
+from megatron_rl.objectives.options import did_you_mean
 
 AdvantageKind = Literal["mean", "grpo", "rloo", "dr_grpo", "whiten"]
 
@@ -14,19 +14,30 @@ _WHITEN_FLOOR = 1e-8
 
 
 def group_advantages(rewards: np.ndarray, groups: np.ndarray, kind: AdvantageKind) -> np.ndarray:
-    """rewards [B], groups [B] (any ids) -> advantages [B] float32, computed in float64.
+    """Return the advantages of trajectories within their group, [B] float32, computed in float64.
 
-    mean: R - mean(R) of the group (DRPO, DPPO, ASymPO). dr_grpo: the same; the constant length that Dr. GRPO
-    (arXiv 2503.20783) divides the loss by is the objective's norm, seq_mean_token_sum_norm with a horizon.
-    grpo: (R - mean) / (std + 1e-6), unbiased std of the group (arXiv 2402.03300); a group of one has mean 0 and std 1.
-    rloo: R - mean of the others of the group (arXiv 2402.14740); a group of one has no others and gets 0.
-    whiten: (R - mean) / (std + 1e-8), unbiased std of R - mean over all B (arXiv 2501.03262, with a group baseline).
+        mean      R - mean(R) of the group (DRPO, DPPO, ASymPO)
+        dr_grpo   the same; the constant length by which Dr. GRPO (arXiv 2503.20783) divides the loss is the
+                  objective's norm, seq_mean_token_sum_norm with a horizon
+        grpo      (R - mean) / (std + 1e-6), unbiased std of the group (arXiv 2402.03300); a group of one has mean 0
+                  and std 1
+        rloo      R - mean of the others of the group (arXiv 2402.14740); a group of one has no others and gets 0
+        whiten    (R - mean) / (std + 1e-8), unbiased std of R - mean over all B (arXiv 2501.03262, with a group
+                  baseline)
 
-    A group of equal rewards gets exact zeros (but for a group of one under grpo, which keeps its reward). Raises
-    UserError for a reward that is not finite or arrays that do not match, ConfigError for an unknown kind.
+    A group of equal rewards gets exact zeros. The exception is a group of one under `grpo`, which keeps its reward.
+
+    Args:
+        rewards: [B].
+        groups: [B], the group of each trajectory; any ids.
+        kind: one of the five names above.
+
+    Raises:
+        UserError: a reward is not finite, or the arrays do not match.
+        ConfigError: `kind` is unknown.
     """
     if kind not in get_args(AdvantageKind):
-        raise ConfigError(f"advantage is {kind!r}; {suggest(kind, get_args(AdvantageKind))}")
+        raise ConfigError(f"advantage is {kind!r}; {did_you_mean(kind, get_args(AdvantageKind))}")
     rewards, groups = np.asarray(rewards, dtype=np.float64), np.asarray(groups)
     if rewards.ndim != 1 or rewards.shape != groups.shape:
         raise UserError(f"rewards {list(rewards.shape)} and groups {list(groups.shape)} must be of one shape [B]")
@@ -50,10 +61,13 @@ def group_advantages(rewards: np.ndarray, groups: np.ndarray, kind: AdvantageKin
 
 
 def whiten_tokens(raw: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """(raw - mean) / sqrt(variance + 1e-8) over the tokens with mask 1, unbiased variance: [N], mask [N] -> [N] float64.
+    """Return (raw - mean) / sqrt(variance + 1e-8) over the tokens with mask 1, with unbiased variance, [N] float64.
 
-    0 where mask is 0, whatever raw holds there; exact zeros everywhere when all masked-in values are equal, one alone
-    included. Raises UserError when shapes differ or a value that counts is not finite.
+    `raw` and `mask` are [N]. The result is 0 where mask is 0, whatever `raw` contains there. If all values with mask 1
+    are equal (also if there is only one), every result is an exact zero.
+
+    Raises:
+        UserError: the shapes differ, or a value with mask 1 is not finite.
     """
     raw, keep = np.asarray(raw, dtype=np.float64), np.asarray(mask) != 0
     if raw.ndim != 1 or raw.shape != keep.shape:
@@ -71,21 +85,35 @@ def whiten_tokens(raw: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def overlong_penalty(lengths: np.ndarray, max_tokens: int, buffer: int, penalty: float = 1.0) -> np.ndarray:
-    """lengths [B] of responses in tokens -> [B] float64, to be added to their rewards (arXiv 2503.14476, Eq. 13).
+    """Return the penalty on overlong responses, [B] float64, to be added to their rewards (arXiv 2503.14476, Eq. 13).
 
-    0 up to max_tokens - buffer, then linearly down to -penalty at max_tokens, and -penalty beyond.
-    Raises ConfigError unless 0 < buffer <= max_tokens.
+    The penalty is 0 up to max_tokens - buffer, then falls linearly to -penalty at max_tokens, and is -penalty beyond.
+
+    Args:
+        lengths: [B], length of each response in tokens.
+        max_tokens: length of the longest response, in tokens.
+        buffer: length of the linear part, in tokens.
+        penalty: size of the full penalty.
+
+    Raises:
+        ConfigError: unless 0 < buffer <= max_tokens.
     """
     if not 0 < buffer <= max_tokens:
         raise ConfigError(
             f"the overlong buffer is {buffer} tokens; it must lie in 1..{max_tokens}, the longest response"
         )
     over = np.asarray(lengths, dtype=np.float64) - (max_tokens - buffer)
-    return -penalty * np.clip(over / buffer, 0.0, 1.0) + 0.0  # + 0.0: no negative zeros
+    return -penalty * np.clip(over / buffer, 0.0, 1.0) + 0.0  # + 0.0 turns negative zeros into zeros
 
 
 def _centered(rewards: np.ndarray, group: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """[B]: rewards less the mean of their group, numbered by `group` [B]; `size`: rewards of each group."""
+    """Return rewards minus the mean of their group, [B].
+
+    Args:
+        rewards: [B].
+        group: [B], number of the group of each reward.
+        size: number of rewards of each group.
+    """
     centered = rewards - (np.bincount(group, rewards) / size)[group]
     highest = np.full(len(size), -np.inf)
     np.maximum.at(highest, group, rewards)

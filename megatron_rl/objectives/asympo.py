@@ -1,4 +1,4 @@
-"""ASymPO: every response's log-likelihood divided by its own scale (arXiv 2606.03070)."""
+"""ASymPO: the log-likelihood of every response is divided by its own scale (arXiv 2606.03070)."""
 
 import math
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ from megatron_rl.objectives.scaled_po import Naive
 
 @dataclass(frozen=True, kw_only=True)
 class ASymPO(Naive):
-    r"""Divide the loss of a response by its mean token NLL, held constant, so that both signs weigh the same.
+    r"""Policy gradient that divides the loss of a response by its mean token NLL, so that both signs weigh the same.
 
         loss = -A l / sg(max(S, floor)),    S_g = -mean_t l_t over response g
         l = min(logp, log p_high) where A >= 0;   l = max(logp, log p_low) where A < 0;   logp where a bound is unset
 
-    With its norm L = (1/G) sum_g A_g S_g / sg(S_g), the L_C of arXiv 2606.03070 with C = 1 / sg(S); the bounds are the
-    stabilized form of its appendix C. A bounded token gets no gradient and keeps counting in S and in the length.
-    dL/dlogp_t = -A_g / (G m_g S_g) elsewhere: responses of zero-sum advantages balance whatever their length and
-    likelihood, and the loss is always 0, so it says nothing; read naive_loss, s_p, s_n and s_ratio of the log instead.
+    The divisor is held constant. With its norm, L = (1/G) sum_g A_g S_g / sg(S_g), which is L_C of arXiv 2606.03070
+    with C = 1 / sg(S). The bounds are the stabilized form of its appendix C. A bounded token gets no gradient but still
+    counts in S and in the length. Elsewhere dL/dlogp_t = -A_g / (G m_g S_g): responses of zero-sum advantages balance,
+    whatever their length and likelihood. The loss is then always 0 and carries no information; read naive_loss, s_p,
+    s_n and s_ratio in the log instead.
 
-    Nothing of a behavior policy is used, and nothing bounds the step. A confident response has a small S and a large
-    coefficient: `floor` bounds it at |A| / floor, p_high at |A| / -log p_high. The paper's bounds lie in
-    0.01..0.05 and 0.95..0.99. Advantages should sum to 0 in each group, and norm stay as it is: a token mean breaks
-    the balance.
+    No behavior policy is used, and nothing bounds the step. A confident response has a small S and a large coefficient:
+    `floor` bounds it at |A| / floor, p_high at |A| / -log p_high. The paper's bounds lie in 0.01..0.05 and 0.95..0.99.
+    Advantages should sum to 0 in each group. Keep the default norm: a token mean breaks the balance.
     """
 
     p_low: float | None = positive(None, "least probability of a token where A < 0", at_most=1.0)
@@ -39,11 +39,12 @@ class ASymPO(Naive):
         super().__post_init__()
         if self.p_low is not None and self.p_high is not None and self.p_low >= self.p_high:
             raise ConfigError(
-                f"objective {self.name}: p_low is {self.p_low:g} and p_high {self.p_high:g}; p_low must be the smaller one"
+                f"objective {self.name}: p_low is {self.p_low:g} and p_high {self.p_high:g}; "
+                "p_low must be the smaller one"
             )
 
     def per_token(self, x: LossInputs) -> TokenLoss:
-        """x: logp, advantages [B, T] -> loss [B, T]; there is no ratio, so no weight."""
+        """Return the loss [B, T] from `logp` and `advantages` [B, T] of `x`; without a ratio there is no weight."""
         logp, clipped = self._bounded(x)
         scale = -x.sequence_mean(logp.detach()).clamp(max=-self.floor)  # [B, 1], packed [1, T]
         return TokenLoss(
@@ -53,11 +54,11 @@ class ASymPO(Naive):
         )
 
     def _bounded(self, x: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """logp within its bound [B, T], constant where it is held there, and which tokens are held at which bound."""
+        """Return the bounded logp [B, T], constant where a bound applies, and the flags of the tokens at each bound."""
         logp, clipped = x.logp, {}
         if self.p_high is not None:
             limit = math.log(self.p_high)
-            # logp and A are 0 on padding, which must not enter the sum.
+            # On padding logp and A are 0, so padding would pass this test; it must not enter the sum.
             clipped["clip_high"] = (x.advantages >= 0) & (logp > limit) & x.mask.bool()
             logp = logp.masked_fill(clipped["clip_high"], limit)
         if self.p_low is not None:

@@ -10,13 +10,13 @@ from megatron_rl.objectives.ratio import RatioObjective
 
 @dataclass(frozen=True, kw_only=True)
 class CISPO(RatioObjective):
-    r"""Bound the weight of a token, never drop its gradient.
+    r"""REINFORCE with a bounded weight; no token loses its gradient.
 
         loss = -sg[clip(r, 1 - clip_low, 1 + clip_high)] A logp
         -dloss/dlogp = A r w,    w = clip(r, 1 - clip_low, 1 + clip_high) / r
 
-    The paper sets no lower bound, which is clip_low = 1, and tunes the upper one alone; it prints no value for that:
-    clip_high = 4 caps the weight at 5. The value of the loss means nothing, only its gradient does.
+    The paper sets no lower bound (clip_low = 1) and tunes only the upper one, without printing its value. clip_high = 4
+    limits the weight to 5. The value of the loss has no meaning; only its gradient does.
     """
 
     clip_low: float = positive(1.0, "the weight is bounded below by 1 - clip_low; 1 is no bound", at_most=1.0)
@@ -26,7 +26,7 @@ class CISPO(RatioObjective):
     default_norm: ClassVar[NormMode] = "token_mean"
 
     def surrogate(self, x: LossInputs) -> TokenLoss:
-        """x: logp, logmu or logold, advantages [B, T] -> loss, weight [B, T]."""
+        """Return loss and weight w, [B, T] each, from `logp`, `logmu` or `logold`, and `advantages` [B, T] of `x`."""
         ratio = x.ratio(self.below).detach()
         low, high = 1 - self.clip_low, 1 + self.clip_high
         clipped = ratio.clamp(low, high)

@@ -1,11 +1,12 @@
-"""Corrections of the gap between the engine's policy and the trainer's: a weight and a mask per token, kept apart.
+"""Corrections for the mismatch between the engine's policy and the trainer's: a separate weight and mask per token.
 
-With rho = pi_old / mu, the trainer's policy before the update over the engine's, a ratio objective's loss becomes
+With rho = pi_old / mu (the trainer's policy before the update over the engine's policy), a ratio objective's loss
+becomes
 
     loss = weight x mask x loss of the method
 
-The last one looks at the age of a token instead. Masked tokens keep counting in the norm, whose counts are fixed before
-the forward pass.
+The last correction, StaleMask, uses the age of a token instead of rho. Masked tokens still count in the norm, because
+its counts are fixed before the forward pass.
 """
 
 from abc import ABC, abstractmethod
@@ -17,14 +18,16 @@ from torch import Tensor
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.objectives.inputs import LossInputs
-from megatron_rl.objectives.options import checked, choice, flag, nonnegative, positive, suggest
+from megatron_rl.objectives.options import checked, choice, did_you_mean, flag, nonnegative, positive
 
 
 @dataclass(frozen=True, kw_only=True)
 class Correction(ABC):
-    """`apply(x, numerator)` -> (weight, mask, metrics), tensors [B, T] without gradient, None where it has no such part.
+    """A weight, a mask, or both, that multiply the loss of a ratio objective.
 
-    numerator: the tensor of x above the fraction bar of rho, `logold`; with denominator `rollout` the current `logp`.
+    `apply(x, numerator)` returns (weight, mask, metrics): tensors [B, T] without gradient, None for a part that the
+    correction does not have. `numerator` names the tensor of `x` above the fraction bar of rho: `logold`, or the
+    current `logp` if the denominator of the objective is `rollout`.
     """
 
     name: ClassVar[str] = ""
@@ -37,17 +40,17 @@ class Correction(ABC):
 
     @property
     def weighs(self) -> bool:
-        """True when the loss is multiplied by rho, which only a ratio without mu in it can bear."""
+        """True if the loss is multiplied by rho; this is valid only if the ratio does not contain mu."""
         return False
 
     @property
     def needs(self) -> frozenset[str]:
-        """Tensors of LossInputs besides the numerator."""
+        """Names of the tensors of LossInputs that are needed in addition to the numerator."""
         return frozenset({"logmu"})
 
     @property
     def prefix(self) -> str:
-        """Of its metrics' names; one that has levels tells the sequence level apart."""
+        """Prefix of the metrics' names; it marks the sequence level if the correction has levels."""
         return f"{self.name}_sequence" if getattr(self, "level", "token") == "sequence" else self.name
 
     @abstractmethod
@@ -82,9 +85,9 @@ class TIS(Correction):
 
 @dataclass(frozen=True, kw_only=True)
 class MIS(Correction):
-    """Masked importance sampling: weight rho, tokens (or whole sequences) with rho above the threshold dropped.
+    """Masked importance sampling: weight rho; tokens (or whole sequences) with rho above the threshold are masked.
 
-    weight: false keeps the mask alone, as arXiv 2603.19470 prints it.
+    With weight false only the mask is used, as printed in arXiv 2603.19470.
     """
 
     threshold: float = positive(2.0, "rho above it is dropped")
@@ -105,7 +108,7 @@ class MIS(Correction):
 
 @dataclass(frozen=True, kw_only=True)
 class IcePop(Correction):
-    """Two-sided masking of tokens (arXiv 2510.18855): weight rho where low <= rho <= high, else dropped."""
+    """Two-sided masking of tokens (arXiv 2510.18855): weight rho where low <= rho <= high, else masked."""
 
     low: float = positive(0.5, "rho below it is dropped")
     high: float = positive(5.0, "rho above it is dropped")
@@ -129,9 +132,10 @@ class IcePop(Correction):
 
 @dataclass(frozen=True, kw_only=True)
 class GeoMask(Correction):
-    """Drop sequences whose geometric mean of rho leaves [low, high]: independent of their length. No weight.
+    """Mask for sequences whose geometric mean of rho is outside [low, high], whatever their length.
 
-    No default fits: the bounds depend on the mismatch of engine and trainer, whose own figure is `mismatch/...` in the log.
+    It has no weight. There is no default for the bounds: they depend on the mismatch of engine and trainer, which the
+    log reports under `mismatch/...`.
     """
 
     low: float | None = positive(None, "a mean below it drops the sequence")
@@ -154,9 +158,10 @@ class GeoMask(Correction):
 
 @dataclass(frozen=True, kw_only=True)
 class StaleMask(Correction):
-    """Drop tokens that weights sampled which are more than so many versions behind those the step trains from. No weight.
+    """Mask for tokens sampled by weights more than `max_staleness` versions older than those the step trains from.
 
-    A bound for the objective alone, below the one that sampling keeps (rollout.max_staleness).
+    It has no weight. This bound applies to the objective only; it is tighter than the bound that sampling keeps
+    (rollout.max_staleness).
     """
 
     max_staleness: float = nonnegative(0.0, "versions; older tokens are dropped")
@@ -177,7 +182,11 @@ CORRECTIONS: dict[str, type[Correction]] = {kind.name: kind for kind in (TIS, MI
 
 
 def make_corrections(specs: Any) -> tuple[Correction, ...]:
-    """From `[{name: tis, threshold: 2.0}, ...]`. Raises ConfigError naming the entry and the nearest valid name."""
+    """Return the corrections of a list such as `[{name: tis, threshold: 2.0}, ...]`.
+
+    Raises:
+        ConfigError: an entry is invalid; the message names it and the nearest valid name.
+    """
     if not isinstance(specs, (list, tuple)):
         raise ConfigError(f"corrections is {specs!r}; it must be a list of mappings, each with a name")
     return tuple(spec if isinstance(spec, Correction) else _make(i, spec) for i, spec in enumerate(specs))
@@ -191,11 +200,11 @@ def _make(index: int, spec: Any) -> Correction:
     options = dict(spec)
     name = options.pop("name", None)
     if name not in CORRECTIONS:
-        raise ConfigError(f"corrections[{index}]: unknown correction {name!r}; {suggest(name, CORRECTIONS)}")
+        raise ConfigError(f"corrections[{index}]: unknown correction {name!r}; {did_you_mean(name, CORRECTIONS)}")
     keys = [f.name for f in fields(CORRECTIONS[name])]
     for key in options:
         if key not in keys:
-            raise ConfigError(f"correction {name} has no key '{key}'; {suggest(key, keys)}")
+            raise ConfigError(f"correction {name} has no key '{key}'; {did_you_mean(key, keys)}")
     return CORRECTIONS[name](**options)
 
 

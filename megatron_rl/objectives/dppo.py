@@ -1,4 +1,4 @@
-"""DPPO: tokens leave the batch by the divergence of their distribution, not by their ratio (arXiv 2602.04879)."""
+"""DPPO: tokens are masked by the divergence of their distribution, not by their ratio (arXiv 2602.04879)."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -15,21 +15,22 @@ from megatron_rl.objectives.ratio import RatioObjective
 
 DEFAULT_DELTA = {"tv": 0.15, "kl": 0.05}
 
-MOST_TOP_K = 64  # what engines are asked for at most: every token ships K pairs
-_EPSILON = 1e-8  # keeps the odds of a token that is all but certain finite
-_LEAST_REST = 1e-12  # mass of the tokens outside the top-K
+MOST_TOP_K = 64  # upper limit of the K requested from engines: every token transfers K pairs
+_EPSILON = 1e-8  # keeps the odds of a nearly certain token finite
+_LEAST_REST = 1e-12  # lower limit of the mass of the tokens outside the top-K
 
 
 @dataclass(frozen=True, kw_only=True)
 class DPPO(RatioObjective):
-    r"""Drop a token that moves away from where it was sampled once its distribution has moved by more than delta.
+    r"""Divergence mask: a token that moves away from q loses its gradient once its divergence exceeds delta.
 
         loss = -A sg[min(r, truncation)] M logp,    r = pi / mu
         -dloss/dlogp = A r w,    w = M min(r, truncation) / r
         M = 0 if D > delta_high, A > 0, pi > q  or  D > delta_low, A <= 0, pi < q;  else 1
 
-    D is the divergence of pi from q, the policy that denominator names: mu with rollout; with trainer_old the trainer's
-    own before the update (the `recompute` variants), while r stays pi / mu. Moving back towards q is always allowed.
+    D is the divergence of pi from q, the policy that `ratio_denominator` names. With rollout, q is mu. With trainer_old, q is
+    the trainer's own policy before the update (the `recompute` variants), while r stays pi / mu. A move back towards q
+    is always allowed.
     """
 
     delta: float | None
@@ -42,17 +43,20 @@ class DPPO(RatioObjective):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """delta_low, delta_high, each with delta in its place when unset."""
-        assert self.delta is not None  # every kind of DPPO resolves it when built
+        """delta_low and delta_high; delta replaces each one that is unset."""
+        assert self.delta is not None  # every subclass has a delta after construction
         low, high = self.delta_low, self.delta_high
         return self.delta if low is None else low, self.delta if high is None else high
 
     @abstractmethod
     def divergence_of(self, x: LossInputs) -> Tensor:
-        """D [B, T] without gradient, at least 0 up to rounding."""
+        """Return D, [B, T] without gradient, at least 0 up to rounding."""
 
     def surrogate(self, x: LossInputs) -> TokenLoss:
-        """x: logp, logmu, logold with denominator trainer_old, advantages [B, T] -> loss, weight [B, T]."""
+        """Return loss and weight w, [B, T] each, from `logp`, `logmu` and `advantages` [B, T] of `x`.
+
+        With denominator `trainer_old`, `logold` is also needed.
+        """
         low, high = self.bounds
         ratio, direction = x.ratio("logmu").detach(), x.log_ratio(self.below).detach()
         divergence = self.divergence_of(x)
@@ -97,12 +101,13 @@ class DPPOKL(DPPO):
 
 @dataclass(frozen=True, kw_only=True)
 class DPPOTopK(DPPO):
-    """Divergence over the K tokens the engine held likeliest, all others in one bucket of at least 1e-12.
+    """Divergence over the K most likely tokens of the engine, with all others in one bucket of at least 1e-12.
 
-        tv:  D = (sum_K |p - q| + |p_rest - q_rest|) / 2          kl:  D = sum_K p log(p / q) + p_rest log(p_rest / q_rest)
+        tv:  D = (sum_K |p - q| + |p_rest - q_rest|) / 2
+        kl:  D = sum_K p log(p / q) + p_rest log(p_rest / q_rest)
 
-    p is the engine's distribution and q the trainer's; whether a token moves away is that of the sampled one.
-    denominator is always rollout: of the trainer's old policy no top-K is kept.
+    p is the engine's distribution and q the trainer's. The sampled token alone decides whether a token moves away.
+    `ratio_denominator` is always rollout, because no top-K of the trainer's old policy is stored.
     """
 
     divergence: str = choice("tv", tuple(DEFAULT_DELTA), "total variation or KL")
@@ -113,10 +118,10 @@ class DPPOTopK(DPPO):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.denominator != "rollout":
+        if self.ratio_denominator != "rollout":
             raise ConfigError(
-                "objective dppo_topk: denominator is 'trainer_old', but the top-K of the trainer's old policy is not kept; "
-                "set denominator: rollout, or use dppo_tv or dppo_kl"
+                "objective dppo_topk: ratio_denominator is 'trainer_old', but the top-K of the trainer's old policy is not "
+                "kept; set ratio_denominator: rollout, or use dppo_tv or dppo_kl"
             )
         if self.delta is None:
             object.__setattr__(self, "delta", DEFAULT_DELTA[self.divergence])
@@ -125,8 +130,12 @@ class DPPOTopK(DPPO):
     def needs(self) -> frozenset[str]:
         return super().needs | {"topk"}
 
+    @property
+    def topk(self) -> int:
+        return self.top_k
+
     def divergence_of(self, x: LossInputs) -> Tensor:
-        """x.topk: logp of the trainer, logmu of the engine [B, T, K], constants."""
+        """Return D; `x.topk` holds logp of the trainer and logmu of the engine, [B, T, K] each, constants."""
         assert x.topk is not None
         logq_K, logp_K = x.topk
         p_K, q_K = logp_K.exp(), logq_K.exp()
@@ -137,7 +146,7 @@ class DPPOTopK(DPPO):
 
 
 def _others(log_probability: Tensor) -> Tensor:
-    """1 - p, exact also where p is all but 1, and 0 where rounding made p exceed 1."""
+    """Return 1 - p, accurate also where p is nearly 1, and 0 where rounding made p exceed 1."""
     return -torch.expm1(log_probability).clamp(max=0)
 
 

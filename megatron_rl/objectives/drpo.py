@@ -8,22 +8,23 @@ from megatron_rl.objectives.inputs import NormMode
 from megatron_rl.objectives.objective import LossInputs, TokenLoss, positive
 from megatron_rl.objectives.ratio import RatioObjective
 
-# The paper says "regularization threshold 12.5", which Eq. 8 admits in two readings. As delta itself
-# (paper_literal) the weight never leaves [0.92, 1.08]; as the coefficient 1 / (2 delta) it gives 0.04 (coef_reading),
-# whose boundary is reachable. dppo_matched takes the boundary of DPPO.
+# The paper says "regularization threshold 12.5", which has two readings in Eq. 8. As delta itself (paper_literal),
+# the weight never leaves [0.92, 1.08]. As the coefficient 1 / (2 delta), it gives delta 0.04 (coef_reading), whose
+# boundary is reachable. dppo_matched uses the boundary of DPPO.
 DELTA_PRESETS = MappingProxyType({"paper_literal": 12.5, "coef_reading": 0.04, "dppo_matched": 0.15})
 
 
 @dataclass(frozen=True, kw_only=True)
 class DRPO(RatioObjective):
-    r"""Pull back tokens whose probability has moved away from mu by more than delta.
+    r"""Quadratic penalty that pulls back tokens whose probability has moved away from mu by more than delta.
 
         loss = -A r + |A| mu (r - 1)^2 / (2 delta),          r = pi / mu
         -dloss/dlogp = A r w,    w = 1 - sign(A) (pi - mu) / delta
 
-    w falls from 1 (on policy) to 0 at |pi - mu| = delta and turns negative beyond when the token diverges
-    (A (r - 1) > 0); it exceeds 1 when the token converges. w lies in [1 - 1/delta, 1 + 1/delta], also for rare tokens,
-    where a boundary on the ratio would be hit at once. No clipping, no truncation, advantages not divided by their std.
+    w falls from 1 (on policy) to 0 at |pi - mu| = delta and becomes negative beyond, when the token diverges
+    (A (r - 1) > 0). It exceeds 1 when the token converges. w lies in [1 - 1/delta, 1 + 1/delta], also for rare tokens,
+    which would reach a boundary on the ratio at once. There is no clipping and no truncation, and advantages are not
+    divided by their std.
     """
 
     delta: float = positive(0.04, "half-width of the trust region, in units of probability", presets=DELTA_PRESETS)
@@ -32,7 +33,7 @@ class DRPO(RatioObjective):
     default_norm: ClassVar[NormMode] = "seq_mean_token_sum_norm"
 
     def surrogate(self, x: LossInputs) -> TokenLoss:
-        """x: logp, logmu, advantages [B, T] -> loss, weight [B, T]."""
+        """Return loss and weight w, [B, T] each, from `logp`, `logmu` and `advantages` [B, T] of `x`."""
         ratio = x.ratio(self.below)
         mu = getattr(x, self.below).exp()
         penalty = x.advantages.abs() * mu * (ratio - 1).square() / (2 * self.delta)

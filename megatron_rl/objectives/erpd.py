@@ -1,4 +1,4 @@
-"""ERPD: distil a teacher that was trained far off policy (arXiv 2605.25582).
+"""ERPD: distill a teacher that was trained far off policy (arXiv 2605.25582).
 
 Stage 1 trains the teacher on a fixed batch with a weakly constrained loss: `erpd_mse` or `erpd_ce` (or `sapo`, `grpo`).
 Stage 2 starts from the old policy again and follows the teacher's token advantages under a clip: `erpd_distill`.
@@ -15,12 +15,15 @@ from megatron_rl.objectives.grpo import PPO
 from megatron_rl.objectives.inputs import NormMode
 from megatron_rl.objectives.objective import LossInputs, Objective, TokenLoss, choice, positive
 
-_POSITIVE = 0.5  # a reward below it makes a trajectory a negative one
+_POSITIVE = 0.5  # a trajectory with a reward below it is negative
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Outcome(Objective):
-    """An objective that takes the reward of a trajectory for the probability that it is right. Advantages are not used."""
+    """An objective that uses the reward of a trajectory as the probability that it is right.
+
+    Advantages are not used.
+    """
 
     uses_advantages: ClassVar[bool] = False
 
@@ -37,14 +40,14 @@ class _Outcome(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class ErpdMSE(_Outcome):
-    r"""Pull the probability of every token towards the outcome of its trajectory.
+    r"""Squared error between the probability of every token and the outcome of its trajectory.
 
         loss = c (pi - R)^2,    R in {0, 1},    c = negative_weight if R < 0.5 else 1
         dloss/dlogp = 2 c (pi - R) pi
 
-    Stage 1 of arXiv 2605.25582. Rewards must lie in [0, 1]: pi is a probability, so others mean nothing here and are
-    not meant to be used. Negatives vanish as pi^2, positives as pi -> 0 and as pi -> 1. Early
-    updates lower the positives too ("unlearning"), later ones bring them back: the log's pi_positive shows the turn.
+    Stage 1 of arXiv 2605.25582. Rewards must lie in [0, 1], because pi is a probability; other values have no meaning
+    here. The gradient vanishes as pi^2 for negatives, and for positives as pi -> 0 and as pi -> 1. Early updates also
+    lower the positives ("unlearning"); later ones raise them again. pi_positive in the log shows when this changes.
     """
 
     negative_weight: float = positive(1.0, "weight of trajectories with a reward below 0.5")
@@ -53,7 +56,7 @@ class ErpdMSE(_Outcome):
     default_norm: ClassVar[NormMode] = "token_mean"
 
     def per_token(self, x: LossInputs) -> TokenLoss:
-        """x: logp, rewards [B, T] -> loss [B, T]; there is no ratio, so no weight."""
+        """Return the loss [B, T] from `logp` and `rewards` [B, T] of `x`; without a ratio there is no weight."""
         assert x.rewards is not None
         pi = x.logp.exp()
         loss = (pi - x.rewards).square()
@@ -70,8 +73,10 @@ class ErpdMSE(_Outcome):
         )
 
     def summary(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """pi_positive and pi_negative: mean probability of a token of a positive and of a negative trajectory, where
-        there are such."""
+        """Return pi_positive and pi_negative, the mean token probability of positive and of negative trajectories.
+
+        A value is left out if there are no such trajectories.
+        """
         names = [f"{self.name}/{name}" for name in ("pi", "positives", "pi_times_positives")]
         if not all(name in metrics for name in names):
             return {}
@@ -82,14 +87,14 @@ class ErpdMSE(_Outcome):
 
 @dataclass(frozen=True, kw_only=True)
 class ErpdCE(_Outcome):
-    r"""Classify trajectories by their likelihood ratio to the old policy.
+    r"""Cross-entropy of trajectories, classified by their likelihood ratio to the old policy.
 
         R(y) = beta sum_t log(pi / pi_old)   (or beta mean_t),    l: reward in [0, 1]
         L_y = -l log sigma(R) - (1 - l) log(1 - sigma(R)),        L = mean of L_y over trajectories
         dL_y/dlogp_t = -beta (l - sigma(R))   (/ length for the mean)
 
-    Stage 1 of arXiv 2605.25582 (which prints the likelihood without the minus sign). Rewards must lie in [0, 1].
-    The paper's beta lies in 0.001..0.05. Keep the norm: it makes L the mean over trajectories.
+    Stage 1 of arXiv 2605.25582 (which prints the likelihood without the minus sign). Rewards must lie in [0, 1]. The
+    paper's beta lies in 0.001..0.05. Keep the default norm: it makes L the mean over trajectories.
     """
 
     beta: float = positive(0.01, "reward per nat of log-ratio")
@@ -103,7 +108,10 @@ class ErpdCE(_Outcome):
         return super().needs | {"logold"}
 
     def per_token(self, x: LossInputs) -> TokenLoss:
-        """x: logp, logold, rewards [B, T] -> loss [B, T]: L_y / length in value, with the gradient above."""
+        """Return the loss [B, T] from `logp`, `logold` and `rewards` [B, T] of `x`.
+
+        Its value is L_y / length; its gradient is the one of the class docstring.
+        """
         assert x.rewards is not None
         log_ratio = x.log_ratio("logold")
         total = x.sequence_sum(log_ratio.detach())  # [B, 1], packed [1, T]
@@ -127,9 +135,9 @@ class ErpdDistill(PPO):
 
         A = whiten(log pi_e - log pi_den),    r = pi / pi_old,    loss as `ppo`
 
-    Stage 2 of arXiv 2605.25582: an approximation of min KL(pi | pi_e) under KL(pi | pi_old) <= epsilon. `advantages` are
-    [B, T]; pi_e, pi_den and pi_old are the trainer's own figures, or A would hold the engine's noise. The paper names no clip
-    for this stage; 0.2 is PPO's.
+    Stage 2 of arXiv 2605.25582: an approximation of min KL(pi | pi_e) under KL(pi | pi_old) <= epsilon. `advantages`
+    are [B, T]. pi_e, pi_den and pi_old are all computed by the trainer; otherwise A would contain the engine's noise.
+    The paper gives no clip for this stage; 0.2 is PPO's.
     """
 
     name: ClassVar = "erpd_distill"

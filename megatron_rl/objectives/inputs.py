@@ -1,4 +1,4 @@
-"""What an objective is given: tensors of one micro-batch, and the counts its sums are divided by."""
+"""The inputs of an objective: tensors of one micro-batch, and the counts that divide its sums."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.errors import ConfigError, UserError
-from megatron_rl.objectives.options import suggest
+from megatron_rl.objectives.options import did_you_mean
 
 LOG_RATIO_LIMIT = 20.0  # exp(20) is far outside any trust region, and its square still fits float32
 
@@ -24,14 +24,19 @@ _PER_TOKEN = ("logp", "logmu", "logold", "logref", "entropy")
 class LossNorm:
     """How per-token losses l become one number, and the global counts that divide the sum.
 
-    token_mean                sum(l) / tokens
-    seq_mean_token_mean       sum over sequences of their token mean / sequences
-    seq_mean_token_sum        sum(l) / sequences
-    seq_mean_token_sum_norm   sum(l) / sequences / horizon
+        token_mean                sum(l) / tokens
+        seq_mean_token_mean       sum over sequences of their token mean / sequences
+        seq_mean_token_sum        sum(l) / sequences
+        seq_mean_token_sum_norm   sum(l) / sequences / horizon
 
-    tokens: trained tokens; sequences: sequences with at least one of them; both of the whole optimizer batch, so
-    that the losses of its micro-batches, on any number of ranks, add up to the loss of the batch. int or 0-d tensor.
-    A missing count is taken from the mask. horizon: fixed response length; missing means T of right-padded tensors.
+    Both counts are those of the whole optimizer batch. The losses of its micro-batches, on any number of ranks, then
+    add up to the loss of the batch. A count is an int or a 0-d tensor; a missing count is taken from the mask.
+
+    Attributes:
+        mode: one of the four names above.
+        tokens: number of trained tokens.
+        sequences: number of sequences with at least one trained token.
+        horizon: fixed response length; if missing, T of the right-padded tensors.
     """
 
     mode: NormMode
@@ -41,7 +46,7 @@ class LossNorm:
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(NormMode):
-            raise ConfigError(f"norm mode {self.mode!r} is unknown; {suggest(self.mode, get_args(NormMode))}")
+            raise ConfigError(f"norm mode {self.mode!r} is unknown; {did_you_mean(self.mode, get_args(NormMode))}")
         for name in ("tokens", "sequences", "horizon"):
             value = getattr(self, name)
             if value is None or isinstance(value, Tensor):
@@ -51,7 +56,7 @@ class LossNorm:
 
     @property
     def count(self) -> int | Tensor | None:
-        """The global count this mode divides by; None when it is to be taken from the mask."""
+        """The global count that this mode divides by; None if it is to be taken from the mask."""
         return self.tokens if self.mode == "token_mean" else self.sequences
 
 
@@ -59,20 +64,26 @@ class LossNorm:
 class LossInputs:
     """Tensors of one micro-batch: [B, T] right-padded, or packed [1, T] with `seq_ids`.
 
-    logp [B, T] float32 (float64 stays float64), differentiable: current policy on the sampled tokens.
-    logmu, logold, logref [B, T]: behavior policy as the engine reported it, trainer before the update, reference;
-        None when the objective does not need them.
-    advantages [B], or [B, T] (always [1, T] when packed). mask [B, T]: 1 on trained response tokens; whatever the other
-        tensors hold where it is 0 (inf and nan included) has no influence.
-    rewards [B] or [B, T]; entropy [B, T], differentiable; topk: logp and logmu of the engine's top-K tokens, [B, T, K] each.
-    staleness [B, T]: weight versions between the one that sampled the token and the one the step trains from.
-    seq_ids [1, T] integer: which sequence a packed token belongs to; any ids, -1 on padding.
-    norm: overrides the objective's own norm; carries the global counts.
+    Attributes:
+        logp: [B, T] float32 (float64 stays float64), differentiable; the current policy on the sampled tokens.
+        logmu: [B, T], the behavior policy as the engine reported it; None if the objective does not need it.
+        advantages: [B] or [B, T]; always [1, T] if packed.
+        mask: [B, T], 1 on trained response tokens. Where it is 0, the values of the other tensors (inf and nan
+            included) have no influence.
+        logold: [B, T], the trainer's policy before the update; None if the objective does not need it.
+        logref: [B, T], the reference policy; None if the objective does not need it.
+        rewards: [B] or [B, T].
+        seq_ids: [1, T] integer, the sequence that a packed token belongs to; any ids, -1 on padding.
+        entropy: [B, T], differentiable.
+        topk: logp and logmu of the engine's top-K tokens, [B, T, K] each.
+        staleness: [B, T], weight versions between the one that sampled the token and the one the step trains from.
+        norm: overrides the objective's own norm; carries the global counts.
     """
 
     logp: Tensor
     logmu: Tensor | None = None
-    # Missing ones are refused before a method sees them; advantages may be missing where the method has no use for them.
+    # The checks refuse missing tensors before `per_token` runs. Advantages may be missing if the method does not use
+    # them.
     advantages: Tensor = None  # type: ignore[assignment]
     mask: Tensor = None  # type: ignore[assignment]
     logold: Tensor | None = None
@@ -85,11 +96,25 @@ class LossInputs:
     norm: LossNorm | None = None
 
     def log_ratio(self, denominator: str = "logmu", level: Level = "token", numerator: str = "logp") -> Tensor:
-        """[B, T] log(numerator / denominator), clamped to +-20; differentiable in logp. Every ratio goes through here.
+        """Return log(numerator / denominator), [B, T], clamped to +-20 and differentiable in logp.
 
-        With x_t the ratio of token t: token x_t; sequence sum of x over the sequence; geometric mean of x over it (GSPO,
-        arXiv 2507.18071); cumulative sum of x up to and including t. Beyond the token level the pooled value is a
-        constant, and d log_ratio_t / d logp_t = 1: the gradient of token t is ratio x A x grad logp_t (arXiv 2603.19470).
+        Every ratio is computed through this method. With x_t the log-ratio of token t, the levels are:
+
+            token        x_t
+            sequence     sum of x over the sequence
+            geometric    mean of x over the sequence (GSPO, arXiv 2507.18071)
+            cumulative   sum of x up to and including t
+
+        Beyond the token level the pooled value is a constant, and d log_ratio_t / d logp_t = 1. The gradient of token t
+        is then ratio x A x grad logp_t (arXiv 2603.19470).
+
+        Args:
+            denominator: name of the tensor below the fraction bar.
+            level: what one ratio spans.
+            numerator: name of the tensor above the fraction bar.
+
+        Raises:
+            UserError: one of the two tensors is missing.
         """
         above, below = getattr(self, numerator), getattr(self, denominator)
         for name, tensor in ((numerator, above), (denominator, below)):
@@ -101,20 +126,20 @@ class LossInputs:
         return x.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
     def ratio(self, denominator: str = "logmu", level: Level = "token", numerator: str = "logp") -> Tensor:
-        """[B, T] exp(log_ratio), differentiable in logp."""
+        """Return exp(log_ratio), [B, T], differentiable in logp; the arguments are those of `log_ratio`."""
         return self.log_ratio(denominator, level, numerator).exp()
 
     def sequence_sum(self, values: Tensor) -> Tensor:
-        """Sum of values [B, T] over each sequence, to be broadcast over its tokens: [B, 1], packed [1, T].
+        """Return the sum of `values` [B, T] over each sequence, broadcastable over its tokens: [B, 1], packed [1, T].
 
-        values must be 0 where mask is 0, as those of cleaned inputs are.
+        `values` must be 0 where mask is 0; the tensors of cleaned inputs are.
         """
         if self.seq_ids is None:
             return values.sum(1, keepdim=True)
         return self._by_row(values).index_select(0, self._rows)[None]
 
     def sequence_mean(self, values: Tensor) -> Tensor:
-        """As `sequence_sum`, divided by the trained tokens of the sequence (at least 1)."""
+        """Return `sequence_sum` divided by the number of trained tokens of the sequence (at least 1)."""
         return self.sequence_sum(values) / self._lengths
 
     def _pooled(self, x: Tensor, level: Level) -> Tensor:
@@ -125,14 +150,18 @@ class LossInputs:
         if self.seq_ids is None:
             return x.double().cumsum(1).to(x.dtype)
         rows = self._rows
-        order = rows.argsort(stable=True)  # a sequence's tokens side by side, in the order they came
+        order = rows.argsort(stable=True)  # the tokens of a sequence become adjacent and keep their order
         running = x[0, order].double().cumsum(0)
-        first = torch.searchsorted(rows[order], rows[order])  # where the token's sequence begins
+        first = torch.searchsorted(rows[order], rows[order])  # index at which the token's sequence begins
         before = (running - x[0, order])[first]
         return torch.zeros_like(x).index_copy(1, order, (running - before).to(x.dtype)[None])
 
     def check_shapes(self) -> None:
-        """Raises UserError naming the tensor whose shape or dtype is wrong; reads no values, so it is free on a GPU."""
+        """Check shapes and dtypes. This reads no values, so it does not wait for a GPU.
+
+        Raises:
+            UserError: a shape or dtype is wrong; the message names the tensor.
+        """
         if self.mask is None:
             raise UserError("mask is missing: it must be 1 on trained response tokens and 0 elsewhere")
         if self.logp.ndim != 2:
@@ -188,11 +217,13 @@ class LossInputs:
             )
 
     def validated(self) -> Self:
-        """These inputs, their shapes and values checked; raises UserError naming tensor, row and position.
+        """Return these inputs after a check of shapes and values: where mask is 1, every number must be finite.
 
-        Looking at values waits for the device. Objectives therefore do it by themselves on CPU tensors only; the trainer
-        checks the columns of a batch on the host (`Batch.check_finite`), before they go to a GPU. Checked where mask is 1:
-        every number is finite.
+        Reading values waits for the device, so objectives do it on CPU tensors only. The trainer checks the columns of
+        a batch on the host (`Batch.check_finite`) before they are copied to a GPU.
+
+        Raises:
+            UserError: a check fails; the message names tensor, row and position.
         """
         self.check_shapes()
         mask = self.mask.to(self.logp.dtype)
@@ -214,15 +245,16 @@ class LossInputs:
         return self
 
     def cleaned(self) -> Self:
-        """The same micro-batch in one dtype: advantages [B, T], constants detached, zeros where mask is 0.
+        """Return the same micro-batch in one dtype: advantages [B, T], constants detached, zeros where mask is 0.
 
-        mask must hold zeros and ones, as `validated` checks.
+        `mask` must contain only zeros and ones; `validated` checks this.
         """
         keep, mask = self.mask.bool(), self.mask.to(self.logp.dtype)
 
         def clean(tensor: Tensor) -> Tensor:
             tensor = tensor.to(self.logp.dtype)
-            # On CPU a product is 3 to 15 times as fast as torch.where, and one sum tells that there is no inf or nan to stop.
+            # On CPU a product is 3 to 15 times as fast as torch.where, but it does not remove inf and nan. A finite sum
+            # shows that there are none.
             rows, trained = (keep[..., None], mask[..., None]) if tensor.ndim == 3 else (keep, mask)
             if tensor.device.type == "cpu" and _finite_sum(tensor):
                 return _per_token(tensor, trained) * trained
@@ -246,17 +278,23 @@ class LossInputs:
         )
 
     def token_weights(self, norm: LossNorm) -> Tensor:
-        """[B, T]: the factor of each token in the aggregated loss; 0 where mask is 0. Needs no device synchronization."""
+        """Return the factor of each token in the aggregated loss, [B, T]; 0 where mask is 0.
+
+        This needs no device synchronization.
+        """
         return self.mask / self._divisor(norm)
 
     def aggregate(self, values: Tensor, norm: LossNorm) -> Tensor:
-        """0-d: the sum of values x token_weights; values [B, T] or what broadcasts to it, 0 where mask is 0."""
+        """Return the sum of values x token_weights, 0-d.
+
+        `values` is [B, T] or broadcasts to it, and is 0 where mask is 0.
+        """
         if norm.mode != "seq_mean_token_mean":
             return values.sum() / self._divisor(norm)
         return ((values.sum(1, keepdim=True) if self.seq_ids is None else values) / self._divisor(norm)).sum()
 
     def _divisor(self, norm: LossNorm) -> int | float | Tensor:
-        """What a token's loss is divided by: a number, or [B, 1], packed [1, T], where it depends on the sequence."""
+        """Return the divisor of a token's loss: a number, or [B, 1] (packed [1, T]) if it depends on the sequence."""
         if norm.mode == "token_mean":
             return self.token_count(norm)
         sequences = self.sequence_count() if norm.sequences is None else norm.sequences
@@ -267,19 +305,19 @@ class LossInputs:
         return sequences * (norm.horizon or self.mask.shape[1])
 
     def sequence_count(self) -> Tensor:
-        """0-d: sequences with at least one trained token; at least 1."""
+        """Return the number of sequences with at least one trained token, 0-d; at least 1."""
         trained = self.mask.sum(1) if self.seq_ids is None else self._trained_by_row
         return (trained > 0).sum().clamp(min=1)
 
     def token_count(self, norm: LossNorm) -> int | Tensor:
-        """Trained tokens of the whole optimizer batch; at least 1 when they are counted here."""
+        """Return the number of trained tokens of the whole optimizer batch; at least 1 if the mask is counted here."""
         return self.mask.sum().clamp(min=1) if norm.tokens is None else norm.tokens
 
     @cached_property
     def _rows(self) -> Tensor:
-        """[T] of packed inputs: the sequence of every token, numbered from 0."""
+        """The sequence of every token of packed inputs, [T], numbered from 0."""
         assert self.seq_ids is not None
-        return (numbered_on_cpu if self.seq_ids.device.type == "cpu" else numbered)(self.seq_ids[0])
+        return (dense_ids_cpu if self.seq_ids.device.type == "cpu" else dense_ids)(self.seq_ids[0])
 
     @cached_property
     def _lengths(self) -> Tensor:
@@ -293,27 +331,30 @@ class LossInputs:
         return self._by_row(self.mask)
 
     def _by_row(self, values: Tensor) -> Tensor:
-        """[T] of packed inputs: the sum of values [1, T] over each sequence, at its number; 0 beyond the last."""
+        """Return the sum of packed `values` [1, T] over each sequence, [T], at its number; 0 beyond the last."""
         return values.new_zeros(values.shape[1]).index_add(0, self._rows, values[0])
 
 
-def numbered(ids: Tensor) -> Tensor:
-    """[T] integers -> [T] the same, numbered from 0 in ascending order."""
-    # Not torch.unique: its output size depends on the data, which would wait for the device.
+def dense_ids(ids: Tensor) -> Tensor:
+    """Return integer `ids` [T] renumbered from 0 in ascending order of id, [T]."""
+    # torch.unique would wait for the device, because its output size depends on the data.
     ascending, order = ids.sort()
     ranks = torch.zeros_like(order)
     ranks[1:] = (ascending[1:] != ascending[:-1]).cumsum(0)
     return torch.zeros_like(order).scatter(0, order, ranks)
 
 
-def numbered_on_cpu(ids: Tensor) -> Tensor:
-    """As `numbered`; faster where waiting costs nothing, since only one id of each run is sorted."""
+def dense_ids_cpu(ids: Tensor) -> Tensor:
+    """Return the same as `numbered`.
+
+    This is faster where synchronization costs nothing, because only one id of each run of equal ids is sorted.
+    """
     runs, run_of_token = torch.unique_consecutive(ids, return_inverse=True)
     return runs.unique(return_inverse=True)[1].index_select(0, run_of_token)
 
 
 def _check_finite(name: str, tensor: Tensor, keep: Tensor) -> None:
-    """Raises UserError naming the first value of a trained token that is not finite; tensor: [B] or [B, T]."""
+    """Raise UserError naming the first non-finite value of a trained token; `tensor` is [B] or [B, T]."""
     if _finite_sum(tensor):
         return
     tensor = _per_token(tensor, keep)
@@ -326,10 +367,13 @@ def _check_finite(name: str, tensor: Tensor, keep: Tensor) -> None:
 
 
 def _finite_sum(tensor: Tensor) -> bool:
-    """True in the usual case, and then every number is finite; False also when finite ones overflow. Waits for the device."""
+    """Return True if the sum is finite, and then every number is finite. This waits for the device.
+
+    False does not prove the opposite: finite numbers can also overflow the sum.
+    """
     return bool(torch.isfinite(tensor.detach().sum()))
 
 
 def _per_token(tensor: Tensor, like: Tensor) -> Tensor:
-    """[B] or [B, T] -> [B, T]."""
+    """Expand a tensor [B] or [B, T] to [B, T]."""
     return tensor[:, None].expand_as(like) if tensor.ndim == 1 else tensor

@@ -10,16 +10,16 @@ from megatron_rl.objectives.ratio import RatioObjective
 
 @dataclass(frozen=True, kw_only=True)
 class MiniRL(RatioObjective):
-    r"""Weigh by the current policy over the engine's, mask by the current policy over the trainer's old one.
+    r"""REINFORCE with weight pi / mu (mu of the engine) and a mask by pi / pi_old (the trainer's old policy).
 
         loss = -A sg[min(r, truncation)] M logp,    r = pi / mu
         -dloss/dlogp = A r w,    w = M min(r, truncation) / r
         M = 0 if (A > 0, r' > 1 + clip_high) or (A < 0, r' < 1 - clip_low), else 1;    r' = pi / pi_old
 
-    The weight holds both the engine's mismatch and the staleness; the mask is about staleness alone. denominator names
-    the policy below r': trainer_old as in the paper, or rollout, where r' = r and no extra forward pass is needed.
-    The paper sums over tokens and warns of dividing by each response's own length; token_mean divides by a count common
-    to all of them.
+    The weight contains both the engine's mismatch and the staleness; the mask depends on staleness alone. `ratio_denominator`
+    names the policy below r': trainer_old as in the paper, or rollout. With rollout, r' = r and no extra forward pass
+    is needed. The paper sums over tokens and warns against dividing by each response's own length. token_mean divides
+    by a count common to all responses.
     """
 
     clip_low: float = positive(0.2, "tokens of A < 0 are dropped below 1 - clip_low", at_most=1.0)
@@ -32,7 +32,10 @@ class MiniRL(RatioObjective):
     always_over_mu: ClassVar = True
 
     def surrogate(self, x: LossInputs) -> TokenLoss:
-        """x: logp, logmu, logold with denominator trainer_old, advantages [B, T] -> loss, weight [B, T]."""
+        """Return loss and weight w, [B, T] each, from `logp`, `logmu` and `advantages` [B, T] of `x`.
+
+        With denominator `trainer_old`, `logold` is also needed.
+        """
         ratio, moved = x.ratio("logmu").detach(), x.ratio(self.below).detach()
         above = (x.advantages > 0) & (moved > 1 + self.clip_high)
         below = (x.advantages < 0) & (moved < 1 - self.clip_low)

@@ -1,7 +1,7 @@
-"""The frame of every objective: check the inputs, ask the method for per-token losses, aggregate.
+"""The base class of every objective. It checks the inputs, calls the method for per-token losses, and aggregates them.
 
-An objective is a frozen dataclass in a file of its own. It declares its options as fields, the tensors it
-`needs`, its paper's normalization, and implements `per_token`; nothing else.
+An objective is a frozen dataclass in its own file. It declares its options as fields, the tensors it `needs` and its
+paper's normalization, and it implements `per_token`; nothing else.
 """
 
 from abc import ABC, abstractmethod
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.objectives.inputs import OPTIONAL, LossInputs, LossNorm, NormMode
-from megatron_rl.objectives.options import checked, choice, nonnegative, positive, suggest
+from megatron_rl.objectives.options import checked, choice, did_you_mean, nonnegative, positive
 
 __all__ = ["LossInputs", "LossNorm", "LossOutputs", "Objective", "TokenLoss", "choice", "positive"]
 
@@ -23,9 +23,14 @@ _PER_SEQUENCE = LossNorm("seq_mean_token_mean")
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """What a method computes: loss [B, T] differentiable; weight [B, T], the w of -dloss/dlogp = A r w, or None
-    where the method has no such form; metrics [B, T] each, averaged over trained tokens; sequence_metrics [B, T] each,
-    averaged within each sequence and then over sequences."""
+    """The result of a method's `per_token`.
+
+    Attributes:
+        loss: [B, T], differentiable.
+        weight: [B, T], the w of -dloss/dlogp = A r w; None if the method has no such form.
+        metrics: tensors [B, T], each averaged over trained tokens.
+        sequence_metrics: tensors [B, T], each averaged within each sequence and then over sequences.
+    """
 
     loss: Tensor
     weight: Tensor | None = None
@@ -35,11 +40,15 @@ class TokenLoss:
 
 @dataclass(frozen=True)
 class LossOutputs:
-    """loss: 0-d, to call backward on. loss_tok, weight_tok [B, T]: the method's own, per token, before aggregation and
-    without KL and entropy terms; 0 where mask is 0.
+    """The loss of one micro-batch and its metrics.
 
-    metrics: detached 0-d tensors, sums over this micro-batch divided by the *global* counts (`norm.tokens`,
-    `norm.sequences`), so that the values of all micro-batches add up to the mean of the batch.
+    Attributes:
+        loss: 0-d; call backward on it.
+        loss_tok: [B, T], the method's own loss per token, before aggregation and without KL and entropy terms; 0 where
+            mask is 0.
+        weight_tok: [B, T], the method's own weight per token; 0 where mask is 0.
+        metrics: detached 0-d tensors. Each is a sum over this micro-batch divided by the *global* count (`norm.tokens`,
+            `norm.sequences`), so that the values of all micro-batches add up to the mean of the batch.
     """
 
     loss: Tensor
@@ -50,16 +59,18 @@ class LossOutputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective(ABC):
-    """A pure function from LossInputs to LossOutputs. Raises ConfigError for an illegal option when it is built.
+    """A pure function from LossInputs to LossOutputs. The constructor raises ConfigError for an illegal option.
 
         loss = aggregate(loss_tok) + kl_coef x aggregate(kl to the reference) - entropy_coef x aggregate(entropy)
 
-    The last two are computed, and their tensors needed, only when their coefficient is not 0.
+    The KL and entropy terms are computed, and their tensors are needed, only if their coefficient is not 0.
     """
 
-    norm: LossNorm | None = None  # None stands for the paper's; a LossNorm once built
+    norm: LossNorm | None = None  # None selects the paper's norm; after construction always a LossNorm
     kl_coef: float = nonnegative(0.0, "weight of the KL divergence to the reference policy")
-    kl: str = choice("k3", ("k1", "k2", "k3"), "its estimator, with x = logref - logp: -x, x^2 / 2, exp(x) - x - 1")
+    kl_estimator: str = choice(
+        "k3", ("k1", "k2", "k3"), "its estimator, with x = logref - logp: -x, x^2 / 2, exp(x) - x - 1"
+    )
     entropy_coef: float = nonnegative(0.0, "weight of the entropy bonus")
 
     name: ClassVar[str] = ""
@@ -68,11 +79,16 @@ class Objective(ABC):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Names of the optional tensors of LossInputs that must be there; the others need not be computed.
+        """Names of the optional tensors of LossInputs that must be given; the others need not be computed.
 
-        A method adds its own: `super().needs | {"logmu"}`.
+        A method adds its own tensors: `super().needs | {"logmu"}`.
         """
         return frozenset(name for name, coef in (("logref", self.kl_coef), ("entropy", self.entropy_coef)) if coef)
+
+    @property
+    def topk(self) -> int:
+        """Number of most likely tokens that the engine must report at every position; 0: none."""
+        return 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "norm", _as_norm(self.norm, self.default_norm))
@@ -81,23 +97,31 @@ class Objective(ABC):
 
     @abstractmethod
     def per_token(self, x: LossInputs) -> TokenLoss:
-        """The method. Every tensor of x is [B, T] in one dtype, constants detached, zeros where mask is 0.
+        """Return the per-token loss of the method.
 
-        What it returns there is dropped, but must be finite. On CPU `torch.where` and `masked_fill` cost 3 to 15 products.
+        Every tensor of `x` is [B, T] in one dtype, with constants detached and zeros where mask is 0. The returned
+        values where mask is 0 are discarded, but they must be finite. On CPU, `torch.where` and `masked_fill` cost as
+        much as 3 to 15 products.
         """
 
     def check_values(self, x: LossInputs) -> None:  # noqa: B027  most methods take any finite number
-        """Raises UserError for values the method cannot take; called on CPU tensors only, x as in `per_token`."""
+        """Raise UserError for values that the method cannot take.
+
+        Called on CPU tensors only; `x` is the same as in `per_token`.
+        """
 
     def summary(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Metrics made of the means of others over a whole update, such as a ratio of two of them."""
+        """Return metrics computed from the means of other metrics over an update, such as a ratio of two."""
         return {}
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
-        """Loss of one micro-batch. Raises UserError naming a tensor that is missing or malformed.
+        """Return the loss of one micro-batch.
 
-        Values (finite numbers, a mask with tokens in it) are checked on CPU tensors; on a GPU that would stall the
-        stream, so the trainer checks the columns of a batch on the host.
+        Values (finite numbers, a mask that contains tokens) are checked on CPU tensors only. On a GPU this check would
+        stall the stream, so the trainer checks the columns of a batch on the host.
+
+        Raises:
+            UserError: a tensor is missing or malformed; the message names it.
         """
         norm = inputs.norm or _as_norm(self.norm, self.default_norm)
         unused = {tensor: None for tensor in OPTIONAL if tensor not in self.needs}
@@ -124,11 +148,11 @@ class Objective(ABC):
         )
 
     def _terms(self, x: LossInputs) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """The KL and entropy terms per token, None when both are off, and their metrics."""
+        """Return the sum of the KL and entropy terms per token (None if both are off) and their metrics."""
         terms: list[Tensor] = []
         metrics: dict[str, Tensor] = {}
         if self.kl_coef:
-            divergence = _kl(-x.log_ratio("logref"), self.kl)
+            divergence = _kl(-x.log_ratio("logref"), self.kl_estimator)
             terms.append(self.kl_coef * divergence)
             metrics["kl_ref"] = divergence
         if self.entropy_coef:
@@ -138,7 +162,10 @@ class Objective(ABC):
 
 
 def _kl(x: Tensor, estimator: str) -> Tensor:
-    """Per-token estimates of KL(pi || ref) from tokens of pi; x = logref - logp (J. Schulman, Approximating KL Divergence)."""
+    """Return per-token estimates of KL(pi || ref) from tokens of pi; x = logref - logp.
+
+    Reference: J. Schulman, Approximating KL Divergence.
+    """
     if estimator == "k1":
         return -x
     if estimator == "k2":
@@ -158,12 +185,12 @@ def _averaged(
 
 
 def _dot(values: Tensor, weights: Tensor) -> Tensor:
-    """sum(values x weights) in one pass, without gradient; values: what broadcasts to weights."""
+    """Return sum(values x weights) in one pass, without gradient; `values` must broadcast to `weights`."""
     return torch.dot(values.detach().expand_as(weights).reshape(-1), weights.reshape(-1))
 
 
 def _as_norm(norm: Any, default: NormMode) -> LossNorm:
-    """A LossNorm from what a configuration may hold: a mode, a mapping of its fields, or None for `default`."""
+    """Return a LossNorm from a configuration value: a mode, a mapping of its fields, or None for `default`."""
     if norm is None:
         return LossNorm(default)
     if isinstance(norm, LossNorm):
@@ -174,6 +201,6 @@ def _as_norm(norm: Any, default: NormMode) -> LossNorm:
         known = [f.name for f in fields(LossNorm)]
         for key in norm:
             if key not in known:
-                raise ConfigError(f"unknown key 'norm.{key}'; {suggest(key, known)}")
+                raise ConfigError(f"unknown key 'norm.{key}'; {did_you_mean(key, known)}")
         return LossNorm(**{"mode": default, **norm})
     raise ConfigError(f"norm is {norm!r}; give a mode, a mapping with mode, tokens, sequences, horizon, or a LossNorm")

@@ -1,10 +1,14 @@
-"""Options of an objective: dataclass fields that carry their own check, and the errors they raise."""
+"""Options of an objective: dataclass fields with a type that pydantic checks, and the errors that the checks raise."""
 
 import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, field
-from typing import Any
+from functools import cache
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import BeforeValidator, Strict, TypeAdapter, ValidationError
 
 from megatron_rl.errors import ConfigError
 
@@ -17,80 +21,99 @@ def positive(
     at_most: float = math.inf,
     presets: Mapping[str, float] | None = None,
 ) -> Any:
-    """A finite number in (above, at_most], or the name of a preset; None is legal only as the default."""
-    return field(
-        default=default,
-        metadata={"kind": "number", "doc": doc, "above": above, "at_most": at_most, "presets": presets or {}},
-    )
+    """Declare an option that is a finite number in (above, at_most].
+
+    Args:
+        default: default value; None is legal only as the default.
+        doc: description for error messages and documentation.
+        above: exclusive lower bound.
+        at_most: inclusive upper bound.
+        presets: names that a user may give in place of a number, and their numbers.
+    """
+    limit = pydantic.Field(gt=above, le=at_most, allow_inf_nan=False)
+    return _option(default, doc, Annotated[float, Strict(), limit], f"above {above:g}{_limit(at_most)}", presets)
 
 
 def nonnegative(default: float, doc: str, *, at_most: float = math.inf) -> Any:
-    """A finite number in [0, at_most]."""
-    return field(
-        default=default,
-        metadata={"kind": "number", "doc": doc, "above": -math.inf, "at_least": 0.0, "at_most": at_most},
-    )
+    """Declare an option that is a finite number in [0, at_most]; `doc` describes it in error messages."""
+    limit = pydantic.Field(ge=0.0, le=at_most, allow_inf_nan=False)
+    return _option(default, doc, Annotated[float, Strict(), limit], f"at least 0{_limit(at_most)}")
 
 
 def integer(default: int, doc: str, *, at_least: int = 1, at_most: int = 1 << 31) -> Any:
-    """A whole number in [at_least, at_most]."""
-    return field(default=default, metadata={"kind": "integer", "doc": doc, "at_least": at_least, "at_most": at_most})
+    """Declare an option that is an integer in [at_least, at_most]; `doc` describes it in error messages."""
+    kind = Annotated[int, Strict(), pydantic.Field(ge=at_least, le=at_most)]
+    return _option(default, doc, kind, f"a whole number from {at_least} to {at_most}")
 
 
 def flag(default: bool, doc: str) -> Any:
-    """true or false."""
-    return field(default=default, metadata={"kind": "flag", "doc": doc})
+    """Declare an option that is true or false."""
+    return _option(default, doc, Annotated[bool, Strict()], "true or false")
 
 
 def choice(default: str | None, names: Iterable[str], doc: str) -> Any:
-    """One of `names`; None is legal only as the default."""
-    return field(default=default, metadata={"kind": "choice", "doc": doc, "names": tuple(names)})
+    """Declare an option that is one of `names`; None is legal only as the default."""
+    names = tuple(names)
+    return _option(default, doc, Literal[names], "", names)
+
+
+def _option(
+    default: Any, doc: str, kind: Any, rule: str, names: Iterable[str] | Mapping[str, float] | None = None
+) -> Any:
+    if isinstance(names, Mapping):
+        kind = Annotated[kind, BeforeValidator(_Preset(names))]
+    return field(default=default, metadata={"kind": kind, "doc": doc, "rule": rule, "names": tuple(names or ())})
+
+
+def _limit(at_most: float) -> str:
+    return f" and at most {at_most:g}" if math.isfinite(at_most) else ""
+
+
+class _Preset:
+    """Replaces the name of a preset by its number."""
+
+    def __init__(self, presets: Mapping[str, float]) -> None:
+        self.presets = presets
+
+    def __call__(self, value: Any) -> Any:
+        return self.presets.get(value, value) if isinstance(value, str) else value
+
+
+@cache
+def _adapter(option: Field) -> TypeAdapter[Any]:
+    return TypeAdapter(option.metadata["kind"])
 
 
 def checked(owner: str, option: Field, value: Any) -> Any:
-    """`value` as the option wants it (a preset name becomes its number). Raises ConfigError naming `owner.option`."""
-    rules, where = option.metadata, f"objective {owner}: '{option.name}'"
+    """Return `value` after the option's check; a preset name is replaced by its number.
+
+    Args:
+        owner: name of the objective or correction, for the message.
+        option: the dataclass field that holds the type.
+        value: the value that the user gave.
+
+    Raises:
+        ConfigError: the value is illegal; the message names `owner` and `option.name`.
+    """
+    rules = option.metadata
     if "kind" not in rules or (value is None and option.default is None):
         return value
-    if rules["kind"] == "choice":
-        if value not in rules["names"]:
-            raise ConfigError(f"{where} is {value!r}; {suggest(value, rules['names'])}")
-        return value
-    if rules["kind"] == "flag":
-        if not isinstance(value, bool):
-            raise ConfigError(f"{where} is {value!r}; it must be true or false ({rules['doc']})")
-        return value
-    if rules["kind"] == "integer":
-        low, high = rules["at_least"], rules["at_most"]
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ConfigError(f"{where} is {value!r}; it must be a whole number from {low} to {high} ({rules['doc']})")
-        return value
-    return _checked_number(where, rules, value)
+    try:
+        return _adapter(option).validate_python(value)
+    except ValidationError:
+        named = isinstance(value, str) or not rules["rule"]
+        hint = did_you_mean(value, rules["names"]) if rules["names"] and named else f"it must be {_rule(rules, value)}"
+        raise ConfigError(f"objective {owner}: '{option.name}' is {value!r}; {hint} ({rules['doc']})") from None
 
 
-def _checked_number(where: str, rules: Mapping[str, Any], value: Any) -> float:
-    presets = rules.get("presets", {})
-    if isinstance(value, str):
-        if value not in presets:
-            hint = suggest(value, presets) if presets else "it must be a number"
-            raise ConfigError(f"{where} is {value!r}; {hint}")
-        return presets[value]
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(f"{where} is {value!r}; it must be a number")
-    least = rules.get("at_least")
-    if (
-        not math.isfinite(value)
-        or not rules["above"] < value <= rules["at_most"]
-        or (least is not None and value < least)
-    ):
-        floor = f"above {rules['above']:g}" if least is None else f"at least {least:g}"
-        limit = f" and at most {rules['at_most']:g}" if math.isfinite(rules["at_most"]) else ""
-        raise ConfigError(f"{where} is {value!r}; it must be finite, {floor}{limit} ({rules['doc']})")
-    return float(value)
+def _rule(rules: Mapping[str, Any], value: Any) -> str:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    finite = rules["rule"].startswith(("above", "at least"))
+    return f"finite, {rules['rule']}" if finite and number else "a number" if finite else rules["rule"]
 
 
-def suggest(given: Any, valid: Iterable[str]) -> str:
-    """'did you mean 'x'? valid: x, y' for an error message."""
+def did_you_mean(given: Any, valid: Iterable[str]) -> str:
+    """Return "did you mean 'x'? valid: x, y" for an error message."""
     valid = list(valid)
     near = difflib.get_close_matches(str(given), valid, n=1, cutoff=0.0)
     lead = f"did you mean '{near[0]}'? " if near else ""

@@ -1,4 +1,4 @@
-"""What objectives on an importance ratio share: the policy below the fraction bar, the level, the corrections."""
+"""The shared part of all objectives with an importance ratio: the denominator, the level and the corrections."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -21,15 +21,22 @@ LEVELS = ("token", "sequence", "geometric", "cumulative")
 class RatioObjective(Objective):
     """An objective on r = pi / pi_below.
 
-    denominator: `rollout` (bypass) puts mu, as the engine reported it, below: staleness and engine mismatch in one ratio,
-    and no extra forward pass. `trainer_old` puts the trainer's own policy before the update below; `corrections` then
-    weigh or mask by pi_old / mu. Unset, it is trainer_old when a correction weighs, else rollout.
-    Corrections may only mask where the loss already holds what they would weigh by: with `rollout`, and in methods whose
-    weight is pi / mu whatever the denominator (`always_over_mu`), for which it names the policy that their mask compares to.
+    A correction that weighs must not weigh by a factor that the loss already contains. It may then only mask. This is
+    the case with denominator `rollout`, and in methods whose weight is pi / mu whatever the denominator
+    (`always_over_mu`).
+
+    Attributes:
+        ratio_level: what one ratio spans.
+        ratio_denominator: the policy below the fraction bar. `rollout` (bypass) uses mu as the engine reported it: one ratio
+            contains staleness and engine mismatch, and no extra forward pass is needed. `trainer_old` uses the
+            trainer's own policy before the update; `corrections` then weigh or mask by pi_old / mu. If unset, it is
+            `trainer_old` when a correction weighs, else `default_denominator`. With `always_over_mu` it names the
+            policy that the mask of the method compares with.
+        corrections: see `objectives/corrections.py`.
     """
 
-    level: str = choice("token", ("token",), "what one ratio spans")
-    denominator: str | None = choice(None, DENOMINATORS, "the policy below the fraction bar")
+    ratio_level: str = choice("token", ("token",), "what one ratio spans")
+    ratio_denominator: str | None = choice(None, DENOMINATORS, "the policy below the fraction bar")
     corrections: Any = field(default=())
 
     default_denominator: ClassVar[str] = "rollout"
@@ -41,23 +48,24 @@ class RatioObjective(Objective):
         weighing = [c.name for c in corrections if c.weighs]
         if weighing and self.always_over_mu:
             raise ConfigError(
-                f"objective {self.name}: correction {weighing[0]} weighs by pi_old / mu, but its loss is always weighted by "
-                "pi / mu; drop the correction, or set weight: false for a mask alone"
+                f"objective {self.name}: correction {weighing[0]} weighs by pi_old / mu, but its loss is always "
+                "weighted by pi / mu; drop the correction, or set weight: false for a mask alone"
             )
-        if self.denominator is None:
-            object.__setattr__(self, "denominator", "trainer_old" if weighing else self.default_denominator)
-        if weighing and self.denominator == "rollout":
+        if self.ratio_denominator is None:
+            object.__setattr__(self, "ratio_denominator", "trainer_old" if weighing else self.default_denominator)
+        if weighing and self.ratio_denominator == "rollout":
             raise ConfigError(
-                f"objective {self.name}: correction {weighing[0]} weighs by pi_old / mu, which the ratio of denominator: "
-                "rollout already holds; set denominator: trainer_old, or weight: false for a mask alone"
+                f"objective {self.name}: correction {weighing[0]} weighs by pi_old / mu, which the ratio of "
+                "ratio_denominator: rollout already holds; set ratio_denominator: trainer_old, or weight: false for a mask "
+                "alone"
             )
         object.__setattr__(self, "corrections", corrections)
 
     @property
     def below(self) -> str:
-        """The tensor of LossInputs below the fraction bar."""
-        assert self.denominator is not None  # resolved when built
-        return DENOMINATORS[self.denominator]
+        """Name of the tensor of LossInputs that is the denominator of the ratio."""
+        assert self.ratio_denominator is not None  # set in __post_init__
+        return DENOMINATORS[self.ratio_denominator]
 
     @property
     def needs(self) -> frozenset[str]:
@@ -66,7 +74,7 @@ class RatioObjective(Objective):
 
     @abstractmethod
     def surrogate(self, x: LossInputs) -> TokenLoss:
-        """The method without corrections; as `per_token`."""
+        """Return the loss of the method without corrections; `x` is the same as in `per_token`."""
 
     def per_token(self, x: LossInputs) -> TokenLoss:
         token = self.surrogate(x)

@@ -12,12 +12,12 @@ from megatron_rl.objectives.ratio import RatioObjective
 
 @dataclass(frozen=True, kw_only=True)
 class SAPO(RatioObjective):
-    r"""Let the gradient of a token fade as its ratio leaves 1, faster for negative advantages.
+    r"""Smooth gate: the gradient of a token decreases as its ratio leaves 1, faster for negative advantages.
 
         loss = -A (4 / tau) s,    s = sigmoid(tau (r - 1)),    tau = tau_pos if A > 0 else tau_neg
         -dloss/dlogp = A r w,    w = 4 s (1 - s)
 
-    w is 1 on policy and falls towards 0 on both sides of it; the factor 4 / tau makes that 1 independent of tau.
+    w is 1 on policy and falls towards 0 on both sides. The factor 4 / tau makes this 1 independent of tau.
     """
 
     tau_pos: float = positive(1.0, "steepness of the gate for A > 0")
@@ -27,7 +27,7 @@ class SAPO(RatioObjective):
     default_norm: ClassVar[NormMode] = "seq_mean_token_mean"
 
     def surrogate(self, x: LossInputs) -> TokenLoss:
-        """x: logp, logmu or logold, advantages [B, T] -> loss, weight [B, T]."""
+        """Return loss and weight w, [B, T] each, from `logp`, `logmu` or `logold`, and `advantages` [B, T] of `x`."""
         ratio = x.ratio(self.below)
         tau = torch.full_like(x.advantages, self.tau_neg).masked_fill(x.advantages > 0, self.tau_pos)
         gate = torch.sigmoid(tau * (ratio - 1))

@@ -1,4 +1,4 @@
-"""ScaledPO: the policy gradient with its negative side scaled down; alpha 1 is the plain one (arXiv 2606.03070)."""
+"""ScaledPO: the policy gradient with its negative side scaled down; alpha 1 is the unscaled one (arXiv 2606.03070)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,25 +14,27 @@ from megatron_rl.objectives.options import nonnegative
 
 @dataclass(frozen=True, kw_only=True)
 class Naive(Objective):
-    r"""REINFORCE with a group baseline, every response of equal weight.
+    r"""REINFORCE with a group baseline and equal weight for every response.
 
         loss = -A logp;    L = (1/G) sum_g A_g S_g,    S_g = -mean_t logp_t, the mean token NLL of response g
 
-    L_C of arXiv 2606.03070 with C = 1. It knows of no behavior policy, hence neither of staleness nor of mismatch, and
-    has no trust region: the unlikelier a negative response, the larger its term, and training collapses late.
-    Metrics (names begin with the objective's): naive_loss, the L above; and of a whole update, by `summary`, s_p and s_n,
-    the means of S over positive and over negative responses, weighted by |A|, and s_ratio = s_n / s_p.
+    L_C of arXiv 2606.03070 with C = 1. It does not use a behavior policy, so it corrects neither staleness nor
+    mismatch, and it has no trust region. The less likely a negative response is, the larger its term, and training
+    collapses late.
+
+    Metrics (their names begin with the objective's): naive_loss is the L above. Over a whole update, `summary` adds s_p
+    and s_n, the means of S over positive and over negative responses weighted by |A|, and s_ratio = s_n / s_p.
     """
 
     name: ClassVar = "naive"
     default_norm: ClassVar[NormMode] = "seq_mean_token_mean"
 
     def per_token(self, x: LossInputs) -> TokenLoss:
-        """x: logp, advantages [B, T] -> loss [B, T]; there is no ratio, so no weight."""
+        """Return the loss [B, T] from `logp` and `advantages` [B, T] of `x`; without a ratio there is no weight."""
         return TokenLoss(loss=-x.advantages * x.logp, sequence_metrics=self.scales(x))
 
     def scales(self, x: LossInputs) -> dict[str, Tensor]:
-        """What naive_loss, and the sums that s_p and s_n are made of, are the sequence means of."""
+        """Return tensors [B, T] whose sequence means are naive_loss and the sums that s_p and s_n are computed from."""
         logp = x.logp.detach()
         naive, positive = -x.advantages * logp, x.advantages.relu()
         negative = positive - x.advantages
@@ -57,13 +59,13 @@ class Naive(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class ScaledPO(Naive):
-    r"""Multiply the negative side of the policy gradient by a constant alpha.
+    r"""Policy gradient with its negative side multiplied by a constant alpha.
 
         loss = -C A logp,    C = 1 if A >= 0 else alpha
 
-    "SPO" of arXiv 2606.03070, Eq. of L_C. alpha 1 is `naive`, alpha 0 imitates positive responses alone. The two sides
-    cancel where s_n / s_p = 1 / alpha, whereas `asympo` balances them at every scale. The coefficients of a group add up
-    to (1 - alpha) times its positive part: there is a net push upwards, under which entropy may fall faster.
+    "SPO" of arXiv 2606.03070, Eq. of L_C. alpha 1 is `naive`; alpha 0 imitates positive responses only. The two sides
+    cancel where s_n / s_p = 1 / alpha, whereas `asympo` balances them at every scale. The coefficients of a group add
+    up to (1 - alpha) times its positive part: there is a net push upwards, under which entropy may fall faster.
     """
 
     alpha: float = nonnegative(0.2, "factor of negative advantages", at_most=1.0)
@@ -71,6 +73,6 @@ class ScaledPO(Naive):
     name: ClassVar = "scaled_po"
 
     def per_token(self, x: LossInputs) -> TokenLoss:
-        """x: logp, advantages [B, T] -> loss [B, T]; there is no ratio, so no weight."""
+        """Return the loss [B, T] from `logp` and `advantages` [B, T] of `x`; without a ratio there is no weight."""
         scaled = torch.where(x.advantages < 0, self.alpha * x.advantages, x.advantages)
         return TokenLoss(loss=-scaled * x.logp, sequence_metrics=self.scales(x))

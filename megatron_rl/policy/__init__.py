@@ -2,6 +2,7 @@
 
 import warnings
 
-# megatron-core warns at import about every optional CUDA package; `megatron-rl doctor` says what is there.
+# megatron-core warns at import about every optional CUDA package.
+# `megatron-rl doctor` reports which ones are installed.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core.*")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron\.core|torch\.distributed\.checkpoint).*")

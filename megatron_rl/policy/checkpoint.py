@@ -1,13 +1,12 @@
-"""Training checkpoints: sharded by megatron-core, complete or absent, newest valid first.
+"""Training checkpoints: sharded by megatron-core, loaded only if complete, the newest valid one first.
 
-A checkpoint is written into `step_000020.partial` and renamed when every rank's part is on disk and
-`complete.json` lists each file with its size. What carries no such list, or whose files differ from it, is
-never loaded: the next older one is taken, and it is said so.
+A checkpoint is written into `step_000020.partial`. It is renamed when every rank's part is on disk and `complete.json`
+lists each file with its size. A checkpoint without this list, or with files that differ from it, is never loaded. The
+next older one is loaded instead, and a message gives the reason.
 """
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -24,20 +23,28 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_rl.errors import CheckpointError
+from megatron_rl.files import replace_file
 from megatron_rl.policy.actor import Policy
-from megatron_rl.policy.checkpoint_state import COMPLETE, PARTIAL, TrainState, newest_valid, what_is_wrong
+from megatron_rl.policy.checkpoint_state import COMPLETE, PARTIAL, TrainState, find_defect, newest_valid
 from megatron_rl.weights.digest import tensor_digest
 
 
 class Checkpoints:
-    """The checkpoints of one run, or of one stage. `save` returns once the state is captured; files follow asynchronously.
+    """The checkpoints of one run or of one stage.
 
-    keep: how many of the newest stay. pinned: numbers that stay besides.
+    `save` returns when the state is captured. The files are written asynchronously.
+
+    Args:
+        folder: folder that holds the checkpoints.
+        policy: the policy that is saved and restored.
+        keep: how many of the newest checkpoints stay on disk.
+        pinned: numbers of checkpoints that also stay on disk.
     """
 
     def __init__(self, folder: Path, policy: Policy, keep: int, pinned: Iterable[int] = ()) -> None:
         self.folder, self.policy, self.keep, self.pinned = folder, policy, keep, frozenset(pinned)
-        # The persistent writer of 0.16.1 divides by the number of CUDA devices; the per-save one works everywhere.
+        # The persistent writer of megatron-core 0.16.1 divides by the number of CUDA devices. A new writer per save
+        # works everywhere.
         self.queue = AsyncCallsQueue(persistent=False)
 
     def __enter__(self) -> Self:
@@ -52,11 +59,11 @@ class Checkpoints:
         return self.folder / f"step_{number:06d}"
 
     def has(self, number: int) -> bool:
-        """Whether that checkpoint is complete on disk. Collective."""
-        return self.policy.mesh.on_lead(lambda: what_is_wrong(self.path(number)) is None)
+        """Return True if checkpoint `number` is complete on disk. Collective."""
+        return self.policy.mesh.on_lead(lambda: find_defect(self.path(number)) is None)
 
     def save(self, state: TrainState, *, wait: bool = False) -> None:
-        """Write a checkpoint of `state`. wait: return only when it is complete."""
+        """Write a checkpoint of `state`. With `wait`, return only when it is complete."""
         self.finish(wait=True)
         final = self.path(state.number)
         partial = final.with_name(final.name + PARTIAL)
@@ -70,7 +77,10 @@ class Checkpoints:
         self.finish(wait=wait)
 
     def finish(self, *, wait: bool) -> None:
-        """Complete a save whose files are on disk; with `wait`, until they are. Collective."""
+        """Complete a save whose files are on disk. With `wait`, block until they are. Collective.
+
+        Raises CheckpointError if the files cannot be written.
+        """
         try:
             self.queue.maybe_finalize_async_calls(blocking=wait)
         except (CheckpointException, OSError) as error:
@@ -83,14 +93,17 @@ class Checkpoints:
         self.queue.close()
 
     def leave(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Close at the end of a run. After an error of this rank alone the others cannot be waited for, so nothing is
-        completed: the unfinished checkpoint stays `.partial`."""
+        """Close the checkpoints at the end of a run. The arguments are those of `__exit__`.
+
+        This rank cannot wait for the other ranks after an error that it alone has. Then nothing is completed, and the
+        unfinished checkpoint stays `.partial`.
+        """
         together = kind is None or issubclass(kind, KeyboardInterrupt) or getattr(error, "everywhere", False)
         if together:
             self.close()
 
     def load_newest(self) -> TrainState | None:
-        """Restore the newest valid checkpoint into the policy; None when the folder holds none."""
+        """Restore the newest valid checkpoint into the policy. Return None if the folder holds none."""
         mesh = self.policy.mesh
         found, skipped = mesh.broadcast(newest_valid(self.folder) if mesh.rank == 0 else None)
         if mesh.rank == 0:
@@ -99,11 +112,14 @@ class Checkpoints:
         return None if found is None else self._load(found)
 
     def load(self, number: int) -> TrainState:
-        """Restore that checkpoint into the policy. Raises CheckpointError when it is not whole."""
+        """Restore checkpoint `number` into the policy. Raise CheckpointError if it is not complete."""
         return self._load(self._whole(number))
 
     def load_weights(self, number: int) -> None:
-        """Its model weights alone, to be scored with. The optimizer keeps what it has: load a whole one before an update."""
+        """Load only the model weights of checkpoint `number`, for scoring.
+
+        The optimizer state does not change. Load a whole checkpoint before an update.
+        """
         folder = self._whole(number)
         content, _, lacking = _read(self._models(), folder)
         if lacking:
@@ -112,7 +128,7 @@ class Checkpoints:
 
     def _whole(self, number: int) -> Path:
         folder = self.path(number)
-        reason = self.policy.mesh.on_lead(lambda: what_is_wrong(folder))
+        reason = self.policy.mesh.on_lead(lambda: find_defect(folder))
         if reason is not None:
             self.policy.mesh.raise_everywhere(
                 CheckpointError(f"checkpoint {folder} is needed and not usable: {reason}")
@@ -125,7 +141,7 @@ class Checkpoints:
 
     def _load(self, folder: Path) -> TrainState:
         content, *differing = _read(self._content(TrainState(), loading=True), folder)
-        # Random states belong to a number of ranks; another number starts its own.
+        # Random states belong to one number of ranks. A run with another number of ranks starts with its own states.
         foreign = sorted(key for keys in differing for key in keys if not key.startswith("rng_of_"))
         if foreign:
             raise CheckpointError(
@@ -164,9 +180,7 @@ class Checkpoints:
             return
         files = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
         note = partial / COMPLETE
-        note.write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
-        with note.open() as handle:
-            os.fsync(handle.fileno())
+        replace_file(note, json.dumps({"files": files}, indent=1).encode())
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
@@ -177,9 +191,10 @@ class Checkpoints:
 
 
 def parameter_digest(policy: Policy) -> dict[str, str]:
-    """SHA-256 over each rank's parameters, names included: "rank r of TPxPPxCPxDP" -> hex digest. On every rank.
+    """Return the SHA-256 of each rank's parameters, names included, on every rank.
 
-    Equal digests mean bit-identical weights under one layout; those of two layouts share no key.
+    The keys are "rank r of TPxPPxCPxDP, n chunk(s)", the values are hex digests. Equal digests mean bit-identical
+    weights under one layout. The digests of two layouts share no key.
     """
     digest = hashlib.sha256()
     for i, model in enumerate(policy.models):
@@ -200,7 +215,7 @@ def _metadata() -> dict[str, Any]:
 
 
 def _read(template: dict[str, Any], folder: Path) -> tuple[Any, set[str], set[str]]:
-    """What `folder` holds of `template`, its keys that the template lacks, and those of the template that it lacks."""
+    """Return `template` filled from `folder`, the keys that only `folder` has, and those that only `template` has."""
     try:
         return dist_checkpointing.load(template, str(folder), strict=StrictHandling.RETURN_ALL)
     except (KeyError, ValueError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:

@@ -1,21 +1,28 @@
-"""What can be said of checkpoints without reading a tensor: quick to import, for those who only look."""
+"""State of checkpoints that can be read without a tensor. This module imports quickly, for tools that only inspect."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 COMPLETE = "complete.json"
-PARTIAL = ".partial"  # suffix of a checkpoint on its way
+PARTIAL = ".partial"  # suffix of a checkpoint that is not complete yet
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """Everything a run needs besides tensors. step: steps done; version: weight version the engines serve.
+    """The state of a run except its tensors.
 
-    Version 0 is the folder engines start from; the first one a run publishes, and proves, is 1.
-    updates: of the optimizer, for its warm-up. stage: "" between steps, else the stage of step `step` that is under way,
-    stage_updates of whose updates are done. drawn, drawn_ahead: prompts that were drawn and trained on or given up, all
-    below a number and some above; None: in checkpoints of runs that drew the same number every step.
+    Attributes:
+        step: number of completed steps.
+        version: weight version that the engines serve. Version 0 is the folder that engines start from. The first
+            version that a run publishes and verifies is 1.
+        updates: number of optimizer updates, for the warm-up.
+        seed: seed of the run.
+        stage: "" between steps, else the stage of step `step` that is in progress.
+        stage_updates: number of completed updates of that stage.
+        drawn: all prompt draws below this number are consumed, that is, trained on or discarded. None in checkpoints of
+            runs that drew the same number of prompts in every step.
+        drawn_ahead: consumed prompt draws above `drawn`.
     """
 
     step: int = 0
@@ -29,16 +36,16 @@ class TrainState:
 
     @property
     def number(self) -> int:
-        """What a checkpoint of this state is called by: steps of a run, updates of a stage."""
+        """Number in the name of a checkpoint of this state: steps of a run, updates of a stage."""
         return self.stage_updates if self.stage else self.step
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[tuple[str, str]]]:
-    """The newest checkpoint whose every file is there in full, and (name, reason) of newer ones passed over."""
+    """Return the newest checkpoint with all files complete, and (name, reason) of newer ones that were skipped."""
     skipped: list[tuple[str, str]] = []
     for candidate in sorted(folder.glob("step_*"), reverse=True):
-        reason = what_is_wrong(candidate)
-        if reason is None and candidate.suffix == PARTIAL:  # nobody who asks for it by its number would find it
+        reason = find_defect(candidate)
+        if reason is None and candidate.suffix == PARTIAL:  # a lookup by number would not find this folder
             reason = "half-written: it was not renamed any more"
         if reason is None:
             return candidate, skipped
@@ -46,8 +53,8 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[tuple[str, str]]]:
     return None, skipped
 
 
-def what_is_wrong(folder: Path) -> str | None:
-    """None for a complete checkpoint, else the reason in words."""
+def find_defect(folder: Path) -> str | None:
+    """Return None for a complete checkpoint, else the reason in words."""
     note = folder / COMPLETE
     if not note.is_file():
         return f"half-written: no {COMPLETE}"

@@ -1,4 +1,4 @@
-"""What a run may ask of a mixture of experts, known from its configuration and the model's shape alone."""
+"""Checks of mixture-of-experts settings that need only the configuration and the model's shape."""
 
 from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError, PrecisionError
@@ -6,33 +6,34 @@ from megatron_rl.weights.families.family import ModelShape
 
 
 def check_experts(config: Config, shape: ModelShape) -> None:
-    """Raise ConfigError or PrecisionError for settings that do not go with the model's experts, or with it having none."""
+    """Raise ConfigError or PrecisionError if the settings do not fit the model's experts, or a dense model."""
     if shape.experts is None:
         if config.rollout.routing_replay:
             raise ConfigError(
-                f"rollout.routing_replay: true replays the choice of experts, and {config.model.path} is a dense model: "
-                "set it to false"
+                "rollout.routing_replay: true replays the choice of experts, "
+                f"and {config.model.path} is a dense model: set it to false"
             )
         return
     if config.parallel.tensor > 1 and not config.parallel.sequence:
         raise ConfigError(
-            f"parallel.tensor = {config.parallel.tensor} with experts needs parallel.sequence: true: without it every rank of "
-            "a tensor-parallel group would send the same tokens to the experts"
+            f"parallel.tensor = {config.parallel.tensor} with experts needs parallel.sequence: true: "
+            "without it every rank of a tensor-parallel group would send the same tokens to the experts"
         )
     if config.precision.recipe != "none":
         raise PrecisionError(
-            f"precision.recipe: {config.precision.recipe} quantizes the layers' matrix products, and those of experts are not "
-            "supported: set precision.recipe: none (the engines' weights may be quantized, precision.rollout)"
+            f"precision.recipe: {config.precision.recipe} quantizes the layers' matrix products, "
+            "and those of experts are not supported: set precision.recipe: none "
+            "(the engines' weights may be quantized, precision.rollout)"
         )
     if config.precision.train == "fp16":
         raise PrecisionError(
-            "precision.train: fp16 needs one loss scale, and megatron-core's optimizer of experts has one of its own: set "
-            "precision.train: bf16"
+            "precision.train: fp16 needs one loss scale, and megatron-core's optimizer of experts has one of its own: "
+            "set precision.train: bf16"
         )
     if config.run.attribute_every:
         raise ConfigError(
-            "run.attribute_every replays the engine's products in the trainer's linears, which is not supported for experts: "
-            "set it to 0"
+            "run.attribute_every replays the engine's products in the trainer's linears, "
+            "which is not supported for experts: set it to 0"
         )
     if config.precision.rollout_activations == "fp8" and config.rollout.engine == "embedded":
         raise PrecisionError(

@@ -1,9 +1,9 @@
-"""Log-probabilities and entropy of next tokens from the last hidden states, without ever holding all logits.
+"""Log-probabilities and entropy of next tokens, computed from the last hidden states without a buffer of all logits.
 
-The output projection is part of the function: forward and backward walk over chunks of rows and recompute the
-logits, so the largest buffer is [chunk, vocab / tensor_parallel] in fp32, whatever the number of tokens. A projection
-in float32 of 16-bit weights casts one block of the vocabulary at a time, as large as that buffer at most; every chunk
-of rows casts the weights anew, which is little next to multiplying by them.
+The output projection is part of the function. Forward and backward process chunks of rows and recompute the logits. So
+the largest buffer is [chunk, vocab / tensor_parallel] in fp32, for any number of tokens. A float32 projection of
+16-bit weights casts one block of the vocabulary at a time, at most as large as that buffer. Every chunk of rows casts
+the weights again, which costs little next to the multiplication.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from megatron_rl.alp.logits import LogitNoise
 
-CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}  # of fp32 logits; on CPU near the cache is fastest (measured)
+CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}  # of fp32 logits; on CPU, near the cache size is fastest (measured)
 
 
 def token_scores(
@@ -31,20 +31,31 @@ def token_scores(
     fp32_product: bool = False,
     noise: LogitNoise | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """log p(label) and entropy, both [R] fp32, of softmax(hidden @ weight.T / temperature).
+    """Return the log-probabilities of the labels and the entropies of softmax(hidden @ weight.T / temperature).
 
-    Third, with topk_labels_RK (global token ids): log p of those tokens, [R, K] fp32, without gradient.
+    The gradients are d logp_y / dx_j = 1[j = y] - p_j and dH / dx_j = -p_j (log p_j + H).
 
-    hidden_RH: rows whose next token is wanted, equal on all ranks of `group`; its gradient is this rank's
-    share and must be summed over `group` by the caller's gather or copy. weight_VH: this rank's slice of the
-    output projection; rows that pad the vocabulary beyond vocab_size take no part. labels_R: global token ids.
-    d logp_y / dx_j = 1[j = y] - p_j and dH / dx_j = -p_j (log p_j + H).
+    Args:
+        hidden_RH: rows whose next token is scored, equal on all ranks of `group`. Its gradient is this rank's share.
+            The caller's gather or copy must sum it over `group`.
+        weight_VH: this rank's slice of the output projection. Rows that pad the vocabulary beyond vocab_size are
+            ignored.
+        labels_R: global token ids.
+        temperature: the logits are divided by it.
+        vocab_size: size of the vocabulary without padding.
+        group: tensor-parallel group whose ranks hold the slices of the vocabulary.
+        chunk_bytes: bytes of one chunk of fp32 logits; None: CHUNK_BYTES of the device.
+        topk_labels_RK: global ids of further tokens to score.
+        fp32_product: compute the logits, and in backward the gradients of both operands, with float32 products of the
+            operands as they are, instead of products rounded to the operands' dtype. Both gradients are rounded to that
+            dtype once, when they are complete.
+        noise: noise of these R rows, added to the logits before they are divided by the temperature. The distribution
+            is softmax((hidden @ weight.T + sigma eps) / temperature). The gradient of its log_sigma is complete on
+            every rank.
 
-    fp32_product: logits, and in backward the gradients of both operands, come from float32 products of the operands as
-    they are, instead of products rounded to the operands' dtype; both gradients are rounded to it once, when complete.
-
-    noise: of these R rows, added to the logits before they are divided by the temperature, so that the distribution is
-    softmax((hidden @ weight.T + sigma eps) / temperature). The gradient of its log_sigma is the whole one on every rank.
+    Returns:
+        log p(label) [R] fp32 and entropy [R] fp32. With topk_labels_RK also log p of those tokens, [R, K] fp32, without
+        gradient.
     """
     shard = weight_VH.shape[0]
     start = group.rank() * shard
@@ -61,7 +72,17 @@ def token_scores(
 
 @dataclass(frozen=True)
 class _Settings:
-    """start, real: the first row of this rank's slice of the vocabulary, and how many it has without padding."""
+    """Settings of one call of `token_scores`.
+
+    Attributes:
+        temperature: the logits are divided by it.
+        start: first token of this rank's slice of the vocabulary.
+        real: number of tokens in this rank's slice, without padding.
+        group: tensor-parallel group.
+        rows: rows of hidden states per chunk.
+        head: computes the products with the output weights.
+        noise: noise on the logits; None: no noise.
+    """
 
     temperature: float
     start: int
@@ -72,7 +93,7 @@ class _Settings:
     noise: LogitNoise | None
 
     def logits(self, hidden: torch.Tensor, weight: torch.Tensor, part: slice) -> torch.Tensor:
-        """[rows, real] fp32 of the rows `part`, noise included, over the temperature."""
+        """Return the logits of the rows `part` with noise, divided by the temperature: [rows, real] fp32."""
         logits = self.head.logits(hidden[part], weight[: self.real], self.temperature)
         if self.noise is not None:
             self.noise.add_(logits, part, self.start, self.temperature)
@@ -83,7 +104,7 @@ class _Head:
     """Products with the output weights [V, H], in the weights' dtype."""
 
     def logits(self, hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
-        """[rows, V] fp32 of hidden [rows, H]."""
+        """Return the logits of hidden [rows, H], divided by the temperature: [rows, V] fp32."""
         logits = self._product(hidden, weight)
         return logits if temperature == 1.0 else logits.div_(temperature)
 
@@ -95,7 +116,7 @@ class _Head:
         d_hidden: torch.Tensor,
         d_weight: torch.Tensor,
     ) -> None:
-        """Set d_hidden [rows, H] and add to d_weight [V, H] fp32, of d_logits [rows, V] fp32."""
+        """Set d_hidden [rows, H] and add to d_weight [V, H] fp32, from d_logits [rows, V] fp32."""
         d_logits = d_logits.to(weight.dtype)
         torch.mm(d_logits, weight, out=d_hidden)
         if weight.dtype == torch.float32:
@@ -108,7 +129,7 @@ class _Head:
 
 
 class _Float32Head(_Head):
-    """The same products of the same operands, computed in float32, `block` rows of the weights at a time."""
+    """The same products of the same operands in float32, computed for `block` rows of the weights at a time."""
 
     def __init__(self, block: int) -> None:
         self.block = block
@@ -208,7 +229,7 @@ class _TokenScores(torch.autograd.Function):
             if noise is not None and d_log_sigma is not None:
                 d_log_sigma += noise.dot(d_x, part, settings.start)
             settings.head.backward(d_x, hidden[part], weight[:real], d_hidden[part], d_weight[:real])
-        if d_log_sigma is not None:  # of this rank's part of the vocabulary so far
+        if d_log_sigma is not None:  # so far only of this rank's slice of the vocabulary
             dist.all_reduce(d_log_sigma, group=settings.group)
             d_log_sigma = d_log_sigma.float()
         return d_hidden, d_weight.to(weight.dtype), d_log_sigma, None, None, None

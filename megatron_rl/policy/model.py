@@ -1,4 +1,4 @@
-"""megatron-core's GPTModel from a Hugging Face config, with a head that scores tokens instead of emitting logits."""
+"""megatron-core's GPTModel from a Hugging Face config, with a head that scores tokens instead of returning logits."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 class PolicyModel(GPTModel):
-    """A GPTModel chunk fed with packed shards; its last stage answers (logp, entropy[, topk]) per scored row."""
+    """GPTModel chunk whose input is a packed shard. Its last stage returns (logp, entropy[, topk]) per scored row."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class PolicyModel(GPTModel):
             self.perturbation = LogitPerturbation(noise, self.config.num_layers)
 
     def forward(self, shard: Shard) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Hidden states for the next stage, or on the last stage what `token_scores` answers for the shard's rows."""
+        """Return hidden states for the next stage or, on the last stage, the `token_scores` of the shard's rows."""
         decoder_input, rotary, cos, sin, offset, _, *_ = self._preprocess(
             input_ids=shard.tokens, position_ids=shard.positions, packed_seq_params=shard.stream
         )
@@ -92,10 +92,10 @@ class PolicyModel(GPTModel):
 
 
 def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
-    """megatron-core's configuration of this model under this layout.
+    """Return megatron-core's configuration of this model under this layout.
 
-    Weights always come from a checkpoint, so initializers do nothing (and parameters are still marked
-    tensor-parallel, which `perform_initialization=False` would forget).
+    Weights always come from a checkpoint, so the initializers do nothing. Parameters are still marked as tensor
+    parallel, which would not happen with `perform_initialization=False`.
     """
     parallel = config.parallel
     stages = parallel.pipeline * parallel.virtual_pipeline
@@ -153,16 +153,19 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
 
 
 def _from_checkpoint(_: torch.Tensor) -> None:
-    """In place of an initializer."""
+    """Leave the parameter as it is: its values come from a checkpoint."""
 
 
 def _mixture(experts: Experts, expert_parallel: int) -> dict[str, Any]:
-    """megatron-core's words for a router and its experts. No loss balances them: it would be part of every objective."""
+    """Return megatron-core's settings of a router and its experts.
+
+    No load-balancing loss is used, because it would be part of every objective.
+    """
     return {
         "num_moe_experts": experts.count,
         "moe_ffn_hidden_size": experts.ffn_hidden_size,
         "moe_router_topk": experts.per_token,
-        # Softmax over all experts before the choice, or over the chosen ones after it.
+        # The softmax runs over all experts before the choice, or over the chosen experts after it.
         "moe_router_pre_softmax": not experts.norm_topk_prob,
         "moe_router_score_function": "softmax",
         "moe_router_dtype": "fp32",
@@ -176,7 +179,7 @@ def _mixture(experts: Experts, expert_parallel: int) -> dict[str, Any]:
 
 
 def build_chunks(config: Config, shape: ModelShape, mesh: Mesh) -> list[PolicyModel]:
-    """This rank's model chunks (one, or `virtual_pipeline` of them), parameters unset, on the mesh's device."""
+    """Return this rank's model chunks (one, or `virtual_pipeline` of them), parameters unset, on the mesh's device."""
     check_experts(config, shape)
     plan = resolve(config.precision, shape.num_layers)
     tf_config = transformer_config(config, shape)
@@ -184,7 +187,8 @@ def build_chunks(config: Config, shape: ModelShape, mesh: Mesh) -> list[PolicyMo
     vocab_rows = padded_vocab(shape.vocab_size, mesh.tp_size)
     if vocab_rows - shape.vocab_size >= vocab_rows // mesh.tp_size:
         raise ConfigError(
-            f"parallel.tensor = {mesh.tp_size} leaves a rank without any of the model's {shape.vocab_size} tokens: lower it"
+            f"parallel.tensor = {mesh.tp_size} leaves a rank without any of the model's {shape.vocab_size} tokens: "
+            "lower it"
         )
     virtual = config.parallel.virtual_pipeline
     stages = list(range(virtual)) if virtual > 1 else [None]
@@ -212,8 +216,8 @@ def build_chunks(config: Config, shape: ModelShape, mesh: Mesh) -> list[PolicyMo
     return chunks
 
 
-def beyond_range(models: list[PolicyModel], config: Config) -> PrecisionError | None:
-    """The error for loaded weights of this rank that float16 cannot hold (above 65504), if there are any."""
+def find_fp16_overflow(models: list[PolicyModel], config: Config) -> PrecisionError | None:
+    """Return the error for loaded weights of this rank that float16 cannot hold (above 65504), or None."""
     if DTYPES[config.precision.train] != torch.float16:
         return None
     for model in models:

@@ -1,7 +1,7 @@
-"""The two submodules megatron-core's local spec lacks, and the block spec that uses them.
+"""The two submodules that megatron-core's local spec lacks, and the block spec that uses them.
 
-Stock `WrappedTorchNorm` refuses sequence parallelizm and stock `DotProductAttention` refuses packing and
-context parallelizm. With Transformer Engine and CUDA its own spec is used instead.
+The stock `WrappedTorchNorm` rejects sequence parallelism. The stock `DotProductAttention` rejects packing and context
+parallelism. With Transformer Engine and CUDA, Transformer Engine's own spec is used instead.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import divide
 
-from megatron_rl.alp.layer import Draw, perturbed
+from megatron_rl.alp.layer import NoiseDraw, perturbed_spec
 from megatron_rl.alp.layer_noise import LayerNoise
 from megatron_rl.precision.linear import quantized_layer
 from megatron_rl.precision.machine import load_transformer_engine, this_machine
@@ -35,7 +35,7 @@ HAVE_TE = load_transformer_engine(this_machine())
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm whose weight says that its gradient must be summed over tensor-parallel ranks under SP."""
+    """RMSNorm whose weight is marked: under sequence parallelism its gradient is summed over tensor-parallel ranks."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.get_default_device())
@@ -44,10 +44,15 @@ class RMSNorm(torch.nn.RMSNorm):
 
 @dataclasses.dataclass(frozen=True)
 class AttentionGroup:
-    """Blocks of one shape: `count` times `rows` queries that attend to `columns` keys, the last rows aligned.
+    """Attention blocks of one shape, each with the last query aligned to the last key.
 
-    queries [count x rows]: positions in this rank's stream. keys [count x columns]: positions in the stream of keys,
-    gathered over context-parallel ranks. mask [rows, columns] where the block is not square, else None (causal).
+    Attributes:
+        count: number of blocks.
+        rows: queries per block.
+        columns: keys per block.
+        queries: positions in this rank's stream, shape [count x rows].
+        keys: positions in the stream of keys gathered over context-parallel ranks, shape [count x columns].
+        mask: shape [rows, columns] if the block is not square, else None (causal).
     """
 
     count: int
@@ -60,10 +65,11 @@ class AttentionGroup:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionPlan:
-    """Who attends to whom, worked out once per micro-batch and shared by all layers.
+    """Which queries attend to which keys, computed once per micro-batch and shared by all layers.
 
-    Sequences of equal length are one group and one batched call. inverse [t]: brings the groups' outputs, one after
-    the other, back to stream order.
+    Attributes:
+        groups: one group, and so one batched call, per sequence length.
+        inverse: index [t] that puts the concatenated outputs of the groups into stream order.
     """
 
     groups: tuple[AttentionGroup, ...]
@@ -71,9 +77,15 @@ class AttentionPlan:
 
 
 def plan_attention(cu_seqlens: list[int], cp_size: int, cp_rank: int, device: torch.device) -> AttentionPlan:
-    """Plan for sequences `cu_seqlens` (global, padded to multiples of 2 x cp), split zig-zag per sequence.
+    """Return the attention plan of one rank for sequences that are split zig-zag, each for itself.
 
-    Keys arrive rank after rank; rank r holds chunks r and 2 cp - 1 - r of every sequence.
+    Keys are gathered in rank order. Rank r holds chunks r and 2 cp - 1 - r of every sequence.
+
+    Args:
+        cu_seqlens: global sequence boundaries, padded to multiples of 2 x cp.
+        cp_size: number of context-parallel ranks.
+        cp_rank: this rank's number among them.
+        device: device of the plan's tensors.
     """
     total = cu_seqlens[-1] // cp_size
     blocks: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
@@ -107,7 +119,7 @@ def plan_attention(cu_seqlens: list[int], cp_size: int, cp_rank: int, device: to
 class PackedAttention(MegatronModule):
     """Causal attention over a packed (THD) stream: one SDPA call per sequence length, keys gathered over CP.
 
-    No [T, T] mask exists, and short sequences of equal length share a call.
+    No [T, T] mask exists. Short sequences of equal length share a call.
     """
 
     def __init__(
@@ -137,7 +149,17 @@ class PackedAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """query [t, heads, d], key and value [t, kv_heads, d] -> [t, heads x d]; t is this rank's token slice."""
+        """Return the attention output of this rank's t tokens, shape [t, heads x d].
+
+        Args:
+            query: shape [t, heads, d].
+            key: shape [t, kv_heads, d].
+            value: shape [t, kv_heads, d].
+            attention_mask: not used.
+            attn_mask_type: not used.
+            attention_bias: not used.
+            packed_seq_params: the `PackedStream` with the attention plan.
+        """
         assert packed_seq_params is not None, "the data path is packed: every forward carries cu_seqlens"
         plan: AttentionPlan = packed_seq_params.plan
         if self.cp_group.size() > 1:
@@ -162,13 +184,17 @@ class PackedAttention(MegatronModule):
 
 @dataclasses.dataclass
 class PackedStream(PackedSeqParams):
-    """megatron-core's packing parameters, the attention plan made from them, and the noise that layers add, if any.
+    """megatron-core's packing parameters with what else a layer reads per micro-batch.
 
-    routing [t, L, K]: experts to route this rank's tokens to in each layer, -1 where the router chooses; None: it always does.
+    Attributes:
+        plan: the attention plan, computed from the packing parameters.
+        noise: noise that the layers add; None: no noise.
+        routing: experts of this rank's tokens in each layer, shape [t, L, K], -1 where the router chooses. None: the
+            router always chooses.
     """
 
     plan: AttentionPlan | None = None
-    noise: Draw | None = None
+    noise: NoiseDraw | None = None
     routing: torch.Tensor | None = None
 
 
@@ -178,10 +204,14 @@ def block_spec(
     noise: LayerNoise | None = None,
     plan: PrecisionPlan | None = None,
 ) -> TransformerBlockSubmodules | ModuleSpec:
-    """The transformer block: Transformer Engine's layers with CUDA, megatron-core's local ones without.
+    """Return the spec of the block: Transformer Engine's layers with CUDA, megatron-core's local layers without.
 
-    noise: how the inputs of its layers can be perturbed; None for plain layers. plan: what the products of local layers
-    are quantized to, if anything; Transformer Engine's layers have that from `config`.
+    Args:
+        config: megatron-core's configuration of the model.
+        vp_stage: virtual pipeline stage of the block; None without virtual stages.
+        noise: how the inputs of the layers can be perturbed; None: plain layers.
+        plan: what the products of local layers are quantized to, if anything. Transformer Engine's layers take this
+            from `config`.
     """
     if HAVE_TE:
         layer = get_gpt_layer_with_transformer_engine_spec(
@@ -189,7 +219,7 @@ def block_spec(
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
         )
-        return layer if noise is None else perturbed(layer, noise)
+        return layer if noise is None else perturbed_spec(layer, noise)
     plain = _local_layer(config)
     operands = None if plan is None else operands_of(plan)
     low = plain if operands is None else quantized_layer(plain, operands)
@@ -197,7 +227,7 @@ def block_spec(
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     layers = [plain if first + n in kept else low for n in range(get_num_layers_to_build(config, vp_stage=vp_stage))]
     if noise is not None:
-        layers = [perturbed(layer, noise) for layer in layers]
+        layers = [perturbed_spec(layer, noise) for layer in layers]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 

@@ -1,4 +1,4 @@
-"""megatron-core's optimizer, stepped so that a non-finite gradient is seen before any parameter moves."""
+"""megatron-core's optimizer, stepped so that a non-finite gradient is found before any parameter changes."""
 
 import math
 from collections.abc import Callable
@@ -16,25 +16,28 @@ from megatron_rl.alp.names import LOG_SIGMA
 from megatron_rl.config import AlpConfig, OptimizerConfig
 from megatron_rl.errors import CheckpointError, PrecisionError
 
-# The loss scale of float16 training; powers of two, so that scaling alone rounds nothing.
-# megatron-core would begin at 2^32, where the gradients of nearly every model overflow: the first update would only be
-# spent on finding a scale. At 2^16 gradients down to 1e-12 are kept, and those of a loss divided by its tokens mostly fit.
+# The loss scale of float16 training. Scales are powers of two, so that scaling alone rounds nothing.
+# megatron-core starts at 2^32, where the gradients of nearly every model overflow. The first update would then only
+# search for a scale. At 2^16, gradients down to 1e-12 are kept, and those of a loss divided by its tokens mostly fit.
 INITIAL_SCALE = 2.0**16
 MIN_SCALE = 1.0
-# Gradients of zero never overflow: without an end the scale would grow to infinity, half of which is infinity. 2^32 is where
-# megatron-core would begin.
+# Gradients of zero never overflow. Without a limit the scale would grow to infinity, and half of infinity is infinity.
+# 2^32 is where megatron-core starts.
 MAX_SCALE = 2.0**32
-# megatron-core waits for 1000 updates without an overflow. A reinforcement-learning run makes hundreds: a scale that one
-# outlier lowered must come back within them, and a try that is too high costs one more pass in a hundred updates.
+# megatron-core raises the scale after 1000 updates without an overflow. A reinforcement-learning run makes hundreds of
+# updates. A scale that one outlier lowered must grow again within them. A scale that is too high costs only one more
+# pass in a hundred updates.
 GROWTH_INTERVAL = 100
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """What `PolicyOptimizer.fill` found. norm: global L2 norm of the summed gradients, without any loss scale.
+    """Statistics of the gradients that `PolicyOptimizer.fill` computed.
 
-    metrics: in float16 the loss scale they were made with, and the overflows before; else empty.
+    Attributes:
+        norm: global L2 norm of the summed gradients, without any loss scale.
+        metrics: in float16 the loss scale of these gradients and the number of overflows before them; else empty.
     """
 
     norm: float
@@ -44,7 +47,13 @@ class Gradients:
 class PolicyOptimizer:
     """Adam with warm-up and a global gradient clip over the chunks of one rank.
 
-    The scales of a perturbation are a group of their own, with the learning rate and weight decay of `alp`.
+    The scales of a perturbation are a parameter group of their own, with the learning rate and weight decay of `alp`.
+
+    Args:
+        config: settings of the optimizer.
+        alp: settings of the perturbation.
+        chunks: this rank's model chunks.
+        dtype: dtype of the model's parameters.
     """
 
     def __init__(
@@ -67,12 +76,14 @@ class PolicyOptimizer:
             initial_loss_scale=INITIAL_SCALE,
             min_loss_scale=MIN_SCALE,
             loss_scale_window=GROWTH_INTERVAL,
-            hysteresis=1,  # the pass after an overflow is over the same batch: with an unchanged scale it overflows again
+            # The pass after an overflow is over the same batch. With an unchanged scale it would overflow again.
+            hysteresis=1,
             use_distributed_optimizer=config.distributed,
         )
         groups = get_standard_config_overrides(core)
         if alp.enabled and alp.learnable:
-            # megatron-core's mark of a group with another learning rate; its checkpoints know groups by it.
+            # megatron-core marks a group with another learning rate by this field, and its checkpoints identify the
+            # group by it.
             groups[ParamKey(name=f"*.{LOG_SIGMA}")] = ParamGroupOverride(is_decoupled_lr=True)
         self.core: Any = get_megatron_optimizer(core, chunks, config_overrides=groups)
         for part in self.core.chained_optimizers:
@@ -80,14 +91,14 @@ class PolicyOptimizer:
                 part.__class__ = TorchDistributedOptimizer
         self.scaler: Any = None
         if dtype == torch.float16:
-            # Scalers of several parts would be told of their own part's overflows alone, and grow apart.
+            # With several parts, each scaler would see only its own part's overflows, and the scales would diverge.
             (part,) = self.core.chained_optimizers
             self.scaler = part.grad_scaler
             self._first_scale = self.scaler.state_dict()
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next update."""
+        """The learning rate of the next update."""
         return self.base_lr * self._warmth
 
     @property
@@ -96,13 +107,16 @@ class PolicyOptimizer:
         return min(1.0, (self.updates + 1) / warmup) if warmup else 1.0
 
     def restart(self) -> None:
-        """As if no update had been made: moments and counts are zero, the warm-up begins anew. Parameters stay."""
+        """Reset the optimizer to its state before the first update. Parameters stay.
+
+        Moments and counts are zero, the loss scale is the first one, and the warm-up starts again.
+        """
         self.updates = 0
         if self.scaler is not None:
             self.scaler.load_state_dict(self._first_scale)
         for part in self.core.chained_optimizers:
             for group in part.optimizer.param_groups:
-                if "step" in group:  # fused optimizers count there
+                if "step" in group:  # fused optimizers keep the count in the group
                     group["step"] = 0
             for state in part.optimizer.state.values():
                 for name, value in state.items():
@@ -110,9 +124,9 @@ class PolicyOptimizer:
                         value.zero_()
 
     def allocate(self) -> None:
-        """Moments of zero, and counts, where no update was made yet: what the first update would make.
+        """Create the zero moments and counts that the first update would create, unless they exist.
 
-        megatron-core saves an optimizer without them as one that it cannot load.
+        megatron-core saves an optimizer without them in a form that it cannot load.
         """
         for part in self.core.chained_optimizers:
             if isinstance(part.optimizer, torch.optim.AdamW):
@@ -121,7 +135,11 @@ class PolicyOptimizer:
                 part.init_state_fn(part.optimizer, part.config)
 
     def load_state_dict(self, content: Any) -> None:
-        """Take over what a checkpoint holds; megatron-core leaves a count of 0 out of it, and goes on without a loss scale."""
+        """Load the optimizer state of a checkpoint.
+
+        megatron-core does not save a count of 0, so the count is added here. It continues without a loss scale if the
+        checkpoint has none. So CheckpointError is raised here if only one of checkpoint and optimizer has a loss scale.
+        """
         parts = self.core.chained_optimizers
         if ("grad_scaler" in content) != (self.scaler is not None):
             found = "a loss scale: it was trained" if "grad_scaler" in content else "no loss scale: it was not trained"
@@ -140,11 +158,17 @@ class PolicyOptimizer:
         self.core.zero_grad()
 
     def fill(self, make: Callable[[], T]) -> tuple[T, Gradients]:
-        """Call `make`, which puts the gradients of the scaled loss into empty buffers; its answer, and what was found.
+        """Call `make`, which writes the gradients of the scaled loss into empty buffers.
 
-        Gradients that overflow in float16 are made again, of the same batch, with half the loss scale, until they fit. All
-        ranks do so together. Raises PrecisionError, on all ranks alike, when no scale helps or the norm is not finite. The
-        loss scale is then, and after a PrecisionError of `make`, what it was before.
+        If gradients overflow in float16, they are computed again on the same batch with half the loss scale, until they
+        fit. All ranks do so together.
+
+        Returns:
+            The result of `make`, and the statistics of the gradients.
+
+        Raises:
+            PrecisionError: on all ranks, if no scale helps or the norm is not finite. The loss scale is then restored
+                to its value before the call. It is also restored after a PrecisionError of `make`.
         """
         if self.scaler is None:
             made = make()
@@ -174,7 +198,7 @@ class PolicyOptimizer:
                 )
 
     def _norm(self) -> float:
-        """Global norm of the gradients in place."""
+        """Return the global norm of the gradients in the buffers."""
         norm = float(self.core.get_grad_norm())
         if not math.isfinite(norm):
             raise _refusal(
@@ -185,11 +209,11 @@ class PolicyOptimizer:
         return norm
 
     def step(self, grad_norm: float) -> None:
-        """Clip gradients of that finite norm to `grad_clip` and update the parameters."""
+        """Clip the gradients, whose norm is the finite `grad_norm`, to `grad_clip` and update the parameters."""
         for part in self.core.chained_optimizers:
             if self.config.grad_clip > 0 and part.get_parameters():
                 clip_grads.clip_grad_by_total_norm_fp32(part.get_parameters(), self.config.grad_clip, grad_norm)
-        for group in self.core.param_groups:  # lr_mult and wd_mult act only if somebody applies them
+        for group in self.core.param_groups:  # lr_mult and wd_mult have no effect unless applied here
             if group.get("is_decoupled_lr", False):
                 group["lr"], group["weight_decay"] = self.alp.lr * self._warmth, self.alp.weight_decay
                 continue
@@ -200,18 +224,18 @@ class PolicyOptimizer:
 
 
 def _refusal(what: str, mend: str) -> PrecisionError:
-    """Of an update whose gradients every rank has summed up, and so every rank refuses."""
+    """Return the error of a refused update. Gradients are summed over ranks by now, so every rank raises it."""
     error = PrecisionError(f"{what}: the update is refused, parameters are untouched; {mend}")
     error.everywhere = True
     return error
 
 
 class TorchDistributedOptimizer(DistributedOptimizer):
-    """DistributedOptimizer over torch.optim.AdamW (no Apex, no Transformer Engine), whose checkpoints 0.16.1 gets wrong.
+    """DistributedOptimizer over torch.optim.AdamW (no Apex, no Transformer Engine) with correct checkpoints.
 
-    Its state_dict fails before the first step; loading fails on torch's per-parameter 'step'; and a load that
-    succeeds leaves ONE step tensor shared by all parameters, which then counts once per parameter: a silently
-    wrong bias correction.
+    The checkpoints of megatron-core 0.16.1 are wrong in this case. state_dict fails before the first step. Loading
+    fails on torch's per-parameter 'step'. A load that succeeds leaves ONE step tensor shared by all parameters. It then
+    counts once per parameter, and the bias correction is silently wrong.
     """
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""From a batch of trajectories to packed micro-batches of one constant length.
+"""Packing: a batch of trajectories becomes micro-batches of one constant length.
 
 A micro-batch is one stream of `tokens_per_microbatch` positions. Position t *predicts* the next token, so every
 per-token column is shifted by one against the batch: labels[t] = tokens[t + 1] inside a trajectory, and mask,
-logmu, ... at t speak of that label. The last token of a trajectory and all padding predict nothing.
+logmu, ... at t belong to that label. The last token of a trajectory and all padding predict nothing.
 """
 
 from dataclasses import dataclass, replace
@@ -16,20 +16,34 @@ from megatron_rl.errors import UserError
 from megatron_rl.policy.modules import PackedStream, plan_attention
 from megatron_rl.types import Batch
 
-PADDING_SEGMENT = 128  # padding is cut into short sequences: attention over one long one would be wasted quadratically
+PADDING_SEGMENT = 128  # padding is cut into short sequences: the attention cost of a long one is quadratic
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """One packed stream, whole (not cut over context parallel). All tensors [T], topk_* [T, K], routing [T, L, K] int32.
+    """One packed stream, whole (not split over context parallel).
 
-    tokens, labels, positions int64; seq_ids int64, the row of the trajectory in its batch, -1 on padding; ids int64, the
-    id of the trajectory in the run, -1 on padding;
-    source int64, the flat index in the batch of the label, -1 where nothing is predicted; mask, advantages,
-    rewards, logmu, logold, logref, staleness, topk_logmu float32, topk_ids int64 (the last six None when the batch has none).
-    advantages: the batch's token_advantages where it has them, else those of the trajectory on each of its tokens;
-    rewards likewise of the trajectory. routing: experts of the token at its own position, -1 where none are given and on
-    padding; None when the batch has none. cu_seqlens: host list, multiples of the alignment.
+    Tensors have shape [T], except topk_* [T, K] and routing [T, L, K]. Optional columns are None if the batch has none.
+
+    Attributes:
+        tokens: int64.
+        labels: int64, the next tokens.
+        positions: int64, positions in the sequence.
+        seq_ids: int64, row of the trajectory in its batch, -1 on padding.
+        ids: int64, id of the trajectory in the run, -1 on padding.
+        source: int64, flat index of the label in the batch, -1 where nothing is predicted.
+        mask: float32.
+        advantages: float32, the batch's token_advantages if it has them, else the trajectory's advantage on each of its
+            tokens.
+        rewards: float32, the trajectory's reward on each of its tokens.
+        cu_seqlens: host list of sequence boundaries, multiples of the alignment.
+        logmu: float32.
+        logold: float32.
+        logref: float32.
+        staleness: float32.
+        topk_ids: int64.
+        topk_logmu: float32.
+        routing: int32, experts of the token at its own position, -1 where none are given and on padding.
     """
 
     tokens: torch.Tensor
@@ -53,10 +67,16 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class Shard:
-    """What one rank feeds its model: its context-parallel slice of a micro-batch.
+    """Input of the model on one rank: the rank's context-parallel slice of a micro-batch.
 
-    tokens, positions [1, T / cp]; rows [R]: local positions whose next token is scored; labels [R]: those
-    tokens; index [R]: the same positions in the whole stream; topk_labels [R, K]: further tokens to score there.
+    Attributes:
+        tokens: shape [1, T / cp].
+        positions: shape [1, T / cp].
+        rows: local positions whose next token is scored, shape [R].
+        labels: these next tokens, shape [R].
+        index: the same positions in the whole stream, shape [R].
+        stream: packing parameters, attention plan, noise and routing.
+        topk_labels: further tokens to score at these positions, shape [R, K].
     """
 
     tokens: torch.Tensor
@@ -69,11 +89,17 @@ class Shard:
 
 
 def pack(batch: Batch, *, budget: int, align: int, multiple: int) -> list[Microbatch]:
-    """First-fit-decreasing packing into streams of `budget` tokens.
+    """Pack trajectories into streams of `budget` tokens by first-fit decreasing.
 
-    Every trajectory is padded to a multiple of `align` (2 x cp under context parallelizm); the number of
-    micro-batches is a multiple of `multiple` (ranks that share the work), empty ones filling up.
-    Raises UserError when a trajectory is longer than the budget.
+    Args:
+        batch: the trajectories.
+        budget: length of a stream, in tokens.
+        align: every trajectory is padded to a multiple of it (2 x cp under context parallelism).
+        multiple: the number of micro-batches is a multiple of it (ranks that share the work). Empty micro-batches are
+            added as needed.
+
+    Raises:
+        UserError: a trajectory is longer than the budget.
     """
     padded = -(-batch.lengths // align) * align
     too_long = np.flatnonzero(padded > budget)
@@ -107,7 +133,7 @@ def _stream(batch: Batch, rows: list[int], padded: np.ndarray, budget: int, alig
     length[: len(rows)] = batch.lengths[rows]
     start = np.zeros(len(cu) - 1, dtype=np.int64)
     start[: len(rows)] = batch.cu_seqlens[rows]
-    flat = start[seq] + positions  # index in the batch of the token at each position
+    flat = start[seq] + positions  # flat index in the batch of the token at each position
     real = positions < length[seq]
     predicts = positions < length[seq] - 1
 
@@ -158,9 +184,14 @@ def _stream(batch: Batch, rows: list[int], padded: np.ndarray, budget: int, alig
 
 
 def zigzag_index(cu_seqlens: list[int], cp_size: int, cp_rank: int) -> torch.Tensor:
-    """Positions of the stream held by one context-parallel rank: chunks r and 2 cp - 1 - r of EVERY sequence.
+    """Return the stream positions that one context-parallel rank holds: chunks r and 2 cp - 1 - r of EVERY sequence.
 
-    A zig-zag over the whole stream instead is silently wrong: keys of other sequences would be taken.
+    A zig-zag over the whole stream would be silently wrong, because it would use keys of other sequences.
+
+    Args:
+        cu_seqlens: sequence boundaries, multiples of 2 x cp.
+        cp_size: number of context-parallel ranks.
+        cp_rank: this rank's number r among them.
     """
     if cp_size == 1:
         return torch.arange(cu_seqlens[-1])
@@ -170,23 +201,37 @@ def zigzag_index(cu_seqlens: list[int], cp_size: int, cp_rank: int) -> torch.Ten
     return torch.from_numpy(np.flatnonzero((chunk == cp_rank) | (chunk == 2 * cp_size - 1 - cp_rank)))
 
 
-def held_rows(micro: Microbatch, *, cp_size: int, cp_rank: int, sp_size: int, sp_rank: int) -> torch.Tensor:
-    """Positions of the stream whose hidden states this rank holds: its context-parallel slice, of that its
-    sequence-parallel part.
+def local_positions(micro: Microbatch, *, cp_size: int, cp_rank: int, sp_size: int, sp_rank: int) -> torch.Tensor:
+    """Return the stream positions whose hidden states this rank holds.
 
-    sp_size: ranks that cut it, 1 without sequence parallelizm.
+    They are the sequence-parallel part of the rank's context-parallel slice.
+
+    Args:
+        micro: the whole micro-batch.
+        cp_size: number of context-parallel ranks.
+        cp_rank: this rank's number among them.
+        sp_size: number of ranks that split the slice, 1 without sequence parallelism.
+        sp_rank: this rank's number among them.
     """
     return zigzag_index(micro.cu_seqlens, cp_size, cp_rank).view(sp_size, -1)[sp_rank]
 
 
 def noise_rows(micro: Microbatch, *, cp_size: int, cp_rank: int, sp_size: int, sp_rank: int) -> NoiseRows:
-    """The tokens of `held_rows`."""
-    own = held_rows(micro, cp_size=cp_size, cp_rank=cp_rank, sp_size=sp_size, sp_rank=sp_rank)
+    """Return the positions and trajectory ids of the tokens of `held_rows`, which has the same arguments."""
+    own = local_positions(micro, cp_size=cp_size, cp_rank=cp_rank, sp_size=sp_size, sp_rank=sp_rank)
     return NoiseRows(micro.positions[own], micro.ids[own])
 
 
 def shard(micro: Microbatch, *, cp_size: int, cp_rank: int, device: torch.device, max_length: int) -> Shard:
-    """This rank's slice. max_length: one constant for the run (megatron-core caches RoPE by it)."""
+    """Return this rank's slice of a micro-batch.
+
+    Args:
+        micro: the whole micro-batch.
+        cp_size: number of context-parallel ranks.
+        cp_rank: this rank's number among them.
+        device: device of the slice's tensors.
+        max_length: maximum sequence length, one constant for the run, because megatron-core caches RoPE by it.
+    """
     index = zigzag_index(micro.cu_seqlens, cp_size, cp_rank)
     scored = micro.mask[index] > 0
     cu = torch.tensor(micro.cu_seqlens, dtype=torch.int32, device=device)
@@ -212,7 +257,7 @@ def shard(micro: Microbatch, *, cp_size: int, cp_rank: int, device: torch.device
 
 
 def to_device(micro: Microbatch, device: torch.device) -> Microbatch:
-    """The same micro-batch with its columns on the device the objective runs on."""
+    """Return the same micro-batch with its columns on `device`, where the objective runs."""
     moved: dict[str, Any] = {
         name: value.to(device) for name, value in vars(micro).items() if isinstance(value, torch.Tensor)
     }

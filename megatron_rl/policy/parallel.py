@@ -1,7 +1,8 @@
-"""Process groups: one torch.distributed world, cut into megatron-core's groups."""
+"""Process groups: one torch.distributed world, divided into megatron-core's groups."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -12,15 +13,31 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed import distributed_c10d
 
-from megatron_rl.config import ParallelConfig
+from megatron_rl.config import Config, ParallelConfig
 from megatron_rl.errors import ConfigError, MegatronRLError
+from megatron_rl.policy.device_port import pick_device
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this rank stands. `control` is a gloo group over all ranks for host objects."""
+    """This rank's position in the parallel layout.
+
+    Attributes:
+        rank: this rank's number in the world.
+        world: number of ranks in the world.
+        tp_rank: this rank's number in its tensor-parallel group.
+        tp_size: tensor-parallel size.
+        pp_rank: this rank's pipeline stage.
+        pp_size: pipeline-parallel size.
+        cp_rank: this rank's number in its context-parallel group.
+        cp_size: context-parallel size.
+        dp_rank: this rank's number in its data-parallel group.
+        dp_size: data-parallel size.
+        device: this rank's device.
+        control: gloo group over all ranks for host objects.
+    """
 
     rank: int
     world: int
@@ -41,38 +58,39 @@ class Mesh:
         return self.pp_rank == self.pp_size - 1 and self.tp_rank == 0 and self.cp_rank == 0
 
     def broadcast(self, value: Any) -> Any:
-        """The host object of rank 0, on every rank."""
+        """Return the host object of rank 0 on every rank."""
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Host objects of all ranks in rank order, on rank 0; an empty list elsewhere."""
+        """Return the host objects of all ranks in rank order on rank 0, an empty list elsewhere."""
         boxes: list[Any] = [None] * self.world if self.rank == 0 else []
         dist.gather_object(value, boxes if self.rank == 0 else None, dst=0, group=self.control)
         return boxes
 
     def on_lead(self, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0 and answer its result on every rank; an error or interrupt of it is raised on every rank."""
+        """Run `work` on rank 0 and return its result on every rank. Raise its error or interrupt on every rank."""
         outcome: tuple[Any, BaseException | None] = (None, None)
         if self.rank == 0:
             try:
                 outcome = (work(), None)
-            except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  a rank boundary: the others wait for an answer
+            # Every error must reach the other ranks, which wait for the outcome.
+            except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
                 outcome = (None, error)
         value, failure = self.broadcast(outcome)
         self.raise_everywhere(failure)
         return value
 
     def raise_everywhere(self, failure: BaseException | None) -> None:
-        """Raise an error that every rank holds; rank 0 alone will print it."""
+        """Raise an error that every rank has, and mark it so that only rank 0 prints it. Do nothing for None."""
         if isinstance(failure, MegatronRLError):
             failure.everywhere = True
         if failure is not None:
             raise failure
 
     def any(self, flag: bool) -> bool:
-        """True on every rank when any rank says so."""
+        """Return True on every rank if `flag` is True on any rank."""
         word = torch.tensor([int(flag)])
         dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.control)
         return bool(word.item())
@@ -85,10 +103,17 @@ _control: dist.ProcessGroup | None = None
 
 
 def initialize(config: ParallelConfig, device: torch.device, seed: int) -> Mesh:
-    """Join the world of RANK/WORLD_SIZE/MASTER_ADDR/MASTER_PORT (one rank alone when unset) and cut it.
+    """Join the world of RANK/WORLD_SIZE/MASTER_ADDR/MASTER_PORT (one rank alone if unset) and divide it into groups.
 
-    May be called again in one process with another layout; the old groups are destroyed first.
-    Raises ConfigError when the number of ranks is not tensor x pipeline x context x data.
+    A process may call this again with another layout. The old groups are destroyed first.
+
+    Args:
+        config: the parallel layout.
+        device: this rank's device; CUDA uses nccl, other devices use gloo.
+        seed: seed of megatron-core's random states.
+
+    Raises:
+        ConfigError: the number of ranks is not tensor x pipeline x context x data.
     """
     global _control
     if not dist.is_initialized():
@@ -100,7 +125,8 @@ def initialize(config: ParallelConfig, device: torch.device, seed: int) -> Mesh:
     if world != config.world_size:
         raise ConfigError(
             f"{world} ranks were started, but parallel asks for tensor {config.tensor} x pipeline {config.pipeline} x "
-            f"context {config.context} x data {config.data} = {config.world_size}: change parallel.data or the number of ranks"
+            f"context {config.context} x data {config.data} = {config.world_size}: "
+            "change parallel.data or the number of ranks"
         )
     if parallel_state.model_parallel_is_initialized():
         _leave_groups()
@@ -109,7 +135,7 @@ def initialize(config: ParallelConfig, device: torch.device, seed: int) -> Mesh:
         pipeline_model_parallel_size=config.pipeline,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
         context_parallel_size=config.context,
-        # An expert is small: it lives whole on a rank, and ranks that cut the other matrices hold different experts.
+        # An expert is small, so one rank holds it whole. Ranks that split the other matrices hold different experts.
         expert_model_parallel_size=config.expert,
         expert_tensor_parallel_size=1,
     )
@@ -132,8 +158,11 @@ def initialize(config: ParallelConfig, device: torch.device, seed: int) -> Mesh:
 
 
 def _leave_groups() -> None:
-    """End megatron-core's groups, which by itself it only forgets: their threads and sockets would stay. Collective."""
-    dist.barrier(group=_control)  # nobody may still be inside a collective of a group that another rank closes
+    """Destroy megatron-core's groups. Collective.
+
+    megatron-core itself only drops its references. The threads and sockets of the groups would stay.
+    """
+    dist.barrier(group=_control)  # no rank may still be inside a collective of a group that another rank destroys
     parallel_state.destroy_model_parallel()
     for group in list(distributed_c10d._world.pg_map):
         if group not in (dist.group.WORLD, _control):
@@ -141,10 +170,26 @@ def _leave_groups() -> None:
 
 
 def shutdown() -> None:
-    """Leave the world; safe to call when none was joined."""
+    """Leave the world. Calling this without a world is safe."""
     global _control
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
     _control = None
+
+
+@contextmanager
+def joined_mesh(config: Config) -> Iterator[Mesh]:
+    """Pick the device, join the world and cut it as the configuration says; leave it afterwards. Collective.
+
+    On a CPU every rank of several uses one thread. Raises ConfigError for a device or a number of ranks that is not there.
+    """
+    device = pick_device(config.run.device)
+    if device.type == "cpu" and config.parallel.world_size > 1:
+        torch.set_num_threads(1)
+    mesh = initialize(config.parallel, device, config.run.seed)
+    try:
+        yield mesh
+    finally:
+        shutdown()

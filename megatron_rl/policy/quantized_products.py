@@ -1,4 +1,4 @@
-"""Low precision in the policy's model: what megatron-core is configured with, and proof that quantized products ran."""
+"""Low precision in the policy's model: megatron-core's settings for it, and a check that quantized products ran."""
 
 import importlib
 from collections import Counter
@@ -11,16 +11,17 @@ from megatron.core import parallel_state
 from megatron_rl.config import Config
 from megatron_rl.errors import PrecisionError
 from megatron_rl.policy.parallel import Mesh
-from megatron_rl.precision.delayed import DelayedUpdates, LinearScales
+from megatron_rl.precision.delayed import DelayedScaleHooks, LinearScales
 from megatron_rl.precision.linear import QuantizedLinear, linears
 from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.precision.products import PRODUCTS
 
 
 def transformer_engine_recipe(config: Config, plan: PrecisionPlan) -> dict[str, Any]:
-    """The fields of TransformerConfig that give Transformer Engine's layers the recipe.
+    """Return the fields of TransformerConfig that give Transformer Engine's layers the recipe.
 
-    Not for megatron-core's local layers: without Transformer Engine these fields do nothing, and training is silently bf16.
+    Do not use them for megatron-core's local layers. Without Transformer Engine these fields do nothing, and training
+    is silently bf16.
     """
     if plan.recipe == "none":
         return {}
@@ -33,10 +34,10 @@ def transformer_engine_recipe(config: Config, plan: PrecisionPlan) -> dict[str, 
 
 
 def _block_scales(pow2: bool) -> None:
-    """Tell Transformer Engine's block-scaling recipe whether scales are powers of two.
+    """Set whether the scales of Transformer Engine's block-scaling recipe are powers of two.
 
-    It reads NVTE_FP8_BLOCK_SCALING_FP32_SCALES once, as it is imported, and megatron-core makes the recipe by itself; so
-    its defaults, attributes of the class, are set, and a recipe made from them is looked at.
+    The recipe reads NVTE_FP8_BLOCK_SCALING_FP32_SCALES only once, at import, and megatron-core creates the recipe
+    itself. So this function sets its defaults, which are attributes of the class, and checks a recipe made from them.
     """
     recipes = importlib.import_module("transformer_engine.common.recipe")
     kind = recipes.Float8BlockScaling
@@ -46,16 +47,22 @@ def _block_scales(pow2: bool) -> None:
     made = kind()
     if any(getattr(made, name).power_2_scale != pow2 for name in names):
         raise PrecisionError(
-            f"this transformer-engine does not take precision.pow2_scales: {str(pow2).lower()} for block scaling: start with "
-            f"NVTE_FP8_BLOCK_SCALING_FP32_SCALES={int(not pow2)} in the environment"
+            f"this transformer-engine does not take precision.pow2_scales: {str(pow2).lower()} for block scaling: "
+            f"start with NVTE_FP8_BLOCK_SCALING_FP32_SCALES={int(not pow2)} in the environment"
         )
 
 
 class ProductMonitor:
-    """Counts the quantized products of an update, and refuses one in which any did not run.
+    """Counter of the quantized products of an update. `record` raises an error if any of them did not run.
 
-    On construction every linear of every layer is looked at: quantized where the plan says so, plain where it is kept.
-    With Transformer Engine forward products alone are counted, from what its modules say of themselves.
+    The constructor checks every linear of every layer: quantized where the plan requires it, plain in layers that are
+    kept. With Transformer Engine only forward products are counted, by the `fp8` flag of its modules.
+
+    Args:
+        plan: the precision plan.
+        models: this rank's model chunks.
+        mesh: this rank's position in the parallel layout.
+        transformer_engine: True if the layers are Transformer Engine's.
     """
 
     def __init__(
@@ -79,7 +86,7 @@ class ProductMonitor:
             ]
             if scales:
                 group = parallel_state.get_amax_reduction_group(with_context_parallel=True)
-                DelayedUpdates(block, scales, group)
+                DelayedScaleHooks(block, scales, group)
                 self.scales += scales
 
     def _check(self, layer: int, kind: str, linear: torch.nn.Module) -> None:
@@ -88,8 +95,8 @@ class ProductMonitor:
             found = "quantized" if quantized else "not quantized"
             raise PrecisionError(
                 f"precision.recipe is {self.plan.recipe}, but the {kind} of layer {layer} was built {found} "
-                f"({type(linear).__name__}): this version of megatron-core builds its layers in another way; install one that "
-                "pyproject.toml allows, or set precision.recipe: none"
+                f"({type(linear).__name__}): this version of megatron-core builds its layers in another way; "
+                "install one that pyproject.toml allows, or set precision.recipe: none"
             )
         if isinstance(linear, QuantizedLinear):
             self.linears.append((kind, linear.ran))
@@ -100,28 +107,31 @@ class ProductMonitor:
         ran: Counter[str] = Counter()
 
         def note(module: Any, args: Any, output: Any) -> None:
-            ran["fprop"] += bool(module.fp8)  # set in every forward; true of fp4 recipes too
+            ran["fprop"] += bool(module.fp8)  # set in every forward, also for fp4 recipes
 
         linear.register_forward_hook(note)
         self.linears.append((kind, ran))
 
     def scale_tensors(self) -> list[torch.Tensor]:
-        """This rank's scales of delayed scaling and their histories, as they are held; empty with other recipes.
+        """Return this rank's scales of delayed scaling and their histories, not copied. Empty with other recipes.
 
-        Empty too where `unreachable_scales`: Transformer Engine keeps those of its layers to itself.
+        Also empty if `unreachable_scales`: Transformer Engine does not expose the scales of its layers.
         """
         return [tensor for scales in self.scales for tensor in scales.tensors()]
 
     def start(self) -> None:
-        """Forget what ran so far."""
+        """Reset the counts of products."""
         for _, ran in self.linears:
             ran.clear()
 
     def record(self) -> dict[str, float]:
-        """`precision/gemms/qkv`...: quantized products since `start` of all ranks, on rank 0 (elsewhere of this rank).
+        """Return the number of quantized products since `start`, by `precision/gemms/<kind>`. Collective.
 
-        Of one update; a step's record has their mean per update.
-        Collective. Raises PrecisionError on every rank when a quantized linear of any rank lacks one of its products.
+        Rank 0 gets the products of all ranks, every other rank its own. The numbers are those of one update. The record
+        of a step has their mean per update.
+
+        Raises:
+            PrecisionError: on every rank, if a quantized linear of any rank lacks one of its products.
         """
         if self.plan.recipe == "none":
             return {}
@@ -131,8 +141,9 @@ class ProductMonitor:
             self.mesh.raise_everywhere(
                 PrecisionError(
                     f"precision.recipe is {self.plan.recipe}, but this update ran without quantized products "
-                    f"({', '.join(missing)}): the update is refused, parameters are untouched; install a megatron-core that "
-                    "pyproject.toml allows, let nothing replace the forward of these linears, or set precision.recipe: none"
+                    f"({', '.join(missing)}): the update is refused, parameters are untouched; "
+                    "install a megatron-core that pyproject.toml allows, "
+                    "let nothing replace the forward of these linears, or set precision.recipe: none"
                 )
             )
         own: Counter[str] = Counter()

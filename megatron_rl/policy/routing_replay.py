@@ -1,10 +1,11 @@
-"""Rollout routing replay (R3): the trainer routes a token to the experts the engine chose for it.
+"""Rollout routing replay (R3): the trainer routes a token to the experts that the engine chose for it.
 
-Only the choice I is replayed. The gates come from the trainer's own scores s: g_i = e^{s_i} / sum_{j in I} e^{s_j} where the
-model normalizes over the chosen, else the softmax over all experts at i; gradients flow through s as for a free choice.
+Only the choice I is replayed. The gates come from the trainer's own scores s: g_i = e^{s_i} / sum_{j in I} e^{s_j} if
+the model normalizes over the chosen experts, else the softmax over all experts at i. Gradients flow through s as for a
+free choice.
 
-The choice travels with the tokens, in the PackedStream of their micro-batch, and a layer takes its own part of it when it is
-called. So pipeline stages, interleaved micro-batches and recomputation each find the rows of the tokens they compute.
+The choice is passed with the tokens, in the PackedStream of their micro-batch. A layer takes its own part when it is
+called. So pipeline stages, interleaved micro-batches and recomputation all use the rows of the tokens they compute.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,17 +18,20 @@ from torch import Tensor, nn
 
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
-from megatron_rl.policy.packing import Microbatch, held_rows
+from megatron_rl.policy.packing import Microbatch, local_positions
 from megatron_rl.policy.parallel import Mesh
 from megatron_rl.types import Batch
 from megatron_rl.weights.families.family import ModelShape
 
 
-class Replay:
-    """What a router asks for the experts of its tokens: megatron-core's seam for a `router_replay`.
+class RouterReplay:
+    """The `router_replay` object of one megatron-core router, which gets the experts of its tokens from it.
 
-    counts: how often experts were given, and how often the router would have chosen the same set, since somebody cleared
-    them; a tensor on the device, None for never. Only where gradients are made: once per token, recomputed or not.
+    Attributes:
+        rows: experts of the tokens in the present call, shape [t, K], -1 where the router chooses. None: no replay.
+        counts: two counts since the last reset, a tensor on the device: tokens whose experts were given, and those of
+            them for which the router would have chosen the same set. None: nothing was counted. A call counts only if
+            gradients are enabled, so a token counts once, with or without recomputation.
     """
 
     def __init__(self) -> None:
@@ -42,7 +46,15 @@ class Replay:
         group_topk: int | None,
         choose: Callable[..., tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
-        """scores [t, E] -> (scores of the chosen, their indices), both [t, K]; rows of -1 are chosen freely."""
+        """Return the scores of the chosen experts and their indices, both [t, K].
+
+        Args:
+            scores: the router's scores, shape [t, E].
+            topk: number of experts per token, K.
+            num_groups: passed to `choose`.
+            group_topk: passed to `choose`.
+            choose: the router's free choice, used where `rows` is -1.
+        """
         values, free = choose(scores, topk, num_groups, group_topk)
         if self.rows is None:
             return values, free
@@ -56,17 +68,24 @@ class Replay:
 
 
 class RoutingReplay:
-    """The replayed choices of a policy: checks what is to be replayed, hands it to the layers, and tells what became of it."""
+    """Replayed routing of a policy: it checks the given experts, selects this rank's rows and counts agreement.
+
+    Args:
+        config: configuration of the run.
+        shape: shape of the model.
+        models: this rank's model chunks.
+        mesh: this rank's position in the parallel layout.
+    """
 
     def __init__(self, config: Config, shape: ModelShape, models: Sequence[nn.Module], mesh: Mesh) -> None:
         self.wanted, self.sequence = config.rollout.routing_replay, config.parallel.sequence
         self.shape, self.mesh = shape, mesh
-        self.replays: list[Replay] = [
+        self.replays: list[RouterReplay] = [
             layer.mlp.router.router_replay for m in models for layer in _layers_with_experts(m)
         ]
 
     def start(self, batch: Batch) -> None:
-        """Forget what ran so far. Raises UserError, on all ranks alike, for a choice that this model cannot replay."""
+        """Reset the counts. Raise UserError on all ranks if this model cannot replay the experts of the batch."""
         for replay in self.replays:
             replay.counts = None
         wrong = self._what_is_wrong(batch)
@@ -94,11 +113,14 @@ class RoutingReplay:
         return None
 
     def rows(self, micro: Microbatch) -> Tensor | None:
-        """[t, L, K] int64 of the tokens whose hidden states this rank holds, on its device; None when nothing is replayed."""
+        """Return the experts of the tokens whose hidden states this rank holds: [t, L, K] int64, on its device.
+
+        Return None if nothing is replayed.
+        """
         if micro.routing is None:
             return None
         mesh, cut = self.mesh, self.sequence
-        own = held_rows(
+        own = local_positions(
             micro,
             cp_size=mesh.cp_size,
             cp_rank=mesh.cp_rank,
@@ -108,8 +130,10 @@ class RoutingReplay:
         return micro.routing[own].to(mesh.device, torch.int64)
 
     def record(self, batch: Batch) -> dict[str, float]:
-        """Since `start`, on rank 0 (elsewhere empty): the share of (token, layer) pairs of the batch that were replayed, and of
-        those the share for which the trainer's router would have chosen the same set. Collective; empty without replay.
+        """Return the statistics of replay since `start`, on rank 0 (elsewhere empty). Collective; empty without replay.
+
+        `routing/replayed` is the share of (token, layer) pairs of the batch that were replayed. `routing/agreement` is
+        the share of these pairs for which the trainer's router would have chosen the same set.
         """
         if batch.routing is None:
             return {}
@@ -124,17 +148,16 @@ class RoutingReplay:
 
 
 def prepare_experts(model: nn.Module) -> None:
-    """Make the layers of a chunk that have experts replay a choice that comes with their tokens. Nothing for a dense model.
+    """Make the expert layers of a chunk replay the choice that comes with their tokens. Do nothing for a dense model.
 
-    Also marks experts as such where one expert-parallel rank holds them all: megatron-core would take them for dense
-    parameters, and under tensor parallelizm not add up what ranks learnt from different tokens.
+    Also mark the experts as experts if one expert-parallel rank holds them all. megatron-core would treat them as dense
+    parameters. Under tensor parallelism it would then not sum the gradients that ranks compute from different tokens.
     """
-    if not hasattr(
-        moe_utils, "te_general_gemm"
-    ):  # 0.16.1 asks for it by name, and lacks the name without Transformer Engine
+    # megatron-core 0.16.1 uses this name, but does not define it without Transformer Engine.
+    if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
     for layer in _layers_with_experts(model):
-        layer.mlp.router.router_replay = Replay()
+        layer.mlp.router.router_replay = RouterReplay()
         layer.register_forward_pre_hook(_take_rows, with_kwargs=True)
         layer.mlp.register_forward_hook(_forget_probs)
         for parameter in layer.mlp.experts.parameters():
@@ -147,7 +170,10 @@ def _take_rows(layer: Any, args: Any, kwargs: dict[str, Any]) -> None:
 
 
 def _forget_probs(experts: Any, args: Any, output: Any) -> None:
-    """The dispatcher would keep the step's graph, which holds the model, its process groups and their threads for good."""
+    """Clear the dispatcher's `probs`.
+
+    They hold the step's graph, which holds the model, its process groups and their threads forever.
+    """
     experts.token_dispatcher.probs = None
 
 

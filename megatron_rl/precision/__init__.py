@@ -1,1 +1,1 @@
-"""Low precision: formats and their scales, quantized linears, and the plan that says who uses which."""
+"""Low precision: formats and their scales, quantized linears, and the plan that selects a format for every tensor."""

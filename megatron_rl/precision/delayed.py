@@ -1,8 +1,9 @@
-"""Delayed scaling: scales of a pass from the magnitudes of passes before it, agreed on by the ranks of a group.
+"""Delayed scaling: the scales of a pass come from the magnitudes (amax) of previous passes.
 
-As Transformer Engine does it under megatron-core's defaults (history 1, most recent): the scales of inputs and weights
-move on at the end of every forward pass of a block, those of gradients at the end of every backward pass. The first
-pass has scale 1 everywhere, which loses small gradients until magnitudes are known.
+All ranks of a group use the same scales. The rules are those of Transformer Engine under megatron-core's defaults
+(history 1, most recent). The scales of inputs and weights are updated at the end of every forward pass of a block,
+those of gradients at the end of every backward pass. The first pass uses scale 1 everywhere, so small gradients are
+lost until their magnitudes are known.
 """
 
 from collections import deque
@@ -18,20 +19,24 @@ from megatron_rl.precision.products import Operands, Scales
 
 
 class LinearScales:
-    """The three scales of one linear, and those that checkpointed forward passes used, for their recomputation."""
+    """The three delayed scales of one linear layer.
+
+    It also stores the scales that checkpointed forward passes used, so that their recomputation uses the same ones.
+    """
 
     def __init__(self, operands: Operands, device: torch.device) -> None:
         self.inputs = DelayedScale(operands.inputs.max, device=device)
         self.weights = DelayedScale(operands.weights.max, device=device)
         self.gradients = DelayedScale(operands.gradients.max, device=device)
-        self.open = False  # inside the forward pass of an update
+        self.open = False  # True during the forward pass of an update
         self._checkpointed: deque[Scales] = deque()
 
     def forward(self, x: Tensor, weight: Tensor) -> Scales:
-        """The scales of this product; magnitudes are noted in the forward pass of an update alone.
+        """Return the scales of this product. Magnitudes are recorded only in the forward pass of an update.
 
-        A recomputation happens in backward, when other micro-batches may have moved the scales on: it gets those of its
-        own first pass (micro-batches come back in the order they went), and is not noted again.
+        Activation recomputation runs during backward, when later micro-batches may already have updated the scales. It
+        therefore gets the scales of its own first pass (micro-batches are recomputed in the order of their forward
+        passes), and its magnitudes are not recorded again.
         """
         scales = Scales(self.inputs.scale, self.weights.scale)
         if self.open:
@@ -44,12 +49,15 @@ class LinearScales:
         return scales
 
     def backward(self, grad: Tensor) -> Tensor:
-        """The scale of this gradient, whose magnitude is noted."""
+        """Record the magnitude of this gradient and return its scale."""
         self.gradients.observe(amax(grad))
         return self.gradients.scale
 
     def tensors(self) -> list[Tensor]:
-        """All that decides over coming passes, fp32, as it is held: to be copied, and written in place between updates."""
+        """Return the fp32 tensors that determine the next passes: scale and history of every operand.
+
+        These are the live tensors, not copies. The caller copies them, and may write to them in place between updates.
+        """
         return [
             tensor for scale in (self.inputs, self.weights, self.gradients) for tensor in (scale.scale, scale.history)
         ]
@@ -62,13 +70,17 @@ class LinearScales:
             getattr(self, name).load_state_dict(state[name])
 
 
-class DelayedUpdates:
-    """Moves the scales of a block's linears on, at the end of its forward and of its backward passes.
-
-    block: a megatron-core TransformerBlock. group: the ranks that agree, by the largest magnitude any of them saw.
-    """
+class DelayedScaleHooks:
+    """Hooks that update the scales of a block's linears at the end of its forward and of its backward passes."""
 
     def __init__(self, block: torch.nn.Module, linears: Sequence[LinearScales], group: dist.ProcessGroup) -> None:
+        """Register the forward hooks on the block.
+
+        Args:
+            block: a megatron-core TransformerBlock.
+            linears: the scales of the linears in the block.
+            group: the ranks that share scales: they use the largest magnitude seen on any of them.
+        """
         self.linears, self.group = linears, group
         block.register_forward_pre_hook(self._begin, with_kwargs=True)
         block.register_forward_hook(self._end)
@@ -79,7 +91,8 @@ class DelayedUpdates:
         for linear in self.linears:
             linear.open = True
         hidden = kwargs["hidden_states"] if block.pre_process else block.input_tensor
-        hidden.register_hook(self._backward_done)  # the gradient of a block's input is the last that it computes
+        # The gradient of a block's input is the last one that its backward pass computes.
+        hidden.register_hook(self._backward_done)
 
     def _end(self, block: Any, args: Any, output: Any) -> None:
         if not torch.is_grad_enabled():

@@ -1,8 +1,8 @@
-"""Number formats of low precision: quantize a matrix to codes and scales, and back.
+"""Number formats of low precision: quantize a matrix to codes and scales, and dequantize it.
 
 Codes and scales equal those of Transformer Engine bit for bit (delayed and current scaling, block scaling, MXFP8, NVFP4
-with round to nearest). Casts saturate: inf becomes the largest finite value, NaN stays NaN where the element type has one.
-Columns are quantized as the rows of the transpose: `quantize(x.T, fmt)`.
+with round to nearest). Casts saturate: inf becomes the largest finite value. NaN stays NaN if the element type has one.
+To quantize along columns, quantize the rows of the transpose: `quantize(x.T, fmt)`.
 """
 
 import difflib
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_rl.errors import PrecisionError
 from megatron_rl.precision import fp4, fp8
-from megatron_rl.precision.blocks import spread, to_matrix, to_tiles
+from megatron_rl.precision.blocks import broadcast_tiles, to_matrix, to_tiles
 from megatron_rl.precision.scales import (
     FP32_MAX,
     DelayedScale,
@@ -34,11 +34,16 @@ _NVFP4_RANGE = 448.0 * fp4.MAX
 
 @dataclass(frozen=True)
 class Format:
-    """How a matrix is quantized.
+    """A number format: how a matrix is quantized.
 
-    kind: `tensor` (one scale), `channel` (one a row), `block` (one per tile `block`), `mx` (E8M0 exponents per tile),
-    `nvfp4` (E4M3 scales per tile and one fp32 scale). element: dtype of the codes; uint8 is two E2M1 codes a byte.
-    max: largest finite element. pow2: scales are powers of two.
+    Attributes:
+        name: name of the format, its key if it is in `FORMATS`.
+        kind: `tensor` (one scale), `channel` (one scale per row), `block` (one scale per tile), `mx` (one E8M0 exponent
+            per tile) or `nvfp4` (one E4M3 scale per tile and one fp32 scale per tensor).
+        element: dtype of the codes. uint8 means two E2M1 codes per byte.
+        max: largest finite value of the element type.
+        block: rows and columns of a tile, None for `tensor` and `channel`.
+        pow2: True if scales are powers of two.
     """
 
     name: str
@@ -49,7 +54,7 @@ class Format:
     pow2: bool = False
 
     def tile(self, rows: int, columns: int) -> tuple[int, int]:
-        """Rows and columns that share a scale in a matrix of this shape."""
+        """Return how many rows and columns share a scale in a matrix of this shape."""
         if self.block is not None:
             return self.block
         return (1, columns) if self.kind == "channel" else (rows, columns)
@@ -75,7 +80,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(_formats())
 
 
 def find_format(fmt: Format | str) -> Format:
-    """The format of this name. PrecisionError names the nearest one if there is none."""
+    """Return the format with this name. Raise PrecisionError with the nearest name if it is unknown."""
     if isinstance(fmt, Format):
         return fmt
     if fmt not in FORMATS:
@@ -86,12 +91,15 @@ def find_format(fmt: Format | str) -> Format:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized matrix.
+    """A quantized matrix: its codes and the scales that dequantize them.
 
-    codes: [M, N] of the format's element type (NVFP4: uint8 [M, ceil(N/2)], low nibble first).
-    scale_inv: what codes are multiplied by. fp32 scalar for `tensor`, fp32 [M, 1] for `channel`, fp32 [tiles down, tiles
-    across] for `block`; E8M0 bytes (uint8) of that shape for `mx`, float8_e4m3fn for `nvfp4`, whose outer factor is
-    global_scale_inv (fp32 scalar, None elsewhere). shape: (M, N).
+    Attributes:
+        codes: [M, N] of the format's element type (NVFP4: uint8 [M, ceil(N/2)], low nibble first).
+        scale_inv: the factor that codes are multiplied by. `tensor`: fp32 scalar. `channel`: fp32 [M, 1]. `block`: fp32
+            [tiles down, tiles across]. `mx`: E8M0 bytes (uint8) of that shape. `nvfp4`: float8_e4m3fn of that shape.
+        format: the number format.
+        shape: (M, N).
+        global_scale_inv: second factor of `nvfp4`, fp32 scalar. None for all other formats.
     """
 
     codes: Tensor
@@ -101,17 +109,27 @@ class Quantized:
     global_scale_inv: Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[M, N]: element times scale_inv in fp32, then one rounding to `dtype`."""
+        """Return the values [M, N]: element times scale_inv in fp32, then one rounding to `dtype`."""
         tiles = to_tiles(_decode(self.codes, self.format, self.shape[1]), self.format.tile(*self.shape))
         tiles.mul_(_inverse(self.format, self.scale_inv, self.global_scale_inv))
         return to_matrix(tiles, self.shape).contiguous().to(dtype)
 
 
 def quantize(x: Tensor, fmt: Format | str, *, scale: Tensor | None = None, eps: float = 0.0) -> Quantized:
-    """Quantize x [M, N] (bf16, fp16 or fp32, any strides); tiles that reach past the edge are padded with zeros.
+    """Quantize a matrix. Tiles that extend past the edge are padded with zeros.
 
-    scale: fp32 scalar to use instead of one from x, for `tensor` formats (delayed scaling). eps: least amax that counts
-    (`tensor`, `block`, `channel`). Raises PrecisionError on other ranks, dtypes, formats, and on NaN or inf for int8.
+    Args:
+        x: [M, N], bf16, fp16 or fp32, any strides.
+        fmt: format, or its name.
+        scale: fp32 scalar to use instead of a scale from x. Only for `tensor` formats (delayed scaling).
+        eps: lower bound of amax for `tensor`, `block` and `channel`.
+
+    Returns:
+        Codes and scales.
+
+    Raises:
+        PrecisionError: x is not a matrix or has another dtype, the format is unknown or does not take `scale`, or x
+            holds NaN or inf and the format is int8.
     """
     fmt = find_format(fmt)
     _check(x, fmt, scale)
@@ -119,7 +137,7 @@ def quantize(x: Tensor, fmt: Format | str, *, scale: Tensor | None = None, eps: 
     y, scales = _scaled(x.contiguous(), fmt, fmt.tile(*shape), scale, eps)
     y = to_matrix(y, shape)
     if fmt.kind == "nvfp4":
-        codes = fp4.pack(fp4.encode(fp4.round_(y)))
+        codes = fp4.pack_nibbles(fp4.encode_e2m1(fp4.round_(y)))
     else:
         codes = (y.round_() if fmt.kind == "channel" else y).to(fmt.element)
     return Quantized(codes.contiguous(), scales.stored, fmt, shape, scales.outer)
@@ -128,9 +146,16 @@ def quantize(x: Tensor, fmt: Format | str, *, scale: Tensor | None = None, eps: 
 def fake_quantize(
     x: Tensor, fmt: Format | str, dtype: torch.dtype | None = None, *, scale: Tensor | None = None, eps: float = 0.0
 ) -> Tensor:
-    """quantize(x, fmt).dequantize(dtype or x.dtype), bit for bit, in about half its time. x: [M, N].
+    """Return `quantize(x, fmt).dequantize(dtype or x.dtype)`, bit for bit, in about half the time.
 
-    The transpose of a contiguous matrix is quantized where it lies, and the result is such a transpose as well.
+    If x is the transpose of a contiguous matrix, it is quantized without a copy, and the result has the same strides.
+
+    Args:
+        x: [M, N], bf16, fp16 or fp32.
+        fmt: format, or its name.
+        dtype: dtype of the result, None for that of x.
+        scale: as in `quantize`.
+        eps: as in `quantize`.
     """
     fmt = find_format(fmt)
     _check(x, fmt, scale)
@@ -149,7 +174,7 @@ def _fake(
     elif fmt.kind == "channel":
         y.round_().add_(0.0)  # int8 has no -0
     else:
-        fp8.decode(y.to(fmt.element), out=y)
+        fp8.decode_fp8(y.to(fmt.element), out=y)
     inverse = _inverse(fmt, scales.stored, scales.outer)
     return to_matrix(y.mul_(inverse), (x.shape[0], x.shape[1])).to(dtype or x.dtype)
 
@@ -171,7 +196,13 @@ def _check(x: Tensor, fmt: Format, scale: Tensor | None) -> None:
 
 @dataclass(frozen=True)
 class _Scales:
-    """factor: fp32, one per tile, to multiply x by. stored and outer: as in Quantized."""
+    """Scales of a matrix while it is quantized.
+
+    Attributes:
+        factor: fp32, one per tile. x is multiplied by it.
+        stored: `scale_inv` of Quantized.
+        outer: `global_scale_inv` of Quantized.
+    """
 
     factor: Tensor
     stored: Tensor
@@ -179,17 +210,17 @@ class _Scales:
 
 
 def _scaled(x: Tensor, fmt: Format, tile: tuple[int, int], given: Tensor | None, eps: float) -> tuple[Tensor, _Scales]:
-    """x, contiguous, times its scales and clamped to the range, as new fp32 tiles; and the scales."""
+    """Return x (contiguous) times its scales, clamped to the format's range, as new fp32 tiles; and the scales."""
     tiles = to_tiles(x.float(), tile)
     scales = _scales(tiles, fmt, x.dtype, given, eps)
-    factor = spread(scales.factor)
+    factor = broadcast_tiles(scales.factor)
     owned = tiles.data_ptr() != x.data_ptr()
     y = tiles.mul_(factor) if owned else tiles * factor
     return y.clamp_(-fmt.max, fmt.max), scales
 
 
 def _scales(tiles: Tensor, fmt: Format, dtype: torch.dtype, given: Tensor | None, eps: float) -> _Scales:
-    """Scales of fp32 tiles of a matrix which was of `dtype`."""
+    """Return the scales of fp32 tiles. `dtype` is the original dtype of the matrix."""
     if given is not None:
         given = given.float().reshape(1, 1)
         return _Scales(given, (1.0 / given).reshape(()))
@@ -210,7 +241,10 @@ def _scales(tiles: Tensor, fmt: Format, dtype: torch.dtype, given: Tensor | None
 
 
 def _nvfp4_scales(peak: Tensor) -> _Scales:
-    """Two levels (arXiv 2509.25149): fp32 takes the tensor's amax to 448 * 6, E4M3 takes each tile's to 6."""
+    """Return the two levels of scales of arXiv 2509.25149 from the amax of every tile.
+
+    The fp32 scale maps the amax of the tensor to 448 * 6. The E4M3 scale maps the amax of each tile to 6.
+    """
     outer = scale_of_amax(amax(peak), _NVFP4_RANGE)
     sixth = torch.tensor(1.0 / fp4.MAX, dtype=torch.float32, device=peak.device)
     stored = (peak * (outer * sixth)).clamp(max=448.0).to(torch.float8_e4m3fn)
@@ -219,16 +253,16 @@ def _nvfp4_scales(peak: Tensor) -> _Scales:
 
 
 def _inverse(fmt: Format, stored: Tensor, outer: Tensor | None) -> Tensor:
-    """What elements are multiplied by, fp32 [tiles down, 1, tiles across, 1]."""
+    """Return the factor that dequantizes elements, fp32 [tiles down, 1, tiles across, 1]."""
     if fmt.kind == "mx":
-        return spread(e8m0_value(stored))
+        return broadcast_tiles(e8m0_value(stored))
     if outer is not None:
-        return spread(stored.float() * outer)
-    return spread(stored.reshape(1, 1) if fmt.kind == "tensor" else stored)
+        return broadcast_tiles(stored.float() * outer)
+    return broadcast_tiles(stored.reshape(1, 1) if fmt.kind == "tensor" else stored)
 
 
 def _decode(codes: Tensor, fmt: Format, columns: int) -> Tensor:
-    """fp32 values of the codes, before any scale."""
+    """Return the fp32 values of the codes, without scales."""
     if fmt.kind == "nvfp4":
-        return fp4.decode(fp4.unpack(codes, columns))
-    return codes.float() if fmt.kind == "channel" else fp8.decode(codes)
+        return fp4.decode_e2m1(fp4.unpack_nibbles(codes, columns))
+    return codes.float() if fmt.kind == "channel" else fp8.decode_fp8(codes)

@@ -1,4 +1,4 @@
-"""E2M1, the four-bit float: rounding, codes and their packing (torch has neither the cast nor its inverse)."""
+"""E2M1, the four-bit float: rounding, codes and their packing. torch has neither the cast nor its inverse."""
 
 import torch
 import torch.nn.functional as F
@@ -6,39 +6,42 @@ from torch import Tensor
 
 MAX = 6.0
 _EXPONENT = 0x7F800000
-_TO_UNIT = 1.5 * 2.0**22  # times 2^e, added to y of that exponent: leaves one bit of mantissa, rounded to nearest even
+# Adding _TO_UNIT * 2^e to a y of exponent e rounds it to one bit of mantissa, to nearest even.
+_TO_UNIT = 1.5 * 2.0**22
 
 
 def round_(y: Tensor) -> Tensor:
-    """fp32 y within [-6, 6] rounded in place to the nearest E2M1 value, ties to even. NaN becomes +6, as in the PTX cast."""
+    """Round fp32 y in [-6, 6] in place to the nearest E2M1 value, ties to even. NaN becomes +6, as in the PTX cast."""
     y.nan_to_num_(nan=MAX)
-    # Below 1 the spacing stays .5. The sum and the difference each round once, and only the sum is inexact.
+    # E2M1 values below 1 are subnormal with a spacing of 0.5, hence the clamp to 1. Only the sum rounds: the difference
+    # is exact.
     power = (y.view(torch.int32) & _EXPONENT).view(torch.float32).clamp_(min=1.0)
     rounded = torch.add(y, power, alpha=_TO_UNIT).sub_(power, alpha=_TO_UNIT)
     return y.copy_(rounded.copysign_(y))
 
 
-def encode(values: Tensor) -> Tensor:
-    """Codes 0..15 (uint8) of fp32 values which `round_` gave: sign, two bits of exponent, one of mantissa."""
-    # 2^-126 times the value has E2M1's exponent field, and E2M1's subnormal is one of fp32.
+def encode_e2m1(values: Tensor) -> Tensor:
+    """Return the codes 0..15 (uint8) of fp32 values from `round_`: sign, two exponent bits, one mantissa bit."""
+    # After multiplication by 2^-126 the low exponent bits of fp32 are those of E2M1, and the subnormal value of E2M1
+    # becomes an fp32 subnormal.
     bits = (values * 2.0**-126).view(torch.int32)
     return (((bits >> 28) & 0x8) | ((bits >> 22) & 0x7)).to(torch.uint8)
 
 
-def decode(codes: Tensor) -> Tensor:
-    """fp32 values of codes 0..15."""
+def decode_e2m1(codes: Tensor) -> Tensor:
+    """Return the fp32 values of codes 0..15."""
     wide = codes.to(torch.int16)
     return (((wide & 0x8) << 12) | ((wide & 0x7) << 9)).view(torch.float16).float().mul_(2.0**14)
 
 
-def pack(codes_MN: Tensor) -> Tensor:
-    """Two codes a byte, the first in the low nibble: uint8 [M, ceil(N / 2)]."""
+def pack_nibbles(codes_MN: Tensor) -> Tensor:
+    """Pack two codes per byte, the first in the low nibble. Return uint8 [M, ceil(N / 2)]."""
     if codes_MN.shape[1] % 2:
         codes_MN = F.pad(codes_MN, (0, 1))
     return codes_MN[:, 0::2] | (codes_MN[:, 1::2] << 4)
 
 
-def unpack(packed: Tensor, columns: int) -> Tensor:
-    """Inverse of `pack`: uint8 [M, columns]."""
+def unpack_nibbles(packed: Tensor, columns: int) -> Tensor:
+    """Return the codes uint8 [M, columns] of packed bytes (inverse of `pack`)."""
     both = torch.stack((packed & 0xF, packed >> 4), dim=-1)
     return both.flatten(1)[:, :columns]

@@ -1,9 +1,9 @@
 """megatron-core's sharded linears with quantized products, for the layers of its local spec.
 
-Every rank quantizes what it multiplies: its own part of a weight, and under sequence parallelizm the gathered input.
-Where tensor parallelizm cuts a tensor, one-per-tensor scales are therefore those of the parts (tensorwise; delayed
-scaling agrees on one), and blocks are those of the whole tensor as long as the cut falls between blocks. The codes kept
-for backward are those of the gathered input, so that it is gathered once.
+Every rank quantizes the tensors that it multiplies: its shard of a weight, and under sequence parallelism the gathered
+input. If tensor parallelism cuts a tensor, every shard therefore has its own scale under `tensorwise`. Delayed scaling
+shares one scale between ranks. Blocks are those of the whole tensor if the cut lies between blocks. Backward keeps the
+codes of the gathered input, so the input is gathered only once.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from megatron_rl.precision.delayed import LinearScales
 from megatron_rl.precision.formats import quantize
 from megatron_rl.precision.products import Operands, QuantizedProducts, Scales, forward_product
 
-# Where a layer has its linears, and how log records name them.
+# Log name -> (module of the layer, linear in that module).
 LINEARS = {
     "qkv": ("self_attention", "linear_qkv"),
     "proj": ("self_attention", "linear_proj"),
@@ -35,9 +35,12 @@ LINEARS = {
 
 
 class QuantizedLinear(torch.nn.Module):
-    """Mixed into a sharded linear. ran: how often each of `PRODUCTS` ran quantized, until somebody clears it.
+    """Mixin that makes a sharded linear multiply quantized operands.
 
-    scales: of delayed scaling, part of the checkpoint; None with other recipes.
+    Attributes:
+        operands: formats of the operands.
+        ran: how often each of `PRODUCTS` ran quantized since the counter was last cleared.
+        scales: scales of delayed scaling, part of the checkpoint. None with other recipes.
     """
 
     def __init__(self, *args: Any, operands: Operands, **kwargs: Any) -> None:
@@ -59,7 +62,11 @@ class QuantizedLinear(torch.nn.Module):
         grad_output_buffer: Any = None,
         wgrad_deferral_limit: Any = None,
     ) -> Tensor:
-        """input [t, 1, K], this rank's rows under sequence parallelizm -> [T, 1, N] in its dtype."""
+        """Return the output [T, 1, N] in the dtype of the input.
+
+        `input` is [t, 1, K]. Under sequence parallelism t counts only the rows of this rank. The other parameters are
+        those of megatron-core's linears.
+        """
         if gradient_accumulation_fusion or grad_output_buffer is not None:
             raise PrecisionError("quantized linears neither fuse nor defer weight gradients: turn those options off")
         if sequence_parallel:
@@ -86,26 +93,30 @@ class QuantizedLinear(torch.nn.Module):
         return None if self.scales is None else self.scales.state_dict()
 
     def set_extra_state(self, state: Any) -> None:
-        """Takes over scales of delayed scaling; a checkpoint of another recipe has none, and they start anew.
+        """Load the scales of delayed scaling. A checkpoint of another recipe has none: then keep the initial scales.
 
-        Raises CheckpointError for what Transformer Engine saved in this place.
+        Raises:
+            CheckpointError: the state was saved by Transformer Engine.
         """
         if self.scales is None or state is None:
             return
         if not isinstance(state, dict):
             raise CheckpointError(
-                "the checkpoint's delayed scales are in Transformer Engine's own format: resume with Transformer Engine, or "
-                "with another precision.recipe"
+                "the checkpoint's delayed scales are in Transformer Engine's own format: resume with Transformer "
+                "Engine, or with another precision.recipe"
             )
         self.scales.load_state_dict(state)
 
 
 class QuantizedColumnParallelLinear(QuantizedLinear, ColumnParallelLinear):
-    """Y = X W^T, W cut along its outputs."""
+    """Y = X W^T, with W cut along its outputs."""
 
 
 class QuantizedRowParallelLinear(QuantizedLinear, RowParallelLinear):
-    """Y = X W^T, W cut along its inputs; ranks add up products that are already rounded to the activations' dtype."""
+    """Y = X W^T, with W cut along its inputs.
+
+    Every rank rounds its product to the activations' dtype before ranks are summed.
+    """
 
 
 _QUANTIZED = {
@@ -115,7 +126,7 @@ _QUANTIZED = {
 
 
 def quantized_layer(layer: ModuleSpec, operands: Operands) -> ModuleSpec:
-    """The spec of a local TransformerLayer, its four linears with quantized products."""
+    """Return the spec of a local TransformerLayer whose four linears have quantized products."""
     parts = dict(vars(layer.submodules))
     for part, name in LINEARS.values():
         spec = parts[part]
@@ -126,7 +137,7 @@ def quantized_layer(layer: ModuleSpec, operands: Operands) -> ModuleSpec:
 
 
 def linears(block: Any) -> Iterator[tuple[int, str, Any]]:
-    """(global layer from 0, `qkv`..., module) of the four linears of each layer of a TransformerBlock."""
+    """Yield (global layer from 0, key of `LINEARS`, module) of the four linears of each layer of a TransformerBlock."""
     for layer in block.layers:
         for kind, (part, name) in LINEARS.items():
             yield layer.layer_number - 1, kind, getattr(getattr(layer, part), name)

@@ -1,4 +1,4 @@
-"""What this machine's device can multiply: which recipes run natively, which are emulated, which cannot run."""
+"""Capabilities of this machine's device: which recipes run natively, which are emulated and which cannot run."""
 
 import importlib
 import importlib.util
@@ -14,8 +14,12 @@ Version = tuple[int, int]
 
 @dataclass(frozen=True)
 class Machine:
-    """capability: of the CUDA device ((9, 0) is Hopper), None on a CPU. cuda: version torch was built for.
-    transformer_engine: whether a package of that name is installed (whether it loads is seen when it is used).
+    """The device and the software that decide which recipes can run.
+
+    Attributes:
+        capability: compute capability of the CUDA device ((9, 0) is Hopper), None on a CPU.
+        cuda: CUDA version that torch was built for.
+        transformer_engine: True if a package of that name is installed. Whether it loads is only checked on use.
     """
 
     capability: Version | None = None
@@ -32,7 +36,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """The first CUDA device where there is one, else the CPU."""
+    """Return the description of the first CUDA device, or of the CPU if there is none."""
     if not torch.cuda.is_available():
         return Machine()
     major, _, minor = (torch.version.cuda or "0.0").partition(".")
@@ -41,7 +45,12 @@ def this_machine() -> Machine:
 
 
 def load_transformer_engine(machine: Machine) -> bool:
-    """Whether its layers are used here. Installed but broken is an error: the local layers would be another computation."""
+    """Import Transformer Engine if this machine has it. Return True if its layers are used.
+
+    Raises:
+        PrecisionError: it is installed but cannot be imported. megatron-core's local layers are not a fallback, because
+            they compute something else.
+    """
     if machine.capability is None or not machine.transformer_engine:
         return False
     try:
@@ -53,8 +62,16 @@ def load_transformer_engine(machine: Machine) -> bool:
     return True
 
 
-def refusal(recipe: str, machine: Machine, *, pow2: bool = False) -> str | None:
-    """Why the device cannot multiply as `recipe` asks, None if it can. As Transformer Engine's own checks and kernels say."""
+def unsupported_reason(recipe: str, machine: Machine, *, pow2: bool = False) -> str | None:
+    """Return why the device cannot run `recipe` natively, None if it can.
+
+    The conditions are those of Transformer Engine's own checks and kernels.
+
+    Args:
+        recipe: one of `RECIPES`.
+        machine: the device to check.
+        pow2: True if scales are powers of two (`blockwise` only).
+    """
     at = machine.capability
     if at is None:
         return "it is a CPU"
@@ -71,23 +88,34 @@ def refusal(recipe: str, machine: Machine, *, pow2: bool = False) -> str | None:
     return None
 
 
-def how(recipe: str, machine: Machine, *, pow2: bool = False) -> str:
-    """How `recipe` is computed here: `native`, or `emulated` (quantized exactly, multiplied in float32) on a CPU.
+def execution_mode(recipe: str, machine: Machine, *, pow2: bool = False) -> str:
+    """Return how `recipe` is computed on this machine.
 
-    Raises PrecisionError where a CUDA device cannot do it, or lacks Transformer Engine: never silently bf16.
+    Args:
+        recipe: one of `RECIPES`.
+        machine: the device to check.
+        pow2: True if scales are powers of two (`blockwise` only).
+
+    Returns:
+        `native` on a CUDA device, `emulated` (quantized exactly, multiplied in float32) on a CPU.
+
+    Raises:
+        PrecisionError: the CUDA device cannot run the recipe, or Transformer Engine is not installed. Training never
+            falls back to bf16 silently.
     """
     if machine.capability is None:
         return "emulated"
-    reason = refusal(recipe, machine, pow2=pow2)
+    reason = unsupported_reason(recipe, machine, pow2=pow2)
     if reason is not None:
-        able = [name for name in RECIPES if refusal(name, machine, pow2=name == "blockwise") is None]
+        able = [name for name in RECIPES if unsupported_reason(name, machine, pow2=name == "blockwise") is None]
         raise PrecisionError(
             f"precision.recipe {recipe} cannot run on this device ({machine.name}): {reason}. "
             f"Recipes it can run: {', '.join(able) or 'none'}; a CPU emulates all of them (CUDA_VISIBLE_DEVICES=)"
         )
     if not machine.transformer_engine:
         raise PrecisionError(
-            f"precision.recipe {recipe} needs Transformer Engine on a CUDA device, and it is not installed: megatron-core "
-            "would train in bf16 without a word. Install it (pip install 'megatron-rl[gpu]'), or set precision.recipe: none"
+            f"precision.recipe {recipe} needs Transformer Engine on a CUDA device, and it is not installed: "
+            "megatron-core would train in bf16 without a word. Install it (pip install 'megatron-rl[gpu]'), or set "
+            "precision.recipe: none"
         )
     return "native"

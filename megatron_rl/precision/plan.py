@@ -1,4 +1,4 @@
-"""Which number format every class of tensors has, in trainer, on the wire and in the engines."""
+"""Precision plan: the number format of every class of tensors in the trainer, on the wire and in the engines."""
 
 import re
 from dataclasses import dataclass
@@ -9,22 +9,34 @@ from megatron_rl.config import PrecisionConfig
 from megatron_rl.errors import ConfigError, PrecisionError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Formats of quantized weights on the wire, by `precision.rollout`; engines that hold them compute in bf16.
+# Formats of quantized weights on the wire, by `precision.rollout`. Engines with quantized weights compute in bf16.
 WIRE = {"fp8_blockwise": "fp8_128x128_e4m3", "fp8_blockwise_pow2": "fp8_128x128_e4m3_pow2", "int8": "int8_channel"}
 
-# The matrices that are ever quantized; embeddings, lm_head, norms, biases and routers never are. One rule for all sides.
+# Only these matrices are quantized, in the trainer and in the engines. Embeddings, lm_head, norms, biases and routers
+# never are.
 _LINEAR = re.compile(r"\.layers\.(\d+)\..*\.(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)\.weight$")
 
 
 @dataclass(frozen=True)
 class PrecisionPlan:
-    """Formats are names of `precision.formats` (`fp8_128x128_e4m3`), or dtypes (`bf16`) where nothing is quantized.
+    """The number formats of a run.
 
-    train: parameters and activations of the trainer. inputs, weights, gradients: operands of its quantized products.
-    wire: what `quantized` tensors are sent as; the others go as `engine`. engine_weights, engine_inputs: the same tensors
-    and their inputs while the engine multiplies, which computes in `engine`. kv_cache: of the engine.
-    kept: layers (global, from 0) quantized on neither side. dequantized: engines take no codes; the trainer sends what
-    codes and scales stand for, which they compute with in `engine`.
+    Every format is a name of `precision.formats` (`fp8_128x128_e4m3`), or a dtype (`bf16`) if nothing is quantized.
+
+    Attributes:
+        train: dtype of the trainer's parameters and activations.
+        recipe: how the trainer's products are quantized (`precision.recipe`).
+        inputs: inputs in the trainer's quantized products.
+        weights: weights in the trainer's quantized products.
+        gradients: output gradients in the trainer's quantized products.
+        wire: format in which `quantized` tensors are sent. Other tensors are sent as `engine`.
+        engine: dtype in which the engines compute.
+        engine_weights: `quantized` tensors when an engine multiplies.
+        engine_inputs: inputs of `quantized` tensors when an engine multiplies.
+        kv_cache: KV cache of the engines.
+        kept: layers (global, from 0) that are quantized neither in the trainer nor in the engines.
+        dequantized: True if engines take no codes. The trainer then sends the dequantized values of codes and scales,
+            and engines compute with these in `engine`.
     """
 
     train: str
@@ -42,31 +54,43 @@ class PrecisionPlan:
 
     @property
     def trains_low(self) -> bool:
-        """Whether the trainer quantizes the products of its layers."""
+        """True if the trainer quantizes the products of its layers."""
         return self.recipe != "none"
 
     @property
     def rolls_out_low(self) -> bool:
-        """Whether the engines' weights are quantized."""
+        """True if the engines' weights are quantized."""
         return self.engine_weights != self.engine
 
+    @property
+    def quantizes_inputs(self) -> bool:
+        """True if engines quantize the inputs of layers with quantized weights."""
+        return self.rolls_out_low and self.engine_inputs != self.engine
+
     def quantized(self, name: str) -> bool:
-        """Whether the Hugging Face tensor `name` is one that low precision is for."""
+        """Return True if the Hugging Face tensor `name` is quantized under low precision."""
         found = _LINEAR.search(name)
         return found is not None and int(found[1]) not in self.kept
 
     def spared(self, name: str) -> bool:
-        """Whether low precision would be for the tensor `name`, were it not in a layer that is kept."""
+        """Return True if the tensor `name` is not quantized only because its layer is in `kept`."""
         return _LINEAR.search(name) is not None and not self.quantized(name)
 
 
 def resolve(
     precision: PrecisionConfig, num_layers: int, *, engine: str = "embedded", device: str = "cuda"
 ) -> PrecisionPlan:
-    """The plan of a `precision` section for a model of `num_layers` layers. engine: `embedded` or `sglang`, on `device`.
+    """Return the plan of a `precision` section.
 
-    Raises ConfigError for keys that contradict each other or would have no effect, PrecisionError if no layer is left or
-    the engine cannot serve it.
+    Args:
+        precision: the `precision` section of the configuration.
+        num_layers: layers of the model.
+        engine: `embedded` or `sglang`.
+        device: device of the engine, `cuda` or `cpu`.
+
+    Raises:
+        ConfigError: keys contradict each other or would have no effect.
+        PrecisionError: no layer is left to quantize, or the engine cannot serve the plan.
     """
     refuse_contradictions(precision)
     if engine == "sglang":
@@ -98,22 +122,22 @@ def resolve(
 
 
 def compute_dtype(precision: PrecisionConfig) -> str:
-    """What the engines compute in."""
+    """Return the dtype in which the engines compute."""
     return "bf16" if precision.rollout in WIRE else precision.rollout
 
 
 def refuse_contradictions(precision: PrecisionConfig) -> None:
-    """Raise ConfigError for keys that contradict each other, or ask for something that would silently not happen."""
+    """Raise ConfigError for keys that contradict each other or that would silently have no effect."""
     p = precision
     if p.recipe == "delayed" and p.first_last_bf16:
         raise ConfigError(
-            "precision.first_last_bf16: true does not go with recipe: delayed, whose scales are kept by one context round all "
-            "layers (megatron-core refuses it too): take recipe: tensorwise, or set first_last_bf16 to false"
+            "precision.first_last_bf16: true does not go with recipe: delayed, whose scales are kept by one context "
+            "round all layers (megatron-core refuses it too): take recipe: tensorwise, or set first_last_bf16 to false"
         )
     if p.pow2_scales and p.recipe != "blockwise":
         raise ConfigError(
-            f"precision.pow2_scales: true is about the scales of recipe: blockwise, and recipe is {p.recipe}: set it to false "
-            "(for the engines' scales alone, take rollout: fp8_blockwise_pow2)"
+            f"precision.pow2_scales: true is about the scales of recipe: blockwise, and recipe is {p.recipe}: set it "
+            "to false (for the engines' scales alone, take rollout: fp8_blockwise_pow2)"
         )
     if p.format == "hybrid" and p.recipe in ("none", "nvfp4"):
         raise ConfigError(
@@ -127,26 +151,27 @@ def refuse_contradictions(precision: PrecisionConfig) -> None:
 
 
 def _refuse_for_sglang(precision: PrecisionConfig, device: str) -> None:
-    """Raise PrecisionError for what SGLang would do otherwise than asked, or not at all."""
+    """Raise PrecisionError for settings that SGLang does not support or would apply differently."""
     if precision.rollout == "int8":
         raise PrecisionError(
-            "precision.rollout: int8 is weights alone, and SGLang's int8 quantizes inputs too: take rollout: fp8_blockwise, or "
-            "rollout.engine: embedded"
+            "precision.rollout: int8 is weights alone, and SGLang's int8 quantizes inputs too: take rollout: "
+            "fp8_blockwise, or rollout.engine: embedded"
         )
     if device == "cpu" and precision.rollout_activations == "fp8":
         raise PrecisionError(
-            "precision.rollout_activations: fp8 cannot be had of SGLang on CPU, which has no FP8 products: set it to none, or "
-            "rollout.engine: embedded"
+            "precision.rollout_activations: fp8 cannot be had of SGLang on CPU, which has no FP8 products: set it to "
+            "none, or rollout.engine: embedded"
         )
     if device != "cpu" and precision.rollout in WIRE and precision.rollout_activations == "none":
         raise PrecisionError(
-            f"precision.rollout: {precision.rollout} with rollout_activations: none is weights alone, and SGLang always "
-            "quantizes the inputs of quantized layers: set precision.rollout_activations: fp8, or rollout.engine: embedded"
+            f"precision.rollout: {precision.rollout} with rollout_activations: none is weights alone, and SGLang "
+            "always quantizes the inputs of quantized layers: set precision.rollout_activations: fp8, or "
+            "rollout.engine: embedded"
         )
 
 
 def _operands(precision: PrecisionConfig) -> tuple[str, str, str]:
-    """Formats of inputs, weights and output gradients in the trainer's quantized products."""
+    """Return the formats of inputs, weights and output gradients in the trainer's quantized products."""
     grad = "e5m2" if precision.format == "hybrid" else "e4m3"
     pow2 = "_pow2" if precision.pow2_scales else ""
     match precision.recipe:

@@ -1,7 +1,10 @@
-"""A precision plan against a model's shapes: what cannot work is an error, what cannot match between both sides is said.
+"""Checks of a precision plan against the shapes of a model.
 
-A 128 x 128 block of a weight that the engine multiplies with is the trainer's own block only if the tensor-parallel cut and
-the fused parameters (linear_qkv: q, k, v rows group by group; linear_fc1: gate, then up) put it on the same grid.
+A plan that cannot work raises an error. A plan under which trainer and engines cannot match is reported.
+
+A 128 x 128 block of an engine's weight is also a block of the trainer's weight only if both lie on the same grid. This
+depends on the tensor-parallel cut and on the fused parameters (linear_qkv: q, k, v rows group by group; linear_fc1:
+gate, then up).
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,15 +14,21 @@ from megatron_rl.errors import PrecisionError
 from megatron_rl.precision.plan import PrecisionPlan
 
 BLOCK = 128
-# What one rank's operands must be multiples of on tensor cores (nvfp4: 16 bytes of 4-bit codes).
-# `tokens`: megatron-core's get_fp8_align_size and get_fp4_align_size.
+# The dimensions of one rank's operands must be multiples of these numbers on tensor cores (nvfp4: 16 bytes of 4-bit
+# codes). _ALIGN_TOKENS holds the values of megatron-core's get_fp8_align_size and get_fp4_align_size.
 _ALIGN_TOKENS = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32, "nvfp4": 128}
 _ALIGN = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32, "nvfp4": 32}
 
 
 @dataclass(frozen=True)
-class Run:
-    """`rows` rows that follow each other in a matrix from row `start` and in a rank's parameter from row `at`."""
+class RowRange:
+    """Consecutive rows of a matrix that are also consecutive in a rank's parameter.
+
+    Attributes:
+        start: first row in the matrix.
+        at: first row in the rank's parameter.
+        rows: number of rows.
+    """
 
     start: int
     at: int
@@ -28,10 +37,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A Hugging Face matrix [rows, columns] and the trainer's parameter that holds it, at one tensor-parallel size.
+    """A Hugging Face matrix and the trainer's parameter that holds it, at one tensor-parallel size.
 
-    parameter: megatron-core's name; [local_rows, local_columns] on one rank, rows of fused neighbors included.
-    runs: where the matrix's rows lie, over all ranks.
+    Attributes:
+        name: Hugging Face name.
+        rows: rows of the matrix.
+        columns: columns of the matrix.
+        parameter: megatron-core's name of the parameter.
+        local_rows: rows of the parameter on one rank, including those of other matrices fused into it.
+        local_columns: columns of the parameter on one rank.
+        runs: where the rows of the matrix lie, over all ranks.
     """
 
     name: str
@@ -40,7 +55,7 @@ class Matrix:
     parameter: str
     local_rows: int
     local_columns: int
-    runs: tuple[Run, ...]
+    runs: tuple[RowRange, ...]
 
 
 Layouts = Mapping[int, Sequence[Matrix]]
@@ -49,8 +64,14 @@ Layouts = Mapping[int, Sequence[Matrix]]
 
 @dataclass(frozen=True)
 class PlanReport:
-    """What a user is told of a plan before a run. computed: the trainer's quantized products are `native` or `emulated`,
-    "" where there are none. apart: why the engines do not multiply what the trainer does, None where nothing is quantized.
+    """The result of the checks, printed before a run.
+
+    Attributes:
+        plan: the plan that was checked.
+        num_layers: layers of the model.
+        computed: `native` or `emulated` for the trainer's quantized products, "" if there are none.
+        apart: reasons why the engines do not multiply the same operands as the trainer. None if nothing is quantized.
+        warnings: other remarks for the user.
     """
 
     plan: PrecisionPlan
@@ -60,7 +81,7 @@ class PlanReport:
     warnings: tuple[str, ...]
 
 
-def examine(
+def check_plan(
     plan: PrecisionPlan,
     layouts: Layouts,
     *,
@@ -71,18 +92,30 @@ def examine(
     engine: str,
     foreign: bool,
 ) -> PlanReport:
-    """Check a plan at `tensor` tensor-parallel ranks, each of which multiplies `tokens` tokens at a time.
+    """Check a plan against the matrices of a model.
 
-    engine: `embedded` or `sglang`; foreign: servers of somebody else's. Raises PrecisionError naming the tensor, its
-    dimension and the nearest tensor-parallel size that works.
+    Args:
+        plan: the plan to check.
+        layouts: the quantized matrices at every tensor-parallel size that divides the model.
+        tensor: number of tensor-parallel ranks.
+        tokens: tokens that one rank multiplies at a time.
+        num_layers: layers of the model.
+        computed: `native` or `emulated`, "" if the trainer quantizes nothing.
+        engine: `embedded` or `sglang`.
+        foreign: True if the servers were started by another process.
+
+    Raises:
+        PrecisionError: the plan cannot work. The message names the tensor, its dimension and the nearest
+            tensor-parallel size that works.
     """
     if computed == "native":
         _refuse_unaligned(plan, layouts, tensor)
         unit = _ALIGN_TOKENS[plan.recipe]
         if tokens % unit:
             raise PrecisionError(
-                f"precision.recipe {plan.recipe} multiplies {tokens} tokens a rank, which must be a multiple of {unit} on "
-                f"tensor cores: change optimizer.tokens_per_microbatch so that a rank's part is {-(-tokens // unit) * unit}"
+                f"precision.recipe {plan.recipe} multiplies {tokens} tokens a rank, which must be a multiple of {unit} "
+                "on tensor cores: change optimizer.tokens_per_microbatch so that a rank's part is "
+                f"{-(-tokens // unit) * unit}"
             )
     ragged = _ragged_for_sglang(plan, layouts[tensor])
     if ragged is not None and engine == "sglang":
@@ -98,7 +131,10 @@ def examine(
 
 
 def blocks_coincide(matrix: Matrix) -> bool:
-    """Whether every 128 x 128 block of the trainer's parameter that holds rows of this matrix is one block of the matrix."""
+    """Return True if the 128 x 128 blocks of the matrix are also blocks of the trainer's parameter.
+
+    That is: every block of the parameter that holds rows of this matrix is exactly one block of the matrix.
+    """
     return _off_grid(matrix) is None
 
 
@@ -126,7 +162,8 @@ def _refuse_unaligned(plan: PrecisionPlan, layouts: Layouts, tensor: int) -> Non
         if found is not None:
             able = [size for size, matrices in layouts.items() if not any(map(unaligned, matrices))]
             raise PrecisionError(
-                f"{matrix.name}: {found}, which precision.recipe {plan.recipe} needs on tensor cores; {_nearest(able, tensor)}"
+                f"{matrix.name}: {found}, which precision.recipe {plan.recipe} needs on tensor cores; "
+                f"{_nearest(able, tensor)}"
             )
 
 
@@ -138,7 +175,10 @@ def _nearest(able: Sequence[int], tensor: int) -> str:
 
 
 def _ragged_for_sglang(plan: PrecisionPlan, matrices: Sequence[Matrix]) -> str | None:
-    """Its block FP8 checks every fused part's rows, and quantizes inputs in whole groups of 128."""
+    """Return why SGLang cannot use these matrices in block FP8, None if it can.
+
+    SGLang's block FP8 checks the rows of every fused part, and quantizes inputs in whole groups of 128.
+    """
     if not plan.wire.startswith("fp8_128x128") or plan.dequantized:
         return None
     for m in matrices:
@@ -149,7 +189,7 @@ def _ragged_for_sglang(plan: PrecisionPlan, matrices: Sequence[Matrix]) -> str |
 
 
 def _scale_warnings(plan: PrecisionPlan) -> list[str]:
-    """Trainer and engines with the same blocks and other scales: almost no code is the same on both sides."""
+    """Warn if trainer and engines have the same blocks but different scales: then almost all codes differ."""
     ours, theirs = plan.weights, plan.engine_weights
     if ours == theirs or ours.removesuffix("_pow2") != theirs.removesuffix("_pow2"):
         return []
@@ -157,8 +197,8 @@ def _scale_warnings(plan: PrecisionPlan) -> list[str]:
     mend = "false" if ours.endswith("_pow2") else "true"
     other = "fp8_blockwise_pow2" if ours.endswith("_pow2") else "fp8_blockwise"
     return [
-        f"the trainer's scales are {trainer} and the engines' {engines}: about 99 % of the codes differ and the weights by "
-        f"4 %; set precision.pow2_scales: {mend}, or precision.rollout: {other}"
+        f"the trainer's scales are {trainer} and the engines' {engines}: about 99 % of the codes differ and the "
+        f"weights by 4 %; set precision.pow2_scales: {mend}, or precision.rollout: {other}"
     ]
 
 
@@ -167,16 +207,17 @@ def _dtype_warnings(plan: PrecisionPlan) -> list[str]:
         return []
     if plan.train == "fp16":
         return [
-            f"precision.train is fp16 (11 bits) and the engines compute in {plan.engine}: rollout: fp16 would give them the "
-            "trainer's weights and roundings"
+            f"precision.train is fp16 (11 bits) and the engines compute in {plan.engine}: rollout: fp16 would give "
+            "them the trainer's weights and roundings"
         ]
     return [
-        f"the engines are fp16, whose largest number is 65504, and the trainer is {plan.train}: larger weights are refused"
+        f"the engines are fp16, whose largest number is 65504, and the trainer is {plan.train}: larger weights are "
+        "refused"
     ]
 
 
 def _apart(plan: PrecisionPlan, layouts: Layouts, tensor: int) -> list[str]:
-    """Why the engines' operands are not those of the trainer's forward pass; empty if they are (unified FP8)."""
+    """Return why the engines' operands differ from those of the trainer's forward pass, empty if equal: unified FP8."""
     if not plan.trains_low:
         return [f"the trainer multiplies in {plan.train} (precision.recipe: none)"]
     if not plan.rolls_out_low:
@@ -201,6 +242,6 @@ def _blocks_apart(layouts: Layouts, tensor: int) -> list[str]:
     mend = _nearest(able, tensor) if able else "no parallel.tensor mends it"
     name, reason = off[0]
     return [
-        f"{len(off)} of {len(layouts[tensor])} matrices have other blocks in the trainer than on the wire, so other codes: "
-        f"{name}: {reason}; {mend}"
+        f"{len(off)} of {len(layouts[tensor])} matrices have other blocks in the trainer than on the wire, so other "
+        f"codes: {name}: {reason}; {mend}"
     ]

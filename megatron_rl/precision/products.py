@@ -1,11 +1,11 @@
-"""The three matrix products of a linear layer, on quantized operands, as Transformer Engine's recipes quantize them.
+"""The three matrix products of a linear layer, on operands quantized by the rules of Transformer Engine's recipes.
 
-A product runs over dequantized operands in fp32 and is rounded once to the activations' dtype: what a tensor core with
-fp32 accumulation gives, up to the order of summation. (Hopper keeps fewer bits in its fast-accumulation mode, which
-Transformer Engine uses in the forward product of per-tensor recipes; that is not imitated.)
+A product multiplies dequantized operands in fp32 and is rounded once to the activations' dtype. The result is that of a
+tensor core with fp32 accumulation, up to the order of summation. Hopper's fast-accumulation mode keeps fewer bits.
+Transformer Engine uses it in the forward product of per-tensor recipes. It is not emulated here.
 
-nvfp4 is the recipe of arXiv 2509.25149 without the random Hadamard transform and without stochastic rounding: as
-Transformer Engine runs it with NVTE_NVFP4_DISABLE_RHT=1 and NVTE_NVFP4_DISABLE_STOCHASTIC_ROUNDING=1.
+nvfp4 is the recipe of arXiv 2509.25149 without the random Hadamard transform and without stochastic rounding. In
+Transformer Engine this is NVTE_NVFP4_DISABLE_RHT=1 and NVTE_NVFP4_DISABLE_STOCHASTIC_ROUNDING=1.
 """
 
 from dataclasses import dataclass, replace
@@ -22,9 +22,13 @@ PRODUCTS = ("fprop", "dgrad", "wgrad")
 
 @dataclass(frozen=True)
 class Operands:
-    """Formats of what a quantized linear multiplies: its inputs, its weight and the gradients of its outputs.
+    """Formats of the operands of a quantized linear.
 
-    delayed: one-per-tensor scales come from the magnitudes of earlier passes instead of from the tensor itself.
+    Attributes:
+        inputs: format of the inputs.
+        weights: format of the weight.
+        gradients: format of the output gradients.
+        delayed: True if per-tensor scales come from the magnitudes of previous passes, not from the tensor itself.
     """
 
     inputs: Format
@@ -35,53 +39,63 @@ class Operands:
 
 @dataclass(frozen=True)
 class Scales:
-    """fp32 scalars given to per-tensor formats (delayed scaling); None: from the tensor."""
+    """Scales for per-tensor formats (delayed scaling), fp32 scalars. None: the scale is computed from the tensor."""
 
     inputs: Tensor | None = None
     weights: Tensor | None = None
 
 
-class Watcher(Protocol):
-    """What the products of a linear ask and tell while they run."""
+class ProductCallbacks(Protocol):
+    """Callbacks of the products of a linear: they count products and supply the scale of the gradient."""
 
     def count(self, product: str) -> None:
-        """One of `PRODUCTS` ran on quantized operands."""
+        """Count one product (a name of `PRODUCTS`) that ran on quantized operands."""
         ...
 
     def gradient_scale(self, grad_TN: Tensor) -> Tensor | None:
-        """The scale of this gradient, None: from the tensor itself."""
+        """Return the scale of this gradient, None to compute it from the tensor itself."""
         ...
 
 
 def operands_of(plan: PrecisionPlan) -> Operands | None:
-    """The operands of a plan's quantized products, None where nothing is quantized in training."""
+    """Return the operands of a plan's quantized products, None if training is not quantized."""
     if plan.recipe == "none":
         return None
     weights = find_format(plan.weights)
-    if weights.kind == "nvfp4":  # weights share scales in both directions, so that both products see the same weight
+    if weights.kind == "nvfp4":
+        # Square blocks give the weight and its transpose the same scales, so fprop and dgrad use the same weight.
         weights = replace(weights, name="nvfp4_16x16", block=(16, 16))
     return Operands(find_format(plan.inputs), weights, find_format(plan.gradients), plan.recipe == "delayed")
 
 
-def symmetric(fmt: Format) -> bool:
-    """Whether a matrix and its transpose have the same codes: one scale, or square blocks."""
+def transpose_invariant(fmt: Format) -> bool:
+    """Return True if a matrix and its transpose have the same codes: one scale per tensor, or square blocks."""
     return fmt.kind == "tensor" if fmt.block is None else fmt.block[0] == fmt.block[1]
 
 
 def forward_product(
     x: Quantized, weight_NK: Tensor, bias_N: Tensor | None, operands: Operands, scales: Scales
 ) -> Tensor:
-    """x W^T + bias, fp32 [T, N]."""
+    """Return x W^T + bias, fp32 [T, N].
+
+    Args:
+        x: quantized input [T, K].
+        weight_NK: weight, quantized here.
+        bias_N: bias, or None.
+        operands: formats of the operands.
+        scales: scales of delayed scaling.
+    """
     out_TN = x.dequantize() @ quantize(weight_NK, operands.weights, scale=scales.weights).dequantize().t()
     return out_TN if bias_N is None else out_TN.add_(bias_N)
 
 
 class QuantizedProducts(torch.autograd.Function):
-    """x W^T + bias [T, N] in x's dtype, and its gradients: dgrad dY W and wgrad dY^T x, all on quantized operands.
+    """x W^T + bias [T, N] in x's dtype, and its gradients, all on quantized operands.
 
-    Blocks lie along the dimension that is summed over, so dgrad and wgrad take other copies than fprop; every copy is
-    quantized from the high-precision tensor, never from codes. The gradient of the bias is that of the unquantized dY.
-    Kept for backward: x by columns as codes (one byte an element), and the weight itself, which is quantized again.
+    The gradients are dgrad = dY W and wgrad = dY^T x. Blocks lie along the dimension that is summed over, so dgrad and
+    wgrad use other quantized copies than fprop. Every copy is quantized from the high-precision tensor, never from
+    codes. The gradient of the bias is that of the unquantized dY. Backward keeps the codes of x quantized by columns
+    (one byte per element) and the weight itself, which is quantized again.
     """
 
     @staticmethod
@@ -92,7 +106,7 @@ class QuantizedProducts(torch.autograd.Function):
         bias_N: Tensor | None,
         operands: Operands,
         scales: Scales,
-        watcher: Watcher,
+        watcher: ProductCallbacks,
     ) -> Tensor:
         rows = quantize(x_TK, operands.inputs, scale=scales.inputs)
         out_TN = forward_product(rows, weight_NK, bias_N, operands, scales).to(x_TK.dtype)
@@ -100,7 +114,7 @@ class QuantizedProducts(torch.autograd.Function):
         ctx.operands, ctx.scales, ctx.watcher = operands, scales, watcher
         tensors: list[Tensor | None] = [weight_NK]
         if ctx.needs_input_grad[1]:
-            columns = rows if symmetric(operands.inputs) else quantize(x_TK.t(), operands.inputs)
+            columns = rows if transpose_invariant(operands.inputs) else quantize(x_TK.t(), operands.inputs)
             ctx.shape = columns.shape
             tensors += [columns.codes, columns.scale_inv, columns.global_scale_inv]
         ctx.save_for_backward(*tensors)
@@ -120,8 +134,8 @@ class QuantizedProducts(torch.autograd.Function):
             ctx.watcher.count("dgrad")
         if ctx.needs_input_grad[1]:
             x = Quantized(kept[0], kept[1], operands.inputs, ctx.shape, kept[2]).dequantize()
-            x_TK = x if symmetric(operands.inputs) else x.t()
-            if not symmetric(operands.gradients):
+            x_TK = x if transpose_invariant(operands.inputs) else x.t()
+            if not transpose_invariant(operands.gradients):
                 grad = _by_columns(grad_TN, operands.gradients)
             weight_grad = (grad.t() @ x_TK).to(weight_NK.dtype)
             ctx.watcher.count("wgrad")
@@ -131,7 +145,7 @@ class QuantizedProducts(torch.autograd.Function):
 
 
 def _by_columns(x_MN: Tensor, fmt: Format, scale: Tensor | None = None) -> Tensor:
-    """fp32 [M, N]: x quantized in blocks along M, and dequantized."""
-    if symmetric(fmt):
+    """Return x quantized in blocks along M and dequantized, fp32 [M, N]."""
+    if transpose_invariant(fmt):
         return quantize(x_MN, fmt, scale=scale).dequantize()
     return quantize(x_MN.t(), fmt).dequantize().t()

@@ -1,4 +1,4 @@
-"""Scales of low precision: from the largest magnitude to the factor a tensor is multiplied by before its cast.
+"""Scales of low precision: from the largest magnitude (amax) to the factor that multiplies a tensor before its cast.
 
 The rules are those of Transformer Engine's kernels (recipe_common.cuh), bit for bit; all arithmetic is fp32.
 """
@@ -11,37 +11,47 @@ from torch import Tensor
 from megatron_rl.errors import PrecisionError
 
 FP32_MAX = torch.finfo(torch.float32).max
-_SIGN_AND_EXPONENT = -0x800000  # 0xFF800000 as int32: clears the mantissa, so floors to a power of two
+_SIGN_AND_EXPONENT = -0x800000  # 0xFF800000 as int32: this mask clears the mantissa and so floors to a power of two
 _MANTISSA = 0x7FFFFF
 
 
 def amax(x: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
-    """Largest magnitude over `dim` (dropped; None: over all) as fp32. NaN is ignored, as by fmaxf; an empty set gives 0."""
+    """Return the largest magnitude over `dim` as fp32, without these dimensions. `dim` None means all dimensions.
+
+    NaN is ignored, as by fmaxf. The result for an empty tensor is 0.
+    """
     dim = tuple(range(x.dim())) if dim is None else dim
     if x.numel() == 0:
         return torch.zeros([size for axis, size in enumerate(x.shape) if axis not in dim], device=x.device)
     largest = _largest(x, dim)
-    # CUDA pays a pass rather than a host synchronization; on CPU NaN is rare and the look at the result is nearly free.
+    # On CUDA the second pass always runs, because a check of the result would synchronize with the host. On CPU the
+    # check costs almost nothing, and NaN is rare.
     if x.is_cuda or bool(largest.isnan().any()):
         largest = _largest(torch.nan_to_num(x, nan=0.0, posinf=torch.inf, neginf=-torch.inf), dim)
     return largest.float()
 
 
 def _largest(x: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Two reads of x, where x.abs() would write a copy of it."""
+    """Return the largest magnitude. This reads x twice, whereas x.abs() would write a copy of it."""
     return torch.maximum(x.amax(dim), x.amin(dim).neg()).abs()
 
 
 def scale_of_amax(
     amax: Tensor, largest: float, *, pow2: bool = False, eps: float = 0.0, value_for_inf: float = FP32_MAX
 ) -> Tensor:
-    """largest / amax in fp32, the factor which takes amax to the end of the format's range.
+    """Return the scale largest / amax in fp32, which maps amax to the end of the format's range.
 
-    amax: fp32, any shape. Below eps it counts as eps; 0, inf and NaN give 1. A quotient of inf becomes value_for_inf.
-    pow2: floor to a power of two. The inverse stored beside the codes is 1 / scale.
+    The inverse that is stored with the codes is 1 / scale.
+
+    Args:
+        amax: fp32, any shape. 0, inf and NaN result in scale 1.
+        largest: largest finite value of the element type.
+        pow2: True to floor the scale to a power of two.
+        eps: lower bound of amax.
+        value_for_inf: scale to use if the quotient is inf.
     """
     raised = torch.where(amax < eps, eps, amax)
-    # A Python number over a tensor is its reciprocal times the number in torch: two roundings where the rule has one.
+    # For number / tensor torch multiplies by the reciprocal. That rounds twice, but the rule rounds once.
     scale = torch.tensor(largest, device=amax.device) / raised
     scale = torch.where(scale == torch.inf, value_for_inf, scale)
     if pow2:
@@ -50,29 +60,32 @@ def scale_of_amax(
 
 
 def e8m0_of_amax(amax: Tensor, largest: float) -> Tensor:
-    """Biased exponent (uint8) of the MX block scale: ceil(log2(amax / largest)) + 127, inf -> 254, NaN -> 255."""
+    """Return the biased exponent (uint8) of the MX block scale: ceil(log2(amax / largest)) + 127.
+
+    inf becomes 254, NaN becomes 255.
+    """
     quotient = amax * torch.tensor(1.0 / largest, dtype=torch.float32, device=amax.device)
     bits = quotient.view(torch.int32)
     exponent = (bits >> 23) & 0xFF
     mantissa = bits & _MANTISSA
-    # Subnormals up to 2^-127 are held by exponent 0; 254 is the last finite exponent.
+    # Exponent 0 stands for 2^-127, so subnormals up to 2^-127 are not rounded up. 254 is the last finite exponent.
     up = (mantissa > 0) & (exponent != 0xFE) & ~((exponent == 0) & (mantissa <= 0x400000))
     exponent = torch.where(quotient == torch.inf, 0xFE, exponent + up)
     return torch.where(quotient.isnan(), 0xFF, exponent).to(torch.uint8)
 
 
 def e8m0_value(exponents: Tensor) -> Tensor:
-    """fp32 2^(e - 127) of E8M0 bytes (uint8), exact down to 2^-127; 255 is NaN."""
+    """Return fp32 2^(e - 127) of E8M0 bytes (uint8), exact down to 2^-127. 255 is NaN."""
     wide = exponents.to(torch.int32)
     bits = torch.where(wide == 0, 0x400000, wide << 23)
     return torch.where(wide == 0xFF, torch.nan, bits.view(torch.float32))
 
 
 def e8m0_reciprocal(exponents: Tensor) -> Tensor:
-    """fp32 2^(127 - e) of E8M0 bytes (uint8): what a block is multiplied by before its cast.
+    """Return fp32 2^(127 - e) of E8M0 bytes (uint8), the factor that multiplies a block before its cast.
 
-    Transformer Engine's kernel takes 1 for e = 0 and 0 for e = 254 instead: it flushes blocks whose amax is below 2^-118
-    to zero, and differs for blocks that hold inf.
+    Transformer Engine's kernel uses 1 for e = 0 and 0 for e = 254 instead. It therefore flushes blocks whose amax is
+    below 2^-118 to zero, and differs for blocks that hold inf.
     """
     wide = 254 - exponents.to(torch.int32)
     bits = torch.where(wide == 0, 0x400000, wide << 23)
@@ -80,11 +93,10 @@ def e8m0_reciprocal(exponents: Tensor) -> Tensor:
 
 
 class DelayedScale:
-    """Scale of one tensor taken from the magnitudes of earlier steps (Transformer Engine's DelayedScaling).
+    """Scale of one tensor from the magnitudes of previous steps (Transformer Engine's DelayedScaling).
 
-    largest: of the element type (`Format.max`). history: steps remembered. margin: powers of two left free above amax.
-    algorithm: `max` over the history or its `most_recent` entry. A step quantizes with `scale` (fp32 scalar, 1 at first),
-    observes each amax, and ends with `update`. Ranks which share a tensor reduce `newest` by MAX before that.
+    A step quantizes with `scale` (fp32 scalar, 1 at first), calls `observe` for every amax, and ends with `update`.
+    Ranks that share a tensor all-reduce `newest` by MAX before `update`.
     """
 
     def __init__(
@@ -96,6 +108,15 @@ class DelayedScale:
         algorithm: str = "most_recent",
         device: torch.device | str | None = None,
     ) -> None:
+        """Start with scale 1 and an empty history.
+
+        Args:
+            largest: largest finite value of the element type (`Format.max`).
+            history: number of steps in the history.
+            margin: powers of two left free above amax.
+            algorithm: `max` for the maximum of the history, `most_recent` for its newest entry.
+            device: device of the history and the scale.
+        """
         if history < 1:
             raise PrecisionError(f"DelayedScale: history is {history} steps; it must be at least 1")
         if algorithm not in ("max", "most_recent"):
@@ -107,15 +128,18 @@ class DelayedScale:
 
     @property
     def newest(self) -> Tensor:
-        """fp32 scalar, a view into the history: the largest amax observed since the last update."""
+        """The largest amax observed since the last update: fp32 scalar, a view into the history."""
         return self.history[0]
 
     def observe(self, amax: Tensor) -> None:
-        """Take note of the magnitude of one tensor quantized in this step; the largest counts."""
+        """Record the amax of one tensor quantized in this step. Only the largest is kept."""
         self.newest.copy_(torch.fmax(self.newest, amax))
 
     def update(self) -> None:
-        """End the step: a new scale from the history, which then moves on by one unless nothing was observed."""
+        """End the step: compute the scale from the history, then shift the history by one step.
+
+        The history is not shifted if nothing was observed.
+        """
         seen = self.history.amax() if self.algorithm == "max" else self.newest
         usable = (seen > 0) & seen.isfinite()
         self.scale = torch.where(usable, scale_of_amax(seen, self.largest), self.scale)
@@ -124,11 +148,11 @@ class DelayedScale:
         self.history = torch.where(self.newest != 0, moved, self.history)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """History (fp32 [steps]) and scale (fp32 scalar), as copies."""
+        """Return copies of the history (fp32 [steps]) and of the scale (fp32 scalar)."""
         return {"history": self.history.clone(), "scale": self.scale.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave; the length of the history must agree."""
+        """Load a `state_dict`. Raise PrecisionError if its history has another length."""
         if state["history"].shape != self.history.shape:
             found, wanted = len(state["history"]), len(self.history)
             raise PrecisionError(

@@ -1,4 +1,4 @@
-"""A precision plan as a table, short enough to be read at the start of every run."""
+"""The precision plan as a table, short enough to be printed at the start of every run."""
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -11,7 +11,10 @@ from megatron_rl.precision.plan_checks import PlanReport
 
 
 def describe(report: PlanReport) -> RenderableType:
-    """What `train` and `doctor --config` print: one line where nothing is quantized, else a table and what it means."""
+    """Return the text that `train` and `doctor --config` print.
+
+    It is one line if nothing is quantized, else a table with its explanation.
+    """
     plan = report.plan
     warnings = [Text(f"warning: {warning}") for warning in report.warnings]
     if report.apart is None:
@@ -54,6 +57,6 @@ def _table(report: PlanReport) -> Table:
 
 
 def _quantized_layers(plan: PrecisionPlan, num_layers: int) -> str:
-    """The kept layers are the first and the last, so the others follow each other."""
+    """Return the heading for the quantized layers. They are consecutive: only the first and the last layer are kept."""
     left = [layer for layer in range(num_layers) if layer not in plan.kept]
     return f"layer {left[0]}" if len(left) == 1 else f"layers {left[0]}-{left[-1]}"

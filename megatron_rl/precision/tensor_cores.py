@@ -1,6 +1,6 @@
-"""Products of FP8 codes as torch itself offers them (`torch.nn.functional.scaled_mm`): tensor cores on CUDA.
+"""Products of FP8 codes by torch's own `torch.nn.functional.scaled_mm`, on tensor cores under CUDA.
 
-They check the emulation against hardware and say what a machine can do; training goes through Transformer Engine.
+They serve to compare the emulation with hardware and to report what a machine can do. Training uses Transformer Engine.
 """
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 from megatron_rl.errors import PrecisionError
 from megatron_rl.precision.formats import FORMATS, Format, Quantized, quantize
 
-# What scales a and b have, by torch's names: in turn of the forward product of current scaling, of scales a row, of the
-# weight gradient and of the forward product of block scaling.
+# Kinds of scales of a and b, by torch's names. In order: the forward product of current scaling, one scale per row, the
+# weight gradient of block scaling, and the forward product of block scaling.
 MODES = {
     "TensorWise": ("TensorWise", "TensorWise"),
     "RowWise": ("RowWise", "RowWise"),
@@ -22,13 +22,32 @@ _FORMATS = {"TensorWise": "fp8_tensor_e4m3", "BlockWise1x128": "fp8_1x128_e4m3",
 
 
 def operands(a_MK: Tensor, b_NK: Tensor, mode: str) -> tuple[Quantized, Quantized]:
-    """Both matrices quantized to E4M3 with the scales of a mode. K and N must be multiples of 128 for block scaling."""
+    """Return both matrices quantized to E4M3 with the scales of a mode.
+
+    Args:
+        a_MK: left matrix.
+        b_NK: right matrix, transposed. For block scaling K and N must be multiples of 128.
+        mode: key of `MODES`.
+    """
     kind_a, kind_b = MODES[mode]
     return quantize(a_MK, _format(kind_a, a_MK.shape[1])), quantize(b_NK, _format(kind_b, b_NK.shape[1]))
 
 
 def scaled_mm(a: Quantized, b: Quantized, mode: str, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """[M, N]: a [M, K] times the transpose of b [N, K], by torch's kernel. Raises PrecisionError where there is none."""
+    """Multiply a by the transpose of b with torch's kernel.
+
+    Args:
+        a: codes and scales [M, K].
+        b: codes and scales [N, K].
+        mode: key of `MODES`.
+        out_dtype: dtype of the product.
+
+    Returns:
+        The product [M, N].
+
+    Raises:
+        PrecisionError: this torch, or this device, has no such kernel.
+    """
     if not hasattr(F, "scaled_mm"):
         raise PrecisionError(f"torch {torch.__version__} has no torch.nn.functional.scaled_mm: 2.10 or newer is needed")
     kind_a, kind_b = MODES[mode]
@@ -52,8 +71,8 @@ def scaled_mm(a: Quantized, b: Quantized, mode: str, out_dtype: torch.dtype = to
         ) from error
 
 
-def missing(mode: str, device: torch.device) -> str | None:
-    """Why a mode does not work on a device, None if it does: tried on a small product, whose result is looked at."""
+def missing_feature(mode: str, device: torch.device) -> str | None:
+    """Return why a mode does not work on a device, None if it works. A small product is computed and checked."""
     generator = torch.Generator().manual_seed(0)
     a_MK, b_NK = (torch.randn(rows, 256, generator=generator).to(device) for rows in (128, 256))
     a, b = operands(a_MK, b_NK, mode)
@@ -73,8 +92,11 @@ def _format(kind: str, columns: int) -> Format:
 
 
 def _laid_out(scale_inv: Tensor, kind: str) -> Tensor:
-    """The strides that cuBLAS wants: scales of 1 x 128 blocks [M, K/128] with rows next to each other, those of
-    128 x 128 blocks as [K/128 padded to a multiple of 4, N/128] with the former next to each other."""
+    """Return the scales with the strides that cuBLAS needs.
+
+    Scales of 1 x 128 blocks are [M, K/128], contiguous along M. Scales of 128 x 128 blocks are [K/128 padded to a
+    multiple of 4, N/128], contiguous along the first dimension.
+    """
     if kind == "BlockWise1x128":
         return scale_inv.t().contiguous().t()
     if kind == "BlockWise128x128":

@@ -1,16 +1,10 @@
-"""The bodies of SGLang's HTTP contract that the embedded server takes; whatever it does not know is an error."""
+"""Request bodies of SGLang's HTTP contract, as the embedded server accepts them: an unknown field is an error."""
 
-import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from megatron_rl.errors import UserError
-from megatron_rl.server.decode_batch import Job, Sampling
-from megatron_rl.server.engine import Engine
-from megatron_rl.server.routed_experts import encoded
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class _Body(BaseModel):
@@ -36,10 +30,6 @@ class SamplingBody(_Body):
         if self.ignore_eos and self.stop_token_ids:
             raise ValueError("ignore_eos also ignores stop_token_ids: send one of them")
         return self
-
-    def sampling(self, eos_ids: frozenset[int]) -> Sampling:
-        stops = frozenset() if self.ignore_eos else eos_ids | frozenset(self.stop_token_ids or ())
-        return Sampling(self.temperature, self.top_p, self.top_k, self.max_new_tokens, stops, self.sampling_seed)
 
 
 class GenerateBody(_Body):
@@ -71,7 +61,7 @@ class GenerateBody(_Body):
         return bool(self.input_ids) and isinstance(self.input_ids[0], list)
 
 
-class _Prompt(_Body):
+class PromptBody(_Body):
     input_ids: list[int]
 
 
@@ -184,41 +174,6 @@ class ChecksumBody(_Body):
     action: Literal["checksum"]
 
 
-def parse_jobs(engine: Engine, body: GenerateBody) -> list[Job]:
-    """One job for each prompt; UserError names the first field that cannot be taken."""
-    prompts = body.input_ids if body.batched else [body.input_ids]
-    params = body.sampling_params if isinstance(body.sampling_params, list) else [body.sampling_params] * len(prompts)
-    if isinstance(body.rid, list):
-        rids = body.rid
-    elif body.batched and body.rid is not None:
-        rids = [f"{body.rid}-{at}" for at in range(len(prompts))]
-    else:
-        rids = [body.rid or secrets.token_hex(16) for _ in prompts]
-    for name, given in (("sampling_params", params), ("rid", rids)):
-        if len(given) != len(prompts):
-            raise UserError(f"field '{name}': {len(given)} entries for {len(prompts)} prompts")
-    jobs = []
-    for at, (prompt, param, rid) in enumerate(zip(prompts, params, rids, strict=True)):
-        place = (at,) if body.batched else ()
-        tokens = _validated(_Prompt, {"input_ids": prompt}, ("input_ids", *place), drop=1).input_ids
-        where = ("sampling_params", *place) if isinstance(body.sampling_params, list) else ("sampling_params",)
-        sampling = _validated(SamplingBody, param, where)
-        start = body.logprob_start_len if body.return_logprob and body.logprob_start_len >= 0 else None
-        chosen = sampling.sampling(engine.eos_ids)
-        jobs.append(
-            engine.job(tokens, chosen, sampling.n, rid, start, body.top_logprobs_num, body.return_routed_experts)
-        )
-    return jobs
-
-
-def _validated(model: Any, value: Any, where: tuple[str | int, ...], drop: int = 0) -> Any:
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        located = [{**one, "loc": (*where, *one["loc"][drop:])} for one in error.errors()]
-        raise UserError(explain(located, model)) from error
-
-
 def explain(errors: Sequence[Any], model: type[BaseModel] | None = None) -> str:
     """What pydantic found wrong, field by field; at most three of them."""
     return "; ".join(_explain_one(error, model) for error in errors[:3])
@@ -231,44 +186,3 @@ def _explain_one(error: Any, model: type[BaseModel] | None) -> str:
         known = f"; known: {', '.join(sorted(model.model_fields))}" if model else ""
         what = f"not supported by the embedded engine{known}"
     return f"field '{field}': {what}" if field else what
-
-
-def answers(engine: Engine, job: Job, return_logprob: bool) -> list[dict[str, Any]]:
-    """What /generate says of a finished job: one entry for each sample, in SGLang's shape.
-
-    output_ids include the stop token that matched; `text` does not. A non-finite log-probability is null.
-    """
-    out = []
-    for row in job.rows:
-        finish = row.finish or {}
-        meta: dict[str, Any] = {
-            "id": job.rid if job.n == 1 else f"{job.rid}-{row.index}",
-            "finish_reason": finish,
-            "prompt_tokens": len(job.prompt),
-            "completion_tokens": len(row.tokens),
-            "cached_tokens": 0,
-            "num_retractions": row.retractions,
-            "weight_version": job.version,
-            "weight_versions": [{"version": v, "start": start, "end": end} for v, start, end in row.spans],
-        }
-        if return_logprob:
-            meta["output_token_logprobs"] = _entries(row.logprobs, row.tokens)
-            scored = job.prompt[job.input_start or 0 :].tolist() if job.input_logprobs else []
-            meta["input_token_logprobs"] = [[lp, t, None] for lp, t in zip(job.input_logprobs, scored, strict=True)]
-        if job.top_logprobs:
-            likeliest = row.likeliest
-            tops = zip(likeliest["logp"].tolist(), likeliest["id"].tolist(), strict=True)
-            meta["output_top_logprobs"] = [_entries(logps, ids) for logps, ids in tops]
-        if job.routed and row.routing is not None:
-            meta["routed_experts"] = encoded(row.routing)
-        answer: dict[str, Any] = {"output_ids": row.tokens, "meta_info": meta}
-        if engine.tokenizer is not None:
-            shown = row.tokens[:-1] if finish.get("type") == "stop" else row.tokens
-            answer["text"] = engine.tokenizer.decode(shown, skip_special_tokens=True)
-        out.append(answer)
-    return out
-
-
-def _entries(logprobs: Sequence[float], tokens: Sequence[int]) -> list[list[Any]]:
-    # x - x is 0 for finite numbers alone; JSON has no NaN.
-    return [[lp if lp - lp == 0 else None, token, None] for lp, token in zip(logprobs, tokens, strict=True)]

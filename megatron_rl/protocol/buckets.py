@@ -1,4 +1,4 @@
-"""The export stream in flat pieces of bounded size, which is what travels in a weight update."""
+"""Buckets: flat pieces of bounded size into which an export stream is packed for a weight update."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TensorSlot:
     """One tensor of a bucket: its bytes are `data[start : start + nbytes]`."""
 
     name: str
@@ -24,13 +24,17 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Whole tensors one behind the other, without gaps, each aligned to its element. data: uint8, flat.
+    """Whole tensors one after another in flat memory, without gaps, each aligned to its element size.
 
-    last: of its update. The memory of `data` is used again for the next bucket but one.
+    Attributes:
+        index: number of the bucket in its update, from 0.
+        pieces: where each tensor is.
+        data: uint8, flat. Its memory is reused for the next bucket but one.
+        last: whether this is the last bucket of its update.
     """
 
     index: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TensorSlot, ...]
     data: Tensor
     last: bool
 
@@ -55,17 +59,26 @@ class Bucket:
         return [list(piece.shape) for piece in self.pieces]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Views of `data`."""
+        """Return an iterator over (name, tensor). The tensors are views of `data`."""
         return views(self.data, self.pieces)
 
 
-def layout(
+def bucket_layout(
     names: Sequence[str], dtypes: Sequence[torch.dtype], shapes: Sequence[Sequence[int]]
-) -> tuple[tuple[Piece, ...], int]:
-    """Where each tensor lies in a bucket, and the bucket's bytes. ValueError when one is not aligned to its element."""
+) -> tuple[tuple[TensorSlot, ...], int]:
+    """Return where each tensor is in a bucket, and the size of the bucket in bytes.
+
+    Args:
+        names: names of the tensors, in order.
+        dtypes: their dtypes.
+        shapes: their shapes.
+
+    Raises:
+        ValueError: if a tensor is not aligned to its element size.
+    """
     pieces, start = [], 0
     for name, dtype, shape in zip(names, dtypes, shapes, strict=True):
-        piece = Piece(name, dtype, tuple(shape), start)
+        piece = TensorSlot(name, dtype, tuple(shape), start)
         if start % dtype.itemsize:
             raise ValueError(f"tensor '{name}' of {dtype} would begin at byte {start}")
         pieces.append(piece)
@@ -73,16 +86,18 @@ def layout(
     return tuple(pieces), start
 
 
-def views(data: Tensor, pieces: Iterable[Piece]) -> Iterator[tuple[str, Tensor]]:
+def views(data: Tensor, pieces: Iterable[TensorSlot]) -> Iterator[tuple[str, Tensor]]:
     for piece in pieces:
         yield piece.name, data[piece.start : piece.start + piece.nbytes].view(piece.dtype).view(piece.shape)
 
 
 class Buckets:
-    """Fills two buffers in turn, so that one can travel while the next is filled.
+    """Two buffers that are filled in turn, so that one can be sent while the next one is filled.
 
-    nbytes: of both together; a tensor larger than one makes it grow to its size. make: allocates uint8 memory of so many
-    bytes, where the tensors are and in the kind of memory the transport needs.
+    Args:
+        nbytes: size of both buffers together. A buffer grows to the size of a tensor that does not fit into it.
+        make: allocates uint8 memory of a given number of bytes on the tensors' device, in the kind of memory that the
+            transport needs.
     """
 
     def __init__(self, nbytes: int, make: Callable[[int, torch.device], Tensor]) -> None:
@@ -90,14 +105,17 @@ class Buckets:
         self._buffers: list[Tensor | None] = [None, None]
 
     def fill(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[Bucket]:
-        """Bucket after bucket; when one is asked for, the last but one must be done with."""
-        pieces: list[Piece] = []
+        """Yield one bucket after another.
+
+        When the next bucket is requested, the last but one must no longer be in use.
+        """
+        pieces: list[TensorSlot] = []
         filled = index = 0
         for name, tensor in stream:
             if pieces and (filled + tensor.nbytes > self._nbytes or filled % tensor.dtype.itemsize):
                 yield self._bucket(index, pieces, filled, last=False)
                 pieces, filled, index = [], 0, index + 1
-            piece = Piece(name, tensor.dtype, tuple(tensor.shape), filled)
+            piece = TensorSlot(name, tensor.dtype, tuple(tensor.shape), filled)
             buffer = self._room(index, filled + piece.nbytes, tensor.device)
             buffer[filled : filled + piece.nbytes].copy_(tensor.detach().contiguous().reshape(-1).view(torch.uint8))
             pieces.append(piece)
@@ -106,17 +124,17 @@ class Buckets:
             yield self._bucket(index, pieces, filled, last=True)
 
     def free(self) -> None:
-        """Give the buffers back."""
+        """Release the buffers."""
         self._buffers = [None, None]
 
     def _room(self, index: int, nbytes: int, device: torch.device) -> Tensor:
         buffer = self._buffers[index % 2]
         if buffer is None or buffer.numel() < nbytes:
-            self._buffers[index % 2] = buffer = None  # before the larger one is made
+            self._buffers[index % 2] = buffer = None  # release it before the larger one is allocated
             self._buffers[index % 2] = buffer = self._make(max(nbytes, self._nbytes), device)
         return buffer
 
-    def _bucket(self, index: int, pieces: list[Piece], filled: int, *, last: bool) -> Bucket:
+    def _bucket(self, index: int, pieces: list[TensorSlot], filled: int, *, last: bool) -> Bucket:
         buffer = self._buffers[index % 2]
         assert buffer is not None
         return Bucket(index, tuple(pieces), buffer[:filled], last)

@@ -1,4 +1,4 @@
-"""What travels between the client and a server, and its JSON: SGLang's /generate request and answer."""
+"""SGLang's /generate request and response: what the client and a server exchange, and its JSON."""
 
 import base64
 import math
@@ -14,9 +14,16 @@ from megatron_rl.types import TopK, VersionSpan
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """temperature 0 is greedy. top_p 1 and top_k -1 keep the model's own distribution: what training wants.
+    """How to sample. top_p 1 and top_k -1 keep the model's own distribution, as training needs.
 
-    stop_token_ids are added to the model's end-of-text tokens. seed None: the engine draws one.
+    Attributes:
+        max_new_tokens: maximum number of tokens to generate.
+        temperature: 0 is greedy.
+        top_p: 1 is off.
+        top_k: -1 is off.
+        stop_token_ids: stop tokens in addition to the model's end-of-text tokens.
+        ignore_eos: do not stop at end-of-text tokens.
+        seed: None: the engine draws one.
     """
 
     max_new_tokens: int
@@ -29,7 +36,7 @@ class SamplingParams:
 
 
 class RoutedShape(NamedTuple):
-    """What an engine must report of its experts: `per_token` of `experts` for every token, in each of `layers` layers."""
+    """The routing an engine must report: `per_token` of `experts` for every token, in each of `layers` layers."""
 
     layers: int
     per_token: int
@@ -38,10 +45,17 @@ class RoutedShape(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One prompt and n samples of it. rid: unique among the requests of one call.
+    """One prompt and the n samples to generate from it.
 
-    top_logprobs_num: the K of `Sample.topk`, 0 for none; needs return_logprob. score_prompt: score the prompt's own tokens,
-    too, at temperature 1; needs return_logprob. routed: ask for the experts chosen for every token; None: do not.
+    Attributes:
+        rid: id that is unique among the requests of one call.
+        prompt_tokens: token ids of the prompt.
+        n: number of samples.
+        sampling: how to sample.
+        return_logprob: report the log-probabilities of the sampled tokens.
+        top_logprobs_num: the K of `Sample.topk`, 0 for none. Needs return_logprob.
+        score_prompt: also score the prompt's own tokens, at temperature 1. Needs return_logprob.
+        routed: shape of the experts to report for every token. None: do not report them.
     """
 
     rid: str
@@ -56,14 +70,21 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One response, token for token as the engine gave it (the stop token included).
+    """One response, token for token as the engine returned it (including the stop token).
 
-    logprobs: None when not asked for; NaN where the engine had no finite number. finish_reason: "stop",
-    "length" or "abort". fault: what went wrong inside the engine, "" when nothing did. topk: at every position the
-    likeliest tokens of the distribution sampled from, None when not asked for, NaN as in logprobs; not compared.
-    prompt_logprobs: of the prompt's tokens after the first, None when not asked for, NaN as in logprobs.
-    retractions: how often the engine put it back into its queue. routing: as in `Trajectory`, of the request's prompt and these
-    tokens; None when not asked for, or not told, as may be of an aborted sample; not compared.
+    Attributes:
+        tokens: token ids of the response.
+        logprobs: log-probabilities of the tokens. None if not requested; NaN where the engine had no finite number.
+        finish_reason: "stop", "length" or "abort".
+        versions: which weights sampled which tokens.
+        fault: what failed inside the engine, "" if nothing did.
+        topk: the likeliest tokens of the distribution sampled from, at every position. None if not requested; NaN as in
+            logprobs. Not compared.
+        prompt_logprobs: log-probabilities of the prompt's tokens after the first. None if not requested; NaN as in
+            logprobs.
+        retractions: how often the engine put the sample back into its queue.
+        routing: as in `Trajectory`, for the request's prompt and these tokens. None if not requested, or if not
+            reported, as is possible for an aborted sample. Not compared.
     """
 
     tokens: tuple[int, ...]
@@ -119,8 +140,8 @@ def read_samples(url: str, request: GenerationRequest, answer: Any) -> list[Samp
             )
         if any(entry["output_ids"] and entry["meta_info"].get("weight_versions") is None for entry in entries):
             raise EngineError(
-                f"{url} does not say which weights sampled every token (weight_versions), without which nobody knows how stale "
-                "they are: take SGLang 0.5.23 or newer"
+                f"{url} does not say which weights sampled every token (weight_versions), "
+                "without which nobody knows how stale they are: take SGLang 0.5.23 or newer"
             )
         return [_sample(entry, request) for entry in entries]
     except (KeyError, TypeError, ValueError) as error:
@@ -158,9 +179,9 @@ def _sample(entry: dict[str, Any], request: GenerationRequest) -> Sample:
 
 
 def _versions(meta: dict[str, Any], tokens: int) -> tuple[VersionSpan, ...]:
-    """Which weights sampled every token; ValueError for spans that leave one out or count one twice."""
+    """Return which weights sampled every token. Raise ValueError if the spans omit a token or count one twice."""
     spans = meta.get("weight_versions")
-    if spans is None:  # SGLang, of a request that ended while it waited
+    if spans is None:  # SGLang sends no spans for a request that ended while it waited
         spans = [{"version": meta["weight_version"], "start": 0, "end": 0}]
     versions = tuple(VersionSpan(_version(s["version"]), int(s["start"]), int(s["end"])) for s in spans)
     bounds = [0, *(span.end for span in versions)]
@@ -170,13 +191,19 @@ def _versions(meta: dict[str, Any], tokens: int) -> tuple[VersionSpan, ...]:
 
 
 def _lacks_routing(entry: dict[str, Any]) -> bool:
-    """SGLang answers as if nothing had been asked for when it was started without the flag."""
+    """Return whether a complete sample lacks its experts.
+
+    If SGLang was started without the flag, it responds as if nothing had been requested.
+    """
     meta = entry["meta_info"]
     return meta["finish_reason"]["type"] != "abort" and meta.get("routed_experts") is None
 
 
 def _routing(coded: str, tokens: int, shape: RoutedShape) -> np.ndarray:
-    """[tokens, layers, per_token] int32 from base64; ValueError for another size or experts that cannot be."""
+    """Decode base64 into [tokens, layers, per_token] int32.
+
+    Raise ValueError for another size or for experts that are impossible.
+    """
     flat = np.frombuffer(base64.b64decode(coded, validate=True), dtype=np.int32)
     if flat.size != tokens * shape.layers * shape.per_token:
         raise ValueError(
@@ -190,10 +217,10 @@ def _routing(coded: str, tokens: int, shape: RoutedShape) -> np.ndarray:
 
 
 def _topk(entries: list[list[list[Any]]], tokens: int, k: int) -> TopK:
-    """From one list of k entries [logprob, token, text] a token; ValueError when there are more or fewer."""
+    """Convert one list of k entries [logprob, token, text] per token. Raise ValueError if there are more or fewer."""
     if len(entries) != tokens or any(len(likeliest) != k for likeliest in entries):
         raise ValueError(f"output_top_logprobs do not hold {k} entries for each of {tokens} tokens")
-    # Numbers below 2^53 pass through float64 unharmed; None becomes NaN.
+    # float64 represents integers below 2^53 exactly; None becomes NaN.
     pairs_RK2 = np.array([[pair[:2] for pair in likeliest] for likeliest in entries], dtype=np.float64).reshape(
         tokens, k, 2
     )
@@ -201,7 +228,7 @@ def _topk(entries: list[list[list[Any]]], tokens: int, k: int) -> TopK:
 
 
 def _version(name: str) -> int:
-    """SGLang calls weights as loaded "default": version 0."""
+    """Return the version number of a version name. SGLang calls weights as loaded "default": version 0."""
     return 0 if name == "default" else int(name)
 
 

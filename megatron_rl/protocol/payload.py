@@ -1,7 +1,7 @@
-"""Tensors handed from process to process of one machine by reference: shared memory on CPU, CUDA IPC on a GPU.
+"""Tensors passed between processes of one machine by reference: shared memory on CPU, CUDA IPC on a GPU.
 
 The format is SGLang's for `/update_weights_from_tensor`: a base64 pickle of [(name, tensor), ...] in which torch's own
-reductions put handles in the place of data. Reading resolves nothing but those reductions and plain data types.
+reductions put handles in place of the data. Unpickling resolves only these reductions and plain data types.
 """
 
 import atexit
@@ -25,7 +25,7 @@ from torch.multiprocessing import reductions
 from megatron_rl.errors import EngineError
 
 SHARED_MEMORY = Path("/dev/shm")
-_DEVICE_ARGUMENT = 6  # of reductions.rebuild_cuda_tensor: the storage's device
+_DEVICE_ARGUMENT = 6  # position of the storage's device in the arguments of reductions.rebuild_cuda_tensor
 _SPECIAL = {
     ("torch", "Tensor"),
     ("torch", "Size"),
@@ -51,7 +51,7 @@ _SPECIAL = {
 }
 _FLAT_ENTRY = ("sglang.srt.weight_sync.tensor_bucket", "FlattenedTensorMetadata")
 
-# What reading bytes that are no pickle of ours may end in.
+# Errors that unpickling may raise for bytes that `pack` did not write.
 _MALFORMED = (
     *(ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, RuntimeError, OverflowError, MemoryError),
     pickle.UnpicklingError,
@@ -59,7 +59,7 @@ _MALFORMED = (
 
 
 class FlatEntry:
-    """Stands for SGLang's FlattenedTensorMetadata: name, shape, dtype, start_idx, end_idx, in bytes."""
+    """Stand-in for SGLang's FlattenedTensorMetadata: name, shape, dtype, start_idx, end_idx, in bytes."""
 
     name: str
     shape: torch.Size
@@ -69,20 +69,23 @@ class FlatEntry:
 
 
 def shared_buffer(nbytes: int, device: torch.device) -> Tensor:
-    """uint8 memory that other processes of this machine can map. EngineError when shared memory has no room for it.
+    """Return uint8 memory that other processes of this machine can map.
 
-    It belongs to a helper process of torch's, which frees it when every process that mapped it is gone.
+    On CPU, the memory belongs to a helper process of torch, which frees it when every process that mapped it has ended.
+
+    Raises:
+        EngineError: if shared memory has no room for the buffer.
     """
     if device.type != "cpu":
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
     free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
-    if free < nbytes:  # memory that is mapped but missing would end this process with a bus error
+    if free < nbytes:  # a write to memory that is mapped but missing would end this process with a bus error
         raise EngineError(
             f"{SHARED_MEMORY} has {free >> 20} MiB left, a bucket needs {-(-nbytes // 2**20)}: free space there, lower "
             "rollout.bucket_mb, or take another rollout.transport"
         )
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:  # the helper outlives us where an engine does, and would keep the pipe behind our stderr open
+    try:  # the helper runs as long as an engine that mapped memory, and would keep the pipe of our stderr open
         os.dup2(nowhere, 2)
         storage = torch.UntypedStorage._new_using_filename_cpu(-(-nbytes // 8) * 8)
     except RuntimeError as error:
@@ -94,11 +97,11 @@ def shared_buffer(nbytes: int, device: torch.device) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage)[:nbytes]
 
 
-def pack(tensors: Sequence[tuple[str, Tensor]]) -> str:
-    """Handles of tensors that lie in a `shared_buffer`. They are valid while the buffer lives."""
+def pack_payload(tensors: Sequence[tuple[str, Tensor]]) -> str:
+    """Return the handles of tensors that are in a `shared_buffer`. They are valid while the buffer exists."""
     out = io.BytesIO()
     before = torch_mp.get_sharing_strategy()
-    torch_mp.set_sharing_strategy("file_system")  # descriptors would need a server of ours and its key
+    torch_mp.set_sharing_strategy("file_system")  # file descriptors would need a server in this process and its key
     try:
         _Pickler(out).dump(list(tensors))
     finally:
@@ -106,8 +109,12 @@ def pack(tensors: Sequence[tuple[str, Tensor]]) -> str:
     return base64.b64encode(out.getvalue()).decode("ascii")
 
 
-def unpack(payload: str) -> list[tuple[str, Tensor]]:
-    """The tensors, in the sender's memory: copy what is to be kept. EngineError for anything else than such a payload."""
+def unpack_payload(payload: str) -> list[tuple[str, Tensor]]:
+    """Return the tensors, in the sender's memory: copy what you keep.
+
+    Raises:
+        EngineError: for anything other than such a payload.
+    """
     try:
         content = _Unpickler(io.BytesIO(base64.b64decode(payload, validate=True))).load()
         if isinstance(content, dict):
@@ -129,7 +136,10 @@ def _unflatten(flat: Tensor, entries: Sequence[FlatEntry]) -> list[tuple[str, Te
 
 
 class _Pickler(ForkingPickler):
-    """Names a GPU by its UUID, as SGLang does: its number differs between processes that see other GPUs."""
+    """Pickler that identifies a GPU by its UUID, as SGLang does.
+
+    The GPU's number differs between processes that see different GPUs.
+    """
 
     def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_cuda:
@@ -160,8 +170,11 @@ def _rebuild_cuda_tensor(*arguments: Any) -> Any:
 
 
 def _end_manager() -> None:
-    """At the end of this process: torch's manager of shared memory, its child, would live as long as any engine that has
-    mapped some. Not before, for torch does not start a second one."""
+    """Terminate torch's manager of shared memory, a child process, when this process ends.
+
+    Without this, the manager would run as long as any engine that has mapped some memory. It must not end earlier,
+    because torch does not start a second one.
+    """
     for child in psutil.Process().children():
         with suppress(psutil.NoSuchProcess):
             if child.name() == "torch_shm_manager":

@@ -1,6 +1,7 @@
-"""The process group in which weights are broadcast: the trainer's rank 0, and every process of every engine.
+"""The process group in which weights are broadcast: the trainer's rank 0 and every process of every engine.
 
-It lies outside of the trainer's own world, and is made as SGLang makes it on its side, so that both find each other.
+The group is outside of the trainer's own world. It is created in the same way as in SGLang, so that both sides find
+each other.
 """
 
 import socket
@@ -13,11 +14,11 @@ from torch.distributed import distributed_c10d
 
 from megatron_rl.errors import EngineError
 
-JOIN_S = 60.0  # time all members have to find each other
+JOIN_S = 60.0  # seconds in which all members must join
 
 
 class UpdateGroup:
-    """A joined group. Rank 0 sends. `leave` closes the connections, whatever the others are doing."""
+    """A joined group. Rank 0 sends. `leave` closes the connections, whatever the other members do."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group: dist.ProcessGroup | None = group
@@ -26,7 +27,19 @@ class UpdateGroup:
     def join(
         cls, name: str, store: dist.Store, *, rank: int, world: int, backend: str, timeout_s: float
     ) -> "UpdateGroup":
-        """Returns when all `world` members have joined. EngineError when they have not in time."""
+        """Join the group. Return when all `world` members have joined.
+
+        Args:
+            name: name of the group, the same for all members.
+            store: store where the members meet.
+            rank: rank of this member.
+            world: number of members.
+            backend: torch.distributed backend.
+            timeout_s: time limit of the group, in seconds.
+
+        Raises:
+            EngineError: if not all members joined in time.
+        """
         timeout = timedelta(seconds=timeout_s)
         try:
             group, _ = distributed_c10d._new_process_group_helper(
@@ -46,7 +59,11 @@ class UpdateGroup:
         return cls(group)
 
     def broadcast(self, data: Tensor) -> None:
-        """Of rank 0's bytes, in place elsewhere. EngineError when a member is gone or does not take part in time."""
+        """Broadcast rank 0's bytes. On other ranks, `data` is overwritten in place.
+
+        Raises:
+            EngineError: if a member is gone or does not take part in time.
+        """
         if self._group is None:
             raise EngineError("the update group was left")
         options = dist.BroadcastOptions()
@@ -62,26 +79,39 @@ class UpdateGroup:
             dist.destroy_process_group(group)
 
 
-def host_store(timeout_s: float) -> dist.TCPStore:
-    """The meeting point of a group, on a free port of all interfaces of this machine."""
+def create_store(timeout_s: float) -> dist.TCPStore:
+    """Return the store where a group meets, on a free port of all interfaces of this machine."""
     return dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=timeout_s), wait_for_workers=False)
 
 
-def visit_store(address: str, port: int, world: int, timeout_s: float) -> dist.TCPStore:
-    """EngineError when nobody listens there."""
+def connect_store(address: str, port: int, world: int, timeout_s: float) -> dist.TCPStore:
+    """Connect to the store of a group.
+
+    Args:
+        address: address of the machine that hosts the store.
+        port: port of the store.
+        world: number of members of the group.
+        timeout_s: time limit in seconds.
+
+    Raises:
+        EngineError: if no store listens there.
+    """
     try:
         return dist.TCPStore(address, port, world, False, timedelta(seconds=timeout_s))
     except (RuntimeError, ValueError) as error:
         raise EngineError(f"no update group at {address}:{port}: {first_line(error)}") from error
 
 
-def address_towards(url: str) -> str:
-    """This machine's address as the engine at `url` reaches it: loopback for an engine of this machine named by loopback."""
+def local_address_for(url: str) -> str:
+    """Return this machine's address as the engine at `url` reaches it.
+
+    The address is loopback for an engine of this machine whose URL is loopback.
+    """
     parts = urlsplit(url)
     try:
         family, kind, _, _, target = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
-            probe.connect(target)  # of a datagram socket: chooses the route, sends nothing
+            probe.connect(target)  # on a datagram socket this chooses the route and sends nothing
             return str(probe.getsockname()[0])
     except OSError as error:
         raise EngineError(f"{url}: no route to this engine ({error})") from error

@@ -1,4 +1,4 @@
-"""The figure of attributions: which source makes how much of the mismatch."""
+"""The figure of attributions: how much of the mismatch each source causes."""
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,7 +12,10 @@ _COLORS = dict(zip(SOURCES, (GREY, BLUE, ORANGE, RED, PURPLE, GREEN, "#c9a227"),
 
 
 def _draw_sources(ax: Axes, history: History) -> None:
-    """One stacked bar an attribution: mean |delta| of each source. Stacks exceed the total's mark where sources cancel."""
+    """Draw one stacked bar per attribution: mean |delta| of each source.
+
+    A stack exceeds the mark of the total where sources cancel.
+    """
     steps, table = history.table([f"attribution/{name}/mean_abs" for name in (*SOURCES, "total")])
     places, bottom = np.arange(table.shape[1]), np.zeros(table.shape[1])
     for name, height in zip(SOURCES, table, strict=False):
@@ -33,8 +36,8 @@ ATTRIBUTION_PANELS = (
     Panel(
         "attribution",
         "Sources of the mismatch",
-        "What each source adds to the log ratio of freshly sampled tokens, mean of its size, by steps done. The mark is the "
-        "whole log ratio: sources of opposite sign cancel.",
+        "What each source adds to the log ratio of freshly sampled tokens, mean of its size, by steps done. The mark "
+        "is the whole log ratio: sources of opposite sign cancel.",
         ("attribution/total/mean_abs",),
         _draw_sources,
     ),

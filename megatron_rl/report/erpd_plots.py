@@ -1,4 +1,4 @@
-"""The figures of ERPD rounds (arXiv 2605.25582): how far teacher and student went, and how far one followed the other."""
+"""The figures of ERPD rounds (arXiv 2605.25582): how far the teacher moved, and how far the student followed."""
 
 from itertools import pairwise
 from typing import Any
@@ -28,14 +28,14 @@ def _draw_kl(ax: Axes, history: History) -> None:
 def _draw_rates(ax: Axes, history: History) -> None:
     for key, label, color in _RATES:
         column = history.column(key)
-        # The student's rate is logged with the number of steps done, the teacher's with the step it is a part of.
+        # The student's rate is logged with the number of completed steps, the teacher's with the step in progress.
         steps = column.steps + key.startswith("erpd")
         ax.plot(steps, column.values, color=color, label=label, marker="o", markersize=4.5)
     finish(ax, "pass rate, held-out problems", share=True)
 
 
 def _draw_shift(ax: Axes, history: History) -> None:
-    """Bars: tokens in each bin. Points on the right axis: how far the student followed there."""
+    """Draw bars for the tokens in each bin and, on the right axis, points for how far the student followed."""
     record = _last_round(history)
     edges, count = np.array(record["erpd/shift/edges"]), np.array(record["erpd/shift/count"])
     places = np.arange(len(count))

@@ -1,4 +1,4 @@
-"""The columns of a run log, as plots and tables want them."""
+"""The columns of a run log, in the form that plots and tables use."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from megatron_rl.errors import UserError
 
 @dataclass(frozen=True)
 class Column:
-    """steps [n] int64 and values [n] float64 of one key; only records in which it is a number."""
+    """One key of a run log: steps [n] int64 and values [n] float64, from the records in which it is a number."""
 
     steps: np.ndarray
     values: np.ndarray
@@ -24,14 +24,18 @@ class Column:
 
 @dataclass(frozen=True)
 class History:
-    """All records of one run. A key is looked up in the records that carry it, whatever their kind."""
+    """All records of one run. A lookup of a key uses the records that contain it, whatever their kind."""
 
     name: str
     records: tuple[dict[str, Any], ...]
 
     @classmethod
     def of(cls, run_folder: Path) -> "History":
-        """Raises UserError when the folder has no log or the log has no record."""
+        """Read the history of a run.
+
+        Raises:
+            UserError: the folder has no log, or the log has no record.
+        """
         records = tuple(read_log(run_folder))
         if not records:
             raise UserError(f"the run log in {run_folder} is still empty: there is nothing to report")
@@ -43,13 +47,13 @@ class History:
         return Column(np.array(steps, dtype=np.int64), np.array(values, dtype=np.float64))
 
     def table(self, keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """steps [n] and values [len(keys), n] of the records in which every key is a number."""
+        """Return steps [n] and values [len(keys), n] of the records in which every key is a number."""
         rows = [r for r in self.records if all(_is_number(r.get(key)) for key in keys)]
         values = np.array([[r[key] for r in rows] for key in keys], dtype=np.float64).reshape(len(keys), len(rows))
         return np.array([r["step"] for r in rows], dtype=np.int64), values
 
     def has(self, *keys: str) -> bool:
-        """Whether one record at least carries all the keys."""
+        """Return True if at least one record contains all the keys."""
         return any(all(_is_number(r.get(key)) for key in keys) for r in self.records)
 
 

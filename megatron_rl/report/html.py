@@ -35,8 +35,8 @@ _ROWS = (
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the summary table, numbers formatted."""
+class TableRow:
+    """One line of the summary table, with formatted numbers."""
 
     label: str
     unit: str
@@ -47,9 +47,12 @@ class Row:
 
 
 def write_report(run_folder: Path | str) -> Path:
-    """Draw `report/index.html` and its PNGs from `log.jsonl` (and show `config.yaml`) of a run; returns the page.
+    """Draw `report/index.html` and its PNGs from `log.jsonl` of a run, and return the path of the page.
 
-    Keys the log does not carry are not drawn. Raises UserError when there is no log or nothing in it.
+    The page also shows `config.yaml`. Keys that the log does not contain are not drawn.
+
+    Raises:
+        UserError: there is no log, or it is empty.
     """
     run_folder = Path(run_folder)
     history = History.of(run_folder)
@@ -78,7 +81,7 @@ def _template() -> Template:
 
 
 def _facts(history: History) -> list[tuple[str, str]]:
-    """The large numbers on top of the page: (what, value)."""
+    """Return the large numbers at the top of the page, as (label, value)."""
     steps = [record["step"] for record in history.records if record.get("kind") == "step"]
     facts = [("steps", f"{len(steps)}")]
     for key, label in (
@@ -97,15 +100,15 @@ def _facts(history: History) -> list[tuple[str, str]]:
     return facts
 
 
-def _rows(history: History) -> list[Row]:
+def _rows(history: History) -> list[TableRow]:
     columns = [(label, unit, history.column(key)) for key, label, unit in _ROWS]
     return [_row(label, unit, column) for label, unit, column in columns if len(column)]
 
 
-def _row(label: str, unit: str, column: Column) -> Row:
+def _row(label: str, unit: str, column: Column) -> TableRow:
     values = column.values
     first, last, least, most = (_number(value) for value in (values[0], values[-1], values.min(), values.max()))
-    return Row(label, unit, first, last, least, most)
+    return TableRow(label, unit, first, last, least, most)
 
 
 def _number(value: float) -> str:

@@ -1,4 +1,4 @@
-"""One figure of a report: what it shows, and when."""
+"""One figure of a report: what it shows, and when it is drawn."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from megatron_rl.report.history import History
 
 @dataclass(frozen=True)
 class Panel:
-    """One figure: drawn when a record carries one of the `keys`, saved as `name`.png."""
+    """One figure, drawn if a record contains one of the `keys`, and saved as `name`.png."""
 
     name: str
     title: str

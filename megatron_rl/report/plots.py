@@ -31,7 +31,7 @@ from megatron_rl.report.style import (
 
 _FAN = ("min", "q01", "q05", "q25", "q50", "q75", "q95", "q99", "max")
 _FAN_REACH = 1e3
-_BARS = 80  # steps up to which each has its own bar
+_BARS = 80  # up to this number of steps, each step has its own bar
 _SECONDS = (
     ("rollout", BLUE),
     ("reward", GREEN),
@@ -43,7 +43,7 @@ _SECONDS = (
 
 
 def save_panels(history: History, folder: Path) -> list[Panel]:
-    """Write one PNG for every panel the log has numbers for; returns those panels in order."""
+    """Write one PNG for every panel for which the log has numbers; return those panels in order."""
     drawn = [panel for panel in (*PANELS, *ROLLOUT_PANELS, *ATTRIBUTION_PANELS, *ERPD_PANELS) if panel.shown(history)]
     with matplotlib.rc_context(RC):
         for panel in drawn:
@@ -54,7 +54,10 @@ def save_panels(history: History, folder: Path) -> list[Panel]:
 
 
 def plot_summary(run_folder: Path | str, out_png: Path | str) -> None:
-    """One 2x2 picture of a run: reward, held-out pass rate, KL, ratio quantiles. Raises UserError without a log."""
+    """Draw one 2x2 picture of a run: reward, held-out pass rate, KL, ratio quantiles.
+
+    Raises UserError if there is no log.
+    """
     history = History.of(Path(run_folder))
     chosen = [panel for panel in PANELS if panel.name in ("reward", "held_out", "kl", "ratio")]
     with matplotlib.rc_context(RC):
@@ -70,7 +73,10 @@ def plot_summary(run_folder: Path | str, out_png: Path | str) -> None:
 def _curves(
     ylabel: str, *curves: tuple[str, str, str], share: bool = False, zero: bool = False
 ) -> Callable[[Axes, History], None]:
-    """A panel of plain curves, each (key, label, color). share: the axis is [0, 1]. zero: it starts at 0."""
+    """Return a function that draws curves, each given as (key, label, color).
+
+    With `share` the axis is [0, 1]. With `zero` it starts at 0.
+    """
 
     def draw(ax: Axes, history: History) -> None:
         for key, label, color in curves:
@@ -140,7 +146,7 @@ def _draw_kl(ax: Axes, history: History) -> None:
         if (values > 0).all():
             log_scale(ax)
         else:
-            # k1 changes sign: linear as far as it is negative, logarithmic far outside.
+            # k1 changes sign: the axis is linear over the negative range and logarithmic far outside it.
             linear = float(np.abs(values[values <= 0]).max()) or float(sizes.min())
             if sizes.max() > 10 * linear:
                 ax.set_yscale("symlog", linthresh=linear)
@@ -148,7 +154,7 @@ def _draw_kl(ax: Axes, history: History) -> None:
 
 
 def _fan(prefix: str, color: str) -> Callable[[Axes, History], None]:
-    """Quantile bands of the importance ratio."""
+    """Return a function that draws quantile bands of the importance ratio."""
 
     def draw(ax: Axes, history: History) -> None:
         steps, table = history.table([f"{prefix}ratio/{name}" for name in _FAN])
@@ -162,7 +168,7 @@ def _fan(prefix: str, color: str) -> Callable[[Axes, History], None]:
         ax.plot(steps, q50, color=color, label="median")
         ax.plot(steps, highest, color=GREY, linewidth=0.9, label="min, max")
         ax.plot(steps, lowest, color=GREY, linewidth=0.9)
-        # One token out of millions must not flatten the bands; the summary table has the extremes.
+        # One token out of millions must not flatten the bands; the summary table shows the extremes.
         bottom, top = max(lowest.min(), q01.min() / _FAN_REACH), min(highest.max(), q99.max() * _FAN_REACH)
         if bottom > 0 and top > 2.5 * bottom:
             ax.set_ylim(bottom / 1.1, top * 1.1)
@@ -216,8 +222,8 @@ PANELS = (
     Panel(
         "kl",
         "Divergence of trainer and rollout policy",
-        "Estimated on the sampled tokens: k1 = mean(log mu/pi), k3 = mean(r - 1 - log r). The dashed curve is the first update "
-        "of a step, when both hold the same weights.",
+        "Estimated on the sampled tokens: k1 = mean(log mu/pi), k3 = mean(r - 1 - log r). The dashed curve is the "
+        "first update of a step, when both hold the same weights.",
         _keys(*_KL),
         _draw_kl,
     ),

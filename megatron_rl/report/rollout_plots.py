@@ -1,4 +1,4 @@
-"""The figures of rollouts that run ahead of the trainer: how old their tokens are, and what that costs."""
+"""The figures of rollouts that run ahead of the trainer: the age of their tokens, and the divergence by age."""
 
 from matplotlib.axes import Axes
 
@@ -8,7 +8,7 @@ from megatron_rl.report.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, fin
 
 _COLORS = (BLUE, ORANGE, PURPLE, GREEN, RED, GREY)
 _BY_AGE = tuple((f"mismatch/stale_{age}/k3", f"{age}", color) for age, color in enumerate(_COLORS))
-# Logged where some token is older than the weights that are trained.
+# Logged only if some token is older than the trained weights.
 _OLDER = tuple(key for key, _, _ in _BY_AGE[1:])
 
 
@@ -36,8 +36,8 @@ ROLLOUT_PANELS = (
     Panel(
         "by_staleness",
         "Divergence by staleness",
-        "First update of a step; one curve for tokens sampled by weights so many versions old. 0 is the mismatch of engine and "
-        "trainer at equal weights.",
+        "First update of a step; one curve for tokens sampled by weights so many versions old. 0 is the mismatch of "
+        "engine and trainer at equal weights.",
         _OLDER,
         _draw_by_age,
     ),

@@ -1,4 +1,4 @@
-"""One look for every figure."""
+"""The common style of all figures."""
 
 from typing import Any
 
@@ -41,11 +41,19 @@ RC: dict[str, Any] = {
     "savefig.facecolor": "white",
 }
 
-_SMOOTH_FROM = 40  # records from which a curve gets a running mean
+_SMOOTH_FROM = 40  # from this number of records on, a curve gets a running mean
 
 
 def line(ax: Axes, column: Column, label: str, color: str, **more: Any) -> None:
-    """A curve; long ones as a running mean over a faint original."""
+    """Draw a curve; a long one as its running mean over the faint original.
+
+    Args:
+        ax: the axes.
+        column: steps and values.
+        label: name in the legend.
+        color: color of the curve.
+        **more: passed to `Axes.plot`.
+    """
     window = max(1, len(column) // 20) if len(column) >= _SMOOTH_FROM else 1
     marker = "o" if len(column) <= 15 else None
     if window == 1:
@@ -56,7 +64,7 @@ def line(ax: Axes, column: Column, label: str, color: str, **more: Any) -> None:
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over about `window` values around each, over fewer at the ends."""
+    """Return the mean over about `window` values around each value, over fewer at the ends."""
     reach = window // 2
     total = np.cumsum(np.concatenate([[0.0], values]))
     at = np.arange(len(values))
@@ -65,7 +73,7 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def finish(ax: Axes, ylabel: str, *, share: bool = False, legend: bool = True) -> None:
-    """Axis labels, whole steps below, a legend where there is something to tell apart."""
+    """Set axis labels and whole steps on the x axis; add a legend if there is more than one curve."""
     ax.set_xlabel("step")
     ax.set_ylabel(ylabel)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
@@ -76,13 +84,13 @@ def finish(ax: Axes, ylabel: str, *, share: bool = False, legend: bool = True) -
 
 
 def legend_above(ax: Axes) -> None:
-    """The legend in one row between title and axes, where no curve can be under it."""
+    """Put the legend in one row between title and axes, where it covers no curve."""
     ax.set_title(ax.get_title(loc="left"), pad=26)
     ax.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.985), ncols=6, columnspacing=1.2, borderaxespad=0.2)
 
 
 def log_scale(ax: Axes) -> None:
-    """A logarithmic y axis with plain numbers where it spans little, powers of ten where it spans much."""
+    """Set a logarithmic y axis: plain numbers for a small range, powers of ten for a large one."""
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     decades = np.log10(high / low)

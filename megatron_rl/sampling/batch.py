@@ -1,4 +1,4 @@
-"""From verified trajectories to the columns of a batch, and from a batch to its updates."""
+"""From verified trajectories to the columns of a batch."""
 
 import math
 from collections.abc import Sequence
@@ -98,9 +98,3 @@ def _routing(trajectories: Sequence[Trajectory]) -> np.ndarray | None:
     rows = [np.asarray(t.routing, dtype=np.int32) for t in trajectories]
     last = np.full((1, *rows[0].shape[1:]), -1, dtype=np.int32)
     return np.concatenate([part for row in rows for part in (row, last)])
-
-
-def split_updates(batch: Batch, updates: int) -> list[Batch]:
-    """Cut a step's batch into `updates` parts of whole groups."""
-    parts = np.array_split(np.unique(batch.groups), updates)
-    return [batch.select(np.flatnonzero(np.isin(batch.groups, part))) for part in parts]

@@ -18,7 +18,7 @@ from megatron_rl.config import RolloutConfig
 from megatron_rl.engines.pool import EnginePool, GenerationRequest, Sample, SamplingParams, together
 from megatron_rl.errors import EngineError, UserError
 from megatron_rl.protocol.generation import RoutedShape
-from megatron_rl.sampling.trajectory_builder import Observed, Response, ToolUse
+from megatron_rl.sampling.trajectory_builder import Observed, ToolUse, TrajectoryBuilder
 from megatron_rl.types import Prompt, Trajectory
 
 Ask = Callable[[GenerationRequest], Awaitable[list[Sample]]]
@@ -133,7 +133,7 @@ async def sample_group(ask: Ask, prompt: Prompt, settings: GroupSettings, *, fir
     check_samples(samples, first_id)
     responses = []
     for sample in samples:
-        responses.append(Response(settings.need_logmu or settings.topk > 0, settings.topk))
+        responses.append(TrajectoryBuilder(settings.need_logmu or settings.topk > 0, settings.topk))
         responses[-1].add_sample(sample)
     going = [_go_on(ask, prompt, settings, first_id + k, r) for k, r in enumerate(responses) if _is_open(r, settings)]
     if going:
@@ -146,11 +146,11 @@ async def sample_group(ask: Ask, prompt: Prompt, settings: GroupSettings, *, fir
     )
 
 
-def _is_open(response: Response, settings: GroupSettings) -> bool:
+def _is_open(response: TrajectoryBuilder, settings: GroupSettings) -> bool:
     return response.finish_reason == "abort" or (response.finish_reason == "stop" and settings.turns > 1)
 
 
-async def _go_on(ask: Ask, prompt: Prompt, settings: GroupSettings, number: int, response: Response) -> None:
+async def _go_on(ask: Ask, prompt: Prompt, settings: GroupSettings, number: int, response: TrajectoryBuilder) -> None:
     """Take a response from its first sample to its end: again after every abort, and turn by turn."""
     turn, begun, barren, requests = 1, 0, 0 if response.tokens else 1, 1
     while _is_open(response, settings):
@@ -170,7 +170,9 @@ async def _go_on(ask: Ask, prompt: Prompt, settings: GroupSettings, number: int,
         requests, barren = requests + 1, 0 if sample.tokens else barren + 1
 
 
-async def _observe(settings: GroupSettings, prompt: Prompt, response: Response, begun: int, *, last: bool) -> bool:
+async def _observe(
+    settings: GroupSettings, prompt: Prompt, response: TrajectoryBuilder, begun: int, *, last: bool
+) -> bool:
     """Hear the environment on the turn that began at position `begun`; whether the model is to write another one.
 
     What it says ends the response when no token would be left for an answer.

@@ -6,7 +6,6 @@ record that is cut short or damaged ends what is read of its file.
 
 import hashlib
 import io
-import os
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_rl.errors import CheckpointError
+from megatron_rl.files import append_file, replace_file
 from megatron_rl.sampling.group import Group
 from megatron_rl.sampling.trajectory_builder import ToolUse
 from megatron_rl.types import TopK, Trajectory, VersionSpan
@@ -25,7 +25,7 @@ _HEADER = struct.Struct("<4sQ16s")
 _REASONS = ("stop", "length")
 
 
-class GroupBuffer:
+class GroupJournal:
     """asked: text that names everything a group depends on besides weights; groups that were sampled otherwise are not read."""
 
     def __init__(self, folder: Path, asked: str) -> None:
@@ -36,10 +36,7 @@ class GroupBuffer:
         """Returns when the record is on disk. Raises CheckpointError when it cannot be written."""
         with _named(self._path(step), "written"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._path(step).open("ab") as file:
-                file.write(_record(_packed(group, self._asked)))
-                file.flush()
-                os.fsync(file.fileno())
+            append_file(self._path(step), _record(_packed(group, self._asked)))
 
     def recover(self, usable: Callable[[Group], bool]) -> tuple[dict[int, Group], int]:
         """The usable groups by draw, and how many were not: those are gone from disk afterwards, so are damaged records."""
@@ -85,15 +82,10 @@ def _named(path: Path, what: str) -> Iterator[None]:
 def _replace(path: Path, old: bytes, new: bytes) -> None:
     if new == old:
         return
-    if not new:
+    if new:
+        replace_file(path, new)
+    else:
         path.unlink()
-        return
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        file.write(new)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _record(payload: bytes) -> bytes:

@@ -11,71 +11,22 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megatron_rl.config import Config, RolloutConfig
+from megatron_rl.config import Config
 from megatron_rl.engines.pool import EnginePool
 from megatron_rl.errors import ConfigError
 from megatron_rl.policy.checkpoint_state import PARTIAL, TrainState, newest_valid
 from megatron_rl.protocol.generation import RoutedShape
 from megatron_rl.sampling.batch import make_batch
 from megatron_rl.sampling.group import Group, GroupSettings, sample_groups
-from megatron_rl.sampling.journal import GroupBuffer
-from megatron_rl.sampling.scheduler import Bounds, Sampler, Source
-from megatron_rl.sampling.step_groups import Draws
+from megatron_rl.sampling.journal import GroupJournal
+from megatron_rl.sampling.scheduler import Bounds, Scheduler, Source
+from megatron_rl.sampling.step_groups import PromptDraws
 from megatron_rl.tasks import Task, prompts_for_step
 from megatron_rl.types import Batch, Prompt, Trajectory
 from megatron_rl.weights.families import HFConfig, family_of
 from megatron_rl.weights.hf_folder import HFFolder
 
 Timer = Callable[[str], AbstractContextManager[None]]
-
-
-def check_rollouts(config: Config) -> None:
-    """Raises ConfigError for settings of sampling that contradict each other."""
-    rollout = config.rollout
-    if rollout.deterministic and rollout.oversample > 1:
-        raise ConfigError(
-            f"rollout.oversample: {rollout.oversample} takes the groups that finish first, which is chance, and "
-            "rollout.deterministic: true leaves nothing to chance: drop one of them"
-        )
-    if rollout.dynamic_sampling and rollout.samples_per_prompt == 1:
-        raise ConfigError(
-            "rollout.dynamic_sampling replaces groups whose rewards are all equal, and with rollout.samples_per_prompt: 1 "
-            "every group is one of them: raise the latter"
-        )
-    if rollout.update_mode == "in_place" and not rollout.max_staleness:
-        raise ConfigError(
-            "rollout.update_mode: in_place keeps the cache of requests that run through a weight update, and with "
-            "rollout.max_staleness: 0 none does: take retract, or raise max_staleness"
-        )
-    if (
-        rollout.routing_replay
-        and rollout.engine == "sglang"
-        and rollout.update_mode == "retract"
-        and rollout.max_staleness
-    ):
-        raise ConfigError(
-            "rollout.update_mode: retract has SGLang choose the experts of tokens again that older weights sampled, and "
-            "rollout.routing_replay would replay those: take abort or in_place, or rollout.max_staleness: 0"
-        )
-    if rollout.weights_dir is not None and rollout.transport != "disk":
-        raise ConfigError(
-            f"rollout.weights_dir is where transport: disk writes, and rollout.transport is {rollout.transport}: leave it out"
-        )
-    if rollout.bucket_mb != RolloutConfig.model_fields["bucket_mb"].default and rollout.transport == "disk":
-        raise ConfigError(
-            f"rollout.bucket_mb: {rollout.bucket_mb} is about transports distributed and tensor, and disk writes a whole "
-            "version at once: leave it out, or change rollout.transport"
-        )
-    if rollout.oversample > 1 and config.objective.name == "erpd":
-        raise ConfigError(
-            f"rollout.oversample: {rollout.oversample} leaves requests to be ended when a step has its groups, and "
-            "objective.name: erpd takes the engines' memory then: set it to 1"
-        )
-    if rollout.max_staleness and config.objective.name == "erpd":
-        raise ConfigError(
-            f"rollout.max_staleness: {rollout.max_staleness} cannot be had with objective.name: erpd, whose round learns from "
-            "what the policy it starts from has sampled, while the engines rest: set it to 0"
-        )
 
 
 def stop_token_ids(folder: Path) -> tuple[int, ...]:
@@ -134,16 +85,16 @@ class Rollouts:
         self.environment = task if task.max_turns > 1 else None
         # A tokenizer may not encode in one thread while it is used in another.
         self._loop_tokenizer = copy.deepcopy(tokenizer) if self.environment else None
-        self._draws = Draws()
-        self._sampler: Sampler | None = None
+        self._draws = PromptDraws()
+        self._sampler: Scheduler | None = None
 
     def begin(self, state: TrainState) -> str:
         """Make ready to collect from `state` on; a line about finished groups that an earlier life left, "" without any."""
         config, rollout = self.config, self.config.rollout
-        self._draws = Draws(
+        self._draws = PromptDraws(
             state.step * rollout.prompts_per_step if state.drawn is None else state.drawn, state.drawn_ahead
         )
-        self._buffer = GroupBuffer(rollouts_folder(config), self._asked())
+        self._buffer = GroupJournal(rollouts_folder(config), self._asked())
         found, dropped = self._buffer.recover(lambda group: self._usable(group, state.version))
         settings = GroupSettings(
             seed=config.run.seed,
@@ -164,12 +115,12 @@ class Rollouts:
             asked=math.ceil(
                 round(rollout.oversample * rollout.prompts_per_step, 6)
             ),  # 1.1 x 10 is more than 11 in floats
-            replaceable=rollout.dynamic_sampling,
+            replaceable=rollout.max_resampled_groups,
             max_staleness=rollout.max_staleness,
             steps=config.run.steps,
             deterministic=rollout.deterministic,
         )
-        self._sampler = Sampler(self.pool, settings, source, bounds, self._draws, self._buffer, found)
+        self._sampler = Scheduler(self.pool, settings, source, bounds, self._draws, self._buffer, found)
         if not found and not dropped:
             return ""
         return (

@@ -15,8 +15,8 @@ from typing import Any, Protocol, TypeVar
 from megatron_rl.engines.pool import GenerationRequest, Sample
 from megatron_rl.errors import EngineError
 from megatron_rl.sampling.group import Group, GroupSettings, check_prompts, named, sample_group
-from megatron_rl.sampling.journal import GroupBuffer
-from megatron_rl.sampling.step_groups import Draws, StepGroups
+from megatron_rl.sampling.journal import GroupJournal
+from megatron_rl.sampling.step_groups import PromptDraws, StepGroups
 from megatron_rl.types import Prompt, Trajectory
 
 T = TypeVar("T")
@@ -58,7 +58,7 @@ class Bounds:
     deterministic: bool
 
 
-class Sampler:
+class Scheduler:
     """draws: what was trained on already. found: groups of an earlier life by draw, taken where they are fresh enough."""
 
     def __init__(
@@ -67,8 +67,8 @@ class Sampler:
         settings: GroupSettings,
         source: Source,
         bounds: Bounds,
-        draws: Draws,
-        buffer: GroupBuffer,
+        draws: PromptDraws,
+        buffer: GroupJournal,
         found: dict[int, Group],
     ) -> None:
         self.pool, self.settings, self.source, self.bounds = pool, settings, source, bounds

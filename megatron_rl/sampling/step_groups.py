@@ -8,7 +8,7 @@ from megatron_rl.sampling.group import Group
 from megatron_rl.sampling.trajectory_builder import ToolUse
 
 
-class Draws:
+class PromptDraws:
     """Numbers 0, 1, 2, ..., each handed out once. A group's number is its draw; so every trajectory id of a run is unique.
 
     A draw is spent when it was trained on, given up or replaced. spent: all below `below`, and `ahead` besides. What was

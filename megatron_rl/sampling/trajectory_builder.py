@@ -35,7 +35,7 @@ class ToolUse(NamedTuple):
         return cls(*map(sum, zip(*parts, strict=True)))
 
 
-class Response:
+class TrajectoryBuilder:
     """Grows by samples (each the continuation of everything before it) and by observations, and becomes a Trajectory.
 
     logmu, topk: whether samples carry them. resumed: samples that went on after an abort. retractions: as the engines count.

@@ -1,4 +1,4 @@
-"""The Python that runs code in a jail: this one's base interpreter, and the few folders it needs to live."""
+"""The Python interpreter that runs code in a jail: the base interpreter of this one and the folders it needs."""
 
 import functools
 import json
@@ -10,12 +10,13 @@ from pathlib import Path
 
 from megatron_rl.errors import ConfigError
 
-# No script folder, user site or site-packages in the path; text is UTF-8.
+# The path has no script folder, user site or site-packages, and text is UTF-8.
 FLAGS = ("-P", "-s", "-S", "-X", "utf8")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 _SLACK_BYTES = 4 << 20
 
-# Loads every extension module of the standard library, then names the folders of all shared libraries in use.
+# The program loads every extension module of the standard library. It prints its address space in bytes before that,
+# the folders of the standard library, and the paths of all shared libraries in use.
 _LOOK = """
 import ctypes, json, os, resource, select, signal, sys, time
 pages = int(open("/proc/self/statm").read().split()[0])
@@ -27,15 +28,24 @@ for folder in sys.path:
         except ImportError:
             pass
 maps = [line.split(None, 5)[5].strip() for line in open("/proc/self/maps") if ".so" in line]
-folders = [path for path in (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), *sys.path) if os.path.isdir(path)]
+folders = [path for path in (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), *sys.path) \
+if os.path.isdir(path)]
 json.dump({"bytes": pages * resource.getpagesize(), "folders": folders, "libraries": maps}, sys.stdout)
 """
 
 
 @dataclass(frozen=True)
 class Interpreter:
-    """path: the executable. binds: (file or folder here, its name in the jail). links: (name there, text of the symbolic
-    link). hidden: folders under the former that are empty in the jail. own_bytes: address space it takes without any code."""
+    """The interpreter and what a jail must contain for it.
+
+    Attributes:
+        path: the executable.
+        environment: the environment variables that it is started with.
+        binds: pairs of a file or folder on this machine and its name in the jail.
+        links: pairs of a name in the jail and the text of the symbolic link there.
+        hidden: folders below those of `binds` that are empty in the jail.
+        own_bytes: address space that the interpreter takes without any code, in bytes.
+    """
 
     path: str
     environment: dict[str, str]
@@ -47,11 +57,12 @@ class Interpreter:
 
 @functools.cache
 def interpreter() -> Interpreter:
-    """Looked at once per process. Raises ConfigError where it cannot be started by itself."""
+    """Return the interpreter, examined once per process. Raises ConfigError if it does not start by itself."""
     path = os.path.realpath(getattr(sys, "_base_executable", "") or sys.executable)
     # Hash order is the same in every process, so that the same code gives the same output.
     environment = {"PYTHONHASHSEED": "0"}
-    if "LD_LIBRARY_PATH" in os.environ:  # interpreters of environment modules do not find their library without
+    # Interpreters of environment modules need this variable to find their library.
+    if "LD_LIBRARY_PATH" in os.environ:
         environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
     command = [path, *FLAGS, "-c", _LOOK]
     try:
@@ -85,7 +96,7 @@ def interpreter() -> Interpreter:
 
 
 def _through(links: tuple[tuple[str, str], ...], path: str) -> str:
-    """The path without those links, all of which are in the root folder."""
+    """Return the path with those links resolved. All of the links are in the root folder."""
     for name, text in links:
         if path == name or path.startswith(f"{name}/"):
             return os.path.normpath(os.path.join("/", text) + path[len(name) :])

@@ -1,16 +1,23 @@
-"""The program that runs one block of code in a jail: `sandbox` sends it to an interpreter of its own, which calls `main`.
+"""Program that runs one block of code in a jail. `runner.py` sends it to a new interpreter, which calls `main`.
 
-Three processes, each the child of the one before. The launcher makes new namespaces (bubblewrap in its place, where that is
-used). The guard, first process of the new process namespace, builds a root of its own, gives every privilege away, then
-watches the clock and the trainer's pipe. The runner takes its limits and runs the code. The guard's end is everybody's end.
+A jail has three processes, and each is the child of the one before:
 
-Standard input stays open: its end, the trainer's, ends the jail. The code writes to standard output. The guard says on a
-descriptor that the code never sees when it begins, and how it ended. Every import here is paid for with every block of code.
+- The launcher makes new namespaces.
+- The guard is the first process of the new process namespace. It builds its own root and gives up every privilege. Then
+  it watches the clock and the trainer's pipe. When the guard ends, every process of the jail ends.
+- The runner sets its limits and runs the code.
+
+Where bubblewrap is used, it takes the launcher's place, builds the root and drops the privileges.
+
+Standard input stays open. When the trainer closes it or ends, the jail ends. The code writes to standard output.
+The guard reports on a descriptor that the code never sees: when it begins, and how it ended. Imports here cost time for
+every block of code, so there are few.
 """
 
 from __future__ import annotations
 
-import _signal as signal  # type: ignore[import-not-found]  # the module around it takes longer to import than all others together
+# The module `signal` around this one takes longer to import than all other imports together.
+import _signal as signal  # type: ignore[import-not-found]
 import ctypes
 import io
 import os
@@ -26,8 +33,8 @@ if TYPE_CHECKING:
 
     Request = dict[str, Any]
 
-INSIDE = 1000  # user and group of the code, as it sees itself
-OUTSIDE = 65534  # and as the host sees them where the trainer is root: nobody
+INSIDE = 1000  # user and group of the code inside the jail
+OUTSIDE = 65534  # the same user and group on the host, if the trainer is root: nobody
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
@@ -45,7 +52,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def call(what: str, result: int) -> int:
-    """`result` of a system call. Raises OSError naming `what` when it failed."""
+    """Return `result` of a system call. Raises OSError with `what` in its message if the call failed."""
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
@@ -70,7 +77,7 @@ def prctl(what: int, *arguments: int) -> None:
 
 
 def launch(request: Request, report: int) -> None:
-    """In new namespaces, become the launcher; returns in the guard alone."""
+    """Make new namespaces and become the launcher. Return only in the guard."""
     identity = os.geteuid(), os.getegid()
     mapper = map_from_outside() if identity[0] == 0 and knows(OUTSIDE) else None
     everything = CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
@@ -86,7 +93,7 @@ def launch(request: Request, report: int) -> None:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         build_root(request)
         give_up_privileges(mapper is not None)
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of user takes it away
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # A change of user clears the first one.
         return
     os.closerange(0, report + 1)
     os.waitpid(guard, 0)
@@ -94,16 +101,18 @@ def launch(request: Request, report: int) -> None:
 
 
 def knows(user: int) -> bool:
-    """Whether the namespace we were started in has this user."""
+    """Return True if the user namespace that this process started in has this user."""
     with open("/proc/self/uid_map") as lines:
         extents = [[int(word) for word in line.split()] for line in lines]
     return any(first <= user < first + count for first, _, count in extents)
 
 
 def map_from_outside() -> Callable[[], None]:
-    """A process that stays in the old user namespace, where root may give the new one a second, powerless user.
+    """Fork a process that stays in the old user namespace and later writes the user and group maps of the new one.
 
-    The answer, called in the new namespace, has it write the maps. Root's own limits bind nobody, so the code must not be root.
+    In the old namespace, root may give the new one a second user, which has no privileges. The code must not be root,
+    because root's own limits do not bind it. Call the returned function in the new namespace. It lets the process
+    write the maps, and raises OSError if they could not be written.
     """
     asked, ask = os.pipe()
     done, tell = os.pipe()
@@ -111,7 +120,8 @@ def map_from_outside() -> Callable[[], None]:
     if os.fork() == 0:
         try:
             os.close(ask)
-            for name in ("uid_map", "gid_map") if os.read(asked, 1) else ():  # nothing: the launcher has failed
+            # An empty read means that the launcher has failed.
+            for name in ("uid_map", "gid_map") if os.read(asked, 1) else ():
                 write(f"/proc/{launcher}/{name}", f"0 0 1\n{INSIDE} {OUTSIDE} 1")
             os.write(tell, b"1")
         finally:
@@ -144,7 +154,7 @@ def write(path: str, text: str) -> None:
 
 
 def build_root(request: Request) -> None:
-    """A root of memory with what the request names, read-only, and one small folder to write in."""
+    """Build a root in memory that holds what the request names, read-only, and one small folder to write in."""
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     os.mkdir("/tmp/old")
@@ -186,7 +196,7 @@ def bind(source: str, target: str) -> None:
 
 
 def unescaped(path: str) -> str:
-    """A path of mountinfo: white space and backslashes are octal there."""
+    """Return a path of mountinfo without its escapes: white space and backslashes are octal there."""
     for code in ("040", "011", "012", "134"):
         path = path.replace(f"\\{code}", chr(int(code, 8)))
     return path
@@ -205,7 +215,10 @@ def give_up_privileges(become_user: bool) -> None:
 
 
 def guard(request: Request, report: int) -> None:
-    """Fork the runner (in which this returns), and wait until it, the time or the trainer ends; then report and exit."""
+    """Fork the runner and return in it. The guard waits for the end of the runner, the time or the trainer.
+
+    Then it ends the runner, reports and exits.
+    """
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     os.set_blocking(woken, False)
@@ -228,7 +241,8 @@ def guard(request: Request, report: int) -> None:
         if (0, select.POLLHUP) in poll.poll(left * 1000):
             break
         drain(woken)
-        gone, status, used = os.wait4(runner, os.WNOHANG)  # the code may signal a child's end without one
+        # The code may send SIGCHLD while the runner still runs.
+        gone, status, used = os.wait4(runner, os.WNOHANG)
     seconds = time.monotonic() - started
     end_group(runner)
     if not gone:
@@ -257,7 +271,7 @@ def end_group(runner: int) -> None:
 
 
 def limit(request: Request) -> None:
-    """Take the limits and the filter of system calls; nothing of them can be taken back."""
+    """Set the limits and the filter of system calls. Neither can be undone."""
     os.setpgid(0, 0)
     os.chdir(request["folder"])
     cpu = int(request["seconds"]) + 1
@@ -280,30 +294,35 @@ def limit(request: Request) -> None:
         prctl(PR_SET_SECCOMP, 2, ctypes.addressof(pointed))
     os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
     os.dup2(1, 2)
-    if libc.syscall(ctypes.c_long(CLOSE_RANGE), 3, ctypes.c_uint(0xFFFFFFFF), 0) < 0:  # before Linux 5.9
+    # Linux before 5.9 has no close_range.
+    if libc.syscall(ctypes.c_long(CLOSE_RANGE), 3, ctypes.c_uint(0xFFFFFFFF), 0) < 0:
         os.closerange(3, 1 << 16)
     os.environ.clear()
 
 
 def run(code: str, memory_exit: int) -> int:
-    """The exit status of the code, `memory_exit` after a MemoryError; tracebacks go where its output goes."""
+    """Run the code and return its exit status. Tracebacks go to the code's output.
+
+    After a MemoryError, exit with `memory_exit`.
+    """
     sys.argv = ["code.py"]
     assert isinstance(sys.stdout, io.TextIOWrapper)
-    sys.stdout.reconfigure(line_buffering=True)  # in order with standard error, and there when the time is up
+    # Line buffering keeps the order with standard error, and keeps the output of code that runs out of time.
+    sys.stdout.reconfigure(line_buffering=True)
     main = type(sys)("__main__")
     sys.modules["__main__"] = main
     try:
         exec(compile(code, "code.py", "exec"), main.__dict__)
     except MemoryError:
-        say("MemoryError\n")
+        write_output("MemoryError\n")
         os._exit(memory_exit)
-    except Exception as error:  # noqa: BLE001  whatever the code raises
+    except Exception as error:  # noqa: BLE001  The code may raise anything.
         tell(error, code)
         return 1
     return 0
 
 
-def say(text: str) -> None:
+def write_output(text: str) -> None:
     try:
         sys.stdout.flush()
         os.write(1, text.encode(errors="replace"))
@@ -312,12 +331,12 @@ def say(text: str) -> None:
 
 
 def tell(error: Exception, code: str) -> None:
-    import linecache  # here, since most code does without
+    import linecache  # imported here, because most code does not need it
     import traceback
 
     linecache.cache["code.py"] = (len(code), None, code.splitlines(True), "code.py")
     trace = error.__traceback__.tb_next if error.__traceback__ else None
-    say("".join(traceback.format_exception(type(error), error, trace)))
+    write_output("".join(traceback.format_exception(type(error), error, trace)))
 
 
 def main(request: Request, report: int) -> None:

@@ -1,4 +1,4 @@
-"""Python code of a model, run in a jail: no network, no files of ours, bounded time, memory, output and processes."""
+"""Running Python code of a model in a jail: no network, none of our files, bounded time, memory, output, processes."""
 
 import functools
 import logging
@@ -27,7 +27,7 @@ Way = Literal["bwrap", "namespaces", "unsafe"]
 Reason = Literal["", "timeout", "memory", "output", "error"]
 
 _JAIL = Path(__file__).with_name("jail.py")
-# What the interpreter is started with: the rest comes through its standard input, compiled once.
+# The interpreter starts with this program and reads the rest, which is compiled once, from its standard input.
 _BOOT = """# megatron_rl: code of a model, in a jail
 import marshal, os, sys
 left, parts = int(os.read(0, 8)), []
@@ -38,18 +38,24 @@ request, program = marshal.loads(b"".join(parts)), {"__name__": "jail"}
 exec(request["program"], program)
 program["main"](request, int(sys.argv[1]))
 """
-FOLDER = "/work"  # the code's own, inside a jail
+FOLDER = "/work"  # working folder of the code inside a jail
 FILE_BYTES = 16 << 20
-PROCESSES = 32  # threads of the code, and the two processes around it
+PROCESSES = 32  # threads of the code, plus the two processes around it
 MEMORY_EXIT = 86
-_START_S = 30.0  # beyond the code's own time, for a jail to come up on a busy machine
+_START_S = 30.0  # seconds beyond the code's own time, for a jail to start on a busy machine
 _END_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of a block of code. output: what it wrote to standard output and error, tracebacks included, at most
-    `output_bytes` of it. ok: it ended by itself, without an exception. seconds: of wall clock, the jail's start left out."""
+    """Result of a block of code.
+
+    Attributes:
+        output: what the code wrote to standard output and error, tracebacks included; at most `output_bytes` of it.
+        ok: True if the code ended by itself, without an exception.
+        reason: why the code is not ok; empty if it is.
+        seconds: wall-clock time, without the start of the jail.
+    """
 
     output: str
     ok: bool
@@ -58,11 +64,15 @@ class Result:
 
 
 class Sandbox:
-    """Runs blocks of code, each in a process and a folder of its own of which nothing stays. Safe to share between threads.
+    """Sandbox: runs blocks of code, each in its own process and folder. Nothing of them stays. Threads may share it.
 
-    way: of `jails.find_jail`, or of `accept_no_jail`. seconds: wall clock of one block, which may use as much CPU time.
-    memory_mb: MiB of address space beyond the interpreter's. output_bytes: after so many the code is ended. As many blocks
-    run at once as there are CPUs; the others wait, and their clock with them.
+    As many blocks run at once as there are CPUs. The others wait, and their time starts when they run.
+
+    Args:
+        way: how the jail is made, from `select.find_jail` or `select.accept_no_jail`.
+        seconds: wall-clock limit of one block, which may use as much CPU time.
+        memory_mb: address space of the code beyond the interpreter's own, in MiB.
+        output_bytes: the code is ended after this many bytes of output.
     """
 
     def __init__(self, way: Way, *, seconds: float, memory_mb: int, output_bytes: int = 1 << 16) -> None:
@@ -70,12 +80,16 @@ class Sandbox:
         self._gate = threading.BoundedSemaphore(len(os.sched_getaffinity(0)))
 
     def run(self, code: str) -> Result:
-        """Raises ConfigError when the jail itself fails twice; whatever the code does is in the result."""
+        """Run one block of code. Whatever the code does is in the result.
+
+        Raises ConfigError if the jail itself fails twice.
+        """
         with self._gate:
             try:
                 return self._run(code)
             except ConfigError as error:
-                # The way was tried before it was trusted: a machine that is short of something for a moment ends no run.
+                # `find_jail` has tested this way to make a jail. A machine that lacks a resource for a moment must not
+                # end the run.
                 _log.warning("%s: one more try", error)
                 return self._run(code)
 
@@ -87,7 +101,7 @@ class Sandbox:
 
 
 def run_block(way: Way, code: str, *, seconds: float, memory_mb: int, output_bytes: int) -> Result:
-    """One block of code in a jail of its own; see Sandbox."""
+    """Run one block of code in its own jail. For the arguments see `Sandbox`."""
     python = interpreter()
     request: dict[str, Any] = {
         "way": way,
@@ -96,7 +110,8 @@ def run_block(way: Way, code: str, *, seconds: float, memory_mb: int, output_byt
         "seconds": seconds,
         "memory_bytes": python.own_bytes + (memory_mb << 20),
         "file_bytes": FILE_BYTES,
-        "processes": 0 if way == "unsafe" else PROCESSES,  # without a user namespace, all the user's would count
+        # Without a user namespace, the limit would count all processes of the user.
+        "processes": 0 if way == "unsafe" else PROCESSES,
         "memory_exit": MEMORY_EXIT,
         "filter": (filter_program() or b"").hex(),
         "folder": FOLDER,
@@ -144,12 +159,13 @@ def _read(way: Way, python: Interpreter, request: dict[str, Any], output_bytes: 
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """The end of its input ends a jail; what does not end is killed, with its whole process group."""
+    """Close the input of a jail, which ends it. If it does not end in time, kill it with its whole process group."""
     assert process.stdin is not None and process.stdout is not None
     with suppress(BrokenPipeError):
         process.stdin.close()
     deadline = time.monotonic() + _END_S
-    # All its processes hold the other end of this pipe; waiting for them here takes no naps, as `wait` does.
+    # All processes of the jail hold the other end of this pipe. `wait` with a timeout sleeps between its checks; this
+    # does not.
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         while selector.select(max(0.0, deadline - time.monotonic())) and process.stdout.read(1 << 16):
@@ -164,7 +180,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 class _Talk:
-    """One conversation with a jail: the request in, output and verdict back, no more of either than is bounded."""
+    """Exchange with one jail: sends the request, reads output and verdict. The size of both is bounded."""
 
     def __init__(
         self, process: "subprocess.Popen[bytes]", verdict_end: int, request: dict[str, Any], output_bytes: int
@@ -178,7 +194,7 @@ class _Talk:
         self._seconds, self._late = float(request["seconds"]), False
 
     def until(self, deadline: float) -> None:
-        """Until the verdict, the end of the process, or the time."""
+        """Send and read until the verdict, the end of the process, or the deadline."""
         started = time.monotonic()
         for descriptor in (self._stdin.fileno(), self._stdout, self._verdict_end):
             os.set_blocking(descriptor, False)
@@ -197,7 +213,7 @@ class _Talk:
         self._seconds, self._late = seconds, seconds > self._seconds
 
     def _send(self) -> bool:
-        """Whether there is more to send."""
+        """Send a part of the request. Return True if there is more to send."""
         try:
             self._unsent = self._unsent[os.write(self._stdin.fileno(), self._unsent) :]
         except BrokenPipeError:
@@ -205,7 +221,7 @@ class _Talk:
         return bool(self._unsent)
 
     def _hear(self) -> bool:
-        """Whether there may be more to hear. Over the bound, the jail is ended."""
+        """Read a part of the output. Return True if there may be more. End the jail if the output is over the bound."""
         if self._cut:
             return False
         try:
@@ -234,7 +250,8 @@ class _Talk:
             why = "; ".join(broken) or output.strip()[-300:] or f"it did not begin within {_START_S:g} s"
             raise ConfigError(f"the sandbox failed ({way}): {why}")
         late, status, seconds = self._late, 1, self._seconds
-        if ended:  # else the code has brought its guard down; it must not bring the run down
+        # Without this report, the code has ended its guard. It must not end the run.
+        if ended:
             words = ended[0].split()
             late, status, seconds = words[0] == "1", int(words[1]), float(words[2])
         reason: Reason = "output" if self._cut else _reason(late, status)
@@ -244,7 +261,8 @@ class _Talk:
 def _reason(late: bool, status: int) -> Reason:
     if late or status == -signal.SIGXCPU:
         return "timeout"
-    if status in (MEMORY_EXIT, -signal.SIGKILL):  # nobody but the kernel, out of memory, kills it in time
+    # Within the time, only the kernel kills the code, when memory runs out.
+    if status in (MEMORY_EXIT, -signal.SIGKILL):
         return "memory"
     return "error" if status else ""
 

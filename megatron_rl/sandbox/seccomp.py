@@ -1,8 +1,8 @@
-"""The system calls that code in a jail does without, as a filter program for the Linux kernel (seccomp, classic BPF).
+"""The system calls that code in a jail may not make, as a filter program for the Linux kernel (seccomp, classic BPF).
 
-Threads are allowed and processes are not, so that one memory limit holds for everything the code does. Sockets are
-allowed within the machine's own Unix domain alone: not every address family knows of network namespaces (AF_VSOCK reaches
-the host of a virtual machine from all of them).
+Threads are allowed and new processes are not, so that one memory limit holds for everything the code does. Only Unix
+domain sockets are allowed, because network namespaces do not isolate every address family: AF_VSOCK reaches the host of
+a virtual machine from all of them.
 """
 
 import errno
@@ -54,7 +54,7 @@ _FORBIDDEN: dict[str, tuple[int | None, int | None]] = {
     "shmget": (29, 194),
     "msgget": (68, 186),
     "semget": (64, 190),
-    # parts of the kernel that calculations do without
+    # parts of the kernel that calculations do not need
     "bpf": (321, 280),
     "perf_event_open": (298, 241),
     "userfaultfd": (323, 282),
@@ -79,7 +79,10 @@ _SOCKET, _CLONE, _CLONE3, _PRLIMIT = (41, 198), (56, 220), 435, (302, 261)
 
 
 def filter_program(machine: str | None = None) -> bytes | None:
-    """The filter for this architecture (or `machine`): 8 bytes per instruction; None for one whose calls are not listed."""
+    """Return the filter for this architecture (or `machine`), 8 bytes per instruction.
+
+    Return None for an architecture whose system calls are not listed here.
+    """
     machine = platform.machine() if machine is None else machine
     if machine not in _AUDIT:
         return None
@@ -94,11 +97,11 @@ def filter_program(machine: str | None = None) -> bytes | None:
         number = numbers[column]
         if number is not None:
             program += [(_JUMP_EQUAL, 0, 1, number), _refuse(errno.EPERM)]
-    # The C library makes threads by clone3, whose flags a filter cannot see, and by clone where there is no clone3.
+    # The C library makes threads with clone3, whose flags a filter cannot see, or with clone if there is no clone3.
     program += [(_JUMP_EQUAL, 0, 1, _CLONE3), _refuse(errno.ENOSYS)]
     program += [(_JUMP_EQUAL, 0, 4, _CLONE[column]), (_LOAD, 0, 0, _FIRST_ARGUMENT)]
     program += [(_JUMP_ANY_BIT, 1, 0, _CLONE_THREAD), _refuse(errno.EPERM), (_RETURN, 0, 0, _ALLOW)]
-    # A process may limit itself, and not the guard above it.
+    # A process may set its own limits, but not those of the guard above it.
     program += [(_JUMP_EQUAL, 0, 4, _PRLIMIT[column]), (_LOAD, 0, 0, _FIRST_ARGUMENT)]
     program += [(_JUMP_EQUAL, 1, 0, 0), _refuse(errno.EPERM), (_RETURN, 0, 0, _ALLOW)]
     program += [(_JUMP_EQUAL, 0, 3, _SOCKET[column]), (_LOAD, 0, 0, _FIRST_ARGUMENT)]

@@ -1,4 +1,4 @@
-"""Which jail holds on this machine: each is tried, by code that tries to break out, before it is trusted."""
+"""Choice of the jail for this machine. Code that tries to break out tests each kind of jail before it is used."""
 
 import functools
 import logging
@@ -20,15 +20,19 @@ _log = logging.getLogger(__name__)
 
 _MEND = (
     "install bubblewrap (`bwrap`), or allow user namespaces (sysctl user.max_user_namespaces > 0, "
-    "kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0; in a container, a seccomp profile "
-    "that permits unshare and mount), or accept that code of the model can read and delete your files: task.sandbox=unsafe"
+    "kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0; "
+    "in a container, a seccomp profile that permits unshare and mount), "
+    "or accept that code of the model can read and delete your files: task.sandbox=unsafe"
 )
 
 
 @functools.cache
 def find_jail() -> Way:
-    """The first way that this machine has and that holds; tried once per process. Raises ConfigError when none does."""
-    # Root has bubblewrap last: it cannot make the code another user, and root's limit of processes binds nobody.
+    """Return the first way to make a jail that works and holds on this machine, tested once per process.
+
+    Raises ConfigError if none does.
+    """
+    # For root, bubblewrap is last: it cannot run the code as another user, and a limit on processes does not bind root.
     ways: list[Way] = ["namespaces", "bwrap"] if os.geteuid() == 0 else ["bwrap", "namespaces"]
     faults = []
     for way in ways:
@@ -40,14 +44,14 @@ def find_jail() -> Way:
 
 
 @functools.cache
-def accept_no_jail() -> Way:
-    """Limits alone, with a warning once per process."""
+def allow_unsafe() -> Way:
+    """Return the way without a jail, which has only the limits. Write a warning once per process."""
     _log.warning("task.sandbox: unsafe: code of the model runs with your rights, without a jail around your files")
     return "unsafe"
 
 
 def probe(way: Way) -> str:
-    """Why this way does not hold here, "" when it does: a block of code tries to get at what it must not reach."""
+    """Return why this way does not hold here, or "" if it does. Code in it tries to reach what it must not reach."""
     if filter_program() is None:
         return f"no filter of system calls for {os.uname().machine}"
     if way == "bwrap" and shutil.which("bwrap") is None:
@@ -65,7 +69,7 @@ def probe(way: Way) -> str:
 
 @contextmanager
 def _bait() -> Iterator[dict[str, Any]]:
-    """A listening socket, an abstract one and a file that anybody may use."""
+    """Yield the targets of the probe: a listening socket, an abstract socket and a file that every user may use."""
     name = f"megatron-rl-{uuid.uuid4().hex}"
     with (
         socket.create_server(("127.0.0.1", 0)) as tcp,

@@ -1,24 +1,18 @@
-"""The embedded engine behind SGLang's HTTP contract: `python -m megatron_rl.server.app --model FOLDER --port P`."""
+"""The embedded engine behind SGLang's HTTP contract: `megatron-rl serve --model FOLDER --port P`."""
 
 import asyncio
-import ctypes
 import logging
-import os
-import signal
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 
-from megatron_rl.errors import EngineError, MegatronRLError
-from megatron_rl.precision.plan import WIRE
+from megatron_rl.errors import MegatronRLError
 from megatron_rl.protocol.bodies import (
     AbortBody,
     BeginUpdateBody,
@@ -33,16 +27,14 @@ from megatron_rl.protocol.bodies import (
     SaveBody,
     TensorBody,
     UpdateBody,
-    answers,
     explain,
-    parse_jobs,
 )
-from megatron_rl.protocol.payload import unpack
+from megatron_rl.protocol.payload import unpack_payload
+from megatron_rl.protocol.server_options import ServerOptions, describe_precision
 from megatron_rl.server.decode_batch import Job
 from megatron_rl.server.engine import Engine
-from megatron_rl.server.quantized_linear import EngineQuantization, described, requested
-
-_PR_SET_PDEATHSIG = 1
+from megatron_rl.server.requests import answers, parse_jobs
+from megatron_rl.supervise import die_with_parent
 
 
 def create_app(engine: Engine) -> FastAPI:
@@ -95,7 +87,7 @@ def _add_generation(app: FastAPI, engine: Engine) -> None:
                 "is_generation": True,
                 "weight_version": engine.weight_version,
                 "engine": "embedded",
-                **described(engine.dtype, engine.engine_quantization),
+                **describe_precision(engine.dtype, engine.engine_quantization),
                 "deterministic": engine.deterministic,
                 "paused": engine.paused,
                 "memory": engine.memory,
@@ -238,43 +230,29 @@ def _add_updates(app: FastAPI, engine: Engine) -> None:
     async def update_weights_from_tensor(body: TensorBody) -> Response:
         if body.flush_cache:
             await asyncio.to_thread(engine.flush)
-        await asyncio.to_thread(updates.load, unpack(body.serialized_named_tensors[0]), body.weight_version)
+        await asyncio.to_thread(updates.load, unpack_payload(body.serialized_named_tensors[0]), body.weight_version)
         return _done()
 
 
-def serve(
-    model_dir: Path,
-    host: str = "127.0.0.1",
-    port: int = 30000,
-    dtype: str = "fp32",
-    threads: int = 0,
-    deterministic: bool = False,
-    weight_version: str = "default",
-    device: str = "cpu",
-    max_rows: int = 512,
-    parent_pid: int = 0,
-    engine_quantization: EngineQuantization | None = None,
-) -> None:
-    """Load the model and serve it until SIGTERM or SIGINT; requests still running then end as aborted.
-
-    parent_pid: die at once when that process (the parent) dies; 0: live on. Linux only.
-    """
-    if parent_pid:
-        _die_with(parent_pid)
+def run_server(options: ServerOptions) -> None:
+    """Load the model and serve it until SIGTERM or SIGINT; requests that still run then end as aborted."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if options.parent_pid:
+        die_with_parent(options.parent_pid)
     engine = Engine(
-        model_dir,
-        dtype,
-        threads,
-        deterministic,
-        weight_version,
-        device,
-        max_rows,
-        engine_quantization=engine_quantization,
+        options.model,
+        options.dtype,
+        options.threads,
+        options.deterministic,
+        options.weight_version,
+        options.device,
+        options.max_rows,
+        engine_quantization=options.quantization,
     ).start()
     config = uvicorn.Config(
         create_app(engine),
-        host=host,
-        port=port,
+        host=options.host,
+        port=options.port,
         log_level="warning",
         access_log=False,
         # A kept-alive connection that the server closes first looks like a dying server to the client.
@@ -285,59 +263,3 @@ def serve(
         uvicorn.Server(config).run()
     finally:
         engine.stop()
-
-
-def _die_with(parent_pid: int) -> None:
-    if not sys.platform.startswith("linux"):
-        raise EngineError("--parent-pid needs Linux (prctl PR_SET_PDEATHSIG)")
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise EngineError(f"prctl(PR_SET_PDEATHSIG) failed: {os.strerror(ctypes.get_errno())}")
-    if os.getppid() != parent_pid:
-        raise EngineError(f"process {parent_pid} is not the parent (any more)")
-
-
-def main(
-    model: Annotated[Path, typer.Option(help="Hugging Face folder")],
-    host: Annotated[str, typer.Option(help="address to bind; the server knows no authentication")] = "127.0.0.1",
-    port: int = 30000,
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
-    threads: Annotated[int, typer.Option(help="torch threads; 0: torch's choice")] = 0,
-    deterministic: Annotated[bool, typer.Option("--deterministic", help="every request is its own batch")] = False,
-    weight_version: Annotated[str, typer.Option(help="name of the weights as loaded")] = "default",
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    max_rows: Annotated[int, typer.Option(help="samples decoded together")] = 512,
-    parent_pid: Annotated[int, typer.Option(help="die when this parent process dies")] = 0,
-    quantization: Annotated[str, typer.Option(help=f"of the weights: none, {', '.join(WIRE)}")] = "none",
-    activations: Annotated[str, typer.Option(help="fp8: inputs of quantized layers too, 1 x 128 per token")] = "none",
-    parameters: Annotated[
-        str, typer.Option(help="the trainer's dtype, which weights pass before being quantized")
-    ] = "bf16",
-    first_last_bf16: Annotated[
-        bool, typer.Option("--first-last-bf16", help="spare the first and the last layer")
-    ] = False,
-) -> None:
-    """Serve a model with the embedded engine."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    try:
-        engine_quantization = requested(quantization, activations, first_last_bf16, parameters)
-        serve(
-            model,
-            host,
-            port,
-            dtype,
-            threads,
-            deterministic,
-            weight_version,
-            device,
-            max_rows,
-            parent_pid,
-            engine_quantization,
-        )
-    except MegatronRLError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-
-
-if __name__ == "__main__":
-    typer.run(main)

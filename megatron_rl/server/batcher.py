@@ -9,20 +9,26 @@ import numpy as np
 import torch
 
 from megatron_rl.errors import EngineError
-from megatron_rl.server.decode_batch import BROKEN, STOP, Batch, Job, Row
+from megatron_rl.server.decode_batch import BROKEN, STOP, DecodeBatch, Job, SampleRow
 from megatron_rl.server.kv_cache import GrowingCache
 from megatron_rl.server.model_weights import Weights
-from megatron_rl.server.routed_experts import recorded
+from megatron_rl.server.routed_experts import record_experts
 
-# Scoring a prompt needs the logits of all its positions: at most this many numbers at once.
+# Scoring a prompt needs the logits of all its positions. This is the maximum number of logits in one prefill.
 _SCORED_LOGITS = 1 << 25
 
 
 class Batcher:
-    """Waiting groups of rows, the running batch, and the weights both see; used by one thread.
+    """Waiting groups of rows, the running batch, and the weights that both use. Only one thread uses it.
 
-    deterministic: every request is its own batch, never joined nor compacted. finished: called with each job
-    whose last row has ended.
+    Args:
+        weights: the weights to serve.
+        version: version of the weights.
+        device: device of the model.
+        finished: called with each job whose last row has ended.
+        deterministic: every request is its own batch, which is never joined or compacted.
+        max_rows: maximum number of rows decoded together.
+        max_prefill_tokens: maximum number of tokens of several groups prefilled together, padding included.
     """
 
     def __init__(
@@ -38,8 +44,8 @@ class Batcher:
     ) -> None:
         self.weights, self.version, self.device = weights, version, device
         self.deterministic, self.max_rows, self.max_prefill_tokens = deterministic, max_rows, max_prefill_tokens
-        self.waiting: deque[list[Row]] = deque()
-        self.running: Batch | None = None
+        self.waiting: deque[list[SampleRow]] = deque()
+        self.running: DecodeBatch | None = None
         self._finished = finished
 
     def add(self, jobs: Sequence[Job]) -> None:
@@ -53,16 +59,17 @@ class Batcher:
         return not self.deterministic and int(self.running.alive.sum()) + len(self.waiting[0]) <= self.max_rows
 
     def admit(self) -> None:
-        """Prefill waiting groups, sample their first token, and let them join the running batch."""
+        """Prefill waiting groups, sample their first token, and join them to the running batch."""
         groups = self._take_groups()
         rows = [row for group in groups for row in group]
         texts, text_of_row = _distinct_texts(rows)
-        with recorded(self.weights.model, any(row.job.routed for row in rows)) as choices:
+        with record_experts(self.weights.model, any(row.job.routed for row in rows)) as choices:
             logits_UV, cache, pads = self._prefill(texts, [group[0].job for group in groups])
         routing_UTLK = choices.of(len(texts))
         for row, text in zip(rows, text_of_row.tolist(), strict=True):
             if row.job.routed and routing_UTLK is not None:
-                known = sum(map(len, row.routes))  # by the weights that sampled, before the row was retracted
+                # Routes of a retracted row were recorded under the weights that sampled its tokens: they are kept.
+                known = sum(map(len, row.routes))
                 row.routes.append(routing_UTLK[text, pads[text] + known :])
         going = [at for at, row in enumerate(rows) if len(row.tokens) < row.job.sampling.max_new_tokens]
         for row in rows:
@@ -74,7 +81,7 @@ class Batcher:
         chosen = torch.from_numpy(pick).to(self.device)
         if not np.array_equal(pick, np.arange(len(texts))):
             cache = cache.select(chosen)
-        batch = Batch.start([rows[at] for at in going], pads[pick], cache)
+        batch = DecodeBatch.start([rows[at] for at in going], pads[pick], cache)
         self._finish_ended(batch, *batch.advance(logits_UV[chosen]))
         if self.running is not None and batch.alive.any():
             batch = self.running.compact(self.device).join(batch.compact(self.device))
@@ -83,11 +90,11 @@ class Batcher:
         self._keep(batch)
 
     def decode(self) -> None:
-        """One token for every running row."""
+        """Sample one token for every running row."""
         batch = self.running
         assert batch is not None
         inputs = batch.model_inputs(self.device)
-        with recorded(self.weights.model, batch.routed) as choices:
+        with record_experts(self.weights.model, batch.routed) as choices:
             logits_RTV = self.weights.model(**inputs, past_key_values=batch.cache, use_cache=True).logits
         routing_RTLK = choices.of(len(batch))
         if routing_RTLK is not None:
@@ -96,11 +103,11 @@ class Batcher:
         self._keep(batch)
 
     def retract(self) -> None:
-        """Running rows back to the head of the queue with what they have generated; their cache is dropped."""
+        """Put running rows back at the head of the queue with their generated tokens. Their cache is discarded."""
         batch, self.running = self.running, None
         if batch is None:
             return
-        groups: dict[int, list[Row]] = {}
+        groups: dict[int, list[SampleRow]] = {}
         for at in np.flatnonzero(batch.alive).tolist():
             batch.collect(at)
             row = batch.rows[at]
@@ -109,7 +116,7 @@ class Batcher:
         self.waiting.extendleft(reversed(groups.values()))
 
     def abort(self, rid: str | None) -> int:
-        """End the rows of one request, or of all; returns the number of requests ended."""
+        """End the rows of one request, or of all if `rid` is None. Return the number of requests ended."""
         rows = [row for group in self.waiting for row in group if rid in (None, row.job.rid)]
         self.waiting = deque(group for group in self.waiting if rid not in (None, group[0].job.rid))
         if self.running is not None:
@@ -125,20 +132,24 @@ class Batcher:
         return len({row.job.rid for row in rows})
 
     def flush(self) -> None:
-        """Nothing outlives its request here; EngineError while requests hold keys and values."""
+        """Check that the cache is empty. There is nothing to free: no cache entry outlives its request.
+
+        Raises:
+            EngineError: while requests hold keys and values.
+        """
         if self.running is not None:
             raise EngineError(
                 f"the cache holds {int(self.running.alive.sum())} running samples: abort or retract them first"
             )
 
     def release(self) -> None:
-        """Give the weights' memory back; EngineError while requests run or wait."""
+        """Release the memory of the weights. Raise EngineError while requests run or wait."""
         if self.running is not None or self.waiting:
             raise EngineError("requests run or wait here: abort them before the memory is released")
         self.weights = replace(self.weights, model=self.weights.model.to("meta"), digests={})
 
     def swap(self, weights: Weights, version: str) -> None:
-        """Serve other weights from the next token on; running rows keep their cache."""
+        """Serve other weights from the next token on. Running rows keep their cache."""
         if self.running is not None:
             for row, length in zip(self.running.rows, self.running.lengths.tolist(), strict=True):
                 if row.finish is None:
@@ -148,8 +159,11 @@ class Batcher:
                 row.close_span(self.version, len(row.tokens))
         self.weights, self.version = weights, version
 
-    def _take_groups(self) -> list[list[Row]]:
-        """Waiting rows to prefill together: alike in whether prompt log-probabilities are wanted, within budget."""
+    def _take_groups(self) -> list[list[SampleRow]]:
+        """Remove waiting groups that are prefilled together from the queue, within the budget.
+
+        Either all of these groups need log-probabilities of their prompts, or none does.
+        """
         groups = [self.waiting.popleft()]
         scored = groups[0][0].job.input_start is not None
         budget = self.max_prefill_tokens
@@ -167,7 +181,7 @@ class Batcher:
         return groups
 
     def _prefill(self, texts: list[np.ndarray], jobs: list[Job]) -> tuple[torch.Tensor, GrowingCache, np.ndarray]:
-        """Run the texts, left-padded; returns the last logits [U, V], the cache and the padding [U] of each text."""
+        """Run the model on the left-padded texts. Return last logits [U, V], cache, and padding [U] of each text."""
         longest = max(len(text) for text in texts)
         pads = np.array([longest - len(text) for text in texts])
         ids_UT = np.zeros((len(texts), longest), dtype=np.int64)
@@ -188,8 +202,8 @@ class Batcher:
             _score(jobs, texts, pads, logits_UTV)
         return logits_UTV[:, -1], cache, pads
 
-    def _keep(self, batch: Batch) -> None:
-        """Go on with the batch, or with what is left of it once a quarter of its rows has ended."""
+    def _keep(self, batch: DecodeBatch) -> None:
+        """Continue with the batch, or with its remaining rows once a quarter of its rows has ended."""
         alive = int(batch.alive.sum())
         if not alive:
             self.running = None
@@ -198,7 +212,7 @@ class Batcher:
         else:
             self.running = batch
 
-    def _finish_ended(self, batch: Batch, ended: np.ndarray, reasons: np.ndarray) -> None:
+    def _finish_ended(self, batch: DecodeBatch, ended: np.ndarray, reasons: np.ndarray) -> None:
         for at, reason in zip(ended.tolist(), reasons.tolist(), strict=True):
             batch.collect(at)
             row = batch.rows[at]
@@ -213,7 +227,7 @@ class Batcher:
             else:
                 self._finish(row, {"type": "length", "length": len(row.tokens)})
 
-    def _finish(self, row: Row, reason: dict[str, Any]) -> None:
+    def _finish(self, row: SampleRow, reason: dict[str, Any]) -> None:
         row.finish = reason
         row.close_span(self.version, len(row.tokens))
         if row.job.done:
@@ -221,12 +235,15 @@ class Batcher:
             self._finished(row.job)
 
 
-def _longest(group: list[Row]) -> int:
+def _longest(group: list[SampleRow]) -> int:
     return max(len(row.job.prompt) + len(row.tokens) for row in group)
 
 
-def _distinct_texts(rows: list[Row]) -> tuple[list[np.ndarray], np.ndarray]:
-    """Token sequences to prefill, and which of them each row continues: fresh rows of a job share one."""
+def _distinct_texts(rows: list[SampleRow]) -> tuple[list[np.ndarray], np.ndarray]:
+    """Return the token sequences to prefill, and for each row the index of the sequence it continues.
+
+    New rows of a job share one sequence.
+    """
     texts: list[np.ndarray] = []
     known: dict[int, int] = {}
     at = np.empty(len(rows), dtype=np.int64)
@@ -243,7 +260,10 @@ def _distinct_texts(rows: list[Row]) -> tuple[list[np.ndarray], np.ndarray]:
 
 
 def _score(jobs: list[Job], texts: list[np.ndarray], pads: np.ndarray, logits_UTV: torch.Tensor) -> None:
-    """Log-probabilities of the prompt tokens at temperature 1; the first one asked for is None, as in SGLang."""
+    """Compute the log-probabilities of the prompt tokens at temperature 1.
+
+    The first one requested is None, as in SGLang.
+    """
     for job in jobs:
         if job.input_logprobs:
             continue

@@ -1,4 +1,4 @@
-"""What the engine works on: jobs, their rows, and the columns of the running batch."""
+"""Jobs, their rows, and the running batch of the embedded engine."""
 
 from collections.abc import Iterable
 from concurrent.futures import Future
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from megatron_rl.server.kv_cache import GrowingCache
-from megatron_rl.server.token_sampling import choose, row_keys, uniforms
+from megatron_rl.server.token_sampling import row_keys, sample_tokens, uniforms
 
 STOP, LENGTH, BROKEN = 1, 2, 3
 
@@ -17,14 +17,14 @@ _COLUMNS = np.dtype(
     [
         ("last", np.int64),  # the token sampled but not yet in the cache
         ("pad", np.int64),  # unused cache columns on the left
-        ("prior", np.int64),  # output tokens from before this row joined the batch
-        ("filled", np.int64),  # output tokens since
+        ("prior", np.int64),  # output tokens generated before this row joined the batch
+        ("filled", np.int64),  # output tokens generated since then
         ("limit", np.int64),  # max_new_tokens
         ("key", np.uint64),
         ("temperature", np.float32),
         ("top_p", np.float64),
         ("top_k", np.int64),
-        ("top_logprobs", np.int64),  # how many of the likeliest tokens are wanted at every position
+        ("top_logprobs", np.int64),  # how many of the likeliest tokens are reported at every position
         ("alive", np.bool_),
     ]
 )
@@ -33,7 +33,16 @@ _LIKELY = np.dtype([("id", np.int32), ("logp", np.float32)])
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the engine samples. temperature 0 is greedy; top_k 0 or less and top_p 1 are off; seed None: a fresh one."""
+    """How the engine samples.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_p: 1 is off.
+        top_k: 0 or less is off.
+        max_new_tokens: maximum number of tokens to generate.
+        stop_token_ids: tokens that end a sample.
+        seed: None: the engine draws a new one.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -44,8 +53,8 @@ class Sampling:
 
 
 @dataclass(eq=False, slots=True)
-class Row:
-    """One sample of a job; `tokens` lacks what the running batch still holds."""
+class SampleRow:
+    """One sample of a job. `tokens` does not include the tokens that the running batch still holds."""
 
     job: "Job"
     index: int
@@ -59,21 +68,21 @@ class Row:
     finish: dict[str, Any] | None = None
 
     def close_span(self, version: str, end: int) -> None:
-        """Note that the tokens since the last span were sampled under `version`."""
+        """Record that the tokens since the last span were sampled under `version`."""
         if end > self.span_start:
             self.spans.append((version, self.span_start, end))
             self.span_start = end
 
     @property
     def likeliest(self) -> np.ndarray:
-        """[tokens, job.top_logprobs] of `id` int32 and `logp` float32: at every output position, the likeliest tokens."""
+        """Likeliest tokens at every output position: [tokens, job.top_logprobs] of `id` int32 and `logp` float32."""
         return np.concatenate([np.zeros((0, self.job.top_logprobs), dtype=_LIKELY), *self.tops])
 
     @property
     def routing(self) -> np.ndarray | None:
-        """[tokens - 1, L, K] int16: the experts chosen for every token of prompt and output but the last.
+        """Experts chosen for every token of prompt and output but the last: [tokens - 1, L, K] int16.
 
-        None when they are not wanted, or the model has not seen all of these tokens (an aborted row).
+        None if they are not requested, or if the model has not processed all of these tokens (an aborted row).
         """
         rows = sum(map(len, self.routes))
         total = len(self.job.prompt) + len(self.tokens) - 1
@@ -82,10 +91,22 @@ class Row:
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """A request: one prompt, n samples. `input_start` None: no log-probabilities of the prompt are wanted.
+    """A request: one prompt, n samples.
 
-    top_logprobs: how many of the likeliest tokens to report at every output position. routed: report the experts chosen for
-    every token.
+    Attributes:
+        rid: id of the request.
+        prompt: token ids, int64.
+        n: number of samples.
+        sampling: how to sample.
+        keys: noise keys of the samples, [n] uint64.
+        input_start: prompt position from which log-probabilities of the prompt are reported. None: they are not
+            requested.
+        top_logprobs: how many of the likeliest tokens to report at every output position.
+        routed: report the experts chosen for every token.
+        future: the future of the request's result.
+        rows: the samples.
+        input_logprobs: log-probabilities of the prompt, if requested.
+        version: version of the weights when the last row ended.
     """
 
     rid: str
@@ -97,7 +118,7 @@ class Job:
     top_logprobs: int = 0
     routed: bool = False
     future: "Future[Job]" = field(default_factory=Future)
-    rows: list[Row] = field(default_factory=list)
+    rows: list[SampleRow] = field(default_factory=list)
     input_logprobs: list[float | None] = field(default_factory=list)
     version: str = ""
 
@@ -115,7 +136,7 @@ class Job:
     ) -> Self:
         keys = row_keys(seed, np.arange(n))
         job = cls(rid, np.fromiter(prompt, dtype=np.int64), n, sampling, keys, input_start, top_logprobs, routed)
-        job.rows = [Row(job, index) for index in range(n)]
+        job.rows = [SampleRow(job, index) for index in range(n)]
         return job
 
     @property
@@ -123,11 +144,11 @@ class Job:
         return all(row.finish is not None for row in self.rows)
 
 
-class Batch:
-    """Rows decoded together, as columns: numpy for bookkeeping, one tensor per layer for the cache."""
+class DecodeBatch:
+    """Rows that are decoded together, as columns: numpy for bookkeeping, one tensor per layer for the cache."""
 
     def __init__(
-        self, rows: list[Row], cache: GrowingCache, columns: np.ndarray, stops: np.ndarray, room: int = 32
+        self, rows: list[SampleRow], cache: GrowingCache, columns: np.ndarray, stops: np.ndarray, room: int = 32
     ) -> None:
         self.rows = rows
         self.cache = cache
@@ -139,8 +160,14 @@ class Batch:
         self.routing_RCLK = np.zeros((len(rows), room, 0, 0), dtype=np.int16)
 
     @classmethod
-    def start(cls, rows: list[Row], pads: np.ndarray, cache: GrowingCache) -> Self:
-        """A batch of freshly prefilled rows; pads [R] are the unused cache columns of each row."""
+    def start(cls, rows: list[SampleRow], pads: np.ndarray, cache: GrowingCache) -> Self:
+        """Return a batch of newly prefilled rows.
+
+        Args:
+            rows: the rows.
+            pads: unused cache columns of each row, [R].
+            cache: keys and values of the rows.
+        """
         columns = np.zeros(len(rows), dtype=_COLUMNS)
         columns["pad"], columns["alive"] = pads, True
         columns["prior"] = [len(row.tokens) for row in rows]
@@ -163,11 +190,11 @@ class Batch:
 
     @property
     def lengths(self) -> np.ndarray:
-        """[R] output tokens of each row so far."""
+        """Output tokens of each row so far, [R]."""
         return self.columns["prior"] + self.columns["filled"]
 
     def model_inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """One decode step: input_ids and position_ids [R, 1], attention_mask [R, columns + 1] bool."""
+        """Return one decode step's inputs: input_ids, position_ids [R, 1] and attention_mask [R, columns + 1] bool."""
         now = self.cache.length
         pads = torch.from_numpy(self.columns["pad"].copy()).to(device)
         return {
@@ -178,23 +205,23 @@ class Batch:
 
     @property
     def routed(self) -> bool:
-        """Whether anybody wants to know the experts of the tokens."""
+        """Whether any request needs the experts of its tokens."""
         return any(row.job.routed for row in self.rows)
 
     def note_routing(self, routing_RLK: np.ndarray) -> None:
-        """The experts chosen for the token that each row's `model_inputs` held; before `advance`."""
+        """Record the experts chosen for the token that each row's `model_inputs` held. Call this before `advance`."""
         widths = (self.tokens_RC.shape[1], *routing_RLK.shape[1:])
         if self.routing_RCLK.shape[1:] != widths:
             self.routing_RCLK = _padded(self.routing_RCLK, widths)
         self.routing_RCLK[np.arange(len(self)), self.columns["filled"] - 1] = routing_RLK
 
     def advance(self, logits_RV: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Sample one token for every row; returns (rows that ended now, why: STOP, LENGTH or BROKEN)."""
+        """Sample one token for every row. Return the rows that ended now, and why: STOP, LENGTH or BROKEN."""
         columns = self.columns
         noise = uniforms(columns["key"], self.lengths)
         settings = (columns["temperature"], columns["top_p"], columns["top_k"])
         most_likely = self.likeliest_RCK.shape[2]
-        picked, logp, likeliest = choose(logits_RV.float(), *settings, noise, most_likely)
+        picked, logp, likeliest = sample_tokens(logits_RV.float(), *settings, noise, most_likely)
         tokens, logprobs = picked.cpu().numpy(), logp.cpu().numpy()
         at = columns["filled"]
         if at.max(initial=0) >= self.tokens_RC.shape[1]:
@@ -223,13 +250,13 @@ class Batch:
         wanted = int(self.columns["top_logprobs"][at])
         if wanted:
             self.rows[at].tops.append(self.likeliest_RCK[at, :filled, :wanted].copy())
-        if self.rows[at].job.routed and filled > 1:  # the last token was not yet put in
+        if self.rows[at].job.routed and filled > 1:  # the model has not yet processed the last token
             self.rows[at].routes.append(self.routing_RCLK[at, : filled - 1].copy())
         self.columns["prior"][at] += filled
         self.columns["filled"][at] = 0
 
-    def compact(self, device: torch.device) -> "Batch":
-        """Without the rows that ended and the columns nobody uses."""
+    def compact(self, device: torch.device) -> "DecodeBatch":
+        """Return the batch without the rows that ended and without the columns that no row uses."""
         keep = np.flatnonzero(self.alive)
         if len(keep) == len(self):
             return self
@@ -237,19 +264,21 @@ class Batch:
         drop_left = int(columns["pad"].min())
         columns["pad"] -= drop_left
         cache = self.cache.select(torch.from_numpy(keep).to(device), drop_left)
-        out = Batch([self.rows[at] for at in keep], cache, columns, self.stops_RK[keep])
+        out = DecodeBatch([self.rows[at] for at in keep], cache, columns, self.stops_RK[keep])
         out.tokens_RC, out.logprobs_RC = self.tokens_RC[keep], self.logprobs_RC[keep]
         out.likeliest_RCK = self.likeliest_RCK[keep, :, : columns["top_logprobs"].max()]
         out.routing_RCLK = self.routing_RCLK[keep]
         return out
 
-    def join(self, other: "Batch") -> "Batch":
-        """The rows of both; decoding goes on with all of them."""
+    def join(self, other: "DecodeBatch") -> "DecodeBatch":
+        """Return a batch with the rows of both. Decoding continues with all of them."""
         mine, theirs = self.columns.copy(), other.columns.copy()
         mine["pad"] += max(other.cache.length - self.cache.length, 0)
         theirs["pad"] += max(self.cache.length - other.cache.length, 0)
         stops = _stack(self.stops_RK, other.stops_RK, fill=-1)
-        out = Batch(self.rows + other.rows, self.cache.join(other.cache), np.concatenate([mine, theirs]), stops, room=1)
+        out = DecodeBatch(
+            self.rows + other.rows, self.cache.join(other.cache), np.concatenate([mine, theirs]), stops, room=1
+        )
         out.tokens_RC = _stack(self.tokens_RC, other.tokens_RC)
         out.logprobs_RC = _stack(self.logprobs_RC, other.logprobs_RC)
         out.likeliest_RCK = _stack(self.likeliest_RCK, other.likeliest_RCK)
@@ -268,7 +297,7 @@ def _stack(first: np.ndarray, second: np.ndarray, fill: int = 0) -> np.ndarray:
 
 
 def _padded(array: np.ndarray, widths: tuple[int, ...], fill: int = 0) -> np.ndarray:
-    """The array with every axis but the first grown to its width."""
+    """Return the array with every axis but the first grown to its width."""
     out = np.full((len(array), *widths), fill, dtype=array.dtype)
     out[tuple(slice(size) for size in array.shape)] = array
     return out

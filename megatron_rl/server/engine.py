@@ -22,12 +22,12 @@ from transformers import AutoTokenizer
 
 from megatron_rl.errors import EngineError, UserError
 from megatron_rl.precision.plan import DTYPES
+from megatron_rl.protocol.server_options import EngineQuantization
 from megatron_rl.server.batcher import Batcher
 from megatron_rl.server.decode_batch import Job, Sampling
-from megatron_rl.server.model_weights import Weights, eos_ids, load_weights, make_weights, read_config, tied_names
-from megatron_rl.server.quantized_linear import EngineQuantization
+from megatron_rl.server.model_weights import Weights, build_weights, eos_ids, read_config, read_weights, tied_names
 from megatron_rl.server.routed_experts import has_experts
-from megatron_rl.server.weight_updates import Groups, Update, Updates
+from megatron_rl.server.weight_updates import PendingUpdate, UpdateGroups, WeightUpdates
 from megatron_rl.weights.quantized import is_scale
 
 T = TypeVar("T")
@@ -72,7 +72,7 @@ class Engine:
         self._plan = (
             None if engine_quantization is None else engine_quantization.plan(int(self.config.num_hidden_layers), dtype)
         )
-        weights = load_weights(self.model_dir, self.config, DTYPES[dtype], self._device, plan=self._plan)
+        weights = read_weights(self.model_dir, self.config, DTYPES[dtype], self._device, plan=self._plan)
         self._shapes = weights.shapes
         self.tokenizer = (
             AutoTokenizer.from_pretrained(model_dir) if (self.model_dir / "tokenizer.json").is_file() else None
@@ -91,7 +91,7 @@ class Engine:
         )
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._swaps: deque[tuple[Weights, str, Future[tuple[Weights, str] | None]]] = deque()
-        self.updates = Updates(self._begin_update, self._received, self._serve, Groups(self._device))
+        self.updates = WeightUpdates(self._begin_update, self._received, self._serve, UpdateGroups(self._device))
         self._lock = threading.Lock()
         self._jobs: dict[str, Job] = {}
         self._first_arrival = self._last_arrival = 0.0
@@ -222,20 +222,20 @@ class Engine:
         self._check_alive()
         if self.memory == "released":
             raise EngineError(_RELEASED)
-        fresh = load_weights(folder, self.config, DTYPES[self.dtype], self._device, self._shapes, version, self._plan)
+        fresh = read_weights(folder, self.config, DTYPES[self.dtype], self._device, self._shapes, version, self._plan)
         self._serve(fresh, version)
 
-    def _begin_update(self) -> Update:
+    def _begin_update(self) -> PendingUpdate:
         self._check_alive()
         if self.memory == "released":
             raise EngineError(_RELEASED)
-        return Update(self._shapes, tied_names(self.config))
+        return PendingUpdate(self._shapes, tied_names(self.config))
 
     def _received(self, tensors: dict[str, torch.Tensor], digests: dict[str, str]) -> Weights:
         """A model of tensors that came in buckets, checked like those of a folder."""
         coded = self._plan is not None and any(is_scale(name) for name in tensors)
         like = self._batcher.weights.model if self.memory == "held" else None
-        return make_weights(
+        return build_weights(
             tensors,
             digests,
             self.config,

@@ -1,6 +1,6 @@
-"""A left-padded key-value cache that grows in chunks, drops rows and joins another one.
+"""A left-padded key-value cache that grows in chunks, removes rows and joins another cache.
 
-All rows end at the same column; a shorter row has unused columns on its left, which the attention mask hides.
+All rows end at the same column. A shorter row has unused columns on its left, which the attention mask hides.
 """
 
 from typing import Self
@@ -14,7 +14,7 @@ CHUNK = 64
 class GrowingLayer(DynamicLayer):
     """Keys and values [rows, heads, columns, head_dim] in a buffer with spare columns.
 
-    transformers' own dynamic layer copies the whole cache at every token; this one at every 64th.
+    transformers' own dynamic layer copies the whole cache at every token; this one copies it at every 64th token.
     """
 
     length = 0
@@ -41,7 +41,13 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def fill(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
-        """Take over buffers whose first `length` columns are in use."""
+        """Take over buffers whose first `length` columns are in use.
+
+        Args:
+            keys: buffer [rows, heads, columns, head_dim].
+            values: buffer of the same shape.
+            length: number of columns in use.
+        """
         self.lazy_initialization(keys, values)
         self._buffers = (keys, values)
         self._expose(length)
@@ -56,7 +62,7 @@ class GrowingLayer(DynamicLayer):
 
 
 class GrowingCache(Cache):
-    """What a transformers model takes as `past_key_values`: one GrowingLayer per attention layer."""
+    """The `past_key_values` of a transformers model: one GrowingLayer per attention layer."""
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=GrowingLayer)
@@ -67,7 +73,7 @@ class GrowingCache(Cache):
         return self.layers[0].length if self.layers else 0
 
     def select(self, rows: torch.Tensor, drop_left: int = 0) -> Self:
-        """The given rows (int64 indices, repeats allowed) without the `drop_left` leftmost columns."""
+        """Return the given rows (int64 indices, repeats allowed) without the `drop_left` leftmost columns."""
         out = type(self)()
         for layer in self.layers:
             new = GrowingLayer()
@@ -77,7 +83,7 @@ class GrowingCache(Cache):
         return out
 
     def join(self, other: Self) -> Self:
-        """The rows of both, the shorter one padded with zeros on the left."""
+        """Return the rows of both caches. The shorter one is padded with zeros on the left."""
         out = type(self)()
         columns = max(self.length, other.length)
         for mine, theirs in zip(self.layers, other.layers, strict=True):
@@ -100,7 +106,10 @@ def _moved(buffer: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def _stack(first: torch.Tensor, second: torch.Tensor, columns: int) -> torch.Tensor:
-    """[rows_a + rows_b, heads, columns + spare, width]; zeros on the left, for a masked column must hold finite numbers."""
+    """Return the rows of both, [rows_a + rows_b, heads, columns + spare, width].
+
+    The padding on the left is zero, because a masked column must hold finite numbers.
+    """
     _, heads, _, width = first.shape
     out = first.new_zeros(len(first) + len(second), heads, columns + CHUNK, width)
     out[: len(first), :, columns - first.shape[-2] : columns] = first

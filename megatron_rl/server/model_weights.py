@@ -1,4 +1,4 @@
-"""Reading weights from a folder so that either every tensor is what it should be, or nothing has changed."""
+"""Loading of weights from a folder: either every tensor is correct, or nothing changes."""
 
 import copy
 import json
@@ -20,29 +20,36 @@ from transformers.utils import logging as transformers_logging
 
 from megatron_rl.errors import CheckpointError
 from megatron_rl.precision.plan import DTYPES, PrecisionPlan
-from megatron_rl.server.quantized_linear import quantizes_inputs, use_quantized_products
+from megatron_rl.server.quantized_linear import use_quantized_products
 from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.hf_folder import MANIFEST
-from megatron_rl.weights.quantized import check_config, is_finite, is_scale, join, quantize_at_load, shapes
+from megatron_rl.weights.quantized import (
+    check_config,
+    dequantize_tensors,
+    is_finite,
+    is_scale,
+    model_shapes,
+    quantize_at_load,
+)
 
 ATTENTION = {"full_attention", "sliding_attention"}
 READABLE = (torch.float32, torch.bfloat16, torch.float16)
 
-_BUILDING = threading.Lock()  # from_pretrained patches transformers for its duration: two at once leave it patched
+_BUILDING = threading.Lock()  # from_pretrained patches transformers while it runs; two at once leave it patched
 
 transformers_logging.disable_progress_bar()
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A model ready to serve, and what its files held: shapes and digests of the tensors as they were on disk."""
+    """A model ready to serve, and the shapes and digests of the tensors as its files held them."""
 
     model: PreTrainedModel
     shapes: dict[str, tuple[int, ...]]
     digests: dict[str, str]
 
 
-def load_weights(
+def read_weights(
     folder: Path,
     config: PreTrainedConfig,
     dtype: torch.dtype,
@@ -51,27 +58,35 @@ def load_weights(
     version: str | None = None,
     plan: PrecisionPlan | None = None,
 ) -> Weights:
-    """Read every safetensors file of `folder` into a new model.
+    """Read every safetensors file of a folder into a new model. The caller's model is not touched.
 
-    expected: names and shapes the tensors must have; None at the first load, when the architecture decides.
-    version: compared with the version of manifest.json, where the folder has one.
-    plan: of an engine with quantized weights, which takes codes and scales, or quantizes what is not quantized yet.
-    Raises CheckpointError naming the file or the tensor; the caller's model is not touched.
+    Args:
+        folder: the folder to read.
+        config: configuration of the model.
+        dtype: dtype of the served parameters.
+        device: device of the model.
+        expected: names and shapes that the tensors must have. None at the first load, when the architecture decides.
+        version: compared with the version of manifest.json, if the folder has one.
+        plan: plan of an engine with quantized weights. Such an engine takes codes and scales, or quantizes what is not
+            yet quantized.
+
+    Raises:
+        CheckpointError: names the file or the tensor.
     """
     tensors = _read(folder)
     stated = _stated_quantization(folder)
     _check_quantized(folder, tensors, stated, plan)
     digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
     if expected is not None:
-        _check_names(folder, shapes(tensors, coded=stated is not None), expected, tied_names(config))
+        _check_names(folder, model_shapes(tensors, coded=stated is not None), expected, tied_names(config))
     _check_manifest(folder, digests, version)
-    # A copy even where the dtype stays: tensors read from a file map it, and the file may be rewritten.
-    return make_weights(
+    # Copy even if the dtype stays the same: tensors read from a file map this file, and it may be rewritten.
+    return build_weights(
         tensors, digests, config, dtype, device, plan=plan, coded=stated is not None, where=folder, copies=True
     )
 
 
-def make_weights(
+def build_weights(
     tensors: dict[str, torch.Tensor],
     digests: dict[str, str],
     config: PreTrainedConfig,
@@ -85,21 +100,35 @@ def make_weights(
     copies: bool = False,
     like: PreTrainedModel | None = None,
 ) -> Weights:
-    """A new model of these tensors, which it takes over unless `copies`. coded: some are codes and scales of the plan.
+    """Build a new model from these tensors.
 
-    like: a model of the same architecture, on the same device, of which everything but the parameters may be shared.
-    Raises CheckpointError naming the tensor.
+    Args:
+        tensors: name -> tensor. The model takes them over unless `copies`.
+        digests: name -> digest of the tensors.
+        config: configuration of the model.
+        dtype: dtype of the served parameters.
+        device: device of the model.
+        plan: plan of an engine with quantized weights, otherwise None.
+        coded: some tensors are codes and scales of the plan.
+        where: folder or other source of the tensors, for error messages.
+        expected: names and shapes that the tensors must have. None: not checked.
+        copies: copy the tensors instead of taking them over.
+        like: a model of the same architecture on the same device. Everything but its parameters may be shared.
+
+    Raises:
+        CheckpointError: names the tensor.
     """
     tied = tied_names(config)
-    held = shapes(tensors, coded=coded)
+    held = model_shapes(tensors, coded=coded)
     if expected is not None:
         _check_names(where, held, expected, tied)
     values = tensors if plan is None else _quantized_values(where, tensors, plan, dtype, coded=coded)
     _check_values(where, values, dtype)
     _check_tied(where, values, tied)
     served = {name: tensor.to(device=device, dtype=dtype, copy=copies) for name, tensor in values.items()}
-    emulated = plan is not None and quantizes_inputs(plan)
-    # transformers keeps the experts of a layer in one parameter, under none of their names: such a model is built anew.
+    emulated = plan is not None and plan.quantizes_inputs
+    # transformers keeps the experts of a layer in one parameter that has none of their names. Such a model cannot copy
+    # `like`: it is built from its tensors each time.
     named = like is not None and all(name in served or name in tied for name, _ in like.named_parameters())
     if like is not None and named and not emulated:
         return Weights(_with_parameters(like, served, tied), held, digests)
@@ -124,7 +153,15 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def eos_ids(folder: Path, config: PreTrainedConfig, tokenizer: Any) -> frozenset[int]:
-    """End-of-text tokens of the model, its generation settings and its tokenizer: SGLang stops at all of them."""
+    """Return the end-of-text tokens of the model, its generation settings and its tokenizer.
+
+    SGLang stops at all of them.
+
+    Args:
+        folder: folder that may hold generation_config.json.
+        config: configuration of the model.
+        tokenizer: tokenizer of the model.
+    """
     found: list[Any] = [getattr(config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
     if (folder / "generation_config.json").is_file():
         found.append(GenerationConfig.from_pretrained(folder).eos_token_id)
@@ -152,7 +189,7 @@ def _read(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def tied_names(config: PreTrainedConfig) -> dict[str, str]:
-    """Weights that repeat another one, which a folder may therefore leave out: name -> name it repeats."""
+    """Return weights that repeat another one, so that a folder may omit them: name -> the name it repeats."""
     if not getattr(config, "tie_word_embeddings", False):
         return {}
     keys = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._tied_weights_keys
@@ -160,7 +197,7 @@ def tied_names(config: PreTrainedConfig) -> dict[str, str]:
 
 
 def _stated_quantization(folder: Path) -> dict[str, Any] | None:
-    """`quantization_config` of the folder's config.json, where it has one."""
+    """Return `quantization_config` of the folder's config.json, or None if it has none."""
     path = folder / "config.json"
     if not path.is_file():
         return None
@@ -174,7 +211,7 @@ def _stated_quantization(folder: Path) -> dict[str, Any] | None:
 def _check_quantized(
     folder: Path, tensors: dict[str, torch.Tensor], stated: dict[str, Any] | None, plan: PrecisionPlan | None
 ) -> None:
-    """Codes are taken only where config.json announces them and the engine was started for that format."""
+    """Check that codes are present only if config.json announces them and the engine was started for their format."""
     if stated is not None and plan is None:
         raise CheckpointError(
             f"{folder}: config.json has a quantization_config ({stated.get('quant_method')}), but the engine serves "
@@ -191,10 +228,13 @@ def _check_quantized(
 def _quantized_values(
     folder: Path | str, tensors: dict[str, torch.Tensor], plan: PrecisionPlan, dtype: torch.dtype, *, coded: bool
 ) -> dict[str, torch.Tensor]:
-    """What the engine multiplies with, under plain names: fp32 for emulated products, which round once at their end."""
-    dtype = torch.float32 if quantizes_inputs(plan) else dtype
+    """Return the values that the engine multiplies with, under plain names.
+
+    They are fp32 for emulated products, which round once at their end.
+    """
+    dtype = torch.float32 if plan.quantizes_inputs else dtype
     if coded:
-        return join(tensors, plan, str(folder), dtype)
+        return dequantize_tensors(tensors, plan, str(folder), dtype)
     _check_values(
         folder, {name: tensor for name, tensor in tensors.items() if plan.quantized(name)}, DTYPES[plan.train]
     )
@@ -262,9 +302,9 @@ def _build(
     folder: Path | str, config: PreTrainedConfig, tensors: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> PreTrainedModel:
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    own = copy.deepcopy(config)  # loading writes dtype and attention into it
+    own = copy.deepcopy(config)  # loading writes the dtype and the attention implementation into it
     if hasattr(own, "quantization_config"):
-        del own.quantization_config  # the tensors hold values by now
+        del own.quantization_config  # the tensors hold values here, not codes
     try:
         with _BUILDING:
             model, report = model_class.from_pretrained(
@@ -284,12 +324,15 @@ def _build(
 
 
 def _with_parameters(like: PreTrainedModel, tensors: dict[str, torch.Tensor], tied: dict[str, str]) -> PreTrainedModel:
-    """A model that shares all but its parameters with `like`: much faster than building one, and as much of its own."""
+    """Return a copy of `like` with these parameters in place of its own.
+
+    This is much faster than building a model, and the copy is just as independent.
+    """
     fresh = {}
     for name, old in like.named_parameters():
         tensor = tensors[name] if name in tensors else tensors[tied[name]]
         fresh[id(old)] = torch.nn.Parameter(tensor, requires_grad=False)
-    return copy.deepcopy(like, fresh)  # the memo says what stands for each old parameter
+    return copy.deepcopy(like, fresh)  # the memo maps each old parameter to its replacement
 
 
 def _few(noun: str, names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Which experts the embedded engine's model chose: what its routers say while it runs."""
+"""Recording of the experts that the embedded engine's model chooses, from the outputs of its routers."""
 
 import base64
 from collections.abc import Iterator
@@ -10,18 +10,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-ROUTED = ("qwen3_moe",)  # model types whose routers answer (logits, gates, chosen experts)
+ROUTED = ("qwen3_moe",)  # model types whose routers return (logits, gates, chosen experts)
 
 
 def has_experts(config: PreTrainedConfig) -> bool:
-    """Whether `recorded` knows the model's routers."""
+    """Return whether `recorded` supports the model's routers."""
     return config.model_type in ROUTED
 
 
 @contextmanager
-def recorded(model: nn.Module, wanted: bool) -> Iterator["Choices"]:
-    """Notes the experts of one forward pass inside; costs nothing where none are wanted."""
-    choices = Choices()
+def record_experts(model: nn.Module, wanted: bool) -> Iterator["RoutingRecorder"]:
+    """Record the experts of one forward pass inside the context. This costs nothing if they are not wanted."""
+    choices = RoutingRecorder()
     body: Any = model
     routers = [layer.mlp.gate for layer in body.model.layers] if wanted else []
     hooks = [router.register_forward_hook(choices.note) for router in routers]
@@ -32,8 +32,8 @@ def recorded(model: nn.Module, wanted: bool) -> Iterator["Choices"]:
             hook.remove()
 
 
-class Choices:
-    """Experts of one forward pass, layer after layer."""
+class RoutingRecorder:
+    """Experts chosen in one forward pass, layer after layer."""
 
     def __init__(self) -> None:
         self._layers: list[torch.Tensor] = []
@@ -42,13 +42,13 @@ class Choices:
         self._layers.append(out[2])
 
     def of(self, rows: int) -> np.ndarray | None:
-        """[rows, tokens, L, K] int16, None when none were wanted."""
+        """Return the chosen experts, [rows, tokens, L, K] int16, or None if none were wanted."""
         if not self._layers:
             return None
         stacked = torch.stack(self._layers, 1)
         return stacked.view(rows, -1, *stacked.shape[1:]).to("cpu", torch.int16).numpy()
 
 
-def encoded(routing_TLK: np.ndarray) -> str:
-    """As SGLang sends them: int32 in base64."""
+def encode_routing(routing_TLK: np.ndarray) -> str:
+    """Encode the experts as SGLang sends them: int32 in base64."""
     return base64.b64encode(np.ascontiguousarray(routing_TLK, dtype=np.int32).tobytes()).decode("ascii")

@@ -1,4 +1,4 @@
-"""Choosing the next token: counter-based noise, inverse CDF, log-probabilities of what was sampled from."""
+"""Choice of the next token: counter-based noise, inverse CDF, log-probabilities under the distribution sampled from."""
 
 import numpy as np
 import torch
@@ -8,25 +8,28 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 (Steele, Lea, Flood 2014) on uint64; a bijection with full avalanche."""
+    """Apply the finalizer of SplitMix64 (Steele, Lea, Flood 2014) to uint64: a bijection with full avalanche."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def row_keys(seed: int, indices: np.ndarray) -> np.ndarray:
-    """[n] uint64, one noise stream for each sample index of a request."""
+    """Return keys [n] uint64: one noise stream for each sample index of a request."""
     base = splitmix64(np.array([seed], dtype=np.uint64) + _GOLDEN)
     return splitmix64(base ^ ((indices.astype(np.uint64) + np.uint64(1)) * np.uint64(0xD1B54A32D192ED03)))
 
 
 def uniforms(keys: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """[R] float64 in [0, 1): a pure function of a row's key and the position of the token in its output."""
+    """Return noise [R] float64 in [0, 1).
+
+    It is a pure function of a row's key and the position of the token in the row's output.
+    """
     bits = splitmix64(keys + (positions.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def choose(
+def sample_tokens(
     logits_RV: torch.Tensor,
     temperature: np.ndarray,
     top_p: np.ndarray,
@@ -34,14 +37,23 @@ def choose(
     noise: np.ndarray,
     most_likely: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
-    """Tokens [R] int64 and their log-probabilities [R] float32 under the distribution sampled from.
+    """Sample one token per row and compute its log-probability under the distribution sampled from.
 
-    Third, for most_likely K > 0: log-probabilities [R, K] float32, falling, and ids [R, K] int64 of that distribution's
-    K likeliest tokens; else None.
+    The filters top_p and top_k apply jointly and renormalize: a token stays if its rank is below top_k and the mass
+    before it does not exceed top_p.
 
-    logits_RV float32. temperature [R]: 0 is greedy, with log-probabilities at temperature 1 and no filter, as
-    SGLang reports them. top_p [R] in (0, 1], top_k [R] (0 or less: off) filter jointly and renormalize: a token
-    stays when its rank is below top_k and the mass before it does not exceed top_p. noise [R] in [0, 1).
+    Args:
+        logits_RV: [R, V] float32.
+        temperature: [R]. 0 is greedy, with log-probabilities at temperature 1 and without filters, as SGLang reports
+            them.
+        top_p: [R] in (0, 1].
+        top_k: [R]. 0 or less is off.
+        noise: [R] in [0, 1).
+        most_likely: K, the number of likeliest tokens to return for each row.
+
+    Returns:
+        Tokens [R] int64, their log-probabilities [R] float32, and None or, for K > 0, the K likeliest tokens of the
+            same distribution: log-probabilities [R, K] float32 in descending order and ids [R, K] int64.
     """
     greedy = temperature < GREEDY_BELOW
     scale = torch.from_numpy(np.where(greedy, 1.0, temperature).astype(np.float32)).to(logits_RV.device)
@@ -70,7 +82,7 @@ def _inverse_cdf(logp_RV: torch.Tensor, noise: np.ndarray) -> torch.Tensor:
     # The point must stay below the total, so that the step found belongs to a token with mass.
     point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
     found = torch.searchsorted(cdf, point, right=True)[:, 0]
-    # Only rows of NaN leave the range; their log-probability is NaN, which the engine reports.
+    # The index is out of range only for rows of NaN. Their log-probability is NaN, which the engine reports.
     return found.clamp_(max=logp_RV.shape[1] - 1)
 
 

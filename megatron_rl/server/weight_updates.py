@@ -1,4 +1,7 @@
-"""Weights that come to the embedded engine in buckets: held beside the served ones until the update is complete."""
+"""Weight updates that the embedded engine receives in buckets.
+
+The new weights are kept next to the served ones until the update is complete.
+"""
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,17 +11,22 @@ import torch
 from torch import Tensor
 
 from megatron_rl.errors import EngineError
-from megatron_rl.protocol.buckets import Piece, layout, views
-from megatron_rl.protocol.update_group import JOIN_S, UpdateGroup, visit_store
+from megatron_rl.protocol.buckets import TensorSlot, bucket_layout, views
+from megatron_rl.protocol.update_group import JOIN_S, UpdateGroup, connect_store
 from megatron_rl.server.model_weights import Weights
 from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.quantized import is_scale
 
 
-class Update:
-    """One update under way: tensors received so far, and their digests, which are taken while the next ones arrive.
+class PendingUpdate:
+    """One update in progress: the tensors received so far, and their digests.
 
-    shapes: of the model's own tensors; others than these (and the scales of codes) are refused.
+    The digests are computed while the next tensors arrive.
+
+    Args:
+        shapes: shapes of the model's own tensors. Tensors other than these (and tied ones, and the scales of codes) are
+            refused.
+        tied: names of weights that repeat another one.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], tied: Iterable[str]) -> None:
@@ -29,7 +37,11 @@ class Update:
         self._hashing = ThreadPoolExecutor(1, thread_name_prefix="digests")
 
     def check(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> None:
-        """Raise EngineError for tensors that cannot belong to this update, before anything of them is received."""
+        """Check that tensors can belong to this update, before any of their data is received.
+
+        Raises:
+            EngineError: if a tensor is unknown, has another shape, or comes twice.
+        """
         for at, (name, shape) in enumerate(zip(names, shapes, strict=True)):
             if name in self.tensors or name in names[:at]:
                 raise EngineError(f"tensor {name} comes twice in one update")
@@ -40,7 +52,7 @@ class Update:
                 raise EngineError(f"tensor {name} has shape {tuple(shape)}, the model wants {expected}")
 
     def keep(self, tensors: Iterable[tuple[str, Tensor]], version: str | None) -> None:
-        """Take tensors over; their memory must be nobody else's."""
+        """Take over tensors. No other code may use their memory."""
         self.version = version or self.version
         for name, tensor in tensors:
             self.tensors[name] = tensor
@@ -53,7 +65,7 @@ class Update:
         self._hashing.shutdown(wait=False, cancel_futures=True)
 
 
-class Groups:
+class UpdateGroups:
     """The update groups this engine has joined, by name."""
 
     def __init__(self, device: torch.device) -> None:
@@ -65,7 +77,7 @@ class Groups:
     def join(self, name: str, address: str, port: int, *, rank: int, world: int, backend: str) -> None:
         if name in self._groups:
             raise EngineError(f"update group '{name}' was joined before: leave it first")
-        store = visit_store(address, port, world, JOIN_S)
+        store = connect_store(address, port, world, JOIN_S)
         group = UpdateGroup.join(name, store, rank=rank, world=world, backend=backend, timeout_s=JOIN_S)
         with self._lock:
             self._groups[name] = group
@@ -92,14 +104,25 @@ class Groups:
         *,
         flat: bool,
     ) -> list[tuple[str, Tensor]]:
-        """The tensors of one broadcast, in memory of their own. flat: one bucket; otherwise a broadcast for each."""
+        """Receive the tensors of one broadcast, in memory of their own.
+
+        Args:
+            name: name of the update group.
+            names: names of the tensors.
+            dtypes: their dtypes.
+            shapes: their shapes.
+            flat: one bucket holds all tensors. Otherwise there is one broadcast per tensor.
+
+        Raises:
+            EngineError: if the group was not joined, or if the tensors are not a valid bucket.
+        """
         group = self._groups.get(name)
         if group is None:
             raise EngineError(f"update group '{name}' was not joined: POST /init_weights_update_group first")
         if not flat:
             return [self._receive_one(group, *entry) for entry in zip(names, dtypes, shapes, strict=True)]
         try:
-            pieces, nbytes = layout(names, dtypes, shapes)
+            pieces, nbytes = bucket_layout(names, dtypes, shapes)
         except ValueError as error:
             raise EngineError(f"these tensors make no flattened bucket: {error}") from error
         data = self._room(nbytes)
@@ -109,36 +132,43 @@ class Groups:
     def _receive_one(
         self, group: UpdateGroup, name: str, dtype: torch.dtype, shape: Sequence[int]
     ) -> tuple[str, Tensor]:
-        piece = Piece(name, dtype, tuple(shape), 0)
+        piece = TensorSlot(name, dtype, tuple(shape), 0)
         data = self._room(piece.nbytes)
         group.broadcast(data)
         _, tensor = next(views(data, [piece]))
         return name, tensor.clone()
 
     def _room(self, nbytes: int) -> Tensor:
-        """One bucket, used again: new memory costs more than copying out of this one, its pages are touched one by one."""
+        """Return a buffer that is reused for every bucket.
+
+        New memory costs more than a copy out of this buffer, because its pages are touched one by one.
+        """
         if self._buffer is None or self._buffer.numel() < nbytes:
             self._buffer = None
             self._buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         return self._buffer[:nbytes]
 
 
-class Updates:
-    """The updates of one engine: begun, filled by buckets, and served or forgotten as a whole.
+class WeightUpdates:
+    """The updates of one engine. Each one begins, is filled by buckets, and is served or discarded as a whole.
 
-    build: makes a model of the tensors and digests of a complete update. swap: serves it, and answers what was served
-    before; None where that is not to be kept, because the engine generates meanwhile or held nothing.
+    Args:
+        begin: makes an empty Update.
+        build: makes a model of the tensors and digests of a complete update.
+        swap: serves a model and returns what was served before. It returns None if that must not be kept, because the
+            engine generates meanwhile or held nothing.
+        groups: the update groups of the engine.
     """
 
     def __init__(
         self,
-        begin: Callable[[], Update],
+        begin: Callable[[], PendingUpdate],
         build: Callable[[dict[str, Tensor], dict[str, str]], Weights],
         swap: Callable[[Weights, str], tuple[Weights, str] | None],
-        groups: Groups,
+        groups: UpdateGroups,
     ) -> None:
         self._begin, self._build, self._swap, self.groups = begin, build, swap, groups
-        self._open: Update | None = None
+        self._open: PendingUpdate | None = None
         self._before: tuple[Weights, str] | None = None
         self._lock = threading.Lock()  # one call at a time
 
@@ -158,26 +188,42 @@ class Updates:
         flat: bool,
         version: str | None,
     ) -> None:
-        """Take part in the broadcast of these tensors; EngineError before it begins where they cannot be taken."""
+        """Take part in the broadcast of these tensors.
+
+        Args:
+            group: name of the update group.
+            names: names of the tensors.
+            dtypes: their dtypes.
+            shapes: their shapes.
+            flat: one bucket holds all tensors. Otherwise there is one broadcast per tensor.
+            version: version of the update, if this call states it.
+
+        Raises:
+            EngineError: before the broadcast begins, if the tensors cannot be taken.
+        """
         with self._lock:
             update = self._under_way("/update_weights_from_distributed")
             update.check(names, shapes)
             update.keep(self.groups.receive(group, names, dtypes, shapes, flat=flat), version)
 
     def load(self, tensors: Sequence[tuple[str, Tensor]], version: str | None) -> None:
-        """Copy tensors out of another process' memory."""
+        """Copy tensors out of another process's memory."""
         with self._lock:
             update = self._under_way("/update_weights_from_tensor")
             update.check([name for name, _ in tensors], [tensor.shape for _, tensor in tensors])
             update.keep(((name, tensor.clone()) for name, tensor in tensors), version)
 
     def end(self) -> None:
-        """Serve the update; EngineError or CheckpointError when it is not whole, and then it is forgotten."""
+        """Serve the update.
+
+        Raises:
+            EngineError, CheckpointError: if the update is incomplete. It is then discarded.
+        """
         with self._lock:
             update, self._open = self._under_way("/end_weight_update"), None
             try:
                 if not update.tensors:
-                    return  # nothing came, nothing changes
+                    return  # no tensor was received, so nothing changes
                 if update.version is None:
                     raise EngineError("field 'weight_version': no bucket of the update named it")
                 self._before = self._swap(self._build(update.tensors, update.digests()), update.version)
@@ -185,7 +231,10 @@ class Updates:
                 update.close()
 
     def abort(self) -> None:
-        """Forget the update under way; where it was served already and the engine is still paused, serve the former weights."""
+        """Discard the update in progress.
+
+        If an update is already served and the engine is still paused, serve the previous weights again.
+        """
         with self._lock:
             if self._open is not None:
                 self._open.close()
@@ -195,11 +244,11 @@ class Updates:
                 self._before = None
 
     def settle(self) -> None:
-        """Generation goes on: there is no way back any more."""
+        """Discard the previous weights, because generation resumes. They cannot be restored any more."""
         former, self._before = [self._before], None
-        threading.Thread(target=former.clear, daemon=True).start()  # giving memory back takes its time
+        threading.Thread(target=former.clear, daemon=True).start()  # releasing the memory takes time
 
-    def _under_way(self, path: str) -> Update:
+    def _under_way(self, path: str) -> PendingUpdate:
         if self._open is None:
             raise EngineError(f"{path} without an update: POST /begin_weight_update first")
         return self._open

@@ -15,7 +15,17 @@ __all__ = ["ArithmeticTask", "MathTask", "Task", "ToolTask", "make_task", "promp
 
 
 def make_task(config: TaskConfig, tokenizer: "PreTrainedTokenizerFast", *, seed: int, max_prompt_tokens: int) -> Task:
-    """The task of a configuration, its data read and checked. Raises ConfigError or UserError."""
+    """Return the task of a configuration, with its data read and checked.
+
+    Args:
+        config: its `name` selects the task: `math`, `tool` or arithmetic.
+        tokenizer: tokenizes the prompts.
+        seed: of the shuffle of generated problems; tasks that only read a file do not use it.
+        max_prompt_tokens: a prompt with more tokens is an error.
+
+    Raises:
+        ConfigError, UserError: the configuration or the data cannot be used.
+    """
     if config.name == "math":
         return MathTask(config, tokenizer, max_prompt_tokens=max_prompt_tokens)
     if config.name == "tool":

@@ -1,4 +1,4 @@
-"""Additions and subtractions: a task that needs no data, for tiny models and tests."""
+"""Addition and subtraction: a task that needs no data, for tiny models and tests."""
 
 from collections.abc import Callable, Sequence
 from math import isqrt
@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 
 
 class ArithmeticTask(Task):
-    """`12+34=` -> `46`, `34-12=` -> `22`: every problem with operands in [0, max_operand) and a result >= 0.
+    """Task `12+34=` -> `46`, `34-12=` -> `22`: every problem with operands in [0, max_operand) and a result >= 0.
 
-    The problems are shuffled by `seed`; the first `held_out` are kept apart, the rest is trained on. Raises ConfigError
-    when that leaves nothing to train on, or when a prompt has more than `max_prompt_tokens` tokens.
+    The problems are shuffled by `seed`. The first `held_out` are held out and the rest is trained on.
+
+    Raises:
+        ConfigError: no problem is left to train on, or a prompt has more than `max_prompt_tokens` tokens.
     """
 
     def __init__(
@@ -30,8 +32,8 @@ class ArithmeticTask(Task):
         total = size * size + size * (size + 1) // 2
         if config.held_out >= total:
             raise ConfigError(
-                f"task.max_operand {size} gives {total} problems and task.held_out keeps {config.held_out} of them apart, "
-                "which leaves none to train on: raise the former or lower the latter"
+                f"task.max_operand {size} gives {total} problems and task.held_out keeps {config.held_out} of them "
+                "apart, which leaves none to train on: raise the former or lower the latter"
             )
         order = np.random.default_rng([seed % 2**64, total]).permutation(total)
 
@@ -44,12 +46,12 @@ class ArithmeticTask(Task):
         self.train.encode(f"{size - 1}-{size - 1}=")
 
     def verify(self, prompt: Prompt, response: str) -> float:
-        """1.0 when the response, without its end token and outer white space, is exactly the answer."""
+        """Return 1.0 if the response, without its end token and outer white space, is exactly the answer, else 0.0."""
         return float(strip_end(self._tokenizer, response) == prompt.answer)
 
 
 def sum_or_difference(number: int, size: int) -> tuple[str, int]:
-    """The problem of that number and its answer. 0 ... size^2 - 1 are a+b, the rest are a-b with b <= a."""
+    """Return the problem with that number, and its answer. 0 ... size^2 - 1 are a+b, the rest are a-b with b <= a."""
     if number < size**2:
         a, b = divmod(number, size)
         return f"{a}+{b}", a + b
@@ -61,7 +63,14 @@ def sum_or_difference(number: int, size: int) -> tuple[str, int]:
 
 
 class Problems(Sequence[Prompt]):
-    """Calculations by number, tokenized when asked for. problem: the calculation of a number, and its answer."""
+    """Sequence of calculations, each generated from its number and tokenized on access.
+
+    Args:
+        numbers: numbers of the calculations, in order.
+        problem: returns the calculation with a number, and its answer.
+        tokenizer: tokenizes the prompts.
+        max_tokens: a prompt with more tokens raises ConfigError.
+    """
 
     def __init__(
         self,
@@ -93,7 +102,7 @@ class Problems(Sequence[Prompt]):
         tokens = encode_plain(self._tokenizer, [text])[0]
         if len(tokens) > self._max_tokens:
             raise ConfigError(
-                f"arithmetic prompt {text!r} has {len(tokens)} tokens, rollout.max_prompt_tokens is {self._max_tokens}: "
-                "raise rollout.max_prompt_tokens"
+                f"arithmetic prompt {text!r} has {len(tokens)} tokens, "
+                f"rollout.max_prompt_tokens is {self._max_tokens}: raise rollout.max_prompt_tokens"
             )
         return tokens

@@ -1,8 +1,8 @@
-"""Whether two mathematical answers are equal, decided by math-verify in a process of its own.
+"""Comparison of two mathematical answers by math-verify, in a separate process.
 
-The library's time limit is a signal, which works in a main thread alone and does not interrupt a number as
-large as 9^(9^9). A separate process has a main thread, can be killed when it is stuck, and takes no trainer with it
-when it runs out of memory. Requests and verdicts are JSON lines on its pipes.
+The library's time limit is a signal. It works only in a main thread, and does not interrupt a calculation as large as
+9^(9^9). A separate process has a main thread and can be killed when it is stuck. When it runs out of memory, the
+trainer continues. Requests and verdicts are JSON lines on its pipes.
 """
 
 import json
@@ -25,19 +25,25 @@ MEMORY_LIMIT_BYTES = 4 << 30
 
 
 class Grader:
-    """Starts its process with the first question and again after it had to be killed. Safe to share between threads.
+    """Grader: compares answers in its process. Threads may share it.
 
-    limit_s: seconds for one question, after which the verdict is "not equal".
+    The process starts with the first comparison, and again after it had to be killed.
+
+    Args:
+        limit_s: time limit of one comparison in seconds, after which the verdict is "not equal".
     """
 
     def __init__(self, limit_s: float = 15.0) -> None:
         self._limit_s = limit_s
         self._lock = threading.Lock()
-        self._alive: list[subprocess.Popen[bytes]] = []  # none or one; a list, so that the finalizer can share it
+        self._alive: list[subprocess.Popen[bytes]] = []  # at most one; a list, so that the finalizer can share it
         weakref.finalize(self, _stop_all, self._alive)
 
     def equal(self, gold: str, answer: str) -> bool:
-        """True when math-verify finds the two answers (LaTeX or plain) equal; False when it cannot read or decide them."""
+        """Return True if math-verify finds the two answers (LaTeX or plain) equal.
+
+        Return False also if it cannot read or decide them.
+        """
         if not answer.strip():
             return False
         if answer.strip() == gold.strip():
@@ -84,7 +90,7 @@ def _stop_all(processes: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _read_line(process: subprocess.Popen[bytes], limit_s: float) -> bytes:
-    """One line of the process; what there is of it when the time is up or the process has ended."""
+    """Read one line of the process. Return a part of it if the time is up or the process has ended."""
     assert process.stdout is not None
     until, line = time.monotonic() + limit_s, b""
     while not line.endswith(b"\n"):
@@ -99,17 +105,17 @@ def _read_line(process: subprocess.Popen[bytes], limit_s: float) -> bytes:
 
 
 def _judge(gold: str, answer: str) -> bool:
-    # Boxes tell math-verify where the answer is; it reports its own failures and time-outs as [] and False.
+    # math-verify finds the answer by its box. It returns [] or False for its own failures and timeouts.
     expected, given = (parse(f"\\boxed{{{text}}}", parsing_timeout=LIBRARY_LIMIT_S) for text in (gold, answer))
     return bool(expected and given and verify(expected, given, timeout_seconds=LIBRARY_LIMIT_S))
 
 
 def _serve() -> None:
-    """The life of the process: ends when its input does."""
+    """Judge requests from standard input until it ends."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     logging.disable(logging.CRITICAL)
     out = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # whatever the parsers print is no verdict
+    os.dup2(2, 1)  # What the parsers print must not be read as a verdict.
     out.write(READY)
     for line in sys.stdin.buffer:
         gold, answer = json.loads(line)

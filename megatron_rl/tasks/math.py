@@ -25,11 +25,14 @@ class MathTask(Task):
     """Problems with one final answer each, in the columns `prompt_column` and `answer_column`.
 
     The ground truth is what follows the last `####` of the answer column, else its last \\boxed{}, else all of it. The
-    prompt, with `instructions` after it, goes through the tokenizer's chat template where it has one, else it is the text
-    and a newline. Held out are the rows of `eval_data`, or the last `held_out` rows of `data`.
+    text with `instructions` after it goes through the tokenizer's chat template. Without a chat template, the prompt is
+    this text and a newline. The held-out rows are those of `eval_data`, or the last `held_out` rows of `data`.
 
-    Everything is read, checked and tokenized here. Raises UserError naming file and line of the first malformed row
-    or over-long prompt, ConfigError when nothing is left to train on.
+    The constructor reads, checks and tokenizes everything.
+
+    Raises:
+        UserError: names file and line of the first malformed row or too long prompt.
+        ConfigError: nothing is left to train on.
     """
 
     def __init__(
@@ -51,14 +54,14 @@ class MathTask(Task):
             return
         if config.held_out >= len(rows):
             raise ConfigError(
-                f"{config.data} has {len(rows)} rows and task.held_out keeps {config.held_out} of them apart, which leaves "
-                "none to train on: lower task.held_out or give task.eval_data"
+                f"{config.data} has {len(rows)} rows and task.held_out keeps {config.held_out} of them apart, "
+                "which leaves none to train on: lower task.held_out or give task.eval_data"
             )
         cut = len(rows) - config.held_out
         self.train, self.held_out = rows[:cut], rows[cut:]
 
     def verify(self, prompt: Prompt, response: str) -> float:
-        """1.0 when the last `####` or \\boxed{} answer of the response equals the ground truth, else 0.0."""
+        """Return 1.0 if the last `####` or \\boxed{} answer of the response equals the ground truth, else 0.0."""
         answer = response_answer(strip_end(self._tokenizer, response))
         return float(answer is not None and self._grader.equal(prompt.answer, answer))
 
@@ -70,7 +73,7 @@ class MathTask(Task):
 
 
 def ground_truth(text: str) -> str:
-    """The final answer in an answer column."""
+    """Return the final answer in the text of an answer column."""
     if _MARK in text:
         return text.rpartition(_MARK)[2].strip().rstrip(".")
     boxed = _last_boxed(text)
@@ -78,7 +81,7 @@ def ground_truth(text: str) -> str:
 
 
 def response_answer(text: str) -> str | None:
-    """The answer a response ends on: the later of its last `####` line and its last box; None without either."""
+    """Return the last answer of a response: the later of its last `####` line and its last box. None without either."""
     boxed = _last_boxed(text)
     mark = text.rfind(_MARK)
     if mark < 0 or (boxed is not None and boxed[0] > mark):
@@ -87,7 +90,7 @@ def response_answer(text: str) -> str | None:
 
 
 def _last_boxed(text: str) -> tuple[int, str] | None:
-    """Where the last box starts, and what is in it; None when there is none or it is never closed."""
+    """Return where the last box starts, and its content. None if there is none or it is never closed."""
     start, box = max((text.rfind(box), box) for box in _BOXES)
     if start < 0:
         return None
@@ -119,8 +122,8 @@ def _load(
         longest = max(len(encoded[at]) for at in long)
         raise UserError(
             f"{places[long[0]]}: the prompt has {len(encoded[long[0]])} tokens, rollout.max_prompt_tokens is "
-            f"{max_prompt_tokens}; {len(long)} of {len(places)} prompts are too long: raise rollout.max_prompt_tokens to "
-            f"{longest} or remove them"
+            f"{max_prompt_tokens}; {len(long)} of {len(places)} prompts are too long: "
+            f"raise rollout.max_prompt_tokens to {longest} or remove them"
         )
     return [
         Prompt(id=f"{path.name}:{place.rpartition(':')[2]}", text=text, tokens=tokens, answer=answer)
@@ -139,7 +142,7 @@ def _encode(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[tupl
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(file:line, row) of every row; lines count from 1, rows of a parquet file too."""
+    """Yield (file:line, row) for every row. Lines, and rows of a parquet file, count from 1."""
     if path.suffix == ".parquet":
         try:
             table = pq.read_table(path)

@@ -1,4 +1,4 @@
-"""What a task is: prompts to train on, prompts kept apart, and a verdict on a response."""
+"""Interface of a task: prompts to train on, held-out prompts, and a verifier of responses."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,9 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What comes after a turn of the model. text: a tool's output, which the model reads next; None: the response is over.
-    void: the turn neither called a tool nor answered, and is not trained on. failed: the tool was called, and the call
-    raised or hit a limit."""
+    """What the environment returns after a turn of the model.
+
+    Attributes:
+        text: a tool's output, which the model reads next; None if the response is over.
+        void: the turn neither called a tool nor answered, and is not trained on.
+        failed: the tool was called, and the call raised or hit a limit.
+    """
 
     text: str | None = None
     void: bool = False
@@ -28,16 +32,24 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn of a model response written down, and what the environment says after it; None after the last one."""
+    """One turn of a demonstrated response.
+
+    Attributes:
+        text: the model's text.
+        observation: the environment's text after it; None after the last turn.
+    """
 
     text: str
     observation: str | None = None
 
 
 class Task(ABC):
-    """A set of problems with a verifier. `train` and `held_out` share no problem; both are fixed once built.
+    """A set of problems with a verifier.
 
-    max_turns: turns of the model in one response, with an `observe` after each.
+    Attributes:
+        train: problems to train on, fixed once the task is built.
+        held_out: problems to evaluate on, also fixed. `train` and `held_out` share no problem.
+        max_turns: turns of the model in one response, with an `observe` after each.
     """
 
     train: Sequence[Prompt]
@@ -46,32 +58,47 @@ class Task(ABC):
 
     @abstractmethod
     def verify(self, prompt: Prompt, response: str) -> float:
-        """1.0 when the decoded response answers the prompt, else 0.0. Never raises for what a model wrote."""
+        """Return 1.0 if the decoded response answers the prompt, else 0.0. Never raises for what a model wrote."""
 
     def observe(self, prompt: Prompt, turn: str, *, last: bool) -> Observation:
-        """The environment's answer to the decoded text of one turn that ended by itself. Thread-safe; may take seconds.
+        """Return the environment's observation of one turn. Thread-safe; may take seconds.
 
-        last: nobody reads what comes back: nothing is run, and there is no text. Never raises for what a model wrote.
+        Never raises for what a model wrote.
+
+        Args:
+            prompt: the problem.
+            turn: the decoded text of a turn that ended by itself.
+            last: True if the model does not read the observation. Then nothing is run, and there is no text.
         """
         return Observation()
 
     def solution(self, prompt: Prompt) -> str:
-        """A response that verifies, for supervised warm-up; without the end-of-sequence token."""
+        """Return a response that verifies, without the end-of-sequence token, for supervised warm-up."""
         return prompt.answer
 
     def demonstration(self, prompt: Prompt) -> list[Turn]:
-        """The whole way to an answer that verifies, for supervised warm-up; turns without their end-of-sequence tokens."""
+        """Return all turns up to an answer that verifies, without end-of-sequence tokens, for supervised warm-up."""
         return [Turn(self.solution(prompt))]
 
-    def close(self) -> None:  # noqa: B027  most tasks hold nothing
-        """Release what the verifier holds; the task is not used afterwards."""
+    def close(self) -> None:  # noqa: B027  Most tasks hold no resources.
+        """Release the verifier's resources. The task must not be used afterwards."""
 
 
 def prompts_for_step(task: Task, step: int, count: int, seed: int) -> list[Prompt]:
-    """The `count` training prompts of `step` (from 0): a pure function of its arguments, so a resumed run draws the same.
+    """Return the training prompts of one step.
 
-    Steps walk through one permutation of the training set after another; every epoch has its own, seeded by
-    (seed, epoch), and a step may cross from one to the next.
+    The result depends only on the arguments, so a resumed run draws the same prompts. The steps go through one
+    permutation of the training set after another. Every epoch has its own permutation, seeded by (seed, epoch). A step
+    may cross from one epoch to the next.
+
+    Args:
+        task: the task whose `train` is drawn from.
+        step: the step, from 0.
+        count: number of prompts.
+        seed: seed of the permutations.
+
+    Raises:
+        UserError: `step` is negative, `count` is below 1, or the task has no training prompts.
     """
     if step < 0 or count < 1:
         raise UserError(f"cannot draw {count} prompts for step {step}: step must be >= 0, count >= 1")
@@ -86,16 +113,16 @@ def prompts_for_step(task: Task, step: int, count: int, seed: int) -> list[Promp
     return [task.train[row] for row in rows.tolist()]
 
 
-@lru_cache(maxsize=8)  # prompts are drawn one by one, too
+@lru_cache(maxsize=8)  # because prompts are also drawn one by one
 def _order(size: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed % 2**64, epoch]).permutation(size)
 
 
 def encode_plain(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[tuple[int, ...]]:
-    """Tokens of plain texts, with the special tokens the tokenizer puts in front.
+    """Return the tokens of plain texts, with the special tokens that the tokenizer puts in front.
 
-    Raises ConfigError when the tokenizer cannot spell a text, or ends every text with a token the model would have to
-    write after.
+    Raises ConfigError if the tokenizer makes no token of a text or cannot spell it, or if it ends every text with an
+    end-of-sequence token, after which the model would have to write.
     """
     encoded = [tuple(row) for row in tokenizer(texts)["input_ids"]]
     for text, tokens in zip(texts, encoded, strict=True):
@@ -109,7 +136,7 @@ def encode_plain(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list
 
 
 def strip_end(tokenizer: "PreTrainedTokenizerFast", response: str) -> str:
-    """The response without white space at its ends and end-of-sequence or padding tokens after it."""
+    """Return the response without white space at its ends and without end-of-sequence or padding tokens after it."""
     ends = [token for token in (tokenizer.eos_token, tokenizer.pad_token) if token]
     response = response.strip()
     while any(response.endswith(end) for end in ends):

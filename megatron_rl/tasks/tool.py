@@ -1,4 +1,4 @@
-"""Problems that a model may compute on: it writes Python, the sandbox runs it, the output comes back, turn by turn."""
+"""Problems with a Python tool: in each turn, the model may write code, which the sandbox runs, and read the output."""
 
 import copy
 import re
@@ -10,7 +10,7 @@ import numpy as np
 from megatron_rl.config import TaskConfig
 from megatron_rl.errors import ConfigError
 from megatron_rl.sandbox.runner import Result, Sandbox
-from megatron_rl.sandbox.select import accept_no_jail, find_jail
+from megatron_rl.sandbox.select import allow_unsafe, find_jail
 from megatron_rl.tasks.arithmetic import Problems
 from megatron_rl.tasks.math import MathTask, response_answer
 from megatron_rl.tasks.task import Observation, Task, Turn, strip_end
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 INSTRUCTIONS = (
     "\n\nYou may compute with Python: end your turn with one code block\n```python\nprint(1 + 1)\n```\n"
-    "and the output comes back to you. Nothing is kept between blocks. When you know the final answer, write it without code "
-    "as \\boxed{answer}."
+    "and the output comes back to you. Nothing is kept between blocks. "
+    "When you know the final answer, write it without code as \\boxed{answer}."
 )
 _FENCE = "```"
 _BLOCK = re.compile(r"^```python[ \t]*\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
@@ -31,19 +31,25 @@ _CUT = "\n...\n"
 
 
 class ToolTask(Task):
-    """Problems as in `MathTask`, or without `data` products of two numbers below max_operand: `17*23=` -> `#### 391`.
+    """Problems of a file as in `MathTask`, or products of two numbers, with a Python tool.
 
-    A turn that ends with a ```python block is a call: the block runs in a sandbox and what it writes comes back between
-    ```output and ```, cut to `tool_tokens` tokens. A turn with an answer as in `MathTask`, outside of code and after any, ends
-    the response. A turn with neither is void. Instructions stand behind problems of a file and not behind products, whose
-    models are warmed up on demonstrations. Raises ConfigError where no sandbox holds.
+    Without `data`, the problems are products of two numbers below max_operand: `17*23=` -> `#### 391`.
+
+    - A turn that ends with a ```python block is a call. The block runs in a sandbox. Its output comes back between
+      ```output and ```, cut to `tool_tokens` tokens.
+    - A turn with an answer as in `MathTask`, outside of code and after any code, ends the response.
+    - A turn with neither is void.
+
+    Problems of a file are followed by instructions. Products are not: their models are warmed up on demonstrations.
+
+    Raises ConfigError if no sandbox holds on this machine.
     """
 
     def __init__(
         self, config: TaskConfig, tokenizer: "PreTrainedTokenizerFast", *, seed: int, max_prompt_tokens: int
     ) -> None:
         self.max_turns = config.max_turns
-        # `observe` runs in threads, and a tokenizer that is used by two at once raises.
+        # `observe` runs in threads, and a tokenizer raises if two threads use it at once.
         self._tokenizer, self._lock = copy.deepcopy(tokenizer), threading.Lock()
         self._tool_tokens = config.tool_tokens
         self._special = [text for text in {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} if text]
@@ -56,7 +62,7 @@ class ToolTask(Task):
             self.train, self.held_out = self._math.train, self._math.held_out
             if tokenizer.chat_template is not None:
                 self._frame = between_turns(tokenizer)
-        way = accept_no_jail() if config.sandbox == "unsafe" else find_jail()
+        way = allow_unsafe() if config.sandbox == "unsafe" else find_jail()
         self._sandbox = Sandbox(way, seconds=config.tool_seconds, memory_mb=config.tool_memory_mb)
 
     def _make_products(
@@ -65,8 +71,8 @@ class ToolTask(Task):
         size = config.max_operand
         if config.held_out >= size**2:
             raise ConfigError(
-                f"task.max_operand {size} gives {size**2} products and task.held_out keeps {config.held_out} of them apart, "
-                "which leaves none to train on: raise the former or lower the latter"
+                f"task.max_operand {size} gives {size**2} products and task.held_out keeps {config.held_out} of them "
+                "apart, which leaves none to train on: raise the former or lower the latter"
             )
 
         def product(number: int) -> tuple[str, int]:
@@ -79,9 +85,10 @@ class ToolTask(Task):
         self.train.encode(f"{size - 1}*{size - 1}=")
 
     def verify(self, prompt: Prompt, response: str) -> float:
-        """1.0 when the response, the text of the model's last turn alone, answers outside of code as the ground truth does.
+        """Return 1.0 if the answer of the response, outside of code, equals the ground truth, else 0.0.
 
-        What a tool has written must not be part of it: a model could have its code print an answer.
+        `response` is only the text of the model's last turn. It must not contain a tool's output, because the model's
+        code could print an answer.
         """
         text = without_code(strip_end(self._tokenizer, response))
         if self._math is not None:
@@ -89,9 +96,12 @@ class ToolTask(Task):
         return float(response_answer(text) == prompt.answer)
 
     def observe(self, prompt: Prompt, turn: str, *, last: bool) -> Observation:
-        """A call in the last turn is not void. Raises ConfigError when the sandbox itself fails."""
+        """Run the call of a turn and return its output; see `Task.observe`. A call in the last turn is not void.
+
+        Raises ConfigError if the sandbox itself fails.
+        """
         turn = strip_end(self._tokenizer, turn)
-        code = called(turn)
+        code = extract_call(turn)
         if code is None:
             return Observation(void=response_answer(without_code(turn)) is None)
         if last:
@@ -100,8 +110,8 @@ class ToolTask(Task):
         return Observation(self.wrapped(self._shown(result)), failed=not result.ok)
 
     def wrapped(self, output: str) -> str:
-        """The text that brings an output back, with whatever the chat template puts between two turns of a model."""
-        # An output must end neither its own block nor the turn.
+        """Return an output as the model reads it, with what the chat template writes between two turns of the model."""
+        # An output must not end its own block or the turn.
         output = output.replace(_FENCE, "'''")
         for special in self._special:
             output = output.replace(special, f"{special[0]} {special[1:]}")
@@ -112,7 +122,7 @@ class ToolTask(Task):
         return f"#### {prompt.answer}"
 
     def demonstration(self, prompt: Prompt) -> list[Turn]:
-        """A call and the answer; of a problem from a file, for which no code is known, the answer alone."""
+        """Return a call and the answer. For a problem of a file, no code is known: return only the answer."""
         if self._math is not None:
             return [Turn(self.solution(prompt))]
         call = f"{_FENCE}python\nprint({prompt.id})\n{_FENCE}"
@@ -131,7 +141,7 @@ class ToolTask(Task):
         return result.output if note is None else f"{result.output.rstrip()}\n{note}".lstrip("\n")
 
     def _fit(self, text: str) -> str:
-        """At most `tool_tokens` tokens of the text: its start and its end, where errors are named."""
+        """Return at most `tool_tokens` tokens of the text: its start, and its end, where errors are named."""
         with self._lock:
             spans, room = self._spans(text), self._tool_tokens
             cut = text
@@ -141,12 +151,15 @@ class ToolTask(Task):
         return cut if room > 1 else ""
 
     def _spans(self, text: str) -> list[tuple[int, int]]:
-        """Where every token of the text starts and ends."""
+        """Return where every token of the text starts and ends."""
         return list(self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"])
 
 
-def called(turn: str) -> str | None:
-    """The code of the ```python block that a turn ends with, or that nothing but prose without an answer follows."""
+def extract_call(turn: str) -> str | None:
+    """Return the code of the last ```python block, or None if the turn is not a call.
+
+    The turn is a call if nothing follows the block, or only text without an answer.
+    """
     blocks = list(_BLOCK.finditer(turn))
     if not blocks or response_answer(without_code(turn[blocks[-1].end() :])) is not None:
         return None
@@ -154,15 +167,15 @@ def called(turn: str) -> str | None:
 
 
 def without_code(text: str) -> str:
-    """The text without its fenced blocks; one that is never closed reaches to the end."""
+    """Return the text without its fenced blocks. A block that is never closed reaches to the end."""
     return _ANY_BLOCK.sub("\n", text)
 
 
 def between_turns(tokenizer: "PreTrainedTokenizerFast") -> tuple[str, str]:
-    """What the chat template writes before and after a user's message between two turns of the assistant.
+    """Return what the chat template writes before and after a user's message between two turns of the assistant.
 
-    The end-of-sequence token of the first turn is left out: the model has written it. Raises ConfigError for a template that
-    does not render such a conversation.
+    The end-of-sequence token of the first turn is not included, because the model has written it. Raises ConfigError if
+    the template does not render such a conversation.
     """
     turn, message = "megatronrlturn", "megatronrlmessage"
     roles = (("user", "question"), ("assistant", turn), ("user", message))

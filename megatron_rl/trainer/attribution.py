@@ -1,89 +1,129 @@
-"""Attribution inside a run, every so many steps, and of a run's folder once it has ended or stopped."""
+"""Attribution of the mismatch: inside a run every few steps, and of the folder of a run that has ended."""
+
+from typing import Any
 
 from rich.console import Console
 from torch import Tensor
 
-from megatron_rl.attribution.attribute import Attribution, Probe, attribute, draw_probe
+from megatron_rl.attribution.attribute import Attribution, AttributionProbe, attribute, draw_probe
 from megatron_rl.config import Config
 from megatron_rl.errors import EngineError, UserError
 from megatron_rl.tasks import prompts_for_step
-from megatron_rl.trainer.bringup import Run, open_run
+from megatron_rl.trainer.bringup import open_run
+from megatron_rl.trainer.lead import Lead
+from megatron_rl.trainer.metrics import Stopwatch
+from megatron_rl.trainer.trainer import Trainer
 
 PROMPTS = 16
 _SEED = 104_729  # apart from the seeds of training and evaluation
 
 
-def weights_if_due(run: Run) -> list[Tensor] | None:
-    """A copy of the weights that sample the step at hand, if it ends with an attribution. Collective."""
-    every = run.config.run.attribute_every
-    return run.policy.copy_weights() if every and (run.state.step + 1) % every == 0 else None
+class AttributionHook:
+    """Attributes the mismatch inside a run, every `every` steps."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self._sampled: list[Tensor] | None = None
+
+    def before_step(self, trainer: Trainer) -> None:
+        """Copy the weights that sample the step if it ends with an attribution."""
+        due = (trainer.state.step + 1) % self.every == 0
+        self._sampled = trainer.policy.copy_weights() if due else None
+
+    def before_publish(self, trainer: Trainer, watch: Stopwatch) -> list[dict[str, Any]]:
+        """Return the attribution's record, if one is due and no engine failed."""
+        if self._sampled is None:
+            return []
+        with watch("attribution"):
+            found = attribute_step(trainer, self._sampled)
+        step = trainer.state.step
+        return [] if found is None else [found.record(step + 1, sampled_by=step)]
 
 
-def attribute_step(run: Run, sampled: list[Tensor]) -> Attribution | None:
-    """After a step's updates and before they are published: engines still hold `sampled`. Collective.
+def attribution_hooks(config: Config) -> list[AttributionHook]:
+    """Return the hook that a configuration asks for, if any."""
+    every = config.run.attribute_every
+    return [AttributionHook(every)] if every else []
 
-    None when an engine failed on the way: those that are dead are dropped, and training goes on with the others.
+
+def attribute_step(trainer: Trainer, sampled: list[Tensor]) -> Attribution | None:
+    """Attribute the mismatch after a step's updates, while engines still hold the weights `sampled`. Collective.
+
+    Returns None when an engine failed: engines that are not healthy are dropped, and training continues with the others.
     """
     try:
-        found = _attribute(run, PROMPTS, sampled=sampled)
-    except EngineError as error:  # raised on every rank alike: rank 0 speaks to the engines and tells the others
-        left = run.mesh.on_lead(lambda: _still_live(run))
-        run.say(f"mismatch after {run.state.step + 1} steps not attributed, {left} engine(s) left: {error}")
+        found = _attribute(trainer, PROMPTS, sampled=sampled)
+    except EngineError as error:  # rank 0 talks to the engines; every rank raises the same error
+        left = trainer.on_lead(_drop_dead)
+        trainer.say(f"mismatch after {trainer.state.step + 1} steps not attributed, {left} engine(s) left: {error}")
         return None
-    run.say(f"mismatch after {run.state.step + 1} steps: {'; '.join(found.verdict)}")
+    trainer.say(f"mismatch after {trainer.state.step + 1} steps: {'; '.join(found.verdict)}")
     return found
 
 
 def attribute_run(config: Config, *, prompts: int, layers: bool, sampled_by: int | None) -> None:
     """Attribute the mismatch of a run's newest checkpoint, print it, and append it to the run's log. Collective.
 
-    The engines are started, or updated where rollout.urls names them, and serve that checkpoint, or with `sampled_by` the
-    one after so many steps: then the steps since are the staleness. Raises CheckpointError when it was not kept.
+    Args:
+        config: of the run. Engines are started, or updated where `rollout.urls` names them.
+        prompts: number of responses to score, one a prompt.
+        layers: also compare hidden states layer by layer; on one rank only.
+        sampled_by: number of steps after which the kept checkpoint was made that samples; None: the newest. Later steps
+            are then the staleness.
+
+    Raises:
+        CheckpointError: when that checkpoint was not kept.
+        UserError: when it is newer than the newest.
     """
-    with open_run(config, resume=True, attribute_only=True) as run:
-        sampled, by = None, run.state.step if sampled_by is None else sampled_by
+    with open_run(config, resume=True, attribute_only=True) as trainer:
+        sampled, by = None, trainer.state.step if sampled_by is None else sampled_by
         if sampled_by is not None:
-            if sampled_by > run.state.step:
-                raise UserError(f"--sampled-by {sampled_by} lies after the newest checkpoint, of step {run.state.step}")
-            newest = run.policy.copy_weights()
-            run.checkpoints.load_weights(sampled_by)
-            run.publish(run.state.version)
-            sampled = run.policy.copy_weights()
-            run.policy.put_weights(newest)
+            if sampled_by > trainer.state.step:
+                raise UserError(
+                    f"--sampled-by {sampled_by} lies after the newest checkpoint, of step {trainer.state.step}"
+                )
+            newest = trainer.policy.copy_weights()
+            trainer.checkpoints.load_weights(sampled_by)
+            trainer.publish(trainer.state.version)
+            sampled = trainer.policy.copy_weights()
+            trainer.policy.put_weights(newest)
         else:
-            run.publish(run.state.version)
-        found = _attribute(run, prompts, sampled=sampled, layers=layers)
-        if run.mesh.rank == 0:
-            run.log.append(found.record(run.state.step, by))
+            trainer.publish(trainer.state.version)
+        found = _attribute(trainer, prompts, sampled=sampled, layers=layers)
+        if trainer.lead is not None:
+            trainer.lead.log.append(found.record(trainer.state.step, by))
             console = Console()
             console.print(found.table(by))
             for sentence in found.verdict:
                 console.print(sentence, highlight=False, soft_wrap=True)
 
 
-def _still_live(run: Run) -> int:
-    run.pool.drop_dead()
-    return len(run.pool.live_urls)
+def _drop_dead(lead: Lead) -> int:
+    """Drop engines that are not healthy, and return how many are left."""
+    lead.pool.drop_dead()
+    return len(lead.pool.live_urls)
 
 
-def _attribute(run: Run, prompts: int, *, sampled: list[Tensor] | None, layers: bool = False) -> Attribution:
-    def draw() -> Probe:
-        serving = [url for url in run.pool.live_urls if url not in run.pool.held]
+def _attribute(trainer: Trainer, prompts: int, *, sampled: list[Tensor] | None, layers: bool = False) -> Attribution:
+    config, state = trainer.config, trainer.state
+
+    def draw(lead: Lead) -> AttributionProbe:
+        pool, rollouts = lead.pool, lead.rollouts
+        serving = [url for url in pool.live_urls if url not in pool.quarantined]
         if not serving:
             raise EngineError(
-                f"no engine serves weight version {run.state.version}, so none can be looked at: {run.pool.held}"
+                f"no engine serves weight version {state.version}, so none can be looked at: {pool.quarantined}"
             )
-        asked = prompts_for_step(run.rollouts.task, run.state.step, prompts, run.config.run.seed + _SEED)
         return draw_probe(
             serving[0],
-            asked,
-            run.config.rollout,
-            stop_token_ids=run.rollouts.stop,
-            seed=run.config.run.seed + _SEED + run.state.step,
-            version=run.state.version,
+            prompts_for_step(rollouts.task, state.step, prompts, config.run.seed + _SEED),
+            config.rollout,
+            stop_token_ids=rollouts.stop,
+            seed=config.run.seed + _SEED + state.step,
+            version=state.version,
         )
 
-    probe = run.mesh.on_lead(draw)
-    pool = run.pool if run.mesh.rank == 0 else None
-    folder = run.config.run.folder / "attribution"
-    return attribute(run.policy, run.precision, pool, probe, folder, sampled=sampled, layers=layers)
+    probe = trainer.on_lead(draw)
+    pool = None if trainer.lead is None else trainer.lead.pool
+    folder = config.run.folder / "attribution"
+    return attribute(trainer.policy, trainer.precision, pool, probe, folder, sampled=sampled, layers=layers)

@@ -11,7 +11,7 @@ from megatron_rl.trainer.preflight import check_rank
 
 
 def evaluate_model(config: Config) -> dict[str, float]:
-    """Print and answer the held-out pass rates of `config.model.path`, or of the weights that `rollout.urls` serve.
+    """Print and return held-out pass rates of `config.model.path`, or of the weights that `rollout.urls` serve.
 
     Raises ConfigError when `eval.prompts` is 0.
     """
@@ -22,7 +22,7 @@ def evaluate_model(config: Config) -> dict[str, float]:
         servers = None if config.rollout.urls else own_servers(config, plan, this_machine().device, START_TIMEOUT_S)
         if servers is not None:
             stack.enter_context(servers)
-        rollouts = stack.enter_context(open_rollouts(config, plan, servers, need_logmu=False))
+        rollouts = stack.enter_context(open_rollouts(config, plan, servers))
         rates = rollouts.evaluate(0)
     for name, rate in rates.items():
         print(f"{name}: {rate:.1%}")

@@ -1,45 +1,49 @@
 """The loop: one way round, once per step, on every rank alike."""
 
-from megatron_rl.algorithms import policy_gradient as update
-from megatron_rl.algorithms.erpd import round as erpd
-from megatron_rl.algorithms.policy_gradient import Learned
-from megatron_rl.trainer.attribution import attribute_step, weights_if_due
-from megatron_rl.trainer.bringup import Run
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from megatron_rl.trainer.algorithm import Algorithm
 from megatron_rl.trainer.metrics import Stopwatch
+from megatron_rl.trainer.trainer import Trainer
 
 
-def train(run: Run) -> None:
-    """Train until `run.steps` steps are done, from wherever `run` stands.
+class StepHook(Protocol):
+    """Extra work inside a step. Both calls are collective."""
 
-    Raises KeyboardInterrupt on every rank when the user asked to stop; `run.state` is then the last whole step.
+    def before_step(self, trainer: Trainer) -> None:
+        """Called before the step's batch is collected: engines and policy hold the same weights."""
+        ...
+
+    def before_publish(self, trainer: Trainer, watch: Stopwatch) -> list[dict[str, Any]]:
+        """Called after the step's updates: engines still hold the old weights. Returns log records."""
+        ...
+
+
+def train(trainer: Trainer, algorithm: Algorithm, hooks: Sequence[StepHook] = ()) -> None:
+    """Train until `run.steps` steps are done, starting from `trainer.state`.
+
+    Raises KeyboardInterrupt on every rank when the user requested a stop; `trainer.state` is then the last whole step.
     """
-    config = run.config
-    run.publish(run.state.version)
-    if run.state.step == 0:
-        run.evaluate()
-    while run.state.step < config.run.steps:
-        step, version, watch = run.state.step, run.state.version, Stopwatch()
-        sampled = weights_if_due(run)
-        learned: Learned
-        if run.plan is None:
-            learned = update.learn(run, update.collect(run, watch), watch)
-        else:
-            learned = erpd.learn(run, run.plan, erpd.collect(run, watch), watch)
-        attributed = None
-        if sampled is not None:
-            with watch("attribution"):
-                attributed = attribute_step(run, sampled)
+    config = trainer.config
+    trainer.publish(trainer.state.version)
+    if trainer.state.step == 0:
+        trainer.evaluate()
+    while trainer.state.step < config.run.steps:
+        step, version, watch = trainer.state.step, trainer.state.version, Stopwatch()
+        for hook in hooks:
+            hook.before_step(trainer)
+        learned = algorithm.learn(trainer, algorithm.collect(trainer, watch), watch)
+        extra = [record for hook in hooks for record in hook.before_publish(trainer, watch)]
         with watch("sync"):
-            run.settle()
-            run.publish(run.state.version + 1)
-        run.advance(step + 1, run.state.version + 1)
-        if run.mesh.rank == 0:
-            for record in learned.records(step, version, watch, run.rollouts.sampled):
-                run.record(record)
-            if attributed is not None:
-                run.record(attributed.record(run.state.step, sampled_by=step))
-        if run.due(run.state.step, config.eval.every):
-            run.evaluate()
-        if run.due(run.state.step, config.run.save_every):
-            run.save(wait=run.state.step == config.run.steps)
-    run.export()
+            trainer.settle()
+            trainer.publish(trainer.state.version + 1)
+        trainer.advance(step + 1, trainer.state.version + 1)
+        if trainer.lead is not None:
+            for record in learned.records(step, version, watch, trainer.lead.rollouts.sampled) + extra:
+                trainer.lead.record(record)
+        if trainer.due(trainer.state.step, config.eval.every):
+            trainer.evaluate()
+        if trainer.due(trainer.state.step, config.run.save_every):
+            trainer.save(wait=trainer.state.step == config.run.steps)
+    trainer.export()

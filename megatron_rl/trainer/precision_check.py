@@ -6,9 +6,9 @@ from math import gcd
 from rich.console import Console
 
 from megatron_rl.config import Config
-from megatron_rl.precision.machine import Machine, how, this_machine
+from megatron_rl.precision.machine import Machine, execution_mode, this_machine
 from megatron_rl.precision.plan import PrecisionPlan, resolve
-from megatron_rl.precision.plan_checks import Matrix, PlanReport, Run, examine
+from megatron_rl.precision.plan_checks import Matrix, PlanReport, RowRange, check_plan
 from megatron_rl.precision.table import describe
 from megatron_rl.weights.families import Family, ModelShape
 from megatron_rl.weights.layouts import QKV, GateUp, Layout
@@ -22,12 +22,12 @@ def check_precision(config: Config, family: Family, shape: ModelShape, machine: 
     """
     machine = machine or this_machine()
     plan = resolve(config.precision, shape.num_layers, engine=config.rollout.engine, device=machine.device)
-    computed = how(plan.recipe, machine, pow2=config.precision.pow2_scales) if plan.trains_low else ""
+    computed = execution_mode(plan.recipe, machine, pow2=config.precision.pow2_scales) if plan.trains_low else ""
     table = entries(family, shape)
     units = [count for entry in table if entry.expert is None for count in entry.rule.layout.units.values()]
     common = gcd(*units)
     sizes = [size for size in range(1, common + 1) if common % size == 0]
-    return examine(
+    return check_plan(
         plan,
         {size: tuple(matrices(plan, table, size)) for size in sizes},
         tensor=config.parallel.tensor,
@@ -44,7 +44,7 @@ def _tokens_per_rank(config: Config) -> int:
     return config.optimizer.tokens_per_microbatch // config.parallel.context // cut
 
 
-def say(report: PlanReport, console: Console | None = None) -> None:
+def print_plan(report: PlanReport, console: Console | None = None) -> None:
     """Print the plan to standard output."""
     (console or Console(highlight=False)).print(describe(report))
 
@@ -62,20 +62,20 @@ def matrices(plan: PrecisionPlan, table: tuple[Entry, ...], size: int) -> Iterat
             yield Matrix(name, rows, columns, entry.mcore, local_rows, local_columns, tuple(runs[part]))
 
 
-def _runs(layout: Layout, size: int) -> list[list[Run]]:
+def _runs(layout: Layout, size: int) -> list[list[RowRange]]:
     """Per Hugging Face matrix of a parameter, where its rows lie on each of `size` ranks: what `Layout.read` does."""
     if isinstance(layout, QKV):
         queries, head = layout.heads // layout.groups * layout.head_dim, layout.head_dim
         here = layout.groups // size
         places = [(group, group % here * (queries + 2 * head)) for group in range(layout.groups)]
         return [
-            [Run(group * queries, at, queries) for group, at in places],
-            [Run(group * head, at + queries, head) for group, at in places],
-            [Run(group * head, at + queries + head, head) for group, at in places],
+            [RowRange(group * queries, at, queries) for group, at in places],
+            [RowRange(group * head, at + queries, head) for group, at in places],
+            [RowRange(group * head, at + queries + head, head) for group, at in places],
         ]
     if isinstance(layout, GateUp):
         rows = layout.ffn_hidden_size // size
-        return [[Run(rank * rows, part * rows, rows) for rank in range(size)] for part in range(2)]
+        return [[RowRange(rank * rows, part * rows, rows) for rank in range(size)] for part in range(2)]
     rows = layout.local_shape(size)[0]
     cut = layout.shapes[0][0] // rows
-    return [[Run(rank * rows, 0, rows) for rank in range(cut)]]
+    return [[RowRange(rank * rows, 0, rows) for rank in range(cut)]]

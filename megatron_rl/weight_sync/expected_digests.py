@@ -22,7 +22,7 @@ _PART = re.compile(r"(.*\.)(q|k|v|gate|up)_proj(\.\w+)$")
 _PLACES = {"q": ("qkv", 0), "k": ("qkv", 1), "v": ("qkv", 2), "gate": ("gate_up", 0), "up": ("gate_up", 1)}
 
 
-class Tally:
+class ExpectedDigests:
     """Digests of the tensors of one version.
 
     plain: whether to take `tensor_digest` of each, as the embedded server does. fused: dtypes in which SGLang servers hold
@@ -50,7 +50,7 @@ class Tally:
         """SGLang's name -> checksum, for a server that holds weights in `dtype`; None where that was not asked for."""
         return self._fused[dtype].digests() if dtype in self._fused else None
 
-    def changed_since(self, before: "Tally") -> list[str]:
+    def changed_since(self, before: "ExpectedDigests") -> list[str]:
         """SGLang's names of the parameters that other bytes were sent for, as far as both took plain digests."""
         changed = [name for name, digest in self.digests.items() if before.digests.get(name, digest) != digest]
         return sorted({fused_place(name)[0] for name in changed})

@@ -2,14 +2,15 @@
 
 import numpy as np
 
-from megatron_rl.attribution.replay import at_temperature_one
 from megatron_rl.config import Config
+from megatron_rl.engines.pool import EnginePool
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.parallel import Mesh
+from megatron_rl.policy.temperature import at_temperature_one
 from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.types import Batch
+from megatron_rl.weight_sync.confirmation import ScoreProbe
 from megatron_rl.weight_sync.sync import WeightSync
-from megatron_rl.weight_sync.transaction import Engines, Probe
 from megatron_rl.weight_sync.transports.disk import DiskTransport
 from megatron_rl.weight_sync.transports.distributed import DistributedTransport
 from megatron_rl.weight_sync.transports.tensor import TensorTransport
@@ -23,7 +24,9 @@ _TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.05}
 _LOW_TOLERANCE = 0.3  # of quantized weights or inputs
 
 
-def make_sync(config: Config, policy: Policy, mesh: Mesh, precision: PrecisionPlan, pool: Engines | None) -> WeightSync:
+def make_sync(
+    config: Config, policy: Policy, mesh: Mesh, precision: PrecisionPlan, pool: EnginePool | None
+) -> WeightSync:
     """`pool` is None on all ranks but 0. Everything else is the same on every rank."""
     return WeightSync(
         pool,
@@ -47,7 +50,7 @@ def make_transport(config: Config, policy: Policy, mesh: Mesh, precision: Precis
     return DiskTransport(policy.source, staging, quantization=quantization)
 
 
-def score_probe(config: Config, policy: Policy, precision: PrecisionPlan) -> Probe:
+def score_probe(config: Config, policy: Policy, precision: PrecisionPlan) -> ScoreProbe:
     """A fixed text, scored by the policy as it is. Collective."""
     length = min(_PROBE_TOKENS, config.rollout.max_prompt_tokens + config.rollout.max_new_tokens)
     tokens = np.random.default_rng(0).integers(0, policy.shape.vocab_size, length).astype(np.int32)
@@ -68,7 +71,7 @@ def score_probe(config: Config, policy: Policy, precision: PrecisionPlan) -> Pro
         logp = policy.logprobs(batch)[1:length]
     low = precision.rolls_out_low or precision.trains_low
     tolerance = _LOW_TOLERANCE if low else max(_TOLERANCE[precision.engine], _TOLERANCE[precision.train])
-    return Probe(tuple(tokens.tolist()), tuple(logp.tolist()), tolerance)
+    return ScoreProbe(tuple(tokens.tolist()), tuple(logp.tolist()), tolerance)
 
 
 def _free_choice(policy: Policy, tokens: int) -> np.ndarray:

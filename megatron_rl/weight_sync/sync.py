@@ -6,9 +6,12 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.engines.control import Traits
+from megatron_rl.engines.pool import EnginePool
 from megatron_rl.errors import CheckpointError, EngineError, MegatronRLError, UserError
-from megatron_rl.weight_sync.expected_digests import Tally
-from megatron_rl.weight_sync.transaction import Engines, Probe, Traits, Transaction, Version, foretold
+from megatron_rl.weight_sync.confirmation import ScoreProbe, has_expected_digests
+from megatron_rl.weight_sync.expected_digests import ExpectedDigests
+from megatron_rl.weight_sync.transaction import Transaction, Version
 from megatron_rl.weight_sync.transports.transport import Transport, each
 from megatron_rl.weights.hf_folder import HFFolder
 from megatron_rl.weights.quantized import is_finite
@@ -29,18 +32,18 @@ class WeightSync:
     pool: the engines on global rank 0, None on the other ranks. source: the folder the engines started from; it is
     version 0. mode: of the engines' pause, `rollout.update_mode`. group: the ranks that learn a push's outcome (default:
     the world when torch.distributed runs). probe: collective, scores a fixed text under the weights that are about to be
-    pushed; asked for when an engine's digests cannot be foretold.
+    pushed; asked for when an engine's digests cannot be computed.
     """
 
     def __init__(
         self,
-        pool: Engines | None,
+        pool: EnginePool | None,
         source: HFFolder,
         transport: Transport,
         *,
         mode: str = "retract",
         group: dist.ProcessGroup | None = None,
-        probe: Callable[[], Probe] | None = None,
+        probe: Callable[[], ScoreProbe] | None = None,
     ) -> None:
         self._pool, self._transport, self._mode, self._group, self._probe = pool, transport, mode, group, probe
         self._committed = Version(0, source.path, None)
@@ -69,7 +72,7 @@ class WeightSync:
             try:
                 self._check_version(version)
                 traits, outcome = self._look(self._pool, version), []
-                unsure = not all(foretold(found) for found in traits.values())
+                unsure = not all(has_expected_digests(found) for found in traits.values())
             except MegatronRLError as error:
                 outcome = [error]
         probe = self._probe() if self._probe is not None and self._agreed(unsure) else None
@@ -91,13 +94,15 @@ class WeightSync:
     def readmit(self) -> tuple[str, ...]:
         """On global rank 0: let dropped engines that answer again take part in the next push; nothing is routed to them
         before. Returns their urls."""
-        return tuple(self._lead().revive())
+        return tuple(self.engines.recover_lost())
 
     def close(self) -> None:
         """Give back what the transport holds. The engines keep serving from memory."""
         self._transport.close(self._pool)
 
-    def _lead(self) -> Engines:
+    @property
+    def engines(self) -> EnginePool:
+        """The engines. Raises UserError on another rank than 0."""
         if self._pool is None:
             raise UserError("this call is for global rank 0, which has the engine pool")
         return self._pool
@@ -115,7 +120,7 @@ class WeightSync:
                 f"weight version {version} does not follow version {self._committed.number}: versions only grow"
             )
 
-    def _look(self, pool: Engines, version: int) -> dict[str, Traits]:
+    def _look(self, pool: EnginePool, version: int) -> dict[str, Traits]:
         """What the engines are that live."""
         pool.drop_dead()
         urls = list(pool.live_urls)
@@ -132,21 +137,25 @@ class WeightSync:
 
     def _push(
         self,
-        pool: Engines,
+        pool: EnginePool,
         stream: Iterator[tuple[str, Tensor | None]],
         version: int,
         traits: Mapping[str, Traits],
-        probe: Probe | None,
+        probe: ScoreProbe | None,
     ) -> PushReport:
-        plain = self._transport.in_buckets and any(found.embedded or not foretold(found) for found in traits.values())
-        tally = Tally(plain, {found.dtype for found in traits.values() if not found.embedded and foretold(found)})
+        plain = self._transport.in_buckets and any(
+            found.embedded or not has_expected_digests(found) for found in traits.values()
+        )
+        expected = ExpectedDigests(
+            plain, {found.dtype for found in traits.values() if not found.embedded and has_expected_digests(found)}
+        )
         sent = _Counted(stream)
-        self._transport.prepare(iter(sent), version, tally)
+        self._transport.prepare(iter(sent), version, expected)
         update = Transaction(
-            pool, self._transport, tally, version, self._committed, traits=traits, mode=self._mode, probe=probe
+            pool, self._transport, expected, version, self._committed, traits=traits, mode=self._mode, probe=probe
         )
         dropped = update.run()
-        self._committed = Version(version, self._transport.commit(), tally, update.held)
+        self._committed = Version(version, self._transport.commit(), expected, update.confirmed)
         self._traits = {url: found for url, found in traits.items() if url not in dropped}
         return PushReport(version, sent.nbytes, dropped)
 

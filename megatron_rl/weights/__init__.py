@@ -1,1 +1,4 @@
-"""Weights between Hugging Face folders, megatron-core models and rollout engines: one converter for files and live sync."""
+"""Conversion of weights between Hugging Face folders, megatron-core models and rollout engines.
+
+One converter serves both files and live weight updates.
+"""

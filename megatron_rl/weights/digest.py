@@ -1,14 +1,18 @@
-"""One digest for a tensor, whoever holds it: the exporter, the file on its way, the engine that serves it."""
+"""The digest of a tensor.
+
+The exporter, the files in transit and the engine that serves the tensor all use this one digest.
+"""
 
 import torch
 import xxhash
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
-    """XXH3-128 over dtype, shape and bytes: bit-identical tensors have equal digests, others differ.
+    """Return the XXH3-128 digest of a tensor's dtype, shape and bytes, as a hex string.
 
-    Against accidents, not adversaries: it runs beside every weight update, where a cryptographic digest would take longer
-    than the transfer.
+    Bit-identical tensors have equal digests; other tensors have different digests. The digest protects against
+    accidents, not against attackers: it is computed during every weight update, where a cryptographic digest would take
+    longer than the transfer.
     """
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     digest = xxhash.xxh3_128(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())

@@ -1,4 +1,7 @@
-"""The model's parameters -> Hugging Face tensors on global rank 0, one tensor at a time, from any parallel layout."""
+"""Export of the model's parameters from any parallel layout.
+
+Global rank 0 receives the Hugging Face tensors, one at a time.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -24,15 +27,25 @@ def export_weights(
     dtypes: Mapping[str, torch.dtype],
     control: dist.ProcessGroup | None = None,
 ) -> Iterator[tuple[str, Tensor | None]]:
-    """Collective over all ranks: every rank must run the iterator to its end.
+    """Return an iterator over the model's Hugging Face tensors. This is collective over all ranks.
 
-    Yields (Hugging Face name, tensor in `dtypes[name]` on global rank 0, None elsewhere) in the same order on every
-    rank. Tied embeddings come once. A tensor may share memory with a parameter: use it before the next update.
-    Only one replica (data- and context-parallel rank 0; for experts expert-data-parallel rank 0) takes part. Peak extra
-    memory: one mcore parameter, whole, on the rank that merges it, and one Hugging Face tensor on rank 0.
+    Every rank must run the iterator to its end. The iterator yields (Hugging Face name, tensor) in the same order on
+    every rank. The tensor has dtype `dtypes[name]` on global rank 0 and is None on all other ranks. Tied embeddings
+    appear once. A tensor may share memory with a parameter: use it before the next update.
 
-    dtypes: the same on every rank. control: group over all ranks for one exchange of names (default: the world).
-    Raises CheckpointError, on every rank alike, when the ranks together do not hold the model of the table.
+    Only one replica takes part: data- and context-parallel rank 0, and for experts expert-data-parallel rank 0. Peak
+    extra memory: one whole mcore parameter on the rank that merges it, and one Hugging Face tensor on rank 0.
+
+    Args:
+        chunks: the model chunks of this rank, one per virtual pipeline stage.
+        family: the model's family.
+        shape: the model's shape.
+        dtypes: dtype of every exported tensor, by Hugging Face name; the same on every rank.
+        control: group over all ranks, used for one exchange of names. Default: the world.
+
+    Raises:
+        CheckpointError: on every rank alike, if the ranks together do not hold the model of the name table, or if
+            `dtypes` lacks a tensor.
     """
     plan = [entry for entry in entries(family, shape) if entry.rule.exported]
     untyped = [name for entry in plan for name in entry.rule.hf if name not in dtypes]
@@ -49,7 +62,10 @@ def export_weights(
 def _exchange(
     parameters: Mapping[str, nn.Parameter], experts: AbstractSet[str], control: dist.ProcessGroup | None
 ) -> list[Holdings]:
-    """What every rank sends, in rank order: replicas stay out. Experts have replicas of their own."""
+    """Return what every rank sends, in rank order.
+
+    Only the first replica sends its parameters. Experts have their own replicas (expert data parallel).
+    """
     first = parallel_state.get_data_parallel_rank() == 0 and parallel_state.get_context_parallel_rank() == 0
     first_of_experts = parallel_state.get_expert_data_parallel_rank() == 0
     shapes = {
@@ -63,7 +79,10 @@ def _exchange(
 
 
 def _owners(plan: Sequence[Entry], holdings: Sequence[Holdings], tp_size: int) -> dict[str, list[int]]:
-    """mcore name -> the global ranks that hold its shards, in tensor-parallel order. The same on every rank."""
+    """Return mcore name -> the global ranks that hold its shards, in tensor-parallel order.
+
+    The result is the same on every rank.
+    """
     holders: dict[str, list[tuple[int, int, tuple[int, ...]]]] = {}
     for rank, held in enumerate(holdings):
         for name, local in held[1].items():
@@ -113,7 +132,7 @@ def _stream(
 
 
 def _merge(entry: Entry, shard: Tensor, group: Sequence[int]) -> tuple[Tensor, ...] | None:
-    """The Hugging Face tensors on the first rank of `group`, None on its others."""
+    """Return the Hugging Face tensors on the first rank of `group`, and None on its other ranks."""
     first = dist.get_rank() == group[0]
     if len(group) == 1 or entry.rule.layout.replicated:
         return entry.rule.layout.merge([shard]) if first else None
@@ -125,5 +144,5 @@ def _merge(entry: Entry, shard: Tensor, group: Sequence[int]) -> tuple[Tensor, .
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """The bytes of a contiguous tensor: what travels is the same for every dtype and backend."""
+    """Return a contiguous tensor as bytes, so that communication is the same for every dtype and backend."""
     return tensor.view(-1).view(torch.uint8)

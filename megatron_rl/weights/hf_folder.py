@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint folder: read by slices, written by shards.
 
-Reading trusts nothing: the header of every safetensors file is checked against the file's size before a byte
-of data is used. Writing goes to a sibling folder which takes its final name only when it is complete.
+Before any byte of data is used, the header of every safetensors file is checked against the file's size. A folder is
+written under a temporary name next to its destination and gets its final name only when it is complete.
 """
 
 import json
@@ -26,7 +26,7 @@ from megatron_rl.weights.digest import tensor_digest
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "manifest.json"
-_HEADER_LIMIT = 100_000_000  # bytes; the same bound the safetensors library has
+_HEADER_LIMIT = 100_000_000  # bytes; the safetensors library has the same limit
 _ASSET_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}
 _DTYPES = {
     "F64": torch.float64,
@@ -46,14 +46,14 @@ _VALUES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Reader(Protocol):
-    """Reads `tensor.narrow(dim, start, stop - start)` of one stored tensor without reading the rest."""
+    """A function that reads `tensor.narrow(dim, start, stop - start)` of one stored tensor without reading the rest."""
 
     def __call__(self, start: int, stop: int, dim: int = 0) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a header says of one tensor."""
+    """Shape, dtype and file of one tensor, as the header states them."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -65,12 +65,16 @@ class TensorInfo:
 
 
 class HFFolder:
-    """config.json and the safetensors headers of one folder; tensor data is read on demand, by slices.
+    """config.json and the safetensors headers of one folder. Tensor data is read on demand, by slices.
 
-    config: config.json as a dict. tensors: name -> TensorInfo. assets: the other files a copy of the model
-    needs (configuration, tokenizer, chat templates), relative to the folder.
+    Attributes:
+        config: config.json as a dict.
+        tensors: name -> TensorInfo.
+        assets: the other files that a copy of the model needs (configuration, tokenizer, chat templates), relative to
+            the folder.
 
-    Raises CheckpointError naming the file or tensor when the folder is incomplete, truncated or contradictory.
+    Raises:
+        CheckpointError: names the file or tensor, if the folder is incomplete, truncated or contradictory.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -98,14 +102,21 @@ class HFFolder:
         return sum(info.nbytes for info in self.tensors.values())
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor, in its stored dtype."""
+        """Return the whole tensor in its stored dtype."""
         try:
             return self._handle(name).get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(f"tensor '{name}' in {self.tensors[name].file} cannot be read: {error}") from error
 
     def read_rows(self, name: str, start: int, stop: int, dim: int = 0) -> Tensor:
-        """`read(name).narrow(dim, start, stop - start)`, reading only that slice."""
+        """Return `read(name).narrow(dim, start, stop - start)`, reading only this slice.
+
+        Args:
+            name: name of the tensor.
+            start: first index of the slice.
+            stop: index after the last one of the slice.
+            dim: dimension that is sliced.
+        """
         index = (*(slice(None) for _ in range(dim)), slice(start, stop))
         try:
             return self._handle(name).get_slice(name)[index]
@@ -113,7 +124,7 @@ class HFFolder:
             raise CheckpointError(f"tensor '{name}' in {self.tensors[name].file} cannot be read: {error}") from error
 
     def reader(self, name: str) -> Reader:
-        """`read_rows` bound to one tensor."""
+        """Return `read_rows` bound to one tensor."""
         return partial(self.read_rows, name)
 
     def close(self) -> None:
@@ -137,14 +148,25 @@ def write_hf_folder(
     manifest_version: int | None = None,
     quantization: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
-    """Write a complete model folder: streamed shards, index, the source's assets, config.json with the true dtype.
+    """Write a complete model folder: shards, index, the source's assets, and config.json with the true dtype.
 
-    At most `shard_bytes` of tensors (or one larger tensor) are held at a time. `dest` appears only when every
-    file is complete; an existing model folder there is replaced by two renames, anything else is refused.
-    With `manifest_version`, manifest.json holds {"version", "tensors": {name: digest}}. `quantization` becomes the
-    `quantization_config` of config.json, for tensors that are codes and scales. Returns name -> digest.
+    Shards are streamed: at most `shard_bytes` of tensors (or one larger tensor) are in memory at a time. `dest` appears
+    only when every file is complete. An existing model folder there is replaced by two renames; anything else is
+    refused.
 
-    Raises CheckpointError when `dest` is not a model folder or a tensor is given twice.
+    Args:
+        dest: the folder to write.
+        tensors: (name, tensor) pairs.
+        source: the folder whose assets and config.json are used.
+        shard_bytes: maximum bytes of tensors in one shard.
+        manifest_version: if given, manifest.json is written as {"version", "tensors": {name: digest}}.
+        quantization: the `quantization_config` of config.json, for tensors that are codes and scales.
+
+    Returns:
+        name -> digest.
+
+    Raises:
+        CheckpointError: if `dest` exists and is not a model folder, or if a tensor appears twice.
     """
     dest = Path(dest)
     if dest.exists() and not (dest.is_dir() and ((dest / "config.json").is_file() or not any(dest.iterdir()))):
@@ -152,9 +174,8 @@ def write_hf_folder(
     dest.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{dest.name}.writing-", dir=dest.parent))
     try:
-        temporary.chmod(
-            dest.parent.stat().st_mode & 0o755
-        )  # mkdtemp is private; who may read the parent may read the model
+        # mkdtemp makes a private folder; whoever may read the parent may also read the model.
+        temporary.chmod(dest.parent.stat().st_mode & 0o755)
         digests, dtypes = _write_shards(temporary, tensors, shard_bytes)
         _copy_assets(source, temporary)
         _write_config(source, temporary, dtypes, quantization)
@@ -206,7 +227,7 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
 
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:
-    """Names, shapes and dtypes of one safetensors file, checked against the size of the file."""
+    """Read names, shapes and dtypes of one safetensors file, and check them against the size of the file."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -253,7 +274,10 @@ def _find_assets(folder: Path) -> list[Path]:
 def _write_shards(
     folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int
 ) -> tuple[dict[str, str], dict[str, tuple[torch.dtype, int]]]:
-    """Write the shards and, for more than one, their index; name -> digest and name -> (dtype, bytes)."""
+    """Write the shards and, if there is more than one, their index.
+
+    Return name -> digest and name -> (dtype, bytes).
+    """
     shards: list[list[str]] = []
     shard: dict[str, Tensor] = {}
     digests: dict[str, str] = {}
@@ -308,9 +332,9 @@ def _write_config(
     written: Mapping[str, tuple[torch.dtype, int]],
     quantization: Mapping[str, Any] | None,
 ) -> None:
-    """Make config.json name the dtype that holds most of the bytes, when writing changed any tensor's dtype.
+    """Write the dtype that holds most of the bytes into config.json, if writing changed any tensor's dtype.
 
-    Of a quantized folder that is the dtype of what is not quantized: the one to compute in.
+    In a quantized folder this is the dtype of the unquantized tensors, because it is the dtype to compute in.
     """
     if quantization is not None:
         written = {name: entry for name, entry in written.items() if name in source.tensors and entry[0] in _VALUES}
@@ -323,7 +347,7 @@ def _write_config(
     weight: dict[torch.dtype, int] = {}
     for dtype, nbytes in written.values():
         weight[dtype] = weight.get(dtype, 0) + nbytes
-    # transformers 4 wrote torch_dtype, 5 writes dtype; both may be present and both must be true
+    # transformers 4 wrote torch_dtype, 5 writes dtype. Both may be present, and then both must be correct.
     keys = [key for key in ("dtype", "torch_dtype") if key in source.config] or ["dtype"]
     name = str(max(weight, key=lambda dtype: weight[dtype])).removeprefix("torch.")
     _write_json(folder / "config.json", source.config | dict.fromkeys(keys, name) | added)
@@ -334,7 +358,10 @@ def _write_json(path: Path, value: object) -> None:
 
 
 def _replace(temporary: Path, dest: Path) -> None:
-    """Give the complete folder its name; the one it replaces stays beside it until that has happened."""
+    """Rename the complete folder to its final name.
+
+    The folder that it replaces stays next to it until the rename has succeeded.
+    """
     for file in temporary.rglob("*"):
         if file.is_file():
             with file.open("rb") as stream:

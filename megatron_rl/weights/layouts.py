@@ -1,7 +1,7 @@
-"""How one mcore parameter is made of Hugging Face tensors, and how tensor parallelizm cuts it.
+"""Layouts: how one mcore parameter is built from Hugging Face tensors, and how tensor parallelism shards it.
 
-A layout knows the full shapes of its Hugging Face tensors. `read` builds one rank's parameter from only the slices
-that rank needs; `merge` rebuilds the Hugging Face tensors from the parameters of all ranks, bit for bit.
+A layout holds the full shapes of its Hugging Face tensors. `read` builds one rank's parameter from only the slices that
+this rank needs. `merge` rebuilds the Hugging Face tensors from the parameters of all ranks, bit for bit.
 """
 
 from abc import ABC, abstractmethod
@@ -20,7 +20,11 @@ Shape = tuple[int, ...]
 
 
 def check_divides(units: Mapping[str, int], size: int) -> None:
-    """Raise ConfigError when `size` tensor-parallel ranks do not divide every count (config.json key -> count)."""
+    """Check that `size` tensor-parallel ranks divide every count in `units` (config.json key -> count).
+
+    Raises:
+        ConfigError: if they do not. The message names the nearest size that works.
+    """
     bad = {key: count for key, count in units.items() if count % size}
     if not bad:
         return
@@ -33,12 +37,15 @@ def check_divides(units: Mapping[str, int], size: int) -> None:
 
 
 def padded_vocab(vocab_size: int, size: int) -> int:
-    """Rows of the embedding and the output layer under `size` tensor-parallel ranks: the next multiple of `size`."""
+    """Return the number of rows of the embedding and the output layer under `size` tensor-parallel ranks.
+
+    It is `vocab_size` rounded up to a multiple of `size`.
+    """
     return -(-vocab_size // size) * size
 
 
 class Layout(ABC):
-    """One mcore parameter, its Hugging Face tensors, and the tensor-parallel cut between them."""
+    """One mcore parameter, its Hugging Face tensors, and the tensor-parallel sharding between them."""
 
     replicated: ClassVar[bool] = False
     """Every tensor-parallel rank holds the whole parameter."""
@@ -50,23 +57,29 @@ class Layout(ABC):
 
     @property
     def units(self) -> dict[str, int]:
-        """config.json keys whose counts the tensor-parallel size must divide."""
+        """Counts that the tensor-parallel size must divide, by config.json key."""
         return {}
 
     @abstractmethod
     def local_shape(self, size: int) -> Shape:
-        """Shape of the parameter on each of `size` ranks."""
+        """Return the shape of the parameter on each of `size` ranks."""
 
     @abstractmethod
     def read(self, sources: Sequence[Reader], rank: int, size: int) -> Tensor:
-        """The parameter of `rank`, contiguous, in the stored dtype; `sources` are in the order of `shapes`."""
+        """Return the parameter of one rank, contiguous, in the stored dtype.
+
+        Args:
+            sources: readers of the Hugging Face tensors, in the order of `shapes`.
+            rank: tensor-parallel rank.
+            size: number of tensor-parallel ranks.
+        """
 
     @abstractmethod
     def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The Hugging Face tensors, contiguous, from the parameters of all ranks in rank order."""
+        """Return the Hugging Face tensors, contiguous, from the parameters of all ranks in rank order."""
 
     def check(self, size: int) -> None:
-        """Raise ConfigError unless `size` ranks can hold this parameter."""
+        """Check that `size` ranks can hold this parameter. Raise ConfigError if they cannot."""
         check_divides(self.units, size)
 
 
@@ -92,8 +105,13 @@ class Replicated(Layout):
 
 
 @dataclass(frozen=True)
-class Row(Layout):
-    """One matrix, its input features (dimension 1) cut over ranks; `key` is the config.json key of their number."""
+class RowParallel(Layout):
+    """One matrix whose input features (dimension 1) are sharded over ranks.
+
+    Attributes:
+        shape: full shape of the matrix.
+        key: config.json key of the number of input features.
+    """
 
     shape: Shape
     key: str
@@ -118,10 +136,10 @@ class Row(Layout):
 
 
 @dataclass(frozen=True)
-class VocabRows(Layout):
-    """[vocab_size, hidden] cut by rows, with zero rows after the last token up to a multiple of the ranks.
+class VocabParallel(Layout):
+    """A [vocab_size, hidden_size] matrix sharded by rows, with zero rows at the end up to a multiple of the ranks.
 
-    The zero rows exist only in the trainer: `merge` drops them.
+    The zero rows exist only in the trainer: `merge` removes them.
     """
 
     vocab_size: int
@@ -148,9 +166,15 @@ class VocabRows(Layout):
 
 @dataclass(frozen=True)
 class QKV(Layout):
-    """q, k, v projections as mcore's linear_qkv: for each key-value group its query heads, then k, then v.
+    """q, k and v projections as mcore's linear_qkv: for each key-value group its query heads, then k, then v.
 
-    inner: the shape after the output features, (hidden,) for weights and () for biases. A rank holds whole groups.
+    A rank holds whole groups.
+
+    Attributes:
+        heads: number of query heads.
+        groups: number of key-value groups.
+        head_dim: width of one head.
+        inner: the shape after the output features: (hidden,) for weights and () for biases.
     """
 
     heads: int
@@ -187,7 +211,7 @@ class QKV(Layout):
 
 @dataclass(frozen=True)
 class GateUp(Layout):
-    """gate and up projections as mcore's gated linear_fc1: each rank holds its gate rows, then its up rows."""
+    """Gate and up projections as mcore's gated linear_fc1: each rank holds its gate rows, then its up rows."""
 
     ffn_hidden_size: int
     hidden_size: int

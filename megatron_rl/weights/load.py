@@ -1,4 +1,4 @@
-"""Hugging Face folder -> the parameters of this rank, reading only what this rank holds."""
+"""Loading of a Hugging Face folder into the parameters of this rank. Only what this rank holds is read."""
 
 from collections.abc import Sequence
 
@@ -14,11 +14,21 @@ from megatron_rl.weights.name_table import entries, local_parameters
 def load_weights(
     chunks: Sequence[nn.Module], folder: HFFolder, family: Family, shape: ModelShape, *, tp_rank: int, tp_size: int
 ) -> None:
-    """Fill every parameter of every chunk from `folder`, casting to the parameter's dtype.
+    """Fill every parameter of every chunk from `folder`, cast to the parameter's dtype.
 
-    `folder`, `family` and `shape` come from `check_folder`. Nothing keeps its initial value: a parameter without a
-    rule, a rule without its parameter and a local shape that does not fit are CheckpointErrors, found before the
-    first parameter changes. Call it before the optimizer copies the parameters.
+    No parameter keeps its initial value. Every error is raised before the first parameter changes. Call this function
+    before the optimizer copies the parameters.
+
+    Args:
+        chunks: the model chunks of this rank, one per virtual pipeline stage.
+        folder: a folder that `check_folder` has checked.
+        family: the model's family, from `check_folder`.
+        shape: the model's shape, from `check_folder`.
+        tp_rank: tensor-parallel rank.
+        tp_size: number of tensor-parallel ranks.
+
+    Raises:
+        CheckpointError: if a parameter has no rule, a rule has no parameter, or a local shape does not fit.
     """
     held = local_parameters(chunks, entries(family, shape))
     for name, (entry, parameter) in held.items():
@@ -26,7 +36,8 @@ def load_weights(
         if tuple(parameter.shape) != expected:
             raise CheckpointError(
                 f"parameter '{name}' of the model has shape {list(parameter.shape)} on tensor-parallel rank {tp_rank} "
-                f"of {tp_size}, but the checkpoint gives {list(expected)}: build the model from the folder's config.json"
+                f"of {tp_size}, but the checkpoint gives {list(expected)}: "
+                "build the model from the folder's config.json"
             )
     with torch.no_grad():
         for entry, parameter in held.values():

@@ -1,4 +1,7 @@
-"""The name table of one model, resolved: against a folder's headers before a model exists, and against its chunks after."""
+"""The name table of one model, with its layers and experts filled in.
+
+It is checked against a folder's headers before a model exists, and against the model's chunks afterwards.
+"""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -16,13 +19,14 @@ from megatron_rl.weights.layouts import check_divides
 
 _COMPARE_BYTES = 64 * 2**20
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# An expert's index in a parameter of a layer: `local_experts.3.linear_fc1.weight`; Transformer Engine: `linear_fc1.weight3`.
+# The index of an expert in the name of a layer's parameter: `local_experts.3.linear_fc1.weight`, or with Transformer
+# Engine `linear_fc1.weight3`.
 _EXPERT = re.compile(r"(mlp\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)(|\..*)")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A rule with its layer and expert filled in; both are global indices, None outside the layers and the experts."""
+    """A rule with its layer and expert filled in. Both are global indices; None outside the layers and the experts."""
 
     rule: Rule
     layer: int | None
@@ -33,12 +37,12 @@ class Entry:
         return self.rule.mcore
 
     def cut(self, tensor_parallel: int) -> int:
-        """How many ranks hold a part each: an expert is whole on its rank."""
+        """Return how many ranks hold a shard of the parameter. This is 1 for an expert: it is whole on its rank."""
         return tensor_parallel if self.expert is None else 1
 
 
 def entries(family: Family, shape: ModelShape) -> tuple[Entry, ...]:
-    """Every parameter of the whole model in export order: first stage, layer after layer, last stage."""
+    """Return every parameter of the whole model in export order: first stage, layer after layer, last stage."""
     rules = family.rules(shape)
     layered = [rule for rule in rules if rule.stage == "layer"]
     return (
@@ -49,11 +53,22 @@ def entries(family: Family, shape: ModelShape) -> tuple[Entry, ...]:
 
 
 def check_folder(folder: HFFolder, *, tensor_parallel: int, expert_parallel: int = 1) -> tuple[Family, ModelShape]:
-    """Check a folder against its family's table, from the headers alone, before any model is built.
+    """Check a folder against its family's name table, from the headers alone, before any model is built.
 
-    Raises ConfigError for an unsupported model or a tensor- or expert-parallel size that does not divide it, CheckpointError
-    for a missing or unknown tensor or one of the wrong shape. The one case that reads data: an `lm_head.weight`
-    stored although the embeddings are tied must be identical to the embedding.
+    Only one check reads tensor data: an `lm_head.weight` that is stored although the embeddings are tied must be
+    identical to the embedding.
+
+    Args:
+        folder: the folder to check.
+        tensor_parallel: number of tensor-parallel ranks.
+        expert_parallel: number of expert-parallel ranks.
+
+    Returns:
+        The model's family and shape.
+
+    Raises:
+        ConfigError: if the model is not supported, or if the tensor- or expert-parallel size does not divide it.
+        CheckpointError: if a tensor is missing, is unknown or has a wrong shape.
     """
     where = str(folder.path / "config.json")
     family = family_of(folder.config, where)
@@ -80,11 +95,13 @@ def check_folder(folder: HFFolder, *, tensor_parallel: int, expert_parallel: int
 
 
 def local_parameters(chunks: Sequence[nn.Module], plan: Sequence[Entry]) -> dict[str, tuple[Entry, nn.Parameter]]:
-    """The parameters this rank holds, keyed by their global mcore name under the local layer spec.
+    """Return the parameters this rank holds, by their global mcore name under the local layer spec.
 
-    chunks: GPTModel, wrapped or not (DistributedDataParallel, Float16Module), one per virtual pipeline stage. The scales
-    of a perturbation are no part of the model: they are left out.
-    Raises CheckpointError for a parameter without a rule and for a rule whose parameter the model lacks.
+    `chunks` are GPTModels, one per virtual pipeline stage, wrapped (DistributedDataParallel, Float16Module) or not. The
+    scales of a perturbation (`is_sigma`) are not part of the model and are left out.
+
+    Raises:
+        CheckpointError: if a parameter has no rule, or if the model lacks the parameter of a rule.
     """
     by_name = {name: entry for entry in plan for name in (entry.rule.mcore, entry.rule.fused) if name is not None}
     held: dict[str, tuple[Entry, nn.Parameter]] = {}
@@ -106,7 +123,8 @@ def local_parameters(chunks: Sequence[nn.Module], plan: Sequence[Entry]) -> dict
         absent = [entry.mcore for entry in _expected(body, plan) if entry.mcore not in held]
         if absent:
             raise CheckpointError(
-                f"the model has no parameter '{absent[0]}', which its checkpoint holds: build it from the same config.json"
+                f"the model has no parameter '{absent[0]}', which its checkpoint holds: "
+                "build it from the same config.json"
             )
     return held
 
@@ -177,7 +195,10 @@ def _unwrap(chunk: nn.Module) -> Any:
 
 
 def _global_name(body: Any, name: str) -> str:
-    """Local indices -> global: a pipeline stage numbers its own layers from 0, an expert-parallel rank its own experts."""
+    """Return the global name of a parameter with local indices.
+
+    A pipeline stage numbers its own layers from 0, and an expert-parallel rank its own experts.
+    """
     head, _, rest = name.partition("decoder.layers.")
     if head or not rest:
         return name
@@ -190,7 +211,7 @@ def _global_name(body: Any, name: str) -> str:
 
 
 def _expected(body: Any, plan: Sequence[Entry]) -> Iterator[Entry]:
-    """The entries a chunk must hold, by what it is: first stage, last stage, which layers."""
+    """Yield the entries a chunk must hold, by what the chunk is: first stage, last stage, which layers."""
     layers = {layer.layer_number - 1: layer for layer in body.decoder.layers}
     for entry in plan:
         if entry.layer is not None:

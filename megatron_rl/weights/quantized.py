@@ -1,13 +1,14 @@
-"""Quantized weights as they travel: which tensors, under which names, in which shapes, and what config.json says of them.
+"""Quantized weights as they are sent: their names, shapes and dtypes, and the config.json that describes them.
 
-Block FP8 is laid out as SGLang and transformers read it: `X.weight` float8_e4m3fn [M, N] beside `X.weight_scale_inv`
-fp32 [ceil(M/128), ceil(N/128)]. int8 is laid out as compressed-tensors' `int-quantized` with one scale a row: `X.weight`
-int8 [M, N] beside `X.weight_scale` fp32 [M, 1]. A value is its code times its scale. One quantizer (precision.formats)
-makes them here, in the trainer's products and in engines that quantize at load.
+Block FP8 has the layout that SGLang and transformers read: `X.weight` float8_e4m3fn [M, N] with `X.weight_scale_inv`
+fp32 [ceil(M/128), ceil(N/128)]. int8 has the layout of compressed-tensors' `int-quantized` with one scale per row:
+`X.weight` int8 [M, N] with `X.weight_scale` fp32 [M, 1]. A value is its code times its scale. One quantizer
+(precision.formats) makes them here, in the trainer's matrix products and in engines that quantize at load.
 
-Here tiles are laid over Hugging Face's matrices, as engines need them; megatron-core multiplies with fused and sharded
-ones. With 128 x 128 tiles both have the same values where the fused parts begin between tiles, that is where head_dim
-and a rank's part of the feed-forward width are multiples of 128; elsewhere the tiles that span two parts differ.
+Here tiles cover the Hugging Face matrices, as engines need them. megatron-core multiplies with fused and sharded
+matrices. With 128 x 128 tiles both have the same values if the fused parts begin at tile boundaries, that is if
+head_dim and a rank's part of the feed-forward width are multiples of 128. Otherwise the tiles that span two parts
+differ.
 """
 
 from collections import deque
@@ -23,24 +24,34 @@ from megatron_rl.precision.plan import DTYPES, PrecisionPlan
 
 _SCALE = {"fp8_128x128_e4m3": "_scale_inv", "fp8_128x128_e4m3_pow2": "_scale_inv", "int8_channel": "_scale"}
 _SUFFIXES = tuple(sorted(set(_SCALE.values())))
-# The names under which engines fuse projections: exceptions are listed by the names of their parts.
+# Engines fuse projections under these names; exceptions are listed by the names of the parts.
 _FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 Stream = Iterable[tuple[str, Tensor | None]]
 
 
 def export_dtypes(plan: PrecisionPlan, names: Iterable[str]) -> dict[str, torch.dtype]:
-    """What `export_weights` is to gather each tensor in: the trainer's own dtype where it will be quantized."""
+    """Return the dtype in which `export_weights` gathers each tensor.
+
+    A tensor that will be quantized is gathered in the trainer's own dtype, every other one in the engine's.
+    """
     return {name: DTYPES[plan.train if _coded(plan, name) else plan.engine] for name in names}
 
 
 class WireTensors(Iterator[tuple[str, Tensor | None]]):
-    """The stream of `export_weights` as it goes to the engines: codes and scales instead of `plan.quantized` tensors.
+    """The stream of `export_weights` as it is sent to the engines: codes and scales replace `plan.quantized` tensors.
 
-    Tensor by tensor, where the tensors are; None (other ranks) is passed on. dequantized: the same values as fp32 tensors
-    under their plain names; so they travel, in the engines' dtype, where the plan says that engines take no codes. Raises
-    CheckpointError naming a tensor that is not finite; the stream can be run to its end afterwards, which a collective
-    export needs, and then quantizes nothing.
+    Tensors are quantized one by one, on their own device. None (on other ranks) is passed on. If the plan states that
+    engines take no codes, the dequantized values are sent under their plain names, in the engines' dtype.
+
+    Args:
+        stream: (name, tensor or None) pairs, from `export_weights`.
+        plan: what is quantized, and how.
+        dequantized: yield the values of the codes, as fp32 tensors under their plain names.
+
+    Raises:
+        CheckpointError: names a tensor that is not finite. The stream can still be run to its end, which a collective
+            export needs; the remaining tensors are then not quantized.
     """
 
     def __init__(self, stream: Stream, plan: PrecisionPlan, *, dequantized: bool = False) -> None:
@@ -54,7 +65,7 @@ class WireTensors(Iterator[tuple[str, Tensor | None]]):
         name, tensor = next(self._stream)
         if tensor is None or self._failed or not _coded(self._plan, name):
             return name, tensor
-        if not torch.isfinite(tensor).all():  # a code saturates, and would hide it
+        if not torch.isfinite(tensor).all():  # codes saturate, so they would hide it
             self._failed = True
             raise CheckpointError(
                 f"tensor '{name}' holds values that are not finite: the engines keep the weights they have"
@@ -69,7 +80,7 @@ class WireTensors(Iterator[tuple[str, Tensor | None]]):
 
 
 def scale_name(name: str, fmt: Format | str) -> str:
-    """Name of the scales of a quantized tensor."""
+    """Return the name of the scales of a quantized tensor."""
     return name + _SCALE[find_format(fmt).name]
 
 
@@ -78,21 +89,20 @@ def is_scale(name: str) -> bool:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every element is a finite number, for codes as well."""
-    if tensor.dtype == torch.float8_e4m3fn:  # it has no inf, and torch has no test of it on CPU
+    """Return whether every element is a finite number. The tensor may hold codes."""
+    if tensor.dtype == torch.float8_e4m3fn:  # this dtype has no inf, and torch has no such test for it on CPU
         return not bool(((tensor.view(torch.uint8) & 0x7F) == 0x7F).any())
     if not tensor.dtype.is_floating_point or not tensor.numel():
         return True
-    return bool(
-        torch.isfinite(torch.stack(torch.aminmax(tensor))).all()
-    )  # NaN passes through; many times faster than isfinite
+    # aminmax passes NaN through and is many times faster than isfinite on every element.
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def quantization_config(plan: PrecisionPlan, names: Iterable[str]) -> dict[str, Any] | None:
-    """`quantization_config` of config.json for a folder with these (unquantized) names; None when nothing is quantized.
+    """Return `quantization_config` of config.json for a folder with these (unquantized) names, or None.
 
-    Block FP8: the keys SGLang's Fp8Config reads. int8: compressed-tensors, weights alone; SGLang itself serves int8
-    weights with int8 activations only, and refuses this one.
+    It is None if nothing is quantized. Block FP8 has the keys that SGLang's Fp8Config reads. int8 is compressed-tensors
+    with quantized weights only. SGLang itself serves int8 weights with int8 activations only, and refuses this one.
     """
     if not plan.rolls_out_low or plan.dequantized:
         return None
@@ -111,21 +121,40 @@ def quantization_config(plan: PrecisionPlan, names: Iterable[str]) -> dict[str, 
 
 
 def check_config(stated: Mapping[str, Any], plan: PrecisionPlan, where: str) -> None:
-    """Raise CheckpointError unless a folder's `quantization_config` speaks of the plan's format."""
+    """Check that a folder's `quantization_config` states the plan's format.
+
+    Args:
+        stated: the folder's `quantization_config`.
+        plan: the plan of the engine.
+        where: name of the file for the error message.
+
+    Raises:
+        CheckpointError: if a key differs from what the plan's format needs.
+    """
     wanted = quantization_config(plan, ()) or {}
     for key in ("quant_method", "format", "fmt", "weight_block_size", "scale_fmt", "config_groups"):
         if stated.get(key) != wanted.get(key):
             raise CheckpointError(
-                f"{where}: quantization_config has {key} = {stated.get(key)!r}, but {plan.wire} goes with {wanted.get(key)!r}: "
+                f"{where}: quantization_config has {key} = {stated.get(key)!r}, "
+                f"but {plan.wire} goes with {wanted.get(key)!r}: "
                 "export the weights for this engine, or start the engine for these weights"
             )
 
 
-def join(tensors: Mapping[str, Tensor], plan: PrecisionPlan, where: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Plain names and values of a folder with codes and scales; in `dtype` where quantized, else as stored.
+def dequantize_tensors(
+    tensors: Mapping[str, Tensor], plan: PrecisionPlan, where: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return the values of a folder with codes and scales, under plain names.
 
-    Raises CheckpointError naming the tensor: codes or scales missing, unexpected, of the wrong dtype or shape, codes that
-    are NaN, scales that are not finite or not above 0.
+    Args:
+        tensors: name -> tensor as stored: codes, scales and unquantized tensors.
+        plan: which tensors are quantized, and how.
+        where: name of the folder for the error message.
+        dtype: dtype of the quantized tensors' values. Other tensors stay as stored.
+
+    Raises:
+        CheckpointError: names the tensor, if codes or scales are missing, unexpected, or of the wrong dtype or shape,
+            if codes are NaN, or if scales are not finite or not above 0.
     """
     fmt = find_format(plan.wire)
     coded = {name for name in tensors if not is_scale(name) and plan.quantized(name)}
@@ -143,9 +172,15 @@ def join(tensors: Mapping[str, Tensor], plan: PrecisionPlan, where: str, dtype: 
 
 
 def quantize_at_load(tensors: Mapping[str, Tensor], plan: PrecisionPlan, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The values an engine serves of an unquantized folder: each tensor rounded to the trainer's dtype, quantized, and back.
+    """Return the values that an engine serves from an unquantized folder.
 
-    Just what `join` gives for the same weights exported by a trainer that loaded this folder.
+    Each quantized tensor is rounded to the trainer's dtype, quantized and dequantized. The result equals that of `join`
+    for the same weights, exported by a trainer that loaded this folder.
+
+    Args:
+        tensors: name -> tensor of the folder.
+        plan: which tensors are quantized, and how.
+        dtype: dtype of the dequantized values.
     """
     return {
         name: quantize(tensor.to(DTYPES[plan.train]), plan.wire).dequantize(dtype) if plan.quantized(name) else tensor
@@ -153,8 +188,11 @@ def quantize_at_load(tensors: Mapping[str, Tensor], plan: PrecisionPlan, dtype: 
     }
 
 
-def shapes(tensors: Mapping[str, Tensor], coded: bool) -> dict[str, tuple[int, ...]]:
-    """Shapes of the model's own tensors: in a folder of codes, scales are no tensors of the model."""
+def model_shapes(tensors: Mapping[str, Tensor], coded: bool) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the model's own tensors.
+
+    If `coded`, scales are left out: they are not tensors of the model.
+    """
     return {name: tuple(tensor.shape) for name, tensor in tensors.items() if not (coded and is_scale(name))}
 
 
@@ -163,7 +201,7 @@ def _coded(plan: PrecisionPlan, name: str) -> bool:
 
 
 def _checked(name: str, codes: Tensor, tensors: Mapping[str, Tensor], fmt: Format, where: str) -> Quantized:
-    """Codes and scales of one tensor, or CheckpointError."""
+    """Return the codes and scales of one tensor. Raise CheckpointError if they are not valid."""
 
     def refuse(which: str, what: str) -> CheckpointError:
         return CheckpointError(f"{where}: tensor {which} {what}")

@@ -224,7 +224,7 @@ def test_control_calls_reach_the_server(pool: EnginePool, url: str, model: Qwen3
 
 def test_a_lost_server_that_answers_again_waits_for_its_weights(pool: EnginePool, url: str) -> None:
     pool.drop(url, "it was restarted, say")
-    assert pool.revive() == (url,) and pool.live_urls == (url,) and "restarted, say" in pool.held[url]
+    assert pool.recover_lost() == (url,) and pool.live_urls == (url,) and "restarted, say" in pool.quarantined[url]
     pool.admit(url, 0)
     assert one(pool).finish_reason == "length"
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
-from megatron_rl.engines.offload import RestingEngines
+from megatron_rl.engines.offload import OffloadedEngines
 from megatron_rl.engines.pool import EnginePool, GenerationRequest, SamplingParams
 from megatron_rl.errors import EngineError
 from megatron_rl.weights.digest import tensor_digest
@@ -109,11 +109,11 @@ def test_engines_that_rest_are_woken_by_a_later_process(
     note = tmp_path / "run" / "released.json"
     note.parent.mkdir()
     with EnginePool([url]) as pool:
-        RestingEngines(note).wake(pool)  # nothing rests
-        RestingEngines(note).rest(pool)
+        OffloadedEngines(note).resume(pool)  # nothing rests
+        OffloadedEngines(note).release(pool)
         assert note.is_file()
     with EnginePool([url]) as pool:
-        RestingEngines(note).wake(pool)
+        OffloadedEngines(note).resume(pool)
         assert not note.exists()
         with pytest.raises(EngineError, match="update them first"):
             pool.generate([request])
@@ -122,16 +122,16 @@ def test_engines_that_rest_are_woken_by_a_later_process(
 
 
 @pytest.fixture
-def resting(restored: httpx.Client, embedded_only: None, url: str, tmp_path: Path) -> RestingEngines:
+def offloaded(restored: httpx.Client, embedded_only: None, url: str, tmp_path: Path) -> OffloadedEngines:
     """The note of a run that was killed while the server rests."""
-    resting = RestingEngines(tmp_path / "released.json")
+    offloaded = OffloadedEngines(tmp_path / "released.json")
     with EnginePool([url]) as pool:
-        resting.rest(pool)
-    return resting
+        offloaded.release(pool)
+    return offloaded
 
 
 def test_a_woken_engine_without_weights_is_brought_to_a_later_process_s_first_version(
-    resting: RestingEngines,
+    offloaded: OffloadedEngines,
     restored: httpx.Client,
     url: str,
     model_dir: Path,
@@ -139,7 +139,7 @@ def test_a_woken_engine_without_weights_is_brought_to_a_later_process_s_first_ve
     other_tensors: dict[str, torch.Tensor],
 ) -> None:
     with EnginePool([url]) as pool:
-        resting.wake(pool)
+        offloaded.resume(pool)
         assert pool.memory(url) == "empty" and not pool.holds_weights(url)
     with EnginePool([url]) as pool:  # another one: the note is gone, the engine is empty
         sync = disk_sync(pool, HFFolder(model_dir), tmp_path / "staging")
@@ -163,12 +163,12 @@ class SpoilingPool(EnginePool):
 
 
 def test_an_empty_engine_is_dropped_when_its_first_update_fails_for_it_has_nothing_to_go_back_to(
-    resting: RestingEngines, url: str, model_dir: Path, tmp_path: Path, other_tensors: dict[str, torch.Tensor]
+    offloaded: OffloadedEngines, url: str, model_dir: Path, tmp_path: Path, other_tensors: dict[str, torch.Tensor]
 ) -> None:
     with SpoilingPool([url]) as pool:
-        resting.wake(pool)
+        offloaded.resume(pool)
         sync = disk_sync(pool, HFFolder(model_dir), tmp_path / "staging")
-        with pytest.raises(EngineError, match=f"weight version 5 is not served .*no engine is left; dropped: {url}"):
+        with pytest.raises(EngineError, match=f"weight version 5 is not served .*no engine is left; lost: {url}"):
             sync.push(iter(other_tensors.items()), 5)
         assert pool.live_urls == ()
         with pytest.raises(EngineError, match="held no weights before: its memory had been released"):
@@ -184,12 +184,12 @@ def test_an_engine_that_rested_within_one_process_goes_back_to_the_version_befor
     tmp_path: Path,
     other_tensors: dict[str, torch.Tensor],
 ) -> None:
-    resting = RestingEngines(tmp_path / "released.json")
+    offloaded = OffloadedEngines(tmp_path / "released.json")
     with SpoilingPool([url]) as pool:
         sync, pool.times = disk_sync(pool, HFFolder(model_dir), tmp_path / "staging"), 0
         sync.push(iter(other_tensors.items()), 5)
-        resting.rest(pool)
-        resting.wake(pool)
+        offloaded.release(pool)
+        offloaded.resume(pool)
         pool.times = 1
         with pytest.raises(EngineError, match="again serve"):
             sync.push(iter((name, tensor + 1) for name, tensor in other_tensors.items()), 6)
@@ -197,7 +197,9 @@ def test_an_engine_that_rested_within_one_process_goes_back_to_the_version_befor
         sync.close()
 
 
-def test_an_engine_is_resumed_once_whoever_woke_it(resting: RestingEngines, restored: httpx.Client, url: str) -> None:
+def test_an_engine_is_resumed_once_whoever_woke_it(
+    offloaded: OffloadedEngines, restored: httpx.Client, url: str
+) -> None:
     class CountingPool(EnginePool):
         resumed = 0
 
@@ -209,16 +211,18 @@ def test_an_engine_is_resumed_once_whoever_woke_it(resting: RestingEngines, rest
         "/resume_memory_occupation", json={}
     ).raise_for_status()  # by a process killed before it could note it
     with CountingPool([url]) as pool:
-        resting.wake(pool)
-        assert pool.resumed == 0 and resting.urls == []
+        offloaded.resume(pool)
+        assert pool.resumed == 0 and offloaded.urls == []
 
 
-def test_an_engine_that_cannot_be_reached_stays_noted_and_the_others_wake(resting: RestingEngines, url: str) -> None:
+def test_an_engine_that_cannot_be_reached_stays_noted_and_the_others_wake(
+    offloaded: OffloadedEngines, url: str
+) -> None:
     gone = "http://127.0.0.1:9"
-    resting.note.write_text(json.dumps([gone, url]))
+    offloaded.note.write_text(json.dumps([gone, url]))
     with EnginePool([gone, url]) as pool:
-        resting.wake(pool)
+        offloaded.resume(pool)
         assert pool.memory(url) == "empty"
-    assert resting.urls == [gone]
-    resting.forget()
-    assert not resting.note.exists()
+    assert offloaded.urls == [gone]
+    offloaded.forget()
+    assert not offloaded.note.exists()

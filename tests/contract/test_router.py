@@ -13,9 +13,10 @@ from transformers import Qwen3ForCausalLM
 
 from megatron_rl.engines.pool import EnginePool, GenerationRequest, SamplingParams
 from megatron_rl.engines.processes.embedded import EmbeddedServers
-from megatron_rl.engines.processes.server_process import ServerProcess, end_processes
+from megatron_rl.engines.processes.server_process import ServerProcess
 from megatron_rl.engines.processes.sglang import start_router
 from megatron_rl.errors import EngineError
+from megatron_rl.supervise import end_sessions
 from tests.contract.conftest import SGLANG, logp_of
 
 PROMPT = (5, 17, 250, 99, 3)
@@ -35,7 +36,7 @@ def router(url: str, other: EmbeddedServers, tmp_path_factory: pytest.TempPathFa
         process.await_health(120, time.monotonic() + 120)
         yield process
     finally:
-        end_processes([process.process])
+        end_sessions([process.process])
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_requests_go_through_the_router_to_engines_that_may_be_used(
 ) -> None:
     with pytest.raises(EngineError, match=f"{router.url}/generate refused .*not supported by the embedded engine"):
         pool.generate(requests(4))
-    pool.hold(other.urls[0], "it serves an older version")
+    pool.quarantine(other.urls[0], "it serves an older version")
     for samples in pool.generate(requests(8)):
         for sample in samples:
             assert sample.logprobs is not None and len(sample.tokens) == 6
@@ -85,7 +86,7 @@ def test_without_its_router_the_pool_generates_nothing_and_names_it(
     """Keep this one last."""
     pool.drop(other.urls[0], "it is gone")
     pool.generate(requests(1))
-    end_processes([router.process])
+    end_sessions([router.process])
     with pytest.raises(EngineError, match=rf"sglang-router at {router.url} is gone \(ConnectError.*router: false"):
         pool.generate(requests(1))
     assert pool.weight_version(url) == "0", "control goes to the engines directly"

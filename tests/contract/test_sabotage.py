@@ -26,9 +26,9 @@ from megatron_rl.engines.pool import EnginePool, GenerationRequest, SamplingPara
 from megatron_rl.engines.processes.embedded import EmbeddedServers
 from megatron_rl.errors import CheckpointError, EngineError
 from megatron_rl.protocol.buckets import Bucket
-from megatron_rl.protocol.payload import pack, shared_buffer, unpack
+from megatron_rl.protocol.payload import pack_payload, shared_buffer, unpack_payload
+from megatron_rl.weight_sync.confirmation import ScoreProbe
 from megatron_rl.weight_sync.sync import WeightSync
-from megatron_rl.weight_sync.transaction import Probe
 from megatron_rl.weight_sync.transports.disk import DiskTransport
 from megatron_rl.weight_sync.transports.distributed import DistributedTransport
 from megatron_rl.weight_sync.transports.tensor import TensorTransport
@@ -102,7 +102,7 @@ class World:
         model_dir: Path,
         transport: Transport,
         committed: int,
-        probe: Callable[[], Probe] | None = None,
+        probe: Callable[[], ScoreProbe] | None = None,
     ) -> None:
         self.pool, self.proxy, self.source = pool, proxy, HFFolder(model_dir)
         self.good, self.bad = pool.live_urls
@@ -137,7 +137,7 @@ class World:
             assert word in message, message
         assert self.sync.version == self.committed
         torch.testing.assert_close(torch.tensor(self.answer()), torch.tensor(self.before), atol=1e-4, rtol=0)
-        in_use = [url for url in self.pool.live_urls if url not in self.pool.held]
+        in_use = [url for url in self.pool.live_urls if url not in self.pool.quarantined]
         assert self.good in in_use
         for url in in_use:
             torch.testing.assert_close(torch.tensor(self.answer(url)), torch.tensor(self.before), atol=1e-4, rtol=0)
@@ -148,7 +148,7 @@ class World:
         self.proxy.tamper, self.proxy.edit = lambda path, body: body, lambda path, answer: answer
         self.sync.readmit()
         self.sync.push(self.weights(10), 10)
-        assert not self.pool.held and self.pool.live_urls == (self.good, self.bad)
+        assert not self.pool.quarantined and self.pool.live_urls == (self.good, self.bad)
         answers = [torch.tensor(self.answer(url)) for url in (self.good, self.bad)]
         torch.testing.assert_close(answers[0], answers[1], atol=1e-4, rtol=0)
         assert not torch.equal(answers[0], torch.tensor(self.before))
@@ -214,7 +214,7 @@ def opaque(pool: EnginePool, sglang_only: None, monkeypatch: pytest.MonkeyPatch)
 def test_where_digests_cannot_be_foretold_tensors_that_stayed_as_they_were_are_noticed(
     opaque: EnginePool, proxy: Proxy, model_dir: Path
 ) -> None:
-    passes_everything = Probe((5, 6, 7), (0.0, 0.0), math.inf)
+    passes_everything = ScoreProbe((5, 6, 7), (0.0, 0.0), math.inf)
     made = World(opaque, proxy, model_dir, TensorTransport(BUCKET), 3, lambda: passes_everything)
     made.proxy.tamper = second_bucket_dropped()
     made.fails(made.bad, "(bucket 1) was sent anew, and the engine holds what it held of version 3")
@@ -222,12 +222,12 @@ def test_where_digests_cannot_be_foretold_tensors_that_stayed_as_they_were_are_n
     made.sync.close()
 
 
-def scored_plainly(model_dir: Path, seed: int) -> Probe:
+def scored_plainly(model_dir: Path, seed: int) -> ScoreProbe:
     """A text as transformers scores it with the weights of that seed, of which an engine in fp32 is at most 1e-3 off."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     model.load_state_dict(dict(moved(HFFolder(model_dir), seed)))
     text = torch.randint(2, VOCAB, (64,), generator=torch.Generator().manual_seed(0)).tolist()
-    return Probe(tuple(text), tuple(logp_of(model, text[:1], text[1:]).tolist()), 1e-3)
+    return ScoreProbe(tuple(text), tuple(logp_of(model, text[:1], text[1:]).tolist()), 1e-3)
 
 
 def test_where_digests_cannot_be_foretold_an_engine_is_known_by_the_log_probabilities_of_the_trainer(
@@ -236,12 +236,12 @@ def test_where_digests_cannot_be_foretold_an_engine_is_known_by_the_log_probabil
     """Versions 3 and 10 are the trainer's own; when it pushes version 9, the engine's weights are not those of its probe."""
     seeds = iter([3, 4, 10])
     made = World(opaque, proxy, model_dir, TensorTransport(BUCKET), 3, lambda: scored_plainly(model_dir, next(seeds)))
-    assert not opaque.held
+    assert not opaque.quarantined
     torch.testing.assert_close(torch.tensor(made.answer(made.bad)), torch.tensor(made.before), atol=1e-4, rtol=0)
     message = made.fails(
         f"{made.bad}, weight version 9: the log-probabilities of the probe are off by", "0.001 is allowed"
     )
-    assert f"{made.good}, weight version 9" not in message and opaque.held.keys() == {made.bad}
+    assert f"{made.good}, weight version 9" not in message and opaque.quarantined.keys() == {made.bad}
     made.recovers()
     made.sync.close()
 
@@ -263,9 +263,9 @@ def swapped_in_the_request(path: str, body: Body) -> Body:
 
 def swapped_in_the_payload(path: str, body: Body) -> Body:
     if path == "/update_weights_from_tensor" and body is not None:
-        tensors = unpack(body["serialized_named_tensors"][0])
+        tensors = unpack_payload(body["serialized_named_tensors"][0])
         renamed = [({NORM: OTHER_NORM, OTHER_NORM: NORM}.get(name, name), tensor) for name, tensor in tensors]
-        body["serialized_named_tensors"] = [pack(renamed)]
+        body["serialized_named_tensors"] = [pack_payload(renamed)]
     return body
 
 
@@ -421,9 +421,12 @@ def test_an_engine_that_hangs_between_begin_and_end_is_dropped_and_comes_back(
     with strike as (made, stopped):
         made.sync.push(made.weights(10), 10)
         stopped.send_signal(signal.SIGCONT)
-        assert made.pool.revive() == (made.bad,) and made.pool.held.keys() == {made.bad}
+        assert made.pool.recover_lost() == (made.bad,) and made.pool.quarantined.keys() == {made.bad}
         made.sync.push(made.weights(11), 11)
-        assert not made.pool.held and [made.pool.weight_version(url) for url in made.pool.live_urls] == ["11", "11"]
+        assert not made.pool.quarantined and [made.pool.weight_version(url) for url in made.pool.live_urls] == [
+            "11",
+            "11",
+        ]
 
 
 def test_a_full_disk_touches_no_engine(world: Callable[..., World], embedded_only: None) -> None:
@@ -444,5 +447,5 @@ def test_an_engine_that_was_restarted_is_not_used_before_it_was_synced(
     made = world("disk", committed=3)
     reset(url, model_dir)  # what a restart comes to: the engine serves the weights it was started with
     made.answer()
-    assert made.pool.held.keys() == {made.bad} and "restarted" in made.pool.held[made.bad]
+    assert made.pool.quarantined.keys() == {made.bad} and "restarted" in made.pool.quarantined[made.bad]
     made.recovers()

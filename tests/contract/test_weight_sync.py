@@ -53,7 +53,7 @@ class Server:
     def __init__(self, model: Path, log: Path) -> None:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "megatron_rl.server.app", "--model", str(model), "--port", str(port)]
+        command = [sys.executable, "-m", "megatron_rl", "serve", "--model", str(model), "--port", str(port)]
         with log.open("wb") as out:
             self.process = subprocess.Popen(
                 [*command, "--threads", "1", "--parent-pid", str(os.getpid())], stdout=out, stderr=subprocess.STDOUT

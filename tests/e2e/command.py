@@ -93,7 +93,7 @@ class Command:
         return [process for process in psutil.process_iter() if _tag(process) == self.tag]
 
     def servers(self) -> list[psutil.Process]:
-        return [p for p in self.members() if "megatron_rl.server.app" in p.cmdline()]
+        return [p for p in self.members() if p.cmdline()[1:4] == ["-m", "megatron_rl", "serve"]]
 
     def rank(self, number: int) -> psutil.Process:
         """The trainer's process of that rank."""

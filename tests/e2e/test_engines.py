@@ -10,12 +10,11 @@ from megatron_rl.config import make_config
 from megatron_rl.engines.pool import EnginePool
 from megatron_rl.engines.processes.embedded import EmbeddedServers
 from megatron_rl.errors import EngineError
-from megatron_rl.objectives import make_objective
 from megatron_rl.policy import parallel
-from megatron_rl.policy.actor import Policy
+from megatron_rl.policy.build import build_policy
 from megatron_rl.policy.device_port import pick_device
 from megatron_rl.precision.plan import resolve
-from megatron_rl.trainer.bringup import Run
+from megatron_rl.weight_sync.publish import publish_weights
 from tests.disk_sync import disk_sync
 from tests.e2e.command import Command, assert_drawn_once, records
 
@@ -67,30 +66,23 @@ class FatalPool(EnginePool):
 def test_a_server_that_dies_inside_a_weight_update_costs_only_itself(arithmetic_model, tmp_path, capsys):
     config = make_config({"model": {"path": str(arithmetic_model)}, "run": {"dir": str(tmp_path)}})
     mesh = parallel.initialize(config.parallel, pick_device("cpu"), seed=0)
-    policy = Policy(config, mesh)
-    run = Run(
-        config,
-        mesh,
-        policy,
-        make_objective(config.objective.spec()),
-        resolve(config.precision, policy.shape.num_layers),
-    )
+    policy = build_policy(config, mesh)
+    precision = resolve(config.precision, policy.shape.num_layers)
     with (
         EmbeddedServers(arithmetic_model, tmp_path, count=2, threads=1) as servers,
-        FatalPool(servers.urls, 60) as run.pool,
+        FatalPool(servers.urls, 60) as pool,
     ):
-        run.sync = disk_sync(run.pool, run.policy.source, tmp_path / "staging", group=mesh.control)
-        run.publish(1)
+        sync = disk_sync(pool, policy.source, tmp_path / "staging", group=mesh.control)
+        publish_weights(policy, sync, precision, 1)
         FatalPool.doomed[servers.urls[0]] = psutil.Process(servers.pids[0])
-        run.publish(2)
-        assert run.pool.live_urls == servers.urls[1:]
-        assert run.pool.weight_version(servers.urls[1]) == "2"
+        publish_weights(policy, sync, precision, 2)
+        assert pool.live_urls == servers.urls[1:]
+        assert pool.weight_version(servers.urls[1]) == "2"
         assert "repeated with 1 of 2 engines" in capsys.readouterr().out
         FatalPool.doomed[servers.urls[1]] = psutil.Process(servers.pids[1])
         with pytest.raises(EngineError, match="no engine is left") as ended:
-            run.publish(3)
+            publish_weights(policy, sync, precision, 3)
         assert all(url in str(ended.value) for url in servers.urls), "also the one that was lost before"
-    run.checkpoints.close()
 
 
 def test_a_run_without_any_server_left_ends_with_one_clear_error(start, small_run, run_folder):

@@ -1,4 +1,4 @@
-"""Word problems in GSM8K's format, trained on through the shipped configuration, over pipeline and tensor parallelizm."""
+"""Word problems in GSM8K's format, trained on through the shipped configuration, over pipeline and tensor parallelism."""
 
 import json
 import os

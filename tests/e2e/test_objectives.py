@@ -17,7 +17,7 @@ KEYS = {
     "drpo": "delta: dppo_matched",
     "ppo": "corrections: [{name: tis}, {name: geo_mask, low: 0.5, high: 2.0}]",
     "dapo": "overlong_buffer: 1",
-    "grpo": "kl_coef: 0.01, entropy_coef: 0.001, level: cumulative",
+    "grpo": "kl_coef: 0.01, entropy_coef: 0.001, ratio_level: cumulative",
 }
 TEACHER = "teacher: {name: erpd_mse}, teacher_updates: 4, keep: [2], signals: [{denominator: unlearned@2, updates: 2}]"
 # erpd_distill takes the token advantages that the second stage of erpd makes; alone it clips the outcome's.

@@ -11,7 +11,7 @@ from tests.e2e.conftest import version_of
 from tests.e2e.test_resume import untimed
 
 ERPD = (
-    "{name: erpd, advantage: grpo, teacher: {name: sapo, denominator: trainer_old}, teacher_updates: 2, "
+    "{name: erpd, advantage: grpo, teacher: {name: sapo, ratio_denominator: trainer_old}, teacher_updates: 2, "
     "signals: [{teacher: last, denominator: old, updates: 2}]}"
 )
 
@@ -32,7 +32,7 @@ def test_an_asynchronous_run_keeps_its_bound_on_staleness(cli, small_run, run_fo
 
 
 def test_groups_beyond_need_are_given_up_and_groups_without_a_signal_replaced(cli, small_run, run_folder):
-    fixed = ["run.steps=4", "rollout.oversample=1.5", "rollout.dynamic_sampling=2", "rollout.samples_per_prompt=4"]
+    fixed = ["run.steps=4", "rollout.oversample=1.5", "rollout.max_resampled_groups=2", "rollout.samples_per_prompt=4"]
     result = cli("train", small_run, *fixed)
     assert result.code == 0, result.all
     found = records(run_folder)
@@ -46,7 +46,7 @@ def test_groups_beyond_need_are_given_up_and_groups_without_a_signal_replaced(cl
 def test_a_deterministic_run_that_overlaps_and_is_killed_in_between_is_the_one_that_was_not(
     start, cli, small_run, tmp_path
 ):
-    fixed = ["rollout.deterministic=true", "rollout.max_staleness=2", "rollout.dynamic_sampling=2"]
+    fixed = ["rollout.deterministic=true", "rollout.max_staleness=2", "rollout.max_resampled_groups=2"]
     fixed += ["optimizer.warmup_updates=8", "run.steps=9", "run.save_every=3"]
     result = cli("train", small_run, *fixed, "run.name=straight")
     assert result.code == 0, result.all
@@ -118,8 +118,8 @@ def test_requests_that_run_through_a_weight_update_go_on_and_their_tokens_know_t
             ["rollout.oversample: 1.5", "rollout.deterministic"],
         ),
         (
-            ["rollout.dynamic_sampling=2", "rollout.samples_per_prompt=1"],
-            ["rollout.dynamic_sampling", "samples_per_prompt"],
+            ["rollout.max_resampled_groups=2", "rollout.samples_per_prompt=1"],
+            ["rollout.max_resampled_groups", "samples_per_prompt"],
         ),
         (
             ["rollout.max_staleness=1", f"objective={ERPD}"],

@@ -1,4 +1,4 @@
-"""What tests on a GPU have in common: what they need, and how close a product on tensor cores has to be."""
+"""Helpers of the GPU tests: requirements of the device, and the tolerance of products on tensor cores."""
 
 import importlib.util
 import json
@@ -22,12 +22,12 @@ def needs_capability(major: int, minor: int = 0) -> pytest.MarkDecorator:
     return pytest.mark.skipif((major, minor) > CAPABILITY, reason=f"needs a CUDA device of sm_{major}{minor} or newer")
 
 
-# torch has products of block scales there alone, and Transformer Engine those of fp32 block scales.
+# torch has products with block scales only on sm_90. Transformer Engine has those with fp32 block scales only there.
 only_hopper = pytest.mark.skipif(CAPABILITY[0] != 9, reason="needs a CUDA device of sm_90")
 
 
 def raw(codes: Tensor) -> Tensor:
-    """The bytes of codes on the CPU, in their shape: FP8 tensors cannot be compared themselves."""
+    """Return the bytes of codes on the CPU, in their shape, because FP8 tensors cannot be compared directly."""
     return codes.detach().contiguous().view(torch.uint8).cpu()
 
 
@@ -36,7 +36,7 @@ def unhex(codes: list[str]) -> list[int]:
 
 
 def spread(rows: int, columns: int, dtype: torch.dtype = torch.float32, seed: int = 0, tile: int = 128) -> Tensor:
-    """Normal numbers whose size differs from tile to tile by powers of ten, so that a wrong scale cannot go unseen."""
+    """Return normal numbers whose magnitude differs between tiles by powers of ten, so that a wrong scale shows."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, columns, generator=generator)
     sizes = 10.0 ** torch.randint(-3, 4, (-(-rows // tile), -(-columns // tile)), generator=generator)
@@ -44,9 +44,10 @@ def spread(rows: int, columns: int, dtype: torch.dtype = torch.float32, seed: in
 
 
 def assert_as_accumulated(product_MN: Tensor, a_MK: Tensor, b_NK: Tensor) -> None:
-    """product = a @ b.T up to one rounding to bfloat16 (2^-9 of the result) and the accumulation of tensor cores.
+    """Assert that product = a @ b.T up to one rounding to bfloat16 and the accumulation of tensor cores.
 
-    These keep about 14 bits of a sum of FP8 products: 2^-13 of the sum of magnitudes; twice each is allowed.
+    The rounding error is 2^-9 of the result. Tensor cores keep about 14 bits of a sum of FP8 products, which is an
+    error of 2^-13 of the sum of magnitudes. The test allows twice each.
     """
     a, b = a_MK.double().cpu(), b_NK.double().cpu()
     expected = a @ b.t()
@@ -56,6 +57,6 @@ def assert_as_accumulated(product_MN: Tensor, a_MK: Tensor, b_NK: Tensor) -> Non
 
 
 def relative(a: Any, b: Any) -> float:
-    """Norm of a - b over the norm of b."""
+    """Return the norm of a - b divided by the norm of b."""
     a, b = (torch.as_tensor(x, dtype=torch.float64).flatten() for x in (a, b))
     return float((a - b).norm() / b.norm())

@@ -1,4 +1,4 @@
-"""The words that the GPU's noise kernels draw from, taken out by a kernel of their own. Needs triton."""
+"""A kernel that returns the random words from which the GPU's noise kernels compute normals. Needs triton."""
 
 import torch
 import triton
@@ -11,7 +11,7 @@ _BLOCK = 256
 
 
 def words(counter: torch.Tensor, key: Key) -> torch.Tensor:
-    """[n, 4] int64 words of counters [n, 4] int64, drawn as `kernels._normals` does."""
+    """Return the words, int64 [n, 4], of counters int64 [n, 4], computed as in `kernels._normals`."""
     count = len(counter)
     out = torch.empty(count, 4, dtype=torch.int64, device=counter.device)
     k0, k1 = map(_signed, key)

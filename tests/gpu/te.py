@@ -1,6 +1,6 @@
-"""Transformer Engine's quantizers, their codes and scales brought into the layout of `precision.formats`.
+"""Transformer Engine's quantizers, with codes and scales in the layout of `precision.formats`.
 
-Called where it is installed only; the seam at which it is imported.
+Only this module of the GPU tests imports Transformer Engine. Its functions are called only if the package is installed.
 """
 
 import importlib
@@ -15,7 +15,7 @@ ELEMENTS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 @dataclass(frozen=True)
 class Codes:
-    """uint8 codes [M, N] and scale_inv of x [M, N], and of its transpose where that is quantized anew."""
+    """uint8 codes [M, N] and scale_inv of x [M, N], and those of its transpose if that is quantized separately."""
 
     codes: Tensor
     scale_inv: Tensor
@@ -32,14 +32,14 @@ def _tensors(module: str) -> Any:
 
 
 def current(x: Tensor, element: str, *, pow2: bool) -> Codes:
-    """One scale per tensor, from the tensor."""
+    """Quantize x with one scale per tensor, computed from the tensor."""
     kind = _tensors("float8_tensor").Float8CurrentScalingQuantizer
     made = kind(_element(element), device=torch.device("cuda"), columnwise=False, force_pow_2_scales=pow2)(x)
     return Codes(made._data, made._scale_inv)
 
 
 def delayed(x: Tensor, element: str, scale: Tensor) -> tuple[Codes, Tensor]:
-    """One given scale per tensor; also the amax that is noted."""
+    """Quantize x with one given scale per tensor. Return also the amax that Transformer Engine records."""
     amax = torch.zeros(1, device="cuda")
     made = _tensors("float8_tensor").Float8Quantizer(
         scale.reshape(1).cuda(), amax, _element(element), columnwise=False
@@ -48,8 +48,11 @@ def delayed(x: Tensor, element: str, scale: Tensor) -> tuple[Codes, Tensor]:
 
 
 def blockwise(x: Tensor, element: str, *, square: bool, pow2: bool) -> Codes:
-    """One scale per 128 x 128 or per 1 x 128 elements. Transformer Engine stores scales as its products read them: those of
-    1 x 128 blocks transposed, both padded along the last dimension to a multiple of 4."""
+    """Quantize x with one scale per 128 x 128 elements (`square`) or per 1 x 128 elements.
+
+    Transformer Engine stores scales in the layout that its products read. Those of 1 x 128 blocks are transposed. Both
+    are padded along the last dimension to a multiple of 4.
+    """
     kind = _tensors("float8_blockwise_tensor").Float8BlockQuantizer
     quantizer = kind(
         _element(element),
@@ -69,19 +72,22 @@ def blockwise(x: Tensor, element: str, *, square: bool, pow2: bool) -> Codes:
 
 
 def unpadded(scales: Tensor, rows: int, columns: int, square: bool) -> Tensor:
-    """[tiles down, tiles across] of a [rows, columns] matrix."""
+    """Return the scales [tiles down, tiles across] of a [rows, columns] matrix without padding."""
     across = -(-columns // 128)
     return scales[: -(-rows // 128), :across] if square else scales[:across, :rows].t()
 
 
 def mxfp8(x: Tensor, element: str) -> Codes:
-    """One exponent per 1 x 32 elements; scales padded to [multiple of 128, multiple of 4]."""
+    """Quantize x with one exponent per 1 x 32 elements.
+
+    Transformer Engine pads the scales to [multiple of 128, multiple of 4]. The padding is removed here.
+    """
     made = _tensors("mxfp8_tensor").MXFP8Quantizer(_element(element), rowwise=True, columnwise=False)(x)
     return Codes(made._rowwise_data, made._rowwise_scale_inv[: x.shape[0], : x.shape[1] // 32])
 
 
 def linear(columns: int, rows: int, weight_NK: Tensor) -> Any:
-    """te.Linear without bias that holds this weight."""
+    """Return a te.Linear without bias that has this weight."""
     module = importlib.import_module("transformer_engine.pytorch").Linear(
         columns, rows, bias=False, params_dtype=weight_NK.dtype, device="cuda"
     )
@@ -91,7 +97,11 @@ def linear(columns: int, rows: int, weight_NK: Tensor) -> Any:
 
 
 def block_recipe(*, pow2: bool, hybrid: bool) -> Any:
-    """Float8BlockScaling; whether scales are powers of two is an attribute of the class, read from the environment."""
+    """Return Float8BlockScaling with or without power-of-two scales.
+
+    Transformer Engine makes this choice in class attributes that it reads from the environment, so they are replaced on
+    the instance.
+    """
     recipes = importlib.import_module("transformer_engine.common.recipe")
     form = recipes.Format.HYBRID if hybrid else recipes.Format.E4M3
     made = recipes.Float8BlockScaling(fp8_format=form)
@@ -101,7 +111,7 @@ def block_recipe(*, pow2: bool, hybrid: bool) -> Any:
 
 
 def autocast(recipe: Any) -> Any:
-    """The context in which modules quantize; its name changed in 2.8."""
+    """Return the context in which modules quantize. Its name changed in Transformer Engine 2.8."""
     te = importlib.import_module("transformer_engine.pytorch")
     if hasattr(te, "autocast"):
         return te.autocast(enabled=True, recipe=recipe)

@@ -1,4 +1,4 @@
-"""What one rank on a GPU runs: a training step on Transformer Engine's layers, or on megatron-core's local ones."""
+"""A training step of one rank on a GPU, with Transformer Engine's layers or with megatron-core's local layers."""
 
 import sys
 from pathlib import Path
@@ -12,19 +12,19 @@ from tests.parallel.steps import OBJECTIVE, make_batch, make_policy
 
 
 def local_layers() -> None:
-    """Make this process do without Transformer Engine, wherever the package has noted that it is there."""
+    """Turn Transformer Engine off in this process: set HAVE_TE to False in every loaded module of the package."""
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron_rl.") and hasattr(module, "HAVE_TE"):
             module.HAVE_TE = False  # type: ignore[attr-defined]
 
 
 def layers_of(policy: Policy) -> str:
-    """The class of the first layer's first linear: what really multiplies."""
+    """Return the class name of the first layer's first linear, which shows the implementation that multiplies."""
     return type(policy.models[0].decoder.layers[0].self_attention.linear_qkv).__name__
 
 
 def step(model: Path, transformer_engine: bool, precision: dict[str, Any]) -> dict[str, Any]:
-    """One update: log-probabilities, loss, the gradients of every layer's matrices, and what multiplied."""
+    """Run one update. Return logp, loss, metrics, gradients of all layer matrices, and the class that multiplied."""
     if not transformer_engine:
         local_layers()
     policy = make_policy(model, {}, precision=precision)
@@ -34,9 +34,8 @@ def step(model: Path, transformer_engine: bool, precision: dict[str, Any]) -> di
 
     def noting_step(grad_norm: float) -> None:
         for name, parameter in policy.models[0].named_parameters():
-            if (
-                ".linear_" in name and parameter.dim() == 2
-            ):  # vectors: Transformer Engine's norms lie inside its linears
+            # Vectors are skipped, because Transformer Engine's norms are inside its linears.
+            if ".linear_" in name and parameter.dim() == 2:
                 grads[name] = parameter.main_grad.float().cpu().numpy()
         optimizer_step(grad_norm)
 

@@ -1,4 +1,4 @@
-"""The noise of a GPU is that of a CPU: the same integers, and normals up to rounding."""
+"""The noise on a GPU equals the noise on a CPU: the integers are equal, the normals are equal up to rounding."""
 
 import numpy as np
 import pytest

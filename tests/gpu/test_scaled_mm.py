@@ -1,10 +1,10 @@
-"""The emulation against the hardware: torch's own FP8 products, on the emulator's codes and scales."""
+"""The emulation agrees with the hardware: torch's own FP8 products run on the emulator's codes and scales."""
 
 import pytest
 import torch
 
 from megatron_rl.precision.formats import FORMATS, quantize
-from megatron_rl.precision.tensor_cores import MODES, missing, operands, scaled_mm
+from megatron_rl.precision.tensor_cores import MODES, missing_feature, operands, scaled_mm
 from tests.gpu.needs import assert_as_accumulated, needs_capability, needs_cuda, only_hopper, raw, spread
 
 SHAPES = [(128, 256, 128), (256, 384, 640), (512, 128, 2048)]
@@ -33,7 +33,7 @@ def test_a_scale_in_the_wrong_place_would_be_seen(mode):
 @only_hopper
 @pytest.mark.parametrize("mode", MODES)
 def test_the_doctor_finds_every_mode_on_hopper(mode):
-    assert missing(mode, torch.device("cuda")) is None
+    assert missing_feature(mode, torch.device("cuda")) is None
 
 
 @needs_cuda

@@ -1,4 +1,4 @@
-"""Transformer Engine's own quantizers: its codes and scales are the golden vectors', and the emulator's, bit for bit."""
+"""Transformer Engine's codes and scales equal the golden vectors and those of the emulator, bit for bit."""
 
 from collections import Counter
 
@@ -83,7 +83,7 @@ def test_micro_scales_give_the_golden_codes(name, first):
     assert raw(found.scale_inv)[0, 0].item() == unhex(GOLDEN[name]["e"])[0]
 
 
-# --- the emulator, on what golden vectors do not hold
+# --- the emulator, on cases that the golden vectors do not cover
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -121,7 +121,7 @@ def test_micro_scales_are_the_emulators(element):
 
 
 class Unwatched:
-    """What `QuantizedProducts` tells of itself."""
+    """A watcher that counts the products of `QuantizedProducts` and gives no scale."""
 
     def __init__(self) -> None:
         self.ran: Counter[str] = Counter()
@@ -137,7 +137,7 @@ class Unwatched:
 @pytest.mark.parametrize("form", ["e4m3", "hybrid"])
 @pytest.mark.parametrize("pow2", POW2)
 def test_a_block_scaled_linear_has_the_emulated_products(form, pow2):
-    """Forward, and both gradients."""
+    """The output and both gradients agree with the emulation."""
     x, w = spread(256, 512, torch.bfloat16, seed=1).cuda(), (0.02 * spread(384, 512, seed=2)).bfloat16().cuda()
     grad = spread(256, 384, torch.bfloat16, seed=3).cuda()
     plan = resolve(PrecisionConfig(train="bf16", recipe="blockwise", format=form, pow2_scales=pow2), 1)
@@ -151,7 +151,7 @@ def test_a_block_scaled_linear_has_the_emulated_products(form, pow2):
     theirs.backward(grad)
     assert watcher.ran == {"fprop": 1, "dgrad": 1, "wgrad": 1}
     assert_as_accumulated(theirs, quantize(x, operands.inputs).dequantize(), quantize(w, operands.weights).dequantize())
-    # Both round to bfloat16 once (at most 2^-8 of an element apart); unquantized products are some 3 % away.
+    # Both round to bfloat16 once, so elements differ by at most 2^-8. Unquantized products differ by about 3 %.
     for found, expected in ((theirs, ours), (their_x.grad, ours_x.grad), (module.weight.grad, ours_w.grad)):
         assert relative(found.detach().cpu(), expected.detach().cpu()) < 4e-3
     assert relative((x @ w.t()).cpu(), ours.detach().cpu()) > 1e-2

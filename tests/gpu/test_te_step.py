@@ -1,4 +1,4 @@
-"""A step on Transformer Engine's layers is the emulated step, up to what rounding and accumulation do to codes."""
+"""A step on Transformer Engine's layers equals the emulated step, up to what rounding and accumulation do to codes."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ RECIPES = {
 
 
 def aligned_model(folder: Path) -> Path:
-    """Random weights; every dimension is a multiple of 128, so that blocks are those of Transformer Engine."""
+    """Save a model with random weights. All dimensions are multiples of 128, so Transformer Engine has equal blocks."""
     config = Qwen3Config(
         vocab_size=259,
         hidden_size=256,
@@ -44,7 +44,10 @@ def aligned_model(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
-    """Steps by (whose layers, recipe), each in a process of its own: Transformer Engine is switched off for good there."""
+    """Return a function that runs a step with the given layers and recipe, once each.
+
+    Every step runs in its own process, because Transformer Engine cannot be turned on again there.
+    """
     model, done = aligned_model(tmp_path_factory.mktemp("aligned")), {}
 
     def run(transformer_engine: bool, name: str) -> dict:
@@ -83,8 +86,10 @@ def test_without_a_recipe_both_sorts_of_layers_agree_as_bfloat16_does(steps):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_quantized_step_is_the_emulated_one(steps, recipe):
-    """Inputs that differ by a rounding of bfloat16 fall into other codes here and there, so codes deep in the model are not
-    all equal; but what Transformer Engine computes is nearer to the emulation than either is to the unquantized step."""
+    """Transformer Engine's result is nearer to the emulation than the emulation is to the unquantized step.
+
+    Inputs that differ by one bfloat16 rounding sometimes get other codes, so codes deep in the model are not all equal.
+    """
     ours, theirs, plain = steps(False, recipe), steps(True, recipe), steps(False, "none")
     trained = ours["trained"]
     apart = np.abs(ours["logp"] - theirs["logp"])[trained].mean()

@@ -1,7 +1,11 @@
-"""What the ranks of a group run to show that perturbed layers are the same under every layout."""
+"""Functions that the ranks of a group run to test that perturbed layers are equal under every layout.
+
+The common arguments are described in `tests.parallel.steps`.
+"""
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +13,11 @@ import numpy as np
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from megatron_rl.alp.layer import Draw, PerturbedLayer
+from megatron_rl.alp.layer import NoiseDraw, PerturbedLayer
 from megatron_rl.alp.logits import LogitNoise
 from megatron_rl.alp.names import is_sigma
 from megatron_rl.alp.noise import Key, NoiseRows, noise_key, normals
-from megatron_rl.alp.sigma import HoldsSigma, sigma_holders
+from megatron_rl.alp.sigma import SigmaModule, sigma_modules
 from megatron_rl.objectives import make_objective
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.checkpoint import Checkpoints
@@ -30,16 +34,16 @@ def alp_policy(model: Path, layout: dict[str, Any], **sections: Any) -> Policy:
     return make_policy(model, layout, run={"seed": SEED}, alp={**ALP, **sections.pop("alp", {})}, **sections)
 
 
-def place(holder: HoldsSigma, policy: Policy) -> str:
+def place(holder: SigmaModule, policy: Policy) -> str:
     return "logits" if holder.layer_index == policy.shape.num_layers else f"layer {holder.layer_index}"
 
 
 def sigmas(policy: Policy, pick: Any = lambda p: p.data) -> dict[str, np.ndarray]:
-    """`layer n` or `logits` -> what `pick` answers for its log_sigma, of all stages, on rank 0. Ranks agree on it."""
+    """Return {`layer n` or `logits`: `pick` of its log_sigma} of all stages, on rank 0. Check that ranks agree."""
     own = {
         place(holder, policy): pick(holder.log_sigma).detach().float().numpy().copy()
         for chunk in policy.models
-        for holder in sigma_holders(chunk)
+        for holder in sigma_modules(chunk)
     }
     merged: dict[str, np.ndarray] = {}
     for part in policy.mesh.gather(own):
@@ -49,12 +53,18 @@ def sigmas(policy: Policy, pick: Any = lambda p: p.data) -> dict[str, np.ndarray
 
 
 def named(policy: Policy, pick: Any = None) -> dict[str, np.ndarray]:
-    """As `exported`, with the scales among them."""
+    """Return `exported` together with `sigmas`."""
     return exported(policy, pick) | (sigmas(policy, pick) if pick else sigmas(policy))
 
 
 class NoiseNotes:
-    """(layer, trajectory, position) -> noise, in bits, as the layers, or the logits, of this rank are given it."""
+    """Recorder of the noise that this rank's layers or logits get.
+
+    Attributes:
+        seen: bytes of the noise by (layer, trajectory, position).
+        vocab: size of the vocabulary.
+        hooks: the hooks on the layers.
+    """
 
     def __init__(self, policy: Policy) -> None:
         self.seen: dict[tuple[int, int, int], bytes] = {}
@@ -74,7 +84,7 @@ class NoiseNotes:
             self._note(layer.layer_index, draw.rows, key, layer.config.hidden_size)
 
     def _noting(self, make: Callable[..., LogitNoise], index: int) -> Callable[..., LogitNoise]:
-        def noting(draw: Draw, scored_R: torch.Tensor) -> LogitNoise:
+        def noting(draw: NoiseDraw, scored_R: torch.Tensor) -> LogitNoise:
             noise = make(draw, scored_R)
             self._note(index, noise.rows, noise.key, self.vocab)
             return noise
@@ -89,18 +99,20 @@ class NoiseNotes:
                 assert self.seen.setdefault(name, row.tobytes()) == row.tobytes(), f"{name} has two values"
 
     def of_all_ranks(self, policy: Policy) -> tuple[dict[tuple[int, int, int], bytes], int]:
-        """On rank 0, and how often ranks disagree."""
+        """Return the noise of all ranks on rank 0, and how often ranks disagree."""
         merged: dict[tuple[int, int, int], bytes] = {}
         parts = policy.mesh.gather(self.seen)
         return merged, sum(merged.setdefault(name, row) != row for part in parts for name, row in part.items())
 
 
 def step(model: Path, layout: dict[str, Any], sabotage: str | None = None, **sections: Any) -> dict[str, Any]:
-    """As `steps.step`, with perturbation: the scales are among gradients and weights, and the noise is answered too."""
+    """Make the step of `steps.step` with perturbation. Gradients and weights include the sigmas.
+
+    The noise is also returned. sabotage: `seed_of_rank` gives every rank another seed.
+    """
     policy = alp_policy(model, layout, **sections)
     if sabotage == "seed_of_rank":
-        run = policy.config.run.model_copy(update={"seed": SEED + policy.mesh.rank})
-        policy.config = policy.config.model_copy(update={"run": run})
+        policy.settings = replace(policy.settings, noise_seed=SEED + policy.mesh.rank)
     notes = NoiseNotes(policy)
     stats, grads = noted_update(policy, named)
     noise, conflicts = notes.of_all_ranks(policy)
@@ -117,7 +129,10 @@ def step(model: Path, layout: dict[str, Any], sabotage: str | None = None, **sec
 
 
 def gradient_by_differences(model: Path, layout: dict[str, Any], **sections: Any) -> dict[str, tuple[float, float]]:
-    """`layer n` or `logits` -> d loss / d log_sigma as backward gives it, and as four losses around it do, those in float64."""
+    """Return {`layer n` or `logits`: (d loss / d log_sigma from backward, the same from four losses around it)}.
+
+    The four losses are computed in float64.
+    """
     policy = alp_policy(model, layout, **sections)
     batch, objective = make_batch(), make_objective(OBJECTIVE)
     grads: dict[str, np.ndarray] = {}
@@ -135,7 +150,7 @@ def gradient_by_differences(model: Path, layout: dict[str, Any], **sections: Any
         return sum(float(report["loss"]) for report in results)
 
     answer = {}
-    for holder in sigma_holders(policy.models[0]):
+    for holder in sigma_modules(policy.models[0]):
         value, found = holder.log_sigma.data.clone(), 0.0
         for factor, weight in ((1, 8), (-1, -8), (2, -1), (-2, 1)):
             holder.log_sigma.data = value + factor * 0.05
@@ -147,7 +162,7 @@ def gradient_by_differences(model: Path, layout: dict[str, Any], **sections: Any
 
 
 def scores_and_export(model: Path, layout: dict[str, Any], folder: Path, **alp: Any) -> dict[str, Any]:
-    """Log-probabilities, reference ones, names of the export and of a saved folder, of a policy whose sigma is huge."""
+    """Score, export, save and update a policy whose sigma is huge. Return log-probabilities and exported names."""
     policy = alp_policy(model, layout, alp={"sigma_init": 10.0, **alp})
     policy.keep_reference()
     clean, reference = policy.logprobs(make_batch()), policy.reference_logprobs(make_batch())
@@ -159,7 +174,11 @@ def scores_and_export(model: Path, layout: dict[str, Any], folder: Path, **alp: 
 
 
 def updates(model: Path, layout: dict[str, Any], count: int = 1, **sections: Any) -> dict[str, Any]:
-    """`count` updates: the last one's stats, weights, sigmas, the dtype and the group of every log_sigma."""
+    """Make `count` updates.
+
+    Return the log-probabilities of each, the last one's stats, the weights and sigmas, and the dtypes and names of
+    every log_sigma.
+    """
     policy = alp_policy(model, layout, **sections)
     batch, objective = make_batch(), make_objective(OBJECTIVE)
     stats = [policy.update(batch, objective, objective.norm) for _ in range(count)]
@@ -179,7 +198,7 @@ def updates(model: Path, layout: dict[str, Any], count: int = 1, **sections: Any
 
 
 def save_and_go_on(model: Path, layout: dict[str, Any], folder: Path, **sections: Any) -> dict[str, Any]:
-    """Two updates, a checkpoint, a third update."""
+    """Make two updates, save a checkpoint, and make a third update."""
     policy = alp_policy(model, layout, **sections)
     for _ in range(2):
         update(policy)
@@ -192,7 +211,7 @@ def save_and_go_on(model: Path, layout: dict[str, Any], folder: Path, **sections
 
 
 def load_and_go_on(model: Path, layout: dict[str, Any], folder: Path, **sections: Any) -> dict[str, Any]:
-    """That checkpoint into a fresh policy that starts from another sigma, and the next update."""
+    """Load that checkpoint into a new policy that starts from another sigma, and make the next update."""
     policy = alp_policy(model, layout, **sections)
     checkpoints = Checkpoints(folder, policy, keep=2)
     checkpoints.load_newest()

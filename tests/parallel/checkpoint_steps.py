@@ -1,4 +1,7 @@
-"""What the ranks of a group run to save a policy, to load it under a layout, and to make the update that follows."""
+"""Functions that the ranks of a group run to save a policy, load it under a layout, and make the next update.
+
+The common arguments are described in `tests.parallel.steps`. `folder` holds the checkpoints.
+"""
 
 import contextlib
 import functools
@@ -21,14 +24,17 @@ from tests.parallel.steps import OBJECTIVE, exported, make_batch, make_policy
 
 
 def update(policy: Policy) -> dict[str, Any]:
-    """One update; rank 0 answers what it did and the weights after it."""
+    """Make one update. Return its stats and, on rank 0, the weights after it."""
     objective = make_objective(OBJECTIVE)
     stats = policy.update(make_batch(), objective, objective.norm)
     return {"loss": stats.loss, "grad_norm": stats.grad_norm, "logp": stats.logp, "weights": exported(policy)}
 
 
 def save_and_go_on(model: Path, layout: dict[str, Any], folder: Path, **sections: Any) -> dict[str, Any]:
-    """Two updates, a checkpoint, a third update: the weights saved, the random numbers to come, the third update."""
+    """Make two updates, save a checkpoint, and make a third update.
+
+    Return the saved weights, the next random numbers and the third update.
+    """
     policy = make_policy(model, layout, **sections)
     update(policy)
     saved = update(policy)["weights"]
@@ -40,7 +46,7 @@ def save_and_go_on(model: Path, layout: dict[str, Any], folder: Path, **sections
 
 
 def load_and_go_on(model: Path, layout: dict[str, Any], folder: Path, **sections: Any) -> dict[str, Any]:
-    """The newest checkpoint into a fresh policy, what was said about it, and the next update."""
+    """Load the newest checkpoint into a new policy and make the next update. Also return what was printed."""
     policy = make_policy(model, layout, **sections)
     torch.manual_seed(1234)
     checkpoints, said = Checkpoints(folder, policy, keep=2), io.StringIO()
@@ -54,7 +60,7 @@ def load_and_go_on(model: Path, layout: dict[str, Any], folder: Path, **sections
 
 
 def refused_load(model: Path, layout: dict[str, Any], folder: Path) -> str:
-    """What loading the newest checkpoint says when it is refused."""
+    """Return the error message of loading the newest checkpoint."""
     checkpoints = Checkpoints(folder, make_policy(model, layout), keep=2)
     try:
         checkpoints.load_newest()
@@ -68,7 +74,7 @@ def refused_load(model: Path, layout: dict[str, Any], folder: Path) -> str:
 def save_each_update(
     model: Path, layout: dict[str, Any], folder: Path, count: int, keep: int
 ) -> list[dict[str, np.ndarray]]:
-    """`count` updates with a checkpoint after each; the weights of every checkpoint."""
+    """Make `count` updates with a checkpoint after each. Return the weights of every checkpoint."""
     policy = make_policy(model, layout)
     checkpoints, weights = Checkpoints(folder, policy, keep), []
     for step in range(1, count + 1):
@@ -81,7 +87,7 @@ def save_each_update(
 def update_while_saving(
     model: Path, layout: dict[str, Any], folder: Path, gate: Path, **sections: Any
 ) -> dict[str, Any]:
-    """A checkpoint whose files are written only after two further updates were made."""
+    """Save a checkpoint whose files are written only after two more updates. Writers wait for the file `gate`."""
     policy = make_policy(model, layout, **sections)
     before = update(policy)["weights"]
     checkpoints = Checkpoints(folder, policy, keep=2)
@@ -98,7 +104,7 @@ def update_while_saving(
 
 @contextlib.contextmanager
 def _writers_wait_for(gate: Path) -> Iterator[None]:
-    """Writer processes forked inside write nothing until `gate` exists: as on a slow disk."""
+    """Make writer processes that are forked inside wait until `gate` exists, as on a slow disk."""
     write_item = filesystem_async._write_item
 
     @functools.wraps(write_item)
@@ -116,10 +122,11 @@ def _writers_wait_for(gate: Path) -> Iterator[None]:
 
 
 def start_again(model: Path, layout: dict[str, Any], folder: Path, **sections: Any) -> dict[str, Any]:
-    """Checkpoint 0 of an untouched policy, three updates with one each, then back to 0 with a fresh optimizer.
+    """Save checkpoint 0, make three updates with a checkpoint each, then load checkpoint 0 with a reset optimizer.
 
-    The weights after the first two updates, then again from a live policy, and from one that never made an update;
-    the digests at 0, after loading 0, after loading the weights of 2 alone; those weights; what is left on disk.
+    Return the weights after the first two updates: from the first run, again from the same policy, and from a policy
+    that never made an update. Also return the digests at 0, after loading 0, and after loading only the weights of 2,
+    these weights, and the names that are left on disk.
     """
     policy = make_policy(model, layout, **sections)
     checkpoints = Checkpoints(folder, policy, keep=1, pinned=[0, 2])

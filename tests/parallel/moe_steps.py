@@ -1,4 +1,7 @@
-"""What the ranks of a group run for mixture-of-experts models: a step, its replicas, and what happens to shifted experts."""
+"""Functions that the ranks of a group run for mixture-of-experts models.
+
+The common arguments are described in `tests.parallel.steps`.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +21,7 @@ from tests.parallel.steps import exported, make_batch, make_policy, noted_update
 
 
 def expert_replicas_differ(policy: Policy) -> float:
-    """Largest difference of an expert between the ranks that hold a copy of it."""
+    """Return the largest difference of an expert between the ranks that hold a copy of it."""
     group, worst = parallel_state.get_expert_data_parallel_group(), 0.0
     for chunk in policy.models:
         for name, p in chunk.named_parameters():
@@ -31,7 +34,7 @@ def expert_replicas_differ(policy: Policy) -> float:
 
 
 def shift_experts(policy: Policy) -> None:
-    """Every rank's experts take the weights of their neighbor: a wrong offset."""
+    """Give every expert of this rank the weights of its neighbor, as a wrong offset would."""
     for chunk in policy.models:
         for layer in chunk.decoder.layers:
             experts = layer.mlp.experts.local_experts
@@ -42,7 +45,7 @@ def shift_experts(policy: Policy) -> None:
 
 
 def as_dense_parameters(chunk: Any) -> None:
-    """What megatron-core takes experts for where one expert-parallel rank holds them all."""
+    """Mark experts as dense parameters, as megatron-core does if one expert-parallel rank holds them all."""
     prepare_experts(chunk)
     for layer in chunk.decoder.layers:
         for p in layer.mlp.experts.parameters():
@@ -50,7 +53,7 @@ def as_dense_parameters(chunk: Any) -> None:
 
 
 def step(model: Path, layout: dict[str, Any], sabotage: str | None = None, **sections: Any) -> dict[str, Any]:
-    """As `steps.step`; sabotage: `shifted` experts, or experts taken for `dense` parameters."""
+    """Make the step of `steps.step`. sabotage: `shifted` experts, or experts marked as `dense` parameters."""
     if sabotage == "dense":
         policy_model.prepare_experts = as_dense_parameters
     try:
@@ -75,7 +78,14 @@ def step(model: Path, layout: dict[str, Any], sabotage: str | None = None, **sec
 
 
 def replay_batch(seed: int = 3, experts: int = 8, per_token: int = 2, layers: int = 4) -> Batch:
-    """The usual batch with experts drawn at random; some tokens, and the last of each trajectory, have none."""
+    """Return the usual batch with random experts. Some tokens, and the last one of each trajectory, have none.
+
+    Args:
+        seed: seed of the experts.
+        experts: number of experts.
+        per_token: number of experts per token.
+        layers: number of layers.
+    """
     batch, rng = make_batch(), np.random.default_rng(seed)
     routing = rng.random((len(batch.tokens), layers, experts)).argsort(-1)[..., :per_token].astype(np.int32)
     routing[rng.random(len(batch.tokens)) < 0.1] = -1
@@ -84,13 +94,15 @@ def replay_batch(seed: int = 3, experts: int = 8, per_token: int = 2, layers: in
 
 
 def shift_rows(policy: Policy) -> None:
-    """Every token is given the experts of its neighbor in the stream."""
+    """Give every token the experts of its neighbor in the stream."""
     rows = policy.routing.rows
-    policy.routing.rows = lambda micro: rows(replace(micro, routing=micro.routing.roll(1, 0)))  # type: ignore[method-assign]
+    policy.routing.rows = lambda micro: rows(  # type: ignore[method-assign]
+        replace(micro, routing=micro.routing.roll(1, 0))
+    )
 
 
 def replay_step(model: Path, layout: dict[str, Any], sabotage: str | None = None, **sections: Any) -> dict[str, Any]:
-    """One update whose routing is replayed, and the log-probabilities before it; sabotage: `shifted` rows."""
+    """Make one update with replayed routing. Also return the log-probabilities before it. sabotage: `shifted` rows."""
     alp = "alp" in sections
     policy = (alp_policy if alp else make_policy)(model, layout, rollout={"routing_replay": True}, **sections)
     if sabotage == "shifted":
@@ -111,11 +123,13 @@ def replay_step(model: Path, layout: dict[str, Any], sabotage: str | None = None
 
 
 def chosen_experts(policy: Policy, batch: Batch) -> np.ndarray:
-    """[N, L, K], sorted: what the routers of a policy on one rank used for every token of a batch."""
+    """Return the experts that the routers of a policy on one rank use for every token, [N, L, K], sorted."""
     layers, per_token = policy.shape.num_layers, policy.shape.experts.per_token
     out = np.full((len(batch.tokens), layers, per_token), -1)
     micros, held, calls = [], policy.routing.rows, []
-    policy.routing.rows = lambda micro: micros.append(micro) or held(micro)  # type: ignore[method-assign,func-returns-value]
+    policy.routing.rows = (  # type: ignore[method-assign]
+        lambda micro: micros.append(micro) or held(micro)  # type: ignore[func-returns-value]
+    )
     hooks = [
         layer.mlp.router.register_forward_hook(lambda router, args, made: calls.append(made[1]))
         for layer in policy.models[0].decoder.layers

@@ -1,4 +1,7 @@
-"""What the ranks of a group run to show that quantized products are the same under every layout that leaves blocks whole."""
+"""Functions that the ranks of a group run to make updates with quantized products under a layout.
+
+The common arguments are described in `tests.parallel.steps`.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from tests.parallel.steps import exported, make_batch, make_policy, noted_update
 
 
 def quantized_linears(policy: Policy) -> list[tuple[int, str]]:
-    """(global layer, kind) of every quantized linear of all stages, on rank 0."""
+    """Return (global layer, kind) of every quantized linear of all stages, on rank 0."""
     own = [
         (layer, kind)
         for chunk in policy.models
@@ -27,11 +30,14 @@ def quantized_linears(policy: Policy) -> list[tuple[int, str]]:
 def step(
     model: Path, layout: dict[str, Any], updates: int = 1, sabotage: str | None = None, **sections: Any
 ) -> dict[str, Any]:
-    """`updates` updates; of the last one what `steps.step` answers, and what was quantized."""
+    """Make `updates` updates. Return the result of `steps.step` for the last one, and what was quantized.
+
+    sabotage: `plain_on_last_rank` leaves one linear of the last rank unquantized.
+    """
     policy = make_policy(model, layout, **sections)
     if sabotage == "plain_on_last_rank" and policy.mesh.rank == policy.mesh.world - 1:
         linear = policy.models[0].decoder.layers[1].mlp.linear_fc1
-        linear.__class__ = ColumnParallelLinear  # its products are megatron-core's own, and nothing else changes
+        linear.__class__ = ColumnParallelLinear  # only its products change: they are megatron-core's own
     for _ in range(updates):
         stats, grads = noted_update(policy, exported)
     return {
@@ -49,7 +55,7 @@ def step(
 
 
 def delayed_scales(policy: Policy) -> dict[str, float]:
-    """`layer kind operand` -> scale, of this rank's linears."""
+    """Return {`layer kind operand`: scale} of this rank's linears."""
     return {
         f"{layer} {kind} {operand}": float(getattr(linear.scales, operand).scale)
         for chunk in policy.models
@@ -59,7 +65,7 @@ def delayed_scales(policy: Policy) -> dict[str, float]:
 
 
 def delayed_run(model: Path, layout: dict[str, Any]) -> dict[str, Any]:
-    """This rank's scales after an update with delayed scaling, and after the moved weights have scored a batch."""
+    """Return this rank's delayed scales after an update, and after the new weights have scored a batch."""
     policy = make_policy(model, layout, precision={"recipe": "delayed"})
     update(policy)
     scales = delayed_scales(policy)
@@ -68,7 +74,7 @@ def delayed_run(model: Path, layout: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_and_go_on(model: Path, layout: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Two updates with delayed scaling, a checkpoint, a third update."""
+    """Make two updates with delayed scaling, save a checkpoint, and make a third update."""
     policy = make_policy(model, layout, precision={"recipe": "delayed"})
     for _ in range(2):
         update(policy)
@@ -81,7 +87,7 @@ def save_and_go_on(model: Path, layout: dict[str, Any], folder: Path) -> dict[st
 
 
 def load_and_go_on(model: Path, layout: dict[str, Any], folder: Path, forget: bool = False) -> dict[str, Any]:
-    """That checkpoint into a fresh policy, and the next update; `forget`: without its scales."""
+    """Load that checkpoint into a new policy, with `forget` without its scales, and make the next update."""
     policy = make_policy(model, layout, precision={"recipe": "delayed"})
     checkpoints = Checkpoints(folder, policy, keep=2)
     fresh = [

@@ -1,4 +1,7 @@
-"""What the ranks of a group run to make an update whose numbers are not finite, and to look at what it left behind."""
+"""Functions that the ranks of a group run to make a non-finite update and to check the state after it.
+
+The common arguments are described in `tests.parallel.steps`.
+"""
 
 import hashlib
 from dataclasses import replace
@@ -14,12 +17,12 @@ from megatron_rl.policy.actor import Policy
 from megatron_rl.types import Batch
 from tests.parallel.steps import OBJECTIVE, exported, make_batch, make_policy
 
-MARK = 258  # a token that only the marked trajectory holds
+MARK = 258  # a token that only the marked trajectory contains
 MARKED = 6
 
 
 def batch_with_a_marked_trajectory() -> Batch:
-    """The usual batch; token MARK is the first one of trajectory MARKED and occurs nowhere else."""
+    """Return the usual batch. Token MARK is the first one of trajectory MARKED and occurs nowhere else."""
     batch = make_batch()
     tokens = batch.tokens.copy()
     tokens[tokens == MARK] = 0
@@ -28,7 +31,7 @@ def batch_with_a_marked_trajectory() -> Batch:
 
 
 def digest(policy: Policy) -> str:
-    """Of every byte of parameters and optimizer state on this rank."""
+    """Return the digest of all bytes of parameters and optimizer state on this rank."""
     found = hashlib.sha256()
     for chunk in policy.models:
         for name, parameter in chunk.named_parameters():
@@ -44,7 +47,7 @@ def digest(policy: Policy) -> str:
 
 
 def _poisoned(policy: Policy, kind: str) -> Tensor | None:
-    """The numbers to spoil, as a view of a parameter; None on ranks that do not hold it."""
+    """Return the values to poison, as a view of a parameter, or None on ranks that do not hold it."""
     for chunk in policy.models:
         for name, parameter in chunk.named_parameters():
             if kind == "last_stage" and name == "decoder.final_layernorm.weight":
@@ -57,9 +60,14 @@ def _poisoned(policy: Policy, kind: str) -> Tensor | None:
 def refused_update(
     model: Path, layout: dict[str, Any], kind: str, value: float, only_rank: int | None = None
 ) -> dict[str, Any]:
-    """A good update, one with a poisoned parameter, and the good one that was meant.
+    """Make a good update, try an update and scoring with a poisoned parameter, and make the good update again.
 
-    only_rank: poison one replica alone, as broken memory would.
+    Args:
+        model: as in `tests.parallel.steps`.
+        layout: as in `tests.parallel.steps`.
+        kind: the parameter to poison, `last_stage` or `embedding`.
+        value: the value to write.
+        only_rank: poison only the replica on this rank, as broken memory would.
     """
     policy, objective, batch = make_policy(model, layout), make_objective(OBJECTIVE), batch_with_a_marked_trajectory()
     policy.update(batch, objective, objective.norm)
@@ -82,7 +90,7 @@ def refused_update(
 
 
 def two_updates(model: Path, layout: dict[str, Any]) -> dict[str, Any]:
-    """The same two good updates with nothing in between."""
+    """Make the same two good updates with nothing in between."""
     policy, objective, batch = make_policy(model, layout), make_objective(OBJECTIVE), batch_with_a_marked_trajectory()
     policy.update(batch, objective, objective.norm)
     before = digest(policy)
@@ -91,7 +99,7 @@ def two_updates(model: Path, layout: dict[str, Any]) -> dict[str, Any]:
 
 
 def overflowing_gradient(model: Path, layout: dict[str, Any], **sections: Any) -> dict[str, Any]:
-    """An update whose loss is finite and whose gradient is not."""
+    """Make an update with a finite loss and a non-finite gradient."""
     policy, objective = make_policy(model, layout, **sections), make_objective(OBJECTIVE)
     batch = make_batch()
     policy.update(batch, objective, objective.norm)
@@ -111,7 +119,7 @@ def overflowing_gradient(model: Path, layout: dict[str, Any], **sections: Any) -
 
 
 def update_with_scale(model: Path, layout: dict[str, Any], scale: float, **sections: Any) -> dict[str, Any]:
-    """A float16 update that begins with that loss scale: its norm, this rank's digest and loss scale after it."""
+    """Make a float16 update that starts with loss scale `scale`. Return its norm, digest and final loss scale."""
     policy, objective = make_policy(model, layout, precision={"train": "fp16"}, **sections), make_objective(OBJECTIVE)
     scaler = policy.optimizer.scaler
     scaler.load_state_dict({**scaler.state_dict(), "scale": torch.tensor([scale])})

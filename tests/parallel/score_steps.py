@@ -1,4 +1,4 @@
-"""What the ranks of a group run to score tokens over a vocabulary cut by tensor parallelizm, and the same in float64."""
+"""Functions that score tokens over a vocabulary split by tensor parallelism, and the same in float64."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from megatron_rl.weights.layouts import padded_vocab
 
 @dataclass(frozen=True)
 class Case:
-    """T hidden states of width H, an output projection of V rows, the rows scored, and gradients from above."""
+    """T hidden states of width H, an output projection of V rows, the scored rows and the gradients of scores."""
 
     hidden: Tensor  # [T, H]
     weight: Tensor  # [V, H]
@@ -51,7 +51,13 @@ class Case:
         )
 
     def reference(self, temperature: float, *, logp: bool = True, entropy: bool = True) -> dict[str, np.ndarray]:
-        """torch.log_softmax over all logits in float64, and its autograd."""
+        """Return torch.log_softmax over all logits in float64, and its autograd gradients.
+
+        Args:
+            temperature: the logits are divided by it.
+            logp: include log-probabilities in the differentiated value.
+            entropy: include entropies in the differentiated value.
+        """
         hidden, weight = (t.double().requires_grad_() for t in (self.hidden, self.weight))
         scores_RV = torch.log_softmax(hidden[self.rows] @ weight.T / temperature, -1)
         logp_R = scores_RV.gather(-1, self.labels[:, None])[:, 0]
@@ -69,13 +75,20 @@ class Case:
 
 
 def scores(layout: dict[str, Any], vocab: int, temperature: float, chunk_bytes: int) -> dict[str, np.ndarray]:
-    """Scores and gradients as the policy's head computes them; d_hidden and d_weight of the whole tensors, on every rank."""
+    """Return scores and gradients from the policy's head on every rank. d_hidden and d_weight are of whole tensors.
+
+    Args:
+        layout: the `parallel` section.
+        vocab: size of the vocabulary.
+        temperature: the logits are divided by it.
+        chunk_bytes: as in `token_scores`.
+    """
     config = ParallelConfig(**layout)
     mesh = parallel.initialize(config, pick_device("cpu"), seed=0)
     group = parallel_state.get_tensor_model_parallel_group()
     case = Case.make(vocab)
     size = padded_vocab(vocab, mesh.tp_size) // mesh.tp_size
-    # What pads the vocabulary must not matter, so it is large.
+    # Rows that pad the vocabulary must have no effect, so their values are large.
     padded = torch.full((size * mesh.tp_size, case.weight.shape[1]), 50.0)
     padded[:vocab] = case.weight
     weight = padded[mesh.tp_rank * size : (mesh.tp_rank + 1) * size].clone().requires_grad_()

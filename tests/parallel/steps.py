@@ -1,4 +1,11 @@
-"""What the ranks of a group run: one training step under a layout, and what must be equal everywhere."""
+"""Functions that the ranks of a group run: one training step under a layout, and what must be equal on all ranks.
+
+Common arguments of these functions and of the other `*_steps` modules:
+    model: a Hugging Face folder.
+    layout: the `parallel` section of the configuration.
+    sections: other sections of the configuration.
+    sabotage: name of an error that the function makes on purpose; None: no error.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,10 +16,11 @@ import numpy as np
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_rl.config import make_config
+from megatron_rl.config import Config, make_config
 from megatron_rl.objectives import make_objective
 from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy, UpdateStats
+from megatron_rl.policy.build import build_policy
 from megatron_rl.policy.device_port import pick_device
 from megatron_rl.types import Batch
 
@@ -23,7 +31,7 @@ OPTIMIZER = {"lr": 1e-2, "weight_decay": 0.01, "eps": 1e-2, "grad_clip": 0.05, "
 
 
 def make_batch(vocab: int = 259) -> Batch:
-    """Trajectories with masks as uneven as they come: dense, one token, one half only, none at all."""
+    """Return trajectories with very different masks: dense, one token, one half, sparse, or none."""
     rng = np.random.default_rng(500)
     tokens, masks = [], []
     for i, n in enumerate(LENGTHS):
@@ -53,27 +61,28 @@ def make_batch(vocab: int = 259) -> Batch:
     )
 
 
-def make_policy(model: Path, layout: dict[str, Any], **sections: Any) -> Policy:
-    config = make_config(
+def make_config_of(model: Path, layout: dict[str, Any], **sections: Any) -> Config:
+    """Return the configuration of `make_policy`."""
+    optimizer, rollout = sections.pop("optimizer", {}), sections.pop("rollout", {})
+    return make_config(
         {
             "model": {"path": str(model)},
             "parallel": layout,
-            "optimizer": {**OPTIMIZER, **sections.pop("optimizer", {})},
-            "rollout": {
-                "max_prompt_tokens": 100,
-                "max_new_tokens": 92,
-                "temperature": 0.7,
-                **sections.pop("rollout", {}),
-            },
+            "optimizer": {**OPTIMIZER, **optimizer},
+            "rollout": {"max_prompt_tokens": 100, "max_new_tokens": 92, "temperature": 0.7, **rollout},
             **sections,
         }
     )
+
+
+def make_policy(model: Path, layout: dict[str, Any], **sections: Any) -> Policy:
+    config = make_config_of(model, layout, **sections)
     device = pick_device(config.run.device)
-    return Policy(config, parallel.initialize(config.parallel, device, seed=1))
+    return build_policy(config, parallel.initialize(config.parallel, device, seed=1))
 
 
 def exported(policy: Policy, pick: Any = None) -> dict[str, np.ndarray]:
-    """Hugging Face names -> arrays on rank 0, of the weights or of another tensor per parameter."""
+    """Return {Hugging Face name: array} on rank 0, of the weights or of what `pick` returns per parameter."""
     saved = [(p, p.data) for chunk in policy.models for p in chunk.parameters()]
     for p, data in saved if pick else []:
         p.data = pick(p).detach().clone().to(data.dtype)
@@ -85,7 +94,7 @@ def exported(policy: Policy, pick: Any = None) -> dict[str, np.ndarray]:
 
 
 def replicas_differ(policy: Policy) -> float:
-    """Largest difference of a replicated parameter between tensor-parallel ranks."""
+    """Return the largest difference of a replicated parameter between tensor-parallel ranks."""
     group, worst = parallel_state.get_tensor_model_parallel_group(), 0.0
     for chunk in policy.models:
         for p in chunk.parameters():
@@ -98,7 +107,7 @@ def replicas_differ(policy: Policy) -> float:
 
 
 def _divide_by_local_counts(policy: Policy) -> None:
-    """The tempting convention: each micro-batch divides by its own count of sequences."""
+    """Make each micro-batch divide by its own number of sequences, a common but wrong convention."""
     correct = policy._loss
 
     def local_mean(micro: Any, scores: Any, objective: Any, norm: Any) -> Any:
@@ -111,7 +120,13 @@ def _divide_by_local_counts(policy: Policy) -> None:
 def noted_update(
     policy: Policy, tensors: Callable[..., dict[str, np.ndarray]], batch: Batch | None = None
 ) -> tuple[UpdateStats, dict[str, np.ndarray]]:
-    """One update, and the gradients it was made of, on rank 0. tensors: `exported`, or what else names parameters so."""
+    """Make one update. Return its stats and, on rank 0, its gradients.
+
+    Args:
+        policy: the policy.
+        tensors: `exported`, or another function with its arguments and result.
+        batch: the batch; None: `make_batch()`.
+    """
     objective = make_objective(OBJECTIVE)
     grads: dict[str, np.ndarray] = {}
     optimizer_step = policy.optimizer.step
@@ -125,7 +140,7 @@ def noted_update(
 
 
 def step(model: Path, layout: dict[str, Any], sabotage: str | None = None, **sections: Any) -> dict[str, Any]:
-    """One update under `layout`; rank 0 answers gradients, norm, loss, log-probs and the weights after it."""
+    """Make one update. Return, on rank 0, gradients, norm, loss, log-probabilities and the weights after it."""
     policy = make_policy(model, layout, **sections)
     if sabotage == "local_mean":
         _divide_by_local_counts(policy)

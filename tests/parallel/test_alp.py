@@ -1,4 +1,4 @@
-"""Perturbed layers make the same training step under every parallel layout, and the one written out in plain torch."""
+"""Perturbed layers make the same training step under every parallel layout and in plain torch."""
 
 import math
 
@@ -34,7 +34,7 @@ def start_of_sigma():
 
 
 class PlainPerturbation:
-    """The method on a transformers model: noise written into the input of every layer, differentiated by torch."""
+    """The method on a transformers model: noise is added to the input of every layer, and torch differentiates it."""
 
     noisy_rows = 4 * sum(LENGTHS)
 
@@ -63,7 +63,7 @@ class PlainPerturbation:
 
 
 class PlainLogits(PlainPerturbation):
-    """Noise written over all logits, before they are divided by the temperature."""
+    """Noise on all logits, added before they are divided by the temperature."""
 
     noisy_rows = int(make_batch().mask.sum())
 
@@ -75,7 +75,7 @@ class PlainLogits(PlainPerturbation):
         return self.log_sigma
 
     def perturbed_logits(self, logits):
-        """A policy makes noise for the tokens whose next one is trained, and for no others."""
+        """Add noise. Record it only for tokens whose next token is trained: a policy makes noise only for them."""
         batch, row = make_batch(), self.trajectory - 1000
         mask = batch.mask[batch.cu_seqlens[row] : batch.cu_seqlens[row + 1]]
         return logits + self.log_sigma["logits"].exp() * self.noise(
@@ -154,8 +154,10 @@ def test_noise_on_the_logits_makes_the_reference_step_on_four_ranks(
 
 @pytest.mark.parametrize("layers", ["all", "logits"])
 def test_noise_too_small_to_change_a_number_gives_the_step_without_it_bit_for_bit(qwen3, layers):
-    """And its scales, whose gradients vanish with it, have no part in the norm: they add exact zeros to its sum, of which a
-    processor may then round the same terms in another order."""
+    """The gradients of the sigmas vanish with the noise and do not change the norm.
+
+    They add exact zeros to its sum. A processor may then round the same terms in another order.
+    """
     clean = steps.step(qwen3, ONE_RANK)
     result = alp_steps.step(qwen3, ONE_RANK, alp={"layers": layers, "sigma_init": 1e-30})
     assert result["loss"] == clean["loss"]
@@ -193,7 +195,7 @@ def test_the_gradient_of_sigma_is_that_of_central_differences_on_one_rank(qwen3,
 @pytest.mark.parametrize("layers", ["all", "logits"])
 @pytest.mark.parametrize("layout", [TWO["dp2"], TWO["tp2_sp"]], ids=["dp2", "tp2_sp"])
 def test_the_gradient_of_sigma_is_that_of_central_differences(two_ranks, qwen3, layout, layers):
-    """Data-parallel ranks compute different micro-batches: their losses are added up here."""
+    """Data-parallel ranks compute different micro-batches, so their losses are summed here."""
     ranks = two_ranks.run(STEPS, "gradient_by_differences", model=qwen3, layout=layout, alp={"layers": layers})
     assert_gradients_are_differences(ranks if layout == TWO["dp2"] else ranks[:1])
 
@@ -231,7 +233,7 @@ def test_a_range_of_layers_is_perturbed_and_a_fixed_sigma_stays(two_ranks, qwen3
 
 
 def test_every_update_draws_anew_and_names_its_sigmas(two_ranks, qwen3):
-    """With a learning rate of next to nothing the weights stand still, so that the noise alone differs."""
+    """With a learning rate near 0 the weights stay the same, so only the noise differs."""
     slow = {"optimizer": {"lr": 1e-12}, "alp": {"lr": 1e-12, "weight_decay": 0.0}}
     result = two_ranks.run(STEPS, "updates", model=qwen3, layout=TWO["pp2"], count=2, **slow)[0]
     assert np.abs(result["logp"][0] - result["logp"][1]).max() > 0.1

@@ -1,4 +1,4 @@
-"""A checkpoint gives back the state it was made of, under any layout; what is not whole is never loaded."""
+"""A checkpoint restores the state it was made from, under any layout. An incomplete checkpoint is never loaded."""
 
 import json
 import shutil
@@ -78,7 +78,7 @@ def test_a_tensor_parallel_checkpoint_loads_under_other_layouts(two_ranks, qwen3
     assert close(loaded["next"]["weights"], saved["next"]["weights"]), "the optimizer's state was not carried over"
 
 
-def test_sharded_optimizer_state_loads_under_tensor_parallelizm(two_ranks, qwen3, tmp_path):
+def test_sharded_optimizer_state_loads_under_tensor_parallelism(two_ranks, qwen3, tmp_path):
     saving = {"layout": {"data": 2}, **SHARDED}
     saved, loaded = round_trip(two_ranks, qwen3, tmp_path, saving, {"layout": {"tensor": 2}, **SHARDED})
     assert same_bits(loaded["weights"], saved["weights"])
@@ -107,7 +107,7 @@ def test_updates_made_while_files_are_written_are_not_in_them(two_ranks, qwen3, 
 
 
 class Saved:
-    """Three checkpoints, and the weights each was made of."""
+    """Three checkpoints, and the weights that each was made from."""
 
     def __init__(self, folder: Path, weights: list[dict[str, np.ndarray]]) -> None:
         self.folder, self.weights = folder, weights

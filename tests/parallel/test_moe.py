@@ -1,4 +1,4 @@
-"""A mixture of experts makes the same training step however its experts are spread, and the same as plain transformers."""
+"""A mixture of experts makes the same training step under every layout of its experts and in plain transformers."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ FOUR = {
 
 
 def per_expert(tensors):
-    """transformers keeps the experts of a layer in one parameter; files and the trainer have one tensor for each."""
+    """Split the experts of a layer. transformers has one parameter for all, files and trainer one tensor per expert."""
     out = {}
     for name, value in tensors.items():
         if name.endswith(".experts.gate_up_proj"):
@@ -96,7 +96,7 @@ def test_bfloat16_training_stays_near_the_reference(two_ranks, qwen3_moe, refere
     result = two_ranks.run(
         "tests.parallel.moe_steps", "step", model=qwen3_moe, layout=layout, precision={"train": "bf16"}
     )[0]
-    # Where two experts are nearly equally good, rounding chooses another: single tokens are off by much.
+    # If two experts have almost equal scores, rounding chooses another one. So single tokens have large errors.
     assert 0 < np.median(np.abs(result["logp"] - reference["logp"])[reference["logp"] != 0]) < 0.02
     assert abs(result["grad_norm"] / reference["grad_norm"] - 1) < 0.05
 
@@ -120,7 +120,7 @@ def test_four_ranks_give_the_stored_bytes_back(four_ranks, qwen3_moe, layout):
 
 
 def test_experts_taken_for_dense_parameters_fail_the_same_comparison(two_ranks, qwen3_moe, reference):
-    """megatron-core's own reading where one rank holds all experts: tensor-parallel ranks do not add up what they learnt."""
+    """megatron-core treats experts as dense if one rank holds all of them: tensor-parallel gradients are not summed."""
     result = two_ranks.run(
         "tests.parallel.moe_steps", "step", model=qwen3_moe, layout=TWO["ep1_tp2"], sabotage="dense"
     )[0]

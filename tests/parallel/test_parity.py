@@ -1,4 +1,4 @@
-"""One training step is the same step under every parallel layout, and the same as plain transformers and torch."""
+"""One training step is the same under every parallel layout, and the same as in plain transformers and torch."""
 
 import numpy as np
 import pytest
@@ -29,9 +29,9 @@ FOUR = {
 
 
 def reference_step(folder, perturbation=None):
-    """The update written out: one sequence at a time through transformers, torch autograd, torch AdamW.
+    """Make the update in plain code: one sequence at a time through transformers, torch autograd, torch AdamW.
 
-    perturbation: hooks itself into the model, is told which trajectory comes, and brings parameters of its own.
+    perturbation: object that adds hooks to the model, gets the id of each trajectory, and has its own parameters.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     batch = make_batch()
@@ -93,7 +93,7 @@ def reference_tied(qwen3_tied):
 
 
 def worst(a, b):
-    """Largest difference of a tensor, relative to the reference tensor's largest entry."""
+    """Return the largest difference of a tensor, relative to the reference tensor's largest entry, and its name."""
     assert set(a) == set(b), sorted(set(a) ^ set(b))
     return max((float(np.abs(a[k] - b[k]).max() / (np.abs(b[k]).max() + 1e-12)), k) for k in b)
 
@@ -145,9 +145,9 @@ def test_float16_training_with_a_loss_scale_stays_near_the_reference(two_ranks, 
     assert abs(result["grad_norm"] / reference["grad_norm"] - 1) < 2e-3
     assert result["replicas_differ"] == 0
     for name, grad in reference["grads"].items():
-        if not distributed:  # whose ranks unscale their own shards alone
+        if not distributed:  # with it, ranks unscale only their own shards
             assert np.linalg.norm(result["grads"][name] - grad) < 0.02 * np.linalg.norm(grad), name
-        # Adam's first step has the size of the gradient's sign where that is large, so few values may be off by much.
+        # Where the gradient is large, Adam's first step depends only on its sign. A few values may have large errors.
         moved = np.linalg.norm(result["weights"][name] - reference["weights"][name])
         assert moved < 2e-3 * np.linalg.norm(reference["weights"][name]), name
 

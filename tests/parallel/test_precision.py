@@ -1,8 +1,9 @@
-"""A training step with quantized products is the same step under every layout that leaves its blocks whole.
+"""A training step with quantized products is the same under every layout that keeps its blocks whole.
 
-In float32 two layouts differ by the order of summation. Between quantized products that can also turn a value that
-lies on the boundary between two codes: rare, but each one moves a gradient by far more than rounding does. Hence two
-tolerances: UNTURNED where operands are equal bit by bit, TURNED where tensor parallelizm sums them in another order.
+In float32, two layouts differ by the order of summation. With quantized products, this order can also move a value to
+the next code if it lies on the boundary between two codes. This is rare, but each such value changes a gradient by far
+more than rounding does. So there are two tolerances: UNTURNED if operands are equal bit by bit, TURNED if tensor
+parallelism sums them in another order.
 """
 
 import functools
@@ -24,14 +25,14 @@ TP2_SP_RECOMPUTE = {**TWO["tp2_sp"], **FULL}
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """Two ranks cut each of its matrices into parts of whole 128 x 128 blocks."""
+    """Return a model whose matrices two ranks split into parts of whole 128 x 128 blocks."""
     folder = tmp_path_factory.mktemp("wide")
     return make_qwen3(folder, tied=False, hidden_size=128, intermediate_size=256, head_dim=32)
 
 
 @pytest.fixture(scope="module")
 def one_rank(wide):
-    """The step of one rank with this `precision` section, which layouts are compared to."""
+    """Return a function from a `precision` section to the step of one rank, which layouts are compared to."""
 
     @functools.cache
     def step(**precision):
@@ -41,7 +42,7 @@ def one_rank(wide):
 
 
 def difference(result, reference):
-    """Norm of the difference of all gradients, relative to the reference's; of log-probabilities the largest."""
+    """Return the relative norm of the difference of all gradients, and the largest log-probability difference."""
     assert set(result["grads"]) == set(reference["grads"])
     gap = sum(float(np.square(result["grads"][name] - grad).sum()) for name, grad in reference["grads"].items())
     whole = sum(float(np.square(grad).sum()) for grad in reference["grads"].values())
@@ -90,7 +91,7 @@ def test_recomputed_layers_make_the_same_step_bit_by_bit(wide, one_rank, recipe)
     assert difference(result, one_rank(recipe=recipe)) == (0.0, 0.0)
 
 
-def test_one_scale_a_tensor_is_one_a_part_under_tensor_parallelizm_and_of_the_gathered_input_under_sequence_parallelizm(
+def test_one_scale_a_tensor_is_one_a_part_under_tensor_parallelism_and_of_the_gathered_input_under_sequence_parallelism(
     two_ranks, wide, one_rank
 ):
     parts, gathered = (
@@ -156,8 +157,8 @@ def test_perturbed_layers_are_quantized_and_make_the_step_of_one_rank(two_ranks,
     assert difference(reference, one_rank(**BLOCKWISE))[0] > 0.05
 
 
-def test_blocks_that_context_parallelizm_cuts_elsewhere_fail_the_same_comparison(two_ranks, wide, one_rank):
-    """Blocks of weight gradients span 128 tokens of a rank's stream, and a rank holds half of it."""
+def test_blocks_that_context_parallelism_cuts_elsewhere_fail_the_same_comparison(two_ranks, wide, one_rank):
+    """Blocks of weight gradients span 128 tokens of a rank's stream, and a rank holds half of the stream."""
     result = two_ranks.run(STEPS, "step", model=wide, layout=TWO["cp2"], precision=BLOCKWISE)[0]
     assert 4 * TURNED < difference(result, one_rank(**BLOCKWISE))[0] < 0.1
 

@@ -1,4 +1,4 @@
-"""The probe of a weight update: under every layout the log-probabilities that a plain forward pass gives the same text."""
+"""The probe of a weight update has, under every layout, the log-probabilities of a plain forward pass."""
 
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_rl.weight_sync.transaction import Probe
+from megatron_rl.weight_sync.confirmation import ScoreProbe
 from tests.parallel.group import RankGroup
 
 
 def plain_logp(model: Path, tokens: tuple[int, ...]) -> np.ndarray:
-    """Of all tokens but the first, at temperature 1."""
+    """Return the log-probabilities of all tokens but the first, at temperature 1."""
     ids = torch.tensor([tokens])
     with torch.no_grad():
         logits_TV = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()(ids).logits[0, :-1]
@@ -22,7 +22,7 @@ def plain_logp(model: Path, tokens: tuple[int, ...]) -> np.ndarray:
 
 def check(group: RankGroup, model: Path, layout: dict[str, Any], **sections: Any) -> None:
     answers = group.run("tests.parallel.probe_steps", "probe", model=model, layout=layout, **sections)
-    probe: Probe = answers[0][0]
+    probe: ScoreProbe = answers[0][0]
     assert len(probe.tokens) == len(probe.logp) + 1 == 64 and probe.tolerance == 1e-3
     np.testing.assert_allclose(probe.logp, plain_logp(model, probe.tokens), atol=1e-4)
     assert answers == [(probe, {0.7})] * len(answers), "ranks differ, or train at another temperature than before"

@@ -1,4 +1,4 @@
-"""Numbers that are not finite refuse the update on every rank alike, by name, and leave the policy as it was."""
+"""An update with non-finite numbers is refused on every rank, by trajectory id, and does not change the policy."""
 
 import re
 
@@ -15,7 +15,7 @@ LAYOUTS = {"pp2": {"pipeline": 2}, "dp2": {"data": 2}, "tp2": {"tensor": 2}, "cp
 
 @pytest.fixture(scope="module")
 def undisturbed(two_ranks, qwen3):
-    """Layout -> two updates without any poison, worked out once each."""
+    """Return a function: layout -> two updates without poison, computed once per layout."""
     known = {}
 
     def run(name):

@@ -1,4 +1,4 @@
-"""With replay the trainer routes every token to the experts it is given, under every layout, and learns through its scores."""
+"""With replay, the trainer routes every token to the given experts under every layout and learns through its scores."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ LAYOUTS = {**{f"2_{k}": v for k, v in TWO.items()}, **{f"4_{k}": v for k, v in F
 
 
 class PlainReplay:
-    """The method on a transformers model: gates of given experts from the router's own logits, differentiated by torch."""
+    """The method on a transformers model: gates of given experts from the router's logits, differentiated by torch."""
 
     def __init__(self, batch, noise=None):
         self.batch, self.noise = batch, noise
@@ -105,7 +105,7 @@ def perturb_routers(policy):
 
 
 def test_replay_keeps_the_choice_of_experts_when_routers_have_moved_and_a_free_choice_does_not(qwen3_moe):
-    """The choice of the untouched routers stands for the engine's."""
+    """The choice of the unchanged routers represents the engine's choice."""
     policy = make_policy(qwen3_moe, {})
     engine = moe_steps.chosen_experts(policy, make_batch())
     assert (np.diff(engine, axis=-1) > 0).all() and engine.min() == 0 and engine.max() == 7

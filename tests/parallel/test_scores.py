@@ -1,4 +1,4 @@
-"""Log-probabilities and entropy over a vocabulary cut by tensor parallelizm are those of the whole softmax."""
+"""Log-probabilities and entropy over a vocabulary split by tensor parallelism are those of the whole softmax."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Likeliest tokens, rewards and a reference policy mean the same under every layout."""
+"""Top-k tokens, rewards and a reference policy give the same results under every layout."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def expected(qwen3):
-    """The same update through transformers, one sequence at a time, with plain log_softmax over the whole vocabulary."""
+    """Return the same update through transformers: one sequence at a time, log_softmax over the whole vocabulary."""
     model = AutoModelForCausalLM.from_pretrained(qwen3, dtype=torch.float32)
     batch = topk_batch()
     tokens_trained, loss, moved_sum = float(batch.mask.sum()), torch.zeros(()), 0.0

@@ -1,4 +1,4 @@
-"""Any parallel layout loads a Hugging Face folder and gives it back bit for bit on rank 0."""
+"""Any parallel layout loads a Hugging Face folder and exports it bit for bit on rank 0."""
 
 from pathlib import Path
 from typing import Any

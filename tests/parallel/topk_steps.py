@@ -1,4 +1,7 @@
-"""What the ranks of a group run to train with the engine's likeliest tokens, and to ask a reference policy."""
+"""Functions that the ranks of a group run to train with the engine's top-k tokens and a reference policy.
+
+The common arguments are described in `tests.parallel.steps`.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +20,7 @@ NORM = LossNorm("token_mean")
 
 
 def topk_batch(k: int = 4, vocab: int = 259) -> Batch:
-    """The batch of `steps`, with rewards, advantages per token and likeliest tokens of an imagined engine."""
+    """Return the batch of `steps` with rewards, advantages per token and top-k tokens of a simulated engine."""
     batch, rng = make_batch(vocab), np.random.default_rng(7)
     shape = (len(batch.tokens), k)
     ids = rng.permuted(np.tile(np.arange(vocab, dtype=np.int32), (shape[0], 1)), axis=1)[:, :k]
@@ -32,12 +35,15 @@ def topk_batch(k: int = 4, vocab: int = 259) -> Batch:
 
 
 def shift(logp_K: torch.Tensor, logmu_K: torch.Tensor) -> torch.Tensor:
-    """How far the policy is from the engine's on these tokens, [..., K] -> [...]."""
+    """Return the mean distance between the policy and the engine on these tokens, [..., K] -> [...]."""
     return (logp_K - logmu_K).abs().mean(-1)
 
 
 def reads_topk(x: LossInputs) -> LossOutputs:
-    """-A logp, weighted with reward and shift. The weight is not detached: only a constant gives the right gradient."""
+    """Return the loss -A logp, weighted with reward and shift.
+
+    The weight is not detached, so the gradient is right only if the top-k scores are constants.
+    """
     assert x.topk is not None and x.rewards is not None and x.norm is not None and x.norm.tokens is not None
     moved = shift(*x.topk)
     loss_tok = -x.advantages * x.logp * (1 + x.rewards.square()) * moved * x.mask
@@ -49,7 +55,7 @@ def reads_topk(x: LossInputs) -> LossOutputs:
 
 
 def step(model: Path, layout: dict[str, Any]) -> dict[str, Any]:
-    """One update of `reads_topk`; rank 0 answers what came of it."""
+    """Make one update with `reads_topk`. Return its stats and, on rank 0, the weights after it."""
     policy = make_policy(model, layout)
     stats = policy.update(topk_batch(), reads_topk, NORM)
     return {"loss": stats.loss, "metrics": stats.metrics, "grad_norm": stats.grad_norm, "weights": exported(policy)}
@@ -64,7 +70,7 @@ def _places(policy: Policy) -> list[int]:
 
 
 def reference(model: Path, layout: dict[str, Any], **sections: Any) -> dict[str, Any]:
-    """Train away from the model folder, ask for the reference, break one asking half-way, and train on."""
+    """Train, score with the reference policy, raise an error while doing so, and train again."""
     batch = topk_batch()
     plain = make_policy(model, layout, **sections)
     for _ in range(2):

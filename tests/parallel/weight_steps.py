@@ -1,4 +1,7 @@
-"""What the ranks of a group run to load a model under a layout, export it again, and push it to engines."""
+"""Functions that the ranks of a group run to load a model under a layout, export it, and push it to engines.
+
+The common arguments are described in `tests.parallel.steps`.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,10 @@ from tests.disk_sync import disk_sync
 def round_trip(
     model: Path, layout: dict[str, Any], spoil_replicas: bool = False
 ) -> tuple[list[str], dict[str, str], list[str]]:
-    """Names every rank yields, digests of what this rank got, and the mcore parameters left unfilled."""
+    """Load and export a model. Return the exported names, this rank's digests, and the mcore parameters not filled.
+
+    With `spoil_replicas`, overwrite the weights of all replicas but the first before the export.
+    """
     config = make_config({"model": {"path": str(model)}, "parallel": layout})
     mesh = parallel.initialize(config.parallel, pick_device("cpu"), seed=1)
     folder = HFFolder(model)
@@ -48,7 +54,7 @@ def round_trip(
 
 
 def quantized_export(model: Path, layout: dict[str, Any], precision: dict[str, Any]) -> dict[str, str]:
-    """Digests of what rank 0 would send to quantized engines; empty elsewhere."""
+    """Return the digests of what rank 0 would send to quantized engines, an empty dict elsewhere."""
     config = make_config({"model": {"path": str(model)}, "parallel": layout, "precision": precision})
     mesh = parallel.initialize(config.parallel, pick_device("cpu"), seed=1)
     folder = HFFolder(model)
@@ -61,7 +67,7 @@ def quantized_export(model: Path, layout: dict[str, Any], precision: dict[str, A
 
 
 def push(model: Path, layout: dict[str, Any], url: str, staging: Path) -> list[str]:
-    """Three pushes, the second one with NaN in the last layer; the version or the error of each."""
+    """Make three pushes, the second one with NaN in the last layer. Return the version or the error of each."""
     config = make_config({"model": {"path": str(model)}, "parallel": layout})
     mesh = parallel.initialize(config.parallel, pick_device("cpu"), seed=1)
     folder = HFFolder(model)

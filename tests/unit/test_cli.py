@@ -55,7 +55,7 @@ def test_a_mistake_is_one_paragraph_and_exit_code_2(monkeypatch, capsys, tmp_pat
 
 
 def test_an_error_that_all_ranks_share_is_said_by_the_first_alone(monkeypatch, capsys):
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         error = ConfigError("no")
         error.everywhere = True
         raise error
@@ -78,7 +78,7 @@ def test_an_error_of_one_rank_is_said_by_it(monkeypatch, capsys, tmp_path):
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(cli, "load_config", broken)
@@ -89,7 +89,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 
 @pytest.mark.parametrize(("error", "code"), [(ConfigError("no"), 2), (KeyboardInterrupt(), 130)])
 def test_exit_codes_tell_a_mistake_from_ctrl_c(monkeypatch, capsys, error, code):
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(cli, "load_config", refuse)

@@ -9,7 +9,7 @@ import torch
 from megatron_rl import cli, doctor
 from megatron_rl.errors import ConfigError, PrecisionError
 from megatron_rl.precision.machine import RECIPES, Machine
-from megatron_rl.precision.tensor_cores import MODES, missing, operands, scaled_mm
+from megatron_rl.precision.tensor_cores import MODES, missing_feature, operands, scaled_mm
 
 CPU = Machine()
 HOPPER = Machine((9, 0), (13, 0), transformer_engine=True)
@@ -33,7 +33,7 @@ def test_products_that_torch_has_are_told_from_those_it_lacks():
 
 
 def test_a_product_that_is_missing_says_which_and_where():
-    reason = missing("BlockWise128x128", torch.device("cpu"))
+    reason = missing_feature("BlockWise128x128", torch.device("cpu"))
     assert reason is not None and ("BlockWise128x128 on cpu" in reason or "no torch.nn.functional.scaled_mm" in reason)
     a, b = operands(torch.randn(128, 256), torch.randn(128, 256), "BlockWise1x128")
     with pytest.raises(PrecisionError):
@@ -44,7 +44,7 @@ def test_a_product_that_is_missing_says_which_and_where():
 def test_a_product_that_is_wrong_counts_as_missing(monkeypatch):
     real = torch.nn.functional.scaled_mm
     monkeypatch.setattr(torch.nn.functional, "scaled_mm", lambda *args, **named: 1.5 * real(*args, **named))
-    assert "off by" in (missing("TensorWise", torch.device("cpu")) or "")
+    assert "off by" in (missing_feature("TensorWise", torch.device("cpu")) or "")
 
 
 @needs_cpu_products
@@ -65,7 +65,7 @@ def test_scales_have_the_shapes_that_each_mode_is_named_for(mode):
 
 
 def test_recipes_of_a_gpu_need_transformer_engine_and_its_architecture(monkeypatch):
-    monkeypatch.setattr(doctor, "missing", lambda mode, device: None)  # no GPU here to try products on
+    monkeypatch.setattr(doctor, "missing_feature", lambda mode, device: None)  # no GPU here to try products on
     assert doctor.precision_rows(HOPPER, "cannot be loaded: no libnccl")[0][1:] == (
         "none",
         "they need Transformer Engine",
@@ -102,7 +102,7 @@ def test_sglangs_environment_is_asked_for_its_version(tmp_path: Path):
 
 
 def test_the_doctor_fits_on_a_screen(capsys):
-    doctor.examine()
+    doctor.print_report()
     out = capsys.readouterr().out
     assert len(out.splitlines()) <= 24
     for word in ("transformer-engine", "apex kernels", "scaled_mm", "FP8 recipes", "triton"):

@@ -7,7 +7,7 @@ import torch
 from megatron_rl.config import TaskConfig
 from megatron_rl.errors import UserError
 from megatron_rl.objectives import LossInputs, LossNorm
-from megatron_rl.sft import negative_log_likelihood, solution_batch, with_a_slip
+from megatron_rl.sft import negative_log_likelihood, solution_batch, with_wrong_digit
 from megatron_rl.tasks import make_task
 from megatron_rl.tasks.task import Turn
 from megatron_rl.types import Prompt
@@ -58,7 +58,7 @@ def test_the_loss_is_the_mean_negative_log_likelihood_of_trained_tokens():
 def test_a_slip_changes_exactly_one_digit(solution):
     rng = np.random.default_rng(0)
     for _ in range(50):
-        first, last = with_a_slip([Turn("call 1", "7"), Turn(solution)], rng)
+        first, last = with_wrong_digit([Turn("call 1", "7"), Turn(solution)], rng)
         assert first == Turn("call 1", "7")
         slipped = last.text
         changed = [i for i, (a, b) in enumerate(zip(solution, slipped, strict=True)) if a != b]
@@ -67,4 +67,4 @@ def test_a_slip_changes_exactly_one_digit(solution):
 
 def test_a_solution_without_digits_cannot_slip():
     with pytest.raises(UserError, match="has no digit to get wrong"):
-        with_a_slip([Turn("none")], np.random.default_rng(0))
+        with_wrong_digit([Turn("none")], np.random.default_rng(0))

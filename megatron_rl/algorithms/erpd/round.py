@@ -13,41 +13,53 @@ import numpy as np
 
 from megatron_rl.algorithms.erpd.records import RoundRecords, mu_record, round_record
 from megatron_rl.algorithms.erpd.round_folder import STAGES, TEACHER_RATES, RoundFolder
-from megatron_rl.algorithms.erpd.settings import ERPDPlan
 from megatron_rl.algorithms.erpd.signals import Signals, teacher_column
 from megatron_rl.algorithms.erpd.stage import Stage, run_stage
 from megatron_rl.algorithms.policy_gradient import with_columns
 from megatron_rl.config import Config
 from megatron_rl.errors import CheckpointError, ConfigError, UserError
+from megatron_rl.plan.erpd import ERPDPlan
 from megatron_rl.policy.checkpoint import Checkpoints, parameter_digest
-from megatron_rl.trainer.bringup import Run
+from megatron_rl.trainer.lead import Lead
 from megatron_rl.trainer.metrics import Stopwatch
+from megatron_rl.trainer.trainer import Trainer
 from megatron_rl.types import Batch
 
 OUTCOMES = ("erpd_mse", "erpd_ce")  # teachers that take a reward for a probability
 TEACHER, STUDENT = STAGES
 
 
-def collect(run: Run, watch: Stopwatch) -> Batch:
-    """The round's batch, sampled once and read back ever after; the checkpoint of pi_old is complete before. Collective."""
-    run.ensure_saved()
-    folder = _folder(run, run.state.step)
-    found = run.mesh.on_lead(folder.read_batch)
-    if found is not None:
-        batch, sampling = found
-        run.mesh.on_lead(lambda: run.rollouts.restore(run.state.step, run.state.version, sampling))
+class ERPD:
+    """The algorithm of `objective.name: erpd`."""
+
+    def __init__(self, plan: ERPDPlan) -> None:
+        self.plan = plan
+
+    def collect(self, trainer: Trainer, watch: Stopwatch) -> Batch:
+        """Return the round's batch: sampled once, and read back from disk afterwards. Collective.
+
+        The checkpoint of pi_old is complete before the batch is sampled.
+        """
+        trainer.ensure_saved()
+        step, version = trainer.state.step, trainer.state.version
+        folder = _folder(trainer, step)
+        found = trainer.mesh.on_lead(folder.read_batch)
+        if found is not None:
+            batch, sampling = found
+            trainer.on_lead(lambda lead: lead.rollouts.restore(step, version, sampling))
+            return batch
+        batch = trainer.collect(watch)
+        trainer.on_lead(lambda lead: folder.write_batch(batch, lead.rollouts.sampling))
         return batch
-    batch = run.mesh.on_lead(lambda: run.collect(run.state.step, watch))
-    run.mesh.on_lead(lambda: folder.write_batch(batch, run.rollouts.sampling))
-    return batch
 
+    def learn(self, trainer: Trainer, batch: Batch, watch: Stopwatch) -> RoundRecords:
+        """Run both stages; the policy is the student afterwards, and the engines wait for its weights. Collective.
 
-def learn(run: Run, plan: ERPDPlan, batch: Batch, watch: Stopwatch) -> RoundRecords:
-    """Both stages; the policy is the student afterwards, and the engines wait for its weights. Collective.
-
-    Raises CheckpointError when pi_old is not what the round began with, KeyboardInterrupt when a stop was asked for.
-    """
-    return _Round(run, plan, batch, watch).learn()
+        Raises:
+            CheckpointError: when pi_old is not the policy that the round began with.
+            KeyboardInterrupt: when a stop was requested.
+        """
+        return _Round(trainer, self.plan, batch, watch).learn()
 
 
 def asked_settings(config: Config, plan: ERPDPlan) -> dict[str, Any]:
@@ -66,40 +78,40 @@ def asked_settings(config: Config, plan: ERPDPlan) -> dict[str, Any]:
     }
 
 
-def _folder(run: Run, step: int) -> RoundFolder:
-    return RoundFolder(run.config.run.folder / "erpd", step)
+def _folder(trainer: Trainer, step: int) -> RoundFolder:
+    return RoundFolder(trainer.config.run.folder / "erpd", step)
 
 
 class _Round:
-    def __init__(self, run: Run, plan: ERPDPlan, batch: Batch, watch: Stopwatch) -> None:
-        self.run, self.plan, self.watch = run, plan, watch
-        self.mesh, self.policy, self.step = run.mesh, run.policy, run.state.step
-        self.folder = _folder(run, self.step)
+    def __init__(self, trainer: Trainer, plan: ERPDPlan, batch: Batch, watch: Stopwatch) -> None:
+        self.trainer, self.plan, self.watch = trainer, plan, watch
+        self.mesh, self.policy, self.step = trainer.mesh, trainer.policy, trainer.state.step
+        self.folder = _folder(trainer, self.step)
         self.trained = batch.mask > 0
         self.token_rewards = np.repeat(batch.rewards, batch.lengths)
         self.teacher_objective, self.student_objective = plan.teacher_objective(), plan.student_objective()
         self.bare = batch
-        keep = run.config.run.keep
+        keep = trainer.config.run.keep
         pinned = (*plan.kept, plan.teacher_updates)
         self.teacher = Checkpoints(self.folder.path / TEACHER, self.policy, keep, pinned)
         self.student = Checkpoints(self.folder.path / STUDENT, self.policy, keep)
 
     def learn(self) -> RoundRecords:
-        run, plan = self.run, self.plan
+        trainer, plan = self.trainer, self.plan
         self._begin()
-        run.rest_engines()
-        run.at_step = False
+        trainer.on_lead(Lead.offload_engines)
+        trainer.at_step = False
         self.batch = self._with_own_columns()
-        signals = Signals(plan, self.policy, self.folder, self.batch, self.teacher, run.checkpoints)
+        signals = Signals(plan, self.policy, self.folder, self.batch, self.teacher, trainer.checkpoints)
         with self.watch("teacher"), self.teacher:
             if not self.teacher.has(plan.teacher_updates):
-                run_stage(run, self.folder, self._teacher_stage())
+                run_stage(trainer, self.folder, self._teacher_stage())
             signals.score()
         rates = self._evaluate_teacher()
         with self.watch("student"), self.student:
-            run_stage(run, self.folder, self._student_stage(signals))
+            run_stage(trainer, self.folder, self._student_stage(signals))
             logp = self.policy.logprobs(self.batch)
-        run.wake_engines()
+        trainer.on_lead(Lead.reload_engines)
         record, student, ratios = self.mesh.on_lead(lambda: self._record(logp))
         record |= {f"erpd/teacher/{name.removeprefix('eval/')}": rate for name, rate in rates.items()}
         return RoundRecords(self.bare, student, self.student_objective, record, ratios)
@@ -107,13 +119,13 @@ class _Round:
     def _begin(self) -> None:
         """Note pi_old and the settings of the round, or find them as they were; drop what earlier rounds need no more."""
         digest = parameter_digest(self.policy)
-        asked = asked_settings(self.run.config, self.plan)
+        asked = asked_settings(self.trainer.config, self.plan)
         self.mesh.on_lead(lambda: self._note_beginning(digest, asked))
 
     def _note_beginning(self, digest: dict[str, str], asked: dict[str, Any]) -> None:
         self._check_rewards()
         for earlier in range(self.step):
-            _folder(self.run, earlier).drop_checkpoints()
+            _folder(self.trainer, earlier).drop_checkpoints()
         note = self.folder.note()
         if not note:
             self.folder.add_note(asked=asked, digest=digest)
@@ -133,7 +145,7 @@ class _Round:
             if noted[rank] != text:
                 raise CheckpointError(
                     f"the parameters of {rank} have digest {text[:12]}, but the round in {self.folder.path} began with "
-                    f"{noted[rank][:12]}: {self.run.checkpoints.path(self.step)} is not the policy that sampled its batch; "
+                    f"{noted[rank][:12]}: {self.trainer.checkpoints.path(self.step)} is not the policy that sampled its batch; "
                     f"restore that checkpoint, or {self.folder.mend}"
                 )
 
@@ -159,7 +171,7 @@ class _Round:
     # Stages ------------------------------------------------------------------------------------------------
 
     def _teacher_stage(self) -> Stage:
-        plan, lr = self.plan, self.run.config.optimizer.lr
+        plan, lr = self.plan, self.trainer.config.optimizer.lr
         return Stage(
             name=TEACHER,
             updates=plan.teacher_updates,
@@ -176,7 +188,7 @@ class _Round:
         return Stage(
             name=STUDENT,
             updates=self.plan.student_updates,
-            lr=self.run.config.optimizer.lr,
+            lr=self.trainer.config.optimizer.lr,
             objective=self.student_objective,
             batch=signals.batch_of,
             checkpoints=self.student,
@@ -186,7 +198,7 @@ class _Round:
 
     def _restart(self) -> None:
         """Back to pi_old, proved by its digest."""
-        self.run.checkpoints.load(self.step)
+        self.trainer.checkpoints.load(self.step)
         digest = parameter_digest(self.policy)
         self.mesh.on_lead(lambda: self._compare(self.folder.note()["digest"], digest))
 
@@ -202,21 +214,21 @@ class _Round:
 
         Its weights are published as a version of their own, so the student's comes after it.
         """
-        run = self.run
-        if run.config.eval.prompts == 0 or not run.due(self.step + 1, run.config.eval.every):
+        trainer = self.trainer
+        if trainer.config.eval.prompts == 0 or not trainer.due(self.step + 1, trainer.config.eval.every):
             return {}
         rates: dict[str, float] | None = self.mesh.on_lead(lambda: self.folder.note().get(TEACHER_RATES))
-        run.state = replace(run.state, version=run.state.version + 1)
+        trainer.state = replace(trainer.state, version=trainer.state.version + 1)
         if rates is None:
             with self.watch("teacher_eval"):
                 self.teacher.load_weights(self.plan.teacher_updates)
-                run.wake_engines()
-                run.publish(run.state.version)
-                rates = self.mesh.on_lead(lambda: run.rollouts.evaluate(self.step + 1))
+                trainer.on_lead(Lead.reload_engines)
+                trainer.publish(trainer.state.version)
+                rates = trainer.on_lead(lambda lead: lead.rollouts.evaluate(self.step + 1))
                 self.mesh.on_lead(lambda: self.folder.add_note(**{TEACHER_RATES: rates}))
-                run.rest_engines()
+                trainer.on_lead(Lead.offload_engines)
         assert rates is not None
-        self.run.say(
+        self.trainer.say(
             f"step {self.step}: teacher, " + ", ".join(f"{k.removeprefix('eval/')} {v:.1%}" for k, v in rates.items())
         )
         return rates

@@ -6,7 +6,6 @@ a stage, and the stages' own checkpoints. Every file is whole or absent.
 """
 
 import json
-import os
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import IO, Any
 import numpy as np
 
 from megatron_rl.errors import CheckpointError
+from megatron_rl.files import append_file, replace_file
 from megatron_rl.types import Batch
 
 STAGES = ("teacher", "student")
@@ -94,10 +94,7 @@ class RoundFolder:
         path = self.path / f"{stage}.jsonl"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with path.open("ab") as file:
-                file.write(json.dumps(record).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append_file(path, json.dumps(record).encode() + b"\n")
         except OSError as error:
             raise _unwritable(path, error) from error
 
@@ -128,14 +125,9 @@ class RoundFolder:
         self._write("round.json", lambda file: file.write(text))
 
     def _write(self, name: str, fill: Callable[[IO[bytes]], Any]) -> None:
-        partial = self.path / f"{name}.partial"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                fill(file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self.path / name)
+            replace_file(self.path / name, fill)
         except OSError as error:
             raise _unwritable(self.path / name, error) from error
 

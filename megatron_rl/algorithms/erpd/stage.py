@@ -4,13 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
+
 from megatron_rl.algorithms.erpd.round_folder import STAGES, RoundFolder
-from megatron_rl.algorithms.policy_gradient import epoch_part
 from megatron_rl.objectives import Objective
 from megatron_rl.policy.actor import UpdateStats
 from megatron_rl.policy.checkpoint import Checkpoints
-from megatron_rl.trainer.bringup import Run
 from megatron_rl.trainer.metrics import update_record
+from megatron_rl.trainer.trainer import Trainer
 from megatron_rl.types import Batch
 
 
@@ -30,27 +31,27 @@ class Stage:
     kept: tuple[int, ...] = ()
 
 
-def run_stage(run: Run, folder: RoundFolder, stage: Stage) -> None:
+def run_stage(trainer: Trainer, folder: RoundFolder, stage: Stage) -> None:
     """From its newest checkpoint, or from its start with a fresh optimizer, to its last update. Collective.
 
     Raises KeyboardInterrupt, with a checkpoint made, when a stop was asked for.
     """
-    done = _enter(run, folder, stage)
-    seed = (run.config.run.seed % 2**32, run.state.step, STAGES.index(stage.name))
+    done = _enter(trainer, folder, stage)
+    seed = (trainer.config.run.seed % 2**32, trainer.state.step, STAGES.index(stage.name))
     norm = stage.objective.norm
     assert norm is not None  # filled in by the objective itself
     while done < stage.updates:
-        if run.mesh.any(run.interrupted):
-            _save(run, stage, done, wait=True)
+        if trainer.interrupted():
+            _save(trainer, stage, done, wait=True)
             raise KeyboardInterrupt
-        part = epoch_part(stage.batch(done), run.config.optimizer.updates_per_step, done, seed)
-        stats = run.policy.update(part, stage.objective, norm)
+        part = epoch_part(stage.batch(done), trainer.config.optimizer.updates_per_step, done, seed)
+        stats = trainer.policy.update(part, stage.objective, norm)
         done += 1
         stage.checkpoints.finish(wait=False)
-        run.mesh.on_lead(partial(_log_update, folder, stage, part, stats))
+        trainer.mesh.on_lead(partial(_log_update, folder, stage, part, stats))
         if done in stage.kept or done == stage.updates or done % stage.save_every == 0:
-            _save(run, stage, done, wait=done == stage.updates)
-            run.say(f"step {run.state.step}: {stage.name} {done}/{stage.updates} | loss {stats.loss:.4g}")
+            _save(trainer, stage, done, wait=done == stage.updates)
+            trainer.say(f"step {trainer.state.step}: {stage.name} {done}/{stage.updates} | loss {stats.loss:.4g}")
 
 
 def _log_update(folder: RoundFolder, stage: Stage, part: Batch, stats: UpdateStats) -> None:
@@ -58,18 +59,33 @@ def _log_update(folder: RoundFolder, stage: Stage, part: Batch, stats: UpdateSta
     folder.add_update(stage.name, record | stage.objective.summary(record))
 
 
-def _enter(run: Run, folder: RoundFolder, stage: Stage) -> int:
+def _enter(trainer: Trainer, folder: RoundFolder, stage: Stage) -> int:
     """Updates done so far."""
     state = stage.checkpoints.load_newest()
     if state is None:
         stage.restart()
-        run.policy.optimizer.restart()
-    run.policy.optimizer.base_lr = stage.lr
+        trainer.policy.optimizer.restart()
+    trainer.policy.optimizer.base_lr = stage.lr
     done = 0 if state is None else state.stage_updates
-    run.mesh.on_lead(lambda: folder.updates(stage.name, done))
+    trainer.mesh.on_lead(lambda: folder.updates(stage.name, done))
     return done
 
 
-def _save(run: Run, stage: Stage, done: int, *, wait: bool) -> None:
-    updates = run.policy.optimizer.updates
-    stage.checkpoints.save(replace(run.state, updates=updates, stage=stage.name, stage_updates=done), wait=wait)
+def _save(trainer: Trainer, stage: Stage, done: int, *, wait: bool) -> None:
+    updates = trainer.policy.optimizer.updates
+    stage.checkpoints.save(replace(trainer.state, updates=updates, stage=stage.name, stage_updates=done), wait=wait)
+
+
+def epoch_part(batch: Batch, parts: int, update: int, seed: tuple[int, ...]) -> Batch:
+    """Return the part of the batch that an update of a stage trains on; a stage goes through the batch in epochs.
+
+    Args:
+        batch: the whole batch.
+        parts: number of parts of whole groups that an epoch is cut into.
+        update: number of the update in the stage, from 0.
+        seed: with the epoch, decides the order of the groups.
+    """
+    epoch, at = divmod(update, parts)
+    order = np.random.default_rng((*seed, epoch)).permutation(np.unique(batch.groups))
+    chosen = np.array_split(order, parts)[at]
+    return batch.select(np.flatnonzero(np.isin(batch.groups, chosen)))

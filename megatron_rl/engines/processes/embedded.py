@@ -2,19 +2,20 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_rl.engines.processes.server_process import Servers, environment_of_servers
-from megatron_rl.server.quantized_linear import EngineQuantization
+from megatron_rl.protocol.server_options import EngineQuantization, ServerOptions
 
 _PACKAGE_ROOT = Path(__file__).resolve().parents[3]
 
 
 class EmbeddedServers(Servers):
-    """Embedded servers.
+    """Embedded servers, one process each.
 
-    threads: torch threads of each server; 0: half of this process's cores, shared by the servers, for threads that
-    outnumber the free cores make small models ten times slower.
+    `threads` is the number of torch threads of each server. 0 shares half of this process's cores among the servers: with
+    more threads than free cores, small models are ten times slower.
     """
 
     noun = "embedded server"
@@ -32,21 +33,24 @@ class EmbeddedServers(Servers):
         engine_quantization: EngineQuantization | None = None,
     ) -> None:
         super().__init__(log_dir, count, start_timeout_s)
-        self._threads = threads or max(_cores() // (2 * count), 1)
-        self._flags = ["--model", str(Path(model_dir).absolute()), "--dtype", dtype, "--weight-version", weight_version]
-        self._flags += ["--threads", str(self._threads)]
-        self._flags += ["--deterministic"] if deterministic else []
-        self._flags += engine_quantization.flags if engine_quantization else []
+        self._options = ServerOptions(
+            Path(model_dir).absolute(),
+            dtype=dtype,
+            threads=threads or max(_cores() // (2 * count), 1),
+            deterministic=deterministic,
+            weight_version=weight_version,
+            quantization=engine_quantization,
+        )
 
     def command(self, index: int, port: int) -> list[str]:
-        command = [sys.executable, "-m", "megatron_rl.server.app", *self._flags]
-        command += ["--host", "127.0.0.1", "--port", str(port)]
-        return command + (["--parent-pid", str(os.getpid())] if sys.platform.startswith("linux") else [])
+        parent = os.getpid() if sys.platform.startswith("linux") else 0
+        options = replace(self._options, port=port, parent_pid=parent)
+        return [sys.executable, "-m", "megatron_rl", *options.arguments]
 
     def environment(self) -> dict[str, str]:
         env = environment_of_servers()
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), env.get("PYTHONPATH")]))
-        env["OMP_NUM_THREADS"] = str(self._threads)
+        env["OMP_NUM_THREADS"] = str(self._options.threads)
         return env
 
 

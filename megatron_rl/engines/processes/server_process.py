@@ -2,12 +2,11 @@
 
 import os
 import re
-import signal
 import socket
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -18,8 +17,8 @@ import httpx
 import psutil
 
 from megatron_rl.errors import EngineError
+from megatron_rl.supervise import end_sessions
 
-_GRACE_S = 5.0
 _TAIL_BYTES = 4000
 _STARTS = 3  # a free port may be taken by somebody else before the server binds it
 _PORT_TAKEN = re.compile(
@@ -173,21 +172,7 @@ class Servers(ABC):
     def stop(self) -> None:
         """SIGTERM, and SIGKILL after a grace time; returns when all have ended. Idempotent."""
         servers, self._servers = self._servers, []
-        end_processes([server.process for server in servers])
-
-
-def end_processes(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End what leads a session of its own, and whatever else runs in that session."""
-    for process in processes:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-    deadline = time.monotonic() + _GRACE_S
-    for process in processes:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(max(deadline - time.monotonic(), 0.0))
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        end_sessions([server.process for server in servers])
 
 
 def environment_of_servers() -> dict[str, str]:

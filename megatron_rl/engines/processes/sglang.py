@@ -18,12 +18,12 @@ from megatron_rl.config import SGLangConfig
 from megatron_rl.engines.processes.server_process import (
     ServerProcess,
     Servers,
-    end_processes,
     environment_of_servers,
     free_port,
 )
 from megatron_rl.errors import CheckpointError, ConfigError, EngineError
 from megatron_rl.precision.plan import DTYPES, PrecisionPlan
+from megatron_rl.supervise import end_sessions
 from megatron_rl.weights.hf_folder import HFFolder, write_hf_folder
 from megatron_rl.weights.quantized import WireTensors, export_dtypes, quantization_config
 
@@ -63,13 +63,20 @@ def server_flags(
     device: str,
     routing: bool = False,
     keeps_cache: bool = False,
-    rests: bool = False,
+    offloads: bool = False,
 ) -> list[str]:
-    """Arguments of sglang.launch_server that follow from the configuration. device: `cpu` or `cuda`.
+    """Return the arguments of sglang.launch_server that follow from the configuration.
 
-    routing: answers carry the experts chosen for every token. keeps_cache: weight updates leave the cache of running requests,
-    of which later prompts must then not begin. rests: it is to give its memory back now and then, which on a GPU it only
-    does where it was told before. ConfigError for an argument of rollout.sglang.args that another key decides.
+    Args:
+        plan: the resolved precision plan.
+        settings: the section `rollout.sglang`.
+        device: cpu or cuda.
+        routing: answers carry the experts chosen for every token.
+        keeps_cache: weight updates keep the cache of running requests, so later prompts must not reuse it.
+        offloads: the engine must be able to release its memory, which on a GPU needs a flag at the start.
+
+    Raises:
+        ConfigError: for an argument of `rollout.sglang.args` that another key decides.
     """
     for argument in settings.args:
         key = _FROM_KEYS.get(argument.partition("=")[0])
@@ -83,7 +90,7 @@ def server_flags(
     flags += _CPU_FLAGS if device == "cpu" else on_gpu
     flags += ["--enable-return-routed-experts"] if routing else []
     flags += ["--disable-radix-cache"] if keeps_cache else []
-    flags += ["--enable-memory-saver"] if rests and device != "cpu" else []
+    flags += ["--enable-memory-saver"] if offloads and device != "cpu" else []
     return [*flags, *settings.args]
 
 
@@ -158,7 +165,7 @@ class SGLangServers(Servers):
     def stop(self) -> None:
         router, self._router = self._router, None
         if router is not None:
-            end_processes([router.process])
+            end_sessions([router.process])
         super().stop()
         if self._plan is not None:
             shutil.rmtree(self._copy, ignore_errors=True)

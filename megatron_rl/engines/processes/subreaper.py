@@ -20,7 +20,7 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-def run(parent_pid: int, command: list[str]) -> int:
+def run_guarded(parent_pid: int, command: list[str]) -> int:
     """Until the command ends, the parent does, or SIGTERM arrives. Leaves no process of the command's running."""
     stops: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stops.append(number))
@@ -56,4 +56,4 @@ def _end_descendants() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(int(sys.argv[1]), sys.argv[2:]))
+    sys.exit(run_guarded(int(sys.argv[1]), sys.argv[2:]))

@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from megatron_rl.engines.pool import EnginePool
 from megatron_rl.errors import EngineError
 from megatron_rl.protocol.buckets import Bucket
-from megatron_rl.protocol.update_group import JOIN_S, UpdateGroup, address_towards, host_store
-from megatron_rl.weight_sync.transports.transport import BucketTransport, Engines, each
+from megatron_rl.protocol.update_group import JOIN_S, UpdateGroup, create_store, local_address_for
+from megatron_rl.weight_sync.transports.transport import BucketTransport, each
 
 T = TypeVar("T")
 
@@ -32,18 +33,18 @@ class DistributedTransport(BucketTransport):
     def memory(self, nbytes: int, device: torch.device) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
-    def connect(self, engines: Engines, ranks: Mapping[str, int]) -> dict[str, EngineError]:
+    def connect(self, engines: EnginePool, ranks: Mapping[str, int]) -> dict[str, EngineError]:
         if self._group is not None and self._members == dict(ranks):
             return {}
         self._leave(engines, [url for url in self._members if url in ranks])  # the others are gone
         self._name, self._members = f"weights-{secrets.token_hex(8)}", dict(ranks)
         backend = "nccl" if self._device.type == "cuda" else "gloo"
-        store, world = host_store(JOIN_S), 1 + sum(ranks.values())
+        store, world = create_store(JOIN_S), 1 + sum(ranks.values())
         first = dict(zip(ranks, _first_ranks(ranks), strict=True))
 
         def invite(url: str) -> None:
             place = {"rank": first[url], "world": world, "name": self._name, "backend": backend}
-            engines.join_update_group(url, address_towards(url), store.port, **place)  # type: ignore[arg-type]
+            engines.join_update_group(url, local_address_for(url), store.port, **place)  # type: ignore[arg-type]
 
         def join() -> UpdateGroup:
             timeout_s = max(self._timeout_s, JOIN_S)
@@ -54,7 +55,7 @@ class DistributedTransport(BucketTransport):
         return failed
 
     def send(
-        self, engines: Engines, ranks: Mapping[str, int], bucket: Bucket, version: int | None
+        self, engines: EnginePool, ranks: Mapping[str, int], bucket: Bucket, version: int | None
     ) -> dict[str, EngineError]:
         group = self._group
         assert group is not None
@@ -70,14 +71,14 @@ class DistributedTransport(BucketTransport):
         _, failed = _together(lambda: group.broadcast(bucket.data), calls, group.leave, free)
         return failed
 
-    def discard(self, engines: Engines, urls: Sequence[str]) -> None:
+    def discard(self, engines: EnginePool, urls: Sequence[str]) -> None:
         self._leave(engines, urls)
 
-    def close(self, engines: Engines | None) -> None:
+    def close(self, engines: EnginePool | None) -> None:
         self._leave(engines, list(self._members))
         self._buckets.free()
 
-    def _leave(self, engines: Engines | None, urls: Sequence[str]) -> None:
+    def _leave(self, engines: EnginePool | None, urls: Sequence[str]) -> None:
         """Closing our end frees every engine that waits in a broadcast."""
         group, self._group = self._group, None
         if group is not None:

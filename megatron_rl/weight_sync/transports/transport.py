@@ -5,47 +5,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from megatron_rl.engines.pool import EnginePool
 from megatron_rl.errors import EngineError
 from megatron_rl.protocol.buckets import Bucket, Buckets
-from megatron_rl.weight_sync.expected_digests import Tally
+from megatron_rl.weight_sync.expected_digests import ExpectedDigests
 
 T = TypeVar("T")
 Stream = Iterator[tuple[str, Tensor]]
-
-
-class Engines(Protocol):
-    """The calls that deliver weights; each raises EngineError when the engine refuses or is gone."""
-
-    def update_weights_from_disk(self, url: str, folder: Path, version: int) -> None: ...
-
-    def begin_update(self, url: str) -> None: ...
-
-    def end_update(self, url: str) -> None: ...
-
-    def abort_update(self, url: str) -> None: ...
-
-    def join_update_group(
-        self, url: str, address: str, port: int, *, rank: int, world: int, name: str, backend: str
-    ) -> None: ...
-
-    def leave_update_group(self, url: str, name: str) -> None: ...
-
-    def receive_bucket(
-        self,
-        url: str,
-        group: str,
-        names: Sequence[str],
-        dtypes: Sequence[str],
-        shapes: Sequence[Sequence[int]],
-        version: int | None,
-    ) -> None: ...
-
-    def load_tensors(self, url: str, payloads: Sequence[str], version: int | None) -> None: ...
 
 
 class Transport(ABC):
@@ -57,14 +28,14 @@ class Transport(ABC):
     in_buckets = True
 
     @abstractmethod
-    def prepare(self, stream: Stream, version: int, tally: Tally) -> None:
+    def prepare(self, stream: Stream, version: int, expected: ExpectedDigests) -> None:
         """While the engines still generate. CheckpointError when the weights cannot be made ready; no engine was touched."""
 
     @abstractmethod
-    def deliver(self, engines: Engines, ranks: Mapping[str, int]) -> dict[str, EngineError]:
+    def deliver(self, engines: EnginePool, ranks: Mapping[str, int]) -> dict[str, EngineError]:
         """Give the prepared version to paused engines. ranks: of each engine's url. Returns what failed, by engine.
 
-        CheckpointError when the stream ends with an error of its own. Every tensor of the version is then in the tally.
+        CheckpointError when the stream ends with an error of its own. Every tensor of the version is then in the expected.
         """
 
     def commit(self) -> Path | None:
@@ -72,11 +43,11 @@ class Transport(ABC):
         return None
 
     @abstractmethod
-    def discard(self, engines: Engines, urls: Sequence[str]) -> None:
+    def discard(self, engines: EnginePool, urls: Sequence[str]) -> None:
         """The version is given up. Engines that were left waiting for it are set free."""
 
     @abstractmethod
-    def close(self, engines: Engines | None) -> None:
+    def close(self, engines: EnginePool | None) -> None:
         """Give back what was held between the updates."""
 
 
@@ -86,14 +57,14 @@ class BucketTransport(Transport):
 
     def __init__(self, bucket_bytes: int) -> None:
         self._buckets = Buckets(bucket_bytes, self.memory)
-        self._pending: tuple[Stream, int, Tally] | None = None
+        self._pending: tuple[Stream, int, ExpectedDigests] | None = None
 
-    def prepare(self, stream: Stream, version: int, tally: Tally) -> None:
-        self._pending = (stream, version, tally)
+    def prepare(self, stream: Stream, version: int, expected: ExpectedDigests) -> None:
+        self._pending = (stream, version, expected)
 
-    def deliver(self, engines: Engines, ranks: Mapping[str, int]) -> dict[str, EngineError]:
+    def deliver(self, engines: EnginePool, ranks: Mapping[str, int]) -> dict[str, EngineError]:
         assert self._pending is not None
-        (stream, version, tally), self._pending = self._pending, None
+        (stream, version, expected), self._pending = self._pending, None
         failed = self.connect(engines, ranks) or each(ranks, lambda url: _begin(engines, url))[1]
         if failed:
             return failed
@@ -103,13 +74,13 @@ class BucketTransport(Transport):
                 failed = sent.result() if sent is not None else {}
                 if failed:
                     return failed
-                digested = digesting.submit(tally.add_bucket, bucket)
+                digested = digesting.submit(expected.add_bucket, bucket)
                 sent = sending.submit(self._sent, engines, ranks, bucket, version, digested)
             failed = sent.result() if sent is not None else {}
         return failed or each(ranks, engines.end_update)[1]
 
     def _sent(
-        self, engines: Engines, ranks: Mapping[str, int], bucket: Bucket, version: int, digested: "Future[None]"
+        self, engines: EnginePool, ranks: Mapping[str, int], bucket: Bucket, version: int, digested: "Future[None]"
     ) -> dict[str, EngineError]:
         failed = self.send(engines, ranks, bucket, version if bucket.last else None)
         digested.result()
@@ -119,18 +90,18 @@ class BucketTransport(Transport):
     def memory(self, nbytes: int, device: torch.device) -> Tensor:
         """uint8 memory for buckets."""
 
-    def connect(self, engines: Engines, ranks: Mapping[str, int]) -> dict[str, EngineError]:
+    def connect(self, engines: EnginePool, ranks: Mapping[str, int]) -> dict[str, EngineError]:
         """Be ready to send to exactly these engines. What failed, by engine."""
         return {}
 
     @abstractmethod
     def send(
-        self, engines: Engines, ranks: Mapping[str, int], bucket: Bucket, version: int | None
+        self, engines: EnginePool, ranks: Mapping[str, int], bucket: Bucket, version: int | None
     ) -> dict[str, EngineError]:
         """To all engines; returns when all have it, or with what failed. version: with the last bucket."""
 
 
-def _begin(engines: Engines, url: str) -> None:
+def _begin(engines: EnginePool, url: str) -> None:
     """Also where an update was left open, by a trainer that was killed say."""
     try:
         engines.begin_update(url)

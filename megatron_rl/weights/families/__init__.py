@@ -1,4 +1,4 @@
-"""The supported model families; a new one is one more file and one more entry here."""
+"""The supported model families. A new family needs one more file and one more entry here."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,10 @@ FAMILIES: tuple[Family, ...] = (QWEN3, QWEN3_MOE)
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
-    """The family of a config.json; `where` names the file in the error. ConfigError when no family knows it."""
+    """Return the family of a config.json.
+
+    `where` names the file in the error message. Raise ConfigError if no family covers the architecture.
+    """
     known = {architecture: family for family in FAMILIES for architecture in family.architectures}
     named = config.get("architectures")
     if not isinstance(named, list) or len(named) != 1:

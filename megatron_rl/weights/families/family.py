@@ -1,4 +1,4 @@
-"""What a model family is: the architectures it covers, how its config.json reads, and its name table."""
+"""A model family: the architectures it covers, how its config.json is read, and its name table."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,10 +14,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """The mixture of experts in place of every layer's feed-forward network.
+    """The mixture of experts that replaces every layer's feed-forward network.
 
-    count: experts of a layer, of which `per_token` compute a token, each `ffn_hidden_size` wide. norm_topk_prob: the gates of
-    a token's experts are a softmax over them alone; otherwise over all experts, and add up to less than 1.
+    Attributes:
+        count: experts per layer.
+        per_token: experts that compute each token.
+        ffn_hidden_size: width of each expert.
+        norm_topk_prob: the gates of a token's experts are a softmax over these experts only. Otherwise the softmax is
+            over all experts, and the gates add up to less than 1.
     """
 
     count: int
@@ -28,7 +32,7 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Everything about a model that its parameters and its forward pass depend on. experts: None for a dense model."""
+    """Everything that a model's parameters and forward pass depend on. `experts` is None for a dense model."""
 
     num_layers: int
     hidden_size: int
@@ -49,11 +53,17 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One line of a name table: an mcore parameter and the Hugging Face tensors it is made of.
+    """One line of a name table: an mcore parameter and the Hugging Face tensors it is built from.
 
-    Names hold `{layer}` where there is one per layer, and `{expert}` where there is one per expert of it. fused: the
-    parameter's name under Transformer Engine's layer spec, where norms live inside the linear that follows. exported: False
-    for a copy of another rule's tensor.
+    Names contain `{layer}` if there is one per layer, and `{expert}` if there is one per expert of a layer.
+
+    Attributes:
+        mcore: the parameter's name under the local layer spec.
+        hf: names of the Hugging Face tensors, in the order of the layout.
+        layout: how the parameter is built and sharded.
+        fused: the parameter's name under Transformer Engine's layer spec, where norms are part of the linear that
+            follows.
+        exported: False for a copy of another rule's tensor.
     """
 
     mcore: str
@@ -64,22 +74,30 @@ class Rule:
 
     @property
     def stage(self) -> Literal["first", "layer", "last"]:
-        """Where the parameter lives: on the first pipeline stage, in each layer, or on the last stage."""
+        """Where the parameter is: on the first pipeline stage, in each layer, or on the last stage."""
         if "{layer}" in self.mcore:
             return "layer"
         return "first" if self.mcore.startswith("embedding.") else "last"
 
     @property
     def per_expert(self) -> bool:
-        """Spread over expert-parallel ranks, whole experts each: tensor parallelizm does not cut it."""
+        """Whether there is one parameter per expert.
+
+        Whole experts are distributed over the expert-parallel ranks; tensor parallelism does not shard them.
+        """
         return "{expert}" in self.mcore
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """architectures: names in config.json this family covers. shape_from_config: (config, where) -> ModelShape, ConfigError
-    for anything unsupported. rules: the name table of a shape, in export order. ignored: endings of Hugging Face
-    buffers that hold no weights."""
+    """A family of models that share one name table.
+
+    Attributes:
+        architectures: names in config.json that this family covers.
+        shape_from_config: returns the ModelShape of a config.json. Raises ConfigError for anything unsupported.
+        rules: returns the name table of a shape, in export order.
+        ignored: name endings of Hugging Face buffers that hold no weights.
+    """
 
     architectures: tuple[str, ...]
     shape_from_config: Callable[["HFConfig"], ModelShape]
@@ -88,7 +106,7 @@ class Family:
 
 
 class HFConfig:
-    """config.json with errors that name the file and the key."""
+    """The values of a config.json. Errors name the file and the key."""
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         self.values, self.where = values, where
@@ -109,7 +127,10 @@ class HFConfig:
         return value
 
     def demand(self, key: str, supported: tuple[Any, ...]) -> None:
-        """Raise unless `key` has one of the supported values; None among them also stands for an absent key."""
+        """Check that `key` has one of the supported values. Raise ConfigError if it does not.
+
+        None among the supported values also stands for an absent key.
+        """
         value = self.values.get(key)
         if value not in supported:
             wanted = " or ".join(repr(choice) for choice in supported if choice is not None)
@@ -118,14 +139,17 @@ class HFConfig:
             )
 
     def dtype(self) -> torch.dtype:
-        """transformers 5 writes `dtype`, 4 wrote `torch_dtype`."""
+        """Return the dtype of the weights. transformers 5 writes `dtype`, 4 wrote `torch_dtype`."""
         name = self.values.get("dtype", self.values.get("torch_dtype"))
         if name not in DTYPES:
             raise ConfigError(f"{self.where}: 'dtype' (or 'torch_dtype') is {name!r}; supported: {', '.join(DTYPES)}")
         return DTYPES[name]
 
     def rope_theta(self) -> float:
-        """transformers 5 writes `rope_parameters`, 4 wrote `rope_theta` and `rope_scaling`; only plain RoPE is supported."""
+        """Return the base of RoPE. Only plain RoPE is supported.
+
+        transformers 5 writes `rope_parameters`, 4 wrote `rope_theta` and `rope_scaling`.
+        """
         parameters = self.values.get("rope_parameters") or {}
         scaling = self.values.get("rope_scaling") or {}
         for key, found in (("rope_parameters", parameters), ("rope_scaling", scaling)):
@@ -141,7 +165,7 @@ class HFConfig:
         return self.number("rope_theta")
 
     def no_sliding_window(self) -> None:
-        """Raise when any layer attends through a sliding window. A window that is set but switched off is fine."""
+        """Check that no layer uses sliding-window attention. A window that is set but switched off is allowed."""
         self.demand("use_sliding_window", (False, None))
         for kind in self.values.get("layer_types") or ():
             if kind != "full_attention":

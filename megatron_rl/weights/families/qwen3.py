@@ -2,11 +2,11 @@
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.weights.families.family import Family, HFConfig, ModelShape, Rule
-from megatron_rl.weights.layouts import QKV, GateUp, Replicated, Row, VocabRows
+from megatron_rl.weights.layouts import QKV, GateUp, Replicated, RowParallel, VocabParallel
 
 
 def read_shape(config: HFConfig) -> ModelShape:
-    """What Qwen3 models with and without experts have in common."""
+    """Return the part of the shape that Qwen3 models with and without experts have in common."""
     config.demand("hidden_act", ("silu",))
     config.demand("attention_bias", (False, None))
     config.no_sliding_window()
@@ -38,12 +38,15 @@ MCORE, HF = "decoder.layers.{layer}.", "model.layers.{layer}."
 
 
 def table(s: ModelShape, feed_forward: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """The name table of a Qwen3 model; feed_forward: what follows the attention of each layer, its norm included."""
+    """Return the name table of a Qwen3 model.
+
+    `feed_forward` holds the rules of what follows the attention of each layer, including its norm.
+    """
     mcore, hf = MCORE, HF
     hidden, head = Replicated((s.hidden_size,)), Replicated((s.head_dim,))
-    vocab = VocabRows(s.vocab_size, s.hidden_size)
+    vocab = VocabParallel(s.vocab_size, s.hidden_size)
     qkv = QKV(s.num_heads, s.num_kv_heads, s.head_dim, (s.hidden_size,))
-    attention_out = Row((s.hidden_size, s.num_heads * s.head_dim), "num_attention_heads * head_dim")
+    attention_out = RowParallel((s.hidden_size, s.num_heads * s.head_dim), "num_attention_heads * head_dim")
     embedding = "model.embed_tokens.weight"
     # A tied model on several pipeline stages keeps a copy of the embedding as the last stage's output layer.
     output = (
@@ -75,7 +78,7 @@ def table(s: ModelShape, feed_forward: tuple[Rule, ...]) -> tuple[Rule, ...]:
 
 def _rules(s: ModelShape) -> tuple[Rule, ...]:
     gate_up = GateUp(s.ffn_hidden_size, s.hidden_size)
-    down = Row((s.hidden_size, s.ffn_hidden_size), "intermediate_size")
+    down = RowParallel((s.hidden_size, s.ffn_hidden_size), "intermediate_size")
     norm = Rule(
         MCORE + "pre_mlp_layernorm.weight",
         (HF + "post_attention_layernorm.weight",),

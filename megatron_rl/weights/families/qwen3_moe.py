@@ -1,6 +1,6 @@
-"""Qwen3-MoE: Qwen3's attention, and in every layer a router with many small feed-forward networks, its experts.
+"""Qwen3-MoE: Qwen3's attention, and in every layer a router with many small feed-forward networks (experts).
 
-Hugging Face's names have one tensor per expert, also where transformers keeps all experts of a layer in one parameter.
+Hugging Face names have one tensor per expert, even if transformers keeps all experts of a layer in one parameter.
 """
 
 from dataclasses import replace
@@ -8,7 +8,7 @@ from dataclasses import replace
 from megatron_rl.errors import ConfigError
 from megatron_rl.weights.families.family import Experts, Family, HFConfig, ModelShape, Rule
 from megatron_rl.weights.families.qwen3 import HF, MCORE, read_shape, table
-from megatron_rl.weights.layouts import GateUp, Replicated, Row
+from megatron_rl.weights.layouts import GateUp, Replicated, RowParallel
 
 
 def _shape(config: HFConfig) -> ModelShape:
@@ -16,7 +16,7 @@ def _shape(config: HFConfig) -> ModelShape:
     config.demand("decoder_sparse_step", (1, None))
     config.demand("shared_expert_intermediate_size", (0, None))
     experts = Experts(
-        # transformers 5 has an alias for its own name of this key, and may write either
+        # transformers 5 has an alias for its own name of this key and may write either name.
         count=config.integer("num_experts" if "num_experts" in config.values else "num_local_experts"),
         per_token=config.integer("num_experts_per_tok"),
         ffn_hidden_size=config.integer("moe_intermediate_size"),
@@ -37,7 +37,7 @@ def _shape(config: HFConfig) -> ModelShape:
 def _rules(s: ModelShape) -> tuple[Rule, ...]:
     assert s.experts is not None
     width = s.experts.ffn_hidden_size
-    # Transformer Engine's grouped products hold an expert's matrix as `weight0`, `weight1`...
+    # Transformer Engine's grouped linears name the experts' matrices `weight0`, `weight1`...
     mcore, grouped = MCORE + "mlp.experts.local_experts.{expert}.", MCORE + "mlp.experts."
     hf = HF + "mlp.experts.{expert}."
     return table(
@@ -58,7 +58,7 @@ def _rules(s: ModelShape) -> tuple[Rule, ...]:
             Rule(
                 mcore + "linear_fc2.weight",
                 (hf + "down_proj.weight",),
-                Row((s.hidden_size, width), "moe_intermediate_size"),
+                RowParallel((s.hidden_size, width), "moe_intermediate_size"),
                 fused=grouped + "linear_fc2.weight{expert}",
             ),
         ),

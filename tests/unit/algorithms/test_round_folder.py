@@ -7,10 +7,10 @@ import pytest
 
 from megatron_rl.algorithms.erpd.round import asked_settings
 from megatron_rl.algorithms.erpd.round_folder import RoundFolder
-from megatron_rl.algorithms.erpd.settings import plan_of
-from megatron_rl.algorithms.policy_gradient import epoch_part
+from megatron_rl.algorithms.erpd.stage import epoch_part
 from megatron_rl.config import make_config
 from megatron_rl.errors import CheckpointError
+from megatron_rl.plan import plan_algorithm
 from megatron_rl.sampling.batch import make_batch
 from megatron_rl.types import Batch, Trajectory
 
@@ -80,7 +80,7 @@ def test_an_update_that_cannot_be_logged_is_an_error_that_names_the_file(folder)
 def settings(tree: dict) -> dict:
     base = {"model": {"path": "m"}, "objective": {"name": "erpd", "teacher": {"name": "erpd_mse"}}}
     config = make_config({name: {**base.get(name, {}), **tree.get(name, {})} for name in {*base, *tree}})
-    return asked_settings(config, plan_of(config))
+    return asked_settings(config, plan_algorithm(config).erpd)
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,20 @@
-"""What the `alp` section may ask for."""
+"""The `alp` section accepts legal settings and refuses illegal ones."""
 
 import pytest
 
-from megatron_rl.algorithms.erpd.settings import make_run_objective
 from megatron_rl.alp.layer_noise import layer_noise
 from megatron_rl.config import make_config
 from megatron_rl.errors import ConfigError
-from megatron_rl.objectives import OBJECTIVES
+from megatron_rl.objectives import OBJECTIVES, Objective
 from megatron_rl.objectives.ratio import RatioObjective
+from megatron_rl.plan import plan_algorithm
 from megatron_rl.trainer.preflight import check
 
 WITHOUT_RATIO = sorted(name for name, kind in OBJECTIVES.items() if not issubclass(kind, RatioObjective))
+
+
+def objective_of(config) -> Objective:
+    return plan_algorithm(config).objective
 
 
 def configured(alp=None, **sections):
@@ -52,17 +56,17 @@ def test_layers_outside_the_model_are_refused_before_anything_starts(qwen3):
 def test_an_objective_without_a_ratio_is_refused_and_told_why(name):
     assert {"asympo", "scaled_po", "naive", "erpd_mse"} <= set(WITHOUT_RATIO)
     with pytest.raises(ConfigError, match=f"{name} uses no importance ratio.*numerator.*drpo"):
-        make_run_objective(configured(objective={"name": name}))
-    make_run_objective(configured({"enabled": False}, objective={"name": name}))
+        objective_of(configured(objective={"name": name}))
+    objective_of(configured({"enabled": False}, objective={"name": name}))
 
 
 def test_a_teacher_without_a_ratio_is_refused_too():
     with pytest.raises(ConfigError, match=r"objective.teacher erpd_mse uses no importance ratio"):
-        make_run_objective(configured(objective={"name": "erpd", "teacher": {"name": "erpd_mse"}}))
-    teacher = {"name": "grpo", "denominator": "trainer_old"}
-    assert make_run_objective(configured(objective={"name": "erpd", "teacher": teacher})).name == "erpd_distill"
+        objective_of(configured(objective={"name": "erpd", "teacher": {"name": "erpd_mse"}}))
+    teacher = {"name": "grpo", "ratio_denominator": "trainer_old"}
+    assert objective_of(configured(objective={"name": "erpd", "teacher": teacher})).name == "erpd_distill"
     with pytest.raises(ConfigError, match=r"alp.level is set, but erpd has two objectives"):
-        make_run_objective(configured({"level": "sequence"}, objective={"name": "erpd", "teacher": teacher}))
+        objective_of(configured({"level": "sequence"}, objective={"name": "erpd", "teacher": teacher}))
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo", "dapo"])
@@ -71,38 +75,40 @@ def test_a_teacher_without_a_ratio_is_refused_too():
     [("token", (0.2, 0.28, 10.0)), ("sequence", (0.5, 3.0, 3.0))],
 )
 def test_a_level_brings_the_clips_of_the_paper(name, level, clips):
-    made = make_run_objective(configured({"level": level}, objective={"name": name}))
-    assert made.level == level
+    made = objective_of(configured({"level": level}, objective={"name": name}))
+    assert made.ratio_level == level
     assert (made.clip_low, made.clip_high, made.dual_clip) == clips
 
 
 def test_clips_that_are_given_stay():
-    made = make_run_objective(configured({"level": "sequence"}, objective={"name": "ppo", "clip_high": 0.4}))
+    made = objective_of(configured({"level": "sequence"}, objective={"name": "ppo", "clip_high": 0.4}))
     assert (made.clip_low, made.clip_high, made.dual_clip) == (0.2, 0.4, None)
 
 
 @pytest.mark.parametrize("level", ["cumulative", "geometric"])
 def test_a_level_without_clips_of_its_own_keeps_those_of_the_objective(level):
-    made = make_run_objective(configured({"level": level}, objective={"name": "ppo"}))
-    assert (made.level, made.clip_low, made.clip_high) == (level, 0.2, 0.2)
+    made = objective_of(configured({"level": level}, objective={"name": "ppo"}))
+    assert (made.ratio_level, made.clip_low, made.clip_high) == (level, 0.2, 0.2)
 
 
 def test_two_levels_that_differ_are_refused():
-    with pytest.raises(ConfigError, match=r"objective.level is 'geometric', but alp.level is 'sequence'"):
-        make_run_objective(configured({"level": "sequence"}, objective={"name": "ppo", "level": "geometric"}))
+    with pytest.raises(ConfigError, match=r"objective.ratio_level is 'geometric', but alp.level is 'sequence'"):
+        objective_of(configured({"level": "sequence"}, objective={"name": "ppo", "ratio_level": "geometric"}))
     assert (
-        make_run_objective(configured({"level": "sequence"}, objective={"name": "ppo", "level": "sequence"})).level
+        objective_of(
+            configured({"level": "sequence"}, objective={"name": "ppo", "ratio_level": "sequence"})
+        ).ratio_level
         == "sequence"
     )
 
 
 def test_a_level_that_the_objective_does_not_have_is_refused():
-    with pytest.raises(ConfigError, match="objective drpo: 'level' is 'sequence'"):
-        make_run_objective(configured({"level": "sequence"}))
-    assert make_run_objective(configured({"level": "token"})).name == "drpo"
+    with pytest.raises(ConfigError, match="objective drpo: 'ratio_level' is 'sequence'"):
+        objective_of(configured({"level": "sequence"}))
+    assert objective_of(configured({"level": "token"})).name == "drpo"
 
 
 def test_without_perturbation_the_objective_is_what_it_says_itself():
-    made = make_run_objective(configured({"enabled": False, "level": "sequence"}, objective={"name": "ppo"}))
-    assert (made.level, made.clip_high) == ("token", 0.2)
+    made = objective_of(configured({"enabled": False, "level": "sequence"}, objective={"name": "ppo"}))
+    assert (made.ratio_level, made.clip_high) == ("token", 0.2)
     assert layer_noise(configured({"enabled": False}).alp, 4) is None

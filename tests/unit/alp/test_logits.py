@@ -1,4 +1,4 @@
-"""Noise on logits inside the chunked scores: those of eager torch with all logits, and nothing of their size is kept."""
+"""Chunked scores with noise on the logits equal those of eager torch on all logits, and keep nothing of their size."""
 
 import math
 
@@ -29,7 +29,7 @@ def rows(case):
 
 
 def scored(case, group, chunk_rows, *, learnable=True):
-    """Scores, entropies, further scores, and the gradients of hidden states, projection and log_sigma, of noisy logits."""
+    """Return log-probabilities, entropies, top-k scores, and gradients of hidden states, projection and log_sigma."""
     hidden, weight = (t.clone().requires_grad_() for t in (case.hidden, case.weight))
     log_sigma = torch.full((1,), math.log(SIGMA), requires_grad=learnable)
     out = token_scores(

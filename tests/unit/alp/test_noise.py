@@ -1,4 +1,4 @@
-"""The noise: published test vectors, one value per element whoever asks, and the moments of a normal distribution."""
+"""The noise equals published test vectors, depends only on its element, and has the moments of normal numbers."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rl.alp.noise import WORD, NoiseRows, chunks, noise_key, normals, philox4x32
+from megatron_rl.alp.noise import WORD, NoiseRows, noise_key, normal_chunks, normals, philox4x32
 
 ZEROS = (0x00000000,) * 4, (0x00000000,) * 2, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
 ONES = (0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
@@ -18,7 +18,7 @@ PI = (
 
 
 def rows_of(*tokens):
-    """Rows from (trajectory, position) pairs."""
+    """Return rows from (trajectory, position) pairs."""
     ids, positions = zip(*tokens, strict=True)
     return NoiseRows(torch.tensor(positions), torch.tensor(ids))
 
@@ -55,7 +55,7 @@ def test_a_token_has_its_noise_wherever_it_stands_and_whoever_is_beside_it():
 
 def test_pieces_are_the_whole():
     rows, key = rows_of(*((i % 50, i) for i in range(2500))), noise_key(1, 2, 3)
-    pieces = list(chunks(rows, key, 64))
+    pieces = list(normal_chunks(rows, key, 64))
     assert len(pieces) > 1
     assert torch.equal(torch.cat([eps for _, eps in pieces]), normals(rows, key, 64))
 
@@ -82,7 +82,7 @@ def test_everything_in_the_name_of_an_element_changes_its_noise(other):
 
 
 def test_no_two_elements_share_key_and_counter():
-    """A million names drawn at random, and keys of neighboring seeds, steps and layers."""
+    """The test draws a million elements at random, with keys of neighboring seeds, steps and layers."""
     rng = np.random.default_rng(0)
     drawn = np.stack([rng.integers(0, high, 1_000_000) for high in (100, 500, 1 << 40, 32768)], axis=1)
     names = _distinct(drawn)
@@ -95,7 +95,7 @@ def test_no_two_elements_share_key_and_counter():
 
 
 def _distinct(rows: np.ndarray) -> np.ndarray:
-    """The distinct rows of an integer array, far faster than numpy.unique over an axis."""
+    """Return the distinct rows of an integer array. This is far faster than numpy.unique over an axis."""
     ordered = rows[np.lexsort(rows.T)]
     return ordered[np.r_[True, (ordered[1:] != ordered[:-1]).any(1)]]
 

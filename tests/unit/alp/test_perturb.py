@@ -1,4 +1,4 @@
-"""One step of perturbation: its gradients, what it keeps for them, and what the paper says of small and large noise."""
+"""The perturbation of a hidden state: its gradients, the tensors that it saves, and the properties in the paper."""
 
 import math
 
@@ -24,7 +24,7 @@ def log_of(sigma, dtype=torch.float32):
 
 @pytest.fixture
 def head():
-    """hidden [n, HIDDEN] -> log-probabilities [n] of some token, in float64."""
+    """Return a function from hidden [n, HIDDEN] to the log-probabilities [n] of one token, in float64."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(11, HIDDEN, dtype=torch.float64, generator=generator)
     return lambda hidden: torch.log_softmax(hidden @ weight.T, -1)[:, 4]
@@ -90,7 +90,7 @@ def test_it_keeps_nothing_of_the_size_of_the_hidden_state():
 def test_a_fixed_sigma_costs_no_noise_in_backward(monkeypatch):
     h = hidden_states().requires_grad_()
     out = Perturb.apply(h, log_of(0.2).detach(), rows(), KEY)
-    monkeypatch.setattr(perturb, "chunks", None)
+    monkeypatch.setattr(perturb, "normal_chunks", None)
     out.sum().backward()
     assert torch.equal(h.grad, torch.ones_like(h))
 
@@ -101,9 +101,9 @@ def test_rows_that_are_not_those_of_the_hidden_state_are_refused():
 
 
 def test_the_worked_perturbation_of_a_linear_policy(monkeypatch):
-    """One token, two hidden units, three actions, the numbers worked out by hand."""
+    """The expected numbers are computed by hand for one token, two hidden units and three actions."""
     eps = torch.tensor([[0.5, -1.2, 0.0, 0.0]])
-    monkeypatch.setattr(perturb, "chunks", lambda *_: iter([(slice(0, 1), eps)]))
+    monkeypatch.setattr(perturb, "normal_chunks", lambda *_: iter([(slice(0, 1), eps)]))
     weight = torch.tensor([[1.0, -0.5], [0.2, 0.3], [-0.7, 0.9]], dtype=torch.float64)
     weight = torch.cat([weight, torch.zeros(3, 2, dtype=torch.float64)], 1)
     h = torch.tensor([[0.8, -0.4, 0.0, 0.0]], dtype=torch.float64, requires_grad=True)
@@ -142,9 +142,10 @@ def test_a_batch_that_is_clipped_or_masked_altogether_gives_sigma_no_gradient(he
 
 
 def test_stein_identity_of_the_perturbed_policy(head):
-    """grad log E pi(a | h + sigma eps) = E_q[sigma eps] / sigma^2, q ~ pi(a | h + sigma eps) phi(eps) (arXiv 2603.19470).
+    """grad log E pi(a | h + sigma eps) = E_q[sigma eps] / sigma^2, q ~ pi(a | h + sigma eps) phi(eps).
 
-    Both sides are estimated from different draws; they must agree within five standard errors of the difference.
+    The identity is from arXiv 2603.19470. Both sides are estimated from different draws. They must agree within five
+    standard errors of the difference.
     """
     sigma, draws = 0.3, 400_000
     h = hidden_states(1)[0]
@@ -167,8 +168,10 @@ def test_stein_identity_of_the_perturbed_policy(head):
 
 @pytest.mark.parametrize("sigma", [0.1, 0.3])
 def test_the_mean_log_probability_under_noise_lies_below_the_log_of_the_mean(head, sigma):
-    """Jensen: E log pi(a | h + sigma eps) <= log E pi, here by more than five standard errors of the two estimates, and for
-    small noise by the variance over two, to a fifth."""
+    """Jensen's inequality holds: E log pi(a | h + sigma eps) <= log E pi.
+
+    The gap is more than five standard errors of the two estimates. For small noise it is half the variance, to 20 %.
+    """
     draws = 200_000
     h = hidden_states(1)[0]
     noise = [normals(NoiseRows(torch.arange(draws), torch.full((draws,), n)), KEY, HIDDEN).double() for n in (1, 2)]

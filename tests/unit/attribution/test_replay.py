@@ -14,23 +14,29 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
-from megatron_rl.algorithms.erpd.settings import make_run_objective
 from megatron_rl.attribution.attribute import Attribution, attribute, draw_probe
 from megatron_rl.config import Config, TaskConfig, make_config
+from megatron_rl.diagnostics.runlog import RunLog
+from megatron_rl.engines.offload import OffloadedEngines
 from megatron_rl.engines.pool import EnginePool
 from megatron_rl.errors import EngineError
+from megatron_rl.plan import plan_algorithm
 from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy
+from megatron_rl.policy.build import build_policy
+from megatron_rl.policy.checkpoint import Checkpoints
+from megatron_rl.policy.checkpoint_state import TrainState
 from megatron_rl.policy.device_port import pick_device
 from megatron_rl.precision.plan import PrecisionPlan, resolve
+from megatron_rl.protocol.server_options import EngineQuantization
 from megatron_rl.sampling.rollouts import Rollouts
 from megatron_rl.server.app import create_app
 from megatron_rl.server.engine import Engine
-from megatron_rl.server.quantized_linear import EngineQuantization
 from megatron_rl.tasks import make_task
 from megatron_rl.trainer.attribution import attribute_step
-from megatron_rl.trainer.bringup import Run
+from megatron_rl.trainer.lead import Lead
 from megatron_rl.trainer.progress import ProgressLine
+from megatron_rl.trainer.trainer import Trainer
 from megatron_rl.types import Prompt
 from megatron_rl.weight_sync.sync import WeightSync
 from megatron_rl.weights.quantized import quantization_config
@@ -50,6 +56,7 @@ DOWN = "model.layers.2.mlp.down_proj.weight"
 class Pair:
     """A policy of one rank, an engine, and what lies between them. version: the weights the engine is to sample under."""
 
+    config: Config
     policy: Policy
     plan: PrecisionPlan
     engine: Engine
@@ -61,7 +68,7 @@ class Pair:
     def attribute(self, **how: Any) -> Attribution:
         url = self.pool.live_urls[0]
         prompts = [Prompt(f"p{i}", "", tuple(range(2 + i, 8 + 2 * i)), "") for i in range(6)]
-        rollout = self.policy.config.rollout
+        rollout = self.config.rollout
         probe = draw_probe(url, prompts, rollout, stop_token_ids=(0,), seed=1, version=self.version)
         return attribute(self.policy, self.plan, self.pool, probe, self.folder / "attribution", **how)
 
@@ -106,7 +113,7 @@ def paired(model: Path, tmp_path: Path) -> Iterator[Callable[..., Pair]]:
             tree = {"model": {"path": str(model)}, "precision": precision, "rollout": rollout, "optimizer": optimizer}
             config: Config = make_config(tree | {"run": {"dir": str(tmp_path)}})
             mesh = parallel.initialize(config.parallel, pick_device("cpu"), seed=0)
-            policy = Policy(config, mesh)
+            policy = build_policy(config, mesh)
             plan = resolve(config.precision, policy.shape.num_layers)
             engine_quantization = EngineQuantization.of(config.precision)
             if dtype and engine_quantization:
@@ -119,7 +126,7 @@ def paired(model: Path, tmp_path: Path) -> Iterator[Callable[..., Pair]]:
             sync = disk_sync(pool, policy.source, tmp_path / "staging", group=mesh.control, quantization=quantization)
             if publish:
                 sync.push(policy.export(plan), 1)
-            return Pair(policy, plan, engine, pool, sync, tmp_path)
+            return Pair(config, policy, plan, engine, pool, sync, tmp_path)
 
         yield make
 
@@ -241,16 +248,20 @@ def test_an_engine_that_serves_another_version_than_it_should_is_refused(paired)
         replace(pair, version=2).attribute()
 
 
-def in_run(pair: Pair, pool: EnginePool) -> Run:
-    """A run that stands before its first step, with these engines."""
-    config = pair.policy.config
-    plan = resolve(config.precision, pair.policy.shape.num_layers)
-    run = Run(config, pair.policy.mesh, pair.policy, make_run_objective(config), plan)
+@contextmanager
+def in_run(pair: Pair, pool: EnginePool) -> Iterator[Trainer]:
+    """Yield a run before its first step, with these engines."""
+    config, policy = pair.config, pair.policy
     tokenizer = char_tokenizer("0123456789+-=")
     task = make_task(TaskConfig(max_operand=12, held_out=5), tokenizer, seed=0, max_prompt_tokens=8)
-    run.rollouts, run.pool = Rollouts(config, task, tokenizer, pool, need_logmu=True), pool
-    run.progress = ProgressLine("test", 1, 0, enabled=True)
-    return run
+    rollouts = Rollouts(config, task, tokenizer, pool, need_logmu=True)
+    with RunLog(config.run.folder) as log, ProgressLine("test", 1, 0, enabled=True) as progress:
+        lead = Lead(rollouts, OffloadedEngines(config.run.folder / "note"), log, progress)
+        checkpoints = Checkpoints(config.run.folder / "checkpoints", policy, 1)
+        yield Trainer(
+            config, plan_algorithm(config), pair.plan, policy.mesh, policy, checkpoints, pair.sync, lead, TrainState()
+        )
+        checkpoints.close()
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["the one that samples", "another"])
@@ -262,8 +273,7 @@ def test_an_engine_lost_at_an_attribution_costs_the_run_that_attribution_alone(p
     urls = [alive]
     urls.insert(place, gone)
     before = pair.policy.copy_weights()
-    with EnginePool(urls, 60) as pool:
-        run = in_run(pair, pool)
+    with EnginePool(urls, 60) as pool, in_run(pair, pool) as run:
         assert attribute_step(run, before) is None
         said = capsys.readouterr().out
         assert "not attributed, 1 engine(s) left" in said and gone in said

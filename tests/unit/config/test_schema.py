@@ -148,11 +148,11 @@ def test_the_budget_must_divide_over_tensor_and_context_ranks(write):
     assert message == "optimizer.tokens_per_microbatch must be a multiple of 2 x context x tensor = 4"
 
 
-def test_sequence_parallelizm_without_tensor_parallelizm_is_refused(write):
+def test_sequence_parallelism_without_tensor_parallelism_is_refused(write):
     assert "sequence: true needs tensor > 1" in refusal(write(SMALL), "parallel.tensor=1")
 
 
-def test_virtual_stages_without_pipeline_parallelizm_are_refused(write):
+def test_virtual_stages_without_pipeline_parallelism_are_refused(write):
     assert "virtual_pipeline > 1 needs pipeline > 1" in refusal(write(SMALL), "parallel.virtual_pipeline=2")
 
 

@@ -1,9 +1,9 @@
-"""What is logged of a perturbation."""
+"""The log describes the effect of a perturbation."""
 
 import numpy as np
 import pytest
 
-from megatron_rl.diagnostics.alp_effect import shift_record, spread_record, swallowed
+from megatron_rl.diagnostics.alp_effect import rounding_warning, shift_record, spread_record
 
 
 def test_shifts_are_differences_of_probabilities():
@@ -20,10 +20,10 @@ def test_noise_that_moves_less_than_half_of_all_tokens_is_warned_of_with_the_num
     clean = np.log(np.full(10, 0.5))
     perturbed = clean.copy()
     perturbed[:4] += 0.1
-    text = swallowed(shift_record(perturbed, clean))
+    text = rounding_warning(shift_record(perturbed, clean))
     assert text is not None and "60% of tokens" in text and "alp.sigma_init" in text
     perturbed[:6] += 0.1
-    assert swallowed(shift_record(perturbed, clean)) is None
+    assert rounding_warning(shift_record(perturbed, clean)) is None
 
 
 def test_the_spread_is_quantiles_of_the_ratios_and_their_envelope_in_each_bin_of_mu():

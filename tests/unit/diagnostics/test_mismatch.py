@@ -84,7 +84,7 @@ def test_every_bin_of_the_envelope_is_the_quantiles_of_its_own_tokens(data, logm
     seen = 0
     for k in range(10):
         inside = (mu >= k / 10) & ((mu < (k + 1) / 10) | (k == 9))
-        inside &= np.minimum((mu * 10).astype(int), 9) == k  # the edge of a bin is where mu x 10 rounds to
+        inside &= np.minimum((mu * 10).astype(int), 9) == k  # rounding of mu x 10 decides at the edge of a bin
         if not inside.any():
             assert f"envelope/p02/{k}" not in record
             continue

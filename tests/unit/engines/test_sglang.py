@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from megatron_rl.config import PrecisionConfig, SGLangConfig, make_config
 from megatron_rl.engines.processes import subreaper as guard
 from megatron_rl.engines.processes.embedded import EmbeddedServers
-from megatron_rl.engines.processes.own_servers import check_named, own_servers
+from megatron_rl.engines.processes.own_servers import own_servers
 from megatron_rl.engines.processes.sglang import SGLangServers, server_flags, write_as_sent
+from megatron_rl.engines.requirements import check_server
 from megatron_rl.errors import ConfigError, EngineError, PrecisionError
 from megatron_rl.precision.formats import fake_quantize
 from megatron_rl.precision.plan import PrecisionPlan, resolve
@@ -61,7 +62,7 @@ def test_routed_experts_are_asked_for_and_further_arguments_come_last():
 
 def test_servers_that_rest_are_told_so_on_a_gpu_where_they_would_keep_their_memory():
     resting = {
-        device: server_flags(plan(device), SGLangConfig(), device=device, rests=True) for device in ("cpu", "cuda")
+        device: server_flags(plan(device), SGLangConfig(), device=device, offloads=True) for device in ("cpu", "cuda")
     }
     assert "--enable-memory-saver" in resting["cuda"] and "--enable-memory-saver" not in resting["cpu"]
     assert "--enable-memory-saver" not in flags("cuda")
@@ -72,7 +73,7 @@ def test_servers_take_the_gpus_from_the_first_one_on_in_order():
     assert [" ".join(two.command(i, 1)[-2:]) for i in range(2)] == ["--base-gpu-id 4", "--base-gpu-id 6"]
 
 
-ERPD = {"name": "erpd", "teacher": {"name": "sapo", "denominator": "trainer_old"}, "teacher_updates": 2}
+ERPD = {"name": "erpd", "teacher": {"name": "sapo", "ratio_denominator": "trainer_old"}, "teacher_updates": 2}
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ ERPD = {"name": "erpd", "teacher": {"name": "sapo", "denominator": "trainer_old"
         ({}, {"device": "cuda"}, "rollout.engine is embedded, and http://a is sglang"),
         ({"rollout": {"deterministic": True}}, {"engine": "embedded"}, "deterministic is true, and http://a is not"),
         (
-            {"rollout": {"engine": "sglang", "update_mode": "in_place"}},
+            {"rollout": {"engine": "sglang", "update_mode": "in_place", "max_staleness": 1}},
             {"device": "cpu", "disable_radix_cache": False},
             "http://a, and later prompts would begin with them: start it with --disable-radix-cache",
         ),
@@ -102,7 +103,7 @@ def test_a_running_server_that_would_do_otherwise_than_asked_is_refused(
 ):
     config = make_config({"model": {"path": "nowhere"}, **section})
     with pytest.raises(ConfigError, match=words):
-        check_named("http://a", info, config)
+        check_server("http://a", info, config, offloads="objective" in section)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The table of objectives that the statements about every one of them run over, and the inputs they are fed with."""
+"""The table of objectives that the tests of every objective run over, and the inputs of these tests."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,17 +11,24 @@ from megatron_rl.objectives import LossInputs, Objective, make_objective
 
 MODES = ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
 TENSORS = ["logp", "logmu", "logold", "logref", "entropy", "staleness"]  # [B, T] each
-HORIZON = 9  # fixed response length, given wherever tensors are packed or split
+HORIZON = 9  # fixed response length, set wherever tensors are packed or split
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One row of the table: what `make_objective` is given, and what does not hold for this objective."""
+    """One row of the table.
+
+    Attributes:
+        id: name of the row in the test ids.
+        options: the argument of `make_objective`.
+        advantages: False if the method uses rewards instead, so that advantages of 0 have no special meaning.
+        weight: False if -dloss/dlogp has no form A r w.
+    """
 
     id: str
     options: dict[str, Any]
-    advantages: bool = True  # False: the method looks at rewards instead, so that advantages of 0 are nothing special
-    weight: bool = True  # False: -dloss/dlogp has no form A r w
+    advantages: bool = True
+    weight: bool = True
 
     def make(self, **more: Any) -> Objective:
         return make_objective({**self.options, **more})
@@ -51,11 +58,13 @@ RATIO_SPECS = [
     _spec("dppo_kl"),
     _spec("dppo_topk", divergence="kl", top_k=3),
     _spec("drpo", delta=0.15),
-    Spec("ppo-sequence", {"name": "ppo", "level": "sequence", "clip_low": 0.5, "clip_high": 3.0, "dual_clip": 3.0}),
-    Spec("ppo-geometric", {"name": "ppo", "level": "geometric"}),
-    Spec("ppo-cumulative", {"name": "ppo", "level": "cumulative", "clip_low": 0.5, "clip_high": 3.0}),
-    Spec("dppo_tv-trainer_old", {"name": "dppo_tv", "denominator": "trainer_old", "delta_low": 0.05}),
-    Spec("minirl-rollout", {"name": "minirl", "denominator": "rollout"}),
+    Spec(
+        "ppo-sequence", {"name": "ppo", "ratio_level": "sequence", "clip_low": 0.5, "clip_high": 3.0, "dual_clip": 3.0}
+    ),
+    Spec("ppo-geometric", {"name": "ppo", "ratio_level": "geometric"}),
+    Spec("ppo-cumulative", {"name": "ppo", "ratio_level": "cumulative", "clip_low": 0.5, "clip_high": 3.0}),
+    Spec("dppo_tv-trainer_old", {"name": "dppo_tv", "ratio_denominator": "trainer_old", "delta_low": 0.05}),
+    Spec("minirl-rollout", {"name": "minirl", "ratio_denominator": "rollout"}),
     Spec("drpo-masked", {"name": "drpo", "corrections": _MASKS}),
     Spec("grpo-weighted", {"name": "grpo", "corrections": _WEIGHTS}),
 ]
@@ -81,7 +90,14 @@ def f64(values: Any) -> Tensor:
 
 
 def batch(seed: int, lengths: list[int], top_k: int = 3, vocabulary: int = 6) -> LossInputs:
-    """Right-padded float64 inputs holding every tensor; `lengths` trained tokens a row (some rows may have none)."""
+    """Return right-padded float64 inputs with every tensor.
+
+    Args:
+        seed: seed of the random values.
+        lengths: trained tokens of each row; some rows may have none.
+        top_k: number of top-K tokens.
+        vocabulary: vocabulary size.
+    """
     g = torch.Generator().manual_seed(seed)
     shape = (len(lengths), max([*lengths, 1]))
 
@@ -106,12 +122,15 @@ def batch(seed: int, lengths: list[int], top_k: int = 3, vocabulary: int = 6) ->
 
 
 def only_needed(objective: Objective, x: LossInputs) -> LossInputs:
-    """x without the tensors that the objective does not ask for."""
+    """Return `x` without the tensors that the objective does not need."""
     return replace(x, **{name: None for name in (*TENSORS[1:], "rewards", "topk") if name not in objective.needs})
 
 
 def mapped(x: LossInputs, change) -> LossInputs:
-    """x with `change(name, tensor)` in place of every tensor that is there; the two of topk are called topk."""
+    """Return `x` with `change(name, tensor)` in place of every tensor that is not None.
+
+    Both tensors of topk have the name "topk".
+    """
     tensors = {name: getattr(x, name) for name in (*TENSORS, "advantages", "mask", "rewards", "seq_ids")}
     changed = {name: change(name, tensor) for name, tensor in tensors.items() if tensor is not None}
     if x.topk is not None:
@@ -120,7 +139,14 @@ def mapped(x: LossInputs, change) -> LossInputs:
 
 
 def packed(x: LossInputs, source: Tensor, ids: list[int], padding: int) -> LossInputs:
-    """The tokens at `source`, positions in the flat padded tensor, in one row; nan on the padding, where it may be."""
+    """Return the tokens at `source` in one packed row, with nan on the padding of every tensor except the mask.
+
+    Args:
+        x: right-padded inputs.
+        source: positions in the flat padded tensor.
+        ids: sequence id of each row of `x`.
+        padding: number of padding tokens.
+    """
     width = x.mask.shape[1]
 
     def row(name: str, tensor: Tensor) -> Tensor:
@@ -133,12 +159,12 @@ def packed(x: LossInputs, source: Tensor, ids: list[int], padding: int) -> LossI
 
 
 def trained(x: LossInputs, order: list[int]) -> Tensor:
-    """Positions of the trained tokens in the flat padded tensor, row after row in the given order."""
+    """Return the positions of the trained tokens in the flat padded tensor, row by row in the given order."""
     return torch.cat([(x.mask[row] > 0).nonzero()[:, 0] + row * x.mask.shape[1] for row in order])
 
 
 def gradient(objective: Objective, x: LossInputs) -> tuple[float, Tensor]:
-    """The loss, and its gradient in logp and entropy, [B, T, 2]."""
+    """Return the loss, and its gradient in logp and entropy, [B, T, 2]."""
     logp = x.logp.clone().requires_grad_()
     entropy = torch.zeros_like(logp) if x.entropy is None else x.entropy.clone()
     entropy.requires_grad_()
@@ -147,7 +173,7 @@ def gradient(objective: Objective, x: LossInputs) -> tuple[float, Tensor]:
     return loss.item(), torch.stack([torch.zeros_like(logp) if grad is None else grad for grad in grads], dim=-1)
 
 
-# Six tokens, of which three policies' worked values are known to six digits.
+# Six tokens. The worked values of three policies are known to six digits.
 MU = [[0.5, 0.5, 0.01, 0.9], [0.2, 0.02, 0.3, 0.3]]
 PI = [[0.6, 0.4, 0.03, 0.6], [0.45, 0.30, 0.3, 0.3]]
 ADVANTAGES = [[1, 1, 0.5, -1], [-0.5, 2, 1, 1]]
@@ -159,7 +185,15 @@ def worked_inputs(logp: Tensor | None = None, **more: Any) -> LossInputs:
 
 
 def one_token(options: dict[str, Any], pi: float, mu: float, a: float, **more: float) -> tuple[float, float, float]:
-    """loss, weight and dloss/dlogp of a single token; `more`: the probabilities of further policies, such as logold."""
+    """Return loss, weight and dloss/dlogp of a single token.
+
+    Args:
+        options: the argument of `make_objective`.
+        pi: probability under the current policy.
+        mu: probability under the behavior policy.
+        a: advantage.
+        **more: probabilities under other policies, such as logold.
+    """
     logp = f64([[pi]]).log().requires_grad_()
     others = {name: f64([[value]]).log() for name, value in more.items()}
     out = make_objective(options)(LossInputs(logp, f64([[mu]]).log(), f64([a]), f64([[1]]), **others))

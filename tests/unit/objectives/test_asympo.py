@@ -1,4 +1,4 @@
-"""ASymPO, ScaledPO and the naive policy gradient against their closed forms, in float64."""
+"""ASymPO, ScaledPO and the naive policy gradient equal their closed forms, in float64."""
 
 import math
 from dataclasses import replace
@@ -29,7 +29,10 @@ def worked() -> LossInputs:
 
 
 def group(seed: int, size: int = 4, width: int = 6) -> LossInputs:
-    """One group of zero-sum advantages; mean NLLs from a hundredth to several nats; lengths 1 to width."""
+    """Return one group of zero-sum advantages.
+
+    The mean NLLs range from 0.01 to several nats, the lengths from 1 to `width`.
+    """
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, width + 1, (size, 1), generator=g)
     scale = torch.logspace(-2, 0.7, size, dtype=torch.float64)[torch.randperm(size, generator=g)]
@@ -43,7 +46,7 @@ def group(seed: int, size: int = 4, width: int = 6) -> LossInputs:
 
 
 def run(spec: dict, x: LossInputs) -> tuple[LossOutputs, Tensor]:
-    """Outputs, and dL/dlogp [B, T]."""
+    """Return the outputs, and dL/dlogp [B, T]."""
     logp = x.logp.clone().requires_grad_()
     out = make_objective(spec)(replace(x, logp=logp))
     out.loss.backward()
@@ -52,7 +55,7 @@ def run(spec: dict, x: LossInputs) -> tuple[LossOutputs, Tensor]:
 
 
 def nll(x: LossInputs, logp: Tensor | None = None) -> Tensor:
-    """S_g [B]: mean token NLL."""
+    """Return S_g [B], the mean token NLL."""
     return -((x.logp if logp is None else logp) * x.mask).sum(1) / x.mask.sum(1)
 
 
@@ -198,7 +201,7 @@ def test_bounds_at_the_ends_leave_the_plain_form(seed):
 
 @given(seeds, st.floats(0.05, 0.5), st.floats(0.0, 0.5))
 def test_the_theorem_bounds_the_naive_sum_where_ratios_stay_in_a_clip_range(seed, epsilon, spread):
-    """Theorem 1: behavior scales within spread of each other and ratios in 1 +- epsilon bound |sum A S|."""
+    """Theorem 1: |sum A S| is bounded if behavior scales lie within `spread` and ratios in 1 +- epsilon."""
     g = torch.Generator().manual_seed(seed)
     x = group(seed)
     behavior = 1 + spread * (2 * torch.rand(x.logp.shape, generator=g, dtype=torch.float64) - 1)  # NLL of every token

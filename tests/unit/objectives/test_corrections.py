@@ -1,4 +1,4 @@
-"""Corrections for the gap of engine and trainer: the weight and mask of each, how they compose, what is refused."""
+"""Corrections for the mismatch of engine and trainer have the stated weight and mask, multiply, and check options."""
 
 import math
 from dataclasses import replace
@@ -12,12 +12,12 @@ from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.objectives import LossInputs, make_objective
 from tests.unit.objectives.specs import batch, f64, gradient
 
-# pi_old / mu of two responses, of three and of two tokens; their products are 1.5 and 2.4, their geometric means
+# pi_old / mu of two responses, with three and two tokens. Their products are 1.5 and 2.4, their geometric means
 # 1.1447 and 1.5492.
 RHO = [[0.5, 3.0, 1.0], [6.0, 0.4, 1.0]]
 MASK = [[1, 1, 1], [1, 1, 0]]
 STALENESS = [[0, 1, 2], [2, 0, 5]]
-PPO = {"name": "ppo", "denominator": "trainer_old"}
+PPO = {"name": "ppo", "ratio_denominator": "trainer_old"}
 
 
 def inputs() -> LossInputs:
@@ -28,7 +28,10 @@ def inputs() -> LossInputs:
 
 
 def factor(*corrections, **keys) -> torch.Tensor:
-    """[B, T] what the corrections multiply the loss by; the same for w and, token by token, for the gradient."""
+    """Return the factor [B, T] by which the corrections multiply the loss.
+
+    The factor is the same for w and, token by token, for the gradient.
+    """
     x, base = inputs(), make_objective({**PPO, **keys})
     corrected = make_objective({**PPO, **keys, "corrections": list(corrections)})
     plain, out = base(x), corrected(x)
@@ -58,7 +61,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_weight_and_mask_are_those_worked_by_hand(case):
     correction, expected = CASES[case]
-    nudged = {**correction, "low": 0.4999} if case == "icepop" else correction  # 0.5 itself is a matter of rounding
+    # At rho = low = 0.5 the result depends on rounding.
+    nudged = {**correction, "low": 0.4999} if case == "icepop" else correction
     torch.testing.assert_close(factor(nudged), f64(expected), rtol=1e-12, atol=0)
 
 
@@ -115,7 +119,7 @@ def test_with_the_engine_below_masks_look_at_the_current_policy_and_send_no_grad
 
 def test_a_correction_that_weighs_brings_in_the_trainers_old_policy_and_needs_both():
     objective = make_objective({"name": "grpo", "corrections": [{"name": "tis"}]})
-    assert objective.denominator == "trainer_old"
+    assert objective.ratio_denominator == "trainer_old"
     assert objective.needs == {"logold", "logmu"}
     with pytest.raises(UserError, match="logmu"):
         objective(replace(inputs(), logmu=None))
@@ -131,7 +135,7 @@ def test_the_age_of_tokens_is_asked_for_by_the_mask_that_looks_at_it_and_nothing
 def test_masks_compare_old_policy_and_engine_in_methods_always_weighted_by_the_engine():
     x = inputs()
     mask = f64(CASES["mis-mask"][1])
-    for spec in ({"name": "minirl"}, {"name": "dppo_tv", "denominator": "trainer_old"}):
+    for spec in ({"name": "minirl"}, {"name": "dppo_tv", "ratio_denominator": "trainer_old"}):
         base, out = (
             make_objective(spec)(x),
             make_objective({**spec, "corrections": [{"name": "mis", "weight": False}]})(x),
@@ -141,15 +145,15 @@ def test_masks_compare_old_policy_and_engine_in_methods_always_weighted_by_the_e
 
 @pytest.mark.parametrize("name", ["minirl", "dppo_tv", "dppo_kl", "dppo_topk"])
 def test_weighing_twice_by_the_engine_is_refused(name):
-    for spec in ({}, {"denominator": "rollout"}):
+    for spec in ({}, {"ratio_denominator": "rollout"}):
         with pytest.raises(ConfigError, match=f"objective {name}: correction tis weighs .* always weighted"):
             make_objective({"name": name, **spec, "corrections": [{"name": "tis"}]})
 
 
 @pytest.mark.parametrize("correction", [{"name": "tis"}, {"name": "mis"}, {"name": "icepop"}])
 def test_a_correction_that_weighs_is_refused_with_the_engine_below(correction):
-    with pytest.raises(ConfigError, match=rf"correction {correction['name']} weighs .* denominator: trainer_old"):
-        make_objective({"name": "grpo", "denominator": "rollout", "corrections": [correction]})
+    with pytest.raises(ConfigError, match=rf"correction {correction['name']} weighs .* ratio_denominator: trainer_old"):
+        make_objective({"name": "grpo", "ratio_denominator": "rollout", "corrections": [correction]})
 
 
 @pytest.mark.parametrize(

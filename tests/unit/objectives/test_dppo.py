@@ -1,4 +1,4 @@
-"""DPPO: which tokens each divergence drops, and what is left of their gradient."""
+"""DPPO masks the tokens whose divergence exceeds its bound, and keeps the truncated ratio of the others."""
 
 import math
 from dataclasses import replace
@@ -22,7 +22,7 @@ def tv(p: float, q: float) -> float:
 
 
 def kl(p: float, q: float) -> float:
-    """Of the policy now, p, from the one before, q."""
+    """Return the binary KL of the current probability p from the previous one q."""
     return q * math.log(q / p) + (1 - q) * math.log((1 - q + 1e-8) / (1 - p + 1e-8))
 
 
@@ -63,7 +63,7 @@ def test_the_gradient_is_the_truncated_ratio_of_what_the_mask_keeps(name, pi, mu
 def test_trainer_old_moves_the_mask_and_leaves_the_ratio(name, pi, mu, old, a):
     distance, delta = DIVERGENCES[name](pi, old), 0.1
     assume(abs(distance - delta) > 1e-9 and abs(pi - old) > 1e-12)
-    spec = {"name": name, "delta": delta, "denominator": "trainer_old", "truncation": 1e9}
+    spec = {"name": name, "delta": delta, "ratio_denominator": "trainer_old", "truncation": 1e9}
     kept = not (distance > delta and a * (pi - old) > 0)
     assert one_token(spec, pi, mu, a, logold=old)[2] == pytest.approx(-a * pi / mu * kept, rel=1e-9)
 
@@ -71,7 +71,7 @@ def test_trainer_old_moves_the_mask_and_leaves_the_ratio(name, pi, mu, old, a):
 def test_the_ratio_needs_the_engine_whatever_the_mask_compares_to():
     for name in DIVERGENCES:
         assert make_objective({"name": name}).needs == {"logmu"}
-        assert make_objective({"name": name, "denominator": "trainer_old"}).needs == {"logmu", "logold"}
+        assert make_objective({"name": name, "ratio_denominator": "trainer_old"}).needs == {"logmu", "logold"}
     assert make_objective({"name": "dppo_topk"}).needs == {"logmu", "topk"}
 
 
@@ -127,7 +127,7 @@ def test_a_token_that_both_policies_hold_certain_keeps_its_gradient_in_float32()
 
 
 def distributions(seed: int, vocabulary: int, rows: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
-    """log p of the engine and of the trainer, [1, rows, vocabulary] each."""
+    """Return log p of the engine and of the trainer, [1, rows, vocabulary] each."""
     g = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(1, rows, vocabulary, generator=g, dtype=torch.float64)
     moved = logits + torch.randn(logits.shape, generator=g, dtype=torch.float64)
@@ -178,7 +178,7 @@ def test_the_likeliest_token_alone_gives_the_binary_divergence_when_it_is_the_sa
     engine, trainer = distributions(seed, vocabulary)
     x = topk_inputs(engine, trainer, 1, engine.argmax(-1))
     one = measured(x, {"name": "dppo_topk", "divergence": divergence})
-    # The binary KL adds 1e-8 to the mass of the other tokens, which tells where that is tiny.
+    # The binary KL adds 1e-8 to the mass of the other tokens, which is visible where that mass is tiny.
     torch.testing.assert_close(one, measured(x, {"name": name}), rtol=1e-5, atol=1e-6 if divergence == "kl" else 1e-12)
 
 
@@ -220,7 +220,7 @@ def test_the_top_k_sends_no_gradient():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"denominator": "trainer_old"}, "top-K of the trainer's old policy is not kept"),
+        ({"ratio_denominator": "trainer_old"}, "top-K of the trainer's old policy is not kept"),
         ({"divergence": "js"}, "'divergence' is 'js'"),
         ({"delta": 0}, "'delta' is 0"),
         ({"delta_low": -0.1}, "'delta_low' is -0.1"),

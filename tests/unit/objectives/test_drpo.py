@@ -1,4 +1,4 @@
-"""DRPO against its closed forms, in float64."""
+"""DRPO equals its closed forms, in float64."""
 
 import math
 
@@ -40,7 +40,7 @@ advantage = st.floats(-5, 5).filter(lambda a: abs(a) > 1e-3)
 
 
 def one_token(pi: float, mu: float, a: float, d: float) -> tuple[float, float, float]:
-    """loss, weight and dloss/dlogp of a single token."""
+    """Return loss, weight and dloss/dlogp of a single token."""
     return token_of({"name": "drpo", "delta": d}, pi, mu, a)
 
 
@@ -128,7 +128,7 @@ def test_simple_po_with_epsilon_delta_over_mu_has_the_same_loss_and_gradient(pi,
 def test_the_expected_penalty_is_the_squared_l2_distance():
     mu, pi, a = f64([[0.7, 0.2, 0.08, 0.02]]), f64([[0.5, 0.3, 0.1, 0.1]]), f64([[0.4, -1, 0.5, 2]])
     out = make_objective({"name": "drpo", "delta": 0.5})(LossInputs(pi.log(), mu.log(), a, torch.ones_like(mu)))
-    penalty = out.loss_tok + a * pi / mu  # with delta 1/2 exactly |A| mu (r - 1)^2
+    penalty = out.loss_tok + a * pi / mu  # with delta 1/2 this is exactly |A| mu (r - 1)^2
     assert (mu * penalty).sum().item() == pytest.approx(0.039, abs=1e-12)
     out = make_objective({"name": "simple_po", "epsilon": 0.5})(LossInputs(pi.log(), mu.log(), a, torch.ones_like(mu)))
     assert (mu * (out.loss_tok + a * pi / mu)).sum().item() == pytest.approx(0.715357, abs=6e-7), "the chi-squared form"

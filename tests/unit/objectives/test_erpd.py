@@ -1,4 +1,4 @@
-"""The losses of ERPD's two stages against their closed forms, in float64."""
+"""The losses of ERPD's two stages equal their closed forms, in float64."""
 
 import math
 from dataclasses import replace
@@ -28,7 +28,7 @@ def inputs(logp, **tensors) -> LossInputs:
 
 
 def run(spec: dict, x: LossInputs) -> tuple[LossOutputs, Tensor, Tensor]:
-    """Outputs, d(sum of loss_tok)/dlogp and dL/dlogp, [B, T] each."""
+    """Return the outputs, d(sum of loss_tok)/dlogp and dL/dlogp, [B, T] each."""
     logp = x.logp.clone().requires_grad_()
     out = make_objective(spec)(replace(x, logp=logp))
     (per_token,) = torch.autograd.grad(out.loss_tok.sum(), logp, retain_graph=True)
@@ -37,7 +37,7 @@ def run(spec: dict, x: LossInputs) -> tuple[LossOutputs, Tensor, Tensor]:
 
 
 def batch(seed: int, rows: int = 3, width: int = 5) -> LossInputs:
-    """Ragged rows: random old and current log-probabilities, rewards 0 or 1."""
+    """Return ragged rows: random old and current log-probabilities, rewards 0 or 1."""
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, width + 1, (rows, 1), generator=g)
     logold = -3 * torch.rand(rows, width, generator=g, dtype=torch.float64)
@@ -118,10 +118,9 @@ def test_mse_is_flat_where_the_probability_is_the_reward_and_where_it_vanishes()
 
     assert slope(0.0, 1.0) == 0
     assert slope(-800.0, 0.0) == 0
-    assert slope(math.log(1e-3), 0.0) == pytest.approx(2e-6)  # negatives fade as pi squared
-    assert slope(math.log(1e-6), 1.0) == pytest.approx(
-        -2e-6, rel=1e-5
-    )  # an unlikely token of a positive is hardly learnt
+    assert slope(math.log(1e-3), 0.0) == pytest.approx(2e-6)  # the gradient of negatives decreases as pi squared
+    # The gradient of an unlikely token of a positive is small.
+    assert slope(math.log(1e-6), 1.0) == pytest.approx(-2e-6, rel=1e-5)
 
 
 def test_the_log_of_mse_tells_the_mean_probability_on_each_side():
@@ -203,13 +202,17 @@ def test_a_teacher_that_is_its_own_denominator_teaches_nothing():
 
 
 def test_in_expectation_the_signal_is_the_gradient_of_the_divergence_to_the_teacher():
-    """At pi_old, grad E_old[r log(pi_e / pi_old)] = -grad KL(pi | pi_e), over a vocabulary small enough to sum up."""
+    """At pi_old, grad E_old[r log(pi_e / pi_old)] equals -grad KL(pi | pi_e).
+
+    The vocabulary is small enough to sum over.
+    """
     g = torch.Generator().manual_seed(0)
     logits, teacher = torch.randn(2, 7, dtype=torch.float64, generator=g)
     logits.requires_grad_()
     logp, loge = logits.log_softmax(-1), teacher.log_softmax(-1)
     old = logp.detach()
-    # Every token once; its chance under the old policy stands in the advantage, which is linear inside the clip.
+    # Every token occurs once. The advantage contains its probability under the old policy: the loss is linear in the
+    # advantage inside the clip.
     x = LossInputs(logp[None], None, (old.exp() * (loge - old))[None], torch.ones(1, 7), logold=old[None])
     surrogate = -make_objective({"name": "erpd_distill"})(x).loss_tok.sum()
     (found,) = torch.autograd.grad(surrogate, logits, retain_graph=True)

@@ -1,4 +1,4 @@
-"""The clipped surrogate: where it is flat, where it is not, and the worked numbers."""
+"""The clipped surrogate is flat where its definition says so, and equals the worked numbers."""
 
 import math
 
@@ -65,7 +65,7 @@ def test_loss_and_gradient_follow_the_definition(ratio, a, low, high, dual):
 
 def test_the_gradient_is_whole_exactly_on_the_boundaries():
     logp = f64([[0.3, -0.3, 0.9]]).requires_grad_()
-    high, low, dual = logp.detach().exp()[0].tolist()  # high - 1 and 1 - low are exact, so the edges are the ratios
+    high, low, dual = logp.detach().exp()[0].tolist()  # high - 1 and 1 - low are exact, so the bounds equal the ratios
     objective = make_objective({"name": "grpo", "clip_low": 1 - low, "clip_high": high - 1, "dual_clip": dual})
     advantages = f64([[1, -1, -1]])
     objective(LossInputs(logp, f64([[0, 0, 0]]), advantages, f64([[1, 1, 1]]))).loss_tok.sum().backward()
@@ -73,7 +73,7 @@ def test_the_gradient_is_whole_exactly_on_the_boundaries():
 
 
 def test_trainer_old_divides_by_logold_and_needs_nothing_else():
-    objective = make_objective({"name": "grpo", "denominator": "trainer_old", "norm": "token_mean"})
+    objective = make_objective({"name": "grpo", "ratio_denominator": "trainer_old", "norm": "token_mean"})
     assert objective.needs == {"logold"}
     with_old = objective(LossInputs(f64(PI).log(), None, f64(ADVANTAGES), f64(MASK), logold=f64(MU).log()))
     with_mu = make_objective({"name": "grpo", "norm": "token_mean"})(
@@ -87,7 +87,7 @@ def test_trainer_old_divides_by_logold_and_needs_nothing_else():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"denominator": "trainer"}, "did you mean 'trainer_old'"),
+        ({"ratio_denominator": "trainer"}, "did you mean 'trainer_old'"),
         ({"dual_clip": 1.0}, "dual_clip"),
         ({"clip_low": 1.5}, "clip_low"),
         ({"clip_hi": 0.2}, "did you mean 'clip_high'"),

@@ -1,4 +1,4 @@
-"""One ratio for a token, a sequence, or what came before: the same value however the tokens are laid out."""
+"""A ratio over a token, a sequence, or the preceding tokens has the same value in every layout of the tokens."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.objectives import LossInputs, make_objective
-from megatron_rl.objectives.inputs import numbered, numbered_on_cpu
+from megatron_rl.objectives.inputs import dense_ids, dense_ids_cpu
 from tests.unit.objectives.specs import HORIZON, MODES, batch, f64, gradient, mapped, only_needed, packed, trained
 
 LEVELS = ["token", "sequence", "geometric", "cumulative"]
@@ -21,7 +21,7 @@ seeds = st.integers(0, 10**6)
 
 
 def pooled(x: LossInputs, level: str) -> torch.Tensor:
-    """[B, T] log-ratio of every trained token by definition, one sequence at a time."""
+    """Return the log-ratio of every trained token, [B, T], by definition, one sequence at a time."""
     out = torch.zeros_like(x.logp)
     for row, keep in enumerate(x.mask.bool()):
         steps = (x.logp - x.logmu)[row, keep].tolist()
@@ -45,11 +45,11 @@ def test_the_log_ratio_is_the_sum_or_mean_its_level_names(level, seed, lengths, 
 @settings(max_examples=25)
 @given(seed=seeds, lengths=sizes, mode=st.sampled_from(MODES), data=st.data())
 def test_interleaved_packed_sequences_give_the_loss_and_gradient_of_padded_ones(level, seed, lengths, mode, data):
-    objective = make_objective({**PPO, "level": level, "norm": {"mode": mode, "horizon": HORIZON}})
+    objective = make_objective({**PPO, "ratio_level": level, "norm": {"mode": mode, "horizon": HORIZON}})
     x = only_needed(objective, batch(seed, lengths))
     width = x.mask.shape[1]
     turns = data.draw(st.permutations((trained(x, list(range(len(lengths)))) // width).tolist()))
-    # Whose turn it is is arbitrary; within a sequence the order stays.
+    # The interleaving of sequences is arbitrary; within a sequence the order stays.
     source = torch.tensor([row * width + turns[:i].count(row) for i, row in enumerate(turns)])
     ids = data.draw(st.lists(st.integers(0, 10**12), min_size=len(lengths), max_size=len(lengths), unique=True))
     loss, grad = gradient(objective, x)
@@ -61,7 +61,7 @@ def test_interleaved_packed_sequences_give_the_loss_and_gradient_of_padded_ones(
 @given(st.lists(st.one_of(st.integers(-1, 3), st.integers(-1, 10**15)), min_size=1, max_size=12))
 def test_sequences_are_numbered_alike_on_every_device(ids):
     distinct = sorted(set(ids))
-    for number in (numbered, numbered_on_cpu):  # the first, which a GPU runs, works on any device
+    for number in (dense_ids, dense_ids_cpu):  # the first is used on a GPU but works on any device
         assert number(torch.tensor(ids)).tolist() == [distinct.index(i) for i in ids]
 
 
@@ -69,7 +69,7 @@ def test_sequences_are_numbered_alike_on_every_device(ids):
 @given(seed=seeds, rows=st.integers(1, 4), mode=st.sampled_from(MODES))
 def test_a_response_of_one_token_is_the_same_at_every_level(seed, rows, mode):
     x = batch(seed, [1] * rows)
-    results = [gradient(make_objective({**PPO, "level": level, "norm": mode}), x) for level in LEVELS]
+    results = [gradient(make_objective({**PPO, "ratio_level": level, "norm": mode}), x) for level in LEVELS]
     for loss, grad in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-12, abs=1e-14)
         torch.testing.assert_close(grad, results[0][1], rtol=1e-12, atol=1e-14)
@@ -113,7 +113,7 @@ def test_a_long_cumulative_sum_is_as_exact_packed_as_padded_in_float32():
     torch.testing.assert_close(out[0], x.log_ratio(level="cumulative").flatten()[source], rtol=0, atol=1e-7)
 
 
-# lr of arXiv 2603.19470's losses: two responses, of three and of two tokens.
+# lr of arXiv 2603.19470's losses: two responses, with three and two tokens.
 LOG_RATIO = [[0.1, 0.5, -0.2], [-0.9, 1.6, 0.0]]
 LENGTHS_MASK = [[1, 1, 1], [1, 1, 0]]
 WORKED = {
@@ -149,7 +149,14 @@ def test_clipped_losses_and_gradients_equal_the_worked_numbers(case):
     level, low, high, dual = case
     losses, grads, mean = WORKED[case]
     logp = (f64(LOG_RATIO) - 2).requires_grad_()
-    spec = {"name": "ppo", "level": level, "clip_low": low, "clip_high": high, "dual_clip": dual, "norm": "token_mean"}
+    spec = {
+        "name": "ppo",
+        "ratio_level": level,
+        "clip_low": low,
+        "clip_high": high,
+        "dual_clip": dual,
+        "norm": "token_mean",
+    }
     out = make_objective(spec)(worked_inputs(logp))
     out.loss_tok.sum().backward()
     torch.testing.assert_close(out.loss_tok.detach(), f64(losses), atol=6e-7, rtol=0)
@@ -168,7 +175,7 @@ def test_geometric_ratios_equal_the_worked_numbers():
 def test_on_policy_the_loss_is_minus_the_mean_advantage_and_the_gradient_is_reinforce(level, seed, lengths, name):
     x = batch(seed, lengths)
     loss, grad = gradient(
-        make_objective({"name": name, "level": level, "norm": "token_mean"}), replace(x, logmu=x.logp)
+        make_objective({"name": name, "ratio_level": level, "norm": "token_mean"}), replace(x, logmu=x.logp)
     )
     expected = -x.advantages[:, None] * x.mask / x.mask.sum()
     assert loss == pytest.approx(expected.sum().item(), abs=1e-12)
@@ -179,7 +186,7 @@ def test_on_policy_the_loss_is_minus_the_mean_advantage_and_the_gradient_is_rein
 @settings(max_examples=25)
 @given(seed=seeds, lengths=sizes)
 def test_the_coefficient_has_the_sign_of_the_advantage_and_is_bounded_by_the_clip(level, seed, lengths):
-    objective = make_objective({**PPO, "level": level})
+    objective = make_objective({**PPO, "ratio_level": level})
     x = batch(seed, lengths)
     a = x.advantages[:, None].expand_as(x.logp)
     coefficient = -gradient(objective, x)[1][..., 0] * x.mask.sum()
@@ -192,6 +199,6 @@ def test_the_coefficient_has_the_sign_of_the_advantage_and_is_bounded_by_the_cli
 )
 def test_a_level_that_no_paper_defines_for_a_method_is_refused(name):
     legal = "geometric" if name == "gspo" else "token"
-    assert make_objective({"name": name, "level": legal}).level == legal
-    with pytest.raises(ConfigError, match=f"'level' is 'sequence'.*valid: {legal}"):
-        make_objective({"name": name, "level": "sequence"})
+    assert make_objective({"name": name, "ratio_level": legal}).ratio_level == legal
+    with pytest.raises(ConfigError, match=f"'ratio_level' is 'sequence'.*valid: {legal}"):
+        make_objective({"name": name, "ratio_level": "sequence"})

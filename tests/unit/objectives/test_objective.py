@@ -1,4 +1,4 @@
-"""What every objective inherits: masking, packing, splitting, checking."""
+"""Every objective inherits masking, packing, splitting and input checks."""
 
 from dataclasses import replace
 
@@ -59,7 +59,7 @@ def test_losses_and_metrics_of_micro_batches_add_up_to_those_of_the_batch(spec, 
     unaided = objective(replace(x, norm=LossNorm(mode, horizon=HORIZON)))
     parts = []
     for rows in (slice(0, cut), slice(cut, None)):
-        part = mapped(x, lambda _, tensor: tensor[rows])  # noqa: B023  # called at once
+        part = mapped(x, lambda _, tensor: tensor[rows])  # noqa: B023  # called immediately
         if len(part.logp):
             parts.append((objective(part), gradient(objective, part)[1]))
     assert whole.loss.item() == pytest.approx(unaided.loss.item(), rel=1e-11, abs=1e-12)
@@ -74,7 +74,7 @@ def test_losses_and_metrics_of_micro_batches_add_up_to_those_of_the_batch(spec, 
 def test_masked_tokens_contribute_exact_zeros_whatever_they_hold(spec, garbage):
     objective = spec.make(kl_coef=0.1, entropy_coef=0.1)
     x = only_needed(objective, batch(0, [3, 5, 1]))
-    x = replace(x, mask=x.mask * f64([1, 0, 1, 1, 1]))  # a hole within a response, as tool output leaves
+    x = replace(x, mask=x.mask * f64([1, 0, 1, 1, 1]))  # a gap within a response, as for tool output
 
     def dirty(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name == "mask":
@@ -138,9 +138,8 @@ def test_no_objective_reads_a_value_back_which_would_stall_a_gpu(spec, packing):
     x = only_needed(objective, batch(4, [4, 2]))
     if packing:
         x = packed(x, trained(x, [0, 1]), [7, 3], padding=2)
-    x = mapped(
-        x, lambda _, tensor: tensor.to("meta")
-    )  # such tensors have shapes but no values: reading one is an error
+    # Meta tensors have shapes but no values, so that reading a value is an error.
+    x = mapped(x, lambda _, tensor: tensor.to("meta"))
     logp = x.logp.requires_grad_()
     objective(replace(x, logp=logp)).loss.backward()
     assert logp.grad is not None

@@ -1,4 +1,4 @@
-"""GSPO, CISPO, SAPO, SimplePO and MiniRL against their definitions, in float64."""
+"""GSPO, CISPO, SAPO, SimplePO and MiniRL equal their definitions, in float64."""
 
 import math
 from dataclasses import replace
@@ -14,17 +14,17 @@ from tests.unit.objectives.specs import batch, f64, gradient, one_token, worked_
 probability = st.floats(1e-6, 1 - 1e-6)
 advantage = st.floats(-5, 5).filter(lambda a: abs(a) > 1e-3)
 
-# Every method of one ratio that is smooth, or has no gradient through its own weight.
+# Every method of one ratio that is smooth or has no gradient through its own weight.
 CLOSED_FORM = {
     "cispo": {"name": "cispo", "clip_low": 0.3, "clip_high": 0.7},
     "sapo": {"name": "sapo"},
     "simple_po": {"name": "simple_po", "epsilon": 0.3},
-    "minirl": {"name": "minirl", "denominator": "rollout", "truncation": 3.0},
+    "minirl": {"name": "minirl", "ratio_denominator": "rollout", "truncation": 3.0},
 }
 
 
 def weight_of(name: str, r: float, a: float) -> float:
-    """w of -dloss/dlogp = A r w, as the papers have it."""
+    """Return w of -dloss/dlogp = A r w, as in the papers."""
     if name == "cispo":
         return min(max(r, 0.7), 1.7) / r
     if name == "sapo":
@@ -58,7 +58,7 @@ def test_on_policy_the_weight_is_one_and_the_gradient_is_reinforce(name, mu, a):
 @pytest.mark.parametrize("name", ["gspo", "cispo", "sapo", "simple_po"])
 def test_trainer_old_takes_the_place_of_the_engine(name):
     x = batch(0, [4, 3])
-    objective = make_objective({"name": name, "denominator": "trainer_old"})
+    objective = make_objective({"name": name, "ratio_denominator": "trainer_old"})
     assert objective.needs == {"logold"}
     by_mu = make_objective({"name": name})(replace(x, logmu=x.logold))
     assert objective(replace(x, logmu=None)).loss.item() == by_mu.loss.item()
@@ -180,7 +180,7 @@ def test_minirl_weighs_by_the_engine_and_masks_by_the_trainer(pi, mu, old, a):
 
 def test_minirl_needs_the_engine_with_either_denominator():
     assert make_objective({"name": "minirl"}).needs == {"logmu", "logold"}
-    assert make_objective({"name": "minirl", "denominator": "rollout"}).needs == {"logmu"}
+    assert make_objective({"name": "minirl", "ratio_denominator": "rollout"}).needs == {"logmu"}
 
 
 PER_SEQUENCE, SUMMED = "seq_mean_token_mean", "seq_mean_token_sum_norm"
@@ -188,7 +188,7 @@ DEFAULTS = {
     "ppo": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "norm": "token_mean"},
     "grpo": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "norm": PER_SEQUENCE},
     "dapo": {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": None, "norm": "token_mean"},
-    "gspo": {"clip_low": 3e-4, "clip_high": 4e-4, "level": "geometric", "norm": PER_SEQUENCE},
+    "gspo": {"clip_low": 3e-4, "clip_high": 4e-4, "ratio_level": "geometric", "norm": PER_SEQUENCE},
     "cispo": {"clip_low": 1.0, "clip_high": 4.0, "norm": "token_mean"},
     "sapo": {"tau_pos": 1.0, "tau_neg": 1.05, "norm": PER_SEQUENCE},
     "simple_po": {"epsilon": 0.2, "norm": "token_mean"},
@@ -196,7 +196,7 @@ DEFAULTS = {
         "clip_low": 0.2,
         "clip_high": 0.27,
         "truncation": 5.0,
-        "denominator": "trainer_old",
+        "ratio_denominator": "trainer_old",
         "norm": "token_mean",
     },
     "dppo_tv": {"delta": 0.15, "truncation": 20.0, "norm": SUMMED},
@@ -210,8 +210,8 @@ DEFAULTS = {
 def test_defaults_are_those_of_the_papers(name):
     objective = make_objective({"name": name})
     expected = {
-        "level": "token",
-        "denominator": "rollout",
+        "ratio_level": "token",
+        "ratio_denominator": "rollout",
         "kl_coef": 0,
         "entropy_coef": 0,
         "corrections": (),

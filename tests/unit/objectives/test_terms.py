@@ -1,4 +1,4 @@
-"""The KL and entropy terms that every objective may carry."""
+"""Every objective can add KL and entropy terms."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ ESTIMATES = {"k1": [0.5, -0.2], "k2": [0.125, 0.02], "k3": [0.106531, 0.021403]}
 def test_estimates_of_the_divergence_equal_the_worked_numbers(kl):
     logp = f64([[-1.0, -2.0]])
     x = LossInputs(logp, None, f64([0]), torch.ones(1, 2), logold=logp, logref=logp - f64([[0.5, -0.2]]))
-    out = make_objective({"name": "ppo", "denominator": "trainer_old", "kl_coef": 3.0, "kl": kl})(x)
+    out = make_objective({"name": "ppo", "ratio_denominator": "trainer_old", "kl_coef": 3.0, "kl_estimator": kl})(x)
     assert out.metrics["kl_ref"].item() == pytest.approx(sum(ESTIMATES[kl]) / 2, abs=6e-7)
     assert out.loss.item() == pytest.approx(3 * sum(ESTIMATES[kl]) / 2, abs=2e-6)
     assert not out.loss_tok.any(), "loss_tok is the method's own"
@@ -32,8 +32,8 @@ def test_estimates_of_the_divergence_equal_the_worked_numbers(kl):
 def test_the_gradient_of_the_term_is_added_under_the_same_norm(kl, slope, seed, mode):
     x = batch(seed, [4, 2])
     spec = {"name": "drpo", "norm": mode}
-    plain, both = (gradient(make_objective({**spec, **more}), x) for more in ({}, {"kl_coef": 0.3, "kl": kl}))
-    # What the norm makes of a sum: the gradient of -A r at r = 1 and A = -1.
+    plain, both = (gradient(make_objective({**spec, **more}), x) for more in ({}, {"kl_coef": 0.3, "kl_estimator": kl}))
+    # The weights that the norm applies in its sum: the gradient of -A r at r = 1 and A = -1.
     share = gradient(make_objective({"name": "ppo", "norm": mode}), replace(x, logmu=x.logp, advantages=f64([-1, -1])))[
         1
     ]
@@ -44,7 +44,7 @@ def test_the_gradient_of_the_term_is_added_under_the_same_norm(kl, slope, seed, 
 def test_terms_are_added_to_every_objective(spec):
     x = batch(1, [4, 2])
     plain, _ = gradient(spec.make(norm="token_mean"), x)
-    loss, grad = gradient(spec.make(norm="token_mean", kl_coef=0.5, kl="k1", entropy_coef=0.25), x)
+    loss, grad = gradient(spec.make(norm="token_mean", kl_coef=0.5, kl_estimator="k1", entropy_coef=0.25), x)
     keep = x.mask.bool()
     assert loss == pytest.approx(
         plain + 0.5 * (x.logp - x.logref)[keep].mean().item() - 0.25 * x.entropy[keep].mean().item()
@@ -74,7 +74,7 @@ def test_a_reference_far_away_leaves_the_term_finite(kl):
     x = LossInputs(
         torch.zeros(1, 1), None, torch.zeros(1), torch.ones(1, 1), torch.zeros(1, 1), logref=torch.full((1, 1), 1e4)
     )
-    spec = {"name": "ppo", "denominator": "trainer_old", "kl": kl, "kl_coef": 1.0}
+    spec = {"name": "ppo", "ratio_denominator": "trainer_old", "kl_estimator": kl, "kl_coef": 1.0}
     assert make_objective(spec)(x).loss.isfinite()
 
 
@@ -84,7 +84,7 @@ def test_k1_and_k3_are_unbiased_under_the_current_policy(logits, reference):
     logp, logref = f64([logits]).log_softmax(-1), f64([reference]).log_softmax(-1)
     exact = (logp.exp() * (logp - logref)).sum().item()
     for kl in ("k1", "k3"):
-        objective = make_objective({"name": "ppo", "kl": kl, "kl_coef": 1.0, "norm": "token_mean"})
+        objective = make_objective({"name": "ppo", "kl_estimator": kl, "kl_coef": 1.0, "norm": "token_mean"})
         estimates = [
             objective(LossInputs(logp[:, [i]], logp[:, [i]], f64([0]), torch.ones(1, 1), logref=logref[:, [i]])).loss
             for i in range(3)
@@ -97,7 +97,7 @@ def test_k1_and_k3_are_unbiased_under_the_current_policy(logits, reference):
     [
         ({"kl_coef": -0.1}, "'kl_coef' is -0.1"),
         ({"entropy_coef": float("nan")}, "'entropy_coef' is nan"),
-        ({"kl": "k4"}, "'kl' is 'k4'"),
+        ({"kl_estimator": "k4"}, "'kl_estimator' is 'k4'"),
         ({"kl_coef": "0.1"}, "'kl_coef' is '0.1'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Which checkpoints count as whole, told from their files."""
+"""A checkpoint counts as complete only if all its files are complete and its folder has its final name."""
 
 import json
 from pathlib import Path

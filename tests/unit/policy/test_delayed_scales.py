@@ -1,4 +1,4 @@
-"""Delayed scales of a policy: they come and go with the weights they belong to."""
+"""Delayed scales of a policy are saved and restored together with the weights they belong to."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_rl.config import PrecisionConfig
 from megatron_rl.errors import PrecisionError
 from megatron_rl.objectives import make_objective
 from megatron_rl.policy.actor import Policy
@@ -26,7 +27,7 @@ def policy_of(model: Any, train: str = "bf16") -> Policy:
 def update(
     policy: Policy, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda loss, logp: loss
 ) -> Any:
-    """One update; `change` makes the loss from the objective's own and the log-probabilities."""
+    """Make one update. `change` computes the loss from the objective's loss and the log-probabilities."""
     objective = make_objective(OBJECTIVE)
 
     def changed(inputs: Any) -> Any:
@@ -116,7 +117,7 @@ def set_loss_scale(policy: Policy, scale: float) -> None:
 
 def test_scales_that_transformer_engine_keeps_to_itself_are_refused_where_earlier_weights_are_to_score(qwen3):
     policy = policy_of(qwen3)
-    plan = resolve(policy.config.precision, policy.shape.num_layers)
+    plan = resolve(PrecisionConfig(recipe="delayed", train="bf16"), policy.shape.num_layers)
     policy.products = ProductMonitor(plan, [], policy.mesh, transformer_engine=True)
     with pytest.raises(PrecisionError, match=r"scored with present scales; set precision.recipe: tensorwise"):
         policy.keep_reference()

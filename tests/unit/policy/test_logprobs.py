@@ -1,4 +1,4 @@
-"""Token scores on one rank: right values and gradients, whatever the chunk, and never a [tokens, vocabulary] buffer."""
+"""Token scores on one rank have the right values and gradients for any chunk size, without a [tokens, vocab] buffer."""
 
 from dataclasses import replace
 from typing import Any
@@ -22,14 +22,21 @@ from tests.parallel.score_steps import Case
 
 @pytest.fixture(scope="module")
 def alone() -> dist.ProcessGroup:
-    """A group of this process alone."""
+    """Return a process group of this process alone."""
     parallel.initialize(ParallelConfig(), pick_device("cpu"), seed=0)
     assert dist.group.WORLD is not None
     return dist.group.WORLD
 
 
 def scored(case: Case, group: dist.ProcessGroup, *, rows: int = 10_000, temperature: float = 1.0) -> dict[str, Tensor]:
-    """Scores and the gradients of both with respect to hidden states and projection, `rows` rows at a time."""
+    """Return the scores and their gradients with respect to hidden states and projection.
+
+    Args:
+        case: the inputs.
+        group: process group of the vocabulary.
+        rows: rows per chunk.
+        temperature: the logits are divided by it.
+    """
     hidden, weight = (t.clone().requires_grad_() for t in (case.hidden, case.weight))
     vocab = len(weight)
     logp, entropy, topk = token_scores(
@@ -54,9 +61,18 @@ def assert_close(
     tolerance: float = 5e-6,
     summands: dict[str, float] | None = None,
 ) -> None:
-    """summands: by gradient, the largest sum of absolute values before they cancel; 8 steps of float32 of it are allowed."""
+    """Check that found and expected tensors are close.
+
+    Args:
+        found: computed tensors by name.
+        expected: reference arrays by name.
+        tolerance: allowed error, relative to the largest entry.
+        summands: per gradient, the largest sum of absolute values before they cancel. An error of 8 float32 steps of
+            this sum is allowed.
+    """
     for name, value in expected.items():
-        # A sure thing has an entropy next to 0, worked out from numbers next to 1: two steps of float32 there are allowed.
+        # If one token has a probability near 1, the entropy is near 0 but computed from numbers near 1. Two float32
+        # steps there are allowed.
         floor = 8 * np.finfo(np.float32).eps * (summands or {}).get(name, 0.0)
         atol = max(tolerance * np.abs(value).max(), 2.4e-7, floor)
         np.testing.assert_allclose(found[name].numpy(), value, atol=atol, err_msg=name)
@@ -71,7 +87,7 @@ def test_scores_and_gradients_are_those_of_log_softmax_in_float64(alone, tempera
 @given(st.integers(2, 300), st.integers(2, 60), st.integers(1, 70), st.integers(0, 99), st.floats(0.3, 3))
 def test_no_chunk_size_changes_the_result(alone, vocab, tokens, rows, seed, heat):
     case = Case.make(vocab, tokens, seed=seed)
-    # Where a token is all but sure, its gradient is what 1 and p differ by: no more exact than numbers next to 1 are.
+    # If a token has a probability p near 1, its gradient is 1 - p. It is only as exact as numbers near 1 are.
     from_above_R = (case.grad_logp.abs() + case.grad_entropy.abs())[:, None] / heat
     summands = {
         "d_weight": float((from_above_R * case.hidden[case.rows].abs()).sum(0).max()),
@@ -123,7 +139,7 @@ def test_rows_that_pad_the_vocabulary_take_no_part(alone):
 
 
 def test_extreme_logits_stay_finite(alone):
-    """A label of probability exp(-3000) keeps its log-probability, and the entropy of a sure thing is 0."""
+    """A label of probability exp(-3000) keeps its log-probability. A token of probability 1 gives an entropy of 0."""
     hidden = torch.tensor([[1.0], [1.0]], requires_grad=True)
     weight = torch.tensor([[0.0], [-3000.0], [-3500.0]], requires_grad=True)
     logp, entropy = token_scores(hidden, weight, torch.tensor([0, 1]), temperature=1.0, vocab_size=3, group=alone)
@@ -167,7 +183,7 @@ def test_bfloat16_weights_give_float32_scores_and_bfloat16_gradients(alone):
 
 
 class Largest(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor any operation creates while it is active."""
+    """Mode that records the number of elements of the largest tensor that any operation creates."""
 
     numel = 0
 
@@ -185,7 +201,7 @@ def many_tokens() -> Case:
 
 
 def test_no_buffer_grows_with_tokens_times_vocabulary(alone, many_tokens):
-    """600 scored tokens and 1000 words in chunks of 16 rows: nothing larger than a chunk, forward or backward."""
+    """600 scored tokens and 1000 words in chunks of 16 rows create no tensor larger than a chunk in either pass."""
     with Largest() as largest:
         scored(many_tokens, alone, rows=16)
     assert largest.numel == 16 * 1000

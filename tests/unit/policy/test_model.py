@@ -1,4 +1,4 @@
-"""What a layout cannot do to a model is refused before a parameter is allocated."""
+"""A layout that does not fit the model is refused before a parameter is allocated."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from tests.models import make_qwen3
 
 
 def test_a_rank_without_a_single_token_of_the_vocabulary_is_refused(tmp_path):
-    """5 tokens over 4 ranks would be 2, 2, 1 and none."""
+    """5 tokens on 4 ranks would be split into 2, 2, 1 and 0."""
     folder = make_qwen3(tmp_path, tied=False, vocab=5, layers=2)
     mesh = replace(parallel.initialize(ParallelConfig(), pick_device("cpu"), seed=0), tp_size=4)
     config = make_config({"model": {"path": str(folder)}, "parallel": {"tensor": 4}})

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_rl.errors import UserError
 from megatron_rl.policy.modules import AttentionPlan, plan_attention
-from megatron_rl.policy.packing import held_rows, pack, shard, to_device, zigzag_index
+from megatron_rl.policy.packing import local_positions, pack, shard, to_device, zigzag_index
 from megatron_rl.types import Batch
 
 BUDGET = 48
@@ -19,12 +19,12 @@ CPU = torch.device("cpu")
 
 
 def batch_of(lengths: list[int], seed: int = 0, *, columns: bool = True) -> Batch:
-    """Random trajectories in which no two tokens and no two values of a column are equal."""
+    """Return random trajectories in which no two tokens and no two values of a column are equal."""
     rng = np.random.default_rng(seed)
     total = sum(lengths)
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     mask = (rng.random(total) < 0.6).astype(np.float32)
-    mask[cu_seqlens[:-1]] = 0  # a first token is never a response token: every prompt has one
+    mask[cu_seqlens[:-1]] = 0  # a first token is never a response token, because every prompt has a token
 
     def distinct(*shape: int) -> np.ndarray:
         size = int(np.prod(shape))
@@ -156,7 +156,7 @@ def test_the_number_of_microbatches_is_a_multiple_of_what_was_asked(batch, multi
 
 @given(batches)
 def test_packing_wastes_less_than_half_of_all_streams_but_one(batch):
-    """First fit: two streams that are each at most half full would have been one."""
+    """First fit would put two streams that are each at most half full into one."""
     used = [int((m.seq_ids >= 0).sum()) for m in pack(batch, budget=BUDGET, align=1, multiple=1)]
     assert sum(u <= BUDGET // 2 for u in used) <= 1
 
@@ -215,7 +215,7 @@ def test_every_trained_position_is_scored_by_exactly_one_context_parallel_rank(b
 
 
 def visible(plan: AttentionPlan, rows: int, keys: int) -> torch.Tensor:
-    """[rows, keys] bool: which gathered key each local query may attend to."""
+    """Return which gathered key each local query may attend to, [rows, keys] bool."""
     seen = torch.zeros(rows, keys, dtype=torch.bool)
     for group in plan.groups:
         queries, columns = group.queries.view(group.count, group.rows), group.keys.view(group.count, group.columns)
@@ -228,7 +228,7 @@ def visible(plan: AttentionPlan, rows: int, keys: int) -> torch.Tensor:
 
 @given(batches, st.sampled_from([1, 2, 3]))
 def test_every_query_sees_its_own_past_and_nothing_else(batch, cp_size):
-    """Worked out by brute force: a query at stream position t sees keys s <= t of its own sequence."""
+    """By brute force, a query at stream position t sees the keys s <= t of its own sequence."""
     budget = 2 * cp_size * 20
     micro = pack(batch, budget=budget, align=2 * cp_size, multiple=1)[0]
     cu = micro.cu_seqlens
@@ -247,14 +247,14 @@ def test_every_query_sees_its_own_past_and_nothing_else(batch, cp_size):
 
 @given(batches, st.sampled_from([1, 2]), st.sampled_from([1, 2, 4]))
 def test_every_token_finds_its_own_experts_on_the_one_rank_that_holds_its_hidden_state(batch, cp_size, sp_size):
-    """Experts belong to the token that is put in: unlike labels they are not shifted."""
+    """Experts belong to the input token. Unlike labels, they are not shifted."""
     budget = BUDGET + 2 * cp_size * sp_size
     seen = np.zeros(len(batch.tokens), dtype=int)
     for micro in pack(
         batch, budget=budget // (2 * cp_size * sp_size) * 2 * cp_size * sp_size, align=2 * cp_size, multiple=1
     ):
         for cp_rank, sp_rank in product(range(cp_size), range(sp_size)):
-            own = held_rows(micro, cp_size=cp_size, cp_rank=cp_rank, sp_size=sp_size, sp_rank=sp_rank)
+            own = local_positions(micro, cp_size=cp_size, cp_rank=cp_rank, sp_size=sp_size, sp_rank=sp_rank)
             real = micro.seq_ids[own] >= 0
             flat = batch.cu_seqlens[micro.seq_ids[own][real]] + micro.positions[own][real].numpy()
             assert np.array_equal(micro.routing[own][real].numpy(), batch.routing[flat])

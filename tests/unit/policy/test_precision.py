@@ -1,4 +1,4 @@
-"""Training in float16 with a loss scale, and log-probabilities from a float32 product."""
+"""Float16 training uses a loss scale, and log-probabilities can come from a float32 product."""
 
 from dataclasses import replace
 from typing import Any
@@ -46,7 +46,7 @@ def scale_of(policy: Policy) -> tuple[float, int]:
 
 
 def update(policy: Policy, factor: float = 1.0) -> UpdateStats:
-    """One update; the objective's loss is multiplied by `factor`."""
+    """Make one update with the objective's loss multiplied by `factor`."""
     objective = make_objective(OBJECTIVE)
 
     def scaled(inputs: Any) -> Any:
@@ -57,7 +57,10 @@ def update(policy: Policy, factor: float = 1.0) -> UpdateStats:
 
 
 def update_with_gradients(policy: Policy, factor: float = 1.0) -> tuple[UpdateStats, dict[str, np.ndarray]]:
-    """Also the gradients as they are before the clip, divided by `factor`: the export is in the model's dtype."""
+    """Make one update, and also return the gradients before the clip.
+
+    They are divided by `factor`, because the export is in the model's dtype.
+    """
     grads: dict[str, np.ndarray] = {}
     step = policy.optimizer.step
 
@@ -70,7 +73,7 @@ def update_with_gradients(policy: Policy, factor: float = 1.0) -> tuple[UpdateSt
 
 
 def count_passes(policy: Policy) -> list[float]:
-    """Fills with the loss scale of each pass over the batch."""
+    """Return a list that is filled with the loss scale of each pass over the batch."""
     scales: list[float] = []
     run = policy._run
 
@@ -83,13 +86,13 @@ def count_passes(policy: Policy) -> list[float]:
 
 
 def error_of(found: dict[str, np.ndarray], true: dict[str, np.ndarray]) -> float:
-    """Largest relative error of a tensor, in the 2-norm."""
+    """Return the largest relative error of a tensor, in the 2-norm."""
     return max(float(np.linalg.norm(found[k] - true[k]) / np.linalg.norm(true[k])) for k in true)
 
 
 @pytest.fixture(scope="module")
 def exact(qwen3):
-    """The update in float32."""
+    """Return the update in float32."""
     return update_with_gradients(policy_of(qwen3, "fp32"))
 
 
@@ -273,7 +276,7 @@ def test_sigma_is_float32_under_a_float16_model_and_gets_the_gradient_of_float32
 
 
 class Largest(TorchDispatchMode):
-    """Notes the number of elements of the largest float32 tensor any operation creates while it is active."""
+    """Mode that records the number of elements of the largest float32 tensor that any operation creates."""
 
     numel = 0
 
@@ -286,7 +289,14 @@ class Largest(TorchDispatchMode):
 
 
 def scored(case: Case, dtype: torch.dtype, fp32_product: bool, chunk_bytes: int = 5000) -> dict[str, torch.Tensor]:
-    """Scores of the case rounded to `dtype`, and the gradients of both operands."""
+    """Return the scores of a case, and the gradients of both operands.
+
+    Args:
+        case: the inputs.
+        dtype: the operands are rounded to it.
+        fp32_product: as in `token_scores`.
+        chunk_bytes: as in `token_scores`.
+    """
     hidden, weight = (t.to(dtype).requires_grad_() for t in (case.hidden, case.weight))
     assert dist.group.WORLD is not None
     logp, entropy = token_scores(
@@ -307,7 +317,7 @@ def scored(case: Case, dtype: torch.dtype, fp32_product: bool, chunk_bytes: int 
 
 
 def largest_errors(found: dict[str, torch.Tensor], case: Case, dtype: torch.dtype) -> dict[str, float]:
-    """Against float64 from the same rounded operands, relative to the largest entry."""
+    """Return the errors against float64 from the same rounded operands, relative to the largest entry."""
     rounded = replace(case, hidden=case.hidden.to(dtype).float(), weight=case.weight.to(dtype).float())
     true = rounded.reference(0.7)
     return {name: float(np.abs(found[name].numpy() - true[name]).max() / np.abs(true[name]).max()) for name in found}
@@ -316,13 +326,13 @@ def largest_errors(found: dict[str, torch.Tensor], case: Case, dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("chunk_bytes", [5000, 1 << 20])
 def test_scores_of_a_float32_product_are_exact_for_the_operands_as_they_are(qwen3, dtype, chunk_bytes):
-    policy_of(qwen3, "fp32")  # joins a world
+    policy_of(qwen3, "fp32")  # creates the process group
     case, unit = Case.make(), torch.finfo(dtype).eps
     exact = largest_errors(scored(case, dtype, True, chunk_bytes), case, dtype)
     rough = largest_errors(scored(case, dtype, False, chunk_bytes), case, dtype)
     for name in ("logp", "entropy"):
         assert exact[name] < 2e-6 < 1e-4 < rough[name], name
-    for name in ("d_hidden", "d_weight"):  # rounded once, to half a unit at the largest entry
+    for name in ("d_hidden", "d_weight"):  # rounded once: at most half a unit at the largest entry
         assert exact[name] <= 0.51 * unit and exact[name] < rough[name], name
 
 
@@ -356,7 +366,7 @@ def test_the_policy_s_log_probabilities_come_from_the_float32_product_when_it_is
     table = torch.cat([torch.log_softmax(s[:, 0].float() @ weight[:259].float().T / 0.7, -1) for s in states])
     rough = plain.logprobs(BATCH)
     trained = np.flatnonzero(BATCH.mask > 0)
-    # Streams hold trajectories in an order of their own: a token's score must be among those of its word.
+    # Streams order the trajectories in another way. So a token's score must be among the scores of its word.
     for at in trained[::3]:
         column = table[:, int(BATCH.tokens[at])]
         assert (column - float(found[at])).abs().min() < 2e-6

@@ -1,4 +1,4 @@
-"""What megatron-core is configured with for Transformer Engine's recipes, and what is refused before a model is built."""
+"""megatron-core's configuration has the recipe for Transformer Engine and leaves the plan's kept layers in bf16."""
 
 import pytest
 from megatron.core.fp8_utils import is_first_last_bf16_layer

@@ -1,4 +1,4 @@
-"""What `parallel.recompute` keeps of a forward pass for backward, and that it changes no number."""
+"""`parallel.recompute` decides what a forward pass keeps for backward, and changes no number."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ ALP = {"enabled": True, "sigma_init": 0.3}
 
 
 class Kept:
-    """Bytes that autograd keeps during forward passes: inside core attention, and in all."""
+    """Number of bytes that autograd keeps during forward passes: inside core attention, and in total."""
 
     def __init__(self, model):
         self.forward, self.inside, self.attention, self.all = False, False, 0, 0
@@ -33,7 +33,7 @@ class Kept:
 
 
 def update(folder, recompute):
-    """Bytes kept, loss and gradients of one perturbed update on one rank."""
+    """Return the bytes kept, the loss and the gradients of one perturbed update on one rank."""
     policy = make_policy(folder, {"recompute": recompute}, alp=ALP)
     kept, objective, grads = Kept(policy.models[0]), make_objective(OBJECTIVE), {}
     policy.optimizer.step = lambda _: grads.update(exported(policy, lambda p: p.main_grad))

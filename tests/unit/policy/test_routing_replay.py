@@ -1,4 +1,4 @@
-"""Replayed gates are those of the given experts under the router's own scores, and so are their gradients."""
+"""Replayed gates and their gradients are those of the given experts under the router's own scores."""
 
 import pytest
 import torch
@@ -6,13 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 
-from megatron_rl.policy.routing_replay import Replay
+from megatron_rl.policy.routing_replay import RouterReplay
 
 TOKENS, EXPERTS, TOPK = 6, 5, 2
 
 
 def routed(logits, rows, *, normalized):
-    replay = Replay()
+    replay = RouterReplay()
     replay.rows = rows
     out = topk_routing_with_score_function(logits, TOPK, use_pre_softmax=not normalized, router_replay=replay)
     return (*out, replay)

@@ -1,4 +1,4 @@
-"""Number formats of low precision against an oracle that does not use torch's casts, and their own laws."""
+"""Number formats of low precision equal an oracle that does not use torch's casts, and obey general laws."""
 
 import math
 from itertools import pairwise
@@ -20,7 +20,7 @@ EIGHT_BITS = [name for name in FLOATS if name != "nvfp4"]
 
 
 def raw(codes: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor, flat: FP8 tensors cannot be compared themselves."""
+    """Return the bytes of a tensor, flat, because FP8 tensors cannot be compared directly."""
     return codes.contiguous().reshape(-1).view(torch.uint8)
 
 
@@ -29,7 +29,7 @@ def bytes_of(codes: torch.Tensor) -> list[int]:
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal bit for bit, the sign of zero included; any NaN equals any other."""
+    """Return True if both are equal bit for bit, including the sign of zero. Any NaN equals any other NaN."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     integer = torch.int32 if a.dtype == torch.float32 else torch.int16
@@ -37,11 +37,11 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(((a.view(integer) == b.view(integer)) | (a.isnan() & b.isnan())).all())
 
 
-# --- casts against an oracle which does not use torch's ------------------------------------------------------------------
+# --- casts against an oracle that does not use torch's casts
 
 
 def oracle_round(y: np.ndarray, mantissa: int, least: int, largest: float) -> np.ndarray:
-    """float64 nearest-even rounding to `mantissa` bits, subnormal below 2^least, saturating."""
+    """Round float64 to nearest even: `mantissa` bits, subnormal below 2^least, saturated at `largest`."""
     _, exponent = np.frexp(y)
     quantum = np.ldexp(1.0, np.maximum(exponent - 1, least) - mantissa)
     with np.errstate(invalid="ignore"):
@@ -49,7 +49,7 @@ def oracle_round(y: np.ndarray, mantissa: int, least: int, largest: float) -> np
 
 
 def oracle_codes(y: np.ndarray, mantissa: int, least: int, largest: float) -> np.ndarray:
-    """Codes of the rounded values: sign bit, exponent field, mantissa field, computed from the definition."""
+    """Return the codes of the rounded values by the definition: sign bit, exponent field, mantissa field."""
     magnitude = np.abs(oracle_round(y, mantissa, least, largest))
     exponent = np.where(magnitude == 0, least, np.maximum(np.frexp(magnitude)[1] - 1, least))
     units = (magnitude / np.ldexp(1.0, exponent - mantissa)).astype(np.int64)  # hidden bit included where normal
@@ -64,7 +64,7 @@ def every_bf16() -> torch.Tensor:
 
 
 def many_fp32() -> torch.Tensor:
-    """Random bit patterns, and ones whose magnitude lies within the formats, ties and their neighbors among them."""
+    """Return random bit patterns, and numbers in the range of the formats, including ties and their neighbors."""
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (100_000,), generator=generator).to(torch.int32).view(torch.float32)
     coarse = torch.randint(-1024, 1024, (100_000,), generator=generator).float()
@@ -102,11 +102,13 @@ def test_e2m1_codes_are_the_nearest_values_and_ties_go_to_even_codes():
     around = torch.cat([middle, torch.nextafter(middle, torch.tensor(9.0)), torch.nextafter(middle, torch.tensor(0.0))])
     y = torch.cat([around, torch.linspace(0, 6, 1201), torch.tensor(values)])
     wanted = [min(range(8), key=lambda code: (abs(v - values[code]), code % 2)) for v in y.tolist()]
-    assert fp4.encode(fp4.round_(y.clone())).tolist() == wanted
-    assert fp4.encode(fp4.round_(-y[y > 0])).tolist() == [
+    assert fp4.encode_e2m1(fp4.round_(y.clone())).tolist() == wanted
+    assert fp4.encode_e2m1(fp4.round_(-y[y > 0])).tolist() == [
         code + 8 for code, v in zip(wanted, y.tolist(), strict=True) if v > 0
     ]
-    assert torch.equal(fp4.decode(torch.arange(16).to(torch.uint8)), torch.tensor([*values, *(-v for v in values)]))
+    assert torch.equal(
+        fp4.decode_e2m1(torch.arange(16).to(torch.uint8)), torch.tensor([*values, *(-v for v in values)])
+    )
 
 
 def test_e8m0_bytes_are_powers_of_two_and_their_reciprocals():
@@ -118,12 +120,16 @@ def test_e8m0_bytes_are_powers_of_two_and_their_reciprocals():
     assert math.isnan(e8m0_reciprocal(nan).item())
 
 
-# --- laws, on generated matrices -----------------------------------------------------------------------------------------
+# --- laws, on generated matrices
 
 
 @st.composite
 def matrices(draw, largest_exponent: int = 30, special: bool = True) -> torch.Tensor:
-    """[M, N] of any dtype, ragged against every tile, rows of very different size, zeros, denormals; inf and NaN if special."""
+    """Draw a matrix [M, N] of any dtype.
+
+    Its shape is not a multiple of any tile. Rows have very different magnitudes. It may hold zeros, and if `special`
+    also denormals, inf and NaN.
+    """
     rows, columns = draw(st.integers(1, 150)), draw(st.integers(1, 300))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     x = torch.randn(rows, columns, generator=generator)
@@ -239,7 +245,8 @@ def test_codes_of_power_of_two_blocks_survive_a_round_trip_through_bf16(x, name)
     x = x.float().nan_to_num(0, 0, 0)
     quantized = quantize(x, name)
     again = quantize(quantized.dequantize(torch.bfloat16), name)
-    # A block whose amax rounds down onto a power of two times the range takes the next scale: same values, other codes.
+    # If bf16 rounds the amax of a block down to a power of two times the range, the block gets the next scale. Its
+    # values are then the same, but its codes differ.
     assert same(again.dequantize(), quantized.dequantize())
     kept = again.scale_inv == quantized.scale_inv
     assert bool(kept.any()) or x.abs().max() == 0 or quantized.scale_inv.numel() < 8
@@ -274,14 +281,14 @@ def test_infinity_saturates(name):
     x[0, 0], x[0, 1] = math.inf, -math.inf
     back = quantize(x, name).codes.float()[0]
     assert back[:2].tolist() == [FORMATS[name].max, -FORMATS[name].max]
-    if FORMATS[name].kind != "mx":  # whose largest exponent takes the largest element out of fp32
+    if FORMATS[name].kind != "mx":  # for mx the largest exponent times the largest element overflows fp32
         assert bool(quantize(x, name).dequantize().isfinite().all())
 
 
 def test_a_nan_in_nvfp4_becomes_the_largest_value_as_in_the_hardware_cast():
     x = torch.ones(1, 16)
     x[0, 3] = math.nan
-    assert fp4.unpack(quantize(x, "nvfp4").codes, 16)[0].tolist() == [7] * 16
+    assert fp4.unpack_nibbles(quantize(x, "nvfp4").codes, 16)[0].tolist() == [7] * 16
 
 
 def test_an_infinite_amax_leaves_nvfp4_finite():
@@ -289,7 +296,7 @@ def test_an_infinite_amax_leaves_nvfp4_finite():
     x[0, 0] = math.inf
     back = quantize(x, "nvfp4").dequantize()
     assert bool(back.isfinite().all())
-    assert back[0, 0] == 2688  # the E4M3 scale at its end times 6
+    assert back[0, 0] == 2688  # the largest E4M3 scale (448) times 6
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -309,7 +316,7 @@ def test_int8_rounds_halves_to_even_and_reaches_127_on_each_row():
     assert quantized.scale_inv[0].item() == 1
 
 
-# --- shapes, states and refusals -----------------------------------------------------------------------------------------
+# --- shapes, states and refusals
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Number formats of low precision against golden vectors of Transformer Engine, bit for bit."""
+"""Number formats of low precision equal golden vectors of Transformer Engine, bit for bit."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ LARGEST = {"e4m3": 448.0, "e5m2": 57344.0}
 
 
 def raw(codes: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor, flat: FP8 tensors cannot be compared themselves."""
+    """Return the bytes of a tensor, flat, because FP8 tensors cannot be compared directly."""
     return codes.contiguous().reshape(-1).view(torch.uint8)
 
 
@@ -138,7 +138,7 @@ def test_an_nvfp4_row_gives_the_golden_scales_and_codes():
     first = [6, 0.25, 0.26, 0.75, -0.75, 1.25, 1.3, -1.75, 2.5, 2.6, 3.5, -5, 5.1, 0, -0.0, -0.1]
     x = torch.cat([torch.tensor(first), torch.arange(16).float() * 0.01])[None]
     quantized = quantize(x, "nvfp4")
-    codes = fp4.unpack(quantized.codes, 32).flatten().tolist()
+    codes = fp4.unpack_nibbles(quantized.codes, 32).flatten().tolist()
     assert amax(x).item() == golden["global_amax"]
     assert bytes_of(quantized.scale_inv) == unhex(golden["blockscale_e4m3"])
     assert [codes[i] for i in range(32) if i != 14] == [

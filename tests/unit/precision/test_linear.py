@@ -1,4 +1,4 @@
-"""Products of quantized linears: what they multiply, what their gradients are, what they keep."""
+"""Products of quantized linears: their operands, their gradients and the tensors that they save."""
 
 from collections import Counter
 
@@ -9,7 +9,7 @@ from megatron_rl.config import PrecisionConfig
 from megatron_rl.precision.delayed import LinearScales
 from megatron_rl.precision.formats import amax, quantize
 from megatron_rl.precision.plan import resolve
-from megatron_rl.precision.products import Operands, QuantizedProducts, Scales, operands_of, symmetric
+from megatron_rl.precision.products import Operands, QuantizedProducts, Scales, operands_of, transpose_invariant
 
 T, K, N = 150, 264, 200  # no dimension is a multiple of a block
 RECIPES = {
@@ -24,7 +24,7 @@ EPS = torch.finfo(torch.float32).eps
 
 
 class Watcher:
-    """Counts the products, and gives gradients the scale that the test wants."""
+    """A watcher that counts products and returns a fixed scale for gradients."""
 
     def __init__(self, scale=None):
         self.ran, self.scale = Counter(), scale
@@ -43,7 +43,10 @@ def operands(options) -> Operands:
 
 
 def tensors(dtype=torch.float32, seed=0):
-    """x [T, K], weight [N, K], bias [N], dY [T, N], magnitudes uneven over rows and columns; dY as small as in training."""
+    """Return x [T, K], weight [N, K], bias [N] and dY [T, N].
+
+    Magnitudes differ between rows and between columns. dY is as small as in training.
+    """
     g = torch.Generator().manual_seed(seed)
     x, weight, grad = (torch.randn(s, generator=g) for s in ((T, K), (N, K), (T, N)))
     x *= torch.rand((T, 1), generator=g).exp2() * 8 ** torch.randn((1, K), generator=g)
@@ -53,7 +56,7 @@ def tensors(dtype=torch.float32, seed=0):
 
 
 def run(x, weight, bias, grad, chosen, scales=None, watcher=None):
-    """Output, and gradients of x, weight and bias."""
+    """Return the output and the gradients of x, weight and bias."""
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
     out = QuantizedProducts.apply(*leaves, chosen, scales or Scales(), watcher or Watcher())
     out.backward(grad)
@@ -69,7 +72,10 @@ def columns(x, fmt):
 
 
 def assert_product(found, left, right, added=0.0):
-    """found is left @ right + added in fp32, rounded to its dtype: 2 eps a summand bound any order of fp32 summation."""
+    """Assert that found is left @ right + added in fp32, rounded to its dtype.
+
+    A tolerance of 2 eps per summand covers any order of fp32 summation.
+    """
     exact = left.double() @ right.double() + added
     magnitude = left.double().abs() @ right.double().abs() + abs(added)
     bound = 2 * EPS * left.shape[1] ** 0.5 * magnitude + torch.finfo(found.dtype).eps / 2 * exact.abs()
@@ -115,7 +121,7 @@ def test_quantized_gradients_point_where_the_exact_ones_do(options):
 def test_column_copies_come_from_the_tensor_and_not_from_row_codes(name):
     x, weight, bias, grad = tensors()
     chosen = operands(RECIPES[name])
-    assert not symmetric(chosen.inputs) and not symmetric(chosen.gradients)
+    assert not transpose_invariant(chosen.inputs) and not transpose_invariant(chosen.gradients)
     weight_grad = run(x, weight, bias, grad, chosen)[2]
     with pytest.raises(AssertionError):
         assert_product(
@@ -181,7 +187,7 @@ def test_delayed_products_use_the_given_scales():
 
 
 class TestDelayedScales:
-    """One linear over micro-batches, in the order of a pipeline: forward, forward, backward, backward."""
+    """Delayed scales of one linear over micro-batches in pipeline order: forward, forward, backward, backward."""
 
     @staticmethod
     def moved_on(scales):

@@ -1,4 +1,4 @@
-"""A precision plan says what happens, or an error says why it cannot: before anything is allocated."""
+"""A precision plan states all number formats of a run, or raises an error with the reason, before any allocation."""
 
 from dataclasses import replace
 
@@ -8,9 +8,9 @@ from rich.console import Console
 
 from megatron_rl.config import Config, OptimizerConfig, make_config
 from megatron_rl.errors import ConfigError, PrecisionError
-from megatron_rl.precision.machine import Machine, how
+from megatron_rl.precision.machine import Machine, execution_mode
 from megatron_rl.precision.plan import resolve
-from megatron_rl.precision.plan_checks import BLOCK, Matrix, PlanReport, blocks_coincide, examine
+from megatron_rl.precision.plan_checks import BLOCK, Matrix, PlanReport, blocks_coincide, check_plan
 from megatron_rl.precision.table import describe
 from megatron_rl.trainer.precision_check import check_precision, matrices
 from megatron_rl.trainer.preflight import check_rank
@@ -25,10 +25,10 @@ UNIFIED = {"train": "bf16", "recipe": "blockwise", "rollout": "fp8_blockwise", "
 
 
 def shape(**changes: int) -> ModelShape:
-    """Qwen3-4B's proportions with fewer layers: heads of 128, every dimension a multiple of 128."""
+    """Return a shape like Qwen3-4B with fewer layers: heads of 128, and every dimension is a multiple of 128."""
     fields = {
-        "num_layers": 4, "hidden_size": 512, "num_heads": 8, "num_kv_heads": 4, "head_dim": 128, "ffn_hidden_size": 1024,
-        "vocab_size": 100, "max_position_embeddings": 64,
+        "num_layers": 4, "hidden_size": 512, "num_heads": 8, "num_kv_heads": 4, "head_dim": 128,
+        "ffn_hidden_size": 1024, "vocab_size": 100, "max_position_embeddings": 64,
     } | changes  # fmt: skip
     fixed = {"norm_eps": 1e-6, "rope_theta": 1e4, "qk_norm": True, "qkv_bias": False, "tied_embeddings": False}
     return ModelShape(**fields, **fixed, dtype=torch.bfloat16)
@@ -111,16 +111,16 @@ def test_hopper_is_told_that_micro_scales_need_blackwell(recipe):
 
 def test_blackwell_has_blockwise_with_power_of_two_scales_alone():
     with pytest.raises(PrecisionError, match="pow2_scales: true"):
-        how("blockwise", BLACKWELL)
-    assert how("blockwise", BLACKWELL, pow2=True) == "native"
+        execution_mode("blockwise", BLACKWELL)
+    assert execution_mode("blockwise", BLACKWELL, pow2=True) == "native"
 
 
 def test_older_devices_and_older_cuda_are_refused_by_name():
     with pytest.raises(PrecisionError, match=r"sm_80.*FP8 needs sm_89.*can run: none"):
-        how("tensorwise", replace(HOPPER, capability=(8, 0)))
+        execution_mode("tensorwise", replace(HOPPER, capability=(8, 0)))
     with pytest.raises(PrecisionError, match=r"CUDA 12\.9"):
-        how("blockwise", replace(HOPPER, cuda=(12, 4)))
-    assert how("tensorwise", replace(HOPPER, capability=(8, 9))) == "native"
+        execution_mode("blockwise", replace(HOPPER, cuda=(12, 4)))
+    assert execution_mode("tensorwise", replace(HOPPER, capability=(8, 9))) == "native"
 
 
 def test_cuda_without_transformer_engine_is_refused_since_it_would_train_in_bf16():
@@ -137,7 +137,7 @@ def test_cuda_without_transformer_engine_is_refused_since_it_would_train_in_bf16
 )
 @pytest.mark.parametrize("size", [1, 2])
 def test_blocks_coincide_exactly_where_the_trainers_parameter_says_so(model, size):
-    """Every row of the parameters that the trainer builds is traced back to the matrix it comes from."""
+    """The test traces every row of the trainer's parameters back to the Hugging Face matrix it comes from."""
     table = entries(QWEN3, model)
     found = {m.name: m for m in matrices(resolve(config(**UNIFIED).precision, model.num_layers), table, size)}
     for entry in table[1:9]:
@@ -153,7 +153,7 @@ def test_blocks_coincide_exactly_where_the_trainers_parameter_says_so(model, siz
 
 
 def numbered(matrix: Matrix, part: int) -> torch.Tensor:
-    """Each element is its own number, and tells its matrix."""
+    """Return a matrix whose elements are all distinct and also identify their part."""
     count = matrix.rows * matrix.columns
     return torch.arange(count).reshape(matrix.rows, matrix.columns) + part * 10**9
 
@@ -215,9 +215,9 @@ def test_sglang_refuses_ragged_blocks_and_the_embedded_engine_takes_them():
     layouts = {1: tuple(matrices(plan, entries(QWEN3, TINY), 1))}
     settings = {"tensor": 1, "num_layers": 4, "computed": "emulated"}
     with pytest.raises(PrecisionError, match=r"k_proj\.weight: 64 rows not divisible by 128, which SGLang needs"):
-        examine(plan, layouts, engine="sglang", foreign=False, tokens=16, **settings)
-    assert not examine(plan, layouts, engine="embedded", foreign=False, tokens=16, **settings).warnings
-    (warning,) = examine(plan, layouts, engine="embedded", foreign=True, tokens=16, **settings).warnings
+        check_plan(plan, layouts, engine="sglang", foreign=False, tokens=16, **settings)
+    assert not check_plan(plan, layouts, engine="embedded", foreign=False, tokens=16, **settings).warnings
+    (warning,) = check_plan(plan, layouts, engine="embedded", foreign=True, tokens=16, **settings).warnings
     assert "k_proj" in warning and "would refuse" in warning
 
 

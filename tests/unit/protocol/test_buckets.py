@@ -1,4 +1,4 @@
-"""An update in buckets: every byte arrives, in bounded memory, whatever the sizes and dtypes of its tensors."""
+"""An update in buckets delivers every byte in bounded memory, for all tensor sizes and dtypes."""
 
 import time
 import weakref
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_rl.errors import EngineError
 from megatron_rl.protocol.buckets import Bucket, Buckets
-from megatron_rl.weight_sync.expected_digests import Tally
+from megatron_rl.weight_sync.expected_digests import ExpectedDigests
 from megatron_rl.weight_sync.transports.transport import BucketTransport
 from megatron_rl.weights.digest import tensor_digest
 
@@ -22,7 +22,7 @@ DTYPES = st.sampled_from([torch.float8_e4m3fn, torch.bfloat16, torch.float32])
 
 
 class Memory:
-    """Tensors whose memory is counted for as long as anything refers to it, views included."""
+    """An allocator that counts the memory of a tensor as long as anything refers to it, views included."""
 
     def __init__(self) -> None:
         self.held = self.peak = self.blocks = self.most_blocks = 0
@@ -45,7 +45,7 @@ def made(memory: Memory, elements: int, dtype: torch.dtype, seed: int) -> Tensor
 
 
 def lazily(memory: Memory, sizes: list[tuple[int, torch.dtype]]) -> Iterator[tuple[str, Tensor]]:
-    """As an export makes them: each when it is asked for, and kept by nobody."""
+    """Make tensors as an export does: each one on request, with no other reference to it."""
     return ((f"t{at}", made(memory, elements, dtype, at)) for at, (elements, dtype) in enumerate(sizes))
 
 
@@ -57,14 +57,14 @@ def digests(sizes: list[tuple[int, torch.dtype]]) -> dict[str, str]:
 def test_a_stream_of_any_tensors_is_held_in_two_buffers_and_one_tensor_at_a_time(
     sizes: list[tuple[int, torch.dtype]],
 ) -> None:
-    """A buffer is half of what is allowed, or as large as a tensor that does not fit into that."""
+    """A buffer has half of the allowed size, or the size of a tensor that does not fit into that."""
     buffers, sources = Memory(), Memory()
     arrived: dict[str, str] = {}
     for bucket in Buckets(BUCKET, buffers.make).fill(lazily(sources, sizes)):
         arrived |= {name: tensor_digest(tensor) for name, tensor in bucket.tensors()}
     largest = max(elements * dtype.itemsize for elements, dtype in sizes)
     assert buffers.peak <= max(BUCKET, 2 * largest)
-    assert sources.most_blocks <= 2  # the one that is copied is let go when the next is there
+    assert sources.most_blocks <= 2  # the copied tensor is released when the next one exists
     assert arrived == digests(sizes)
 
 
@@ -79,14 +79,17 @@ def test_buffers_are_used_again_and_given_back() -> None:
 
 
 def test_a_tensor_that_would_not_begin_at_a_multiple_of_its_element_opens_the_next_bucket() -> None:
-    """Codes of 33 bytes, and the scales behind them; the following codes fit anywhere."""
+    """Scales after codes of 33 bytes would not begin at a multiple of their element.
+
+    The codes that follow can begin anywhere.
+    """
     sizes = [(33, torch.float8_e4m3fn), (1, torch.float32), (33, torch.float8_e4m3fn), (2, torch.bfloat16)]
     found = [bucket.names for bucket in Buckets(BUCKET, Memory().make).fill(lazily(Memory(), sizes))]
     assert found == [["t0"], ["t1", "t2"], ["t3"]]
 
 
 class Slow(BucketTransport):
-    """To engines that look at a bucket only when the next one could have been filled."""
+    """A transport whose engines read a bucket only after the next one could have been filled."""
 
     def __init__(self, buffers: Memory) -> None:
         super().__init__(BUCKET)
@@ -106,14 +109,14 @@ class Slow(BucketTransport):
         return {}
 
     def discard(self, engines: Any, urls: Any) -> None:
-        """Nothing waits."""
+        """There is nothing to discard."""
 
     def close(self, engines: Any) -> None:
-        """Nothing is held."""
+        """There is nothing to close."""
 
 
 class Obliging:
-    """An engine that begins and ends updates when told to."""
+    """An engine that begins and ends updates on request."""
 
     def begin_update(self, url: str) -> None: ...
 
@@ -121,9 +124,9 @@ class Obliging:
 
 
 def test_an_update_holds_one_bucket_while_it_travels_is_digested_and_is_filled() -> None:
-    """Tensors are half of a buffer at most, so that a bucket holds several."""
+    """Tensors have at most half the size of a buffer, so that a bucket holds several."""
     sizes = [(elements, torch.float32) for elements in [60, 1, 25, 40, 17, 62, 3, 3] * 5]
-    buffers, sources, tally = Memory(), Memory(), Tally(plain=True)
+    buffers, sources, tally = Memory(), Memory(), ExpectedDigests(plain=True)
     transport = Slow(buffers)
     transport.prepare(lazily(sources, sizes), 7, tally)
     assert transport.deliver(Obliging(), {"engine": 1}) == {}  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What the client makes of a server's answer to /generate."""
+"""The client checks a server's response to /generate and converts it into samples."""
 
 import base64
 from typing import Any
@@ -158,7 +158,7 @@ def test_experts_are_asked_for_and_read_only_when_wanted() -> None:
 
 
 def test_an_engine_that_does_not_report_its_experts_is_refused_naming_the_flag() -> None:
-    """SGLang without its flag answers 200."""
+    """SGLang responds with status 200 if it was started without the flag."""
     with pytest.raises(
         EngineError, match=r"http://engine does not report the experts .* --enable-return-routed-experts"
     ):

@@ -1,4 +1,4 @@
-"""Tensors by reference: a payload can name tensors of this machine, and nothing else; memory that is not there is refused."""
+"""A payload can name tensors of this machine and nothing else. A request for memory that is not there is refused."""
 
 import base64
 import os
@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from megatron_rl.errors import EngineError
-from megatron_rl.protocol.payload import SHARED_MEMORY, pack, shared_buffer, unpack
+from megatron_rl.protocol.payload import SHARED_MEMORY, pack_payload, shared_buffer, unpack_payload
 
 Wrap = Callable[[Any], Any]
 Usage = namedtuple("Usage", "total used free")
 
 
 class Call:
-    """Pickled as a call that unpickling makes."""
+    """An object whose pickle is a function call that unpickling makes."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = function, arguments
@@ -37,7 +37,7 @@ def test_a_payload_holds_the_tensors_that_were_packed() -> None:
     buffer = shared_buffer(64, torch.device("cpu"))
     buffer.copy_(torch.arange(64, dtype=torch.uint8))
     sent = [("codes", buffer[:32].view(torch.float8_e4m3fn).view(4, 8)), ("scales", buffer[32:].view(torch.float32))]
-    found = unpack(pack(sent))
+    found = unpack_payload(pack_payload(sent))
     assert [(name, tensor.dtype, tensor.shape) for name, tensor in found] == [(n, t.dtype, t.shape) for n, t in sent]
     assert torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in found]).equal(buffer)
 
@@ -64,16 +64,16 @@ def test_a_payload_that_calls_a_function_is_refused_and_the_function_is_not_call
     with pytest.raises(
         EngineError, match=rf"hold no named tensors of this machine \(\w+\.{function.__name__} is not allowed"
     ):
-        unpack(encoded(harmful))
+        unpack_payload(encoded(harmful))
     assert not mark.exists()
     pickle.loads(harmful)
-    assert mark.exists()  # it would have done what it says
+    assert mark.exists()  # an unrestricted unpickler does call the function
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        "torch save",  # beside the dtypes, which are allowed
+        "torch save",  # in the module of the dtypes, which are allowed
         "torch float32.__class__",
         "torch serialization.os.system",
         "torch.storage _load_from_bytes",  # unpickles anything
@@ -86,7 +86,7 @@ def test_a_payload_that_calls_a_function_is_refused_and_the_function_is_not_call
 def test_a_payload_that_only_names_what_is_not_allowed_is_refused(name: str) -> None:
     module, attribute = name.split()
     with pytest.raises(EngineError, match=rf"{module}\.{attribute} is not allowed"):
-        unpack(encoded(f"c{module}\n{attribute}\n.".encode()))
+        unpack_payload(encoded(f"c{module}\n{attribute}\n.".encode()))
 
 
 @pytest.mark.parametrize(
@@ -116,9 +116,9 @@ def test_a_payload_that_only_names_what_is_not_allowed_is_refused(name: str) -> 
 )
 def test_what_holds_no_tensors_is_refused(content: bytes) -> None:
     with pytest.raises(EngineError, match="hold no named tensors of this machine"):
-        unpack(encoded(content))
+        unpack_payload(encoded(content))
     with pytest.raises(EngineError, match="hold no named tensors of this machine"):
-        unpack("no base64!")
+        unpack_payload("no base64!")
 
 
 def test_a_buffer_that_shared_memory_has_no_room_for_is_refused_before_any_of_it_is_touched(

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from megatron_rl.diagnostics import RunLog, ratio_record
-from megatron_rl.diagnostics.score_chain import Chain
+from megatron_rl.diagnostics.score_chain import ScoreChain
 from megatron_rl.errors import UserError
 from megatron_rl.report import plot_summary, write_report
 from megatron_rl.report.style import running_mean
@@ -19,7 +19,7 @@ ALL_PANELS = {
 
 
 def write_run(folder: Path, steps: int, evaluations: tuple[int, ...] = ()) -> Path:
-    """A log with every key, of made-up numbers."""
+    """Write a log with every key, filled with random numbers."""
     rng = np.random.default_rng(0)
     with RunLog(folder) as log:
         for step in range(steps):
@@ -59,7 +59,7 @@ def images(page: Path) -> set[str]:
 
 
 def is_drawn(png: Path) -> bool:
-    """Whether the picture has a title in ink and something in color."""
+    """Return True if the picture has a dark title and something in color."""
     pixels = np.asarray(Image.open(png).convert("RGB")).astype(int)
     colorful = (pixels.max(axis=2) - pixels.min(axis=2)) > 60
     return bool((pixels.sum(axis=2) < 150).any() and colorful.any())
@@ -135,7 +135,7 @@ def test_the_sources_of_the_mismatch_are_drawn_where_they_were_attributed(tmp_pa
     rng = np.random.default_rng(0)
     with RunLog(tmp_path) as log:
         for step in (10, 20):
-            chain = Chain.of(np.cumsum(0.01 * rng.standard_normal((8, 50)), axis=0))
+            chain = ScoreChain.of(np.cumsum(0.01 * rng.standard_normal((8, 50)), axis=0))
             log.append({"kind": "attribution", "step": step, "version": step, **chain.record()})
     page = write_report(tmp_path)
     assert images(page) == {"attribution"} and is_drawn(page.parent / "attribution.png")

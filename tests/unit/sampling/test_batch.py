@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_rl.algorithms.policy_gradient import split_updates
 from megatron_rl.errors import UserError
-from megatron_rl.sampling.batch import make_batch, split_updates
+from megatron_rl.sampling.batch import make_batch
 from megatron_rl.types import TopK, Trajectory, VersionSpan
 
 

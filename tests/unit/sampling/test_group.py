@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron_rl.engines.pool import GenerationRequest, Sample
 from megatron_rl.errors import EngineError
 from megatron_rl.sampling.group import Group, GroupSettings, sample_group, sampling_seed
-from megatron_rl.sampling.trajectory_builder import Response, ToolUse
+from megatron_rl.sampling.trajectory_builder import ToolUse, TrajectoryBuilder
 from megatron_rl.tasks.task import Observation
 from megatron_rl.types import Prompt, TopK, VersionSpan
 from tests.unit.sampling.scripted_engine import sample
@@ -206,7 +206,7 @@ PIECES = st.lists(
 
 @given(PIECES, st.booleans(), st.integers(0, 2))
 def test_however_a_response_is_put_together_every_column_speaks_of_the_same_tokens(pieces, logmu, topk) -> None:
-    response = Response(logmu, topk)
+    response = TrajectoryBuilder(logmu, topk)
     tokens: list[int] = []
     version_of: list[int] = []
     for kind, piece, versions in pieces:
@@ -246,7 +246,7 @@ def test_the_experts_of_a_token_stay_those_that_were_chosen_when_it_was_sampled(
     def sample(tokens: int, rows: int, name: int) -> Sample:
         return Sample(tuple(range(tokens)), None, "abort", (), routing=np.full((rows, 1, 2), name))
 
-    response = Response(logmu=False, topk=0)
+    response = TrajectoryBuilder(logmu=False, topk=0)
     response.add_sample(sample(3, 5 + 3 - 1, 1))  # a prompt of 5 tokens
     response.add_sample(sample(2, 8 + 2 - 1, 2))  # the second request's prompt is everything so far
     assert response.routing is not None
@@ -258,7 +258,7 @@ def test_the_experts_of_tokens_whose_request_did_not_tell_are_unknown_not_those_
         routing = np.full((rows, 1, 2), name) if name else None
         return Sample(tuple(range(tokens)), None, "abort", (), routing=routing)
 
-    response = Response(logmu=False, topk=0)
+    response = TrajectoryBuilder(logmu=False, topk=0)
     response.add_sample(sample(0, 0, 0))  # ended while it waited: nothing was chosen for it
     response.add_sample(sample(3, 5 + 3 - 1, 1))  # a prompt of 5 tokens
     response.add_sample(sample(2, 0, 0))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_rl.errors import CheckpointError
 from megatron_rl.sampling.group import Group
-from megatron_rl.sampling.journal import GroupBuffer
+from megatron_rl.sampling.journal import GroupJournal
 from megatron_rl.sampling.trajectory_builder import ToolUse
 from megatron_rl.types import TopK, Trajectory, VersionSpan
 
@@ -41,17 +41,17 @@ def group(
     return Group(rows, resumed=number, retractions=2, tool_use=ToolUse(5, number, 3))
 
 
-def everything(buffer: GroupBuffer) -> dict[int, Group]:
+def everything(buffer: GroupJournal) -> dict[int, Group]:
     return buffer.recover(lambda _: True)[0]
 
 
 @pytest.mark.parametrize(("topk", "routed"), [(False, False), (True, True)])
 def test_groups_come_back_as_they_were(tmp_path, topk, routed) -> None:
     written = [group(number, topk=topk, routed=routed) for number in range(4)]
-    buffer = GroupBuffer(tmp_path / "new", "asked")
+    buffer = GroupJournal(tmp_path / "new", "asked")
     for at, one in enumerate(written):
         buffer.append(at // 3, one)
-    found, dropped = GroupBuffer(tmp_path / "new", "asked").recover(lambda _: True)
+    found, dropped = GroupJournal(tmp_path / "new", "asked").recover(lambda _: True)
     assert dropped == 0 and list(found.values()) == written
     for before, after in zip(written, found.values(), strict=True):
         for a, b in zip(before.trajectories, after.trajectories, strict=True):
@@ -65,7 +65,7 @@ def test_groups_come_back_as_they_were(tmp_path, topk, routed) -> None:
 @given(cut=st.floats(0, 1), flip=st.booleans())
 def test_a_tail_that_is_cut_short_or_damaged_costs_only_the_groups_from_there_on(tmp_path, cut, flip) -> None:
     folder = tmp_path / "torn"
-    buffer = GroupBuffer(folder, "asked")
+    buffer = GroupJournal(folder, "asked")
     buffer.keep(())
     sizes = []
     for number in range(3):
@@ -81,7 +81,7 @@ def test_a_tail_that_is_cut_short_or_damaged_costs_only_the_groups_from_there_on
 
 
 def test_what_is_not_usable_is_gone_for_good(tmp_path) -> None:
-    buffer = GroupBuffer(tmp_path, "asked")
+    buffer = GroupJournal(tmp_path, "asked")
     for number, version in enumerate((1, 2, 3)):
         buffer.append(0, group(number, version))
     newest = lambda one: max(span.version for t in one.trajectories for span in t.versions)  # noqa: E731
@@ -92,7 +92,7 @@ def test_what_is_not_usable_is_gone_for_good(tmp_path) -> None:
 
 
 def test_a_group_that_is_there_twice_is_read_once(tmp_path) -> None:
-    buffer = GroupBuffer(tmp_path, "asked")
+    buffer = GroupJournal(tmp_path, "asked")
     buffer.append(0, group(1))
     buffer.append(0, group(1, seed=1))
     buffer.append(1, group(1, seed=2))
@@ -100,18 +100,18 @@ def test_a_group_that_is_there_twice_is_read_once(tmp_path) -> None:
 
 
 def test_groups_that_were_sampled_with_other_settings_are_not_read(tmp_path) -> None:
-    GroupBuffer(tmp_path, "temperature 1").append(0, group(1))
-    assert GroupBuffer(tmp_path, "temperature 0.5").recover(lambda _: True) == ({}, 1)
+    GroupJournal(tmp_path, "temperature 1").append(0, group(1))
+    assert GroupJournal(tmp_path, "temperature 0.5").recover(lambda _: True) == ({}, 1)
 
 
 def test_groups_of_a_version_without_counts_of_tools_are_not_read(tmp_path) -> None:
-    buffer = GroupBuffer(tmp_path, "asked")
+    buffer = GroupJournal(tmp_path, "asked")
     buffer.append(0, replace(group(1), tool_use=()))  # three numbers, as that version wrote
     assert buffer.recover(lambda _: True) == ({}, 1)
 
 
 def test_files_of_other_steps_are_removed(tmp_path) -> None:
-    buffer = GroupBuffer(tmp_path, "asked")
+    buffer = GroupJournal(tmp_path, "asked")
     for step in range(5):
         buffer.append(step, group(step))
     buffer.keep(range(1, 3))
@@ -121,11 +121,11 @@ def test_files_of_other_steps_are_removed(tmp_path) -> None:
 def test_a_reward_that_is_no_number_comes_back_as_such(tmp_path) -> None:
     one = group(1)
     bad = replace(one, trajectories=[t.with_reward(float("nan")) for t in one.trajectories])
-    GroupBuffer(tmp_path, "asked").append(0, bad)
-    assert all(np.isnan(t.reward) for t in everything(GroupBuffer(tmp_path, "asked"))[1].trajectories)
+    GroupJournal(tmp_path, "asked").append(0, bad)
+    assert all(np.isnan(t.reward) for t in everything(GroupJournal(tmp_path, "asked"))[1].trajectories)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"step_000000\.groups cannot be written .*free space"):
-        GroupBuffer(tmp_path / "file" / "rollouts", "asked").append(0, group(1))
+        GroupJournal(tmp_path / "file" / "rollouts", "asked").append(0, group(1))

@@ -11,9 +11,9 @@ import pytest
 from megatron_rl.engines.pool import GenerationRequest, Sample
 from megatron_rl.errors import EngineError, UserError
 from megatron_rl.sampling.group import Group, GroupSettings
-from megatron_rl.sampling.journal import GroupBuffer, _payloads
-from megatron_rl.sampling.scheduler import Bounds, Sampler, Source
-from megatron_rl.sampling.step_groups import Draws, StepGroups
+from megatron_rl.sampling.journal import GroupJournal, _payloads
+from megatron_rl.sampling.scheduler import Bounds, Scheduler, Source
+from megatron_rl.sampling.step_groups import PromptDraws, StepGroups
 from megatron_rl.types import Prompt, Trajectory
 from tests.unit.sampling.scripted_engine import ScriptedPool, sample
 
@@ -46,11 +46,13 @@ class World:
         draw = prompt.tokens[0] - 100
         return [1.0] * len(rows) if draw in self.equal else [float(k) for k in range(len(rows))]
 
-    def sampler(self, draws: Draws | None = None, found: dict[int, Group] | None = None, **more) -> Sampler:
+    def sampler(self, draws: PromptDraws | None = None, found: dict[int, Group] | None = None, **more) -> Scheduler:
         given = {"wanted": 3, "asked": 3, "replaceable": 0, "max_staleness": 0, "steps": STEPS, "deterministic": False}
         source = Source(lambda draw: Prompt(f"p{draw}", "", (100 + draw,), ""), self.rewards, longest_prompt=4)
-        buffer = GroupBuffer(self.folder, "")
-        return Sampler(self.pool, SETTINGS, source, Bounds(**{**given, **more}), draws or Draws(), buffer, found or {})
+        buffer = GroupJournal(self.folder, "")
+        return Scheduler(
+            self.pool, SETTINGS, source, Bounds(**{**given, **more}), draws or PromptDraws(), buffer, found or {}
+        )
 
     @property
     def asked(self) -> list[int]:
@@ -202,7 +204,7 @@ def test_a_deterministic_step_begins_when_the_one_before_has_its_groups_and_an_u
 
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_a_step_whose_groups_an_earlier_life_took_is_not_waited_for(world, staleness) -> None:
-    sampler = world.sampler(Draws(3), max_staleness=staleness, deterministic=True)
+    sampler = world.sampler(PromptDraws(3), max_staleness=staleness, deterministic=True)
     sampler.skip(0, 1)
     with ThreadPoolExecutor(1) as thread:
         thread.submit(sampler.settle).result(timeout=5)
@@ -229,12 +231,12 @@ def test_finished_groups_of_an_earlier_life_are_taken_where_they_are_fresh_enoug
     first = world.sampler(max_staleness=1)
     first.take(0, 1)
     world.until_written(1, 3)
-    found, dropped = GroupBuffer(tmp_path, "").recover(lambda group: group.number >= 3)
+    found, dropped = GroupJournal(tmp_path, "").recover(lambda group: group.number >= 3)
     assert (sorted(found), dropped) == ([3, 4, 5], 3), "everything finished is on disk, trained on or not"
     for k, again in ((1, []), (0, [3, 4, 5])):
         world.pool.asked.clear()
         world.version = 2
-        second = world.sampler(Draws(3), dict(found), max_staleness=k, steps=2)
+        second = world.sampler(PromptDraws(3), dict(found), max_staleness=k, steps=2)
         taken = second.take(1, 2)
         assert numbers(taken) == [3, 4, 5] and sorted(world.asked) == again
         assert taken.dropped_stale == len(again) and versions(taken) == {1 if k else 2}

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rl.sampling.group import Group
-from megatron_rl.sampling.step_groups import Draws, StepGroups
+from megatron_rl.sampling.step_groups import PromptDraws, StepGroups
 from megatron_rl.sampling.trajectory_builder import ToolUse
 from megatron_rl.types import Trajectory
 
@@ -20,7 +20,7 @@ def group(number: int, *rewards: float, resumed: int = 0) -> Group:
 
 @given(st.integers(0, 5), st.sets(st.integers(0, 20)), st.lists(st.lists(st.integers(0, 4)), max_size=8))
 def test_every_number_is_drawn_once_whatever_is_spent_and_restored_in_between(below, ahead, plan) -> None:
-    draws = Draws(below, ahead)
+    draws = PromptDraws(below, ahead)
     spent = set(range(below)) | ahead
     for life in plan:
         handed = [draws.next() for _ in range(5)]
@@ -30,11 +30,11 @@ def test_every_number_is_drawn_once_whatever_is_spent_and_restored_in_between(be
         draws.spend(used)
         spent |= used
         assert all(draws.is_spent(number) == (number in spent) for number in range(60))
-        draws = Draws(draws.below, draws.ahead)  # as a run that is resumed knows them
+        draws = PromptDraws(draws.below, draws.ahead)  # as a run that is resumed knows them
 
 
 def test_draws_of_steps_that_overlap_are_spent_in_any_order() -> None:
-    draws = Draws()
+    draws = PromptDraws()
     first, second = [draws.next() for _ in range(3)], [draws.next() for _ in range(3)]
     draws.spend(second)
     assert (draws.below, draws.ahead) == (0, (3, 4, 5))
@@ -83,7 +83,7 @@ def test_tool_use_is_of_the_groups_that_are_trained_on_and_of_no_others() -> Non
 @given(st.permutations(range(6)), st.integers(0, 4), st.lists(st.booleans(), min_size=20, max_size=20))
 def test_in_waves_nothing_depends_on_who_finishes_first(order, replaceable, equal) -> None:
     def outcome(first: list[int]) -> tuple[list[int], dict]:
-        step, draws = begun(6, wanted=6, replaceable=replaceable, in_waves=True), Draws(6)
+        step, draws = begun(6, wanted=6, replaceable=replaceable, in_waves=True), PromptDraws(6)
         queue = list(first)
         while queue:
             number = queue.pop(0)

@@ -1,4 +1,4 @@
-"""Every way of making a jail that this machine has, and what must be true after every use of one."""
+"""Fixtures for every way to make a jail on this machine, and a check after every test that no jail is left."""
 
 import time
 from pathlib import Path
@@ -10,14 +10,14 @@ from megatron_rl.sandbox.runner import Sandbox
 from megatron_rl.sandbox.select import probe
 
 SECONDS = 10.0
-HASTE = 0.5  # seconds, where the time is to run out
-PATIENCE = 60.0  # of a test that waits for an end, on a machine with other work to do
+HASTE = 0.5  # time limit in seconds for code that must run out of time
+PATIENCE = 60.0  # seconds that a test waits for an end, on a busy machine
 FAULTS = {way: probe(way) for way in ("namespaces", "bwrap")}
 
 
 @pytest.fixture(params=["namespaces", "bwrap"])
 def sandbox(request):
-    """One after another, every way of making a jail that this machine has."""
+    """The tests run once for every way to make a jail on this machine."""
     if FAULTS[request.param]:
         pytest.skip(f"no jail by {request.param}: {FAULTS[request.param]}")
     return Sandbox(request.param, seconds=SECONDS, memory_mb=128, output_bytes=10_000)
@@ -30,7 +30,7 @@ def hasty(sandbox):
 
 @pytest.fixture
 def refused(sandbox):
-    """Asserts that code is refused something by the system: it prints the error that `attempt` raised, and nothing else."""
+    """The system refuses `attempt`: the code prints only the name of the error that it raised, which is in `errors`."""
 
     def refused(attempt: str, *errors: str) -> None:
         lines = "\n    ".join(attempt.splitlines())
@@ -44,7 +44,10 @@ def refused(sandbox):
 
 
 def jail_processes() -> set[int]:
-    """Processes of jails, by their program: runner, guard and launcher all show its command line."""
+    """Return the ids of all processes of jails.
+
+    Runner, guard and launcher all have the program of the jail in their command line.
+    """
     found = set()
     for process in psutil.process_iter(["cmdline", "ppid"]):
         if any("code of a model, in a jail" in argument for argument in process.info["cmdline"] or ()):
@@ -54,7 +57,7 @@ def jail_processes() -> set[int]:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left():
-    """No process of a jail, and nothing mounted, outlives its test."""
+    """No process of a jail and no mount is left after a test."""
     before = jail_processes()
     mounts = Path("/proc/self/mountinfo").read_text()
     yield

@@ -1,4 +1,4 @@
-"""Code in the jail gets at nothing of ours, whatever it tries. Real jails, real attempts."""
+"""Code in the jail cannot reach anything outside it. The jails and the attempts are real."""
 
 import os
 import socket
@@ -54,7 +54,7 @@ def test_names_are_not_resolved(sandbox):
 
 @pytest.fixture
 def secret(tmp_path):
-    """A file that everybody on this machine may read and write."""
+    """The file may be read and written by every user of this machine."""
     path = tmp_path / "secret"
     path.write_text("the secret")
     for folder in (path, *path.parents):
@@ -82,7 +82,7 @@ def test_the_home_folder_and_the_trainers_own_files_are_not_there(sandbox):
         "/var",
         "/run",
     ]
-    # The home folder may lead to the interpreter, and on the way there is that way alone.
+    # The home folder may be on the path to the interpreter. Then the jail has only the folders of that path.
     python = (str(Path(os.__file__).parents[1]), os.path.realpath(sys._base_executable))
     code = f"""
 import os
@@ -122,7 +122,10 @@ def test_no_path_leads_out_of_the_root(refused, sandbox, secret):
 def test_no_descriptor_of_ours_is_open_in_it(sandbox, secret):
     with secret.open() as held:
         os.set_inheritable(held.fileno(), True)
-        code = "import os\nfor n in range(3, 4096):\n    try:\n        print(n, os.fstat(n))\n    except OSError:\n        pass"
+        code = (
+            "import os\nfor n in range(3, 4096):\n"
+            "    try:\n        print(n, os.fstat(n))\n    except OSError:\n        pass"
+        )
         assert sandbox.run(code).output == ""
         assert sandbox.run("import os; print(os.fstat(0).st_rdev - os.stat('/dev/null').st_rdev)").output == "0\n"
 
@@ -146,14 +149,17 @@ def test_devices_cannot_be_made_or_mounted(refused):
 
 def test_nothing_of_the_environment_is_known_in_it(sandbox, monkeypatch):
     monkeypatch.setenv("TEST_SECRET", "token-1234")
-    code = "import ctypes, os, socket\nprint(dict(os.environ), ctypes.CDLL(None).getenv(b'TEST_SECRET'), socket.gethostname())"
+    code = (
+        "import ctypes, os, socket\n"
+        "print(dict(os.environ), ctypes.CDLL(None).getenv(b'TEST_SECRET'), socket.gethostname())"
+    )
     assert sandbox.run(code).output == "{} 0 jail\n"
 
 
 def test_the_trainer_is_not_visible_and_gets_no_signal(refused):
     refused(f"os.kill({os.getpid()}, 0)", "ProcessLookupError")
     refused(f"open('/proc/{os.getpid()}/environ')", "FileNotFoundError")
-    refused("os.kill(os.getppid(), 9); raise OSError", "OSError")  # its guard shrugs it off
+    refused("os.kill(os.getppid(), 9); raise OSError", "OSError")  # The signal has no effect on the guard.
     refused(
         f"libc = ctypes.CDLL(None, use_errno=True)\nif libc.ptrace(16, {os.getpid()}, 0, 0): raise PermissionError",
         "PermissionError",
@@ -166,7 +172,10 @@ def test_it_has_no_rights_and_cannot_get_any(refused, sandbox):
     assert sandbox.run("import os; print(*os.getresuid(), *os.getresgid())").output == "1000 1000 1000 1000 1000 1000\n"
     refused("os.setuid(0)", "PermissionError", "OSError")
     refused("os.setgroups([0])", "PermissionError")
-    code = "import resource\ntry:\n    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))\nexcept ValueError as e:\n    print('no')"
+    code = (
+        "import resource\ntry:\n    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))\n"
+        "except ValueError as e:\n    print('no')"
+    )
     assert sandbox.run(code).output == "no\n"
 
 

@@ -1,4 +1,4 @@
-"""Code in the jail is over in time, within its bounds, and leaves nothing behind."""
+"""Code in the jail ends in time, stays within its limits, and leaves nothing behind."""
 
 import os
 import platform
@@ -148,7 +148,7 @@ def test_an_end_of_the_trainer_is_the_end_of_its_jails(tmp_path):
 
 
 def guard_of_a_runner() -> psutil.Process | None:
-    """Of our only jail: its middle process, once the code runs and has a second thread."""
+    """Return the guard of the only jail of this process, once the code runs and has a second thread, else None."""
     for launcher in psutil.Process().children():
         try:
             for guard in launcher.children():

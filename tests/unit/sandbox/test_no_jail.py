@@ -1,4 +1,4 @@
-"""Without a jail nothing runs, unless the user says so."""
+"""Without a jail, no code runs unless the user allows it."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ from megatron_rl.errors import ConfigError
 from megatron_rl.sandbox import select as jails
 from megatron_rl.sandbox.runner import Sandbox
 from megatron_rl.sandbox.seccomp import filter_program
-from megatron_rl.sandbox.select import accept_no_jail, find_jail, probe
+from megatron_rl.sandbox.select import allow_unsafe, find_jail, probe
 from tests.unit.sandbox.conftest import FAULTS, SECONDS
 
 
@@ -53,9 +53,9 @@ def test_a_machine_whose_calls_are_not_listed_has_no_filter_and_no_jail(monkeypa
 
 
 def test_unsafe_is_warned_of_once_and_keeps_the_limits(caplog):
-    accept_no_jail.cache_clear()
+    allow_unsafe.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert accept_no_jail() == accept_no_jail() == "unsafe"
+        assert allow_unsafe() == allow_unsafe() == "unsafe"
     assert [r.getMessage() for r in caplog.records] == [caplog.records[0].getMessage()] and "your rights" in caplog.text
     sandbox = Sandbox("unsafe", seconds=SECONDS, memory_mb=128, output_bytes=1000)
     seen = sandbox.run(
@@ -77,7 +77,7 @@ def test_a_user_without_rights_has_a_jail_too(tmp_path):
     new = [python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]
     if FAULTS["namespaces"] or not shutil.which(python) or subprocess.run(new, check=False).returncode:
         pytest.skip(f"no jail, or no {python} of version 3.11 that everybody may use")
-    # The modules that make the jail need nothing that is not here; the rest of the package may not be readable.
+    # The modules that make the jail need only these files. This user may not be able to read the rest of the package.
     for name in (
         "errors.py",
         "sandbox/select.py",

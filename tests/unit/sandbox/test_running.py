@@ -1,4 +1,4 @@
-"""A sandbox runs a block of Python and gives back what it wrote."""
+"""A sandbox runs a block of Python and returns its output."""
 
 import re
 import threading
@@ -81,13 +81,16 @@ def test_threads_may_share_a_sandbox(sandbox):
 
 
 def test_code_may_have_threads_of_its_own(sandbox):
-    code = "import threading\nfor n in range(2):\n    t = threading.Thread(target=print, args=(n,))\n    t.start()\n    t.join()"
+    code = (
+        "import threading\nfor n in range(2):\n"
+        "    t = threading.Thread(target=print, args=(n,))\n    t.start()\n    t.join()"
+    )
     assert sandbox.run(code).output == "0\n1\n"
 
 
 @pytest.fixture
 def fail_next(monkeypatch):
-    """The next so many jails do not come up."""
+    """The next `count` jails do not start."""
 
     def fail_next(count: int) -> None:
         pythons = [replace(interpreter(), path="/bin/false") for _ in range(count)]

@@ -1,4 +1,4 @@
-"""The embedded engine inside one process."""
+"""The embedded engine runs inside one process."""
 
 import math
 from collections.abc import Iterator
@@ -59,7 +59,7 @@ def outputs(job: Job) -> list[list[int]]:
 
 
 def worst_error(model: torch.nn.Module, jobs: list[Job]) -> float:
-    """Largest difference between the engine's log-probabilities and those of plain forward passes."""
+    """Return the largest difference between the engine's log-probabilities and those of plain forward passes."""
     worst = 0.0
     for job in jobs:
         for row in job.rows:
@@ -165,7 +165,7 @@ def test_a_crash_of_the_engines_thread_reaches_everybody_who_waits(folder: Path)
     engine.pause("in_place")
     futures = engine.submit([engine.job([4, 5], Sampling(max_new_tokens=100))])
     job = engine.job([4, 5], Sampling(max_new_tokens=3))
-    job.prompt = job.prompt + 1000  # past the check at the door
+    job.prompt = job.prompt + 1000  # after `engine.job` has checked the tokens
     futures += engine.submit([job])
     engine.resume()
     done, _ = wait(futures, 20)

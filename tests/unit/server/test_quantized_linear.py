@@ -1,4 +1,7 @@
-"""The embedded engine serves quantized weights: from a high-precision folder, from codes, with quantized inputs or without."""
+"""The embedded engine serves quantized weights from a high-precision folder or from codes.
+
+Inputs are quantized or not.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3MoeConfig
 
-from megatron_rl.config import PrecisionConfig
-from megatron_rl.errors import CheckpointError, ConfigError, PrecisionError, UserError
+from megatron_rl.errors import CheckpointError, PrecisionError
 from megatron_rl.precision.formats import fake_quantize, quantize
+from megatron_rl.protocol.server_options import EngineQuantization
 from megatron_rl.server.decode_batch import Sampling
 from megatron_rl.server.engine import Engine
-from megatron_rl.server.quantized_linear import EngineQuantization, check_precision, described, requested
 from megatron_rl.weights.hf_folder import HFFolder, write_hf_folder
 from megatron_rl.weights.quantized import WireTensors, quantization_config
 
@@ -37,7 +39,7 @@ ROLLOUT = {FP8: "fp8_blockwise", POW2: "fp8_blockwise_pow2", INT8: "int8"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Qwen2, whose q, k and v have biases."""
+    """A Qwen2 model, whose q, k and v projections have biases."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("model") / "hf"
     model = AutoModelForCausalLM.from_config(Qwen2Config(**SIZES, tie_word_embeddings=True))
@@ -55,7 +57,7 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def reference(folder: Path, weights: str | None, inputs: str | None = None, kept: tuple[int, ...] = ()) -> nn.Module:
-    """The transformers model in fp32, its linears on bf16-rounded and then fake-quantized weights and inputs."""
+    """Return the transformers model in fp32, its linears on bf16-rounded and then fake-quantized weights and inputs."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for name, linear in linears(model):
         if weights is None or any(f".layers.{layer}." in name for layer in kept):
@@ -97,7 +99,7 @@ def test_weights_alone_are_quantized_as_in_a_plain_forward_pass_over_their_value
 
 @pytest.mark.parametrize("wire", [FP8, POW2])
 def test_inputs_are_quantized_too_when_asked_for(folder: Path, wire: str) -> None:
-    """A code may flip where two sums differ in their last bit, so a few tokens differ by a little."""
+    """A code may change if two sums differ in their last bit, so a few tokens differ by a little."""
     engine = started(folder, ROLLOUT[wire], "fp8")
     output, found = greedy(engine, 40)
     engine.stop()
@@ -158,91 +160,11 @@ def test_inputs_of_a_model_without_such_linears_are_refused(tmp_path: Path) -> N
         started(tmp_path, "fp8_blockwise", "fp8")
 
 
-def test_words_that_mean_nothing_are_refused() -> None:
-    assert requested("none", "none", False, "bf16") is None
-    with pytest.raises(UserError, match=r"--quantization 'fp4' is not one of \['none', "):
-        requested("fp4", "none", False, "bf16")
-    with pytest.raises(UserError, match="--activations 'int8' is not one of"):
-        requested("int8", "int8", False, "bf16")
-    with pytest.raises(UserError, match="--activations fp8 needs quantized weights"):
-        requested("none", "fp8", False, "bf16")
-    with pytest.raises(UserError, match="--first-last-bf16 spares layers of quantized weights"):
-        requested("none", "none", True, "bf16")
-    with pytest.raises(ConfigError, match="needs FP8 weights"):
-        EngineQuantization("int8", "fp8").plan(3, "bf16")
-
-
-ASKED = PrecisionConfig(train="bf16", rollout="fp8_blockwise", rollout_activations="fp8")
-
-
-def embedded(dtype: str, engine_quantization: EngineQuantization | None) -> dict[str, object]:
-    return {"engine": "embedded", **described(dtype, engine_quantization)}
-
-
-def test_an_engine_that_serves_what_the_run_asks_for_is_taken() -> None:
-    check_precision("http://e", embedded("bf16", EngineQuantization.of(ASKED)), ASKED)
-    check_precision("http://e", embedded("fp16", None), PrecisionConfig(rollout="fp16"))
-    check_precision("http://e", {"dtype": "bfloat16", "quantization": "fp8"}, ASKED)
-    check_precision("http://e", {"dtype": "float32", "quantization": None}, PrecisionConfig())
-
-
-@pytest.mark.parametrize(
-    ("info", "words"),
-    [
-        (embedded("bf16", None), "quantization None instead of fp8_blockwise"),
-        (embedded("fp32", EngineQuantization.of(ASKED)), "dtype fp32 instead of bf16"),
-        (embedded("bf16", EngineQuantization("fp8_blockwise")), "activations none instead of fp8"),
-        (embedded("bf16", EngineQuantization("fp8_blockwise", "fp8", True)), "first_last_bf16 True instead of False"),
-        (embedded("bf16", EngineQuantization("fp8_blockwise_pow2", "fp8")), "quantization fp8_blockwise_pow2 instead"),
-        (
-            embedded("bf16", EngineQuantization("fp8_blockwise", "fp8", False, "fp32")),
-            "parameters fp32 instead of bf16",
-        ),
-        ({"dtype": "auto", "quantization": "fp8"}, "dtype auto instead of bfloat16"),
-        ({"dtype": "bfloat16", "quantization": None}, "quantization None instead of fp8"),
-    ],
-)
-def test_an_engine_that_serves_another_precision_is_refused_by_its_url(info: dict[str, object], words: str) -> None:
-    with pytest.raises(PrecisionError, match=f"http://e serves another precision than the run asks for .*{words}"):
-        check_precision("http://e", info, ASKED)
-
-
-def test_a_run_without_quantized_weights_refuses_an_engine_that_has_them() -> None:
-    with pytest.raises(PrecisionError, match="quantization fp8_blockwise instead of None"):
-        check_precision(
-            "http://e", embedded("bf16", EngineQuantization("fp8_blockwise")), PrecisionConfig(rollout="bf16")
-        )
-
-
-@pytest.mark.parametrize("rollout", ["fp8_blockwise", "int8"])
-def test_weight_only_quantization_is_not_asked_of_sglang(rollout: str) -> None:
-    with pytest.raises(PrecisionError, match="http://e is an SGLang server, which always quantizes the inputs"):
-        check_precision("http://e", {"dtype": "bfloat16", "quantization": "fp8"}, PrecisionConfig(rollout=rollout))
-
-
-def test_an_sglang_server_on_cpu_is_taken_for_values_and_one_on_a_gpu_for_codes() -> None:
-    values, cpu, gpu = (
-        PrecisionConfig(rollout="fp8_blockwise"),
-        {"device": "cpu"},
-        {"device": "cuda", "quantization": "fp8"},
-    )
-    served = {"dtype": "bfloat16", "quantization": None}
-    check_precision("http://e", served | cpu, values, dequantized=True)
-    check_precision("http://e", served | gpu, ASKED)
-    with pytest.raises(
-        PrecisionError, match=r"http://e is an SGLang server on CPU, .*would send it codes: set rollout.engine: sgl"
-    ):
-        check_precision("http://e", served | cpu, ASKED)
-    with pytest.raises(PrecisionError, match=r"http://e is an SGLang server on a GPU, .*would send it values"):
-        check_precision("http://e", served | gpu, values, dequantized=True)
-    with pytest.raises(PrecisionError, match="http://e is an embedded server, which takes codes itself"):
-        check_precision("http://e", embedded("bf16", EngineQuantization.of(values)), values, dequantized=True)
-    with pytest.raises(PrecisionError, match="dtype float32 instead of bfloat16"):
-        check_precision("http://e", served | cpu | {"dtype": "float32"}, values, dequantized=True)
-
-
 def test_an_engine_of_quantized_weights_serves_the_values_of_every_experts_codes(qwen3_moe: Path) -> None:
-    """transformers holds the experts of a layer in one parameter: each must be quantized by itself, and the router not."""
+    """transformers holds the experts of a layer in one parameter.
+
+    Each expert is quantized by itself, and the router is not quantized.
+    """
     plain = load_file(qwen3_moe / "model.safetensors")
     served = (
         Engine(qwen3_moe, engine_quantization=EngineQuantization("fp8_blockwise"))

@@ -1,4 +1,4 @@
-"""Noise and token choice of the embedded engine."""
+"""The embedded engine draws noise and chooses tokens."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rl.server.token_sampling import choose, row_keys, splitmix64, uniforms
+from megatron_rl.server.token_sampling import row_keys, sample_tokens, splitmix64, uniforms
 
 
 def pick(
@@ -14,7 +14,7 @@ def pick(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows = len(logits_RV)
     settings = np.full(rows, temperature, np.float32), np.full(rows, top_p), np.full(rows, top_k)
-    return choose(logits_RV, *settings, np.array(noise))[:2]
+    return sample_tokens(logits_RV, *settings, np.array(noise))[:2]
 
 
 def test_splitmix64_gives_the_published_sequence() -> None:
@@ -86,10 +86,10 @@ def test_rows_with_their_own_settings_do_not_touch_each_other() -> None:
     logits_RV = torch.randn(3, 11, generator=torch.Generator().manual_seed(2))
     noise = np.array([0.3, 0.6, 0.9])
     heat, top_p, top_k = np.array([0.0, 0.7, 1.3], np.float32), np.array([1.0, 0.6, 1.0]), np.array([-1, -1, 4])
-    tokens, logp, _ = choose(logits_RV, heat, top_p, top_k, noise)
+    tokens, logp, _ = sample_tokens(logits_RV, heat, top_p, top_k, noise)
     for at in range(3):
         row = slice(at, at + 1)
-        alone = choose(logits_RV[row], heat[row], top_p[row], top_k[row], noise[row])
+        alone = sample_tokens(logits_RV[row], heat[row], top_p[row], top_k[row], noise[row])
         assert (int(tokens[at]), float(logp[at])) == (int(alone[0]), pytest.approx(float(alone[1]), abs=1e-6))
 
 
@@ -97,7 +97,7 @@ def test_rows_with_their_own_settings_do_not_touch_each_other() -> None:
 def test_the_likeliest_tokens_are_those_of_the_distribution_sampled_from(temperature: float) -> None:
     logits_RV = torch.randn(4, 13, generator=torch.Generator().manual_seed(3))
     heat, off = np.full(4, temperature, np.float32), np.full(4, -1)
-    tokens, logp, likeliest = choose(logits_RV, heat, np.ones(4), off, np.linspace(0.1, 0.9, 4), most_likely=13)
+    tokens, logp, likeliest = sample_tokens(logits_RV, heat, np.ones(4), off, np.linspace(0.1, 0.9, 4), most_likely=13)
     assert likeliest is not None
     logp_RK, ids_RK = likeliest
     assert [sorted(row) for row in ids_RK.tolist()] == [list(range(13))] * 4

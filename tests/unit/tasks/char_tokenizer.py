@@ -1,11 +1,14 @@
-"""A tokenizer of single characters, built here so that tests need no download."""
+"""Tokenizer of single characters, built here so that tests need no download."""
 
 import string
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-CHAT = "{% for m in messages %}<user>{{ m['content'] }}</user>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CHAT = (
+    "{% for m in messages %}<user>{{ m['content'] }}</user>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 def char_tokenizer(characters: str = string.printable, chat: bool = False) -> PreTrainedTokenizerFast:

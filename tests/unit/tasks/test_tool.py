@@ -1,4 +1,4 @@
-"""What the model writes is a call, an answer or neither; what a tool writes comes back and is never an answer."""
+"""A turn of the model is a call, an answer or neither. A tool's output goes to the model and is never an answer."""
 
 import json
 import threading
@@ -14,7 +14,7 @@ from megatron_rl.sandbox.select import find_jail
 from megatron_rl.tasks import make_task
 from megatron_rl.tasks import tool as tool_module
 from megatron_rl.tasks.task import Observation
-from megatron_rl.tasks.tool import INSTRUCTIONS, between_turns, called, without_code
+from megatron_rl.tasks.tool import INSTRUCTIONS, between_turns, extract_call, without_code
 from tests.unit.tasks.char_tokenizer import char_tokenizer
 
 PLAIN, CHAT = char_tokenizer(), char_tokenizer(chat=True)
@@ -71,7 +71,7 @@ def test_without_data_the_problems_are_all_products_once(task):
 def test_problems_of_a_file_come_with_instructions(from_file):
     prompt = from_file.train[0]
     assert "".join(PLAIN.convert_ids_to_tokens(prompt.tokens)) == f"What is 1/2?{INSTRUCTIONS}\n"
-    assert called(INSTRUCTIONS.partition("and the output")[0]) == "print(1 + 1)\n"
+    assert extract_call(INSTRUCTIONS.partition("and the output")[0]) == "print(1 + 1)\n"
 
 
 def test_too_few_products_are_refused():
@@ -90,7 +90,7 @@ def test_without_a_jail_the_task_is_refused_unless_the_user_says_unsafe(monkeypa
     assert heard(task, block("print(6 * 7)")).text == "\n```output\n42\n```\n"
 
 
-# A demonstration is what really happens ----------------------------------------------------------------------
+# A demonstration equals a real response ----------------------------------------------------------------------
 
 
 def test_the_demonstration_is_what_the_sandbox_answers_and_it_verifies(task):
@@ -130,7 +130,7 @@ def test_problems_of_a_file_are_demonstrated_by_their_answer(from_file):
     ],
 )
 def test_a_call_is_the_last_python_block_that_no_answer_follows(turn, code):
-    assert called(turn) == code
+    assert extract_call(turn) == code
 
 
 @pytest.mark.parametrize("turn", ["#### 6", "so \\boxed{6}", f"{block('print(5)')}\n#### 6<eos>"])
@@ -143,7 +143,7 @@ def test_an_answer_ends_the_response(task, turn):
 )
 def test_a_turn_with_neither_is_void(task, turn):
     void = heard(task, turn).void
-    assert void is (turn != "####")  # an empty answer is a wrong one
+    assert void is (turn != "####")  # An empty answer is a wrong answer.
 
 
 def test_an_output_comes_back_between_fences(task):
@@ -173,7 +173,7 @@ def test_an_observation_says_whether_its_call_failed(task):
 
 
 def test_after_the_last_turn_nothing_is_run_and_a_call_is_not_void(task, monkeypatch):
-    monkeypatch.setattr(task, "_sandbox", None)  # running anything raises
+    monkeypatch.setattr(task, "_sandbox", None)  # Running code raises.
     assert heard(task, block("print(1)"), last=True) == Observation()
     assert heard(task, "hm", last=True) == Observation(void=True)
     assert heard(task, "#### 1", last=True) == Observation()

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from megatron_rl.algorithms.erpd.records import RoundRecords, mu_record
+from megatron_rl.algorithms.policy_gradient import split_updates
 from megatron_rl.diagnostics import RunLog, read_log
 from megatron_rl.objectives import make_objective
 from megatron_rl.policy.actor import UpdateStats
-from megatron_rl.sampling.batch import make_batch, split_updates
+from megatron_rl.sampling.batch import make_batch
 from megatron_rl.trainer.metrics import Stopwatch, step_record
 from megatron_rl.types import Batch, Trajectory, VersionSpan
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.attribution.replay import check_gives_weights
+from megatron_rl.attribution.limits import check_gives_weights
 from megatron_rl.config import Config, make_config
 from megatron_rl.errors import CheckpointError, ConfigError, PrecisionError, UserError
 from megatron_rl.policy.checkpoint_state import COMPLETE
@@ -81,7 +81,7 @@ def test_a_warm_up_is_refused_a_precision_that_cannot_run_before_it_starts(model
             config(model, precision={"pow2_scales": True}),
             tmp_path / "warm",
             target=0.5,
-            careless=0.0,
+            error_rate=0.0,
             batch_size=4,
             max_updates=1,
         )

@@ -7,8 +7,9 @@ import torch
 
 from megatron_rl.engines.control import Traits
 from megatron_rl.errors import EngineError
-from megatron_rl.weight_sync.expected_digests import Tally
-from megatron_rl.weight_sync.transaction import Probe, Transaction, Version
+from megatron_rl.weight_sync.confirmation import ScoreProbe
+from megatron_rl.weight_sync.expected_digests import ExpectedDigests
+from megatron_rl.weight_sync.transaction import Transaction, Version
 
 URL = "http://engine"
 CODED = {
@@ -36,8 +37,8 @@ class Holding:
         return [self.logp] * (len(tokens) - 1)
 
 
-def tally_of(tensors: dict[str, int]) -> Tally:
-    tally = Tally(plain=True)
+def tally_of(tensors: dict[str, int]) -> ExpectedDigests:
+    tally = ExpectedDigests(plain=True)
     for name, value in tensors.items():
         tally.add(name, torch.tensor([float(value)]))
     return tally
@@ -49,7 +50,7 @@ def failures(
     """Of an update from `before` to `sent`, when the engine held digest "old" of everything."""
     old = Version(1, None, tally_of(before), {URL: dict.fromkeys(held, "old")})
     traits = {URL: Traits(embedded=False, ranks=1, device="cuda", dtype="bfloat16", quantized=quantized)}
-    probe = Probe((5, 6, 7), (-1.0, -1.0), 0.05)
+    probe = ScoreProbe((5, 6, 7), (-1.0, -1.0), 0.05)
     update = Transaction(Holding(held, logp), None, tally_of(sent), 2, old, traits=traits, probe=probe)  # type: ignore[arg-type]
     return str(update._confirm_by_probe().get(URL, ""))
 

@@ -1,4 +1,4 @@
-"""A Hugging Face folder is read without trusting it, and written so that it is whole or absent."""
+"""A Hugging Face folder is checked when it is read, and a written folder is either complete or absent."""
 
 import json
 import resource
@@ -25,7 +25,7 @@ def stored(folder: HFFolder) -> Iterator[tuple[str, torch.Tensor]]:
 
 @pytest.fixture
 def copy(qwen3: Path, tmp_path: Path) -> Path:
-    """A private copy of the untied checkpoint, one file."""
+    """A private copy of the untied checkpoint, in one file."""
     return Path(shutil.copytree(qwen3, tmp_path / "single"))
 
 

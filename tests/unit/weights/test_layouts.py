@@ -1,4 +1,4 @@
-"""A layout cuts Hugging Face tensors into tensor-parallel shards and puts them together again, bit for bit."""
+"""A layout splits Hugging Face tensors into tensor-parallel shards and merges them again, bit for bit."""
 
 import pytest
 import torch
@@ -6,7 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rl.errors import ConfigError
-from megatron_rl.weights.layouts import QKV, GateUp, Layout, Replicated, Row, VocabRows, check_divides, padded_vocab
+from megatron_rl.weights.layouts import (
+    QKV,
+    GateUp,
+    Layout,
+    Replicated,
+    RowParallel,
+    VocabParallel,
+    check_divides,
+    padded_vocab,
+)
 
 SIZES = st.sampled_from([1, 2, 4, 8])
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
@@ -14,7 +23,7 @@ SMALL = st.integers(1, 5)
 
 
 class Source:
-    """A stored tensor that notes how many elements were read from it."""
+    """A stored tensor that counts how many elements are read from it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor, self.read = tensor, 0
@@ -26,7 +35,7 @@ class Source:
 
 
 def bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Random bits: every pattern, NaN payloads and negative zeros included."""
+    """Return random bits: every pattern is possible, including NaN payloads and negative zeros."""
     generator = torch.Generator().manual_seed(seed)
     return (
         torch.randint(0, 256, (*shape, dtype.itemsize), dtype=torch.uint8, generator=generator)
@@ -46,8 +55,8 @@ def layouts(draw: st.DrawFn) -> tuple[Layout, int]:
     groups = size * a
     return {
         "replicated": Replicated((a * b,)),
-        "row": Row((a, size * b), "columns"),
-        "vocab": VocabRows(draw(st.integers(1, 40)), b),
+        "row": RowParallel((a, size * b), "columns"),
+        "vocab": VocabParallel(draw(st.integers(1, 40)), b),
         "qkv": QKV(groups * b, groups, 2 * c, (a + c,)),
         "qkv_bias": QKV(groups * b, groups, 2 * c, ()),
         "gate_up": GateUp(size * a, b),
@@ -97,7 +106,7 @@ def test_the_gated_mlp_parameter_holds_a_rank_s_gate_rows_then_its_up_rows() -> 
 
 
 def test_a_vocabulary_is_padded_with_zero_rows_that_are_never_merged() -> None:
-    layout = VocabRows(5, 2)
+    layout = VocabParallel(5, 2)
     stored = torch.ones(5, 2)
     shards = [layout.read([Source(stored)], rank, 4) for rank in range(4)]
     assert padded_vocab(5, 4) == 8
@@ -112,7 +121,7 @@ def test_a_vocabulary_is_padded_with_zero_rows_that_are_never_merged() -> None:
         (QKV(16, 2, 8, (4,)), 4, "num_key_value_heads = 2", 2),
         (QKV(12, 6, 8, (4,)), 4, "num_key_value_heads = 6", 3),
         (GateUp(96, 8), 5, "intermediate_size = 96", 4),
-        (Row((8, 6), "width"), 4, "width = 6", 3),
+        (RowParallel((8, 6), "width"), 4, "width = 6", 3),
     ],
 )
 def test_a_size_that_does_not_divide_is_refused_naming_the_key_and_the_nearest_that_works(

@@ -1,4 +1,4 @@
-"""A megatron-core GPTModel is filled from a Hugging Face folder and exported again without a changed bit."""
+"""A megatron-core GPTModel is loaded from a Hugging Face folder and exported again without a changed bit."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The mixture-of-experts family: what its config.json may say, its name table, and exports of single experts."""
+"""The mixture-of-experts family reads its config.json, has its name table, and exports single experts."""
 
 import json
 from pathlib import Path
@@ -123,7 +123,7 @@ class Case:
         load_weights([self.model], self.folder, self.family, self.shape, tp_rank=0, tp_size=1)
 
     def changed(self) -> set[str]:
-        """Names whose exported bits are not those of the folder."""
+        """Return the names whose exported bits differ from those of the folder."""
         exported = export_weights([self.model], self.family, self.shape, dtypes=self.folder.dtypes)
         found = {name: tensor for name, tensor in exported if tensor is not None}
         assert found.keys() == self.folder.tensors.keys()
@@ -152,7 +152,7 @@ def test_every_expert_gets_the_tensors_of_its_own_index(qwen3_moe: Path) -> None
 
 
 def test_experts_under_the_names_of_grouped_products_load_and_export_alike(qwen3_moe: Path) -> None:
-    """As Transformer Engine's layers name them."""
+    """Transformer Engine's layers use these names."""
     case = Case(qwen3_moe)
     for layer in case.model.decoder.layers:
         grouped = nn.Module()

@@ -1,4 +1,4 @@
-"""A folder is checked against its family's name table from its headers, before any model is built."""
+"""A folder's headers are checked against its family's name table before any model is built."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Quantized weights on the wire: what an export sends, what config.json says of it, and what a reader refuses."""
+"""An export sends quantized weights, config.json states their format, and a reader refuses invalid ones."""
 
 import json
 from collections.abc import Callable
@@ -14,17 +14,18 @@ from megatron_rl.config import ParallelConfig, PrecisionConfig, make_config
 from megatron_rl.errors import CheckpointError
 from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy
+from megatron_rl.policy.build import build_policy
 from megatron_rl.policy.device_port import pick_device
 from megatron_rl.precision.formats import fake_quantize, quantize
-from megatron_rl.precision.plan import PrecisionPlan, resolve
+from megatron_rl.precision.plan import DTYPES, PrecisionPlan, resolve
 from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.hf_folder import HFFolder, write_hf_folder
-from megatron_rl.weights.layouts import QKV, GateUp, Layout, Row
+from megatron_rl.weights.layouts import QKV, GateUp, Layout, RowParallel
 from megatron_rl.weights.quantized import (
     WireTensors,
     check_config,
+    dequantize_tensors,
     is_finite,
-    join,
     quantization_config,
     quantize_at_load,
 )
@@ -37,7 +38,7 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> HFFolder:
-    """Matrices of more than one tile, with ragged edges; float32, untied."""
+    """A float32, untied model whose matrices have more than one tile and ragged edges."""
     torch.manual_seed(3)
     config = Qwen3Config(
         vocab_size=64,
@@ -81,7 +82,7 @@ def policy(folder: HFFolder, request: pytest.FixtureRequest) -> Policy:
             "optimizer": {"tokens_per_microbatch": 64},
         }
     )
-    return Policy(config, parallel.initialize(ParallelConfig(), pick_device("cpu"), seed=0))
+    return build_policy(config, parallel.initialize(ParallelConfig(), pick_device("cpu"), seed=0))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def policy(folder: HFFolder, request: pytest.FixtureRequest) -> Policy:
         (QKV(8, 4, 128, (256,)), 1, True),
         (QKV(8, 4, 128, (256,)), 2, True),
         (GateUp(256, 160), 2, True),
-        (Row((160, 512), "intermediate_size"), 2, True),
+        (RowParallel((160, 512), "intermediate_size"), 2, True),
         (QKV(8, 4, 64, (256,)), 1, False),
         (GateUp(320, 160), 2, False),
     ],
@@ -111,7 +112,7 @@ def test_the_trainers_fused_and_sharded_tiles_have_the_wires_values_where_parts_
 def test_an_export_sends_the_codes_and_scales_of_the_trainers_parameters(
     folder: HFFolder, policy: Policy, rollout: str, first_last: bool
 ) -> None:
-    train = policy.config.precision.train
+    train = next(name for name, dtype in DTYPES.items() if dtype == policy.models[0].config.params_dtype)
     plan = plan_of(rollout, train=train, first_last_bf16=first_last)
     sent = dict(policy.export(plan))
     suffix = "_scale" if rollout == "int8" else "_scale_inv"
@@ -148,7 +149,7 @@ def test_int8_has_one_scale_a_row(folder: HFFolder) -> None:
 def test_the_dequantized_stream_has_the_values_of_the_codes(folder: HFFolder, rollout: str) -> None:
     plan = plan_of(rollout)
     values = dict(WireTensors(stored(folder).items(), plan, dequantized=True))
-    joined = join(dict(WireTensors(stored(folder).items(), plan)), plan, "here", torch.float32)
+    joined = dequantize_tensors(dict(WireTensors(stored(folder).items(), plan)), plan, "here", torch.float32)
     assert values.keys() == joined.keys() == folder.tensors.keys()
     assert all(same_bytes(values[name], joined[name]) for name in values)
     assert not torch.equal(values[DOWN], folder.read(DOWN))
@@ -159,7 +160,7 @@ def test_the_dequantized_stream_has_the_values_of_the_codes(folder: HFFolder, ro
 def test_quantizing_at_load_gives_what_the_trainer_would_have_sent(folder: HFFolder, rollout: str, train: str) -> None:
     plan = plan_of(rollout, train=train)
     trained = {name: tensor.bfloat16() if train == "bf16" else tensor for name, tensor in stored(folder).items()}
-    joined = join(dict(WireTensors(trained.items(), plan)), plan, "here", torch.bfloat16)
+    joined = dequantize_tensors(dict(WireTensors(trained.items(), plan)), plan, "here", torch.bfloat16)
     loaded = quantize_at_load(stored(folder), plan, torch.bfloat16)
     assert all(same_bytes(loaded[name], joined[name]) for name in loaded if plan.quantized(name))
 
@@ -295,16 +296,16 @@ def test_a_reader_refuses_codes_and_scales_that_cannot_be_right(
 ) -> None:
     plan = plan_of("fp8_blockwise")
     tensors = dict(WireTensors(stored(folder).items(), plan))
-    join(tensors, plan, "here", torch.float32)
+    dequantize_tensors(tensors, plan, "here", torch.float32)
     spoil(tensors)
     with pytest.raises(CheckpointError, match=words):
-        join(tensors, plan, "here", torch.float32)
+        dequantize_tensors(tensors, plan, "here", torch.float32)
 
 
 def test_scales_between_powers_of_two_are_refused_where_only_those_are_allowed(folder: HFFolder) -> None:
     tensors = dict(WireTensors(stored(folder).items(), plan_of("fp8_blockwise")))
     with pytest.raises(CheckpointError, match="has scales that are no powers of two"):
-        join(tensors, plan_of("fp8_blockwise_pow2"), "here", torch.float32)
+        dequantize_tensors(tensors, plan_of("fp8_blockwise_pow2"), "here", torch.float32)
 
 
 def test_finite_is_known_of_every_code() -> None:

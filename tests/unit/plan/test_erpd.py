@@ -2,9 +2,10 @@
 
 import pytest
 
-from megatron_rl.algorithms.erpd.settings import make_plan, make_run_objective, plan_of
 from megatron_rl.config import make_config
 from megatron_rl.errors import ConfigError
+from megatron_rl.plan import plan_algorithm
+from megatron_rl.plan.erpd import make_plan
 
 TEACHER = {"name": "erpd_mse"}
 
@@ -30,7 +31,9 @@ def test_only_a_teacher_of_outcome_regression_is_measured_against_itself_by_defa
 @pytest.mark.parametrize("name", ["sapo", "grpo", "ppo", "dapo", "gspo", "cispo", "drpo"])
 def test_a_ratio_teacher_compares_to_the_trainer_s_own_old_policy_unless_told_otherwise(name):
     objective = plan(teacher={"name": name}).teacher_objective()
-    assert objective.denominator == "trainer_old" and "logmu" not in objective.needs and "logold" in objective.needs
+    assert (
+        objective.ratio_denominator == "trainer_old" and "logmu" not in objective.needs and "logold" in objective.needs
+    )
 
 
 @pytest.mark.parametrize("name", ["dppo_tv", "dppo_kl", "dppo_topk", "minirl"])
@@ -81,9 +84,12 @@ def test_older_students_are_named_by_steps_of_the_run():
         ({"teacher": {}}, ["objective.teacher", "no name"]),
         ({"teacher": {"name": "erpd_msw"}}, ["erpd_mse"]),
         ({"teacher": {"name": "erpd_distill"}}, ["cannot be a teacher"]),
-        ({"teacher": {"name": "grpo", "denominator": "rollout"}}, ["'logmu'", "set denominator: trainer_old"]),
+        (
+            {"teacher": {"name": "grpo", "ratio_denominator": "rollout"}},
+            ["'logmu'", "set ratio_denominator: trainer_old"],
+        ),
         ({"student": {"clip_hihg": 0.3}}, ["clip_high"]),
-        ({"student": {"denominator": "rollout"}}, ["objective.student", "'logmu'"]),
+        ({"student": {"ratio_denominator": "rollout"}}, ["objective.student", "'logmu'"]),
         ({"student": {"name": "grpo"}}, ["objective.student"]),
     ],
 )
@@ -101,10 +107,10 @@ def test_a_plan_without_a_teacher_is_refused():
 
 def test_a_run_of_rounds_asks_the_engines_for_no_log_probabilities():
     config = make_config({"model": {"path": "m"}, "objective": {"name": "erpd", "teacher": TEACHER}})
-    assert plan_of(config).teacher == TEACHER
-    assert "logmu" not in make_run_objective(config).needs
+    assert plan_algorithm(config).erpd.teacher == TEACHER
+    assert "logmu" not in plan_algorithm(config).objective.needs
 
 
 def test_other_objectives_have_no_plan():
     config = make_config({"model": {"path": "m"}, "objective": {"name": "drpo"}})
-    assert plan_of(config) is None and make_run_objective(config).name == "drpo"
+    assert plan_algorithm(config).erpd is None and plan_algorithm(config).objective.name == "drpo"

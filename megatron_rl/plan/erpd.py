@@ -6,12 +6,10 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from megatron_rl.alp.layer_noise import alp_objective, check_ratio
-from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError
 from megatron_rl.objectives import OBJECTIVES, Objective, make_objective
 from megatron_rl.objectives.erpd import ErpdMSE
-from megatron_rl.objectives.options import suggest
+from megatron_rl.objectives.options import did_you_mean
 from megatron_rl.objectives.ratio import RatioObjective
 
 NAME = "erpd"
@@ -50,7 +48,7 @@ class SignalPlan(_Part):
     def _known(cls, value: str) -> str:
         if value not in ("old", "moving") and not re.fullmatch(r"(unlearned|student)@\d+", value):
             raise ValueError(
-                f"it is {value!r}; {suggest(value, _DENOMINATORS)} (k teacher updates, j steps of the run)"
+                f"it is {value!r}; {did_you_mean(value, _DENOMINATORS)} (k teacher updates, j steps of the run)"
             )
         if re.fullmatch(r"unlearned@0+", value):
             raise ValueError(f"it is {value!r}, but k is at least 1: before its first update the teacher is old")
@@ -180,32 +178,6 @@ def make_plan(spec: Mapping[str, Any]) -> ERPDPlan:
     return plan
 
 
-def plan_of(config: Config) -> ERPDPlan | None:
-    """The plan when the configuration asks for erpd, else None. Raises ConfigError."""
-    if config.objective.name != NAME:
-        return None
-    if config.run.attribute_every:
-        raise ConfigError(
-            "run.attribute_every does not go with erpd, whose engines rest while teacher and student learn: set it to 0, and "
-            "use `megatron-rl attribute` on the run's folder"
-        )
-    return make_plan(config.objective.spec())
-
-
-def make_run_objective(config: Config) -> Objective:
-    """The objective whose needs decide what the engines report: in erpd the student's. Raises ConfigError."""
-    plan = plan_of(config)
-    if plan is None:
-        return alp_objective(config.alp, config.objective.spec())
-    student = plan.student_objective()
-    check_ratio(config.alp, type(plan.teacher_objective()), "objective.teacher")
-    if config.alp.enabled and config.alp.level is not None:
-        raise ConfigError(
-            "alp.level is set, but erpd has two objectives: give the level in objective.teacher, objective.student"
-        )
-    return student
-
-
 def _ratio(name: str) -> type[RatioObjective] | None:
     """The class of that name when it is an objective on a ratio."""
     kind = OBJECTIVES.get(name)
@@ -213,7 +185,7 @@ def _ratio(name: str) -> type[RatioObjective] | None:
 
 
 def _over_old(spec: Mapping[str, Any]) -> dict[str, Any]:
-    return {**spec, "denominator": spec.get("denominator") or "trainer_old"}
+    return {**spec, "ratio_denominator": spec.get("ratio_denominator") or "trainer_old"}
 
 
 def _teachers() -> list[str]:
@@ -234,7 +206,7 @@ def _without_engine(key: str, objective: Objective) -> Objective:
         if tensor in objective.needs:
             raise ConfigError(
                 f"objective.{key}: {objective.name} needs '{tensor}' of the engine, but in erpd {why}; "
-                "set denominator: trainer_old, or leave out what needs it"
+                "set ratio_denominator: trainer_old, or leave out what needs it"
             )
     return objective
 
@@ -244,7 +216,7 @@ def _explain(item: Any) -> str:
     key = ".".join(("objective", *where))
     if item["type"] == "extra_forbidden":
         known = (SignalPlan if where[0] == "signals" else ERPDPlan).model_fields
-        return f"unknown key '{key}'; {suggest(where[-1], known)}"
+        return f"unknown key '{key}'; {did_you_mean(where[-1], known)}"
     if item["type"] == "missing":
         return f"key '{key}' is missing and has no default"
     if item["type"] == "value_error":

@@ -1,0 +1,30 @@
+"""Where a mismatch cannot be attributed: known before anything is computed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_rl.errors import ConfigError, PrecisionError
+from megatron_rl.precision.machine import Machine, this_machine
+from megatron_rl.precision.plan import PrecisionPlan
+
+
+def check_replayable(plan: PrecisionPlan, machine: Machine | None = None) -> None:
+    """Raise PrecisionError where the trainer's layers cannot compute without their own recipe.
+
+    `machine` defaults to this one.
+    """
+    if (machine or this_machine()).transformer_engine and (plan.trains_low or plan.quantizes_inputs):
+        raise PrecisionError(
+            "the mismatch of quantized products cannot be attributed with Transformer Engine's layers, whose arithmetic cannot "
+            f"be taken apart (precision.recipe: {plan.recipe}, engine inputs {plan.engine_inputs}): train with "
+            "run.attribute_every: 0, and attribute the run in an environment without transformer-engine"
+        )
+
+
+def check_gives_weights(url: str, info: Mapping[str, Any]) -> None:
+    """Raise ConfigError for an engine that cannot return its weights. `info` is its report, from `EnginePool.info`."""
+    if info.get("engine") != "embedded":
+        raise ConfigError(
+            f"the mismatch cannot be attributed with the engine at {url}: it is not an embedded server and cannot give "
+            "back the weights it holds; name servers of `megatron-rl serve` in rollout.urls, or set run.attribute_every: 0"
+        )

@@ -1,0 +1,104 @@
+"""Rules between sections of a configuration that need nothing but the configuration. Each raises ValueError."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_rl.config.schema import Config
+
+
+def _deterministic_takes_every_group(config: Config) -> None:
+    """A deterministic run trains on every group it samples."""
+    rollout = config.rollout
+    if rollout.deterministic and rollout.oversample > 1:
+        raise ValueError(
+            f"rollout.oversample: {rollout.oversample} takes the groups that finish first, which is chance, and "
+            "rollout.deterministic: true leaves nothing to chance: drop one of them"
+        )
+
+
+def _replaced_groups_have_several_samples(config: Config) -> None:
+    """A group of one sample is always replaced."""
+    rollout = config.rollout
+    if rollout.max_resampled_groups and rollout.samples_per_prompt == 1:
+        raise ValueError(
+            "rollout.max_resampled_groups replaces groups whose rewards are all equal, and with rollout.samples_per_prompt: 1 "
+            "every group is one of them: raise the latter"
+        )
+
+
+def _kept_caches_need_staleness(config: Config) -> None:
+    """A cache is kept only by requests that run through an update."""
+    rollout = config.rollout
+    if rollout.update_mode == "in_place" and not rollout.max_staleness:
+        raise ValueError(
+            "rollout.update_mode: in_place keeps the cache of requests that run through a weight update, and with "
+            "rollout.max_staleness: 0 none does: take retract, or raise max_staleness"
+        )
+
+
+def _retraction_and_replayed_experts(config: Config) -> None:
+    """Retracted requests report the experts of newer weights."""
+    rollout = config.rollout
+    if (
+        rollout.routing_replay
+        and rollout.engine == "sglang"
+        and rollout.update_mode == "retract"
+        and rollout.max_staleness
+    ):
+        raise ValueError(
+            "rollout.update_mode: retract has SGLang choose the experts of tokens again that older weights sampled, and "
+            "rollout.routing_replay would replay those: take abort or in_place, or rollout.max_staleness: 0"
+        )
+
+
+def _staging_folder_needs_disk(config: Config) -> None:
+    """Only the disk transport writes to a folder."""
+    rollout = config.rollout
+    if rollout.weights_dir is not None and rollout.transport != "disk":
+        raise ValueError(
+            f"rollout.weights_dir is where transport: disk writes, and rollout.transport is {rollout.transport}: leave it out"
+        )
+
+
+def _bucket_size_needs_buckets(config: Config) -> None:
+    """Only transports with buckets have a bucket size."""
+    rollout = config.rollout
+    if rollout.bucket_mb != type(rollout).model_fields["bucket_mb"].default and rollout.transport == "disk":
+        raise ValueError(
+            f"rollout.bucket_mb: {rollout.bucket_mb} is about transports distributed and tensor, and disk writes a whole "
+            "version at once: leave it out, or change rollout.transport"
+        )
+
+
+def _oversampling_and_offloading(config: Config) -> None:
+    """Offloaded engines cannot finish left-over requests."""
+    rollout = config.rollout
+    if rollout.oversample > 1 and config.objective.name == "erpd":
+        raise ValueError(
+            f"rollout.oversample: {rollout.oversample} leaves requests to be ended when a step has its groups, and "
+            "objective.name: erpd takes the engines' memory then: set it to 1"
+        )
+
+
+def _staleness_and_offloading(config: Config) -> None:
+    """Offloaded engines sample from the newest weights alone."""
+    rollout = config.rollout
+    if rollout.max_staleness and config.objective.name == "erpd":
+        raise ValueError(
+            f"rollout.max_staleness: {rollout.max_staleness} cannot be had with objective.name: erpd, whose round learns from "
+            "what the policy it starts from has sampled, while the engines rest: set it to 0"
+        )
+
+
+ROLLOUT_RULES = (
+    _deterministic_takes_every_group,
+    _replaced_groups_have_several_samples,
+    _kept_caches_need_staleness,
+    _retraction_and_replayed_experts,
+    _staging_folder_needs_disk,
+    _bucket_size_needs_buckets,
+    _oversampling_and_offloading,
+    _staleness_and_offloading,
+)

@@ -1,0 +1,50 @@
+"""Files that survive a crash: replaced as a whole, appended durably, locked by one process at a time."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from filelock import FileLock, Timeout
+
+
+def replace_file(path: Path, content: bytes | Callable[[IO[bytes]], Any]) -> None:
+    """Give `path` a new content, all of it or none: written beside it, synced to disk, then renamed.
+
+    `content` is the bytes, or a function that writes them to an open file. Raises OSError.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        if callable(content):
+            content(file)
+        else:
+            file.write(content)
+        _sync(file)
+    partial.replace(path)
+
+
+def append_file(path: Path, content: bytes) -> None:
+    """Append bytes to `path` and return when they are on disk. Raises OSError."""
+    with path.open("ab") as file:
+        file.write(content)
+        _sync(file)
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def try_lock(path: Path) -> FileLock | None:
+    """Lock a file for as long as this process lives or until `release`. Return None if another process holds it.
+
+    Raises OSError where the file cannot be created or the file system has no locks.
+    """
+    lock = FileLock(path, is_singleton=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    except NotImplementedError as error:  # how filelock reports a file system without locks
+        raise OSError(str(error)) from error
+    return lock

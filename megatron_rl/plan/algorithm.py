@@ -1,0 +1,67 @@
+"""The algorithm of a run, resolved from the `objective` and `alp` sections: what it needs, and what it keeps."""
+
+from dataclasses import dataclass
+
+from megatron_rl.alp.layer_noise import alp_objective, check_ratio
+from megatron_rl.config import Config
+from megatron_rl.errors import ConfigError
+from megatron_rl.objectives import LossNorm, Objective
+from megatron_rl.plan.erpd import NAME, ERPDPlan, make_plan
+
+
+@dataclass(frozen=True)
+class AlgorithmPlan:
+    """What the parts of a run must know of its algorithm.
+
+    Attributes:
+        objective: the objective whose needs decide what the engines report; with ERPD the student's.
+        erpd: the plan of an ERPD round; None for an ordinary policy gradient.
+    """
+
+    objective: Objective
+    erpd: ERPDPlan | None = None
+
+    @property
+    def norm(self) -> LossNorm:
+        """The denominators of the objective's loss."""
+        assert self.objective.norm is not None  # the objective fills it in itself
+        return self.objective.norm
+
+    @property
+    def topk(self) -> int:
+        """Number of most likely tokens that engines report at every position; 0: none."""
+        return self.objective.topk
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether an objective compares with the weights that the run starts from."""
+        needs = self.objective.needs
+        return "logref" in (needs if self.erpd is None else needs | self.erpd.teacher_objective().needs)
+
+    @property
+    def offloads_engines(self) -> bool:
+        """Whether engines release their memory while the trainer learns."""
+        return self.erpd is not None
+
+    @property
+    def older_checkpoints(self) -> tuple[int, ...]:
+        """Steps of the run whose checkpoints are never deleted, in ascending order."""
+        return () if self.erpd is None else self.erpd.older_students
+
+
+def plan_algorithm(config: Config) -> AlgorithmPlan:
+    """Resolve the algorithm of a configuration. Raises ConfigError for illegal keys and for sections that contradict."""
+    if config.objective.name != NAME:
+        return AlgorithmPlan(alp_objective(config.alp, config.objective.spec()))
+    if config.run.attribute_every:
+        raise ConfigError(
+            "run.attribute_every does not go with erpd, whose engines rest while teacher and student learn: set it to 0, and "
+            "use `megatron-rl attribute` on the run's folder"
+        )
+    plan = make_plan(config.objective.spec())
+    check_ratio(config.alp, type(plan.teacher_objective()), "objective.teacher")
+    if config.alp.enabled and config.alp.level is not None:
+        raise ConfigError(
+            "alp.level is set, but erpd has two objectives: give the level in objective.teacher, objective.student"
+        )
+    return AlgorithmPlan(plan.student_objective(), plan)

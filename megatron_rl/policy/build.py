@@ -1,0 +1,58 @@
+"""Building a policy: the one place that reads the configuration's sections for it."""
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.transformer.module import Float16Module
+
+from megatron_rl.config import Config
+from megatron_rl.policy.actor import Policy, PolicySettings
+from megatron_rl.policy.loss_denominator import finalize_gradients
+from megatron_rl.policy.model import build_chunks, find_fp16_overflow
+from megatron_rl.policy.modules import HAVE_TE
+from megatron_rl.policy.optimizer import PolicyOptimizer
+from megatron_rl.policy.parallel import Mesh
+from megatron_rl.policy.quantized_products import ProductMonitor
+from megatron_rl.policy.routing_replay import RoutingReplay
+from megatron_rl.precision.plan import DTYPES, resolve
+from megatron_rl.weights.hf_folder import HFFolder
+from megatron_rl.weights.load import load_weights
+from megatron_rl.weights.name_table import check_folder
+
+
+def build_policy(config: Config, mesh: Mesh) -> Policy:
+    """Build the model under the layout, load its weights and make its optimizer. Collective.
+
+    Raises ConfigError or CheckpointError when the folder does not fit the layout, PrecisionError when its weights do not
+    fit the trainer's dtype.
+    """
+    source = HFFolder(config.model.path)
+    family, shape = check_folder(source, tensor_parallel=mesh.tp_size, expert_parallel=config.parallel.expert)
+    models = build_chunks(config, shape, mesh)
+    load_weights(models, source, family, shape, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size)
+    products = ProductMonitor(resolve(config.precision, shape.num_layers), models, mesh, HAVE_TE)
+    routing = RoutingReplay(config, shape, models, mesh)
+    failures = mesh.gather(find_fp16_overflow(models, config))
+    mesh.raise_everywhere(mesh.broadcast(next(filter(None, failures), None)))
+    dtype, tf_config = DTYPES[config.precision.train], models[0].config
+    wrapped: list[Any] = list(models) if dtype == torch.float32 else [Float16Module(tf_config, m) for m in models]
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.optimizer.distributed,
+        average_in_collective=False,
+    )
+    chunks = [
+        DistributedDataParallel(tf_config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(wrapped)
+    ]
+    optimizer = PolicyOptimizer(config.optimizer, config.alp, chunks, dtype)
+    tf_config.grad_scale_func = optimizer.core.scale_loss
+    tf_config.finalize_model_grads_func = finalize_gradients
+    settings = PolicySettings(
+        tokens_per_microbatch=config.optimizer.tokens_per_microbatch,
+        max_new_tokens=config.rollout.max_new_tokens,
+        alp=config.alp.enabled,
+        noise_seed=config.run.seed,
+        noise_is_sharded=config.parallel.sequence and config.alp.layers != "logits",
+    )
+    return Policy(settings, mesh, source, family, shape, models, chunks, optimizer, products, routing)

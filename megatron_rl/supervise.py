@@ -1,0 +1,54 @@
+"""Processes that end with the process that started them, and sessions that end as a whole. Linux's prctl where noted."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+from megatron_rl.errors import UserError
+
+_PR_SET_PDEATHSIG = 1
+_GRACE_S = 5.0
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent ends. Linux only.
+
+    The kernel sends the signal when the thread ends that started this process, so that thread must be the main thread.
+    Raises UserError on another system, or when `parent_pid` is not the parent.
+    """
+    if not sys.platform.startswith("linux"):
+        raise UserError("--parent-pid needs Linux (prctl PR_SET_PDEATHSIG)")
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise UserError(f"prctl(PR_SET_PDEATHSIG) failed: {os.strerror(ctypes.get_errno())}")
+    if os.getppid() != parent_pid:
+        raise UserError(f"process {parent_pid} is not the parent (any more)")
+
+
+def kill_session(leader: int) -> None:
+    """Kill every process of the session, and process group, that `leader` leads."""
+    with suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def end_sessions(leaders: Sequence[subprocess.Popen[bytes]], grace_s: float = _GRACE_S) -> None:
+    """End processes that lead sessions of their own, and whatever else runs in these sessions.
+
+    Args:
+        leaders: they get SIGTERM.
+        grace_s: seconds for all of them to end; then their sessions are killed.
+    """
+    for process in leaders:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + grace_s
+    for process in leaders:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(max(deadline - time.monotonic(), 0.0))
+        kill_session(process.pid)
+        process.wait()

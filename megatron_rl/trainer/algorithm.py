@@ -1,0 +1,34 @@
+"""What the loop knows of a method: how a step collects its batch, and what it learns from it."""
+
+from typing import Any, Protocol
+
+from megatron_rl.trainer.metrics import Stopwatch
+from megatron_rl.trainer.trainer import Trainer
+from megatron_rl.types import Batch
+
+
+class Learned(Protocol):
+    """The outcome of a step's learning, as the run log needs it."""
+
+    def records(self, step: int, version: int, watch: Stopwatch, sampled: dict[str, float]) -> list[dict[str, Any]]:
+        """Return the step's log records. For rank 0.
+
+        Args:
+            step: number of the step, from 0.
+            version: version of the weights that the step started from.
+            watch: seconds of each phase of the step so far.
+            sampled: `Rollouts.sampled`, the metrics of sampling.
+        """
+        ...
+
+
+class Algorithm(Protocol):
+    """One method: what a step is for it. Both calls are collective; every rank makes them in the same order."""
+
+    def collect(self, trainer: Trainer, watch: Stopwatch) -> Batch:
+        """Return the batch of the next step, on every rank."""
+        ...
+
+    def learn(self, trainer: Trainer, batch: Batch, watch: Stopwatch) -> Learned:
+        """Update the policy with the batch. Raises KeyboardInterrupt on every rank when a stop was requested."""
+        ...

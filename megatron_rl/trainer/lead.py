@@ -1,0 +1,80 @@
+"""Rank 0's side of a run: sampling, engines, run log and live line. No other rank has one."""
+
+import sys
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from megatron_rl.diagnostics.runlog import RunLog
+from megatron_rl.engines.offload import OffloadedEngines
+from megatron_rl.engines.pool import EnginePool
+from megatron_rl.sampling.rollouts import Rollouts
+from megatron_rl.trainer.metrics import Stopwatch
+from megatron_rl.trainer.progress import ProgressLine
+from megatron_rl.types import Batch
+
+
+@dataclass
+class Lead:
+    """What rank 0 owns besides the policy.
+
+    Attributes:
+        rollouts: draws prompts and returns the verified batch of a step.
+        offloaded: the engines whose memory is released.
+        log: the run log.
+        progress: the live line.
+        interrupted: whether the user requested a stop.
+    """
+
+    rollouts: Rollouts
+    offloaded: OffloadedEngines
+    log: RunLog
+    progress: ProgressLine
+    interrupted: bool = False
+    _warned: bool = field(default=False, init=False)
+
+    @property
+    def pool(self) -> EnginePool:
+        """The engines."""
+        return self.rollouts.pool
+
+    def collect(self, step: int, version: int, watch: Stopwatch) -> Batch:
+        """Return the batch of a step that trains from weight `version`. Raises KeyboardInterrupt after a stop request."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+        return self.rollouts.collect(step, version, watch)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Append a record to the run log; a step's record also moves the live line."""
+        self.log.append(record)
+        if record["kind"] == "step":
+            self.progress.step(record)
+
+    def warn_once(self, text: str | None) -> None:
+        """Print a warning if it is the first of this run; None is no warning."""
+        if text is not None and not self._warned:
+            self._warned = True
+            self.progress.note(f"warning: {text}")
+
+    def offload_engines(self) -> None:
+        """Release the memory of every engine until `reload_engines` and the next weight update."""
+        self.offloaded.release(self.pool)
+
+    def reload_engines(self) -> None:
+        """Let offloaded engines allocate their memory again; they generate after the next weight update."""
+        self.offloaded.resume(self.pool)
+
+    def stop_soon(self, *_: object) -> None:
+        """Signal handler: stop at the next safe point, and cancel generation that is running."""
+        self.interrupted = True
+        self.pool.interrupt()
+
+    def print_offloaded(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """On an abnormal exit, print which engines that this run did not start are still offloaded."""
+        if kind is None or not self.offloaded.urls:
+            return
+        urls = ", ".join(self.offloaded.urls)
+        text = f"engines left without their memory: {urls}; --resume of this run wakes them"
+        print(text, file=sys.stderr, flush=True)

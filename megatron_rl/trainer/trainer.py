@@ -1,0 +1,116 @@
+"""The trainer: state and steps of one run, on every rank."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from megatron_rl.config import Config
+from megatron_rl.plan import AlgorithmPlan
+from megatron_rl.policy.actor import Policy
+from megatron_rl.policy.checkpoint import Checkpoints
+from megatron_rl.policy.checkpoint_state import TrainState
+from megatron_rl.policy.parallel import Mesh
+from megatron_rl.precision.plan import PrecisionPlan
+from megatron_rl.trainer.lead import Lead
+from megatron_rl.trainer.metrics import Stopwatch
+from megatron_rl.types import Batch
+from megatron_rl.weight_sync.publish import publish_weights
+from megatron_rl.weight_sync.sync import WeightSync
+
+T = TypeVar("T")
+
+
+@dataclass
+class Trainer:
+    """What the loop and the algorithms work with. Every method is collective unless it says otherwise.
+
+    Attributes:
+        config: the resolved configuration.
+        plan: the resolved algorithm.
+        precision: the resolved precision plan.
+        mesh: the position of this rank in the parallel layout.
+        policy: the trained model.
+        checkpoints: the run's checkpoints, one for each of some steps.
+        sync: puts weights on the engines.
+        lead: rank 0's side of the run; None on the other ranks.
+        state: the last whole step.
+        at_step: whether the policy holds the weights of `state.step`, not those of a stage inside the next step.
+    """
+
+    config: Config
+    plan: AlgorithmPlan
+    precision: PrecisionPlan
+    mesh: Mesh
+    policy: Policy
+    checkpoints: Checkpoints
+    sync: WeightSync
+    lead: Lead | None = field(repr=False)
+    state: TrainState
+    at_step: bool = True
+
+    def on_lead(self, work: Callable[[Lead], T]) -> T:
+        """Run `work` on rank 0 and return its result on every rank. An error is raised on every rank."""
+
+        def run() -> T:
+            assert self.lead is not None  # `on_lead` of the mesh calls it on rank 0 alone
+            return work(self.lead)
+
+        return self.mesh.on_lead(run)
+
+    def collect(self, watch: Stopwatch) -> Batch:
+        """Return the batch of the next step. Raises KeyboardInterrupt when a stop was requested."""
+        return self.on_lead(lambda lead: lead.collect(self.state.step, self.state.version, watch))
+
+    def publish(self, version: int) -> None:
+        """Put the policy's weights on every engine as `version`, verified. Raises EngineError when that fails."""
+        publish_weights(self.policy, self.sync, self.precision, version)
+
+    def settle(self) -> None:
+        """Wait, in a deterministic run, for every group that the present weights may sample."""
+        self.on_lead(lambda lead: lead.rollouts.settle())
+
+    def advance(self, step: int, version: int) -> None:
+        """Note that `step` steps are done, and complete a checkpoint whose files are on disk by now."""
+        self.checkpoints.finish(wait=False)
+        below, ahead = self.on_lead(lambda lead: lead.rollouts.drawn)
+        updates = self.policy.optimizer.updates
+        self.state = replace(self.state, step=step, version=version, updates=updates, drawn=below, drawn_ahead=ahead)
+        self.at_step = True
+
+    def evaluate(self) -> None:
+        """Log held-out pass rates of the current weights. Nothing happens when `eval.prompts` is 0."""
+        if self.config.eval.prompts == 0:
+            return
+        rates = self.on_lead(lambda lead: lead.rollouts.evaluate(self.state.step))
+        if self.lead is not None:
+            self.lead.log.append({"kind": "eval", "step": self.state.step, "version": self.state.version, **rates})
+        text = ", ".join(f"{name.removeprefix('eval/')} {rate:.1%}" for name, rate in rates.items())
+        self.say(f"held-out pass rate after {self.state.step} steps: {text}")
+
+    def due(self, step: int, every: int) -> bool:
+        """Return whether work done every `every` steps (0: only at the end) is due after `step` steps. Not collective."""
+        return step == self.config.run.steps or bool(every and step % every == 0)
+
+    def save(self, *, wait: bool) -> None:
+        """Save a checkpoint of the last whole step. Nothing happens inside a stage: its checkpoint exists by then."""
+        if self.at_step:
+            self.checkpoints.save(self.state, wait=wait)
+
+    def ensure_saved(self) -> None:
+        """Return once the checkpoint of this step is complete on disk."""
+        self.checkpoints.finish(wait=True)
+        if not self.checkpoints.has(self.state.step):
+            self.save(wait=True)
+
+    def export(self) -> None:
+        """Write the policy as a complete Hugging Face folder, `hf/` in the run folder."""
+        self.policy.save_hf(self.config.run.folder / "hf")
+
+    def interrupted(self) -> bool:
+        """Return whether a stop was requested, on every rank."""
+        return self.mesh.any(self.lead is not None and self.lead.interrupted)
+
+    def say(self, text: str) -> None:
+        """Print a line that stays, on rank 0. Not collective."""
+        if self.lead is not None:
+            self.lead.progress.note(text)

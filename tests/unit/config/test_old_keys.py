@@ -1,0 +1,48 @@
+"""Keys of earlier versions: an error that names the new key in a user's file, renamed in a run folder's own file."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.config import load_config
+from megatron_rl.config.old_keys import RENAMED
+from megatron_rl.errors import ConfigError
+
+OLD = """\
+model: {path: m}
+rollout: {dynamic_sampling: 3}
+objective: {name: erpd, teacher: {name: sapo, denominator: trainer_old}, student: {kl: k2, level: token}}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(OLD, encoding="utf-8")
+    return path
+
+
+def test_an_old_key_is_an_error_that_names_the_new_one_and_its_line(file: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"config.yaml:2: key 'rollout.dynamic_sampling' is now called .*resampled_gr"
+    ):
+        load_config(file)
+
+
+def test_an_old_key_of_an_override_is_an_error_too(tmp_path: Path) -> None:
+    (tmp_path / "new.yaml").write_text("model: {path: m}")
+    with pytest.raises(ConfigError, match=r"override 'objective.kl=k1': key 'objective.kl' is now .*'objective.kl_est"):
+        load_config(tmp_path / "new.yaml", ["objective.kl=k1"])
+
+
+def test_a_run_folders_own_file_is_read_with_its_keys_renamed(file: Path) -> None:
+    config = load_config(file, accept_old_keys=True)
+    assert config.rollout.max_resampled_groups == 3
+    spec = config.objective.spec()
+    assert spec["teacher"] == {"name": "sapo", "ratio_denominator": "trainer_old"}
+    assert spec["student"] == {"kl_estimator": "k2", "ratio_level": "token"}
+
+
+def test_no_new_key_is_an_old_one_of_the_same_section() -> None:
+    for names in RENAMED.values():
+        assert not names.keys() & set(names.values())
