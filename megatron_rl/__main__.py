@@ -1,4 +1,4 @@
-"""`python -m megatron_rl` is `megatron-rl`."""
+"""Entry point: `python -m megatron_rl` is the same as `megatron-rl`."""
 
 from megatron_rl.cli import main
 

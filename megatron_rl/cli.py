@@ -1,4 +1,4 @@
-"""The command line: one function a command. Heavy rooms are imported by the command that needs them, so `--help` is quick."""
+"""The command line: one function per command. Each command imports the heavy modules it needs, so `--help` is fast."""
 
 import importlib
 import json
@@ -25,7 +25,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VAL
 
 
 def main() -> None:
-    """Run the command line. An error of the user is one paragraph and exit code 2; Ctrl-C is exit code 130."""
+    """Run the command line. A MegatronRLError is printed as one paragraph with exit code 2; Ctrl-C exits with 130."""
     try:
         app()
     except MegatronRLError as error:
@@ -43,11 +43,11 @@ def train(
     config_file: ConfigFile,
     overrides: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="go on from the newest valid checkpoint of the run folder")
+        bool, typer.Option("--resume", help="continue from the newest valid checkpoint of the run folder")
     ] = False,
 ) -> None:
-    """Train a policy by reinforcement learning; starts one process per rank unless a launcher already did."""
-    # A run folder's own file may be from a version with other key names.
+    """Train a policy by reinforcement learning. Starts one process per rank unless a launcher already did."""
+    # The configuration in a run folder may come from a version with other key names.
     own_file = resume and config_file.with_name("log.jsonl").is_file()
     config = load_config(config_file, overrides, accept_old_keys=own_file)
     if not under_launcher():
@@ -73,7 +73,7 @@ def eval(
     config_file: ConfigFile,
     overrides: Overrides = None,
 ) -> None:
-    """Held-out greedy and sampled pass rates of `model.path`, without training."""
+    """Print held-out greedy and sampled pass rates of `model.path`, without training."""
     config = load_config(config_file, overrides)
     _seam("trainer.evaluate").evaluate_model(config)
 
@@ -82,24 +82,28 @@ def eval(
 def serve(
     model: Annotated[Path, typer.Option(help="Hugging Face folder")],
     host: Annotated[str, typer.Option(help="address to listen on; the server has no authentication")] = "127.0.0.1",
-    port: Annotated[int, typer.Option()] = 30000,
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
-    quantization: Annotated[str, typer.Option(help="of the weights: fp8_blockwise, fp8_blockwise_pow2, int8")] = "none",
-    activations: Annotated[str, typer.Option(help="fp8: quantize the inputs of quantized layers too")] = "none",
+    port: Annotated[int, typer.Option(help="port to listen on")] = 30000,
+    dtype: Annotated[str, typer.Option(help="dtype of the engine: fp32, bf16 or fp16")] = "fp32",
+    quantization: Annotated[
+        str, typer.Option(help="quantization of the weights: none, fp8_blockwise, fp8_blockwise_pow2 or int8")
+    ] = "none",
+    activations: Annotated[
+        str, typer.Option(help="none, or fp8: also quantize the inputs of quantized layers")
+    ] = "none",
     trainer_dtype: Annotated[
-        str, typer.Option(help="the trainer's dtype, to which weights are rounded before they are quantized")
+        str, typer.Option(help="dtype of the trainer; weights are rounded to it before they are quantized")
     ] = "bf16",
     first_last_bf16: Annotated[
         bool, typer.Option("--first-last-bf16", help="do not quantize the first and the last layer")
     ] = False,
-    threads: Annotated[int, typer.Option(help="torch threads; 0: torch's choice")] = 0,
+    threads: Annotated[int, typer.Option(help="number of torch threads; 0: torch's default")] = 0,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="every request is its own batch")] = False,
-    weight_version: Annotated[str, typer.Option(help="name of the weights as loaded")] = "default",
+    weight_version: Annotated[str, typer.Option(help="version name of the loaded weights")] = "default",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    max_rows: Annotated[int, typer.Option(help="samples decoded together")] = 512,
-    parent_pid: Annotated[int, typer.Option(help="end with this parent process; 0: live on", hidden=True)] = 0,
+    max_rows: Annotated[int, typer.Option(help="maximum number of samples decoded together")] = 512,
+    parent_pid: Annotated[int, typer.Option(help="end with this parent process; 0: keep running", hidden=True)] = 0,
 ) -> None:
-    """Serve a model over SGLang's HTTP contract with the embedded engine; SGLang has `python -m sglang.launch_server`."""
+    """Serve a model with the embedded engine over SGLang's HTTP contract. SGLang has its own `sglang.launch_server`."""
     options = _seam("protocol.server_options")
     quantized = options.parse_quantization(quantization, activations, first_last_bf16, trainer_dtype)
     _seam("server.app").run_server(
@@ -121,19 +125,19 @@ def serve(
 
 @app.command()
 def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="run folder with a log.jsonl")]) -> None:
-    """Redraw report/index.html of a run from its log alone."""
+    """Write report/index.html of a run from its log only."""
     print(_seam("report").write_report(run_folder))
 
 
 @app.command()
 def attribute(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run that has ended or stopped")],
-    prompts: Annotated[int, typer.Option(min=1, help="responses to score, one a prompt")] = 16,
+    prompts: Annotated[int, typer.Option(min=1, help="number of responses to score, one per prompt")] = 16,
     layers: Annotated[
-        bool, typer.Option("--layers", help="compare hidden states layer by layer, too; one rank alone")
+        bool, typer.Option("--layers", help="also compare hidden states layer by layer; for one rank only")
     ] = False,
     sampled_by: Annotated[
-        int | None, typer.Option(metavar="STEP", help="the kept checkpoint that samples; without it the newest")
+        int | None, typer.Option(metavar="STEP", help="step of the kept checkpoint that samples; default: the newest")
     ] = None,
 ) -> None:
     """Report where the mismatch between trainer and engine comes from: kernels, precisions, weight sync, staleness."""
@@ -153,10 +157,12 @@ def attribute(
 
 @app.command()
 def doctor(
-    config_file: Annotated[Path | None, typer.Option("--config", help="also check this configuration")] = None,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="also check whether this configuration can run")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Report in seconds what this machine can do, and whether a configuration can run on it; nothing is started or written."""
+    """Print what this machine supports, and check a configuration. Takes seconds; starts and writes nothing."""
     if overrides and config_file is None:
         raise ConfigError(f"override '{overrides[0]}' has no configuration to go with: give one with --config")
     config = None if config_file is None else load_config(config_file, overrides)
@@ -175,9 +181,9 @@ def warmup(
     target: Annotated[float, typer.Option(help="held-out pass rate at which to stop")] = 0.4,
     error_rate: Annotated[float, typer.Option(help="share of demonstrations with one wrong digit")] = 0.0,
     batch_size: Annotated[int, typer.Option(help="problems per update")] = 200,
-    max_updates: Annotated[int, typer.Option()] = 1000,
+    max_updates: Annotated[int, typer.Option(help="number of updates after which to fail")] = 1000,
 ) -> None:
-    """Supervised training of `model.path` on the task's own solutions until it solves some of them."""
+    """Train `model.path`, supervised, on the task's own solutions until it solves some of them."""
     config = load_config(config_file, overrides)
     if not under_launcher():
         options = {
@@ -199,13 +205,13 @@ def warmup(
 
 @app.command()
 def quickstart(
-    folder: Annotated[Path, typer.Option(help="where models and the run go")] = Path("runs"),
+    folder: Annotated[Path, typer.Option(help="folder for the models and the run")] = Path("runs"),
     config_dir: Annotated[Path, typer.Option(help="folder with warmup.yaml and quickstart.yaml")] = Path("configs"),
 ) -> None:
-    """Build a small model, warm it up, improve it by reinforcement learning at TP2, report. Minutes on a laptop."""
+    """Build a small model, warm it up, train it by RL at TP2, and write a report. Takes minutes on a laptop."""
     _seam("quickstart").run_quickstart(folder, config_dir)
 
 
 def _seam(module: str) -> Any:
-    """The one place where commands meet the heavy rooms."""
+    """Import a heavy module of this package. Commands import such modules only through this function."""
     return importlib.import_module(f"megatron_rl.{module}")

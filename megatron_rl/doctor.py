@@ -1,4 +1,4 @@
-"""What this machine can do, said before a run has to find out. Takes seconds and starts nothing."""
+"""Doctor: a report of what this machine supports, before a run needs it. Takes seconds and starts nothing."""
 
 import importlib
 import importlib.metadata
@@ -21,7 +21,7 @@ PACKAGES = ("torch", "megatron-core", "transformers", "triton")
 
 
 def print_report() -> None:
-    """Print a table of versions and capabilities, and warnings where an installation would mislead."""
+    """Print a table of versions and capabilities, and warnings about misleading installations."""
     machine = this_machine()
     cuda = machine.capability is not None
     table = Table("what", "here", "means", title="megatron-rl doctor")
@@ -45,7 +45,7 @@ def print_report() -> None:
 
 
 def sglang_row(python: Path) -> tuple[str, str, str]:
-    """Which SGLang the interpreter has that serves for rollout.engine: sglang."""
+    """Return the table row with the SGLang version of interpreter `python`, which serves rollout.engine: sglang."""
     if not python.is_file():
         return "sglang", "-", f"`make sglang` makes {python}"
     asked = "import importlib.metadata as m; print(m.version('sglang'))"
@@ -56,7 +56,10 @@ def sglang_row(python: Path) -> tuple[str, str, str]:
 
 
 def precision_rows(machine: Machine, broken: str | None) -> list[tuple[str, str, str]]:
-    """Which recipes of precision.recipe run how, and which FP8 products torch itself has on the device."""
+    """Return the table rows of the FP8 recipes and of the FP8 products that torch itself has on the device.
+
+    `broken` is the reason why Transformer Engine cannot be used; None if it can be used.
+    """
     device = torch.device("cpu" if machine.capability is None else "cuda")
     works = [mode for mode in MODES if missing_feature(mode, device) is None]
     lacks = [mode for mode in MODES if mode not in works]
@@ -80,7 +83,7 @@ def precision_rows(machine: Machine, broken: str | None) -> list[tuple[str, str,
 
 
 def transformer_engine_error(machine: Machine) -> str | None:
-    """Why its layers cannot be used here, None if they can: only where there is CUDA is it loaded."""
+    """Return why Transformer Engine's layers cannot be used here, None if they can. It is loaded only with CUDA."""
     if importlib.util.find_spec("transformer_engine") is None:
         return "not installed"
     if machine.capability is None:
@@ -93,16 +96,17 @@ def transformer_engine_error(machine: Machine) -> str | None:
 
 
 def warnings() -> list[str]:
-    """What looks installed but is not what its name says."""
+    """Return warnings about packages that are installed but do not work as their name suggests."""
     found = []
     if importlib.util.find_spec("apex") is not None and not _has_nvidia_apex():
         found.append(
-            "a package called 'apex' without NVIDIA's kernels (amp_C) is installed: the one on PyPI is an unrelated web "
-            "toolkit and breaks megatron-core's norms; remove it with `pip uninstall apex`"
+            "a package called 'apex' without NVIDIA's kernels (amp_C) is installed: the one on PyPI is an unrelated "
+            "web toolkit and breaks megatron-core's norms; remove it with `pip uninstall apex`"
         )
     if importlib.util.find_spec("transformer_engine") is not None and not torch.cuda.is_available():
         found.append(
-            "transformer-engine is installed without CUDA: megatron-core may fail to import; use an environment without it"
+            "transformer-engine is installed without CUDA: megatron-core may fail to import; use an environment "
+            "without it"
         )
     return found
 

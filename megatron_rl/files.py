@@ -9,7 +9,7 @@ from filelock import FileLock, Timeout
 
 
 def replace_file(path: Path, content: bytes | Callable[[IO[bytes]], Any]) -> None:
-    """Give `path` a new content, all of it or none: written beside it, synced to disk, then renamed.
+    """Replace the content of `path` atomically: write a file next to it, sync it to disk, then rename it.
 
     `content` is the bytes, or a function that writes them to an open file. Raises OSError.
     """
@@ -36,15 +36,15 @@ def _sync(file: IO[bytes]) -> None:
 
 
 def try_lock(path: Path) -> FileLock | None:
-    """Lock a file for as long as this process lives or until `release`. Return None if another process holds it.
+    """Lock a file until this process ends or calls `release`. Return None if another process holds the lock.
 
-    Raises OSError where the file cannot be created or the file system has no locks.
+    Raises OSError if the file cannot be created or the file system has no locks.
     """
     lock = FileLock(path, is_singleton=False)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         return None
-    except NotImplementedError as error:  # how filelock reports a file system without locks
+    except NotImplementedError as error:  # filelock's error for a file system without locks
         raise OSError(str(error)) from error
     return lock

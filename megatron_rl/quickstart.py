@@ -1,4 +1,4 @@
-"""The whole way on a laptop: build a small model, warm it up, improve it by reinforcement learning, report."""
+"""Quickstart on a laptop: build a small model, warm it up, train it by reinforcement learning, write a report."""
 
 import shutil
 import time
@@ -12,13 +12,14 @@ from megatron_rl.report import write_report
 from megatron_rl.tiny_model import make_tiny_model
 
 WARM_PASS_RATE = 0.35
-ERROR_RATE = 0.4  # share of wrong demonstrations: the model learns the way, and what to trust from the verifier
+ERROR_RATE = 0.4  # share of wrong demonstrations: they teach the form of a solution, the verifier what is right
 
 
 def run_quickstart(folder: Path, config_dir: Path) -> None:
-    """Models go to FOLDER/quickstart-models, the run to FOLDER/quickstart; both are made anew.
+    """Build, warm up and train a small model, and write the report of its run.
 
-    Raises UserError when a stage fails; its own message was printed by its ranks.
+    Models are written to FOLDER/quickstart-models, the run to FOLDER/quickstart. Both are deleted first.
+    Raises UserError if a stage fails; the ranks of the stage print the cause before.
     """
     started = time.monotonic()
     warmup_file, train_file = config_dir / "warmup.yaml", config_dir / "quickstart.yaml"
@@ -35,7 +36,8 @@ def run_quickstart(folder: Path, config_dir: Path) -> None:
     make_tiny_model(fresh, [f"{a}+{b}={a + b}" for a in numbers for b in numbers], seed=warmup.run.seed)
 
     _say(
-        f"2/4 supervised warm-up to a pass rate of {WARM_PASS_RATE:.0%}; the teacher is wrong {ERROR_RATE:.0%} of the time"
+        f"2/4 supervised warm-up to a pass rate of {WARM_PASS_RATE:.0%}; "
+        f"the teacher is wrong {ERROR_RATE:.0%} of the time"
     )
     options = ["--dest", str(warm), "--target", str(WARM_PASS_RATE), "--error-rate", str(ERROR_RATE)]
     options += ["--batch-size", "224", "--max-updates", "2000"]

@@ -1,6 +1,6 @@
-"""Supervised warm-up: teach a fresh model the task's own solutions until it solves some of them.
+"""Supervised warm-up: train a fresh model on the task's own solutions until it solves some of them.
 
-Reinforcement learning needs a policy that is right now and then. The loop is the policy's own `update`, with the
+Reinforcement learning needs a policy that is sometimes right. The loop calls the policy's own `update`, with the
 negative log-likelihood of the solution in place of an objective.
 """
 
@@ -29,7 +29,7 @@ NORM = LossNorm("token_mean")
 
 
 def negative_log_likelihood(inputs: LossInputs) -> LossOutputs:
-    """-log p of every trained token, aggregated by the inputs' norm."""
+    """Return the loss -logp of every trained token, aggregated by the inputs' norm."""
     x = inputs.cleaned()
     return LossOutputs(
         loss=-(x.logp * x.token_weights(inputs.norm or NORM)).sum(), loss_tok=-x.logp, weight_tok=None, metrics={}
@@ -39,13 +39,21 @@ def negative_log_likelihood(inputs: LossInputs) -> LossOutputs:
 def solution_batch(
     prompts: Sequence[Prompt], solutions: Sequence[Sequence[Turn]], tokenizer: PreTrainedTokenizerBase, end: int
 ) -> Batch:
-    """Prompts followed by the turns of their solutions, each with the end token; turns and ends are trained, and what an
-    environment says after a turn is not."""
+    """Return a batch of prompts, each followed by the turns of its solution. The end token follows each turn.
+
+    Turns and end tokens are trained. Environment output after a turn is not.
+
+    Args:
+        prompts: the prompts of the batch.
+        solutions: turns of the solution of each prompt.
+        tokenizer: encodes turns and environment output.
+        end: id of the end token.
+    """
 
     def encoded(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    parts: list[list[tuple[Sequence[int], int]]] = []  # of every trajectory: tokens, and whether they are trained
+    parts: list[list[tuple[Sequence[int], int]]] = []  # per trajectory: tokens, and whether they are trained
     for prompt, turns in zip(prompts, solutions, strict=True):
         parts.append([(prompt.tokens, 0)])
         for turn in turns:
@@ -66,7 +74,7 @@ def solution_batch(
 
 
 def with_wrong_digit(solution: Sequence[Turn], rng: np.random.Generator) -> list[Turn]:
-    """The solution with one digit of its last turn replaced by another digit."""
+    """Return the solution with one digit of its last turn replaced by another. Raises UserError if it has no digit."""
     *before, last = solution
     return [*before, replace(last, text=_with_wrong_digit(last.text, rng))]
 
@@ -81,7 +89,7 @@ def _with_wrong_digit(solution: str, rng: np.random.Generator) -> str:
 
 
 def expected_pass_rate(policy: Policy, batch: Batch) -> float:
-    """Probability that one sample at the rollout temperature is exactly the solution, mean over the batch's problems."""
+    """Return the probability that a sample at the rollout temperature is the solution, mean over the problems."""
     logp = policy.logprobs(batch).astype(np.float64)
     return float(np.exp(np.add.reduceat(logp * batch.mask, batch.cu_seqlens[:-1])).mean())
 
@@ -102,18 +110,18 @@ def warm_up(
         config: the resolved configuration.
         dest: Hugging Face folder to write.
         target: held-out pass rate at which to stop.
-        error_rate: share of demonstrations with one wrong digit. The model then learns the form of a solution from them,
-            and the verifier's reward has something left to teach.
-        batch_size: problems of an update.
-        max_updates: updates after which to fail.
+        error_rate: share of demonstrations with one wrong digit. From these the model learns the form of a solution,
+            and the verifier's reward can still improve it.
+        batch_size: number of problems per update.
+        max_updates: number of updates after which to fail.
         check_every: updates between measurements of the pass rate.
 
     Returns:
         The pass rate reached.
 
     Raises:
-        UserError: when `max_updates` updates do not reach the target.
-        PrecisionError: when this machine cannot do what the precision plan says.
+        UserError: if `max_updates` updates do not reach the target.
+        PrecisionError: if this machine does not support the precision plan.
     """
     report = check_rank(config)
     with joined_mesh(config) as mesh:

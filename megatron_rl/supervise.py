@@ -1,4 +1,4 @@
-"""Processes that end with the process that started them, and sessions that end as a whole. Linux's prctl where noted."""
+"""Processes that end with their parent, and sessions that end as a whole. Linux only where noted (prctl)."""
 
 import ctypes
 import os
@@ -16,10 +16,10 @@ _GRACE_S = 5.0
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill this process when its parent ends. Linux only.
+    """Make the kernel kill this process when its parent ends. Linux only.
 
-    The kernel sends the signal when the thread ends that started this process, so that thread must be the main thread.
-    Raises UserError on another system, or when `parent_pid` is not the parent.
+    The kernel sends the signal when the thread that started this process ends, so that must be the main thread.
+    Raises UserError on another system, or if `parent_pid` is not the parent.
     """
     if not sys.platform.startswith("linux"):
         raise UserError("--parent-pid needs Linux (prctl PR_SET_PDEATHSIG)")
@@ -31,16 +31,16 @@ def die_with_parent(parent_pid: int) -> None:
 
 
 def kill_session(leader: int) -> None:
-    """Kill every process of the session, and process group, that `leader` leads."""
+    """Kill every process in the process group of session leader `leader`."""
     with suppress(ProcessLookupError):
         os.killpg(leader, signal.SIGKILL)
 
 
 def end_sessions(leaders: Sequence[subprocess.Popen[bytes]], grace_s: float = _GRACE_S) -> None:
-    """End processes that lead sessions of their own, and whatever else runs in these sessions.
+    """End processes that lead their own sessions, and every other process of these sessions.
 
     Args:
-        leaders: they get SIGTERM.
+        leaders: processes that get SIGTERM.
         grace_s: seconds for all of them to end; then their sessions are killed.
     """
     for process in leaders:

@@ -14,29 +14,31 @@ from tests.parallel.group import RankGroup
 
 @pytest.fixture(scope="session")
 def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen3 folder, embeddings untied, whose vocabulary no layout divides."""
+    """A random Qwen3 folder with untied embeddings and a vocabulary size that no layout divides."""
     return make_qwen3(tmp_path_factory.mktemp("qwen3"), tied=False)
 
 
 @pytest.fixture(scope="session")
 def qwen3_tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with tied embeddings."""
     return make_qwen3(tmp_path_factory.mktemp("qwen3_tied"), tied=True)
 
 
 @pytest.fixture(scope="session")
 def qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """8 experts in each of 4 layers, 2 for a token, whose gates add up to 1."""
+    """A random Qwen3-MoE folder: 8 experts in each of 4 layers, 2 per token, with gates that add up to 1."""
     return make_qwen3_moe(tmp_path_factory.mktemp("qwen3_moe"))
 
 
 @pytest.fixture(scope="session")
 def qwen3_moe_unnormalized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """3 of 4 experts for a token; gates are a softmax over all."""
+    """A random Qwen3-MoE folder: 3 of 4 experts per token, with gates from a softmax over all experts."""
     return make_qwen3_moe(tmp_path_factory.mktemp("qwen3_moe_unnormalized"), normalized=False, per_token=3, experts=4)
 
 
 @pytest.fixture(scope="session")
 def two_ranks():
+    """A group of 2 ranks for all tests."""
     group = RankGroup(2)
     yield group
     group.close()
@@ -44,6 +46,7 @@ def two_ranks():
 
 @pytest.fixture(scope="session")
 def four_ranks():
+    """A group of 4 ranks for all tests."""
     group = RankGroup(4)
     yield group
     group.close()

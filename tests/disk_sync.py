@@ -1,4 +1,4 @@
-"""Weight updates through a folder, as a run makes them for `rollout.transport: disk`."""
+"""Weight updates through a folder, as in a run with `rollout.transport: disk`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,4 +20,14 @@ def disk_sync(
     group: dist.ProcessGroup | None = None,
     quantization: Mapping[str, Any] | None = None,
 ) -> WeightSync:
+    """Return a weight sync that uses the disk transport.
+
+    Args:
+        pool: the engines; None on ranks other than 0.
+        source: the Hugging Face folder of the model.
+        staging: folder for weight versions; None: the transport's default.
+        keep: number of weight versions kept in the folder.
+        group: process group of the trainer's ranks.
+        quantization: the engines' quantization; None: none.
+    """
     return WeightSync(pool, source, DiskTransport(source, staging, keep, quantization), group=group)

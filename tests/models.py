@@ -1,4 +1,4 @@
-"""Small checkpoints for tests, written by transformers itself."""
+"""Small checkpoints for tests, written by transformers."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,17 @@ def make_qwen3(
     seed: int = 0,
     **sizes: Any,
 ) -> Path:
-    """Random weights, norms included, scaled so that logits differ clearly between tokens. sizes: others than the usual."""
+    """Write a Qwen3 folder with random weights and norms, scaled so that logits differ clearly between tokens.
+
+    Args:
+        folder: where the model is written; also the return value.
+        tied: whether input and output embeddings are tied.
+        vocab: size of the vocabulary.
+        layers: number of layers.
+        dtype: dtype of the stored weights.
+        seed: seed of the weights.
+        sizes: other keys of the transformers configuration.
+    """
     usual = {
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -49,7 +59,19 @@ def make_qwen3_moe(
     seed: int = 0,
     **sizes: Any,
 ) -> Path:
-    """The same with `experts` experts in every layer. normalized: the gates of a token add up to 1."""
+    """Write the same as a mixture of experts.
+
+    Args:
+        folder: where the model is written; also the return value.
+        vocab: size of the vocabulary.
+        layers: number of layers.
+        experts: number of experts in every layer.
+        per_token: number of experts per token.
+        normalized: whether the gates of a token add up to 1.
+        dtype: dtype of the stored weights.
+        seed: seed of the weights.
+        sizes: other keys of the transformers configuration.
+    """
     usual = {
         "hidden_size": 64,
         "moe_intermediate_size": 48,

@@ -1,4 +1,4 @@
-"""Algorithms: what a step is for a method."""
+"""Algorithms: how a step of each method collects its batch and learns from it."""
 
 from megatron_rl.algorithms.erpd.round import ERPD
 from megatron_rl.algorithms.policy_gradient import PolicyGradient
@@ -7,5 +7,5 @@ from megatron_rl.trainer.algorithm import Algorithm
 
 
 def make_algorithm(plan: AlgorithmPlan) -> Algorithm:
-    """Return the algorithm that a plan asks for."""
+    """Return the algorithm of a plan."""
     return PolicyGradient(plan.objective) if plan.erpd is None else ERPD(plan.erpd)

@@ -38,7 +38,7 @@ class Updates:
 
 
 class PolicyGradient:
-    """The algorithm of every objective that learns from each batch once."""
+    """The algorithm of every objective that uses each batch once."""
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
@@ -65,7 +65,7 @@ class PolicyGradient:
 
 
 def with_columns(policy: Policy, batch: Batch, needs: frozenset[str]) -> Batch:
-    """Return the batch with the log-probabilities that the trainer itself computes, where `needs` names them. Collective."""
+    """Return the batch with the log-probabilities of the trainer that `needs` names. Collective."""
     if "logold" in needs and batch.logold is None:
         batch = replace(batch, logold=policy.logprobs(batch))
     if "logref" in needs and batch.logref is None:
@@ -74,7 +74,10 @@ def with_columns(policy: Policy, batch: Batch, needs: frozenset[str]) -> Batch:
 
 
 def with_staleness(batch: Batch, version: int) -> Batch:
-    """Return the batch with the age of every token, in versions before `version`, from which the step trains."""
+    """Return the batch with the age of every token, in versions before `version`.
+
+    The step trains from `version`.
+    """
     assert batch.versions is not None  # engines always report them
     return replace(batch, staleness=np.where(batch.mask > 0, version - batch.versions, 0).astype(np.float32))
 

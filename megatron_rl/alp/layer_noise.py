@@ -37,6 +37,7 @@ class LayerNoise:
     logits: bool = False
 
     def perturbs(self, layer: int) -> bool:
+        """Return whether the outputs of a layer are perturbed. `layer` is the global layer number."""
         return not self.logits and (self.layers is None or self.layers[0] <= layer < self.layers[1])
 
 
@@ -89,7 +90,8 @@ def check_ratio(alp: AlpConfig, kind: type[Objective], key: str = "objective") -
 def _leveled(level: str, kind: type[Objective], spec: Mapping[str, Any]) -> dict[str, Any]:
     if spec.get("ratio_level", level) != level:
         raise ConfigError(
-            f"objective.ratio_level is '{spec['ratio_level']}', but alp.level is '{level}': give it in one of the two places"
+            f"objective.ratio_level is '{spec['ratio_level']}', but alp.level is '{level}': "
+            "give it in one of the two places"
         )
     clips = CLIPS.get(level, {}) if issubclass(kind, PPO) else {}
     own = any(name in spec for name in ("clip_low", "clip_high", "dual_clip"))

@@ -1,4 +1,4 @@
-"""Attribution of the mismatch: a few fresh trajectories, scored again by engine and trainer in every state between the two."""
+"""Attribution of the mismatch: engine and trainer score a few new trajectories in every state between the two."""
 
 import shutil
 from collections.abc import Iterator, Sequence
@@ -42,9 +42,13 @@ from megatron_rl.weights.quantized import export_dtypes
 
 @dataclass(frozen=True)
 class AttributionProbe:
-    """Trajectories an engine sampled at temperature 1 under one weight version, and its scores of them as whole texts.
+    """Trajectories that an engine sampled at temperature 1 under one weight version, and its scores of the whole texts.
 
-    batch: with logmu. prefill [N] float32: of the batch's trained tokens, 0 elsewhere.
+    Attributes:
+        url: URL of the engine.
+        version: weight version that sampled.
+        batch: the trajectories, with logmu.
+        prefill: [N] float32, the engine's log-probabilities of the batch's trained tokens; 0 elsewhere.
     """
 
     url: str
@@ -55,9 +59,14 @@ class AttributionProbe:
 
 @dataclass(frozen=True)
 class Attribution:
-    """What a probe came to. layers: relative error of each layer's outputs, None when they were not compared.
+    """The result of an attribution.
 
-    version: the one its engine served.
+    Attributes:
+        version: weight version that the probe's engine served.
+        chain: the scores from engine to trainer.
+        faults: tensors of engines that differ from those that were sent.
+        layers: relative error of each layer's outputs; None if they were not compared.
+        floor: relative error that rounding leaves at every layer.
     """
 
     version: int
@@ -68,11 +77,15 @@ class Attribution:
 
     @property
     def verdict(self) -> list[str]:
+        """The conclusions, one sentence each."""
         sentences = [largest_source(self.chain.record()), sync_verdict(self.faults)]
         return sentences if self.layers is None else [*sentences, layer_verdict(self.layers, self.floor)]
 
     def record(self, step: int, sampled_by: int) -> dict[str, Any]:
-        """For the run log. step, sampled_by: how many steps the trainer's and the sampling weights have made."""
+        """Return the record for the run log.
+
+        `step` and `sampled_by` are the numbers of steps done by the trainer's weights and by the sampling weights.
+        """
         record: dict[str, Any] = {
             "kind": "attribution",
             "step": step,
@@ -86,6 +99,7 @@ class Attribution:
         return record | {"attribution/verdict": "; ".join(self.verdict)}
 
     def table(self, sampled_by: int) -> Table:
+        """Return the table of the sources, for printing. `sampled_by`: number of steps done by the sampling weights."""
         record = self.chain.record()
         tokens = f"{record['attribution/tokens']:.0f} tokens sampled by the weights of step {sampled_by}"
         table = Table(title=f"log ratio logp - logmu of {tokens}, in nats", min_width=72)
@@ -108,9 +122,18 @@ def draw_probe(
     seed: int,
     version: int,
 ) -> AttributionProbe:
-    """Have one engine sample a response to each prompt, and score it again. Rank 0 alone.
+    """Have one engine sample a response to each prompt and score it again. For rank 0.
 
-    Raises EngineError when the engine samples under another version, or cannot score what it sampled.
+    Args:
+        url: URL of the engine.
+        prompts: prompts, one response each.
+        rollout: the `rollout` section.
+        stop_token_ids: tokens that end a response.
+        seed: seed of the samples.
+        version: weight version that the engine must serve.
+
+    Raises:
+        EngineError: the engine samples under another version, or cannot score what it sampled.
     """
     with EnginePool([url], rollout.timeout_s) as pool:
         sampled = sample_groups(
@@ -159,12 +182,19 @@ def attribute(
     sampled: list[Tensor] | None = None,
     layers: bool = False,
 ) -> Attribution:
-    """Score the probe's tokens in every state between engine and trainer. Collective; the same answer on every rank.
+    """Score the probe's tokens in every state between engine and trainer. Collective; every rank gets the same result.
 
-    pool: the engines, on rank 0; the weights of all of them are compared, the probe's engine is the one that is replayed.
-    sampled: `Policy.copy_weights` of the version that sampled; None: the present ones. folder: for weights, readable by
-    ranks and engines; removed afterwards. layers: compare hidden states too, at one rank alone. Parameters are as before
-    afterwards, also when an error is raised. Equal by construction is not computed again: without a recipe, say.
+    The parameters are restored afterwards, also if an error is raised. States that are identical by construction (for
+    example without an FP8 recipe) reuse the previous score.
+
+    Args:
+        policy: the trainer's policy.
+        plan: the precision of trainer and engines.
+        pool: the engines, on rank 0. The weights of all of them are compared; the probe's engine is the one replayed.
+        probe: the trajectories to score.
+        folder: for weights; must be readable by ranks and engines. Removed afterwards.
+        sampled: `Policy.copy_weights` of the version that sampled; None: the present weights.
+        layers: also compare hidden states; on one rank only.
     """
     check_replayable(plan)
     if layers:
@@ -209,9 +239,10 @@ def attribute(
 
 
 def served_weights(policy: Policy, plan: PrecisionPlan) -> Iterator[tuple[str, Tensor | None]]:
-    """What an engine must hold of the policy's present weights: names and values on rank 0, None elsewhere. Collective.
+    """Yield the weights an engine must hold for the policy's present weights: names, and values on rank 0. Collective.
 
-    Made from the unquantized export and the plan, without the code that quantizes for the wire: that is to be checked.
+    Other ranks get None as values. The weights are computed from the unquantized export and the plan, without the code
+    that quantizes for the transfer, because that code is to be checked.
     """
     dtype = torch.float32 if plan.quantizes_inputs else DTYPES[plan.engine]
     dtypes = export_dtypes(plan, policy.source.tensors)
@@ -223,9 +254,16 @@ def served_weights(policy: Policy, plan: PrecisionPlan) -> Iterator[tuple[str, T
 
 
 def compare_engines(pool: EnginePool | None, url: str, sent: Path, held: Path) -> list[TensorMismatch]:
-    """The tensors of any live engine that are not those of the folder `sent`. Rank 0 alone.
+    """Return the tensors of any live engine that differ from those in the folder `sent`. For rank 0.
 
-    held: gets the model folder of engine `url`. Raises EngineError when an engine is lost or cannot give its weights back.
+    Args:
+        pool: the engines.
+        url: URL of the engine to be replayed.
+        sent: model folder of the weights that engines must hold.
+        held: path that receives the model folder of engine `url`.
+
+    Raises:
+        EngineError: an engine is lost or cannot return its weights.
     """
     assert pool is not None
     faults: list[TensorMismatch] = []
@@ -247,7 +285,7 @@ def _faults(engine: str, found: HFFolder, wanted: HFFolder) -> list[TensorMismat
 
 
 def _write_sent(policy: Policy, plan: PrecisionPlan, folder: Path) -> None:
-    """Collective: `served_weights` as a model folder, which every rank can load from."""
+    """Write `served_weights` as a model folder that every rank can load. Collective."""
     stream = served_weights(policy, plan)
 
     def write() -> None:
@@ -262,7 +300,7 @@ def _write_sent(policy: Policy, plan: PrecisionPlan, folder: Path) -> None:
             write()
         except CheckpointError as error:
             failure = error
-    for _ in stream:  # the export is collective: after a failure too, every rank runs it to its end
+    for _ in stream:  # the export is collective: every rank completes it, also after a failure
         pass
     policy.mesh.raise_everywhere(policy.mesh.broadcast(failure))
 

@@ -1,4 +1,4 @@
-"""Hidden states layer by layer: the trainer's against those of transformers on the weights that an engine holds."""
+"""Hidden states layer by layer: those of the trainer and those of transformers with the engine's weights."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from megatron_rl.types import Batch
 
 
 def check_one_rank(world: int) -> None:
-    """Hidden states are whole on one rank alone."""
+    """Raise ConfigError if the run has several ranks, because hidden states are complete only on a single rank."""
     if world > 1:
         raise ConfigError(
             f"hidden states are compared on one rank, and the run has {world}: set parallel to 1 in a copy of its "
@@ -24,22 +24,23 @@ def check_one_rank(world: int) -> None:
 
 
 def rounding_floor(plan: PrecisionPlan) -> float:
-    """The relative error that rounding to the trainer's dtype leaves at every layer, with room."""
+    """Return the relative error that rounding to the trainer's dtype leaves at every layer, with a margin."""
     return 4 * torch.finfo(DTYPES[plan.train]).eps
 
 
 @torch.no_grad()
 def hidden_errors(policy: Policy, batch: Batch, held: Path) -> list[float]:
-    """|theirs - ours| / |ours| (Frobenius norms over tokens) of the outputs of each layer, on the batch's longest trajectory.
+    """Return the relative error of the outputs of each layer, on the batch's longest trajectory.
 
-    ours: of the policy with the parameters it has now; theirs: of transformers in float32 with the weights in `held`.
+    The error is |theirs - ours| / |ours|, with Frobenius norms over tokens. `ours` is the policy with its present
+    parameters. `theirs` is transformers in float32 with the weights in `held`.
     """
     row = int(np.argmax(batch.lengths))
     one, length = batch.select(np.array([row])), int(batch.lengths[row])
     ours: list[Tensor] = []
     hooks = _collect(policy.models[0].decoder.layers, lambda output: output[0][:length, 0], ours)
     try:
-        policy.logprobs(one)  # one trajectory is one micro-batch, of which it is the first sequence
+        policy.logprobs(one)  # one trajectory is one micro-batch, and its first sequence
     finally:
         for hook in hooks:
             hook.remove()

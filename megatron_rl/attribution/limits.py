@@ -1,4 +1,4 @@
-"""Where a mismatch cannot be attributed: known before anything is computed."""
+"""Checks that a mismatch can be attributed, before anything is computed."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,9 +15,9 @@ def check_replayable(plan: PrecisionPlan, machine: Machine | None = None) -> Non
     """
     if (machine or this_machine()).transformer_engine and (plan.trains_low or plan.quantizes_inputs):
         raise PrecisionError(
-            "the mismatch of quantized products cannot be attributed with Transformer Engine's layers, whose arithmetic cannot "
-            f"be taken apart (precision.recipe: {plan.recipe}, engine inputs {plan.engine_inputs}): train with "
-            "run.attribute_every: 0, and attribute the run in an environment without transformer-engine"
+            "the mismatch of quantized products cannot be attributed with Transformer Engine's layers, whose "
+            f"arithmetic cannot be taken apart (precision.recipe: {plan.recipe}, engine inputs {plan.engine_inputs}): "
+            "train with run.attribute_every: 0, and attribute the run in an environment without transformer-engine"
         )
 
 
@@ -26,5 +26,6 @@ def check_gives_weights(url: str, info: Mapping[str, Any]) -> None:
     if info.get("engine") != "embedded":
         raise ConfigError(
             f"the mismatch cannot be attributed with the engine at {url}: it is not an embedded server and cannot give "
-            "back the weights it holds; name servers of `megatron-rl serve` in rollout.urls, or set run.attribute_every: 0"
+            "back the weights it holds; name servers of `megatron-rl serve` in rollout.urls, or set "
+            "run.attribute_every: 0"
         )

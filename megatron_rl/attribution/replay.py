@@ -1,7 +1,8 @@
-"""The policy's forward pass in other arithmetic than its own, for scoring: without its recipe, or with an engine's products.
+"""The policy's forward pass in other arithmetic, for scoring: without its recipe, or with the products of an engine.
 
-An engine's dtype is not imitated. What rounding to 16 bits does to a token depends on the order of every sum, and rounding
-the trainer's activations in the same places gives noise of the same size that has nothing to do with the engine's.
+An engine's dtype is not imitated. The effect of rounding to 16 bits on a token depends on the order of every sum.
+Rounding the trainer's activations in the same places gives noise of the same size, but it is unrelated to the engine's
+noise.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from megatron_rl.weights.name_table import entries, local_parameters
 
 @contextmanager
 def own_weights_kept(policy: Policy) -> Iterator[list[Tensor]]:
-    """Whatever is put into the parameters inside, they are back afterwards, bit by bit. Yields the copy."""
+    """Restore the policy's parameters at the end, bit by bit, whatever is written into them inside. Yield the copy."""
     kept = policy.copy_weights()
     try:
         yield kept
@@ -34,12 +35,12 @@ def own_weights_kept(policy: Policy) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def without_recipe(policy: Policy) -> Iterator[None]:
-    """Linears multiply what they are given."""
+    """Make the linear layers multiply their inputs without quantization."""
     found = [one for model in policy.models for _, _, one in linears(model.decoder) if isinstance(one, QuantizedLinear)]
     try:
         for linear in found:
             plain = ColumnParallelLinear if isinstance(linear, ColumnParallelLinear) else RowParallelLinear
-            # An attribute of the instance goes before the quantized method of its class.
+            # An attribute of the instance has precedence over the quantized method of its class.
             vars(linear)["_forward_impl"] = plain._forward_impl.__get__(linear)
         yield
     finally:
@@ -51,11 +52,16 @@ def without_recipe(policy: Policy) -> Iterator[None]:
 def engine_products(
     policy: Policy, weights: HFFolder, plan: PrecisionPlan, *, quantized_inputs: bool
 ) -> Iterator[None]:
-    """Linears of quantized weights multiply as an engine with quantized inputs does: in float32, rounded once to their dtype.
+    """Make linear layers with quantized weights multiply like an engine with quantized inputs.
 
-    weights: what the engine holds, taken as it is: the policy's own parameters may have fewer bits. quantized_inputs: as the
-    plan's engine_inputs, row by row; where tensor parallelism cuts the inputs of a product between blocks of 128, the blocks
-    are those of the parts.
+    The product is computed in float32 and rounded once to the layer's dtype. If tensor parallelism splits the inputs of
+    a product inside a block of 128, blocks are those of the parts.
+
+    Args:
+        policy: the policy whose layers are changed.
+        weights: the weights the engine holds, used unchanged, because the policy's own parameters may have fewer bits.
+        plan: the precision of trainer and engines.
+        quantized_inputs: quantize inputs row by row, in the format of the plan's engine_inputs.
     """
     fmt = plan.engine_inputs if quantized_inputs else None
     of_parameter = {id(p): e for e, p in local_parameters(policy.models, entries(policy.family, policy.shape)).values()}

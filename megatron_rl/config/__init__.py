@@ -1,4 +1,4 @@
-"""The configuration: its keys, and how a file with overrides becomes one."""
+"""Configuration: its keys, its rules, and how it is loaded from a file with overrides."""
 
 from megatron_rl.config.load import changed_keys, load_config, make_config
 from megatron_rl.config.schema import (

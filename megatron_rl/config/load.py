@@ -1,4 +1,4 @@
-"""Reading a configuration: YAML with dotted overrides; errors name file, line and key."""
+"""Loading a configuration: YAML with dotted overrides. Errors name file, line and key."""
 
 import difflib
 from pathlib import Path
@@ -67,7 +67,7 @@ def changed_keys(old: Config, new: Config) -> list[str]:
 
 
 def _plain(node: yaml.Node, at: tuple[str, ...], lines: dict[tuple[str, ...], str], file: str) -> Any:
-    """Return the value of a YAML node, and note the line of every key."""
+    """Return the value of a YAML node, and write the place of every key to `lines`."""
     if not isinstance(node, yaml.MappingNode):
         return yaml.safe_load(yaml.serialize(node))
     out: dict[str, Any] = {}

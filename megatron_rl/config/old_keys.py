@@ -1,4 +1,4 @@
-"""Keys that earlier versions called otherwise."""
+"""Keys that had another name in earlier versions."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +16,7 @@ RENAMED: dict[Path, dict[str, str]] = {
 
 
 def find_old_keys(tree: dict[str, Any]) -> Iterator[tuple[Path, Path]]:
-    """Yield (old path, new path) of every key of a nested mapping that has another name now."""
+    """Yield (old path, new path) of every key of a nested mapping that has been renamed."""
     for section, names in RENAMED.items():
         block = _block(tree, section)
         for old, new in names.items():
@@ -25,7 +25,7 @@ def find_old_keys(tree: dict[str, Any]) -> Iterator[tuple[Path, Path]]:
 
 
 def rename_old_keys(tree: dict[str, Any]) -> None:
-    """Give every old key of a nested mapping its new name, in place."""
+    """Rename every old key of a nested mapping in place."""
     for (*section, old), (*_, new) in list(find_old_keys(tree)):
         block = _block(tree, tuple(section))
         block[new] = block.pop(old)

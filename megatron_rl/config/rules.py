@@ -1,4 +1,4 @@
-"""Rules between sections of a configuration that need nothing but the configuration. Each raises ValueError."""
+"""Rules between keys of a configuration that need only the configuration. Each rule raises ValueError."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def _deterministic_takes_every_group(config: Config) -> None:
-    """A deterministic run trains on every group it samples."""
+    """Check that a deterministic run trains on every group it samples."""
     rollout = config.rollout
     if rollout.deterministic and rollout.oversample > 1:
         raise ValueError(
@@ -19,17 +19,17 @@ def _deterministic_takes_every_group(config: Config) -> None:
 
 
 def _replaced_groups_have_several_samples(config: Config) -> None:
-    """A group of one sample is always replaced."""
+    """Check that groups that may be replaced have several samples: a group of one sample is always replaced."""
     rollout = config.rollout
     if rollout.max_resampled_groups and rollout.samples_per_prompt == 1:
         raise ValueError(
-            "rollout.max_resampled_groups replaces groups whose rewards are all equal, and with rollout.samples_per_prompt: 1 "
-            "every group is one of them: raise the latter"
+            "rollout.max_resampled_groups replaces groups whose rewards are all equal, and with "
+            "rollout.samples_per_prompt: 1 every group is one of them: raise the latter"
         )
 
 
 def _kept_caches_need_staleness(config: Config) -> None:
-    """A cache is kept only by requests that run through an update."""
+    """Check that in_place is used with staleness: only requests that run through an update keep a cache."""
     rollout = config.rollout
     if rollout.update_mode == "in_place" and not rollout.max_staleness:
         raise ValueError(
@@ -39,7 +39,7 @@ def _kept_caches_need_staleness(config: Config) -> None:
 
 
 def _retraction_and_replayed_experts(config: Config) -> None:
-    """Retracted requests report the experts of newer weights."""
+    """Check that retract is not combined with replay: retracted requests report the experts of newer weights."""
     rollout = config.rollout
     if (
         rollout.routing_replay
@@ -48,32 +48,33 @@ def _retraction_and_replayed_experts(config: Config) -> None:
         and rollout.max_staleness
     ):
         raise ValueError(
-            "rollout.update_mode: retract has SGLang choose the experts of tokens again that older weights sampled, and "
-            "rollout.routing_replay would replay those: take abort or in_place, or rollout.max_staleness: 0"
+            "rollout.update_mode: retract has SGLang choose the experts of tokens again that older weights sampled, "
+            "and rollout.routing_replay would replay those: take abort or in_place, or rollout.max_staleness: 0"
         )
 
 
 def _staging_folder_needs_disk(config: Config) -> None:
-    """Only the disk transport writes to a folder."""
+    """Check that weights_dir is used with disk: only the disk transport writes to a folder."""
     rollout = config.rollout
     if rollout.weights_dir is not None and rollout.transport != "disk":
         raise ValueError(
-            f"rollout.weights_dir is where transport: disk writes, and rollout.transport is {rollout.transport}: leave it out"
+            f"rollout.weights_dir is where transport: disk writes, and rollout.transport is {rollout.transport}: "
+            "leave it out"
         )
 
 
 def _bucket_size_needs_buckets(config: Config) -> None:
-    """Only transports with buckets have a bucket size."""
+    """Check that bucket_mb is used with a transport that has buckets."""
     rollout = config.rollout
     if rollout.bucket_mb != type(rollout).model_fields["bucket_mb"].default and rollout.transport == "disk":
         raise ValueError(
-            f"rollout.bucket_mb: {rollout.bucket_mb} is about transports distributed and tensor, and disk writes a whole "
-            "version at once: leave it out, or change rollout.transport"
+            f"rollout.bucket_mb: {rollout.bucket_mb} is about transports distributed and tensor, and disk writes a "
+            "whole version at once: leave it out, or change rollout.transport"
         )
 
 
 def _oversampling_and_offloading(config: Config) -> None:
-    """Offloaded engines cannot finish left-over requests."""
+    """Check that erpd does not oversample: offloaded engines cannot finish the remaining requests."""
     rollout = config.rollout
     if rollout.oversample > 1 and config.objective.name == "erpd":
         raise ValueError(
@@ -83,12 +84,12 @@ def _oversampling_and_offloading(config: Config) -> None:
 
 
 def _staleness_and_offloading(config: Config) -> None:
-    """Offloaded engines sample from the newest weights alone."""
+    """Check that erpd has no staleness: engines that are offloaded in a step sample only from the newest weights."""
     rollout = config.rollout
     if rollout.max_staleness and config.objective.name == "erpd":
         raise ValueError(
-            f"rollout.max_staleness: {rollout.max_staleness} cannot be had with objective.name: erpd, whose round learns from "
-            "what the policy it starts from has sampled, while the engines rest: set it to 0"
+            f"rollout.max_staleness: {rollout.max_staleness} cannot be had with objective.name: erpd, whose round "
+            "learns from what the policy it starts from has sampled, while the engines rest: set it to 0"
         )
 
 

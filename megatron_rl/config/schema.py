@@ -1,4 +1,7 @@
-"""The keys of the configuration: a class is a section, a field is a key. Frozen, validated once, before any allocation."""
+"""The keys of the configuration: a class is a section, a field is a key.
+
+A configuration is frozen and validated once, before any allocation.
+"""
 
 import math
 from pathlib import Path
@@ -15,24 +18,29 @@ class _Block(BaseModel):
 
 
 class ModelConfig(_Block):
+    """The model to train."""
+
     path: Path = Field(description="Hugging Face folder: config.json, safetensors, tokenizer")
 
 
 class ParallelConfig(_Block):
+    """Sizes of the trainer's parallel layout."""
+
     tensor: int = Field(1, ge=1)
     pipeline: int = Field(1, ge=1)
-    virtual_pipeline: int = Field(1, ge=1, description="model chunks per pipeline stage")
+    virtual_pipeline: int = Field(1, ge=1, description="number of model chunks per pipeline stage")
     context: int = Field(1, ge=1)
-    expert: int = Field(1, ge=1, description="ranks over which the experts of a mixture-of-experts model are spread")
-    data: int = Field(1, ge=1, description="replicas; tensor x pipeline x context x data is the number of ranks")
+    expert: int = Field(1, ge=1, description="number of ranks that share the experts of a mixture-of-experts model")
+    data: int = Field(1, ge=1, description="number of replicas; there are tensor x pipeline x context x data ranks")
     sequence: bool = Field(False, description="sequence parallelism inside the tensor-parallel group")
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
-        description="what backward computes again: selective: attention between q, k, v and its output; full: layers",
+        description="what backward recomputes; selective: attention from q, k, v to its output; full: whole layers",
     )
 
     @property
     def world_size(self) -> int:
+        """The number of ranks."""
         return self.tensor * self.pipeline * self.context * self.data
 
     @model_validator(mode="after")
@@ -50,23 +58,29 @@ class ParallelConfig(_Block):
 
 
 class PrecisionConfig(_Block):
+    """Number formats of the trainer and of the engines."""
+
     train: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="parameters and activations of the trainer; fp32 masters"
+        "fp32", description="dtype of the trainer's parameters and activations; master weights are fp32"
     )
     recipe: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8", "nvfp4"] = Field(
-        "none", description="how the layers' matrix products are quantized in training, named as in megatron-core"
+        "none", description="quantization of the layers' matrix products in training, named as in megatron-core"
     )
-    format: Literal["e4m3", "hybrid"] = Field("e4m3", description="of FP8 gradients: hybrid takes e5m2 for them")
+    format: Literal["e4m3", "hybrid"] = Field("e4m3", description="FP8 format; hybrid: e5m2 for gradients")
     pow2_scales: bool = Field(
-        False, description="blockwise: scales are powers of two (Transformer Engine's own default)"
+        False, description="blockwise: scales are powers of two (the default of Transformer Engine)"
     )
-    first_last_bf16: bool = Field(False, description="the first and the last layer are not quantized, on neither side")
-    fp32_lm_head: bool = Field(False, description="log-probabilities from a float32 product with the output weights")
+    first_last_bf16: bool = Field(
+        False, description="do not quantize the first and the last layer, in trainer and engines"
+    )
+    fp32_lm_head: bool = Field(
+        False, description="compute log-probabilities from a float32 product with the output weights"
+    )
     rollout: Literal["fp32", "bf16", "fp16", "fp8_blockwise", "fp8_blockwise_pow2", "int8"] = Field(
-        "fp32", description="weights of the engines; the quantized ones compute in bf16"
+        "fp32", description="format of the engines' weights; engines with quantized weights compute in bf16"
     )
     rollout_activations: Literal["none", "fp8"] = Field(
-        "none", description="fp8: engines quantize the inputs of quantized layers, 1 x 128 per token"
+        "none", description="fp8: engines quantize the inputs of quantized layers in blocks of 1 x 128, per token"
     )
 
 
@@ -74,19 +88,21 @@ class SGLangConfig(_Block):
     """How `sglang.launch_server` is started for rollout.engine: sglang."""
 
     python: Path = Field(
-        Path(".venv-sglang/bin/python"), description="interpreter of the environment that holds sglang"
+        Path(".venv-sglang/bin/python"), description="Python interpreter of the environment that has sglang"
     )
     tensor: int = Field(1, ge=1, description="tensor-parallel size of each server")
-    first_gpu: int = Field(0, ge=0, description="GPU of this machine that the first server begins on")
-    mem_fraction: float = Field(0.8, gt=0, lt=1, description="of a GPU's memory, for weights and cache")
-    router: bool = Field(False, description="sglang-router in front of the servers")
-    args: tuple[str, ...] = Field((), description="further arguments of sglang.launch_server, as they are")
+    first_gpu: int = Field(0, ge=0, description="index of the first GPU of the first server")
+    mem_fraction: float = Field(0.8, gt=0, lt=1, description="share of a GPU's memory for weights and cache")
+    router: bool = Field(False, description="start sglang-router in front of the servers")
+    args: tuple[str, ...] = Field((), description="additional arguments of sglang.launch_server, passed unchanged")
 
 
 class RolloutConfig(_Block):
+    """Engines, sampling, and how weights reach the engines."""
+
     engine: Literal["embedded", "sglang"] = "embedded"
-    servers: int = Field(1, ge=1, description="servers to start; ignored when urls are given")
-    urls: tuple[str, ...] = Field((), description="running servers to use instead; never stopped by us")
+    servers: int = Field(1, ge=1, description="number of servers to start; ignored if urls is set")
+    urls: tuple[str, ...] = Field((), description="running servers to use instead; a run never stops them")
     prompts_per_step: int = Field(32, ge=1)
     samples_per_prompt: int = Field(8, ge=1)
     max_prompt_tokens: int = Field(256, ge=1)
@@ -94,32 +110,40 @@ class RolloutConfig(_Block):
     temperature: float = Field(1.0, gt=0)
     deterministic: bool = Field(False, description="same seed, same trajectories: every request is its own batch")
     record_logmu: bool = Field(
-        False, description="ask for behavior log-probs, and log the mismatch, also when the objective does without them"
+        False,
+        description="request log-probabilities from the engines and log the mismatch, even if the objective needs none",
     )
     weights_dir: Path | None = Field(
         None,
-        description="where weight versions are staged; engines must be able to read it; default: shared memory here",
+        description="folder for weight versions; engines must be able to read it; unset: shared memory of this machine",
     )
-    timeout_s: float = Field(600.0, gt=0, description="per generation request")
+    timeout_s: float = Field(600.0, gt=0, description="time limit of one generation request, in seconds")
     transport: Literal["disk", "distributed", "tensor"] = Field(
-        "disk", description="how weights reach the engines: a folder, a broadcast, or memory shared on one machine"
+        "disk",
+        description="how weights reach the engines: files in a folder, a broadcast, or shared memory on one machine",
     )
-    bucket_mb: int = Field(256, ge=1, description="MiB of weights sent at once by distributed and tensor")
+    bucket_mb: int = Field(
+        256, ge=1, description="size of one bucket of weights, in MiB; for transports distributed and tensor"
+    )
     max_staleness: int = Field(
-        0, ge=0, description="versions that sampling may lag behind training; 0: strictly on-policy, nothing overlaps"
+        0,
+        ge=0,
+        description="maximum number of versions that sampling lags behind training; 0: strictly on-policy, no overlap",
     )
     update_mode: Literal["retract", "in_place", "abort"] = Field(
         "retract",
-        description="running requests at a weight update: cache computed again, cache kept, or ended and resumed by prefix",
+        description="running requests at a weight update; retract: recompute their cache; in_place: keep their cache; "
+        "abort: end them and resume from the prefix",
     )
-    oversample: float = Field(1.0, ge=1, description="groups asked for per group trained on; the slowest are given up")
+    oversample: float = Field(1.0, ge=1, description="groups requested per group trained on; the slowest are discarded")
     max_resampled_groups: int = Field(
         0,
         ge=0,
-        description="groups a step may draw in place of those whose rewards are all equal; 0: none are replaced",
+        description="maximum number of groups that a step replaces because their rewards are all equal; 0: none",
     )
     routing_replay: bool = Field(
-        False, description="mixture of experts: the trainer routes every token to the experts the engine chose (R3)"
+        False,
+        description="mixture of experts: the trainer routes every token to the experts that the engine chose (R3)",
     )
     sglang: SGLangConfig = SGLangConfig()
 
@@ -149,20 +173,25 @@ class RolloutConfig(_Block):
 
 
 class OptimizerConfig(_Block):
+    """The optimizer and the micro-batches of an update."""
+
     lr: float = Field(1.0e-6, gt=0)
     updates_per_step: int = Field(4, ge=1)
-    tokens_per_microbatch: int = Field(4096, ge=1, description="packed token budget of one micro-batch")
-    grad_clip: float = Field(1.0, ge=0, description="0 turns clipping off")
+    tokens_per_microbatch: int = Field(4096, ge=1, description="maximum number of tokens in one packed micro-batch")
+    grad_clip: float = Field(1.0, ge=0, description="maximum gradient norm; 0: no clipping")
     weight_decay: float = Field(0.01, ge=0)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
     eps: float = Field(1.0e-8, gt=0)
-    warmup_updates: int = Field(0, ge=0, description="linear warm-up of the learning rate")
-    distributed: bool = Field(False, description="shard optimizer state over data-parallel ranks")
+    warmup_updates: int = Field(0, ge=0, description="number of updates of linear learning-rate warm-up")
+    distributed: bool = Field(False, description="shard the optimizer state over data-parallel ranks")
 
 
 class ObjectiveConfig(BaseModel):
-    """`name`, what makes advantages of rewards, and the keys of that objective; checked by `objectives.make_objective`."""
+    """The objective: its name, how advantages are computed from rewards, and the keys of that objective.
+
+    `objectives.make_objective` checks these keys.
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -171,29 +200,31 @@ class ObjectiveConfig(BaseModel):
     overlong_buffer: int = Field(
         0,
         ge=0,
-        description="tokens before rollout.max_new_tokens over which the reward falls by up to 1; 0: it does not",
+        description="tokens before rollout.max_new_tokens over which the reward falls by up to 1; 0: no penalty",
     )
 
     def spec(self) -> dict[str, Any]:
-        """What `make_objective` takes: the name and its keys."""
+        """Return the argument of `make_objective`: the name and the keys of that objective."""
         return {"name": self.name, **(self.model_extra or {})}
 
 
 class AlpConfig(_Block):
-    """Adaptive layerwise perturbation (arXiv 2603.19470): learnable noise at the input of every layer in updates."""
+    """Adaptive layerwise perturbation (arXiv 2603.19470): learnable noise at every layer's input, in updates only."""
 
     enabled: bool = False
-    sigma_init: float = Field(1.0e-4, description="standard deviation of the noise that every layer starts from")
+    sigma_init: float = Field(1.0e-4, description="initial standard deviation of the noise of every layer")
     learnable: bool = Field(True, description="false: every layer keeps sigma_init")
-    lr: float = Field(5.0e-4, gt=0, description="of log sigma; warmed up like optimizer.lr")
+    lr: float = Field(5.0e-4, gt=0, description="learning rate of log sigma; warmed up like optimizer.lr")
     weight_decay: float = Field(
-        0.0, ge=0, description="of log sigma, which it pulls towards 0, that is sigma upwards; 0.01 in the paper's runs"
+        0.0,
+        ge=0,
+        description="weight decay of log sigma; it moves log sigma towards 0, so sigma upwards; the paper uses 0.01",
     )
     layers: Literal["all", "logits"] | tuple[int, int] = Field(
-        "all", description="all, or [start, end) of the layers, from 0; logits: of no layer, the logits instead"
+        "all", description="layers with noise: all, or [start, end) counted from 0; logits: noise on the logits instead"
     )
     level: Literal["token", "sequence", "cumulative", "geometric"] | None = Field(
-        None, description="what one ratio spans; unset: what the objective says"
+        None, description="what one ratio spans; unset: as in the objective"
     )
 
     @field_validator("sigma_init")
@@ -214,46 +245,59 @@ class AlpConfig(_Block):
 
 
 class TaskConfig(_Block):
+    """The task: its data, and the limits of its tool."""
+
     name: Literal["arithmetic", "math", "tool"] = "arithmetic"
-    data: Path | None = Field(None, description="JSONL or parquet with prompts and answers (math, tool)")
-    eval_data: Path | None = Field(None, description="held-out file; without it the last rows of data are held out")
+    data: Path | None = Field(None, description="JSONL or Parquet file with prompts and answers (math, tool)")
+    eval_data: Path | None = Field(None, description="held-out file; unset: the last rows of data are held out")
     prompt_column: str = "question"
     answer_column: str = "answer"
-    max_operand: int = Field(20, ge=2, description="arithmetic, tool without data: operands lie in [0, max_operand)")
-    held_out: int = Field(64, ge=0, description="problems kept out of training for evaluation")
-    max_turns: int = Field(3, ge=1, description="tool: turns of the model in one response")
-    sandbox: Literal["jail", "unsafe"] = Field("jail", description="tool: unsafe runs the model's code without a jail")
-    tool_seconds: float = Field(5.0, gt=0, description="tool: wall clock of one block of code")
-    tool_memory_mb: int = Field(256, ge=16, description="tool: memory of one block of code")
-    tool_tokens: int = Field(256, ge=1, description="tool: longest output given back to the model")
+    max_operand: int = Field(
+        20, ge=2, description="arithmetic, and tool without data: operands are in [0, max_operand)"
+    )
+    held_out: int = Field(64, ge=0, description="number of problems held out of training, for evaluation")
+    max_turns: int = Field(3, ge=1, description="tool: maximum number of model turns in one response")
+    sandbox: Literal["jail", "unsafe"] = Field("jail", description="tool; unsafe: run the model's code without a jail")
+    tool_seconds: float = Field(5.0, gt=0, description="tool: wall-clock limit of one block of code, in seconds")
+    tool_memory_mb: int = Field(256, ge=16, description="tool: memory limit of one block of code, in MiB")
+    tool_tokens: int = Field(
+        256, ge=1, description="tool: maximum length of an output returned to the model, in tokens"
+    )
 
 
 class EvalConfig(_Block):
+    """Evaluation on held-out problems."""
+
     every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after the run")
-    prompts: int = Field(0, ge=0, description="held-out problems per evaluation; 0: no evaluation")
+    prompts: int = Field(0, ge=0, description="number of held-out problems per evaluation; 0: no evaluation")
     samples: int = Field(4, ge=1, description="samples per problem for the sampled pass rate")
 
 
 class RunConfig(_Block):
+    """The run: its folder, length, seed, checkpoints and device."""
+
     name: str = "run"
     dir: Path = Path("runs")
     steps: int = Field(60, ge=0)
     seed: int = 0
     save_every: int = Field(20, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep: int = Field(2, ge=1, description="checkpoints kept")
+    keep: int = Field(2, ge=1, description="number of checkpoints to keep")
     attribute_every: int = Field(
         0,
         ge=0,
-        description="steps between attributions of the mismatch to its sources, each some forward passes; 0: never",
+        description="steps between attributions of the mismatch to its sources, each of some forward passes; 0: never",
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @property
     def folder(self) -> Path:
+        """The run folder, `dir/name`."""
         return self.dir / self.name
 
 
 class Config(_Block):
+    """The whole configuration: one field per section."""
+
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()
@@ -271,8 +315,9 @@ class Config(_Block):
         align = 2 * self.parallel.context if self.parallel.context > 1 else 1
         if -(-longest // align) * align > self.optimizer.tokens_per_microbatch:
             raise ValueError(
-                f"optimizer.tokens_per_microbatch is {self.optimizer.tokens_per_microbatch}, but one trajectory may have "
-                f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens: raise the former or lower the latter"
+                f"optimizer.tokens_per_microbatch is {self.optimizer.tokens_per_microbatch}, but one trajectory may "
+                f"have rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens: raise the former or "
+                "lower the latter"
             )
         unit = 2 * self.parallel.context * self.parallel.tensor
         if self.optimizer.tokens_per_microbatch % unit:
@@ -298,10 +343,10 @@ class Config(_Block):
             raise ValueError("task.max_turns is 1, but task.name: tool needs a second turn, in which an output is read")
         if self.task.tool_tokens >= self.rollout.max_new_tokens:
             raise ValueError(
-                f"task.tool_tokens is {self.task.tool_tokens}, but rollout.max_new_tokens, which a response has for all its "
-                f"turns and outputs, is {self.rollout.max_new_tokens}: lower the former or raise the latter"
+                f"task.tool_tokens is {self.task.tool_tokens}, but rollout.max_new_tokens, which a response has for "
+                f"all its turns and outputs, is {self.rollout.max_new_tokens}: lower the former or raise the latter"
             )
 
     def dump(self) -> str:
-        """The resolved configuration as YAML; loading it again gives an equal Config."""
+        """Return the resolved configuration as YAML. Loading it again returns an equal Config."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

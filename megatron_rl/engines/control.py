@@ -1,4 +1,4 @@
-"""What the trainer may ask of one engine besides generation: SGLang's control calls, and a few of the embedded server's."""
+"""Control calls to one engine: SGLang's, and a few that only the embedded server has."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -14,9 +14,15 @@ from megatron_rl.protocol.generation import error_message
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What weight sync must know of an engine. embedded: stages updates, can take one back, and gives the digests of what
-    it received. ranks: processes that hold a part of the model. device: `cpu` or `cuda`. dtype: of its unquantized weights.
-    quantized: it quantizes weights."""
+    """Properties of an engine that decide how weights are sent to it and confirmed.
+
+    Attributes:
+        embedded: an embedded server, which stages an update, can undo it, and reports the digests of what it received.
+        ranks: number of processes that hold a part of the model.
+        device: `cpu` or `cuda`.
+        dtype: of its unquantized weights.
+        quantized: it quantizes weights.
+    """
 
     embedded: bool
     ranks: int
@@ -26,63 +32,96 @@ class Traits:
 
 
 class Controls(ABC):
-    """Control calls; each raises EngineError with the server's words when it refuses or does not answer."""
+    """Control calls. Each raises EngineError, with the server's message, if the server refuses or does not answer."""
 
     @abstractmethod
     def _control(
         self, url: str, path: str, body: dict[str, Any] | None, *, repeat: bool = True, method: str = "POST"
     ) -> Any:
-        """The JSON answer. repeat: a lost connection may be tried again. `body` None with GET."""
+        """Send one request and return the JSON response.
+
+        Args:
+            url: base URL of the engine.
+            path: path of the call.
+            body: JSON body; None with GET.
+            repeat: retry the call after a lost connection.
+            method: HTTP method.
+        """
 
     def pause(self, url: str, mode: str) -> None:
-        """mode: "abort" ends requests, "retract" requeues them, "in_place" keeps them with their cache."""
+        """Pause generation.
+
+        Mode "abort" ends requests, "retract" requeues them, "in_place" keeps them with their cache.
+        """
         self._control(url, "/pause_generation", {"mode": mode})
 
     def resume(self, url: str) -> None:
+        """Resume generation after `pause`."""
         self._control(url, "/continue_generation", {})
 
     def flush(self, url: str) -> None:
+        """Discard the cached keys and values."""
         self._control(url, "/flush_cache", {})
 
     def release_memory(self, url: str) -> None:
-        """Have an idle server give the memory of weights and cache back; it generates nothing until it has new weights."""
+        """Release the memory of weights and cache of an idle server. It generates nothing until it has new weights."""
         self._control(url, "/release_memory_occupation", {}, repeat=False)
 
     def resume_memory(self, url: str) -> None:
-        """Have the server take its memory again; its weights are undefined until the next update. SGLang dies of a second
-        time."""
+        """Let the server allocate its memory again. Its weights are undefined until the next update.
+
+        SGLang crashes on a second call.
+        """
         self._control(url, "/resume_memory_occupation", {}, repeat=False)
 
     # Weights ------------------------------------------------------------------------------------------------
 
     def update_weights_from_disk(self, url: str, folder: Path, version: int) -> None:
-        """Serve the weights in `folder` as `version`; EngineError with the server's words when it refuses.
+        """Load the weights in `folder` and serve them as `version`.
 
-        The cache is left alone: SGLang would answer 400, the new weights in place, where requests hold some of it.
+        The cache is not flushed. If requests hold a part of it, SGLang would answer 400 although the new weights are
+        loaded. Raises EngineError with the server's message if it refuses.
         """
         body = {"model_path": str(Path(folder).absolute()), "weight_version": str(version), "flush_cache": False}
         self._control(url, "/update_weights_from_disk", body)
 
     def begin_update(self, url: str) -> None:
-        """Open an update of which the weights come in buckets."""
+        """Begin an update whose weights are sent in buckets."""
         self._control(url, "/begin_weight_update", {"selector": "all"}, repeat=False)
 
     def end_update(self, url: str) -> None:
-        """Close it; the embedded server serves the new weights from here on, SGLang since each bucket."""
+        """End the update. The embedded server serves the new weights from now on.
+
+        SGLang has served each bucket since its arrival.
+        """
         self._control(url, "/end_weight_update", {}, repeat=False)
 
     def abort_update(self, url: str) -> None:
-        """Have an embedded server forget the update under way, or go back from one that ended while it is still paused."""
+        """Discard the update in progress of an embedded server.
+
+        If the update has ended and the server is still paused, the server returns to the version before.
+        """
         self._control(url, "/abort_weight_update", {})
 
     def join_update_group(
         self, url: str, address: str, port: int, *, rank: int, world: int, name: str, backend: str
     ) -> None:
-        """Returns when the group is complete. rank: of the engine's first process."""
+        """Let the engine join a process group; return when the group is complete.
+
+        Args:
+            url: base URL of the engine.
+            address: host of the group's store.
+            port: port of the store.
+            rank: rank of the engine's first process in the group.
+            world: number of processes in the group.
+            name: of the group.
+            backend: nccl or gloo.
+        """
         body = {"master_address": address, "master_port": port, "rank_offset": rank, "world_size": world}
         self._control(url, "/init_weights_update_group", {**body, "group_name": name, "backend": backend}, repeat=False)
 
     def leave_update_group(self, url: str, name: str) -> None:
+        """Let the engine leave the process group `name`."""
         self._control(url, "/destroy_weights_update_group", {"group_name": name})
 
     def receive_bucket(
@@ -94,25 +133,41 @@ class Controls(ABC):
         shapes: Sequence[Sequence[int]],
         version: int | None,
     ) -> None:
-        """Have the engine take part in one broadcast of a flattened bucket; returns when it has it.
+        """Let the engine receive one flattened bucket by broadcast; return when it has the bucket.
 
-        version: with the last bucket of an update."""
+        Args:
+            url: base URL of the engine.
+            group: name of the process group.
+            names: of the bucket's tensors.
+            dtypes: of the tensors.
+            shapes: of the tensors.
+            version: the weight version, with the last bucket of an update; None with the others.
+        """
         body = {"names": list(names), "dtypes": list(dtypes), "shapes": [list(shape) for shape in shapes]}
         body |= {"group_name": group, "load_format": "flattened_bucket", **_common(version)}
         self._control(url, "/update_weights_from_distributed", body, repeat=False)
 
     def load_tensors(self, url: str, payloads: Sequence[str], version: int | None) -> None:
-        """Have the engine take tensors of this machine's memory. payloads: one for each of its ranks, base64."""
+        """Let the engine load tensors from memory of this machine.
+
+        Args:
+            url: base URL of the engine.
+            payloads: base64, one for each rank of the engine.
+            version: the weight version, with the last bucket of an update; None with the others.
+        """
         body = {"serialized_named_tensors": list(payloads), "load_format": None, **_common(version)}
         self._control(url, "/update_weights_from_tensor", body, repeat=False)
 
     def weight_version(self, url: str) -> str:
-        """As the server names it; "default" for weights as SGLang loaded them."""
+        """Return the server's weight version; "default" for the weights that SGLang loaded at its start."""
         return str(_field(self._model_info(url), "weight_version", url))
 
     def checksums(self, url: str) -> dict[str, str]:
-        """Digest of every tensor: as an embedded server received it, or as SGLang holds it, fused and under SGLang's names,
-        with `@rank` behind the name where the server has several ranks."""
+        """Return tensor name -> digest.
+
+        An embedded server reports the tensors as it received them. SGLang reports them as it holds them: fused, under
+        SGLang's names. `@rank` follows the name if the server has several ranks.
+        """
         answer = self._control(url, "/weights_checker", {"action": "checksum"})
         if isinstance(answer, dict) and answer.get("ranks"):
             ranks = answer["ranks"]
@@ -123,7 +178,7 @@ class Controls(ABC):
         return dict(_field(answer, "checksums", url))
 
     def score(self, url: str, tokens: Sequence[int]) -> list[float]:
-        """Log-probabilities of all tokens but the first, at temperature 1."""
+        """Return the log-probabilities of all tokens but the first, at temperature 1: N - 1 values for N tokens."""
         sampling = {"max_new_tokens": 0, "temperature": 1.0}
         body = {"input_ids": list(tokens), "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
         answer = self._control(url, "/generate", body, repeat=False)
@@ -133,18 +188,18 @@ class Controls(ABC):
         return [float(entry[0]) for entry in scored[1:]]
 
     def save_weights(self, url: str, folder: Path) -> None:
-        """Have an embedded server write what it holds to `model.safetensors` in `folder`; EngineError where it cannot."""
+        """Write an embedded server's weights to `model.safetensors` in `folder`. Raises EngineError if it fails."""
         self._control(url, "/save_weights", {"path": str(Path(folder).absolute())})
 
-    # What the server says of itself -------------------------------------------------------------------------
+    # Server information --------------------------------------------------------------------------------------
 
     def info(self, url: str) -> dict[str, Any]:
-        """What the server says of itself: /model_info, and /server_info where the former does not name the precision."""
+        """Return /model_info of the server, together with /server_info if /model_info does not hold the precision."""
         answer = dict(self._model_info(url))
         return answer if "dtype" in answer else {**self._control(url, "/server_info", None, method="GET"), **answer}
 
     def traits(self, url: str) -> Traits:
-        """See `Traits`. EngineError where the server does not say."""
+        """Return the traits of an engine. Raises EngineError if the server does not report them."""
         found = self.info(url)
         embedded = found.get("engine") == "embedded"
         ranks = 1 if embedded else int(_field(found, "tp_size", url)) * int(found.get("pp_size") or 1)
@@ -153,12 +208,15 @@ class Controls(ABC):
         return Traits(embedded, ranks, device, dtype, quantized=found.get("quantization") is not None)
 
     def memory(self, url: str) -> str | None:
-        """Of the weights: "held", "released", or "empty" (taken back, nothing in it yet); None where a server does not say."""
+        """Return the state of the weights' memory; None if the server does not report it.
+
+        The states are "held", "released" and "empty" (allocated again, without weights).
+        """
         answer = self._model_info(url)
         return answer.get("memory") if isinstance(answer, dict) else None
 
     def holds_weights(self, url: str) -> bool:
-        """False for a server that says its memory was given back; True where a server does not say."""
+        """Return whether the server holds weights. True if it does not report the state of its memory."""
         return self.memory(url) in ("held", None)
 
     def _model_info(self, url: str) -> Any:
@@ -166,12 +224,12 @@ class Controls(ABC):
 
 
 def _common(version: int | None) -> dict[str, Any]:
-    # The cache is dropped once, when the update is complete.
+    # The cache is flushed once, when the update is complete.
     return {"flush_cache": False} | ({} if version is None else {"weight_version": str(version)})
 
 
 def refusal_error(url: str, path: str, response: httpx.Response) -> EngineError:
-    """The error for an answer other than 200."""
+    """Return the error for a response whose status is not 200."""
     if response.status_code != 404:
         return EngineError(f"{url}{path} refused the request ({response.status_code}): {error_message(response)}")
     able = "" if path in ("/save_weights", "/abort_weight_update") else ", or an SGLang of a version that has it"

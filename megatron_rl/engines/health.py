@@ -1,4 +1,4 @@
-"""Whether a server lives: one that is slow to answer is not dead, and one that is dead is not waited for."""
+"""Health checks of servers. A slow server does not count as dead; a dead server is found without a long wait."""
 
 import logging
 from concurrent.futures import Future
@@ -12,14 +12,25 @@ _log = logging.getLogger(__name__)
 
 HEALTH_S = 5.0  # time for an answer; SGLang's takes a second by itself
 CONNECT_S = 1.0
-MISSES = 3  # looks in a row without an answer, after which a server counts as dead
+MISSES = 3  # checks in a row without an answer, after which a server counts as dead
 
 
 async def check_health(
     http: httpx.AsyncClient, engine: PooledEngine, path: str = "/health", timeout_s: float = 0
 ) -> bool | None:
-    """One look: healthy, not (it says so, or nobody listens), or None without an answer in time."""
-    if engine.paused:  # SGLang's /health generates a token, which it then never does
+    """Check a server once.
+
+    Args:
+        http: the client.
+        engine: the engine. If it is paused, /model_info is requested instead of `path`.
+        path: path of the request.
+        timeout_s: seconds for the answer; 0: `HEALTH_S`.
+
+    Returns:
+        True if the server is healthy; False if it reports an error or no process listens; None without an answer in
+        time.
+    """
+    if engine.paused:  # SGLang's /health generates a token, and a paused engine generates none
         path = "/model_info"
     try:
         answer = await http.get(f"{engine.url}{path}", timeout=httpx.Timeout(timeout_s or HEALTH_S, connect=CONNECT_S))
@@ -31,7 +42,13 @@ async def check_health(
 
 
 async def is_alive(http: httpx.AsyncClient, engine: PooledEngine, path: str = "/health") -> bool:
-    """After as many looks as it takes to tell a busy server from a dead one."""
+    """Return whether a server is healthy. It is checked up to `MISSES` times, because a busy server may answer late.
+
+    Args:
+        http: the client.
+        engine: the engine.
+        path: path of the request.
+    """
     for _ in range(MISSES):
         healthy = await check_health(http, engine, path)
         if healthy is not None:
@@ -40,7 +57,7 @@ async def is_alive(http: httpx.AsyncClient, engine: PooledEngine, path: str = "/
 
 
 async def resume_paused(http: httpx.AsyncClient, engine: PooledEngine) -> None:
-    """Have a server go on that somebody left paused, if it can be reached."""
+    """Resume a server that was left paused. A server that cannot be reached is ignored."""
     with suppress(httpx.HTTPError):
         await http.post(
             f"{engine.url}/continue_generation", json={}, timeout=httpx.Timeout(HEALTH_S, connect=CONNECT_S)
@@ -48,6 +65,6 @@ async def resume_paused(http: httpx.AsyncClient, engine: PooledEngine) -> None:
 
 
 def log_unexpected_end(watch: "Future[None]") -> None:
-    """Of a pool's watch over its servers, which is not to end unnoticed before the pool does."""
+    """Log an error if the health-check task ends while the pool is alive."""
     if not watch.cancelled() and watch.exception() is not None:
         _log.error("servers are not watched any more", exc_info=watch.exception())

@@ -9,12 +9,13 @@ from megatron_rl.files import replace_file
 
 
 class OffloadedEngines:
-    """Which engines are offloaded, noted on disk: a server that this run did not start outlives a killed trainer.
+    """Record on disk of the offloaded engines.
 
-    Engines must be resumed exactly once: SGLang dies of a second request.
+    A server that this run did not start keeps running after a trainer is killed, so the next run needs the record. An
+    engine must be resumed exactly once, because SGLang crashes on a second request.
 
     Attributes:
-        note: the file that holds the engines' urls.
+        note: the file that holds the engines' URLs.
     """
 
     def __init__(self, note: Path) -> None:
@@ -26,7 +27,7 @@ class OffloadedEngines:
         return list(json.loads(self.note.read_text(encoding="utf-8"))) if self.note.is_file() else []
 
     def release(self, pool: EnginePool) -> None:
-        """Release the memory of every engine of the pool. Raises EngineError when one refuses."""
+        """Release the memory of every engine of the pool. Raises EngineError if one refuses."""
         pool.drop_dead()
         for url in pool.live_urls:
             self._write([*self.urls, url])
@@ -35,8 +36,8 @@ class OffloadedEngines:
     def resume(self, pool: EnginePool) -> None:
         """Let offloaded engines allocate their memory again; they generate after the next weight update.
 
-        Each is noted when it resumes. Where an engine can report it, its memory is checked first. An engine that cannot be
-        reached stays noted.
+        Each engine is removed from the note when it has resumed. If an engine reports the state of its memory, the
+        state is checked first. An engine that cannot be reached stays in the note.
         """
         offloaded = self.urls
         if not offloaded:
@@ -48,7 +49,7 @@ class OffloadedEngines:
             self._write(other for other in self.urls if other != url)
 
     def forget(self) -> None:
-        """Delete the note: the engines ended, and their memory with them."""
+        """Delete the note, because the engines have ended and their memory is free."""
         self._write(())
 
     def _write(self, urls: Iterable[str]) -> None:

@@ -1,8 +1,8 @@
-"""The trainer's side of the engines: one pool over SGLang's HTTP contract.
+"""Engine pool: the trainer's client of the generation servers, over SGLang's HTTP contract.
 
-All requests run in one asyncio loop on a thread of the pool's own: `ask` is for coroutines there, `run` and `start` put
-them there, everything else is synchronous. A server that stops answering is dropped and its requests are redone on the
-others; every request is answered exactly once.
+All requests run in one asyncio loop on a thread of the pool. `ask` is only for coroutines in this loop; `run` and
+`start` put coroutines into it. All other methods are synchronous. A server that stops answering is lost, and its
+requests are redone on the other servers. Every request gets exactly one answer.
 """
 
 import asyncio
@@ -37,29 +37,33 @@ _log = logging.getLogger(__name__)
 
 _RETRIES = 4
 _BACKOFF_S = 0.1  # doubled at every retry
-_RECOVER_S = 2.5  # time of a lost engine's health check, which every weight update makes
-_WATCH_S = 5.0  # between looks at servers that owe answers
+_RECOVER_S = 2.5  # time for the health check of a lost engine, made at every weight update
+_WATCH_S = 5.0  # between health checks of servers with unfinished requests
 _IN_FLIGHT = 256  # requests per server at once
 _QUARANTINE_S = 30.0  # time a request waits while every live engine is quarantined
-_THREADS = 32  # of `asyncio.to_thread` in the pool's loop: tools and verifiers, which mostly wait for processes
+_THREADS = 32  # for `asyncio.to_thread` in the pool's loop: tools and verifiers mostly wait for processes
 
 
 class GenerationInterrupted(KeyboardInterrupt):
-    """`EnginePool.interrupt` was called while `run` or `generate` ran; the engines were asked to abort its requests."""
+    """Error of `run` and `generate` after `EnginePool.interrupt`. The engines were asked to abort the requests."""
 
 
 class _Cancelled(Exception):
-    """GenerationInterrupted inside the loop: asyncio lets a KeyboardInterrupt end the loop itself."""
+    """GenerationInterrupted inside the loop. A KeyboardInterrupt there would end the asyncio loop itself."""
 
 
 class EnginePool(Controls):
-    """Generation over several servers, and control of each. Use as a context manager or call `close`.
-
-    timeout_s bounds one generation request and one weight update. router_url: an sglang-router through which all generation
-    goes; without it, or when it is gone, nothing is generated.
-    """
+    """Generation over several servers, and control of each. Use it as a context manager or call `close`."""
 
     def __init__(self, urls: Sequence[str], timeout_s: float = 600.0, router_url: str | None = None) -> None:
+        """Start the pool's loop. The servers must run already.
+
+        Args:
+            urls: base URLs of the servers; at least one.
+            timeout_s: limit in seconds for one generation request and for one weight update.
+            router_url: an sglang-router through which all generation goes. If the router is lost, nothing is generated.
+                None: requests go to the servers directly.
+        """
         if not urls:
             raise UserError("rollout.urls is empty: an engine pool needs at least one server")
         self._engines = [PooledEngine(url.rstrip("/")) for url in dict.fromkeys(urls)]
@@ -71,12 +75,12 @@ class EnginePool(Controls):
         self._thread.start()
         # Idle connections cost more than new ones: httpx walks all pairs of them, and a server may close them first.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        # trust_env=False: an HTTP proxy of the site must not come between the trainer and its engines.
+        # trust_env=False: requests to the engines must not go through an HTTP proxy of the site.
         self._http = httpx.AsyncClient(
             timeout=httpx.Timeout(timeout_s, connect=HEALTH_S), limits=limits, trust_env=False
         )
         self._router = Router(router_url, self._http) if router_url else None
-        self._front = PooledEngine(router_url) if router_url else None  # stands for all engines where requests are sent
+        self._front = PooledEngine(router_url) if router_url else None  # the router, to which requests are sent
         self._calls: set[asyncio.Task[Any]] = set()
         self._interrupted: set[asyncio.Task[Any]] = set()
         asyncio.run_coroutine_threadsafe(self._watch(), self._loop).add_done_callback(log_unexpected_end)
@@ -90,7 +94,7 @@ class EnginePool(Controls):
         self.close()
 
     def close(self) -> None:
-        """Close the connections; servers live on. Idempotent."""
+        """Close the connections; the servers keep running. Idempotent."""
         if self._loop.is_closed():
             return
         asyncio.run_coroutine_threadsafe(self._wind_up(), self._loop).result()
@@ -108,11 +112,12 @@ class EnginePool(Controls):
 
     @property
     def live_urls(self) -> tuple[str, ...]:
+        """URLs of the engines that are not lost."""
         return tuple(engine.url for engine in self._engines if engine.live)
 
     @property
     def states(self) -> dict[str, EngineState]:
-        """The state of every engine, by url."""
+        """State of every engine, by URL."""
         return {engine.url: engine.state for engine in self._engines}
 
     @property
@@ -129,10 +134,13 @@ class EnginePool(Controls):
     # Generation --------------------------------------------------------------------------------------------
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Sample]]:
-        """The n samples of every request, in the order of the requests.
+        """Return the n samples of every request, in the order of the requests.
 
-        Raises EngineError when a server refuses a request or no server is left, GenerationInterrupted after
-        `interrupt`; either way the engines are asked to abort what was still running.
+        Raises:
+            UserError: if two requests have the same id.
+            EngineError: if a server refuses a request or no server is left. The engines are asked to abort the requests
+                that are still running.
+            GenerationInterrupted: after `interrupt`. The engines are asked to abort the requests, as above.
         """
         rids = [request.rid for request in requests]
         if len(set(rids)) != len(rids):
@@ -142,19 +150,22 @@ class EnginePool(Controls):
         return self.run(together([self.ask(request) for request in requests]))
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """What a coroutine of `ask`s answers, run in the pool's loop. Raises GenerationInterrupted after `interrupt`."""
+        """Run a coroutine that awaits `ask` in the pool's loop. Return its result.
+
+        Raises GenerationInterrupted after `interrupt`.
+        """
         try:
             return self._run(self._interruptible(work))
         except _Cancelled:
             raise GenerationInterrupted("generation was interrupted") from None
 
     def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run a coroutine in the pool's loop and go on meanwhile; `interrupt` leaves it alone, `close` cancels it."""
+        """Start a coroutine in the pool's loop; return at once. `interrupt` does not affect it; `close` cancels it."""
         self._check_open(work)
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def interrupt(self) -> None:
-        """Make a running `run` or `generate` raise GenerationInterrupted; from any thread or signal handler."""
+        """Make a running `run` or `generate` raise GenerationInterrupted. Any thread or signal handler may call it."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._cancel_calls)
 
@@ -178,9 +189,10 @@ class EnginePool(Controls):
             self._interrupted.discard(me)
 
     async def ask(self, request: GenerationRequest) -> list[Sample]:
-        """The n samples of one request, redone on whatever server is live until one answers. For the pool's loop alone.
+        """Return the n samples of one request. Call it only in the pool's loop.
 
-        Raises EngineError when a server refuses it or no server is left. When cancelled, the engine is asked to abort it.
+        The request is redone on any live server until one answers. If the call is canceled, the engine is asked to
+        abort the request. Raises EngineError if a server refuses the request or no server is left.
         """
         async with self._gate:
             failures = attempts = 0
@@ -201,7 +213,7 @@ class EnginePool(Controls):
                     await asyncio.sleep(_BACKOFF_S * 2 ** min(failures, 6) if engine.live else 0)
 
     async def _routable(self) -> PooledEngine:
-        """The least loaded engine that serves the committed weights; while all wait for an update, wait with them."""
+        """Return the router or the least loaded routable engine. Wait while every live engine is quarantined."""
         end = time.monotonic() + _QUARANTINE_S
         while True:
             live = [engine for engine in self._engines if engine.live]
@@ -211,7 +223,7 @@ class EnginePool(Controls):
             routed = [engine for engine in live if engine.routable]
             if routed:
                 return await self._through_router(routed) or min(routed, key=lambda engine: engine.load)
-            if any(engine.paused for engine in live):  # the update is under way
+            if any(engine.paused for engine in live):  # a weight update is in progress
                 end = time.monotonic() + _QUARANTINE_S
             if time.monotonic() > end:
                 reasons = "; ".join(f"{engine.url}: {engine.quarantined_because}" for engine in live)
@@ -220,7 +232,7 @@ class EnginePool(Controls):
             await asyncio.sleep(_BACKOFF_S)
 
     async def _through_router(self, routed: Sequence[PooledEngine]) -> PooledEngine | None:
-        """The router, which then sends requests to these engines alone; None where there is none."""
+        """Let the router send requests to exactly these engines and return it. Return None if there is no router."""
         if self._router is None or self._front is None:
             return None
         if not self._front.live:
@@ -230,7 +242,7 @@ class EnginePool(Controls):
         return self._front
 
     async def _attempt(self, engine: PooledEngine, request: GenerationRequest, attempt: int) -> list[Sample]:
-        # A server may still be ending the first attempt: a second one needs its own name there.
+        # The server may still be aborting the first attempt, so a retry needs its own request id.
         rid = f"{request.rid}~{attempt}" if attempt else request.rid
         body, expected = generate_body(request, rid), engine.version
         engine.load += request.n
@@ -240,10 +252,10 @@ class EnginePool(Controls):
         except TimeoutError:
             await self._abort(engine, rid)
             late = f"no answer to request '{request.rid}' within {self._timeout_s:g} s (rollout.timeout_s)"
-            if engine is not self._front:  # behind a router it is a server that hangs: `_suspect` finds it
+            if engine is not self._front:  # behind a router, a server hangs; `_suspect` finds it
                 self._drop(engine, late)
             raise Unanswered(late) from None
-        except Dropped:  # its connection is closed, which says enough
+        except Dropped:  # the connection is closed, so no abort request is needed
             raise
         except (asyncio.CancelledError, Unanswered):
             await self._abort(engine, rid)
@@ -261,20 +273,23 @@ class EnginePool(Controls):
         return samples
 
     async def _abort(self, engine: PooledEngine, rid: str) -> None:
-        """Ask for an end, briefly: closing the connection, which follows, says the same."""
+        """Ask the engine to abort a request; do not wait long, because closing the connection has the same effect."""
         for url in self.live_urls if engine is self._front else (engine.url,) if engine.live else ():
             with suppress(httpx.HTTPError):
                 await self._http.post(f"{url}/abort_request", json={"rid": rid}, timeout=2.0)
 
     async def _suspect(self, engine: PooledEngine, what: str) -> None:
-        """After an error: a server that is not healthy either is dropped."""
+        """Check a server after an error. If it is not healthy, it is lost."""
         if engine.live and not await is_alive(self._http, engine):
             self._drop(engine, what)
         elif engine is self._front:
-            await self._drop_dead("/health")  # it says that a server failed, not which
+            await self._drop_dead("/health")  # the router reports that a server failed, but not which one
 
     async def _watch(self) -> None:
-        """Drop servers that owe answers and miss several health checks: a lost node closes no connection."""
+        """Drop servers that have unfinished requests and miss several health checks.
+
+        This is needed because a failed node closes no connection.
+        """
         misses: dict[str, int] = {}
         while True:
             await asyncio.sleep(_WATCH_S)
@@ -294,12 +309,12 @@ class EnginePool(Controls):
             engine.dead.set()
             _log.warning("engine %s is %s: %s", engine.url, engine.state, engine.lost_because)
             if self._front is not None and self._front.live and engine is not self._front:
-                # Requests in the router may be with this one, which nobody can tell: all are redone.
+                # The router does not report which requests this engine has, so all requests in the router are redone.
                 self._front.dead.set()
                 self._front.dead = asyncio.Event()
 
     async def _post(self, url: str, path: str, body: dict[str, Any]) -> Any:
-        """The JSON answer. EngineError for a refusal (4xx), Unanswered for everything that may be redone."""
+        """Return the JSON response. Raises EngineError for a refusal (4xx), Unanswered if a retry may help."""
         try:
             response = await self._http.post(f"{url}{path}", json=body)
         except httpx.HTTPError as error:
@@ -316,9 +331,10 @@ class EnginePool(Controls):
     # Control -----------------------------------------------------------------------------------------------
 
     def wait_healthy(self, timeout_s: float, *, wake: bool = False) -> None:
-        """Until every live server answers /health; EngineError naming those that do not in time.
+        """Wait until every live server answers /health. Raises EngineError naming those that do not within `timeout_s`.
 
-        wake: tell them to go on, for a trainer that was killed inside a weight update leaves them paused.
+        `wake` also resumes servers that are paused: a trainer that was killed during a weight update leaves them
+        paused.
         """
         self._run(self._wait_healthy(timeout_s, wake))
 
@@ -337,8 +353,8 @@ class EnginePool(Controls):
             await asyncio.sleep(0.1)
 
     def drop_dead(self) -> None:
-        """Drop every live server that does not answer; whether one can also generate is not asked."""
-        self._run(self._drop_dead("/model_info"))  # SGLang's /health would take a second of every weight update
+        """Drop every live server that does not answer: it is lost. This does not check that the others can generate."""
+        self._run(self._drop_dead("/model_info"))  # SGLang's /health would add a second to every weight update
 
     async def _drop_dead(self, path: str) -> None:
         live = [engine for engine in self._engines if engine.live]
@@ -348,38 +364,42 @@ class EnginePool(Controls):
                 self._drop(engine, "it does not answer")
 
     def drop(self, url: str, reason: str) -> None:
-        """Route nothing to this server any more."""
+        """Mark an engine as lost: no request is sent to it any more."""
         self._run(self._dropped(self._find(url), reason))
 
     async def _dropped(self, engine: PooledEngine, reason: str) -> None:
         self._drop(engine, reason)
 
     def pause(self, url: str, mode: str) -> None:
+        """Mark an engine as paused, then pause it. `mode` is that of `Controls.pause`."""
         self._run(self._set(self._find(url), paused=True))
         super().pause(url, mode)
 
     def resume(self, url: str) -> None:
+        """Resume generation, then mark the engine as not paused."""
         super().resume(url)
         self._run(self._set(self._find(url), paused=False))
 
     def release_memory(self, url: str) -> None:
+        """Release the memory of an idle engine, then mark it as offloaded."""
         super().release_memory(url)
         self._run(self._set(self._find(url), offloaded=True))
 
     def resume_memory(self, url: str) -> None:
+        """Let an engine allocate its memory again, then mark it as not offloaded."""
         super().resume_memory(url)
         self._run(self._set(self._find(url), offloaded=False))
 
     def quarantine(self, url: str, reason: str) -> None:
-        """Send no new request to this engine until `admit`; it finishes what it is generating."""
+        """Send no new request to this engine until `admit`. It finishes the requests that it is generating."""
         self._run(self._set(self._find(url), quarantined_because=reason))
 
     def admit(self, url: str, version: int) -> None:
-        """Send requests to an engine that serves `version`; a sample of an older one shows that it was restarted."""
+        """Allow requests to an engine that serves `version`. An older version in a sample shows a restarted engine."""
         self._run(self._set(self._find(url), quarantined_because="", version=version))
 
     def recover_lost(self) -> tuple[str, ...]:
-        """Check the lost engines, and quarantine those that are healthy again. Return their urls."""
+        """Check the lost engines and quarantine those that are healthy again. Return their URLs."""
         return self._run(self._recover_lost())
 
     async def _set(self, engine: PooledEngine, **values: Any) -> None:
@@ -416,7 +436,7 @@ class EnginePool(Controls):
                 response = await self._http.request(method, f"{url}{path}", json=body)
                 break
             except httpx.TransportError as error:
-                if attempt + 1 == attempts or isinstance(error, httpx.ReadTimeout):  # slow work is not asked for twice
+                if attempt + 1 == attempts or isinstance(error, httpx.ReadTimeout):  # slow work is not requested twice
                     raise EngineError(f"{url}{path} does not answer: {type(error).__name__} {error}".strip()) from error
                 await asyncio.sleep(_BACKOFF_S * 2**attempt)
         if response.status_code != 200:
@@ -424,7 +444,7 @@ class EnginePool(Controls):
         try:
             return response.json()
         except ValueError:
-            return {}  # SGLang answers some controls in plain text
+            return {}  # SGLang answers some control calls in plain text
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         self._check_open(work)
@@ -432,7 +452,7 @@ class EnginePool(Controls):
         try:
             return future.result()
         except BaseException:
-            # A KeyboardInterrupt lands here, in the caller's thread: do not leave requests behind.
+            # A KeyboardInterrupt is raised here, in the caller's thread. No request may keep running after it.
             future.cancel()
             raise
 

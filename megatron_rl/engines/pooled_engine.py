@@ -1,4 +1,4 @@
-"""One engine as the pool sees it: its state, and how the pool waits for its answers."""
+"""One engine of the pool: its state, and functions that wait for its answers."""
 
 import asyncio
 from collections.abc import Coroutine, Sequence
@@ -32,7 +32,7 @@ class PooledEngine:
 
     Attributes:
         url: base URL of the server.
-        load: samples that it still owes.
+        load: number of samples that it must still return.
         lost_because: why it is lost; empty while it is used.
         quarantined_because: why it gets no new request; empty while it gets some.
         paused: generation is paused for a weight update.
@@ -77,7 +77,10 @@ class Unanswered(Exception):
 
 
 class Dropped(Unanswered):
-    """The request was canceled because its engine is lost, or another one behind the same router. No health check is needed."""
+    """The request was canceled because its engine is lost, or another engine behind the same router.
+
+    No health check is needed.
+    """
 
 
 async def together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -1,4 +1,4 @@
-"""What a server must report of itself before the trainer uses it: one that was started by hand may do otherwise than asked."""
+"""Checks of what a server reports, before the trainer uses it. A server started by hand may have other options."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,9 +12,16 @@ from megatron_rl.protocol.server_options import EngineQuantization, describe_pre
 def check_server_precision(
     url: str, info: Mapping[str, Any], precision: PrecisionConfig, *, dequantized: bool = False
 ) -> None:
-    """Raise PrecisionError naming the URL when a server's account of itself is of another precision than the run asks for.
+    """Check that a server reports the precision that the run asks for.
 
-    info: what `EnginePool.info` answers, of the embedded server or of SGLang. dequantized: as in the run's plan.
+    Args:
+        url: of the server.
+        info: what it reports of itself, from `EnginePool.info`; embedded server or SGLang.
+        precision: the section `precision` of the configuration.
+        dequantized: as in the run's precision plan.
+
+    Raises:
+        PrecisionError: naming the URL, if the server has another precision.
     """
     engine_quantization = EngineQuantization.of(precision)
     dtype = compute_dtype(precision)
@@ -28,8 +35,9 @@ def check_server_precision(
         if engine_quantization and on_cpu != dequantized:
             here, other = ("on CPU, which takes no FP8", "sglang") if on_cpu else ("on a GPU", "embedded")
             raise PrecisionError(
-                f"{url} is an SGLang server {here}, and the run would send it {'values' if dequantized else 'codes'}: set "
-                f"rollout.engine: {other} and run.device: {'cpu' if on_cpu else 'cuda'}, or name servers of the trainer's kind"
+                f"{url} is an SGLang server {here}, and the run would send it {'values' if dequantized else 'codes'}: "
+                f"set rollout.engine: {other} and run.device: {'cpu' if on_cpu else 'cuda'}, or name servers of the "
+                "trainer's kind"
             )
         if (
             engine_quantization
@@ -37,8 +45,8 @@ def check_server_precision(
             and (engine_quantization.quantization == "int8" or engine_quantization.activations == "none")
         ):
             raise PrecisionError(
-                f"{url} is an SGLang server, which always quantizes the inputs of quantized layers: set precision.rollout: "
-                "fp8_blockwise and precision.rollout_activations: fp8, or use the embedded engine"
+                f"{url} is an SGLang server, which always quantizes the inputs of quantized layers: set "
+                "precision.rollout: fp8_blockwise and precision.rollout_activations: fp8, or use the embedded engine"
             )
         coded = engine_quantization is not None and not dequantized
         wanted = {"dtype": str(DTYPES[dtype]).removeprefix("torch."), "quantization": "fp8" if coded else None}
@@ -46,8 +54,8 @@ def check_server_precision(
     wrong = [f"{key} {info.get(key)} instead of {value}" for key, value in wanted.items() if info.get(key) != value]
     if wrong:
         raise PrecisionError(
-            f"{url} serves another precision than the run asks for ({', '.join(wrong)}): start it with {' '.join(flags)}, "
-            "or change the precision section"
+            f"{url} serves another precision than the run asks for ({', '.join(wrong)}): start it with "
+            f"{' '.join(flags)}, or change the precision section"
         )
 
 
@@ -64,13 +72,14 @@ def check_server(
         offloads: the server must be able to release its memory.
 
     Raises:
-        ConfigError: when the server would silently do something else.
+        ConfigError: if the server would silently do something else.
     """
     rollout, embedded = config.rollout, info.get("engine") == "embedded"
     if embedded != (rollout.engine == "embedded"):
         found = "embedded" if embedded else "sglang"
         raise ConfigError(
-            f"rollout.engine is {rollout.engine}, and {url} is {found}: set rollout.engine={found}, or name another server"
+            f"rollout.engine is {rollout.engine}, and {url} is {found}: set rollout.engine={found}, or name another "
+            "server"
         )
     if rollout.deterministic and not info.get("deterministic"):
         raise ConfigError(f"rollout.deterministic is true, and {url} is not: start it with `serve --deterministic`")
@@ -78,8 +87,8 @@ def check_server(
         return
     if rollout.update_mode == "in_place" and not info.get("disable_radix_cache"):
         raise ConfigError(
-            f"rollout.update_mode: in_place leaves keys of older weights in the prefix cache of {url}, and later prompts would "
-            "begin with them: start it with --disable-radix-cache, or take retract or abort"
+            f"rollout.update_mode: in_place leaves keys of older weights in the prefix cache of {url}, and later "
+            "prompts would begin with them: start it with --disable-radix-cache, or take retract or abort"
         )
     if offloads and info.get("device") != "cpu" and not info.get("enable_memory_saver"):
         raise ConfigError(

@@ -1,8 +1,8 @@
-"""sglang-router as the engine pool uses it: which servers it may send requests to.
+"""Client of sglang-router: it sets to which servers the router may send requests.
 
-Generation goes through it, control calls go to each server directly: a weight update is between the trainer and a server.
-Contract of sglang-router 0.3.2: GET and POST /workers, DELETE /workers/{id}; changes are queued and made a moment later.
-It forwards only the fields of /generate that it knows.
+Generation goes through the router. Control calls go to each server directly: a weight update is between the trainer and
+a server. Contract of sglang-router 0.3.2: GET and POST /workers, DELETE /workers/{id}. Changes are queued and take
+effect a moment later. The router forwards only a fixed set of fields of /generate.
 """
 
 import asyncio
@@ -15,12 +15,12 @@ import httpx
 from megatron_rl.errors import EngineError
 from megatron_rl.protocol.generation import error_message
 
-_CHANGE_S = 60.0  # time for a queued change of its servers
+_CHANGE_S = 60.0  # time for a queued change of the router's servers
 _POLL_S = 0.05
 
 
 class Router:
-    """A router at `url`, through the pool's connections. For the pool's loop alone."""
+    """A router at `url`, over the pool's connections. Use it only in the pool's loop."""
 
     def __init__(self, url: str, http: httpx.AsyncClient) -> None:
         self.url, self._http = url, http
@@ -28,7 +28,10 @@ class Router:
         self._changing = asyncio.Lock()
 
     async def route_to(self, urls: Iterable[str]) -> None:
-        """Return once it sends requests to exactly these servers. EngineError when it does not answer or does not change."""
+        """Set the router's servers and wait until the change has taken effect.
+
+        Raises EngineError if the router does not answer or does not change.
+        """
         wanted = frozenset(urls)
         async with self._changing:
             if wanted != self._routed:
@@ -52,7 +55,7 @@ class Router:
             await asyncio.sleep(_POLL_S)
 
     async def _workers(self) -> dict[str, str]:
-        """Its servers: url -> the name it knows them by."""
+        """Return the router's servers: URL -> the router's id of it."""
         answer = await self._call("GET", "/workers")
         return {str(worker["url"]).rstrip("/"): str(worker["id"]) for worker in answer["workers"]}
 
@@ -69,7 +72,7 @@ class Router:
 
 
 def router_lost(url: str, reason: str) -> str:
-    """What is said of a router that does not answer: no request goes round it."""
+    """Return the error message for a router that does not answer. No request bypasses the router."""
     return (
         f"sglang-router at {url} is gone ({reason}): see router.log, and resume the run, or resume it with "
         "rollout.sglang.router: false"

@@ -1,0 +1,1 @@
+"""Launching: the ranks of a run on one machine."""

@@ -1,20 +1,32 @@
 """Start the ranks of one run on this machine, and end all of them with the first that ends badly.
 
-On a cluster `srun` or `torchrun` starts the ranks; then RANK is set and this is not used. Workers get sessions of
-their own, so that Ctrl-C reaches the parent alone, which asks rank 0 to stop; the other ranks follow rank 0. Should the
-parent be killed, a watch ends the workers with all they have started: a run must not go on unseen.
+On a cluster `srun` or `torchrun` starts the ranks. Then RANK is set and this module is not used.
+
+Without CUDA, a launcher with a single thread imports the training stack and forks the ranks. Otherwise every rank is
+a new process that imports the stack itself: neither CUDA nor a second thread survives a fork.
+
+Ranks lead sessions of their own, so that Ctrl-C reaches only the launcher. The launcher sends the signal to rank 0,
+and the other ranks follow rank 0. If the launcher is killed, a watch process kills the ranks and everything they have
+started: a run must not continue unnoticed.
 """
 
+import importlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
-SAME_STOP_S = 1.0  # one request may arrive twice: `timeout` and schedulers signal a process and then its group
-# Reads one pid a line. The end of its input is the end of the launcher, however that came.
+from megatron_rl.launch.fork import ForkedRank, fork_rank
+from megatron_rl.supervise import kill_session
+
+SAME_STOP_S = 1.0  # one request may arrive twice: `timeout` and schedulers signal a process, then its group
+# numpy's BLAS starts threads when it is imported, the tokenizers when they encode a batch.
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+# The watch reads one pid a line. Its input ends when the launcher ends, for whatever reason.
 _WATCH = """
 import os, signal, sys
 for pid in sys.stdin.readlines():
@@ -24,33 +36,53 @@ for pid in sys.stdin.readlines():
         pass
 """
 
+Worker = subprocess.Popen[bytes] | ForkedRank
+
 
 def under_launcher() -> bool:
-    """True inside a rank that somebody started (ourselves, torchrun or srun with RANK exported)."""
+    """Return True inside a rank, whoever started it (this module, or torchrun or srun with RANK exported)."""
     return "RANK" in os.environ
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep libraries that are imported or used inside from starting threads, so that `run_ranks` can fork."""
+    added = {name: value for name, value in _ONE_THREAD.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
 def run_ranks(arguments: list[str], ranks: int) -> int:
-    """Run `python -m megatron_rl ARGUMENTS` as `ranks` ranks; answers the exit code (the first non-zero one, if any)."""
+    """Run `python -m megatron_rl ARGUMENTS` as `ranks` ranks. Return the first non-zero exit code, or 0."""
+    with one_thread():
+        like_new = _prepare_fork()
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    shared = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared.setdefault("OMP_NUM_THREADS", "1" if ranks > 1 else str(os.cpu_count() or 1))
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    default = "1" if ranks > 1 else str(os.cpu_count() or 1)
+    shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", default)
     stops: list[float] = []
     asking = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
         asking.append(signal.SIGHUP)
     previous = {number: signal.signal(number, lambda *_: stops.append(time.monotonic())) for number in asking}
-    workers: list[subprocess.Popen[bytes]] = []
+    workers: list[Worker] = []
     watch = subprocess.Popen([sys.executable, "-I", "-c", _WATCH], stdin=subprocess.PIPE, start_new_session=True)
+    pids = watch.stdin.fileno()  # type: ignore[union-attr]  # stdin is a pipe
     try:
         for rank in range(ranks):
             env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            workers.append(
-                subprocess.Popen([sys.executable, "-m", "megatron_rl", *arguments], env=env, start_new_session=True)
-            )
-            os.write(watch.stdin.fileno(), b"%d\n" % workers[-1].pid)  # type: ignore[union-attr]  # it is a pipe
+            if like_new is not None:
+                workers.append(fork_rank(arguments, env, pids, previous, like_new))
+                continue
+            command = [sys.executable, "-m", "megatron_rl", *arguments]
+            workers.append(subprocess.Popen(command, env=os.environ | env, start_new_session=True))
+            os.write(pids, b"%d\n" % workers[-1].pid)
         return _wait(workers, stops)
     finally:
         _end(workers, at_once=False)
@@ -60,10 +92,30 @@ def run_ranks(arguments: list[str], ranks: int) -> int:
             signal.signal(number, handler)
 
 
-def _wait(workers: list[subprocess.Popen[bytes]], stops: list[float]) -> int:
-    """Wait for all; when one ends badly, give the others a moment to say why.
+def _prepare_fork() -> Callable[[], None] | None:
+    """Import the training stack if ranks can be forked from this process; otherwise return None.
 
-    stops: times at which a stop was asked for. Acted on here, since a signal handler may have interrupted anything.
+    Return the function that makes the stack like new in a forked rank.
+    """
+    if not _has_one_thread():
+        return None
+    stack = importlib.import_module("megatron_rl.launch.stack")  # it imports torch, which `--help` does without
+    return stack.like_new if stack.import_stack() and _has_one_thread() else None
+
+
+def _has_one_thread() -> bool:
+    """Return True if this process has no threads besides the main one. False where there is no /proc."""
+    try:
+        return len(os.listdir("/proc/self/task")) == 1
+    except OSError:
+        return False
+
+
+def _wait(workers: Sequence[Worker], stops: list[float]) -> int:
+    """Wait for all workers. Return the exit code of the run.
+
+    When one fails, the others have 5 s to print why. `stops` are the times at which a stop was requested. They are
+    handled here, because a signal handler may have interrupted anything.
     """
     asked = False
     while True:
@@ -80,7 +132,7 @@ def _wait(workers: list[subprocess.Popen[bytes]], stops: list[float]) -> int:
         if stops and not asked:
             workers[0].send_signal(signal.SIGINT)
             asked = True
-            with suppress(OSError):  # the terminal may be what is gone
+            with suppress(OSError):  # the terminal may be closed
                 print(
                     "\nstopping: a checkpoint is written and the engines end (again to stop at once)",
                     file=sys.stderr,
@@ -91,8 +143,8 @@ def _wait(workers: list[subprocess.Popen[bytes]], stops: list[float]) -> int:
         time.sleep(0.05)
 
 
-def _end(workers: list[subprocess.Popen[bytes]], *, at_once: bool) -> None:
-    """End what still runs: rank 0 is asked, since it owns engines; the others only follow it, and are killed."""
+def _end(workers: Sequence[Worker], *, at_once: bool) -> None:
+    """End the workers that still run. Rank 0 gets SIGTERM, because it owns engines. The others are killed."""
     for rank, worker in enumerate(workers):
         if worker.poll() is None:
             worker.send_signal(signal.SIGKILL if at_once or rank else signal.SIGTERM)
@@ -101,7 +153,6 @@ def _end(workers: list[subprocess.Popen[bytes]], *, at_once: bool) -> None:
         try:
             worker.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            worker.kill()
+            worker.send_signal(signal.SIGKILL)
             worker.wait()
-        with suppress(ProcessLookupError):  # helpers of a rank that was killed: checkpoint writers and their manager
-            os.killpg(worker.pid, signal.SIGKILL)
+        kill_session(worker.pid)  # helpers of a rank that was killed: checkpoint writers and their manager

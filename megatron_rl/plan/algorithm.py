@@ -24,7 +24,7 @@ class AlgorithmPlan:
     @property
     def norm(self) -> LossNorm:
         """The denominators of the objective's loss."""
-        assert self.objective.norm is not None  # the objective fills it in itself
+        assert self.objective.norm is not None  # every objective sets it in its constructor
         return self.objective.norm
 
     @property
@@ -50,13 +50,17 @@ class AlgorithmPlan:
 
 
 def plan_algorithm(config: Config) -> AlgorithmPlan:
-    """Resolve the algorithm of a configuration. Raises ConfigError for illegal keys and for sections that contradict."""
+    """Resolve the algorithm of a configuration.
+
+    Raises:
+        ConfigError: a key is illegal, or sections contradict each other.
+    """
     if config.objective.name != NAME:
         return AlgorithmPlan(alp_objective(config.alp, config.objective.spec()))
     if config.run.attribute_every:
         raise ConfigError(
-            "run.attribute_every does not go with erpd, whose engines rest while teacher and student learn: set it to 0, and "
-            "use `megatron-rl attribute` on the run's folder"
+            "run.attribute_every does not go with erpd, whose engines rest while teacher and student learn: set it to "
+            "0, and use `megatron-rl attribute` on the run's folder"
         )
     plan = make_plan(config.objective.spec())
     check_ratio(config.alp, type(plan.teacher_objective()), "objective.teacher")

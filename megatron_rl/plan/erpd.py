@@ -1,4 +1,4 @@
-"""What `objective.name: erpd` asks for, checked before anything is allocated (arXiv 2605.25582)."""
+"""The plan of `objective.name: erpd`, checked before anything is allocated (arXiv 2605.25582)."""
 
 import re
 from collections.abc import Mapping
@@ -28,7 +28,13 @@ class _Part(BaseModel):
 
 
 class SignalPlan(_Part):
-    """One signal of stage 2: log pi_e - log pi_den, followed for `updates` optimizer updates."""
+    """One signal of stage 2: log pi_e - log pi_den, followed for `updates` optimizer updates.
+
+    Attributes:
+        teacher: the checkpoint that is pi_e: "last", or a number of teacher updates.
+        denominator: the policy that is pi_den.
+        updates: student updates that follow the signal.
+    """
 
     teacher: Literal["last"] | int = Field(
         "last", description="last, or the teacher's checkpoint after that many updates"
@@ -56,12 +62,12 @@ class SignalPlan(_Part):
 
     @property
     def unlearned(self) -> int | None:
-        """Teacher updates of the denominator's checkpoint, when it is one of the teacher's."""
+        """Teacher updates of the denominator's checkpoint; None if it is not one of the teacher's."""
         return self._number("unlearned")
 
     @property
     def student(self) -> int | None:
-        """Steps of the run of the denominator's checkpoint, when it is an older student."""
+        """Steps of the run of the denominator's checkpoint; None if it is not an older student."""
         return self._number("student")
 
     def _number(self, kind: str) -> int | None:
@@ -70,7 +76,19 @@ class SignalPlan(_Part):
 
 
 class ERPDPlan(_Part):
-    """One round: `teacher_updates` of the teacher's objective on a fixed batch, then the signals, from pi_old again."""
+    """One round: `teacher_updates` of the teacher's objective on a fixed batch, then the signals, from pi_old again.
+
+    Attributes:
+        teacher: objective of stage 1: its name and keys.
+        teacher_updates: optimizer updates of stage 1.
+        teacher_lr: learning rate of stage 1; None: optimizer.lr.
+        keep: updates after which teacher checkpoints are kept; None: 10, 20, 30, as far as stage 1 reaches.
+        save_every: updates between resumable checkpoints inside a stage.
+        signals: the signals of stage 2, followed one after the other.
+        outliers: treatment of token signals that are outliers.
+        floor: lower bound of a teacher's log-probabilities.
+        student: keys of the student's objective.
+    """
 
     teacher: dict[str, Any] = Field(description="objective of stage 1: name and keys")
     teacher_updates: int = Field(50, ge=1)
@@ -106,40 +124,45 @@ class ERPDPlan(_Part):
             for key, k in (("teacher", signal.teacher), ("denominator", signal.unlearned)):
                 if isinstance(k, int) and k not in (*self.kept, self.teacher_updates):
                     raise ValueError(
-                        f"signals.{at}.{key} is the teacher after {k} updates, which is not kept: add {k} to keep = {self.kept}"
+                        f"signals.{at}.{key} is the teacher after {k} updates, which is not kept: "
+                        f"add {k} to keep = {self.kept}"
                     )
         return self
 
     def _first_kept(self) -> int:
         if not self.kept or self.kept[0] == self.teacher_updates:
             raise ValueError(
-                f"{ErpdMSE.name} is measured against an early checkpoint of its own, but keep = {self.kept} names none before "
-                f"its last update {self.teacher_updates}: add one, or say what to measure against in signals"
+                f"{ErpdMSE.name} is measured against an early checkpoint of its own, but keep = {self.kept} names none "
+                f"before its last update {self.teacher_updates}: add one, or say what to measure against in signals"
             )
         return self.kept[0]
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """Teacher checkpoints kept, in updates, ascending."""
+        """Updates after which teacher checkpoints are kept, in ascending order."""
         return tuple(
             sorted(set(self.keep if self.keep is not None else [k for k in _KEEP if k <= self.teacher_updates]))
         )
 
     @property
     def student_updates(self) -> int:
+        """Number of optimizer updates of stage 2."""
         return sum(signal.updates for signal in self.signals)
 
     @property
     def older_students(self) -> tuple[int, ...]:
-        """Steps of the run whose checkpoints are denominators."""
+        """Steps of the run whose checkpoints are denominators, in ascending order."""
         return tuple(sorted({signal.student for signal in self.signals if signal.student is not None}))
 
     def teacher_at(self, signal: SignalPlan) -> int:
-        """Teacher updates of the checkpoint that a signal's numerator is."""
+        """Return the teacher updates of the checkpoint that is a signal's numerator."""
         return self.teacher_updates if signal.teacher == "last" else signal.teacher
 
     def signal_of(self, update: int) -> SignalPlan:
-        """The signal that student update number `update` (from 0) follows."""
+        """Return the signal that student update number `update` (from 0) follows.
+
+        Raise IndexError after the last update.
+        """
         left = update
         for signal in self.signals:
             if left < signal.updates:
@@ -148,27 +171,40 @@ class ERPDPlan(_Part):
         raise IndexError(f"the student makes {self.student_updates} updates")
 
     def teacher_objective(self) -> Objective:
-        """A ratio's denominator is the trainer's old policy unless another is named. Raises ConfigError for an illegal
-        objective, or one that needs something of the engine's."""
+        """Return the objective of stage 1.
+
+        The denominator of a ratio is the trainer's old policy unless `ratio_denominator` names another.
+
+        Raises:
+            ConfigError: the objective is illegal, or needs something from the engines.
+        """
         kind = _ratio(self.teacher["name"])
         if kind is None:
             return _without_engine("teacher", make_objective(self.teacher))
         if kind.always_over_mu:
             raise ConfigError(
-                f"objective.teacher: {kind.name} cannot be a teacher: its loss is always weighted by pi / mu, but in erpd "
-                f"{_ENGINE['logmu']}; take one of {', '.join(_teachers())}"
+                f"objective.teacher: {kind.name} cannot be a teacher: its loss is always weighted by pi / mu, but in "
+                f"erpd {_ENGINE['logmu']}; take one of {', '.join(_teachers())}"
             )
         return _without_engine("teacher", make_objective(_over_old(self.teacher)))
 
     def student_objective(self) -> Objective:
-        """Raises ConfigError for an illegal key, or one that needs something of the engine's."""
+        """Return the objective of stage 2.
+
+        Raises:
+            ConfigError: a key is illegal, or the objective needs something from the engines.
+        """
         if "name" in self.student:
             raise ConfigError(f"objective.student has a name; it is {STUDENT} always: remove the key")
         return _without_engine("student", make_objective({"name": STUDENT, **self.student}))
 
 
 def make_plan(spec: Mapping[str, Any]) -> ERPDPlan:
-    """The plan of `{"name": "erpd", ...}`, its objectives checked too. Raises ConfigError with the nearest valid name."""
+    """Return the plan of `{"name": "erpd", ...}`, with its objectives checked.
+
+    Raises:
+        ConfigError: a key or value is illegal. The message names the nearest valid name.
+    """
     try:
         plan = ERPDPlan(**{key: value for key, value in spec.items() if key != "name"})
     except ValidationError as error:
@@ -179,7 +215,7 @@ def make_plan(spec: Mapping[str, Any]) -> ERPDPlan:
 
 
 def _ratio(name: str) -> type[RatioObjective] | None:
-    """The class of that name when it is an objective on a ratio."""
+    """Return the class of the objective `name`; None if it does not use a ratio."""
     kind = OBJECTIVES.get(name)
     return kind if kind is not None and issubclass(kind, RatioObjective) else None
 
@@ -189,7 +225,7 @@ def _over_old(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _teachers() -> list[str]:
-    """Objectives that can be a teacher with nothing set but their name."""
+    """Return the names of objectives that can be a teacher without any key except their name."""
     names = []
     for name in OBJECTIVES:
         kind = _ratio(name)

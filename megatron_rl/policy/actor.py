@@ -52,7 +52,9 @@ class PolicySettings:
 
 
 class Policy:
-    """The trained model; `policy.build.build_policy` makes it. Every method is collective: all ranks call it alike.
+    """The trained model; `policy.build.build_policy` makes it.
+
+    Every method is collective: all ranks must call it in the same way.
 
     Attributes:
         settings: see `PolicySettings`.
@@ -88,12 +90,17 @@ class Policy:
         self._reference: list[torch.Tensor] | None = None
 
     def update(self, batch: Batch, objective: LossFunction, norm: LossNorm) -> UpdateStats:
-        """Make one optimizer update on the whole batch. With ALP its forward pass is perturbed, by new noise each time.
+        """Make one optimizer update on the whole batch. With ALP, new noise perturbs its forward pass at every update.
+
+        Args:
+            batch: the whole batch, equal on all ranks.
+            objective: computes the loss of a micro-batch.
+            norm: how the loss is normalized.
 
         Raises:
-            PrecisionError: names the trajectories when a loss, log-probability or gradient is not finite. Parameters,
+            PrecisionError: names the trajectories if a loss, log-probability or gradient is not finite. Parameters,
                 optimizer state and delayed scales are then unchanged.
-            UserError: when a column of the batch is not finite.
+            UserError: if a column of the batch is not finite.
         """
         try:
             batch.check_finite()
@@ -162,13 +169,13 @@ class Policy:
     def copy_weights(self) -> list[torch.Tensor]:
         """Copy this rank's parameters to host memory, with the delayed scales that their scores depend on.
 
-        Raises PrecisionError where these scales cannot be read.
+        Raises PrecisionError if these scales cannot be read.
         """
         if self.products.unreachable_scales:
             self.mesh.raise_everywhere(
                 PrecisionError(
-                    "precision.recipe is delayed, and Transformer Engine keeps the scales of its layers to itself: earlier "
-                    "weights (a reference, a teacher, an attribution) would be scored with present scales; set "
+                    "precision.recipe is delayed, and Transformer Engine keeps the scales of its layers to itself: "
+                    "earlier weights (a reference, a teacher, an attribution) would be scored with present scales; set "
                     "precision.recipe: tensorwise or blockwise, or an objective that needs no reference"
                 )
             )
@@ -186,7 +193,7 @@ class Policy:
     def reference_logprobs(self, batch: Batch) -> np.ndarray:
         """Return `logprobs` under the reference policy: [N] float32.
 
-        The policy's own weights are back afterwards, bit by bit, also when an error is raised. Raises UserError when no
+        The policy's own weights are restored afterwards, bit by bit, also after an error. Raises UserError if no
         reference is kept.
         """
         with self._as_reference():
@@ -204,14 +211,14 @@ class Policy:
 
     @torch.no_grad()
     def _swap(self, kept: list[torch.Tensor]) -> None:
-        """Exchange weights and copies in place, so that views into the optimizer's buffers stay views. No third copy exists."""
+        """Exchange weights and copies in place, without a third copy. Views into the optimizer's buffers stay views."""
         for mine, other in zip(self._weights(), kept, strict=True):
             present = mine.to("cpu", copy=True)
             mine.copy_(other)
             other.copy_(present)
 
     def _weights(self) -> Iterator[torch.Tensor]:
-        """Yield everything that scores depend on, as it is held: parameters, then delayed scales."""
+        """Yield every tensor that scores depend on, without a copy: parameters, then delayed scales."""
         for model in self.models:
             yield from (parameter.data for parameter in model.parameters())
         yield from self.products.scale_tensors()
@@ -224,7 +231,7 @@ class Policy:
         """Yield Hugging Face names and tensors in table order. The tensors are on rank 0; other ranks get None.
 
         Args:
-            plan: says how the tensors travel to engines; None: in the dtypes of the source folder.
+            plan: decides how the tensors are sent to engines; None: they are in the dtypes of the source folder.
             dequantized: as in `WireTensors`.
         """
         dtypes = self.source.dtypes if plan is None else export_dtypes(plan, self.source.tensors)
@@ -232,7 +239,7 @@ class Policy:
         return stream if plan is None else WireTensors(stream, plan, dequantized=dequantized)
 
     def save_hf(self, dest: Path) -> None:
-        """Write a complete Hugging Face folder, whole or not at all. Raises CheckpointError on every rank on failure."""
+        """Write a Hugging Face folder, complete or not at all. Raises CheckpointError on every rank on failure."""
         tensors = self.export()
         failure: CheckpointError | None = None
         if self.mesh.rank == 0:
@@ -242,7 +249,7 @@ class Policy:
                 failure = CheckpointError(f"{dest} cannot be written ({error}): free space or choose another place")
             except CheckpointError as error:
                 failure = error
-        for _ in tensors:  # the export is collective: after a failure too, every rank runs it to its end
+        for _ in tensors:  # the export is collective: every rank must run it to its end, also after a failure
             pass
         self.mesh.raise_everywhere(self.mesh.broadcast(failure))
 

@@ -1,4 +1,4 @@
-"""Building a policy: the one place that reads the configuration's sections for it."""
+"""Builds a policy. Only this module reads the policy's sections of the configuration."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ from megatron_rl.weights.name_table import check_folder
 def build_policy(config: Config, mesh: Mesh) -> Policy:
     """Build the model under the layout, load its weights and make its optimizer. Collective.
 
-    Raises ConfigError or CheckpointError when the folder does not fit the layout, PrecisionError when its weights do not
+    Raises ConfigError or CheckpointError if the folder does not fit the layout, PrecisionError if its weights do not
     fit the trainer's dtype.
     """
     source = HFFolder(config.model.path)

@@ -1,16 +1,17 @@
-"""The device port: megatron-core 0.16.1 on a torch without CUDA.
+"""Device port: megatron-core 0.16.1 on a torch without CUDA.
 
-megatron-core asks for CUDA in a few named places only (buffers, RNG state, scalars for the gradient norm).
-Each module that does so is listed in `PORTED_MODULES`; there, and nowhere else, the name `torch` is replaced
-by a view of torch whose allocations and `torch.cuda` calls mean the CPU. The functions that call `tensor.cuda()` or
-compare `tensor.type()` with `torch.cuda.*` are listed in `TENSOR_METHOD_SITES`. With CUDA present nothing is
-installed and the same project code runs on the GPU.
+megatron-core uses CUDA in only a few places (buffers, RNG state, scalars for the gradient norm). `PORTED_MODULES` lists
+each module that does. In these modules, and nowhere else, the name `torch` is replaced by a view of torch whose
+allocations and `torch.cuda` calls use the CPU. `TENSOR_METHOD_SITES` lists the functions that call `tensor.cuda()` or
+compare `tensor.type()` with `torch.cuda.*`. torch's compiler is kept out: importing it takes seconds, and on a CPU
+nothing uses it. With CUDA nothing is installed, and the same project code runs on the GPU.
 """
 
 import contextlib
 import functools
 import importlib
 import os
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,7 @@ PORTED_MODULES = {
     "megatron.core.distributed.param_and_grad_buffer": "gradient and parameter buffers",
     "megatron.core.transformer.moe.router": "the router's weight",
     "megatron.core.transformer.moe.token_dispatcher": "the side stream of copies to the host",
+    "megatron.core.optimizer": "AdamW without torch's compiler",
     "megatron.core.optimizer.optimizer": "scale and overflow scalars",
     "megatron.core.optimizer.grad_scaler": "the loss scale",
     "megatron.core.optimizer.clip_grads": "gradient-norm scalars",
@@ -55,14 +57,31 @@ TENSOR_METHOD_SITES = (
     ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer.__init__"),
     ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer.get_parameter_state_dp_zero"),
 )
+_JIT = "megatron.core.jit"
 _CPU = torch.device("cpu")
 _installed = False
 
 
-def pick_device(requested: str) -> torch.device:
-    """The device of this rank for `run.device`; installs the CPU port when CUDA is absent.
+def stand_in_for_jit() -> None:
+    """Replace `megatron.core.jit` by a module that compiles nothing. Do nothing if CUDA exists.
 
-    Raises ConfigError when "cuda" is asked for and is not there: never a silent CPU run.
+    This must run before the first import of megatron.core, which decorates functions with `jit_fuser` while it is
+    imported. `jit_fuser` is `torch.compile`, and importing the compiler takes 3 s. On a CPU nothing that runs needs it.
+    megatron-core's own `disable_jit_fuser` can only be called after the import.
+    """
+    if torch.cuda.is_available() or _JIT in sys.modules:
+        return
+    stand_in = types.ModuleType(_JIT, "megatron-core's jit module, in which `jit_fuser` changes nothing.")
+    stand_in.__dict__.update(
+        jit_fuser=_as_it_is, noop_decorator=_as_it_is, enable_jit_fuser=_do_nothing, disable_jit_fuser=_do_nothing
+    )
+    sys.modules[_JIT] = stand_in
+
+
+def pick_device(requested: str) -> torch.device:
+    """Return the device of this rank for `run.device`. Without CUDA, install the CPU port.
+
+    Raise ConfigError for "cuda" without a CUDA device, so that a run never moves to the CPU silently.
     """
     if requested == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
@@ -81,7 +100,7 @@ def pick_device(requested: str) -> torch.device:
 
 
 def install_cpu_port() -> None:
-    """Redirect the call sites listed above. Does nothing when CUDA exists or on a second call."""
+    """Redirect the call sites listed above. Do nothing if CUDA exists, or on a second call."""
     global _installed
     if _installed or torch.cuda.is_available():
         return
@@ -106,8 +125,16 @@ def install_cpu_port() -> None:
     _installed = True
 
 
+def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+def _do_nothing() -> None:
+    return None
+
+
 class _View(types.ModuleType):
-    """A module that is another module but for a few names; what is read through is kept."""
+    """A view of another module in which a few names are replaced. Attributes of the other module are cached."""
 
     def __init__(self, base: Any, **replaced: Any) -> None:
         super().__init__(base.__name__)
@@ -145,11 +172,31 @@ def _cpu_view() -> types.ModuleType:
     allocators = {
         name: on_cpu(getattr(torch, name)) for name in ("tensor", "zeros", "ones", "empty", "full", "empty_like")
     }
-    return _View(torch, cuda=cuda, **allocators)
+    return _View(torch, cuda=cuda, optim=_View(torch.optim, AdamW=_EagerAdamW), **allocators)
+
+
+def _undecorated(method: Callable[..., Any]) -> Callable[..., Any]:
+    return getattr(method, "__wrapped__", method)
+
+
+class _EagerAdamW(torch.optim.AdamW):
+    """AdamW without the decorators that import torch's compiler at the first call (1.5 s in every rank).
+
+    They exclude methods from compilation, and mark graph breaks around `step`. Nothing is compiled here.
+    """
+
+    add_param_group = _undecorated(torch.optim.Optimizer.add_param_group)
+    load_state_dict = _undecorated(torch.optim.Optimizer.load_state_dict)
+    state_dict = _undecorated(torch.optim.Optimizer.state_dict)
+    zero_grad = _undecorated(torch.optim.Optimizer.zero_grad)
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            return _undecorated(torch.optim.Adam.step)(self, closure)
 
 
 class _Stream:
-    """The one order in which a CPU computes: nothing runs beside it, so there is nothing to wait for."""
+    """Stream of a CPU, which computes in one order: there is nothing to wait for."""
 
     def wait_stream(self, stream: "_Stream") -> None:
         return None
@@ -162,12 +209,12 @@ class _Stream:
 
 
 def _as_host_value(value: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """megatron-core's `maybe_move_tensor_to_cpu`, which leaves a tensor on the CPU a tensor even where numbers are needed."""
+    """Replace megatron-core's `maybe_move_tensor_to_cpu`, which never converts a CPU tensor to numpy."""
     return value.numpy() if as_numpy and isinstance(value, torch.Tensor) else value
 
 
 class _TensorsCountAsCuda(TorchFunctionMode):
-    """Inside this mode a CPU tensor's `.cuda()` is itself and its `.type()` answers `torch.cuda.FloatTensor`."""
+    """Mode in which a CPU tensor's `.cuda()` returns it, and its `.type()` returns `torch.cuda.FloatTensor`."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.Tensor.cuda:

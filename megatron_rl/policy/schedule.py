@@ -1,4 +1,4 @@
-"""Driving megatron-core's pipeline schedule over a batch: packing, noise, and the scores of whole micro-batches."""
+"""Runs megatron-core's pipeline schedule over a batch: packing, noise, and the scores of whole micro-batches."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,10 +36,10 @@ Loss = Callable[[Microbatch, Scores], tuple[torch.Tensor, dict[str, Any]]]
 
 @dataclass(frozen=True)
 class NoiseSource:
-    """What makes the noise of one update.
+    """The parameters of the noise of one update.
 
     Attributes:
-        seed: of the run.
+        seed: seed of the run.
         draw: number of the update.
         sharded: the layers' inputs are sharded over the tensor-parallel group by sequence parallelism.
     """
@@ -55,6 +55,14 @@ class Schedule:
     def __init__(
         self, chunks: Sequence[torch.nn.Module], mesh: Mesh, routing: RoutingReplay, tokens_per_microbatch: int
     ) -> None:
+        """Set the model and its layout.
+
+        Args:
+            chunks: this rank's pipeline chunks, wrapped for data parallelism.
+            mesh: the parallel layout.
+            routing: replays the engine's choice of experts.
+            tokens_per_microbatch: token budget of a packed micro-batch.
+        """
         self.chunks, self.mesh, self.routing, self.budget = list(chunks), mesh, routing, tokens_per_microbatch
 
     def run(
@@ -64,12 +72,12 @@ class Schedule:
 
         Args:
             batch: the whole batch, equal on all ranks.
-            loss: from a micro-batch and its scores to the loss and a report.
+            loss: function of a micro-batch and its scores that returns the loss and a report.
             forward_only: compute no gradient.
             noise: perturbs every layer; None for no noise.
 
         Returns:
-            The last pipeline stage's report of each of this rank's micro-batches.
+            The report of each of this rank's micro-batches, from the last pipeline stage.
         """
         self.routing.start(batch)
         mesh = self.mesh
@@ -127,9 +135,9 @@ class Schedule:
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         """Put the scores of this rank's rows into the whole stream, then compute the loss.
 
-        Under context parallelism every rank sees all log-probabilities of the stream, those of other ranks as constants, and
-        computes the same loss. Each rank sends gradients through its own rows only, and these add up to the gradient. So an
-        objective may read whole sequences and is independent of the layout.
+        Under context parallelism every rank has all log-probabilities of the stream and computes the same loss. Those
+        of other ranks are constants. Each rank sends gradients only through its own rows, and these add up to the
+        gradient. So an objective may read whole sequences and is independent of the layout.
         """
         value, report = loss(micro, Scores(*(self._whole_stream(micro, piece, score) for score in scores)))
         return value, torch.zeros((), dtype=torch.int, device=value.device), report

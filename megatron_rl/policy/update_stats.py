@@ -17,15 +17,16 @@ Report = dict[str, Any]
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """What one optimizer update did. Filled on rank 0; other ranks know `grad_norm` and `lr` alone.
+    """The result of one optimizer update, complete on rank 0. Other ranks have only `grad_norm` and `lr`.
 
     Attributes:
-        grad_norm: before clipping.
+        grad_norm: norm of the gradient before clipping.
         lr: learning rate of the update.
         loss: sum over the batch, divided by the norm's denominator.
         metrics: of the objective, the optimizer and the layers.
-        logp: [N] float32, log-probability of each token of the batch under the weights before the update; 0 where untrained.
-        entropy: [N] float32, likewise.
+        logp: [N] float32, log-probability of each token of the batch under the weights before the update; 0 where
+            untrained.
+        entropy: [N] float32, entropy at each token, likewise.
     """
 
     grad_norm: float
@@ -42,7 +43,7 @@ def gather_columns(mesh: Mesh, batch: Batch, reports: Sequence[Report], names: S
     Args:
         mesh: the parallel layout.
         batch: the whole batch, of N tokens.
-        reports: of this rank's micro-batches; each holds `source` and `mask` beside the columns.
+        reports: of this rank's micro-batches; each holds `source`, `mask` and the columns.
         names: of the columns.
     """
     parts = []

@@ -1,0 +1,1 @@
+"""Protocol: the requests, responses and payloads that trainer and engines exchange."""

@@ -1,4 +1,4 @@
-"""Request bodies of SGLang's HTTP contract, as the embedded server accepts them: an unknown field is an error."""
+"""Request bodies of SGLang's HTTP contract, as the embedded server accepts them. An unknown field is an error."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -12,7 +12,18 @@ class _Body(BaseModel):
 
 
 class SamplingBody(_Body):
-    """sampling_params of /generate. top_k -1: off. ignore_eos: end by length alone."""
+    """`sampling_params` of /generate.
+
+    Attributes:
+        temperature: 0 for the most likely token.
+        top_p: probability mass of the tokens that may be sampled; 1: off.
+        top_k: number of tokens that may be sampled; -1: off.
+        max_new_tokens: maximum number of output tokens.
+        stop_token_ids: tokens that also end the output.
+        ignore_eos: only the length ends the output.
+        n: number of samples.
+        sampling_seed: seed of the request.
+    """
 
     temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -33,10 +44,17 @@ class SamplingBody(_Body):
 
 
 class GenerateBody(_Body):
-    """One prompt or a list of them; sampling_params and rid may be lists of the same length.
+    """Body of /generate: one prompt or a list of prompts.
 
-    top_logprobs_num: how many of the likeliest tokens to report at every output position. return_routed_experts: report the
-    experts chosen for every token of prompt and output but the last.
+    Attributes:
+        input_ids: token ids, or a list of them.
+        sampling_params: see `SamplingBody`; for several prompts also a list of the same length.
+        return_logprob: report log-probabilities.
+        logprob_start_len: first prompt position whose log-probability is reported; -1: none.
+        top_logprobs_num: number of most likely tokens to report at every output position.
+        return_routed_experts: report the experts chosen for every token of prompt and output except the last.
+        stream: not supported.
+        rid: request id; for several prompts also a list of the same length.
     """
 
     input_ids: list[Any]
@@ -58,23 +76,30 @@ class GenerateBody(_Body):
 
     @property
     def batched(self) -> bool:
+        """Whether the body holds a list of prompts."""
         return bool(self.input_ids) and isinstance(self.input_ids[0], list)
 
 
 class PromptBody(_Body):
+    """The token ids of one prompt."""
+
     input_ids: list[int]
 
 
 class PauseBody(_Body):
+    """Body of /pause_generation; see `Engine.pause` for the modes."""
+
     mode: Literal["abort", "retract", "in_place"] = "abort"
 
 
 class EmptyBody(_Body):
+    """Body of a call without fields."""
+
     pass
 
 
 class AbortBody(_Body):
-    """Exactly one of the two."""
+    """Body of /abort_request. Exactly one of the two fields must be given."""
 
     rid: Annotated[str, Field(min_length=1)] | None = None
     abort_all: bool = False
@@ -87,8 +112,14 @@ class AbortBody(_Body):
 
 
 class UpdateBody(_Body):
-    """weight_version is required: a version must never be guessed. flush_cache: refused while requests hold keys and values;
-    SGLang's default is true, and it says 400 when it has changed the weights and could not flush."""
+    """Body of /update_weights_from_disk.
+
+    Attributes:
+        model_path: folder of the weights.
+        weight_version: required, because a version must never be guessed.
+        flush_cache: also flush the cache; refused while requests hold keys and values. SGLang's default is true; it
+            returns 400 if it has changed the weights and could not flush.
+    """
 
     model_path: str = Field(min_length=1)
     weight_version: str = Field(min_length=1)
@@ -96,12 +127,23 @@ class UpdateBody(_Body):
 
 
 class BeginUpdateBody(_Body):
-    """selector: SGLang's; a draft model is not served here."""
+    """Body of /begin_weight_update. `selector` is SGLang's; the embedded engine has no draft model."""
 
     selector: Literal["all", "target"] = "all"
 
 
 class JoinGroupBody(_Body):
+    """Body of /init_weights_update_group.
+
+    Attributes:
+        master_address: host of the group's store.
+        master_port: port of the store.
+        rank_offset: rank of the engine's first process in the group.
+        world_size: number of processes in the group.
+        group_name: name of the group.
+        backend: of torch.distributed.
+    """
+
     master_address: str = Field(min_length=1)
     master_port: int = Field(ge=1, le=65535)
     rank_offset: int = Field(ge=1)
@@ -111,11 +153,21 @@ class JoinGroupBody(_Body):
 
 
 class LeaveGroupBody(_Body):
+    """Body of /destroy_weights_update_group."""
+
     group_name: str = Field("weight_update_group", min_length=1)
 
 
 class _BucketBody(_Body):
-    """weight_version: in at least one bucket of an update. flush_cache: refused while requests hold keys and values."""
+    """Common fields of the calls that send a bucket.
+
+    Attributes:
+        flush_cache: also flush the cache; refused while requests hold keys and values.
+        weight_version: required in at least one bucket of an update.
+        load_format: layout of the bucket.
+        abort_all_requests: not supported.
+        selector: SGLang's; the embedded engine has no draft model.
+    """
 
     flush_cache: bool = True
     weight_version: Annotated[str, Field(min_length=1)] | None = None
@@ -125,7 +177,16 @@ class _BucketBody(_Body):
 
 
 class DistributedBody(_BucketBody):
-    """One entry of names, dtypes and shapes for each tensor. load_format None: a broadcast for each of them."""
+    """Body of /update_weights_from_distributed.
+
+    Without `load_format`, each tensor has its own broadcast.
+
+    Attributes:
+        names: of the tensors.
+        dtypes: one for each tensor.
+        shapes: one for each tensor.
+        group_name: the group of the broadcast.
+    """
 
     names: list[str] = Field(min_length=1)
     dtypes: list[str]
@@ -145,37 +206,45 @@ class DistributedBody(_BucketBody):
 
     @property
     def torch_dtypes(self) -> list[torch.dtype]:
+        """The dtypes of the tensors."""
         return [getattr(torch, name) for name in self.dtypes]
 
 
 class TensorBody(_BucketBody):
-    """One payload of `weights.payload` for each rank of the engine: this one has one."""
+    """Body of /update_weights_from_tensor: one payload of `protocol.payload`, for the only rank of the engine."""
 
     serialized_named_tensors: list[str] = Field(min_length=1, max_length=1)
 
 
 class MemoryBody(_Body):
-    """tags: what to release or resume; None: everything. Keys and values outlive no request here, so only weights count."""
+    """Body of /release_memory_occupation and /resume_memory_occupation.
+
+    `tags` names what is released or resumed; None: everything. Only weights have an effect, because the embedded engine
+    keeps no keys and values after a request.
+    """
 
     tags: list[Literal["kv_cache", "weights"]] | None = None
 
     @property
     def weights(self) -> bool:
+        """Whether the call applies to the weights."""
         return self.tags is None or "weights" in self.tags
 
 
 class SaveBody(_Body):
-    """Not SGLang's: see `Engine.save_weights`."""
+    """Body of /save_weights, which SGLang does not have; see `Engine.save_weights`."""
 
     path: str = Field(min_length=1)
 
 
 class ChecksumBody(_Body):
+    """Body of /weights_checker."""
+
     action: Literal["checksum"]
 
 
 def explain(errors: Sequence[Any], model: type[BaseModel] | None = None) -> str:
-    """What pydantic found wrong, field by field; at most three of them."""
+    """Return pydantic's errors as text, field by field; at most three. For an unknown field, list those of `model`."""
     return "; ".join(_explain_one(error, model) for error in errors[:3])
 
 

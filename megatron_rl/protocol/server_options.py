@@ -1,4 +1,4 @@
-"""Options of an embedded server: one declaration for the command line, for the processes that start one, and for the server."""
+"""Options of an embedded server, declared once for the command line, the code that starts a server, and the server."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,14 +14,14 @@ ACTIVATIONS = ("none", "fp8")
 
 @dataclass(frozen=True)
 class EngineQuantization:
-    """The low precision of an engine; the words are those of the `precision` section.
+    """The low precision of an engine, with the values of the `precision` section.
 
     Attributes:
         quantization: format of the weights, as `precision.rollout`.
         activations: format of the inputs of quantized layers, as `precision.rollout_activations`.
         first_last_bf16: the first and the last layer are not quantized.
-        trainer_dtype: a tensor that arrives unquantized is rounded to it before it is quantized, so that the weights an
-            engine starts from have the codes that the trainer would send.
+        trainer_dtype: a tensor that arrives unquantized is rounded to this dtype before it is quantized. The weights
+            that an engine starts from then have the codes that the trainer would send.
     """
 
     quantization: str
@@ -35,7 +35,7 @@ class EngineQuantization:
 
     @classmethod
     def of(cls, precision: PrecisionConfig) -> Self | None:
-        """Return what a run needs of its engines, None when their weights are not quantized. Raises ConfigError."""
+        """Return the quantization of a run's engines, None if their weights are not quantized. Raises ConfigError."""
         refuse_contradictions(precision)
         if precision.rollout not in WIRE:
             return None
@@ -68,7 +68,7 @@ class EngineQuantization:
 
 
 def describe_precision(dtype: str, engine_quantization: EngineQuantization | None) -> dict[str, Any]:
-    """Return what /model_info reports of an engine's precision."""
+    """Return the fields of /model_info that describe an engine's precision."""
     none = dict.fromkeys(("quantization", "activations", "first_last_bf16", "trainer_dtype"))
     return {"dtype": dtype, **(none if engine_quantization is None else asdict(engine_quantization))}
 
@@ -76,7 +76,17 @@ def describe_precision(dtype: str, engine_quantization: EngineQuantization | Non
 def parse_quantization(
     quantization: str, activations: str, first_last_bf16: bool, trainer_dtype: str
 ) -> EngineQuantization | None:
-    """Return what a command line asks for. Raises UserError for an unknown word, or for an option that needs another."""
+    """Return the quantization of a command line, None without one.
+
+    Args:
+        quantization: format of the weights, or "none".
+        activations: format of the inputs of quantized layers, or "none".
+        first_last_bf16: the first and the last layer are not quantized.
+        trainer_dtype: as in `EngineQuantization`.
+
+    Raises:
+        UserError: for an unknown value, or for an option that needs another one.
+    """
     for flag, given, known in (
         ("activations", activations, ACTIVATIONS),
         ("trainer-dtype", trainer_dtype, tuple(DTYPES)),
@@ -98,7 +108,7 @@ def parse_quantization(
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """How an embedded server is started.
+    """The options with which an embedded server is started.
 
     Attributes:
         model: Hugging Face folder.
@@ -107,10 +117,10 @@ class ServerOptions:
         dtype: of weights that are not quantized and of activations: fp32, bf16 or fp16.
         threads: torch threads; 0: torch's choice.
         deterministic: every request is its own batch.
-        weight_version: name of the weights as loaded.
+        weight_version: version of the weights as loaded.
         device: cpu or cuda.
         max_rows: samples decoded together.
-        parent_pid: end with this parent process; 0: live on. Linux only.
+        parent_pid: end with this parent process; 0: do not. Linux only.
         quantization: of weights and inputs; None: none.
     """
 

@@ -1,1 +1,1 @@
-"""Rollouts: the HTTP client, the embedded server behind the same contract as SGLang, and the sampling of groups."""
+"""A step's groups end to end: prompt draws, sampling and verification, finished groups on disk, and the batch."""

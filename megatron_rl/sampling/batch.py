@@ -1,4 +1,4 @@
-"""From verified trajectories to the columns of a batch."""
+"""Conversion of verified trajectories into the columns of a batch."""
 
 import math
 from collections.abc import Sequence
@@ -13,11 +13,18 @@ from megatron_rl.types import Batch, Trajectory
 def make_batch(
     trajectories: Sequence[Trajectory], advantage: AdvantageKind, overlong_buffer: int = 0, max_new_tokens: int = 0
 ) -> Batch:
-    """One batch; every response token is trained, but those a response_mask leaves out.
+    """Return one batch. Every response token is trained, except tokens whose response_mask is 0.
 
-    overlong_buffer: when not 0, advantages are those of rewards plus `overlong_penalty` of the response lengths, whose
-    limit is max_new_tokens; the batch's `rewards` stay the verifier's.
-    Raises UserError with the trajectory ids when a reward is missing or not finite, or top-K tokens are there for some only.
+    Args:
+        trajectories: verified trajectories, which become the rows of the batch.
+        advantage: how rewards become advantages.
+        overlong_buffer: if not 0, advantages are computed from rewards plus `overlong_penalty` of the response lengths.
+            The batch's `rewards` stay the verifier's.
+        max_new_tokens: length limit of `overlong_penalty`, in tokens.
+
+    Raises:
+        UserError: a reward is missing or not finite, or only some trajectories have top-K tokens or routed experts. The
+            message names the trajectory ids.
     """
     bad = [t.id for t in trajectories if t.reward is None or not math.isfinite(t.reward)]
     if bad:
@@ -31,7 +38,7 @@ def make_batch(
     response = position >= np.repeat(prompts, prompts + responses)
 
     def of_response(rows: list[np.ndarray], fill: float) -> np.ndarray:
-        """A per-token column from one of the responses; `fill` where nothing is trained."""
+        """Return a per-token column made of per-response rows, with `fill` where no token is trained."""
         column = np.full((len(position), *rows[0].shape[1:]), fill, dtype=rows[0].dtype)
         column[response] = np.concatenate(rows)
         column[mask == 0] = fill
@@ -76,7 +83,7 @@ def _trained(trajectory: Trajectory) -> np.ndarray:
 
 
 def _versions(trajectory: Trajectory) -> np.ndarray:
-    """[R] int32; -1 for tokens that no span covers, which are a tool's."""
+    """Return the weight version of each token, [R] int32; -1 for tokens that no span covers, which are tool output."""
     versions = np.full(len(trajectory.response_tokens), -1, dtype=np.int32)
     for span in trajectory.versions:
         versions[span.start : span.end] = span.version
@@ -84,7 +91,7 @@ def _versions(trajectory: Trajectory) -> np.ndarray:
 
 
 def _all_or_none(trajectories: Sequence[Trajectory], name: str, what: str) -> bool:
-    """Whether all carry the field. Raises UserError when some do and others do not."""
+    """Return whether all trajectories have the field. Raise UserError if only some of them have it."""
     missing = [t.id for t in trajectories if getattr(t, name) is None]
     if missing and len(missing) < len(trajectories):
         raise UserError(f"trajectories {missing[:20]} carry no {what} while others do: ask the engines for all or none")
@@ -92,7 +99,10 @@ def _all_or_none(trajectories: Sequence[Trajectory], name: str, what: str) -> bo
 
 
 def _routing(trajectories: Sequence[Trajectory]) -> np.ndarray | None:
-    """[N, L, K] int32; -1 for the last token of each trajectory, which the engine never took in."""
+    """Return the routed experts, [N, L, K] int32, or None if no trajectory has any.
+
+    The last token of each trajectory has -1: it was never an input of the engine.
+    """
     if not _all_or_none(trajectories, "routing", "routed experts"):
         return None
     rows = [np.asarray(t.routing, dtype=np.int32) for t in trajectories]

@@ -1,7 +1,8 @@
-"""From prompts to trajectories: one coroutine per group, numbered for the whole run.
+"""Sampling of groups: one coroutine samples the trajectories of one prompt. Groups are numbered over the whole run.
 
-A group begins with one request for n samples. Each sample then goes its own way: it is continued by its tokens after an
-abort, and, where an environment answers, turn by turn. Engine tokens are passed on as they came, never tokenized again.
+A group starts with one request for n samples. After that, each sample continues on its own. After an abort, it is
+resumed from its tokens. With an environment, it continues turn by turn. The engine's tokens are passed on unchanged and
+are never tokenized again.
 """
 
 import asyncio
@@ -22,26 +23,47 @@ from megatron_rl.sampling.trajectory_builder import Observed, ToolUse, Trajector
 from megatron_rl.types import Prompt, Trajectory
 
 Ask = Callable[[GenerationRequest], Awaitable[list[Sample]]]
-_BARREN = 3  # aborts in a row without a new token, besides those of weight updates, after which a sample is given up
+# Aborts in a row without a new token, in addition to one per weight update, after which an error is raised.
+_BARREN = 3
 
 
 class Environment(Protocol):
-    """What stands between two turns of a response (`tasks.Task` is one). `observe` is called in a thread of its own; last:
-    nobody reads what comes back, so nothing is run and there is no text."""
+    """The environment between two turns of a response. `tasks.Task` is one.
+
+    Attributes:
+        max_turns: most turns of the model in one response.
+    """
 
     max_turns: int
 
-    def observe(self, prompt: Prompt, turn: str, *, last: bool) -> Observed: ...
+    def observe(self, prompt: Prompt, turn: str, *, last: bool) -> Observed:
+        """Return the observation of one turn. Called in its own thread.
+
+        Args:
+            prompt: the prompt of the response.
+            turn: the decoded text of the turn.
+            last: True if the observation is not used. Then nothing is run, and there is no text.
+        """
+        ...
 
 
 @dataclass(frozen=True)
 class GroupSettings:
-    """How groups are sampled; alike for all groups of a run, or of one evaluation.
+    """How groups are sampled; the same for all groups of a run, or of one evaluation.
 
-    samples: of each prompt. max_new_tokens: of a response, observations included. environment: None for responses of one
-    turn; else `tokenizer` decodes turns and encodes what it says (by one thread at a time: the pool's loop). routed: the
-    experts of every token are asked for, too. updates: of the weights that a group may live through; each may abort it, also
-    while it waits.
+    Attributes:
+        seed: seed of the run or evaluation.
+        samples: number of samples of each prompt.
+        max_new_tokens: limit of tokens in a response, observations included.
+        temperature: sampling temperature; 0 is greedy.
+        stop_token_ids: tokens that end a turn.
+        need_logmu: request the log-probabilities of the behavior policy.
+        topk: request the K most likely tokens at every position; 0 for none.
+        environment: None for responses of one turn.
+        tokenizer: decodes turns and encodes observations, if there is an environment. Only one thread may use it at a
+            time: that of the pool's loop.
+        routed: also request the experts of every token, in this shape; None: do not request them.
+        updates: most weight updates while one group is sampled. Each update may abort the group, also while it waits.
     """
 
     seed: int
@@ -58,13 +80,20 @@ class GroupSettings:
 
     @property
     def turns(self) -> int:
+        """Most turns of the model in one response; 1 without an environment."""
         return 1 if self.environment is None else self.environment.max_turns
 
 
 @dataclass(frozen=True)
 class Group:
-    """The trajectories of one prompt. resumed: samples that went on after an abort; retractions: as the engines count;
-    tool_use: of all trajectories together."""
+    """The trajectories of one prompt.
+
+    Attributes:
+        trajectories: all trajectories of the group, in order of their ids.
+        resumed: how often a sample was resumed after an abort.
+        retractions: retractions as the engines count them.
+        tool_use: sum over all trajectories.
+    """
 
     trajectories: list[Trajectory]
     resumed: int = 0
@@ -73,6 +102,7 @@ class Group:
 
     @property
     def number(self) -> int:
+        """The number of the group, which all its trajectories share."""
         return self.trajectories[0].group
 
 
@@ -92,10 +122,28 @@ def sample_groups(
     environment: Environment | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[Trajectory]:
-    """`samples` (default rollout.samples_per_prompt) trajectories of every prompt, prompt by prompt; waits for all of them.
+    """Return the trajectories of every prompt, prompt by prompt. Waits for all of them.
 
-    Sample k of prompt g has id first_id + g * samples + k and group first_group + g. Everything else as in `sample_group`.
-    Raises UserError for a prompt that is empty or longer than rollout.max_prompt_tokens.
+    Sample k of prompt g has id first_id + g * samples + k and group first_group + g. For seeds, request ids and errors,
+    see `sample_group`.
+
+    Args:
+        pool: the engines that generate.
+        prompts: the prompts to sample.
+        rollout: the `rollout` section, from which defaults and limits are taken.
+        first_id: id of the first trajectory.
+        first_group: number of the first group.
+        seed: seed of the run or evaluation.
+        stop_token_ids: tokens that end a turn.
+        need_logmu: request the log-probabilities of the behavior policy.
+        temperature: None: rollout.temperature.
+        samples: trajectories of each prompt. None: rollout.samples_per_prompt.
+        topk: request the K most likely tokens at every position; 0 for none.
+        environment: None for responses of one turn.
+        tokenizer: decodes turns and encodes observations, if there is an environment.
+
+    Raises:
+        UserError: a prompt is empty or longer than rollout.max_prompt_tokens.
     """
     check_prompts(prompts, rollout.max_prompt_tokens)
     settings = GroupSettings(
@@ -122,12 +170,22 @@ def sample_groups(
 
 
 async def sample_group(ask: Ask, prompt: Prompt, settings: GroupSettings, *, first_id: int, group: int) -> Group:
-    """The trajectories first_id, first_id + 1, ... of one prompt, for the loop that `ask` belongs to.
+    """Return the group of one prompt, with trajectories first_id, first_id + 1, ...
 
-    Request names and sampling seeds are pure functions of (seed, trajectory id, number of the sample's request). Response
-    tokens are the engine's, a stop token that matched included. topk K > 0: trajectories carry the K likeliest tokens of the
-    behavior policy at every position, and logmu.
-    Raises EngineError naming the trajectories whose behavior log-probabilities are not finite or that stay aborted.
+    Runs in the loop that `ask` belongs to. Request ids and sampling seeds are pure functions of (seed, trajectory id,
+    number of the sample's request). Response tokens are the engine's, including a stop token that matched. If topk is K
+    > 0, trajectories carry logmu and the K most likely tokens of the behavior policy at every position.
+
+    Args:
+        ask: sends one request to an engine and returns its samples.
+        prompt: the prompt to sample.
+        settings: how to sample.
+        first_id: id of the first trajectory.
+        group: number of the group.
+
+    Raises:
+        EngineError: an engine failed, behavior log-probabilities are not finite, or a sample is aborted again and
+            again. The message names the trajectories.
     """
     samples = await ask(_request(settings, first_id, 0, prompt.tokens, settings.samples, settings.max_new_tokens))
     check_samples(samples, first_id)
@@ -151,7 +209,7 @@ def _is_open(response: TrajectoryBuilder, settings: GroupSettings) -> bool:
 
 
 async def _go_on(ask: Ask, prompt: Prompt, settings: GroupSettings, number: int, response: TrajectoryBuilder) -> None:
-    """Take a response from its first sample to its end: again after every abort, and turn by turn."""
+    """Complete a response after its first sample: resume it after every abort, and continue it turn by turn."""
     turn, begun, barren, requests = 1, 0, 0 if response.tokens else 1, 1
     while _is_open(response, settings):
         if response.finish_reason == "stop":
@@ -173,9 +231,9 @@ async def _go_on(ask: Ask, prompt: Prompt, settings: GroupSettings, number: int,
 async def _observe(
     settings: GroupSettings, prompt: Prompt, response: TrajectoryBuilder, begun: int, *, last: bool
 ) -> bool:
-    """Hear the environment on the turn that began at position `begun`; whether the model is to write another one.
+    """Send the finished turn to the environment. Return True if the model should generate another turn.
 
-    What it says ends the response when no token would be left for an answer.
+    The turn starts at token position `begun`. If the observation leaves no token for another turn, the response ends.
     """
     assert settings.environment is not None and settings.tokenizer is not None
     text = settings.tokenizer.decode(response.tokens[begun:], skip_special_tokens=True)
@@ -196,7 +254,7 @@ async def _observe(
 def _request(
     settings: GroupSettings, number: int, at: int, tokens: tuple[int, ...], n: int, max_new_tokens: int
 ) -> GenerationRequest:
-    """Request number `at` (from 0) of trajectory `number`, or of the group whose first one that is."""
+    """Return request number `at` (from 0) of trajectory `number`, or of the group whose first trajectory it is."""
     sampling = SamplingParams(
         max_new_tokens=max_new_tokens,
         temperature=settings.temperature,
@@ -209,14 +267,20 @@ def _request(
 
 
 def sampling_seed(seed: int, trajectory: int, request: int = 0) -> int:
-    """63 bits, a pure function of the run's seed, the trajectory id and the number of its request."""
+    """Return a seed of 63 bits, a pure function of the arguments.
+
+    Args:
+        seed: the run's seed.
+        trajectory: id of the trajectory.
+        request: number of the request among those of the trajectory, from 0.
+    """
     name = f"{seed} {trajectory}" + (f" {request}" if request else "")
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def check_prompts(prompts: Sequence[Prompt], longest: int) -> None:
-    """Raises UserError for a prompt without tokens, or with more than `longest`."""
+    """Raise UserError if a prompt has no tokens, or more than `longest`."""
     for prompt in prompts:
         if not prompt.tokens:
             raise UserError(f"prompt '{prompt.id}' has no tokens")
@@ -228,7 +292,10 @@ def check_prompts(prompts: Sequence[Prompt], longest: int) -> None:
 
 
 def check_samples(samples: Sequence[Sample], first_id: int) -> None:
-    """Raises EngineError naming the trajectories, the first of which is first_id, whose samples nobody can train on."""
+    """Raise EngineError if samples cannot be trained on.
+
+    The message names their trajectories; the first sample belongs to trajectory first_id.
+    """
     faulty = [(first_id + k, sample.fault) for k, sample in enumerate(samples) if sample.fault]
     if faulty:
         raise EngineError(f"the engine failed on {named([number for number, _ in faulty])}: {faulty[0][1]}")
@@ -245,6 +312,6 @@ def _finite(sample: Sample) -> bool:
 
 
 def named(ids: Sequence[int]) -> str:
-    """For a message: the trajectories, or the first eight of them."""
+    """Return the trajectory ids as text for an error message, or the first eight of them."""
     shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
     return f"trajectory {shown}" if len(ids) == 1 else f"{len(ids)} trajectories ({shown})"

@@ -1,7 +1,7 @@
-"""Finished groups on disk until they are trained on: what a killed run need not sample again.
+"""Finished groups on disk until they are trained on, so that a killed run does not have to sample them again.
 
-One append-only file per step, `step_000012.groups`. A record is a header (magic, length, digest) and an npz of columns; a
-record that is cut short or damaged ends what is read of its file.
+There is one append-only file per step, `step_000012.groups`. A record is a header (magic, length, digest) and an npz of
+columns. Reading of a file stops at the first record that is truncated or damaged.
 """
 
 import hashlib
@@ -26,20 +26,30 @@ _REASONS = ("stop", "length")
 
 
 class GroupJournal:
-    """asked: text that names everything a group depends on besides weights; groups that were sampled otherwise are not read."""
+    """The journal of finished groups, one file per step.
+
+    Args:
+        folder: the folder of the files; created when a group is written.
+        asked: text that names everything a group depends on except weights. Groups that were written with another text
+            are not read.
+    """
 
     def __init__(self, folder: Path, asked: str) -> None:
         self.folder = folder
         self._asked = hashlib.blake2b(asked.encode(), digest_size=16).hexdigest()
 
     def append(self, step: int, group: Group) -> None:
-        """Returns when the record is on disk. Raises CheckpointError when it cannot be written."""
+        """Write a group of `step`. Return when the record is on disk. Raise CheckpointError if it cannot be written."""
         with _named(self._path(step), "written"):
             self.folder.mkdir(parents=True, exist_ok=True)
             append_file(self._path(step), _record(_packed(group, self._asked)))
 
     def recover(self, usable: Callable[[Group], bool]) -> tuple[dict[int, Group], int]:
-        """The usable groups by draw, and how many were not: those are gone from disk afterwards, so are damaged records."""
+        """Return the usable groups by draw, and the number of groups that are not usable.
+
+        A group is not usable if `usable` returns False, if its draw was found before, or if it was sampled with other
+        settings. These groups and damaged records are removed from disk.
+        """
         found: dict[int, Group] = {}
         dropped = 0
         for path in sorted(self.folder.glob("step_*.groups")):
@@ -58,7 +68,7 @@ class GroupJournal:
         return found, dropped
 
     def keep(self, steps: Iterable[int]) -> None:
-        """Remove the files of all other steps."""
+        """Remove the files of all steps that are not in `steps`."""
         kept = {self._path(step) for step in steps}
         for path in self.folder.glob("step_*.groups"):
             if path not in kept:
@@ -93,7 +103,7 @@ def _record(payload: bytes) -> bytes:
 
 
 def _payloads(content: bytes) -> list[bytes]:
-    """Of the whole records at the beginning."""
+    """Return the payloads of the complete records at the beginning of a file."""
     out, at = [], 0
     while at + _HEADER.size <= len(content):
         magic, size, digest = _HEADER.unpack_from(content, at)
@@ -136,7 +146,7 @@ def _packed(group: Group, asked: str) -> bytes:
 
 
 def _unpacked(payload: bytes, asked: str) -> Group | None:
-    """None for a group that was sampled under other settings, or written by another version of this file."""
+    """Return the group, or None if it was sampled with other settings or written by another version of this file."""
     try:
         with np.load(io.BytesIO(payload), allow_pickle=False) as file:
             c = {name: file[name] for name in file.files}

@@ -1,4 +1,4 @@
-"""Rank 0's side of a step: prompts out, verified trajectories in, one batch for everybody."""
+"""Rank 0's part of a step: draw prompts, collect verified trajectories, and make one batch for all ranks."""
 
 import copy
 import json
@@ -30,7 +30,10 @@ Timer = Callable[[str], AbstractContextManager[None]]
 
 
 def stop_token_ids(folder: Path) -> tuple[int, ...]:
-    """The `eos_token_id` of generation_config.json and config.json. Raises ConfigError when neither names one."""
+    """Return the `eos_token_id` values of generation_config.json and config.json.
+
+    Raise ConfigError if neither file has one.
+    """
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         path = folder / name
@@ -45,7 +48,10 @@ def stop_token_ids(folder: Path) -> tuple[int, ...]:
 
 
 def _routed(config: Config) -> RoutedShape | None:
-    """What engines are to report of the experts they choose, if that is to be replayed."""
+    """Return the shape of the experts that engines must report, None without routing replay.
+
+    Raise ConfigError for a dense model.
+    """
     if not config.rollout.routing_replay:
         return None
     folder = HFFolder(config.model.path)
@@ -59,14 +65,23 @@ def _routed(config: Config) -> RoutedShape | None:
 
 
 def rollouts_folder(config: Config) -> Path:
-    """Where finished groups wait for their step."""
+    """Return the folder where finished groups are stored until their step."""
     return config.run.folder / "rollouts"
 
 
 class Rollouts:
-    """Draws prompts, has them answered by the engines, verifies the answers.
+    """Draws prompts, samples their responses with the engines, and verifies the responses.
 
-    sampled: what the newest batch's sampling came to, for the step's record.
+    Attributes:
+        config: the run's configuration.
+        task: the prompts and their verifier.
+        tokenizer: decodes responses for the verifier.
+        pool: the engines.
+        need_logmu: request the log-probabilities of the behavior policy.
+        topk: request the K most likely tokens at every position; 0 for none.
+        stop: ids of the stop tokens.
+        sampled: sampling metrics of the newest batch, for the step's record.
+        environment: the task if responses may have more than one turn, else None.
     """
 
     def __init__(
@@ -89,7 +104,10 @@ class Rollouts:
         self._sampler: Scheduler | None = None
 
     def begin(self, state: TrainState) -> str:
-        """Make ready to collect from `state` on; a line about finished groups that an earlier life left, "" without any."""
+        """Prepare to collect batches from `state` on.
+
+        Returns: a line about finished groups that the previous run left on disk; "" if it left none.
+        """
         config, rollout = self.config, self.config.rollout
         self._draws = PromptDraws(
             state.step * rollout.prompts_per_step if state.drawn is None else state.drawn, state.drawn_ahead
@@ -124,15 +142,20 @@ class Rollouts:
         if not found and not dropped:
             return ""
         return (
-            f"rollouts on disk: {len(found)} finished groups are read back, {dropped} thrown away (trained on already, or "
-            f"sampled by other weights than version {state.version} and those before it, or with other settings)"
+            f"rollouts on disk: {len(found)} finished groups are read back, {dropped} thrown away (trained on already, "
+            f"or sampled by other weights than version {state.version} and those before it, or with other settings)"
         )
 
     def collect(self, step: int, version: int, timer: Timer) -> Batch:
-        """The batch of one step, which trains from `version`, which the engines serve. With deterministic engines a pure
-        function of weights, seed and step.
+        """Return the batch of one step. With deterministic engines it is a pure function of weights, seed and step.
 
-        Raises EngineError naming the trajectories that were not sampled under a version allowed.
+        Args:
+            step: number of the step, from 0.
+            version: weight version that the step trains from and that the engines serve.
+            timer: returns a context manager that measures the time of a named phase.
+
+        Raises:
+            EngineError: trajectories were sampled under a version that is not allowed. The message names them.
         """
         assert self._sampler is not None, "collect before begin"
         self._forget(step)
@@ -154,17 +177,23 @@ class Rollouts:
         return batch
 
     def settle(self) -> None:
-        """Before a weight update: see `Sampler.settle`."""
+        """Wait, before a weight update, for the groups that must finish first; see `Scheduler.settle`."""
         if self._sampler is not None:
             self._sampler.settle()
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """How the newest batch was sampled, and what was drawn by then, for `restore`."""
+        """How the newest batch was sampled, and which draws were consumed by then; the argument of `restore`."""
         return {"sampled": self.sampled, "drawn": self.drawn}
 
     def restore(self, step: int, version: int, sampling: dict[str, Any]) -> None:
-        """In place of `collect`: the batch of that step was collected in an earlier life, and is trained on in this one."""
+        """Take over a batch that the previous run collected and this run trains on. Called in place of `collect`.
+
+        Args:
+            step: number of the step, from 0.
+            version: weight version that the step trains from.
+            sampling: the value of `sampling` when the batch was collected.
+        """
         assert self._sampler is not None, "restore before begin"
         below, ahead = sampling["drawn"]
         self._draws.spend([*range(self._draws.below, below), *ahead])
@@ -173,11 +202,17 @@ class Rollouts:
 
     @property
     def drawn(self) -> tuple[int, tuple[int, ...]]:
-        """For `TrainState`: draws that were trained on, given up or replaced."""
+        """The draws that were trained on, discarded or replaced, for `TrainState`.
+
+        All draws below the first number, and the draws in the tuple.
+        """
         return self._draws.below, self._draws.ahead
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Held-out pass rates: `eval/greedy` (one answer, temperature 0) and `eval/sampled` (mean over samples)."""
+        """Return held-out pass rates.
+
+        They are `eval/greedy` (one response, temperature 0) and `eval/sampled` (mean over samples).
+        """
         prompts = list(self.task.held_out[: self.config.eval.prompts])
         rates = {}
         for name, temperature, samples in (("greedy", 0.0, 1), ("sampled", None, self.config.eval.samples)):
@@ -199,7 +234,10 @@ class Rollouts:
         return rates
 
     def verify(self, prompts: list[Prompt], trajectories: list[Trajectory]) -> list[float]:
-        """One reward per trajectory, for its last turn; trajectories come grouped by prompt, in the order of `prompts`."""
+        """Return one reward per trajectory, for its last turn.
+
+        Trajectories must be grouped by prompt, in the order of `prompts`.
+        """
         texts = self.tokenizer.batch_decode([list(t.last_turn) for t in trajectories], skip_special_tokens=True)
         samples = len(trajectories) // len(prompts)
         return [self.task.verify(prompts[i // samples], text) for i, text in enumerate(texts)]
@@ -211,13 +249,15 @@ class Rollouts:
         return self.verify([prompt], trajectories)
 
     def _usable(self, group: Group, version: int) -> bool:
-        """Whether the weights that sampled the group are those of this life, too, and nothing was trained on it."""
+        """Return whether this run has the weights that sampled the group, and the group's draw is not consumed."""
         versions = [span.version for trajectory in group.trajectories for span in trajectory.versions]
         return max(versions, default=0) <= version and not self._draws.is_spent(group.number)
 
     def _forget(self, step: int) -> None:
-        """Keep on disk what this life still trains on, and what one would that begins from the newest checkpoint, be it whole
-        already or on its way."""
+        """Remove groups that neither this run nor a run resumed from the newest checkpoint can train on.
+
+        The newest checkpoint may be complete already, or still being written.
+        """
         folder = self.config.run.folder / "checkpoints"
         found = (path.name.removeprefix("step_").removesuffix(PARTIAL) for path in folder.glob("step_*"))
         numbers = [0, *(int(name) for name in found if name.isdecimal())]
@@ -228,7 +268,7 @@ class Rollouts:
         self._buffer.keep({kept for begin in begins for kept in range(begin, begin + ahead)})
 
     def _asked(self) -> str:
-        """Everything that a group depends on besides weights."""
+        """Return, as JSON, everything that a group depends on except weights."""
         config, rollout = self.config, self.config.rollout
         asked = {
             "model": str(config.model.path),

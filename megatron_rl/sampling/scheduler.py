@@ -1,8 +1,8 @@
-"""Keeps the engines busy while the trainer works, within the staleness allowed.
+"""Scheduler: keeps the engines busy while the trainer works, within the allowed staleness.
 
-Groups of step t may begin once the engines serve version >= v(t) - max_staleness, v(t) being the version that step t trains
-from; they go on across weight updates. So no token of step t was sampled by weights older than that, and with
-max_staleness 0 nothing runs while the trainer does. Everything here lives in the loop of the engine pool.
+Let v(t) be the version that step t trains from. Groups of step t may start once the engines serve a version >= v(t) -
+max_staleness. They continue across weight updates. So no token of step t is sampled by older weights, and with
+max_staleness 0 no group runs while the trainer works. All state belongs to the event loop of the engine pool.
 """
 
 import asyncio
@@ -20,22 +20,34 @@ from megatron_rl.sampling.step_groups import PromptDraws, StepGroups
 from megatron_rl.types import Prompt, Trajectory
 
 T = TypeVar("T")
-_ATTEMPTS = 3  # at one group, before engines that sample under other versions than they should are an error
+_ATTEMPTS = 3  # attempts at one group before samples of a version that is not allowed are an error
 
 
 class Pool(Protocol):
-    """What a sampler needs of an EnginePool."""
+    """The part of EnginePool that a scheduler uses."""
 
-    async def ask(self, request: GenerationRequest) -> list[Sample]: ...
+    async def ask(self, request: GenerationRequest) -> list[Sample]:
+        """Return the samples of one request. Called in the pool's loop."""
+        ...
 
-    def run(self, work: Coroutine[Any, Any, T]) -> T: ...
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine in the pool's loop and return its result."""
+        ...
 
-    def start(self, work: Coroutine[Any, Any, T]) -> Future[T]: ...
+    def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start a coroutine in the pool's loop and return its future."""
+        ...
 
 
 @dataclass(frozen=True)
 class Source:
-    """prompt: of a draw, a pure function. rewards: one per trajectory of a prompt; called in threads, several at a time."""
+    """Where prompts and rewards come from.
+
+    Attributes:
+        prompt: returns the prompt of a draw; a pure function.
+        rewards: returns one reward per trajectory of a prompt; called in several threads at the same time.
+        longest_prompt: most tokens of a prompt.
+    """
 
     prompt: Callable[[int], Prompt]
     rewards: Callable[[Prompt, list[Trajectory]], list[float]]
@@ -44,10 +56,17 @@ class Source:
 
 @dataclass(frozen=True)
 class Bounds:
-    """wanted: groups a step trains on; asked: groups begun for it at first; replaceable: see StepGroups. steps: of the run.
+    """How many groups a step samples, and when they may start.
 
-    deterministic: which weights sample a group follows from the step count alone, and which draw replaces which from the
-    draws: one step's groups are begun when those of the step before are there, and an update waits for all that may begin.
+    Attributes:
+        wanted: number of groups that a step trains on.
+        asked: number of groups that are started for it at first.
+        replaceable: see StepGroups.
+        max_staleness: most versions between the one that samples a token and the one that the step trains from.
+        steps: number of steps of the run.
+        deterministic: the weights that sample a group depend only on the step count, and replacements depend only on
+            the draws. For this, the groups of a step start when those of the previous step are complete, and a weight
+            update waits for all groups that may start.
     """
 
     wanted: int
@@ -59,7 +78,17 @@ class Bounds:
 
 
 class Scheduler:
-    """draws: what was trained on already. found: groups of an earlier life by draw, taken where they are fresh enough."""
+    """Samples the groups of every step, also of later steps if the staleness allows it.
+
+    Args:
+        pool: the engines.
+        settings: how groups are sampled.
+        source: where prompts and rewards come from.
+        bounds: how many groups a step samples, and when they may start.
+        draws: the draws, including those that are consumed already.
+        buffer: the journal that finished groups are written to.
+        found: finished groups of the previous run by draw; used if they are fresh enough.
+    """
 
     def __init__(
         self,
@@ -73,7 +102,7 @@ class Scheduler:
     ) -> None:
         self.pool, self.settings, self.source, self.bounds = pool, settings, source, bounds
         self.draws, self.buffer, self._found = draws, buffer, found
-        self._current = self._next = self._offset = 0  # step trained, first step not taken yet; v(t) = t + offset
+        self._current = self._next = self._offset = 0  # step in training, first step not taken; v(t) = t + offset
         self._steps: dict[int, StepGroups] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._failure: BaseException | None = None
@@ -82,20 +111,23 @@ class Scheduler:
     # For the trainer's thread ------------------------------------------------------------------------------
 
     def take(self, step: int, version: int) -> StepGroups:
-        """The groups of `step`, which trains from `version`, which the engines serve; waits for them. Those of the steps
-        after it are on their way meanwhile, and afterwards.
+        """Return the groups of `step`, which trains from `version`. Waits for them.
 
-        Raises EngineError naming the trajectories that were not sampled as they should, whatever a reward raises, and
-        GenerationInterrupted when the pool is interrupted.
+        The engines must serve `version`. Groups of later steps are sampled at the same time, and afterwards.
+
+        Raises:
+            EngineError: trajectories were sampled under a version that is not allowed. The message names them.
+            GenerationInterrupted: the pool was interrupted.
+            Exception: any error that the verifier raises.
         """
         return self.pool.run(self._take(step, version))
 
     def skip(self, step: int, version: int) -> None:
-        """In place of `take`, where the groups of `step` were taken in an earlier life."""
+        """Skip the groups of `step`, which the previous run took. Called in place of `take`."""
         self.pool.run(self._enter(step, version, first=step + 1))
 
     def settle(self) -> None:
-        """Before a weight update: when deterministic, wait for every group that may begin under the old weights."""
+        """Wait before a weight update, if deterministic, for every group that may start under the old weights."""
         if self.bounds.deterministic:
             self.pool.start(self._until(self._all_settled)).result()
 
@@ -111,7 +143,7 @@ class Scheduler:
         return groups
 
     async def _enter(self, step: int, version: int, *, first: int) -> None:
-        """`step` trains from `version` from now on; `first` and what follows may begin."""
+        """Set that `step` now trains from `version`, and start `first` and later steps where allowed."""
         self._current, self._next, self._offset = step, first, version - step
         self._fill()
 
@@ -124,14 +156,14 @@ class Scheduler:
 
     @property
     def _horizon(self) -> range:
-        """The steps that may begin under the weights served, but those that were taken."""
+        """The steps that may start under the served weights, without those that were taken."""
         return range(self._next, min(self._current + self.bounds.max_staleness + 1, self.bounds.steps))
 
     def _all_settled(self) -> bool:
         return all(step in self._steps and self._steps[step].settled for step in self._horizon)
 
     def _fill(self) -> None:
-        """Begin every step that may."""
+        """Start every step that may start."""
         for step in self._horizon:
             if step not in self._steps:
                 bounds = self.bounds
@@ -141,7 +173,7 @@ class Scheduler:
                 return
 
     def _begin(self, groups: StepGroups, count: int) -> None:
-        """Begin so many new draws, and those that replace them, of a step."""
+        """Start `count` new draws of a step, and the draws that replace them."""
         while count:
             known = []
             for draw in [self.draws.next() for _ in range(count)]:
@@ -178,7 +210,7 @@ class Scheduler:
             self._begin(groups, groups.finish(group))
 
     def _verify(self, step: int, prompt: Prompt, group: Group) -> Group:
-        """In a thread: the group with its rewards, on disk."""
+        """Return the group with its rewards, written to disk. Runs in a thread."""
         rewards = self.source.rewards(prompt, group.trajectories)
         rewarded = [t.with_reward(reward) for t, reward in zip(group.trajectories, rewards, strict=True)]
         group = replace(group, trajectories=rewarded)
@@ -186,7 +218,7 @@ class Scheduler:
         return group
 
     def _stale(self, group: Group, step: int) -> list[int]:
-        """Trajectories with a token that weights sampled which the step must not, or could not, have seen."""
+        """Return the ids of trajectories whose tokens fall outside the step's allowed weight versions."""
         newest = step + self._offset
         versions = range(newest - self.bounds.max_staleness, newest + 1)
         return [t.id for t in group.trajectories if any(span.version not in versions for span in t.versions)]

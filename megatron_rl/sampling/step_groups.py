@@ -1,4 +1,4 @@
-"""Which prompt is drawn next, and when a step has the groups it trains on: bookkeeping without engines or clocks."""
+"""The order of prompt draws, and the groups of one step: bookkeeping without engines or clocks."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -9,10 +9,11 @@ from megatron_rl.sampling.trajectory_builder import ToolUse
 
 
 class PromptDraws:
-    """Numbers 0, 1, 2, ..., each handed out once. A group's number is its draw; so every trajectory id of a run is unique.
+    """The draws 0, 1, 2, ..., each returned once by `next`.
 
-    A draw is spent when it was trained on, given up or replaced. spent: all below `below`, and `ahead` besides. What was
-    handed out and not spent when a run ended is handed out again by the next, lowest first: nothing is skipped.
+    A group's number is its draw, so every trajectory id of a run is unique. A draw is consumed when it was trained on,
+    discarded or replaced. All draws below `below` are consumed, and the draws in `ahead`. Draws that were returned but
+    not consumed when a run ended are returned again by the next run, lowest first. No draw is skipped.
     """
 
     def __init__(self, below: int = 0, ahead: Iterable[int] = ()) -> None:
@@ -21,27 +22,32 @@ class PromptDraws:
 
     @property
     def below(self) -> int:
+        """The smallest draw that is not consumed."""
         return self._below
 
     @property
     def spent(self) -> int:
-        """How many are."""
+        """Number of consumed draws."""
         return self._below + len(self._ahead)
 
     @property
     def ahead(self) -> tuple[int, ...]:
+        """The consumed draws above `below`, in ascending order."""
         return tuple(sorted(self._ahead))
 
     def next(self) -> int:
+        """Return the next draw that is not consumed."""
         while self.is_spent(self._next):
             self._next += 1
         self._next += 1
         return self._next - 1
 
     def is_spent(self, draw: int) -> bool:
+        """Return whether a draw is consumed."""
         return draw < self._below or draw in self._ahead
 
     def spend(self, draws: Iterable[int]) -> None:
+        """Mark draws as consumed."""
         self._ahead.update(draw for draw in draws if draw >= self._below)
         while self._below in self._ahead:
             self._ahead.remove(self._below)
@@ -50,10 +56,24 @@ class PromptDraws:
 
 @dataclass
 class StepGroups:
-    """The groups of one step on their way. `wanted` of them will be trained on: the first to finish, in order of their draws.
+    """The groups of one step while they are sampled.
 
-    replaceable: how many groups whose rewards are all equal are replaced by new draws; further ones are taken as they are.
-    in_waves: nothing depends on who finishes first: finished groups are looked at when none is open, in order of draws.
+    The step trains on the `wanted` groups that finish first, in order of their draws.
+
+    Attributes:
+        number: number of the step.
+        wanted: number of groups that the step trains on.
+        replaceable: most groups with equal rewards that are replaced by new draws. Further ones are kept.
+        in_waves: judge finished groups only when no group is open, in order of draws. Then the result does not depend
+            on which group finishes first.
+        open: draws that are started and not finished.
+        usable: finished groups that are not replaced.
+        drawn: all draws of the step.
+        replaced: number of replaced groups.
+        kept_equal: number of groups with equal rewards that were kept.
+        dropped_stale: number of groups discarded because their weight versions are not allowed.
+        resumed: sum of `Group.resumed`.
+        retractions: sum of `Group.retractions`.
     """
 
     number: int
@@ -72,14 +92,16 @@ class StepGroups:
 
     @property
     def settled(self) -> bool:
+        """Whether the step has the groups it trains on."""
         return len(self.usable) >= self.wanted
 
     def begin(self, draw: int) -> None:
+        """Record that a draw is started."""
         self.open.add(draw)
         self.drawn.append(draw)
 
     def finish(self, group: Group) -> int:
-        """Take in a finished group; answers how many new draws are to begin in its place, or in its wave's."""
+        """Add a finished group. Return how many new draws must start to replace it, or groups of its wave."""
         self.open.remove(group.number)
         self._waiting.append(group)
         if self.in_waves and self.open:
@@ -88,7 +110,7 @@ class StepGroups:
         return sum(self._judge(group) for group in wave)
 
     def _judge(self, group: Group) -> bool:
-        """Whether the group is replaced."""
+        """Count the group. Return whether it must be replaced."""
         self.resumed += group.resumed
         self.retractions += group.retractions
         equal = len({trajectory.reward for trajectory in group.trajectories}) == 1
@@ -100,14 +122,19 @@ class StepGroups:
         return False
 
     def chosen(self) -> list[Group]:
+        """Return the groups that are trained on, in order of draws."""
         return sorted(self.usable[: self.wanted], key=lambda group: group.number)
 
     def tool_use(self) -> ToolUse:
-        """Of the groups that are trained on."""
+        """Return the tool use of the groups that are trained on."""
         return ToolUse.total(group.tool_use for group in self.chosen())
 
     def counts(self) -> dict[str, Any]:
-        """Of a settled step. given_up: drawn beyond what was needed, begun and not trained on; their share of all drawn."""
+        """Return the counts of a settled step, for the run log.
+
+        `given_up` is the number of groups that were started beyond the need and not trained on. `given_up_share` is
+        their share of all draws.
+        """
         given_up = len(self.drawn) - self.replaced - self.wanted
         return {
             "given_up": given_up,

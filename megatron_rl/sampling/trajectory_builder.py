@@ -1,4 +1,4 @@
-"""One response put together from several samples and from what tools said in between: tokens go on as they came."""
+"""TrajectoryBuilder: one response made of several samples and the tool output between them. Tokens are not changed."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
@@ -10,21 +10,32 @@ from megatron_rl.types import Prompt, TopK, Trajectory, VersionSpan
 
 
 class Observed(Protocol):
-    """What an environment says after a turn: the text the model reads next or None, whether the turn is void, and whether
-    what it called failed."""
+    """What an environment returns after a turn."""
 
     @property
-    def text(self) -> str | None: ...
+    def text(self) -> str | None:
+        """The text that the model reads next; None if the response is over."""
+        ...
 
     @property
-    def void(self) -> bool: ...
+    def void(self) -> bool:
+        """Whether the turn is void."""
+        ...
 
     @property
-    def failed(self) -> bool: ...
+    def failed(self) -> bool:
+        """Whether the tool that the turn called failed."""
+        ...
 
 
 class ToolUse(NamedTuple):
-    """calls: turns after which something was run; errors: those of them that failed; void: void turns."""
+    """Counts of turns by their outcome.
+
+    Attributes:
+        calls: turns after which a tool was run.
+        errors: those of them whose tool failed.
+        void: void turns.
+    """
 
     calls: int = 0
     errors: int = 0
@@ -32,14 +43,28 @@ class ToolUse(NamedTuple):
 
     @classmethod
     def total(cls, parts: Iterable["ToolUse"]) -> "ToolUse":
+        """Return the sum of all parts."""
         return cls(*map(sum, zip(*parts, strict=True)))
 
 
 class TrajectoryBuilder:
-    """Grows by samples (each the continuation of everything before it) and by observations, and becomes a Trajectory.
+    """Builds a Trajectory from samples and observations.
 
-    logmu, topk: whether samples carry them. resumed: samples that went on after an abort. retractions: as the engines count.
-    tool_use: of the turns counted so far.
+    Each sample is the continuation of everything before it.
+
+    Args:
+        logmu: True if samples carry log-probabilities.
+        topk: the K of the samples' most likely tokens; 0 if samples carry none.
+
+    Attributes:
+        tokens: response tokens so far.
+        mask: 1 for trained tokens, 0 for others.
+        versions: spans of the response and the weight versions that sampled them.
+        resumed: how often the response was resumed after an abort.
+        retractions: retractions as the engines count them.
+        tool_use: counts of the turns so far.
+        finish_reason: that of the newest sample.
+        routing: experts as in `Trajectory`; None while no sample reported them.
     """
 
     def __init__(self, logmu: bool, topk: int) -> None:
@@ -51,11 +76,11 @@ class TrajectoryBuilder:
         self.tool_use = ToolUse()
         self.finish_reason = "abort"
         self.routing: np.ndarray | None = None
-        self._unrouted = 0  # tokens up to here were sampled by a request that told no experts
+        self._unrouted = 0  # end of the newest sample whose request reported no experts
         self._topk = [TopK(np.zeros((0, topk), np.int32), np.zeros((0, topk), np.float32))] if topk else None
 
     def add_sample(self, sample: Sample) -> None:
-        """The tokens the model wrote next; version spans are moved to positions of the response."""
+        """Append the tokens that the model generated next. Version spans are shifted to positions of the response."""
         start = len(self.tokens)
         self.tokens += sample.tokens
         self.mask += [1] * len(sample.tokens)
@@ -75,12 +100,12 @@ class TrajectoryBuilder:
             self._unrouted = len(self.tokens)
 
     def count(self, observed: Observed) -> None:
-        """One more turn that an environment has heard."""
+        """Count one more turn that the environment observed."""
         turn = ToolUse(calls=int(observed.text is not None), errors=int(observed.failed), void=int(observed.void))
         self.tool_use = ToolUse.total([self.tool_use, turn])
 
     def add_observation(self, tokens: Sequence[int]) -> None:
-        """Tokens that no model wrote: masked, of no version, log-probability 0."""
+        """Append tokens of the environment. They are masked and have no version and log-probability 0."""
         count = len(tokens)
         self.tokens += tokens
         self.mask += [0] * count
@@ -91,11 +116,17 @@ class TrajectoryBuilder:
             self._topk.append(TopK(np.zeros((count, k), np.int32), np.zeros((count, k), np.float32)))
 
     def leave_out(self, start: int) -> None:
-        """Train on nothing from position `start` on."""
+        """Mask all tokens from position `start` on."""
         self.mask[start:] = [0] * (len(self.mask) - start)
 
     def trajectory(self, number: int, group: int, prompt: Prompt) -> Trajectory:
-        """With a response_mask only when something is masked."""
+        """Return the trajectory. It has a response_mask only if a token is masked.
+
+        Args:
+            number: id of the trajectory.
+            group: number of its group.
+            prompt: the prompt of the response.
+        """
         topk = None
         if self._topk is not None:
             topk = TopK(*(np.concatenate(parts) for parts in zip(*self._topk, strict=True)))
@@ -114,10 +145,10 @@ class TrajectoryBuilder:
         )
 
     def _add_routing(self, routing: np.ndarray) -> None:
-        """Take in the experts of everything so far: [tokens of prompt and response - 1, L, K].
+        """Add the experts of all tokens so far: [tokens of prompt and response - 1, L, K].
 
-        Those before the sample's own tokens were chosen again, maybe by newer weights: what is known of them stays, and
-        where the request that sampled them did not tell, they are unknown: -1.
+        The engine chose the experts of the tokens before the sample again, maybe with newer weights. So known experts
+        are kept. Experts are unknown (-1) for tokens whose request did not report them.
         """
         known = routing[:0] if self.routing is None else self.routing
         fresh = routing[len(known) :].copy()

@@ -1,0 +1,1 @@
+"""Embedded server: a generation engine on transformers with SGLang's HTTP contract."""

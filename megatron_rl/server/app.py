@@ -1,4 +1,4 @@
-"""The embedded engine behind SGLang's HTTP contract: `megatron-rl serve --model FOLDER --port P`."""
+"""HTTP server of the embedded engine, with SGLang's contract: `megatron-rl serve --model FOLDER --port P`."""
 
 import asyncio
 import logging
@@ -38,7 +38,7 @@ from megatron_rl.supervise import die_with_parent
 
 
 def create_app(engine: Engine) -> FastAPI:
-    """The HTTP face of a started engine. Bad requests get 400 and a message that names the field."""
+    """Return the HTTP application of a started engine. A bad request gets status 400 and an error naming the field."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -174,7 +174,7 @@ def _add_control(app: FastAPI, engine: Engine) -> None:
 
 
 def _add_updates(app: FastAPI, engine: Engine) -> None:
-    """Weights in buckets. Unlike SGLang, the engine serves none of them before the update has ended."""
+    """Add the calls for weights in buckets. Unlike SGLang, the engine serves none of them before the update ends."""
     updates = engine.updates
 
     @app.post("/begin_weight_update")
@@ -235,7 +235,7 @@ def _add_updates(app: FastAPI, engine: Engine) -> None:
 
 
 def run_server(options: ServerOptions) -> None:
-    """Load the model and serve it until SIGTERM or SIGINT; requests that still run then end as aborted."""
+    """Load the model and serve it until SIGTERM or SIGINT. Requests that still run then end as aborted."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if options.parent_pid:
         die_with_parent(options.parent_pid)
@@ -255,7 +255,7 @@ def run_server(options: ServerOptions) -> None:
         port=options.port,
         log_level="warning",
         access_log=False,
-        # A kept-alive connection that the server closes first looks like a dying server to the client.
+        # If the server closes a kept-alive connection first, the client treats the server as failed.
         timeout_keep_alive=3600,
         timeout_graceful_shutdown=2,
     )

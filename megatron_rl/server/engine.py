@@ -1,6 +1,6 @@
-"""The embedded generation engine: transformers underneath, continuous batching, versioned weights.
+"""Embedded generation engine: transformers models, continuous batching, versioned weights.
 
-One thread owns the model, the cache and all requests; everybody else hands it work through a queue.
+One thread owns the model, the cache and all requests. Other threads pass work to it through a queue.
 """
 
 import logging
@@ -36,17 +36,18 @@ _RELEASED = "the engine's memory is released: POST /resume_memory_occupation, th
 _EMPTY = "the engine's memory was released and holds no weights yet: update them first"
 _log = logging.getLogger(__name__)
 
-# Requests of one step arrive one by one within milliseconds; prefilling them together is much cheaper.
+# The requests of one training step arrive one by one within milliseconds. To prefill them together is much cheaper.
 _QUIET_S, _OVERDUE_S = 0.002, 0.02
 
 
 class Engine:
-    """Generates from a Hugging Face folder; `start` it, then `submit` jobs from any thread.
+    """Embedded engine for a Hugging Face folder. Call `start`, then `submit` jobs from any thread.
 
-    dtype: of weights, activations and cache ("fp32", "bf16", "fp16"). deterministic: every request is its own batch,
-    never joined nor compacted, so that a sample depends on weights, prompt, n and seed alone. threads: torch
-    threads of this engine (0: torch's choice). max_rows: samples decoded together. quantization: of weights and inputs,
-    emulated: weights are held as the values of their codes. None: weights are served as they come, cast to dtype.
+    Attributes:
+        updates: weight updates in buckets.
+        paused: generation is paused.
+        memory: state of the weights' memory: "held"; "released"; "empty" (allocated again, without weights).
+        failure: the error that ended the engine's thread; empty while it runs.
     """
 
     def __init__(
@@ -61,6 +62,24 @@ class Engine:
         max_prefill_tokens: int = 16384,
         engine_quantization: EngineQuantization | None = None,
     ) -> None:
+        """Load the model.
+
+        Args:
+            model_dir: the Hugging Face folder.
+            dtype: of weights, activations and cache: "fp32", "bf16" or "fp16".
+            threads: torch threads of this engine; 0: torch's choice.
+            deterministic: every request is its own batch, never joined and never compacted. A sample then depends only
+                on weights, prompt, n and seed.
+            weight_version: version of the weights as loaded.
+            device: cpu or cuda.
+            max_rows: number of samples decoded together.
+            max_prefill_tokens: token limit of one prefill.
+            engine_quantization: of weights and inputs. It is emulated: weights are held as the values of their codes.
+                None: weights are served as they come, cast to `dtype`.
+
+        Raises:
+            UserError: for an unknown dtype.
+        """
         if dtype not in DTYPES:
             raise UserError(f"engine dtype '{dtype}' is not one of {sorted(DTYPES)}")
         self.model_dir, self.dtype, self.threads, self.deterministic = Path(model_dir), dtype, threads, deterministic
@@ -97,20 +116,19 @@ class Engine:
         self._first_arrival = self._last_arrival = 0.0
         self._stopping = False
         self.paused = False
-        self.memory: Literal["held", "released", "empty"] = (
-            "held"  # of the weights; empty: taken back, nothing in it yet
-        )
+        self.memory: Literal["held", "released", "empty"] = "held"
         self.failure = ""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
-    # What other threads call -------------------------------------------------------------------------------
+    # For other threads -------------------------------------------------------------------------------------
 
     def start(self) -> "Engine":
+        """Start the engine's thread and return the engine."""
         self._thread.start()
         return self
 
     def stop(self) -> None:
-        """End the thread; unfinished requests end as aborted."""
+        """End the thread. Unfinished requests end as aborted."""
         self.updates.groups.leave_all()
         if self.healthy:
             self._call(self._shut)
@@ -119,10 +137,12 @@ class Engine:
 
     @property
     def healthy(self) -> bool:
+        """Whether the engine's thread runs without an error."""
         return self._thread.is_alive() and not self.failure
 
     @property
     def weight_version(self) -> str:
+        """Version of the weights that are served."""
         return self._batcher.version
 
     def job(
@@ -135,7 +155,20 @@ class Engine:
         top_logprobs: int = 0,
         routed: bool = False,
     ) -> Job:
-        """Check a request and make a job of it; UserError names what the model cannot take."""
+        """Check a request and return a job for it.
+
+        Args:
+            prompt: token ids, at least one.
+            sampling: how tokens are chosen. Without a seed, a random one is used.
+            n: number of samples.
+            rid: request id; None: a random one.
+            input_start: position of the first prompt token whose log-probability is reported; None: none is reported.
+            top_logprobs: number of most likely tokens reported at every output position.
+            routed: report the experts chosen for every token.
+
+        Raises:
+            UserError: names the field that the model cannot take.
+        """
         if not prompt:
             raise UserError("field 'input_ids': the prompt is empty")
         for name, tokens in (("input_ids", prompt), ("sampling_params.stop_token_ids", sampling.stop_token_ids)):
@@ -144,8 +177,8 @@ class Engine:
                 raise UserError(f"field '{name}': token {bad[0]} is outside the vocabulary of {self.vocab_size}")
         if len(prompt) + sampling.max_new_tokens > self.context:
             raise UserError(
-                f"field 'sampling_params.max_new_tokens': {len(prompt)} prompt tokens + {sampling.max_new_tokens} new ones "
-                f"exceed the model's context of {self.context}"
+                f"field 'sampling_params.max_new_tokens': {len(prompt)} prompt tokens + {sampling.max_new_tokens} new "
+                f"ones exceed the model's context of {self.context}"
             )
         if input_start is not None and not 0 <= input_start < len(prompt):
             raise UserError(f"field 'logprob_start_len': {input_start} is outside the prompt of {len(prompt)} tokens")
@@ -153,7 +186,7 @@ class Engine:
             raise UserError(
                 f"field 'top_logprobs_num': {top_logprobs} is more than the vocabulary of {self.vocab_size}"
             )
-        # A filter may leave fewer tokens with any mass than are wanted; what would the rest report?
+        # A filter may leave fewer tokens with nonzero probability than requested. The others have no value to report.
         if top_logprobs and (sampling.top_p < 1 or sampling.top_k > 0):
             raise UserError(
                 "field 'top_logprobs_num' needs the whole distribution: send top_p 1 and top_k -1, or leave it out"
@@ -166,7 +199,7 @@ class Engine:
         return Job.make(rid or secrets.token_hex(16), prompt, n, sampling, seed, input_start, top_logprobs, routed)
 
     def submit(self, jobs: Sequence[Job]) -> list["Future[Job]"]:
-        """Queue the jobs; each future gives its finished job. All are taken or none."""
+        """Queue all jobs, or none if one is refused. Return a future for each, whose result is the finished job."""
         rids = [job.rid for job in jobs]
         with self._lock:
             self._check_alive()
@@ -179,45 +212,56 @@ class Engine:
         return [job.future for job in jobs]
 
     def pause(self, mode: PauseMode) -> None:
-        """Stop stepping. abort: end all requests; retract: back to the queue, cache dropped; in_place: keep the cache."""
+        """Pause generation.
+
+        Mode "abort" ends all requests. "retract" puts them back into the queue and discards their cache. "in_place"
+        keeps them with their cache.
+        """
         self._call(lambda: self._pause(mode))
 
     def resume(self) -> None:
+        """Resume generation. An update that has ended can then no longer be undone."""
         self._call(self._resume)
         self.updates.settle()
 
     def abort(self, rid: str | None = None) -> int:
-        """End one request, or all of them; partial outputs are kept. Returns how many were ended."""
+        """End one request, or all without `rid`. Partial outputs are kept. Return the number of ended requests."""
         return self._call(lambda: self._batcher.abort(rid))
 
     def flush(self) -> None:
-        """Drop cached keys and values; EngineError while requests hold some."""
+        """Discard the cached keys and values. Raises EngineError while requests hold some."""
         self._call(self._batcher.flush)
 
     def checksums(self) -> tuple[str, dict[str, str]]:
-        """The version served, and the digest of every tensor as it was received (before any cast)."""
+        """Return the version served, and the digest of every tensor as it was received (before any cast), by name."""
         self._check_weights()
         return self._call(lambda: (self._batcher.version, dict(self._batcher.weights.digests)))
 
     def save_weights(self, folder: Path) -> str:
-        """Write what is multiplied with right now, dequantized and in the dtype it is held in, to `model.safetensors` in
-        `folder`; answers the version served. The digests of `checksums` tell what came in, this what became of it.
+        """Write the weights that the model computes with to `model.safetensors` in `folder`. Return the version served.
+
+        The weights are dequantized, in the dtype in which they are held. `checksums` shows what was received; this file
+        shows what the engine made of it. Raises EngineError if the file cannot be written or the model has experts.
         """
         self._check_weights()
         return self._call(lambda: self._save(folder))
 
     def release_memory(self) -> None:
-        """Drop the weights; nothing is generated until `resume_memory` and new weights. EngineError while requests are here."""
+        """Release the memory of the weights. Raises EngineError while requests are being served.
+
+        Nothing is generated until `resume_memory` is called and new weights have arrived.
+        """
         self._call(self._release)
 
     def resume_memory(self) -> None:
-        """Take weights again: the next update brings the engine back. Nothing to do where nothing was released."""
+        """Accept weights again; the engine serves after the next update. Does nothing if nothing was released."""
         self._call(self._take_back)
 
     def update_from_disk(self, folder: Path, version: str) -> None:
-        """Serve the weights of `folder` as `version`: checked first, swapped when nothing runs or while paused.
+        """Check the weights of `folder`, then serve them as `version`.
 
-        Raises CheckpointError naming the tensor or file; the weights served so far then go on serving.
+        They are swapped when nothing runs or while paused. Raises CheckpointError naming the tensor or file. The old
+        weights are then still served.
         """
         self._check_alive()
         if self.memory == "released":
@@ -232,7 +276,7 @@ class Engine:
         return PendingUpdate(self._shapes, tied_names(self.config))
 
     def _received(self, tensors: dict[str, torch.Tensor], digests: dict[str, str]) -> Weights:
-        """A model of tensors that came in buckets, checked like those of a folder."""
+        """Return a model made of tensors that were received in buckets. They are checked like those of a folder."""
         coded = self._plan is not None and any(is_scale(name) for name in tensors)
         like = self._batcher.weights.model if self.memory == "held" else None
         return build_weights(
@@ -249,7 +293,10 @@ class Engine:
         )
 
     def _serve(self, weights: Weights, version: str) -> tuple[Weights, str] | None:
-        """Swap when nothing runs or while paused. What was served before, where the engine is paused and held something."""
+        """Swap the weights when nothing runs or while paused.
+
+        Return the weights and version served before, if the engine is paused and held weights; else None.
+        """
         swapped: Future[tuple[Weights, str] | None] = Future()
         self._call(lambda: self._swaps.append((weights, version, swapped)))
         return swapped.result()
@@ -284,18 +331,18 @@ class Engine:
 
     def _run(self) -> None:
         if self.threads:
-            torch.set_num_threads(self.threads)  # the setting belongs to the thread
+            torch.set_num_threads(self.threads)  # the setting is per thread
         try:
             with torch.inference_mode():
                 while not self._stopping:
                     self._turn()
-        except Exception as error:  # noqa: BLE001 (thread boundary: whoever waits for an answer must hear of it)
+        except Exception as error:  # noqa: BLE001 (thread boundary: waiting callers must get the error)
             _log.exception("the engine's thread ended")
             self.failure = f"{type(error).__name__}: {error}"
         self._fail_all()
 
     def _turn(self) -> None:
-        """Take work, then do one thing: swap weights, admit waiting rows, or decode one token."""
+        """Do the queued work. Then swap weights, or admit waiting rows and decode one token."""
         self._take_work()
         batcher = self._batcher
         if self._swaps and (self.paused or batcher.running is None):
@@ -305,7 +352,7 @@ class Engine:
             self.memory = "held"
             swapped.set_result(before)
         elif not self.paused and not self._stopping:
-            # A pending swap waits for the running rows alone: whatever still waits gets the new weights.
+            # A pending swap waits only for the running rows. Rows that still wait get the new weights.
             if not self._swaps and batcher.has_room and time.monotonic() >= self._ready_at():
                 batcher.admit()
             if batcher.running is not None:
@@ -356,7 +403,7 @@ class Engine:
         return self.weight_version
 
     def _release(self) -> None:
-        with self._lock:  # no job may be taken between the look at the queue and the end of the weights
+        with self._lock:  # no job may be accepted between the check of the queue and the release
             if self._jobs:
                 raise EngineError(
                     f"{len(self._jobs)} requests are being served: abort them before the memory is released"
@@ -380,7 +427,7 @@ class Engine:
         self._stopping = True
 
     def _fail_all(self) -> None:
-        """After the last turn: nobody may wait for ever."""
+        """Set the error on every unfinished future after the last turn, so that no caller waits forever."""
         with self._lock:
             self.failure = self.failure or "it was shut down"
             jobs, self._jobs = list(self._jobs.values()), {}

@@ -1,4 +1,4 @@
-"""Emulated linears of the embedded engine that quantize their inputs."""
+"""Linear layers of the embedded engine that quantize their inputs, by emulation."""
 
 from collections.abc import Mapping
 
@@ -12,9 +12,15 @@ from megatron_rl.precision.plan import PrecisionPlan
 
 
 def use_quantized_products(model: nn.Module, values: Mapping[str, Tensor], plan: PrecisionPlan) -> None:
-    """Make the linears of quantized weights quantize their inputs too. values: dequantized weights, fp32, by tensor name.
+    """Replace the linear layers of quantized weights by layers that also quantize their inputs.
 
-    Raises PrecisionError for a quantized weight that no linear of the model multiplies with.
+    Args:
+        model: the model, changed in place.
+        values: tensor name -> dequantized weight, fp32.
+        plan: the precision plan.
+
+    Raises:
+        PrecisionError: if a quantized weight is not the weight of a linear layer of the model.
     """
     left = {name for name in values if plan.quantized(name)}
     for path, module in list(model.named_modules()):
@@ -26,24 +32,33 @@ def use_quantized_products(model: nn.Module, values: Mapping[str, Tensor], plan:
                 left.discard(name)
     if left:
         raise PrecisionError(
-            f"activations fp8 cannot be emulated: tensor {min(left)} is not the weight of a linear in {type(model).__name__}; "
-            "set precision.rollout_activations: none"
+            f"activations fp8 cannot be emulated: tensor {min(left)} is not the weight of a linear in "
+            f"{type(model).__name__}; set precision.rollout_activations: none"
         )
 
 
 class InputQuantizedLinear(nn.Module):
-    """x [..., K] -> [..., M] with x quantized row by row: fp32 sums of dequantized products, one rounding to x's dtype.
+    """Linear layer x [..., K] -> [..., M] that quantizes x row by row.
 
-    So is an FP8 product on a tensor core, up to the order of its sum. weight: dequantized, fp32 [M, K].
+    Products of dequantized values are summed in fp32, and the sum is rounded once, to the dtype of x. An FP8 product on
+    a tensor core is the same, up to the order of its sum.
     """
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None, inputs: str) -> None:
+        """Make the layer.
+
+        Args:
+            weight: dequantized, fp32 [M, K].
+            bias: [M] or None.
+            inputs: format to which x is quantized.
+        """
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = bias
         self.inputs = inputs
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the product of quantized x [..., K] with the weight, [..., M], in the dtype of x."""
         rows = fake_quantize(x.reshape(-1, x.shape[-1]), self.inputs, torch.float32)
         bias = None if self.bias is None else self.bias.float()
         return F.linear(rows, self.weight, bias).to(x.dtype).view(*x.shape[:-1], -1)

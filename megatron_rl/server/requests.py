@@ -1,4 +1,4 @@
-"""From /generate requests to jobs of the engine, and from finished jobs to answers in SGLang's shape."""
+"""Conversion of /generate requests to engine jobs, and of finished jobs to responses in SGLang's format."""
 
 import secrets
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from megatron_rl.server.routed_experts import encode_routing
 
 
 def parse_jobs(engine: Engine, body: GenerateBody) -> list[Job]:
-    """One job for each prompt; UserError names the first field that cannot be taken."""
+    """Return one job for each prompt. Raises UserError naming the first invalid field."""
     prompts = body.input_ids if body.batched else [body.input_ids]
     params = body.sampling_params if isinstance(body.sampling_params, list) else [body.sampling_params] * len(prompts)
     if isinstance(body.rid, list):
@@ -55,9 +55,14 @@ def _validated(model: Any, value: Any, where: tuple[str | int, ...], drop: int =
 
 
 def answers(engine: Engine, job: Job, return_logprob: bool) -> list[dict[str, Any]]:
-    """What /generate says of a finished job: one entry for each sample, in SGLang's shape.
+    """Return the /generate response for a finished job: one entry for each sample, in SGLang's format.
 
-    output_ids include the stop token that matched; `text` does not. A non-finite log-probability is null.
+    `output_ids` includes the stop token that matched; `text` does not. A non-finite log-probability is null.
+
+    Args:
+        engine: the engine, for its tokenizer.
+        job: the finished job.
+        return_logprob: include the log-probabilities.
     """
     out = []
     for row in job.rows:
@@ -91,5 +96,5 @@ def answers(engine: Engine, job: Job, return_logprob: bool) -> list[dict[str, An
 
 
 def _entries(logprobs: Sequence[float], tokens: Sequence[int]) -> list[list[Any]]:
-    # x - x is 0 for finite numbers alone; JSON has no NaN.
+    # x - x is 0 only for finite numbers; JSON has no NaN.
     return [[lp if lp - lp == 0 else None, token, None] for lp, token in zip(logprobs, tokens, strict=True)]

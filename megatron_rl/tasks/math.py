@@ -5,9 +5,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from megatron_rl.config import TaskConfig
 from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.tasks.grader import Grader
@@ -144,6 +141,9 @@ def _encode(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[tupl
 def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield (file:line, row) for every row. Lines, and rows of a parquet file, count from 1."""
     if path.suffix == ".parquet":
+        import pyarrow as pa  # here, because it starts a thread, and most data is JSONL
+        import pyarrow.parquet as pq
+
         try:
             table = pq.read_table(path)
         except (pa.ArrowException, OSError) as error:

@@ -1,1 +1,1 @@
-"""The loop and what it is made of."""
+"""The training loop, with the trainer, hooks and checks that it uses."""

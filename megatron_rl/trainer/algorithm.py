@@ -1,4 +1,4 @@
-"""What the loop knows of a method: how a step collects its batch, and what it learns from it."""
+"""Interface of a training method: how a step collects its batch, and how it updates the policy."""
 
 from typing import Any, Protocol
 
@@ -8,7 +8,7 @@ from megatron_rl.types import Batch
 
 
 class Learned(Protocol):
-    """The outcome of a step's learning, as the run log needs it."""
+    """The result of a step's updates, as the run log needs it."""
 
     def records(self, step: int, version: int, watch: Stopwatch, sampled: dict[str, float]) -> list[dict[str, Any]]:
         """Return the step's log records. For rank 0.
@@ -23,12 +23,12 @@ class Learned(Protocol):
 
 
 class Algorithm(Protocol):
-    """One method: what a step is for it. Both calls are collective; every rank makes them in the same order."""
+    """A training method. Both calls are collective: every rank makes them in the same order."""
 
     def collect(self, trainer: Trainer, watch: Stopwatch) -> Batch:
         """Return the batch of the next step, on every rank."""
         ...
 
     def learn(self, trainer: Trainer, batch: Batch, watch: Stopwatch) -> Learned:
-        """Update the policy with the batch. Raises KeyboardInterrupt on every rank when a stop was requested."""
+        """Update the policy with the batch. Raises KeyboardInterrupt on every rank if a stop was requested."""
         ...

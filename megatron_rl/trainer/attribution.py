@@ -1,4 +1,4 @@
-"""Attribution of the mismatch: inside a run every few steps, and of the folder of a run that has ended."""
+"""Attribution of the mismatch, inside a run every few steps or from the folder of a run that has ended."""
 
 from typing import Any
 
@@ -15,23 +15,23 @@ from megatron_rl.trainer.metrics import Stopwatch
 from megatron_rl.trainer.trainer import Trainer
 
 PROMPTS = 16
-_SEED = 104_729  # apart from the seeds of training and evaluation
+_SEED = 104_729  # differs from the seeds of training and evaluation
 
 
 class AttributionHook:
-    """Attributes the mismatch inside a run, every `every` steps."""
+    """Hook that attributes the mismatch inside a run, every `every` steps."""
 
     def __init__(self, every: int) -> None:
         self.every = every
         self._sampled: list[Tensor] | None = None
 
     def before_step(self, trainer: Trainer) -> None:
-        """Copy the weights that sample the step if it ends with an attribution."""
+        """Copy the weights that sample the step if an attribution is due after it."""
         due = (trainer.state.step + 1) % self.every == 0
         self._sampled = trainer.policy.copy_weights() if due else None
 
     def before_publish(self, trainer: Trainer, watch: Stopwatch) -> list[dict[str, Any]]:
-        """Return the attribution's record, if one is due and no engine failed."""
+        """Return the record of the attribution. The list is empty if none is due or an engine failed."""
         if self._sampled is None:
             return []
         with watch("attribution"):
@@ -41,7 +41,7 @@ class AttributionHook:
 
 
 def attribution_hooks(config: Config) -> list[AttributionHook]:
-    """Return the hook that a configuration asks for, if any."""
+    """Return the attribution hook if `run.attribute_every` is set, else an empty list."""
     every = config.run.attribute_every
     return [AttributionHook(every)] if every else []
 
@@ -49,11 +49,11 @@ def attribution_hooks(config: Config) -> list[AttributionHook]:
 def attribute_step(trainer: Trainer, sampled: list[Tensor]) -> Attribution | None:
     """Attribute the mismatch after a step's updates, while engines still hold the weights `sampled`. Collective.
 
-    Returns None when an engine failed: engines that are not healthy are dropped, and training continues with the others.
+    Returns None if an engine failed. Engines that are not healthy are then lost. Training continues with the others.
     """
     try:
         found = _attribute(trainer, PROMPTS, sampled=sampled)
-    except EngineError as error:  # rank 0 talks to the engines; every rank raises the same error
+    except EngineError as error:  # only rank 0 sends requests; every rank raises the same error
         left = trainer.on_lead(_drop_dead)
         trainer.say(f"mismatch after {trainer.state.step + 1} steps not attributed, {left} engine(s) left: {error}")
         return None
@@ -65,15 +65,15 @@ def attribute_run(config: Config, *, prompts: int, layers: bool, sampled_by: int
     """Attribute the mismatch of a run's newest checkpoint, print it, and append it to the run's log. Collective.
 
     Args:
-        config: of the run. Engines are started, or updated where `rollout.urls` names them.
-        prompts: number of responses to score, one a prompt.
+        config: configuration of the run. Engines are started, or updated if `rollout.urls` names them.
+        prompts: number of responses to score, one per prompt.
         layers: also compare hidden states layer by layer; on one rank only.
-        sampled_by: number of steps after which the kept checkpoint was made that samples; None: the newest. Later steps
-            are then the staleness.
+        sampled_by: step of the kept checkpoint whose weights sample; None: the newest checkpoint. The steps after it
+            are the staleness.
 
     Raises:
-        CheckpointError: when that checkpoint was not kept.
-        UserError: when it is newer than the newest.
+        CheckpointError: if that checkpoint was not kept.
+        UserError: if `sampled_by` is later than the newest checkpoint.
     """
     with open_run(config, resume=True, attribute_only=True) as trainer:
         sampled, by = None, trainer.state.step if sampled_by is None else sampled_by
@@ -99,7 +99,7 @@ def attribute_run(config: Config, *, prompts: int, layers: bool, sampled_by: int
 
 
 def _drop_dead(lead: Lead) -> int:
-    """Drop engines that are not healthy, and return how many are left."""
+    """Mark engines that are not healthy as lost, and return the number of live engines."""
     lead.pool.drop_dead()
     return len(lead.pool.live_urls)
 

@@ -1,4 +1,4 @@
-"""Bring-up: open everything a run owns, in order, and close it in reverse."""
+"""Bring-up: everything that a run owns is opened in order and closed in reverse order."""
 
 import shutil
 import signal
@@ -38,7 +38,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def open_run(config: Config, *, resume: bool, attribute_only: bool = False) -> Iterator[Trainer]:
-    """Bring a run up on this rank, and take down everything it owns afterwards, whatever happened. Collective.
+    """Open a run on this rank, and close everything it owns afterwards, also after an error. Collective.
 
     Args:
         config: the resolved configuration.
@@ -46,8 +46,8 @@ def open_run(config: Config, *, resume: bool, attribute_only: bool = False) -> I
         attribute_only: the run takes no step, so the log keeps its records of later steps.
 
     Raises:
-        ConfigError: when the run folder already holds a run and `resume` is False.
-        PrecisionError: when this machine cannot do what the precision plan says.
+        ConfigError: if the run folder already holds a run and `resume` is False.
+        PrecisionError: if this machine does not support the precision plan.
     """
     attributes = attribute_only or config.run.attribute_every > 0
     report = check_rank(config, attributes=attributes)
@@ -110,9 +110,9 @@ def _prepare_folder(config: Config, resume: bool, stack: ExitStack) -> None:
 def _start_servers(
     config: Config, precision: PrecisionPlan, plan: AlgorithmPlan, mesh: Mesh, stack: ExitStack
 ) -> Servers | None:
-    """Launch this run's own engines on rank 0, first of all, so that they load while the policy is built. Collective.
+    """Launch this run's own engines on rank 0 first, so that they load while the policy is built. Collective.
 
-    Returns None on the other ranks, and everywhere when `rollout.urls` names the engines.
+    Returns None on the other ranks, and on every rank if `rollout.urls` names the engines.
     """
     launched: list[Servers] = []
 
@@ -166,10 +166,14 @@ def open_rollouts(
 
 
 def _note_stops(mesh: Mesh) -> list[int]:
-    """Until rank 0 works alone, a stop is only noted: raised between two collectives it would strand the other ranks."""
+    """Install handlers that only note a stop request, and return the list of noted signals.
+
+    They stay until rank 0 works alone, in `_open_lead`. A KeyboardInterrupt between two collectives would leave the
+    other ranks waiting.
+    """
     noted: list[int] = []
     if mesh.rank != 0:
-        for name in STOP_SIGNALS:  # rank 0 decides when all stop
+        for name in STOP_SIGNALS:  # rank 0 decides when every rank stops
             signal.signal(name, signal.SIG_IGN)
         return noted
     for name in STOP_SIGNALS:
@@ -187,7 +191,7 @@ def _open_lead(
     stops: list[int],
     attribute_only: bool,
 ) -> Lead:
-    """Connect to the engines, read the task and open the log. For rank 0; KeyboardInterrupt after a stop request."""
+    """Connect to the engines, read the task and open the log. For rank 0. KeyboardInterrupt if a stop was requested."""
     for name in STOP_SIGNALS:
         signal.signal(name, signal.default_int_handler)
     if stops:
@@ -212,7 +216,7 @@ def _open_lead(
     if servers is None:
         offloaded.resume(rollouts.pool)
     else:
-        offloaded.forget()  # engines of this run ended with the process that offloaded them
+        offloaded.forget()  # the run's own engines ended with the process that offloaded them
     if not attribute_only and (found := rollouts.begin(state)):
         print(found, flush=True)
     log = stack.enter_context(RunLog(config.run.folder, resume_from=None if attribute_only else state.step))

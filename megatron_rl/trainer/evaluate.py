@@ -11,9 +11,9 @@ from megatron_rl.trainer.preflight import check_rank
 
 
 def evaluate_model(config: Config) -> dict[str, float]:
-    """Print and return held-out pass rates of `config.model.path`, or of the weights that `rollout.urls` serve.
+    """Print and return held-out pass rates of `config.model.path`, or of the weights on the engines of `rollout.urls`.
 
-    Raises ConfigError when `eval.prompts` is 0.
+    Raises ConfigError if `eval.prompts` is 0.
     """
     if config.eval.prompts == 0:
         raise ConfigError("eval.prompts is 0: say how many held-out problems to evaluate, e.g. eval.prompts=64")

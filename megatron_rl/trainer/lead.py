@@ -16,7 +16,7 @@ from megatron_rl.types import Batch
 
 @dataclass
 class Lead:
-    """What rank 0 owns besides the policy.
+    """What rank 0 owns in addition to the policy.
 
     Attributes:
         rollouts: draws prompts and returns the verified batch of a step.
@@ -35,11 +35,14 @@ class Lead:
 
     @property
     def pool(self) -> EnginePool:
-        """The engines."""
+        """The pool of engines that generate."""
         return self.rollouts.pool
 
     def collect(self, step: int, version: int, watch: Stopwatch) -> Batch:
-        """Return the batch of a step that trains from weight `version`. Raises KeyboardInterrupt after a stop request."""
+        """Return the batch of a step that trains from weight `version`.
+
+        Raises KeyboardInterrupt if a stop was requested.
+        """
         if self.interrupted:
             raise KeyboardInterrupt
         return self.rollouts.collect(step, version, watch)
@@ -51,7 +54,7 @@ class Lead:
             self.progress.step(record)
 
     def warn_once(self, text: str | None) -> None:
-        """Print a warning if it is the first of this run; None is no warning."""
+        """Print a warning unless one was printed before. Do nothing for None."""
         if text is not None and not self._warned:
             self._warned = True
             self.progress.note(f"warning: {text}")
@@ -61,7 +64,7 @@ class Lead:
         self.offloaded.release(self.pool)
 
     def reload_engines(self) -> None:
-        """Let offloaded engines allocate their memory again; they generate after the next weight update."""
+        """Make offloaded engines allocate their memory again. They generate after the next weight update."""
         self.offloaded.resume(self.pool)
 
     def stop_soon(self, *_: object) -> None:

@@ -1,4 +1,4 @@
-"""The loop: one way round, once per step, on every rank alike."""
+"""The training loop: the same sequence of calls in every step, on every rank."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -12,18 +12,18 @@ class StepHook(Protocol):
     """Extra work inside a step. Both calls are collective."""
 
     def before_step(self, trainer: Trainer) -> None:
-        """Called before the step's batch is collected: engines and policy hold the same weights."""
+        """Run before the step's batch is collected, when engines and policy hold the same weights."""
         ...
 
     def before_publish(self, trainer: Trainer, watch: Stopwatch) -> list[dict[str, Any]]:
-        """Called after the step's updates: engines still hold the old weights. Returns log records."""
+        """Run after the step's updates, while engines still hold the old weights. Return log records."""
         ...
 
 
 def train(trainer: Trainer, algorithm: Algorithm, hooks: Sequence[StepHook] = ()) -> None:
     """Train until `run.steps` steps are done, starting from `trainer.state`.
 
-    Raises KeyboardInterrupt on every rank when the user requested a stop; `trainer.state` is then the last whole step.
+    Raises KeyboardInterrupt on every rank if the user requested a stop; `trainer.state` is then the last whole step.
     """
     config = trainer.config
     trainer.publish(trainer.state.version)

@@ -1,4 +1,4 @@
-"""What one step writes into the run log. Everything a plot shows is made here."""
+"""Records that a step writes to the run log, and that the plots show."""
 
 import time
 from collections.abc import Iterator
@@ -13,7 +13,12 @@ from megatron_rl.types import Batch
 
 
 class Stopwatch:
-    """Seconds per phase of one step: `with stopwatch("rollout"): ...`."""
+    """Seconds per phase of one step: `with stopwatch("rollout"): ...`.
+
+    Attributes:
+        started: `time.perf_counter()` at the start of the step.
+        seconds: phase -> seconds so far.
+    """
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
@@ -21,31 +26,41 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        """Add the seconds of the `with` block to the phase."""
         start = time.perf_counter()
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     @property
     def total(self) -> float:
+        """Seconds since the start of the step."""
         return time.perf_counter() - self.started
 
 
 def step_record(
     step: int, version: int, parts: list[Batch], stats: list[UpdateStats], watch: Stopwatch, sampled: dict[str, float]
 ) -> dict[str, Any]:
-    """The record of one step: flat, slash-separated keys, plain numbers; lists for the worst trajectories alone.
+    """Return the record of one step: flat, slash-separated keys and plain numbers; only `worst/...` has lists.
 
-    parts, stats: the step's updates in order; an update's log-probabilities are those of the weights before it, with ALP
-    perturbed. `mismatch/...` is the first update alone, where trainer and engine hold the same weights unless tokens are stale
-    (then `mismatch_by_staleness` tells them apart); the same statistics without that prefix (`ratio_record`), and `worst/...`,
-    are all updates, staleness within the step included.
+    `mismatch/...` covers only the first update, where trainer and engine hold the same weights unless tokens are stale.
+    If tokens are stale, `mismatch_by_staleness` splits it by staleness. The same statistics without that prefix
+    (`ratio_record`) and `worst/...` cover all updates, including the staleness within the step.
+
+    Args:
+        step: number of the step, from 0.
+        version: version of the weights that the step started from.
+        parts: batch of each update, in order.
+        stats: statistics of each update, in order. Their logp are of the weights before the update, perturbed if ALP
+            is enabled.
+        watch: seconds of each phase of the step so far.
+        sampled: `Rollouts.sampled`, the metrics of sampling.
     """
     record: dict[str, Any] = batch_record(step, version, parts, watch, sampled)
     record |= mean_update([update_record(part, one) for part, one in zip(parts, stats, strict=True)])
     if parts[0].logmu is not None:
         pairs = [_trained_pair(p, s.logp) for p, s in zip(parts, stats, strict=True)]
         logp, logmu = (np.concatenate(column) for column in zip(*pairs, strict=True))
-        if not len(logp):  # every turn was void
+        if not len(logp):  # every turn was void, so no token is trained
             return record
         record |= ratio_record(logp, logmu)
         record |= _worst(parts, logp, logmu)
@@ -57,7 +72,7 @@ def step_record(
 
 
 def _worst(parts: list[Batch], logp: np.ndarray, logmu: np.ndarray) -> dict[str, Any]:
-    """logp, logmu: of the trained tokens of all parts, one part after the other."""
+    """Return the `worst/...` record. `logp` and `logmu` hold the trained tokens of all parts, in order."""
     before = np.cumsum([0, *(len(part) for part in parts)])
     rows = [
         np.repeat(np.arange(len(p)) + first, p.lengths)[p.mask > 0] for p, first in zip(parts, before, strict=False)
@@ -69,10 +84,17 @@ def _worst(parts: list[Batch], logp: np.ndarray, logmu: np.ndarray) -> dict[str,
 def batch_record(
     step: int, version: int, parts: list[Batch], watch: Stopwatch, sampled: dict[str, float]
 ) -> dict[str, float | int | str]:
-    """What a step trained on, and the time it took so far. version: the weights it started from.
+    """Return what a step trained on, and the seconds it took so far.
 
-    `staleness/mean` and `/max`: of its trained tokens, in versions. sampled: `Rollouts.sampled`; `seconds/rollout` is the time
-    the trainer waited for it.
+    `staleness/mean` and `staleness/max` cover the trained tokens, in versions. `seconds/rollout` is the time that the
+    trainer waited for the batch.
+
+    Args:
+        step: number of the step, from 0.
+        version: version of the weights that the step started from.
+        parts: batch of each update, in order.
+        watch: seconds of each phase of the step so far.
+        sampled: `Rollouts.sampled`, the metrics of sampling.
     """
     rewards = np.concatenate([p.rewards for p in parts])
     tokens, trained = (int(sum(c)) for c in ([len(p.tokens) for p in parts], [p.mask.sum() for p in parts]))
@@ -97,7 +119,7 @@ def batch_record(
 
 
 def staleness_record(version: int, parts: list[Batch]) -> dict[str, float]:
-    """Empty when the engines named no versions, or nothing is trained."""
+    """Return the staleness of trained tokens. Empty if the engines reported no versions or no token is trained."""
     if any(part.versions is None for part in parts):
         return {}
     stale = np.concatenate([_staleness(version, part) for part in parts])
@@ -105,13 +127,19 @@ def staleness_record(version: int, parts: list[Batch]) -> dict[str, float]:
 
 
 def _staleness(version: int, part: Batch) -> np.ndarray:
-    """Of the trained tokens."""
+    """Return the staleness of the part's trained tokens, in versions."""
     assert part.versions is not None
     return version - part.versions[part.mask > 0]
 
 
 def mismatch_by_staleness(stale: np.ndarray, logp: np.ndarray, logmu: np.ndarray) -> dict[str, float]:
-    """For each staleness s of trained tokens [N]: `mismatch/stale_<s>/tokens`, `/k3` and `/mean_abs` of the log ratios."""
+    """Return `mismatch/stale_<s>/tokens`, `/k3` and `/mean_abs` of the log ratios for each staleness s.
+
+    Args:
+        stale: staleness of the trained tokens, shape [N], in versions.
+        logp: logp of the trainer, shape [N].
+        logmu: logp of the rollout policy, shape [N].
+    """
     record: dict[str, float] = {}
     for s in np.unique(stale).tolist():
         x = logp[stale == s].astype(np.float64) - logmu[stale == s]
@@ -123,10 +151,10 @@ def mismatch_by_staleness(stale: np.ndarray, logp: np.ndarray, logmu: np.ndarray
 
 
 def update_record(part: Batch, stats: UpdateStats) -> dict[str, float]:
-    """What one update did, on rank 0. tokens: trained ones.
+    """Return what one update did. For rank 0. `tokens` counts the trained tokens.
 
-    `precision/gemms/<qkv, proj, fc1 or fc2>`: products of these linears that ran quantized, summed over ranks,
-    per update.
+    `precision/gemms/<qkv, proj, fc1 or fc2>` is the number of products of these linears that ran quantized in the
+    update, summed over ranks.
     """
     trained = part.mask > 0
     assert stats.entropy is not None
@@ -141,7 +169,7 @@ def update_record(part: Batch, stats: UpdateStats) -> dict[str, float]:
 
 
 def mean_update(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Their means; the entropy is a token's, the learning rate is the last one. Empty without updates."""
+    """Return the means over updates. The entropy is a mean over tokens; `lr` is the last one. Empty without updates."""
     if not updates:
         return {}
     everywhere = set.intersection(*(set(u) for u in updates)) - {"tokens", "lr", "entropy"}

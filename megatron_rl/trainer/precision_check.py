@@ -1,4 +1,4 @@
-"""The precision plan of a configuration, checked against its model's shapes and this machine, and told to the user."""
+"""The precision plan of a configuration: checked against its model's shapes and this machine, and printed."""
 
 from collections.abc import Iterator
 from math import gcd
@@ -16,9 +16,17 @@ from megatron_rl.weights.name_table import Entry, entries
 
 
 def check_precision(config: Config, family: Family, shape: ModelShape, machine: Machine | None = None) -> PlanReport:
-    """Raises ConfigError for keys that contradict each other, PrecisionError for what this machine or these shapes forbid.
+    """Resolve the precision plan and check it against the model's shapes and the machine.
 
-    machine: this one if not given.
+    Args:
+        config: the resolved configuration.
+        family: model family, which names the parameters.
+        shape: sizes of the model.
+        machine: machine to check for; None: this machine.
+
+    Raises:
+        ConfigError: if keys contradict each other.
+        PrecisionError: if the machine or the shapes do not support the plan.
     """
     machine = machine or this_machine()
     plan = resolve(config.precision, shape.num_layers, engine=config.rollout.engine, device=machine.device)
@@ -50,7 +58,13 @@ def print_plan(report: PlanReport, console: Console | None = None) -> None:
 
 
 def matrices(plan: PrecisionPlan, table: tuple[Entry, ...], size: int) -> Iterator[Matrix]:
-    """The matrices that are ever quantized, as `size` tensor-parallel ranks hold them."""
+    """Yield every matrix that the plan quantizes anywhere, with its shapes and rows on the ranks.
+
+    Args:
+        plan: the resolved precision plan.
+        table: name table of the model's parameters.
+        size: number of tensor-parallel ranks.
+    """
     for entry in table:
         layout = entry.rule.layout
         parts = [part for part in enumerate(entry.rule.hf) if plan.quantized(part[1])]
@@ -63,7 +77,7 @@ def matrices(plan: PrecisionPlan, table: tuple[Entry, ...], size: int) -> Iterat
 
 
 def _runs(layout: Layout, size: int) -> list[list[RowRange]]:
-    """Per Hugging Face matrix of a parameter, where its rows lie on each of `size` ranks: what `Layout.read` does."""
+    """Return, per Hugging Face matrix of a parameter, its rows on each of `size` ranks, as in `Layout.read`."""
     if isinstance(layout, QKV):
         queries, head = layout.heads // layout.groups * layout.head_dim, layout.head_dim
         here = layout.groups // size

@@ -1,4 +1,4 @@
-"""Everything that can be known to fail before a process is started or a byte allocated."""
+"""Preflight: checks that run before a process is started or memory is allocated."""
 
 from transformers import AutoTokenizer
 
@@ -53,12 +53,12 @@ def check(config: Config) -> PlanReport:
 
 
 def check_transport(config: Config, device: str) -> None:
-    """Raise ConfigError where a trainer on `device` and this run's own servers do not share what the transport uses."""
+    """Raise ConfigError if the transport cannot connect a trainer on `device` with this run's own servers."""
     rollout = config.rollout
     if device != "cpu" and rollout.engine == "embedded" and rollout.transport != "disk":
         raise ConfigError(
-            f"rollout.transport: {rollout.transport} sends from the trainer's GPU, and embedded servers are on the CPU: take "
-            "transport: disk, or engine: sglang"
+            f"rollout.transport: {rollout.transport} sends from the trainer's GPU, and embedded servers are on the "
+            "CPU: take transport: disk, or engine: sglang"
         )
 
 
@@ -68,9 +68,10 @@ def _check_folder(config: Config) -> tuple[Family, ModelShape]:
 
 
 def check_rank(config: Config, *, attributes: bool = False) -> PlanReport:
-    """Check the precision plan on this rank, whoever started it, and return it. Equal on all ranks of one kind.
+    """Check the precision plan on this rank, under any launcher, and return it.
 
-    `attributes` says that the mismatch will be attributed.
+    The result is equal on all ranks with the same kind of machine. If `attributes`, also check that the mismatch can be
+    attributed. Errors have `everywhere` set.
     """
     try:
         report = check_precision(config, *_check_folder(config))
@@ -83,16 +84,17 @@ def check_rank(config: Config, *, attributes: bool = False) -> PlanReport:
 
 
 def check_run_folder(config: Config, *, resume: bool) -> None:
-    """Raise ConfigError when the run folder holds a run that is not to be resumed, or lacks a checkpoint that is needed."""
+    """Raise ConfigError if the run folder holds a run and `resume` is False, or if a required checkpoint is missing."""
     folder = config.run.folder
     if (folder / "log.jsonl").exists() and not resume:
         raise ConfigError(f"{folder} already holds a run: pass --resume to go on with it, or choose another run.name")
     checkpoints = folder / "checkpoints"
-    new = newest_valid(checkpoints)[0] is None  # step 0 is written before it is needed
+    new = newest_valid(checkpoints)[0] is None  # a new run writes step 0 before it is needed
     for j in plan_algorithm(config).older_checkpoints:
         reason = find_defect(checkpoints / f"step_{j:06d}")
         if reason is not None and not (new and j == 0):
             raise ConfigError(
                 f"objective.signals: student@{j} is the run's checkpoint after {j} steps, and {checkpoints} has no "
-                f"usable one ({reason}): train to that step with another signal and run.steps={j}, then --resume with this one"
+                f"usable one ({reason}): train to that step with another signal and run.steps={j}, "
+                "then --resume with this one"
             )

@@ -1,4 +1,4 @@
-"""The live line: step, reward, KL, tokens per second, time left."""
+"""The live line of a run: step, reward, KL, tokens per second, time left."""
 
 import sys
 from types import TracebackType
@@ -9,7 +9,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class ProgressLine:
-    """A rich progress line on a terminal, one plain line a step elsewhere. Silent on ranks other than 0."""
+    """A rich progress line on a terminal, else one plain line per step.
+
+    Args:
+        title: text at the start of the line.
+        total: number of steps of the run.
+        done: number of steps that are already done.
+        enabled: print; False on ranks other than 0.
+    """
 
     def __init__(self, title: str, total: int, done: int, *, enabled: bool) -> None:
         self.title, self.total, self.enabled = title, total, enabled
@@ -31,7 +38,7 @@ class ProgressLine:
             self.live.stop()
 
     def step(self, record: dict[str, Any]) -> None:
-        """Show one step's record."""
+        """Show reward, KL and tokens per second of one step's record."""
         parts = [f"reward {record['reward/mean']:.3f}"]
         if "kl/k3" in record:
             parts.append(f"KL {record['kl/k3']:.2e}")
@@ -39,14 +46,14 @@ class ProgressLine:
         self.show(" | ".join(parts), record["step"] + 1)
 
     def note(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a line that the live line does not overwrite."""
         if self.live:
             self.live.console.print(text)
         elif self.enabled:
             print(text, flush=True)
 
     def show(self, text: str, done: int) -> None:
-        """Move to `done` and show `text` there."""
+        """Set the number of finished steps to `done`, and show `text`."""
         if self.live:
             self.live.update(self.task, completed=done, note=text)
         elif self.enabled:

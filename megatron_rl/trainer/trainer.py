@@ -30,10 +30,10 @@ class Trainer:
         precision: the resolved precision plan.
         mesh: the position of this rank in the parallel layout.
         policy: the trained model.
-        checkpoints: the run's checkpoints, one for each of some steps.
-        sync: puts weights on the engines.
+        checkpoints: the run's checkpoints, by step.
+        sync: sends weights to the engines.
         lead: rank 0's side of the run; None on the other ranks.
-        state: the last whole step.
+        state: state after the last whole step.
         at_step: whether the policy holds the weights of `state.step`, not those of a stage inside the next step.
     """
 
@@ -52,25 +52,25 @@ class Trainer:
         """Run `work` on rank 0 and return its result on every rank. An error is raised on every rank."""
 
         def run() -> T:
-            assert self.lead is not None  # `on_lead` of the mesh calls it on rank 0 alone
+            assert self.lead is not None  # `mesh.on_lead` calls this on rank 0 only
             return work(self.lead)
 
         return self.mesh.on_lead(run)
 
     def collect(self, watch: Stopwatch) -> Batch:
-        """Return the batch of the next step. Raises KeyboardInterrupt when a stop was requested."""
+        """Return the batch of the next step. Raises KeyboardInterrupt if a stop was requested."""
         return self.on_lead(lambda lead: lead.collect(self.state.step, self.state.version, watch))
 
     def publish(self, version: int) -> None:
-        """Put the policy's weights on every engine as `version`, verified. Raises EngineError when that fails."""
+        """Send the policy's weights to every engine as `version`, and verify them. Raises EngineError if that fails."""
         publish_weights(self.policy, self.sync, self.precision, version)
 
     def settle(self) -> None:
-        """Wait, in a deterministic run, for every group that the present weights may sample."""
+        """In a deterministic run, wait for every group that the current weights may sample."""
         self.on_lead(lambda lead: lead.rollouts.settle())
 
     def advance(self, step: int, version: int) -> None:
-        """Note that `step` steps are done, and complete a checkpoint whose files are on disk by now."""
+        """Set `state` to `step` whole steps, and complete a checkpoint whose files are already on disk."""
         self.checkpoints.finish(wait=False)
         below, ahead = self.on_lead(lambda lead: lead.rollouts.drawn)
         updates = self.policy.optimizer.updates
@@ -78,7 +78,7 @@ class Trainer:
         self.at_step = True
 
     def evaluate(self) -> None:
-        """Log held-out pass rates of the current weights. Nothing happens when `eval.prompts` is 0."""
+        """Log held-out pass rates of the current weights. Do nothing if `eval.prompts` is 0."""
         if self.config.eval.prompts == 0:
             return
         rates = self.on_lead(lambda lead: lead.rollouts.evaluate(self.state.step))
@@ -88,11 +88,11 @@ class Trainer:
         self.say(f"held-out pass rate after {self.state.step} steps: {text}")
 
     def due(self, step: int, every: int) -> bool:
-        """Return whether work done every `every` steps (0: only at the end) is due after `step` steps. Not collective."""
+        """Return whether work of every `every` steps (0: only at the end) is due after `step` steps. Not collective."""
         return step == self.config.run.steps or bool(every and step % every == 0)
 
     def save(self, *, wait: bool) -> None:
-        """Save a checkpoint of the last whole step. Nothing happens inside a stage: its checkpoint exists by then."""
+        """Save a checkpoint of the last whole step. Do nothing inside a stage: the step's checkpoint exists by then."""
         if self.at_step:
             self.checkpoints.save(self.state, wait=wait)
 
@@ -111,6 +111,6 @@ class Trainer:
         return self.mesh.any(self.lead is not None and self.lead.interrupted)
 
     def say(self, text: str) -> None:
-        """Print a line that stays, on rank 0. Not collective."""
+        """Print a line on rank 0 that the live line does not overwrite. Not collective."""
         if self.lead is not None:
             self.lead.progress.note(text)

@@ -78,7 +78,7 @@ def compare(url: str, number: int, found: Digests, wanted: Digests, expected: Ex
         number: the weight version, for the error.
         found: the engine's digests.
         wanted: the digests that it must have.
-        expected: tells in which bucket a tensor was sent; None where it was not sent in buckets.
+        expected: holds the bucket in which each tensor was sent; None if it was not sent in buckets.
     """
     difference = first_difference(found, wanted)
     if difference is not None:

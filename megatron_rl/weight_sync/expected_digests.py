@@ -1,4 +1,4 @@
-"""What engines should hold after an update, learnt from the tensors as they pass."""
+"""Digests that engines must report after an update, computed from the tensors while they are sent."""
 
 import hashlib
 import re
@@ -14,9 +14,9 @@ from megatron_rl.protocol.buckets import Bucket
 from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.families.family import DTYPES
 
-_ROWS = 64  # SGLang pads the vocabulary to a multiple of it, with zeros
+_ROWS = 64  # SGLang pads the vocabulary with zeros to a multiple of it
 _VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
-_WIDTH = 32  # on CPU it pads the width of feed-forward networks to a multiple of it, with zeros
+_WIDTH = 32  # on CPU, SGLang pads the width of feed-forward networks with zeros to a multiple of it
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
 _PART = re.compile(r"(.*\.)(q|k|v|gate|up)_proj(\.\w+)$")
 _PLACES = {"q": ("qkv", 0), "k": ("qkv", 1), "v": ("qkv", 2), "gate": ("gate_up", 0), "up": ("gate_up", 1)}
@@ -25,38 +25,47 @@ _PLACES = {"q": ("qkv", 0), "k": ("qkv", 1), "v": ("qkv", 2), "gate": ("gate_up"
 class ExpectedDigests:
     """Digests of the tensors of one version.
 
-    plain: whether to take `tensor_digest` of each, as the embedded server does. fused: dtypes in which SGLang servers hold
-    the weights, for which to compute their checksums. placed: tensor -> the bucket it traveled in.
+    Attributes:
+        digests: tensor -> `tensor_digest`, if plain digests are computed.
+        placed: tensor -> index of the bucket in which it was sent.
     """
 
     def __init__(self, plain: bool, fused: Iterable[str] = ()) -> None:
+        """Start without tensors.
+
+        Args:
+            plain: compute `tensor_digest` of each tensor, as the embedded server does.
+            fused: dtypes in which SGLang servers hold the weights; their checksums are computed for each.
+        """
         self.digests: dict[str, str] = {}
         self.placed: dict[str, int] = {}
         self._plain = plain
         self._fused = {name: FusedDigests(DTYPES[name]) for name in fused}
 
     def add_bucket(self, bucket: Bucket) -> None:
+        """Add the tensors of a bucket, and note the bucket of each."""
         for name, tensor in bucket.tensors():
             self.placed[name] = bucket.index
             self.add(name, tensor)
 
     def add(self, name: str, tensor: Tensor) -> None:
+        """Add one tensor, under its Hugging Face name."""
         if self._plain:
             self.digests[name] = tensor_digest(tensor)
         for fused in self._fused.values():
             fused.add(name, tensor)
 
     def sglang(self, dtype: str) -> dict[str, str] | None:
-        """SGLang's name -> checksum, for a server that holds weights in `dtype`; None where that was not asked for."""
+        """Return SGLang's name -> checksum for a server that holds weights in `dtype`; None if it was not requested."""
         return self._fused[dtype].digests() if dtype in self._fused else None
 
     def changed_since(self, before: "ExpectedDigests") -> list[str]:
-        """SGLang's names of the parameters that other bytes were sent for, as far as both took plain digests."""
+        """Return SGLang's names of the parameters whose plain digest changed, among tensors with a digest in both."""
         changed = [name for name, digest in self.digests.items() if before.digests.get(name, digest) != digest]
         return sorted({fused_place(name)[0] for name in changed})
 
     def where(self, name: str) -> str:
-        """`name`, and in which bucket it or its parts traveled."""
+        """Return a text with `name` and the buckets in which the tensor or its parts were sent."""
         found = sorted({bucket for sent, bucket in self.placed.items() if name in (sent, fused_place(sent)[0])})
         return f"tensor '{name}'" + (f" (bucket {', '.join(map(str, found))})" if found else "")
 
@@ -64,15 +73,16 @@ class ExpectedDigests:
 @dataclass(slots=True)
 class _Fusion:
     digest: Any = field(default_factory=hashlib.sha256)
-    ahead: dict[int, Tensor] = field(default_factory=dict)  # parts that came before their turn
+    ahead: dict[int, Tensor] = field(default_factory=dict)  # parts that were added before an earlier part
     done: int = 0
 
 
 class FusedDigests:
     """The checksums of SGLang's `/weights_checker` for an unquantized server on CPU with one rank.
 
-    It fuses projections along their rows and hashes the bytes of every parameter: the first 8 bytes of SHA-256. Parts
-    are hashed as they come, in whatever order; nothing is kept but parts that come before their turn.
+    SGLang fuses projections along their rows. Its checksum is the first 8 bytes of the SHA-256 of a parameter's bytes.
+    Parts may be added in any order and are hashed immediately. Only a part that is added before an earlier part is
+    kept.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -80,6 +90,7 @@ class FusedDigests:
         self._fusions: dict[str, _Fusion] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
+        """Add one tensor, under its Hugging Face name."""
         place, at = fused_place(name)
         fusion = self._fusions.setdefault(place, _Fusion())
         values = _widened(name, tensor.detach().to(device="cpu", dtype=self._dtype)).contiguous()
@@ -92,6 +103,7 @@ class FusedDigests:
             fusion.digest.update(bytes(-len(values) % _ROWS * values[0].nbytes))
 
     def digests(self) -> dict[str, str]:
+        """Return SGLang's name -> checksum, 16 hexadecimal digits."""
         return {name: fusion.digest.hexdigest()[:16] for name, fusion in self._fusions.items()}
 
 
@@ -104,7 +116,7 @@ def _widened(name: str, weight: Tensor) -> Tensor:
 
 
 def fused_place(name: str) -> tuple[str, int]:
-    """SGLang's name of the parameter that a Hugging Face tensor is a part of, and which part it is."""
+    """Return SGLang's name of the parameter that holds a Hugging Face tensor, and the index of the tensor in it."""
     expert = _EXPERT.match(name)
     if expert is not None:
         prefix, number, kind = expert.groups()
@@ -121,9 +133,10 @@ def fused_place(name: str) -> tuple[str, int]:
 
 
 def first_difference(held: Mapping[str, str], expected: Mapping[str, str]) -> tuple[str, str] | None:
-    """The first tensor that is not as expected, and how; None when all are.
+    """Return the first tensor that is not as expected, and the difference as text; None if there is none.
 
-    Names that are held but not expected count, except copies of expected tensors: a tied one may be listed twice.
+    A name that is held but not expected is a difference, unless its digest is that of an expected tensor: a tied tensor
+    may be listed twice.
     """
     for name, digest in expected.items():
         if held.get(name) != digest:

@@ -1,4 +1,4 @@
-"""The weight sync that a configuration asks for."""
+"""Builds the weight sync from the configuration."""
 
 import numpy as np
 
@@ -18,16 +18,24 @@ from megatron_rl.weight_sync.transports.transport import Transport
 from megatron_rl.weights.quantized import quantization_config
 
 _PROBE_TOKENS = 64
-# Mean difference of log-probabilities between an engine and the trainer with the same weights; measured 3e-6 and 6e-3 of
-# SGLang on CPU in the first two.
+# Allowed mean difference of log-probabilities between an engine and the trainer with the same weights, in nats.
+# Measured with SGLang on CPU: 3e-6 in fp32 and 6e-3 in bf16.
 _TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.05}
-_LOW_TOLERANCE = 0.3  # of quantized weights or inputs
+_LOW_TOLERANCE = 0.3  # for quantized weights or inputs
 
 
 def make_sync(
     config: Config, policy: Policy, mesh: Mesh, precision: PrecisionPlan, pool: EnginePool | None
 ) -> WeightSync:
-    """`pool` is None on all ranks but 0. Everything else is the same on every rank."""
+    """Return the weight sync of a run.
+
+    Args:
+        config: the resolved configuration.
+        policy: the trained model.
+        mesh: the parallel layout.
+        precision: the precision plan.
+        pool: the engines on rank 0, None on the other ranks. All other arguments are the same on every rank.
+    """
     return WeightSync(
         pool,
         policy.source,
@@ -39,19 +47,33 @@ def make_sync(
 
 
 def make_transport(config: Config, policy: Policy, mesh: Mesh, precision: PrecisionPlan) -> Transport:
+    """Return the transport of `rollout.transport`.
+
+    Args:
+        config: the resolved configuration.
+        policy: the trained model.
+        mesh: the parallel layout.
+        precision: the precision plan.
+    """
     rollout = config.rollout
     if rollout.transport == "distributed":
         return DistributedTransport(rollout.bucket_mb << 20, rollout.timeout_s, mesh.device)
     if rollout.transport == "tensor":
         return TensorTransport(rollout.bucket_mb << 20)
-    # Without codes the folder says nothing of a quantization.
+    # A folder without codes has no quantization config.
     quantization = None if precision.dequantized else quantization_config(precision, policy.source.tensors)
     staging = None if rollout.weights_dir is None else rollout.weights_dir / config.run.name
     return DiskTransport(policy.source, staging, quantization=quantization)
 
 
 def score_probe(config: Config, policy: Policy, precision: PrecisionPlan) -> ScoreProbe:
-    """A fixed text, scored by the policy as it is. Collective."""
+    """Return a fixed text scored under the policy's present weights. Collective.
+
+    Args:
+        config: the resolved configuration.
+        policy: the trained model.
+        precision: the precision plan, which decides the tolerance.
+    """
     length = min(_PROBE_TOKENS, config.rollout.max_prompt_tokens + config.rollout.max_new_tokens)
     tokens = np.random.default_rng(0).integers(0, policy.shape.vocab_size, length).astype(np.int32)
     mask = np.ones(length, dtype=np.float32)
@@ -67,7 +89,7 @@ def score_probe(config: Config, policy: Policy, precision: PrecisionPlan) -> Sco
         advantages=nothing,
         routing=_free_choice(policy, length) if config.rollout.routing_replay else None,
     )
-    with at_temperature_one(policy):  # at which engines score a prompt
+    with at_temperature_one(policy):  # engines score a prompt at temperature 1
         logp = policy.logprobs(batch)[1:length]
     low = precision.rolls_out_low or precision.trains_low
     tolerance = _LOW_TOLERANCE if low else max(_TOLERANCE[precision.engine], _TOLERANCE[precision.train])
@@ -75,6 +97,6 @@ def score_probe(config: Config, policy: Policy, precision: PrecisionPlan) -> Sco
 
 
 def _free_choice(policy: Policy, tokens: int) -> np.ndarray:
-    """[tokens, L, K] int32 that leaves every choice of experts to the router."""
+    """Return expert ids [tokens, L, K] int32, all -1: the router chooses every expert itself."""
     experts = policy.shape.experts
     return np.full((tokens, policy.shape.num_layers, experts.per_token if experts else 0), -1, dtype=np.int32)

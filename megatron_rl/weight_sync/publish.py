@@ -15,12 +15,12 @@ def publish_weights(policy: Policy, sync: WeightSync, precision: PrecisionPlan |
     Args:
         policy: the trained model.
         sync: the weight sync; its pool is on rank 0.
-        precision: says how the weights travel; None: in the dtypes of the source folder.
+        precision: decides how the weights are sent; None: they are sent in the dtypes of the source folder.
         version: number of the new version.
 
     Raises:
-        EngineError: on every rank, when no engine is left or a retry cannot help.
-        CheckpointError: when the weights are not finite or cannot be written.
+        EngineError: on every rank, if no engine is left or a retry cannot help.
+        CheckpointError: if the weights are not finite or cannot be written.
     """
     mesh = policy.mesh
     mesh.on_lead(sync.readmit)

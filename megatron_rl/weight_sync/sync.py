@@ -1,4 +1,4 @@
-"""Weights from the trainer to the engines, over any transport, as one transaction per version."""
+"""Weight sync: sends weights from the trainer to the engines over any transport, one transaction per version."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,13 @@ from megatron_rl.weights.quantized import is_finite
 
 @dataclass(frozen=True, slots=True)
 class PushReport:
-    """A committed version. nbytes: of its tensors. dropped: engine -> reason, for engines that could not resume."""
+    """The report of a committed version.
+
+    Attributes:
+        version: the version number.
+        nbytes: bytes of its tensors.
+        dropped: engine -> reason, for engines that are lost because they could not resume.
+    """
 
     version: int
     nbytes: int
@@ -27,13 +33,7 @@ class PushReport:
 
 
 class WeightSync:
-    """Transactional weight updates.
-
-    pool: the engines on global rank 0, None on the other ranks. source: the folder the engines started from; it is
-    version 0. mode: of the engines' pause, `rollout.update_mode`. group: the ranks that learn a push's outcome (default:
-    the world when torch.distributed runs). probe: collective, scores a fixed text under the weights that are about to be
-    pushed; asked for when an engine's digests cannot be computed.
-    """
+    """Transactional weight updates."""
 
     def __init__(
         self,
@@ -45,22 +45,40 @@ class WeightSync:
         group: dist.ProcessGroup | None = None,
         probe: Callable[[], ScoreProbe] | None = None,
     ) -> None:
+        """Start at version 0.
+
+        Args:
+            pool: the engines on global rank 0, None on the other ranks.
+            source: the folder that the engines started from; it is version 0.
+            transport: sends the weights.
+            mode: of the engines' pause, `rollout.update_mode`.
+            group: the ranks that receive the outcome of a push. None: all ranks, if torch.distributed is initialized.
+            probe: scores a fixed text under the weights of the next push. Collective. It is called if the digests of an
+                engine cannot be computed.
+        """
         self._pool, self._transport, self._mode, self._group, self._probe = pool, transport, mode, group, probe
         self._committed = Version(0, source.path, None)
-        self._traits: dict[str, Traits] = {}  # of the engines that confirmed the last push
+        self._traits: dict[str, Traits] = {}  # traits of the engines that confirmed the last push
 
     @property
     def version(self) -> int:
-        """The version the engines serve (known on global rank 0)."""
+        """The version that the engines serve; valid on global rank 0."""
         return self._committed.number
 
     def push(self, tensors: Iterable[tuple[str, Tensor | None]], version: int) -> PushReport:
-        """Collective: send what `export_weights` or `WireTensors` yields, have every engine confirm it, commit.
+        """Send the weights to every engine, let every engine confirm them, and commit the version. Collective.
 
-        Every rank returns the same report or raises the same error: CheckpointError when the weights are not finite or
-        cannot be written (over the disk transport no engine was touched then), EngineError naming engine and tensor when
-        one did not confirm. Engines then serve the version before; those that could not be brought back are dropped, or
-        kept from being routed to until a push succeeds.
+        Every rank returns the same report or raises the same error. After an error the engines serve the version
+        before; an engine for which this is impossible is lost, or quarantined until a push succeeds.
+
+        Args:
+            tensors: names and tensors from `export_weights` or `WireTensors`.
+            version: number of the new version, greater than the one before.
+
+        Raises:
+            CheckpointError: if the weights are not finite or cannot be written. With the disk transport no engine was
+                changed.
+            EngineError: naming engine and tensor, if an engine did not confirm.
         """
         stream = iter(tensors)
         outcome: list[PushReport | Exception] = [
@@ -79,9 +97,9 @@ class WeightSync:
         if self._pool is not None and not outcome:
             try:
                 outcome = [self._push(self._pool, stream, version, traits, probe)]
-            except Exception as error:  # noqa: BLE001  a rank boundary: the others wait in the export
+            except Exception as error:  # noqa: BLE001  a rank boundary: the other ranks wait in the export
                 outcome = [error]
-        for _ in stream:  # the export is collective: after a failure too, every rank runs it to its end
+        for _ in stream:  # the export is collective: every rank must run it to its end, also after a failure
             pass
         if dist.is_initialized():
             dist.broadcast_object_list(outcome, src=0, group=self._group)
@@ -92,23 +110,25 @@ class WeightSync:
         return outcome[0]
 
     def readmit(self) -> tuple[str, ...]:
-        """On global rank 0: let dropped engines that answer again take part in the next push; nothing is routed to them
-        before. Returns their urls."""
+        """Quarantine lost engines that are healthy again, so that they take part in the next push. Return their URLs.
+
+        Call it on global rank 0. The engines get no request before the push succeeds.
+        """
         return tuple(self.engines.recover_lost())
 
     def close(self) -> None:
-        """Give back what the transport holds. The engines keep serving from memory."""
+        """Release the resources of the transport. The engines keep serving from memory."""
         self._transport.close(self._pool)
 
     @property
     def engines(self) -> EnginePool:
-        """The engines. Raises UserError on another rank than 0."""
+        """The engine pool. Raises UserError on another rank than 0."""
         if self._pool is None:
             raise UserError("this call is for global rank 0, which has the engine pool")
         return self._pool
 
     def _agreed(self, flag: bool) -> bool:
-        """Global rank 0's flag, on every rank."""
+        """Return the flag of global rank 0, on every rank."""
         box = [flag]
         if dist.is_initialized():
             dist.broadcast_object_list(box, src=0, group=self._group)
@@ -121,7 +141,7 @@ class WeightSync:
             )
 
     def _look(self, pool: EnginePool, version: int) -> dict[str, Traits]:
-        """What the engines are that live."""
+        """Return the traits of every live engine."""
         pool.drop_dead()
         urls = list(pool.live_urls)
         if not urls:
@@ -161,7 +181,7 @@ class WeightSync:
 
 
 class _Counted:
-    """The stream as rank 0 needs it: every tensor present and finite; its bytes counted."""
+    """The stream on rank 0. It checks that every tensor is present and finite, and counts the bytes."""
 
     def __init__(self, stream: Iterator[tuple[str, Tensor | None]]) -> None:
         self._stream = stream

@@ -1,13 +1,13 @@
 """One weight update over all engines: every engine confirms the new version, or all return to the old one.
 
-An engine confirms by reporting the version and the digest of every tensor. If its digests cannot be computed, three things
-are required instead: the scores of a probe within a tolerance, digests equal to those of an equal engine, and a changed
-digest for every tensor that changed. An engine must generate to score the probe, so its requests are aborted first, to be
-resumed from their prefix, and it is quarantined until it has confirmed.
+An engine confirms by reporting the version and the digest of every tensor. If its digests cannot be computed, three
+things are required instead: the scores of a probe within a tolerance, digests equal to those of an equal engine, and a
+changed digest for every tensor that changed. An engine must generate to score the probe, so its requests are aborted
+first, to be resumed from their prefix, and it is quarantined until it has confirmed.
 
-An engine that can neither confirm nor return to the old version is lost if it may hold anything. It is quarantined until an
-update succeeds if only the old version cannot be loaded again. An offloaded engine holds nothing at first: it takes an
-update like the others, but may have nothing to return to.
+An engine that can neither confirm nor return to the old version is lost if it may hold anything. It is quarantined
+until an update succeeds if only the old version cannot be loaded again. An offloaded engine holds nothing at first: it
+takes an update like the others, but may have nothing to return to.
 """
 
 from collections.abc import Mapping
@@ -51,7 +51,7 @@ class Version:
 
 
 class CannotRestore(EngineError):
-    """The engine is healthy, but holds a part of a version that failed, and the version before cannot be loaded again."""
+    """The engine is healthy, but holds a part of a failed version, and the version before cannot be loaded again."""
 
 
 class Transaction:
@@ -78,17 +78,17 @@ class Transaction:
         Args:
             engines: the pool.
             transport: has prepared the new version.
-            expected: collects the digests of the new version while it travels.
+            expected: collects the digests of the new version while it is sent.
             number: of the new version.
             old: the version that the engines serve.
-            traits: of each engine to update, by url.
+            traits: of each engine to update, by URL.
             mode: of the pause, `rollout.update_mode`; "in_place" keeps the cache of requests.
             probe: for engines whose digests cannot be computed.
         """
         self._engines, self._transport, self._expected = engines, transport, expected
         self._number, self._old, self._mode, self._probe = number, old, mode, probe
         self._traits, self._urls = traits, list(traits)
-        self._unrestored: dict[str, EngineError] = {}  # engines without a way back to the old version
+        self._unrestored: dict[str, EngineError] = {}  # engines that cannot return to the old version
         self._checksums_before: Mapping[str, Digests] = {}
         self.confirmed: Mapping[str, Digests] = {}
         self._opaque = [url for url in self._urls if not has_expected_digests(traits[url])]
@@ -101,9 +101,9 @@ class Transaction:
             Engine -> reason for engines that are lost because they confirmed the version but could not resume.
 
         Raises:
-            EngineError: naming engine and tensor when one did not confirm. Every engine then serves the old version again,
-                or is quarantined or lost.
-            CheckpointError: likewise, when the weights themselves were at fault.
+            EngineError: naming engine and tensor, if an engine did not confirm. Every engine then serves the old
+                version again, or is quarantined or lost.
+            CheckpointError: likewise, if the weights themselves are invalid.
         """
         engines = self._engines
         self._pause_all()
@@ -181,8 +181,8 @@ class Transaction:
     def _check_stale(self, url: str) -> None:
         """Raise EngineError if other bytes were sent than for the version before, and the engine's digest is the same.
 
-        An engine that quantizes what it receives is not checked, because a small change can vanish in that. An engine that
-        receives codes is checked.
+        An engine that quantizes what it receives is not checked, because a small change can vanish in that. An engine
+        that receives codes is checked.
         """
         before, now, old = self._old.confirmed.get(url), self.confirmed[url], self._old.expected
         quantizes = self._traits[url].quantized and not any(map(is_scale, self._expected.digests))
@@ -202,7 +202,7 @@ class Transaction:
     # Return to the old version ---------------------------------------------------------------------------------
 
     def _roll_back(self) -> None:
-        """Restore the old version on every engine where that is possible; the others are in `_unrestored` afterwards."""
+        """Restore the old version on every engine where that is possible. The others are then in `_unrestored`."""
         engines = self._engines
         engines.drop_dead()
         alive = set(engines.live_urls)
@@ -247,7 +247,8 @@ class Transaction:
             elif url in alive:
                 engines.drop(
                     url,
-                    f"weight version {self._number} failed and the engine could not go back to the old version: {error}",
+                    f"weight version {self._number} failed and the engine could not go back to the old version: "
+                    f"{error}",
                 )
         serving = [url for url in self._urls if url not in failed and url in alive]
         for url in self._quarantined:

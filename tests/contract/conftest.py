@@ -1,21 +1,21 @@
-"""A tiny random model, a server of it, and weights to give that server.
+"""A tiny random model, a server of it, and weights for that server.
 
-Every test that takes `engine`, `url` or `api` runs against the embedded server, and against SGLang where `make sglang` was
-run. One server of each kind serves all tests of this folder, and ends with them. Tests that take
-`embedded_only` state a promise of the embedded server alone, those that take `sglang_only` one of SGLang.
+Every test that takes `engine`, `url` or `api` runs against the embedded server. It also runs against SGLang if
+`make sglang` was run. One server of each kind serves all tests of this folder and ends after them. Tests that take
+`embedded_only` hold only for the embedded server, those that take `sglang_only` only for SGLang.
 
-Where SGLang 0.5.23 on CPU departs from the embedded server, and who copes:
-- `sampling_seed` is ignored: `rollout.deterministic` is refused with it.
-- Under top_k and top_p log-probabilities are of the whole distribution: training samples with neither.
-- /abort_request does not reach a request for n > 1 samples, which have ids of their own: the client closes the connection,
-  and the server looks for that every second (SGLANG_REQUEST_STATE_WAIT_TIMEOUT, set where it is started).
-- An update from disk that is to flush a cache in use answers 400 with the new weights in place and the old version in
-  /model_info: the client sends flush_cache: false, and flushes apart. Without that flush requests that were retracted go on
-  with keys and values of the old weights, from the prefix cache.
-- A damaged safetensors file ends the server, and so does a negative token id. One beyond the vocabulary is taken.
-- Unknown keys are ignored, those of sampling_params refused; n: 0 is taken for 1.
-- /weights_checker speaks of fused parameters; its digests are no hashes of what was sent.
-- /flush_cache and /abort_request do not answer in JSON.
+Differences of SGLang 0.5.23 on CPU from the embedded server, and how they are handled:
+- `sampling_seed` is ignored: `rollout.deterministic` is refused with SGLang.
+- With top_k and top_p, log-probabilities are of the whole distribution: training samples with neither.
+- /abort_request has no effect on a request for n > 1 samples, because each sample has its own id. The client closes the
+  connection, and the server checks for that every second (SGLANG_REQUEST_STATE_WAIT_TIMEOUT, set at its start).
+- An update from disk with flush_cache: true returns 400 if the cache is in use. The new weights are then loaded, and
+  /model_info reports the old version. The client sends flush_cache: false and flushes in a separate call. Without that
+  flush, retracted requests resume with keys and values of the old weights, from the prefix cache.
+- A damaged safetensors file ends the server. So does a negative token id. A token id beyond the vocabulary is accepted.
+- Unknown keys are ignored, unknown keys of sampling_params are refused; n: 0 is accepted as 1.
+- /weights_checker reports fused parameters; its digests are not hashes of the tensors that were sent.
+- /flush_cache and /abort_request do not return JSON.
 """
 
 import json
@@ -52,7 +52,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def make_model(folder: Path, seed: int = 0) -> Path:
-    """A Hugging Face folder: Qwen3 with two layers and a word-level tokenizer of the same vocabulary."""
+    """Write a Hugging Face folder: Qwen3 with two layers, and a word-level tokenizer of the same vocabulary."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=VOCAB,
@@ -73,7 +73,7 @@ def make_model(folder: Path, seed: int = 0) -> Path:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """SGLang's first request to itself is text: without a tokenizer it would be one of no tokens."""
+    """Write a tokenizer. SGLang's first request to itself is text, which would have no tokens without a tokenizer."""
     words = {"<unk>": 0, "<eos>": EOS, **{f"w{i}": i for i in range(2, VOCAB)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -92,12 +92,12 @@ def model(model_dir: Path) -> Qwen3ForCausalLM:
 
 @pytest.fixture(scope="package")
 def engine(request: pytest.FixtureRequest) -> str:
-    """`embedded` or `sglang`: the kind of server behind `url`."""
+    """Return the kind of server at `url`: `embedded` or `sglang`."""
     return str(request.param)
 
 
 def start_servers(engine: str, model_dir: Path, logs: Path, count: int = 1) -> Servers:
-    """Servers of the given kind, in fp32, on their way up; enter them or call `wait_healthy`."""
+    """Return servers of the given kind in fp32, not yet healthy. Enter the context or call `wait_healthy`."""
     if engine == "embedded":
         return EmbeddedServers(model_dir, logs, count, threads=1)
     flags = server_flags(resolve(PrecisionConfig(), 2, engine="sglang", device="cpu"), SGLANG, device="cpu")
@@ -112,17 +112,17 @@ def url(engine: str, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def embedded_only() -> None:
-    """No run against SGLang: see `pytest_generate_tests`."""
+    """The test does not run against SGLang; see `pytest_generate_tests`."""
 
 
 @pytest.fixture
 def sglang_only() -> None:
-    """No run against the embedded server."""
+    """The test does not run against the embedded server."""
 
 
 @pytest.fixture
 def api(url: str, model_dir: Path) -> Iterator[httpx.Client]:
-    """A client of the session's server, which afterwards runs again with the weights it started with."""
+    """Yield a client of the session's server. Afterwards the server runs again, with its first weights."""
     with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
         yield client
         client.post("/abort_request", json={"abort_all": True}).raise_for_status()
@@ -133,7 +133,7 @@ def api(url: str, model_dir: Path) -> Iterator[httpx.Client]:
 
 
 def until_running(client: httpx.Client) -> None:
-    """Returns once some request has keys and values: they cannot be flushed."""
+    """Wait until a request has keys and values, so that the cache cannot be flushed."""
     end = time.monotonic() + 30
     while client.post("/flush_cache", json={}).status_code == 200:
         assert time.monotonic() < end, "no request came to run"
@@ -145,7 +145,7 @@ WriteWeights = Callable[..., Path]
 
 @pytest.fixture
 def write_weights(tmp_path: Path) -> WriteWeights:
-    """Writes a folder with tensors and, for a version, the manifest of their digests."""
+    """Return a function that writes a folder with tensors and, if a version is given, the manifest of their digests."""
 
     def write(tensors: dict[str, torch.Tensor], version: int | None = None, folder: str = "weights") -> Path:
         path = tmp_path / folder
@@ -161,7 +161,7 @@ def write_weights(tmp_path: Path) -> WriteWeights:
 
 @pytest.fixture
 def other_tensors(model: Qwen3ForCausalLM) -> dict[str, torch.Tensor]:
-    """Weights clearly different from the ones served at first."""
+    """Return weights that differ clearly from the first ones of the server."""
     generator = torch.Generator().manual_seed(5)
     return {
         name: tensor + 0.2 * torch.randn(tensor.shape, generator=generator)
@@ -170,7 +170,7 @@ def other_tensors(model: Qwen3ForCausalLM) -> dict[str, torch.Tensor]:
 
 
 def logp_of(model: Qwen3ForCausalLM, prompt: list[int], output: list[int], temperature: float = 1.0) -> torch.Tensor:
-    """[len(output)] float32: log-probabilities by one plain forward pass."""
+    """Return the log-probabilities of `output` from one plain forward pass: [len(output)] float32."""
     with torch.no_grad():
         logits_TV = model(torch.tensor([prompt + output])).logits[0].float() / temperature
     logp_TV = torch.log_softmax(logits_TV[len(prompt) - 1 : -1], dim=-1)

@@ -1,4 +1,4 @@
-"""An HTTP proxy in front of an engine, which does to requests and answers what a test asks for."""
+"""An HTTP proxy in front of an engine. A test can change its requests and responses."""
 
 import json
 import threading
@@ -13,11 +13,15 @@ Tamper = Callable[[str, Body], "Body | Answer"]
 
 
 class Answer(dict[str, Any]):
-    """What the proxy answers by itself, with status 200; the engine never sees the request."""
+    """A response of the proxy itself, with status 200. The request is not sent to the engine."""
 
 
 class Proxy:
-    """`tamper(path, body)` gives the body to pass on, or an `Answer`; `edit(path, answer)` the answer to give back."""
+    """A proxy on loopback.
+
+    `tamper(path, body)` returns the body to send to the engine, or an `Answer`. `edit(path, answer)` returns the
+    response for the client.
+    """
 
     def __init__(self, target: str) -> None:
         self.tamper: Tamper = lambda path, body: body

@@ -1,4 +1,4 @@
-"""EnginePool, sample_groups and EmbeddedServers with real server processes."""
+"""EnginePool, sample_groups and EmbeddedServers work with real server processes."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ def pool(url: str) -> Iterator[EnginePool]:
 
 @pytest.fixture
 def two(model_dir: Path, tmp_path: Path) -> Iterator[EmbeddedServers]:
-    """Two servers of a test's own: it may kill them."""
+    """Yield two servers for one test, which may kill them."""
     with EmbeddedServers(model_dir, tmp_path / "logs", count=2, threads=1, deterministic=True) as servers:
         yield servers
 
@@ -96,7 +96,7 @@ def test_request_ids_must_differ(pool: EnginePool) -> None:
 
 
 def flush_soon(pool: EnginePool, url: str) -> None:
-    """Refused while any sample still runs."""
+    """Flush the cache within 6 s. The server refuses while a sample still runs."""
     end = time.monotonic() + 6.0
     while True:
         try:
@@ -128,7 +128,7 @@ def test_a_server_killed_while_generating_costs_no_prompt(two: EmbeddedServers) 
         killer = kill_after(0.15, two.pids[:1])
         answers = pool.generate(asked)
         killer.join()
-        # The servers are deterministic and every request has its seed: redone samples are the same samples.
+        # The servers are deterministic and every request has a seed, so redone samples are equal.
         assert [[sample.tokens for sample in samples] for samples in answers] == [
             [sample.tokens for sample in samples] for samples in calm
         ]
@@ -142,7 +142,7 @@ def test_a_server_killed_while_generating_costs_no_prompt(two: EmbeddedServers) 
 
 
 def test_a_server_that_hangs_is_dropped_at_the_time_out(url: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # the kernel accepts connections; nobody ever answers
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # the kernel accepts connections, but no process answers
         hanging = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with EnginePool([hanging, url], timeout_s=5.0) as pool:
             assert [len(samples) for samples in pool.generate(requests(4, 10))] == [2] * 4
@@ -172,7 +172,7 @@ def test_a_server_that_cannot_start_is_an_error_with_its_log(tmp_path: Path) -> 
 def test_a_port_that_another_engine_has_taken_meanwhile_is_left_to_it(
     engine: str, url: str, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other one is healthy, and would get our weights if it were taken for ours."""
+    """The other engine is healthy, and would get this pool's weights if its port were used."""
     free = processes.free_port
     ports = [int(url.rpartition(":")[2])]
     monkeypatch.setattr(processes, "free_port", lambda: ports.pop() if ports else free())
@@ -183,7 +183,7 @@ def test_a_port_that_another_engine_has_taken_meanwhile_is_left_to_it(
 
 
 def test_servers_die_with_the_process_that_started_them(engine: str, model_dir: Path, tmp_path: Path) -> None:
-    """All processes of theirs: SGLang has a scheduler, a detokenizer and helpers."""
+    """All processes of a server end: SGLang has a scheduler, a detokenizer and helpers."""
     program = (
         "import os, sys, psutil, conftest\n"
         "from pathlib import Path\n"
@@ -239,7 +239,7 @@ def test_a_server_that_somebody_left_paused_goes_on(pool: EnginePool, url: str) 
 def test_a_server_that_is_slow_to_answer_is_not_taken_for_dead(
     url: str, embedded_only: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One look may be missed; three in a row, or a connection that nobody takes, are the end."""
+    """A server may miss one health check. It is lost after three in a row, or after a refused connection."""
     monkeypatch.setattr(health, "HEALTH_S", 3.0)
     slow, looks = [2], []
 

@@ -1,4 +1,4 @@
-"""Pausing, aborting and changing weights of a real server."""
+"""A real server can be paused, its requests aborted, and its weights changed."""
 
 import json
 import time
@@ -38,14 +38,14 @@ def post(api: httpx.Client, path: str, **body: Any) -> httpx.Response:
 
 
 def update(api: httpx.Client, folder: Path, version: str) -> httpx.Response:
-    """As the trainer's client does it: the cache is flushed apart."""
+    """Update as the trainer's client does, which flushes the cache in a separate call."""
     return post(api, "/update_weights_from_disk", model_path=str(folder), weight_version=version, flush_cache=False)
 
 
 def start_long(pool: ThreadPoolExecutor, api: httpx.Client, rid: str, **more: Any) -> "Future[httpx.Response]":
     future = pool.submit(ask, api, rid, **more)
     until_running(api)
-    time.sleep(0.1)  # for some tokens
+    time.sleep(0.1)  # so that some tokens are generated
     assert not future.done(), "the request should still be running"
     return future
 
@@ -88,11 +88,11 @@ def test_abort_all_ends_every_request(api: httpx.Client, pool: ThreadPoolExecuto
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_request_whose_client_left_is_ended(api: httpx.Client, n: int) -> None:
-    """A cache can be flushed once nothing runs."""
+    """The cache can be flushed as soon as no request runs."""
     params = {"max_new_tokens": LONG, "ignore_eos": True, "n": n}
     with pytest.raises(httpx.ReadTimeout):
         api.post("/generate", json={"input_ids": PROMPT, "sampling_params": params, "rid": "left"}, timeout=0.3)
-    end = time.monotonic() + 6.0  # far less than LONG tokens take
+    end = time.monotonic() + 6.0  # much less than the time for LONG tokens
     while (answer := post(api, "/flush_cache")).status_code != 200:
         assert time.monotonic() < end, answer.text
         time.sleep(0.1)
@@ -215,7 +215,7 @@ def test_checksums_tell_weights_apart_and_equal_weights_alike(
     other_tensors: dict[str, torch.Tensor],
     write_weights: WriteWeights,
 ) -> None:
-    """One wrong number in one tensor is seen in that tensor's checksum alone, under whatever name the engine fuses it."""
+    """One wrong number in a tensor changes only that tensor's checksum, under the engine's name of the fused tensor."""
     with EnginePool([url]) as engines:
         before = engines.checksums(url)
         update(api, write_weights(other_tensors, 3, "other"), "3").raise_for_status()
@@ -243,7 +243,7 @@ def test_rewriting_the_folder_later_does_not_change_what_is_served(
 
 
 def _spoil(tensors: dict[str, torch.Tensor], how: str) -> str:
-    """Change the tensors in place; returns what the refusal must name."""
+    """Change the tensors in place. Return the text that the refusal must contain."""
     name = "model.layers.1.mlp.down_proj.weight"
     if how == "missing":
         del tensors[name]

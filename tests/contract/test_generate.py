@@ -1,4 +1,4 @@
-"""POST /generate against a real server."""
+"""POST /generate of a real server returns samples as specified."""
 
 import math
 import time
@@ -134,7 +134,7 @@ def test_another_seed_and_no_seed_give_other_samples(api: httpx.Client) -> None:
 
 
 def test_top_k_and_top_p_keep_the_likeliest_tokens(api: httpx.Client, engine: str, model: Qwen3ForCausalLM) -> None:
-    """Log-probabilities are of what was sampled from on the embedded server, of the whole distribution on SGLang."""
+    """The embedded server reports log-probabilities of the filtered distribution, SGLang of the whole distribution."""
     with torch.no_grad():
         logp_V = torch.log_softmax(model(torch.tensor([PROMPT])).logits[0, -1].float(), dim=-1)
     ordered = logp_V.sort(descending=True)
@@ -193,7 +193,7 @@ def test_many_requests_at_once_are_all_answered(api: httpx.Client) -> None:
 def assert_top_logprobs(
     model: Qwen3ForCausalLM, prompt: list[int], answer: dict[str, Any], k: int, heat: float = 1.0
 ) -> None:
-    """At every output position the k likeliest tokens of a plain forward pass, with its log-probabilities."""
+    """Assert that every output position reports the k most likely tokens of a plain forward pass, with its logp."""
     output, tops = answer["output_ids"], answer["meta_info"]["output_top_logprobs"]
     assert [len(entries) for entries in tops] == [k] * len(output)
     assert all(entry[2] is None for entries in tops for entry in entries)
@@ -231,7 +231,7 @@ def test_no_top_log_probs_are_sent_unless_asked_for(api: httpx.Client) -> None:
 
 
 def test_requests_with_and_without_top_log_probs_share_a_batch(api: httpx.Client, model: Qwen3ForCausalLM) -> None:
-    """They arrive one after the other and end one after the other: rows join, widen and compact."""
+    """The requests arrive and end one after the other, so rows are joined, widened and compacted."""
     prompts, wanted = [list(range(2 + at, 6 + 3 * at)) for at in range(10)], [0, 3, 7, 0, 1, 12, 0, 5, 2, 0]
 
     def late(at: int) -> Any:

@@ -1,4 +1,4 @@
-"""An engine whose memory is given back while somebody else needs it."""
+"""An engine releases its memory while another process needs it, and allocates it again."""
 
 import json
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ def update(api: httpx.Client, folder: Path, version: str) -> httpx.Response:
 
 @pytest.fixture
 def restored(api: httpx.Client, model_dir: Path) -> Iterator[httpx.Client]:
-    """The server, which serves its first weights again afterwards."""
+    """Yield the server's client. Afterwards the server serves its first weights again."""
     yield api
     if api.get("/model_info").json().get("memory") == "released":
         api.post("/resume_memory_occupation", json={}).raise_for_status()
@@ -65,7 +65,7 @@ def test_nothing_is_generated_nor_loaded_while_the_memory_is_released(
     ):
         assert answer.status_code == 400
         assert "/resume_memory_occupation" in answer.json()["message"]
-    restored.post("/release_memory_occupation", json={}).raise_for_status()  # once more changes nothing
+    restored.post("/release_memory_occupation", json={}).raise_for_status()  # a second call changes nothing
 
 
 def test_a_resumed_engine_without_weights_says_what_it_lacks(restored: httpx.Client, embedded_only: None) -> None:
@@ -109,7 +109,7 @@ def test_engines_that_rest_are_woken_by_a_later_process(
     note = tmp_path / "run" / "released.json"
     note.parent.mkdir()
     with EnginePool([url]) as pool:
-        OffloadedEngines(note).resume(pool)  # nothing rests
+        OffloadedEngines(note).resume(pool)  # no engine is offloaded
         OffloadedEngines(note).release(pool)
         assert note.is_file()
     with EnginePool([url]) as pool:
@@ -123,7 +123,7 @@ def test_engines_that_rest_are_woken_by_a_later_process(
 
 @pytest.fixture
 def offloaded(restored: httpx.Client, embedded_only: None, url: str, tmp_path: Path) -> OffloadedEngines:
-    """The note of a run that was killed while the server rests."""
+    """Return the note of a run that was killed while the server was offloaded."""
     offloaded = OffloadedEngines(tmp_path / "released.json")
     with EnginePool([url]) as pool:
         offloaded.release(pool)
@@ -141,7 +141,7 @@ def test_a_woken_engine_without_weights_is_brought_to_a_later_process_s_first_ve
     with EnginePool([url]) as pool:
         offloaded.resume(pool)
         assert pool.memory(url) == "empty" and not pool.holds_weights(url)
-    with EnginePool([url]) as pool:  # another one: the note is gone, the engine is empty
+    with EnginePool([url]) as pool:  # another pool: the note is deleted and the engine is empty
         sync = disk_sync(pool, HFFolder(model_dir), tmp_path / "staging")
         assert sync.push(iter(other_tensors.items()), 5).dropped == {}
         assert pool.weight_version(url) == "5" and pool.holds_weights(url)
@@ -151,7 +151,7 @@ def test_a_woken_engine_without_weights_is_brought_to_a_later_process_s_first_ve
 
 
 class SpoilingPool(EnginePool):
-    """A real pool; the weights it is told to load are damaged right before, `times` times."""
+    """A real pool that damages the weights just before it loads them, `times` times."""
 
     times = 1
 
@@ -209,7 +209,7 @@ def test_an_engine_is_resumed_once_whoever_woke_it(
 
     restored.post(
         "/resume_memory_occupation", json={}
-    ).raise_for_status()  # by a process killed before it could note it
+    ).raise_for_status()  # by a process that was killed before it could write the note
     with CountingPool([url]) as pool:
         offloaded.resume(pool)
         assert pool.resumed == 0 and offloaded.urls == []

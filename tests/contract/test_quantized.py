@@ -1,4 +1,4 @@
-"""A server with FP8 weights and inputs: what it answers, and which weights it does not take."""
+"""A server with FP8 weights and inputs computes as specified, and refuses weights that it cannot hold."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 from megatron_rl.config import PrecisionConfig
 from megatron_rl.engines.processes.embedded import EmbeddedServers
 from megatron_rl.engines.processes.sglang import write_as_sent
+from megatron_rl.engines.requirements import check_server_precision
 from megatron_rl.errors import CheckpointError, EngineError, PrecisionError
 from megatron_rl.precision.formats import fake_quantize
 from megatron_rl.precision.plan import PrecisionPlan, resolve
-from megatron_rl.server.quantized_linear import EngineQuantization, check_precision
+from megatron_rl.protocol.server_options import EngineQuantization
 from megatron_rl.weight_sync.sync import WeightSync
 from megatron_rl.weight_sync.transports.disk import DiskTransport
 from megatron_rl.weight_sync.transports.distributed import DistributedTransport
@@ -31,7 +32,7 @@ from tests.models import make_qwen3
 
 PRECISION = PrecisionConfig(train="bf16", rollout="fp8_blockwise", rollout_activations="fp8")
 PROMPT = [5, 17, 250, 99, 3]
-BUCKET = 20_000  # bytes: a dozen buckets for the tiny model
+BUCKET = 20_000  # bytes; the tiny model then has a dozen buckets
 KEY, VALUE = (f"model.layers.1.self_attn.{part}_proj.weight_scale_inv" for part in "kv")
 Spoil = Callable[[dict[str, Tensor]], None]
 
@@ -43,13 +44,13 @@ def plan() -> PrecisionPlan:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of odd sizes: codes end where the scales behind them cannot begin, and tiles are cut off."""
+    """Return a model of odd sizes: scales after the codes would not be aligned, and the last tiles are incomplete."""
     return make_qwen3(tmp_path_factory.mktemp("model"), tied=False, layers=2, hidden_size=65, intermediate_size=131)
 
 
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Computes in fp32, so that a plain forward pass says the same to the last digits."""
+    """Yield a server that computes in fp32, so that a plain forward pass has the same result up to rounding."""
     engine_quantization = EngineQuantization.of(PRECISION)
     with EmbeddedServers(
         model, tmp_path_factory.mktemp("logs"), threads=1, engine_quantization=engine_quantization
@@ -69,7 +70,7 @@ def pool(server: str, model: Path) -> Iterator[HookedPool]:
 def sync(
     request: pytest.FixtureRequest, pool: HookedPool, plan: PrecisionPlan, model: Path, tmp_path: Path
 ) -> Iterator[WeightSync]:
-    """Through a folder, unless the test asks for `every_transport`."""
+    """Yield a sync over the disk transport, or over each transport if the test uses `every_transport`."""
     source = HFFolder(model)
     transports = {
         "disk": DiskTransport(source, tmp_path / "staging", quantization=quantization_config(plan, source.tensors)),
@@ -85,7 +86,7 @@ every_transport = pytest.mark.parametrize("sync", ["disk", "distributed", "tenso
 
 
 def weights(source: Path, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """The source's weights as a bf16 trainer holds them, moved by noise of that seed; 0: not at all."""
+    """Yield the source's weights as a bf16 trainer holds them, plus noise of that seed; no noise for seed 0."""
     folder, generator = HFFolder(source), torch.Generator().manual_seed(seed)
     for name in folder.tensors:
         stored = folder.read(name)
@@ -94,10 +95,10 @@ def weights(source: Path, seed: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def reference(source: Path, seed: int, plan: PrecisionPlan, inputs: bool = True) -> Qwen3ForCausalLM:
-    """A plain fp32 model on the fake-quantized weights of that seed; with `inputs`, those of the same linears too."""
+    """Return a plain fp32 model with the fake-quantized weights of that seed. `inputs` also quantizes linear inputs."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     served = dict(weights(source, seed))
-    if not seed:  # as loaded by the server itself: what is not quantized stays fp32
+    if not seed:  # as the server loads them at its start: unquantized weights stay fp32
         served |= {name: HFFolder(source).read(name) for name in served if not plan.quantized(name)}
     values = {
         name: fake_quantize(t, plan.wire, torch.float32) if plan.quantized(name) else t for name, t in served.items()
@@ -121,7 +122,7 @@ def answer(url: str, tokens: int = 60) -> tuple[list[int], Tensor]:
 
 
 def assert_fake_quantized(server: str, model: Path, seed: int, plan: PrecisionPlan) -> None:
-    """A code of an input may flip where two sums differ in their last bit: the mean is compared, not every token."""
+    """Compare the mean, not every token: an input's code may change where two sums differ in their last bit."""
     output, found = answer(server)
     error = (found - logp_of(reference(model, seed, plan), PROMPT, output)).abs()
     weights_alone = (found - logp_of(reference(model, seed, plan, inputs=False), PROMPT, output)).abs()
@@ -235,13 +236,13 @@ def test_a_run_finds_out_which_precision_a_server_has(
 ) -> None:
     said = pool.info(server)
     assert (said["dtype"], said["quantization"], said["activations"]) == ("fp32", "fp8_blockwise", "fp8")
-    check_precision(server, {**said, "dtype": "bf16"}, PRECISION)
+    check_server_precision(server, {**said, "dtype": "bf16"}, PRECISION)
     with pytest.raises(PrecisionError, match=f"{server} serves another precision.*dtype fp32 instead of bf16"):
-        check_precision(server, said, PRECISION)
+        check_server_precision(server, said, PRECISION)
     with HookedPool([url]) as plain:
-        check_precision(url, plain.info(url), PrecisionConfig())
+        check_server_precision(url, plain.info(url), PrecisionConfig())
         with pytest.raises(PrecisionError, match=f"{url} serves another.*quantization None instead of fp8_blockwise"):
-            check_precision(url, plain.info(url), PRECISION)
+            check_server_precision(url, plain.info(url), PRECISION)
 
 
 @pytest.mark.parametrize("rollout", ["fp8_blockwise", "fp8_blockwise_pow2"])

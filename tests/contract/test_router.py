@@ -1,4 +1,4 @@
-"""sglang-router in front of SGLang: generation goes through it, control does not, and nothing goes round it."""
+"""With sglang-router in front of SGLang, all generation goes through the router, and control calls do not."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ PROMPT = (5, 17, 250, 99, 3)
 
 @pytest.fixture(scope="module")
 def other(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServers]:
-    """A second server behind the router. It refuses what a router sends, so that a request that reaches it is an error."""
+    """Yield a second server behind the router. It refuses the router's requests, so each request that it gets fails."""
     with EmbeddedServers(model_dir, tmp_path_factory.mktemp("logs"), threads=1) as servers:
         yield servers
 
@@ -74,7 +74,7 @@ def test_requests_go_through_the_router_to_engines_that_may_be_used(
 def test_an_engine_that_dies_behind_the_router_is_dropped_and_its_requests_are_redone(
     pool: EnginePool, router: ServerProcess, url: str, other: EmbeddedServers
 ) -> None:
-    """From here on the module's second server is gone."""
+    """The module's second server has ended after this test."""
     os.kill(other.pids[0], signal.SIGKILL)
     assert [len(samples) for samples in pool.generate(requests(6))] == [2] * 6
     assert pool.live_urls == (url,) and workers(router) == {url}
@@ -83,7 +83,7 @@ def test_an_engine_that_dies_behind_the_router_is_dropped_and_its_requests_are_r
 def test_without_its_router_the_pool_generates_nothing_and_names_it(
     pool: EnginePool, router: ServerProcess, url: str, other: EmbeddedServers
 ) -> None:
-    """Keep this one last."""
+    """This test must be the last one of the module."""
     pool.drop(other.urls[0], "it is gone")
     pool.generate(requests(1))
     end_sessions([router.process])

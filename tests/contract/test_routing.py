@@ -1,4 +1,4 @@
-"""Engines report the experts they chose for every token, and a client that asked for them takes no answer without."""
+"""Engines report the experts chosen for every token. A client that requests them refuses a response without them."""
 
 import base64
 import time
@@ -76,7 +76,10 @@ def request(rid: str, prompt: tuple[int, ...] = PROMPT, n: int = 1, tokens: int 
 
 
 def chosen(model: Qwen3MoeForCausalLM, tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """[T - 1, L, K] sorted: the experts of one plain forward pass; [T - 1, L]: how far the last of them is ahead."""
+    """Return the experts of one plain forward pass, sorted, and the margin of the last one.
+
+    The shapes are [T - 1, L, K] and [T - 1, L].
+    """
     logits: list[torch.Tensor] = []
     hooks = [
         layer.mlp.gate.register_forward_hook(lambda gate, args, out: logits.append(out[0]))
@@ -91,7 +94,7 @@ def chosen(model: Qwen3MoeForCausalLM, tokens: list[int]) -> tuple[np.ndarray, n
 
 
 def test_the_reported_experts_are_those_of_a_plain_forward_pass(moe_url: str, plain: Qwen3MoeForCausalLM) -> None:
-    """Of prompt and response, for samples that share a prompt and for a prompt that the engine has seen before."""
+    """This holds for prompt and response tokens, for samples that share a prompt, and for a repeated prompt."""
     with EnginePool([moe_url]) as pool:
         first = pool.generate([request("one", n=3), request("two", PROMPT[:7], tokens=90)])
         again = pool.generate([request("again", PROMPT + first[0][0].tokens[:20], tokens=5)])
@@ -100,7 +103,7 @@ def test_the_reported_experts_are_those_of_a_plain_forward_pass(moe_url: str, pl
         wanted, ahead = chosen(plain, [*prompt, *sample.tokens])
         assert sample.routing is not None and sample.routing.dtype == np.int32
         assert sample.routing.shape == (len(prompt) + len(sample.tokens) - 1, LAYERS, PER_TOKEN)
-        clear = ahead > 1e-4  # rounding may choose between experts that are equally good
+        clear = ahead > 1e-4  # rounding may choose among experts with almost equal scores
         assert clear.mean() > 0.99
         assert np.array_equal(np.sort(sample.routing, -1)[clear], wanted[clear])
     assert len(np.unique(first[0][0].routing)) > PER_TOKEN
@@ -117,7 +120,7 @@ def test_experts_are_reported_to_those_who_ask_alone(moe_url: str) -> None:
 
 
 def test_experts_of_another_model_are_refused(moe_url: str) -> None:
-    """3 layers where there are 2: the numbers would be read across tokens."""
+    """The request expects 3 layers and the model has 2, so the numbers would be assigned to wrong tokens."""
     with EnginePool([moe_url]) as pool:
         wrong = GenerationRequest("wrong", PROMPT, 1, SamplingParams(4, ignore_eos=True), routed=RoutedShape(3, 2, 8))
         with pytest.raises(EngineError, match=r"routed_experts hold 112 numbers for 28 tokens, 3 x 2 each"):
@@ -142,7 +145,7 @@ def test_a_retracted_request_reports_every_token_once(moe_url: str, plain: Qwen3
 def test_the_experts_of_a_token_are_those_of_the_weights_that_sampled_it(
     moe_url: str, moe_dir: Path, plain: Qwen3MoeForCausalLM, engine: str, mode: str, tmp_path: Path
 ) -> None:
-    """Also through a weight update."""
+    """This also holds during a weight update."""
     if (engine, mode) == ("sglang", "retract"):
         pytest.skip("SGLang chooses the experts of retracted tokens again: rollout.routing_replay is refused with it")
     other = make_moe(tmp_path / "hf", seed=1)
@@ -150,7 +153,7 @@ def test_the_experts_of_a_token_are_those_of_the_weights_that_sampled_it(
     with EnginePool([moe_url]) as pool, httpx.Client(base_url=moe_url, trust_env=False) as client:
         running = pool.start(sample_group(pool.ask, Prompt("p", "", PROMPT, ""), settings, first_id=0, group=0))
         until_running(client)
-        time.sleep(0.1)  # for some tokens
+        time.sleep(0.1)  # so that some tokens are generated
         pool.pause(moe_url, mode)
         pool.update_weights_from_disk(moe_url, other, 1)
         if mode != "in_place":
@@ -168,14 +171,14 @@ def test_the_experts_of_a_token_are_those_of_the_weights_that_sampled_it(
             wanted, ahead = chosen(model, tokens)
             told = trajectory.routing[rows]
             if model is newer and mode == "in_place":
-                continue  # its experts follow from keys of both
+                continue  # its experts depend on keys of both models
             clear = ahead[rows] > 1e-4
             assert np.array_equal(np.sort(told, -1)[clear], wanted[rows][clear])
         assert not np.array_equal(np.sort(trajectory.routing[:cut], -1), chosen(newer, tokens)[0][:cut])
 
 
 def test_an_engine_of_a_dense_model_says_that_it_has_no_experts(url: str, engine: str) -> None:
-    """SGLang without its flag answers 200, as if nothing had been asked for: the client must not take that."""
+    """SGLang without its flag returns 200 without experts. The client must refuse this response."""
     words = "routers of a 'qwen3' model are not known" if engine == "embedded" else "--enable-return-routed-experts"
     with EnginePool([url]) as pool, pytest.raises(EngineError, match=words):
         pool.generate([request("dense")])

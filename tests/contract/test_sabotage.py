@@ -1,6 +1,6 @@
-"""A weight update that goes wrong is noticed, named, and leaves no engine with wrong weights in use.
+"""A weight update that fails is detected and reported, and no engine with wrong weights is used.
 
-Two engines take part: an embedded one, which does its best, and the one of the suite behind a proxy that does not.
+Two engines take part: an embedded one that works, and the engine of the suite behind a proxy that causes faults.
 """
 
 import math
@@ -17,7 +17,6 @@ import httpx
 import psutil
 import pytest
 import torch
-from megatron_rl.weights.transports import distributed
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -29,6 +28,7 @@ from megatron_rl.protocol.buckets import Bucket
 from megatron_rl.protocol.payload import pack_payload, shared_buffer, unpack_payload
 from megatron_rl.weight_sync.confirmation import ScoreProbe
 from megatron_rl.weight_sync.sync import WeightSync
+from megatron_rl.weight_sync.transports import distributed
 from megatron_rl.weight_sync.transports.disk import DiskTransport
 from megatron_rl.weight_sync.transports.distributed import DistributedTransport
 from megatron_rl.weight_sync.transports.tensor import TensorTransport
@@ -50,9 +50,9 @@ def honest(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def reset(url: str, model_dir: Path) -> None:
-    """Whatever happened, the engine serves the source as version 0 again."""
+    """Let the engine serve the source as version 0 again, after any failure."""
     with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
-        for path in ("/abort_weight_update", "/end_weight_update"):  # the one the engine knows
+        for path in ("/abort_weight_update", "/end_weight_update"):  # each engine has one of them
             client.post(path, json={})
         client.post(
             "/update_weights_from_disk", json={"model_path": str(model_dir), "weight_version": "0"}
@@ -85,7 +85,7 @@ def make_transport(kind: str, folder: Path, source: HFFolder) -> Transport:
 
 
 def moved(source: HFFolder, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """The source's weights, with noise of that seed."""
+    """Yield the source's weights plus noise of that seed."""
     generator = torch.Generator().manual_seed(seed)
     for name in source.tensors:
         stored = source.read(name)
@@ -117,7 +117,7 @@ class World:
         return moved(self.source, seed)
 
     def answer(self, url: str | None = None) -> list[tuple[float, ...]]:
-        """Log-probabilities of greedy requests: to one engine, or to whichever the pool routes them to."""
+        """Return the log-probabilities of greedy requests, from one engine or from those that the pool chooses."""
         sampling = SamplingParams(max_new_tokens=6, temperature=0.0, ignore_eos=True)
         requests = [GenerationRequest(f"greedy-{i}", (5, 6, 7), 1, sampling) for i in range(4)]
         if url is not None:
@@ -129,7 +129,7 @@ class World:
         return [sample.logprobs or () for (sample,) in samples]
 
     def fails(self, *words: str, error: type[Exception] = EngineError) -> str:
-        """The next push fails with these words; afterwards nothing but the committed weights is in use."""
+        """Assert that the next push fails with these words, and that only the committed weights are used afterwards."""
         with pytest.raises(error) as caught:
             self.sync.push(self.weights(9), 9)
         message = str(caught.value)
@@ -144,7 +144,7 @@ class World:
         return message
 
     def recovers(self) -> None:
-        """The next push, with nobody in its way, brings every engine that lives to the new version."""
+        """Assert that the next push, without a fault, brings both engines to the new version."""
         self.proxy.tamper, self.proxy.edit = lambda path, body: body, lambda path, answer: answer
         self.sync.readmit()
         self.sync.push(self.weights(10), 10)
@@ -200,7 +200,7 @@ def test_a_dropped_bucket_is_noticed_by_its_tensors(world: Callable[..., World])
 
 @pytest.fixture
 def opaque(pool: EnginePool, sglang_only: None, monkeypatch: pytest.MonkeyPatch) -> EnginePool:
-    """Its SGLang server says that it is on a GPU, so that nobody can foretell its digests."""
+    """Return a pool whose SGLang server reports a GPU, so that its digests cannot be computed."""
     told = pool.traits
 
     def as_on_a_gpu(url: str) -> Traits:
@@ -223,7 +223,7 @@ def test_where_digests_cannot_be_foretold_tensors_that_stayed_as_they_were_are_n
 
 
 def scored_plainly(model_dir: Path, seed: int) -> ScoreProbe:
-    """A text as transformers scores it with the weights of that seed, of which an engine in fp32 is at most 1e-3 off."""
+    """Return a text scored by transformers with the weights of that seed. An fp32 engine differs by at most 1e-3."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     model.load_state_dict(dict(moved(HFFolder(model_dir), seed)))
     text = torch.randint(2, VOCAB, (64,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -233,7 +233,7 @@ def scored_plainly(model_dir: Path, seed: int) -> ScoreProbe:
 def test_where_digests_cannot_be_foretold_an_engine_is_known_by_the_log_probabilities_of_the_trainer(
     opaque: EnginePool, proxy: Proxy, model_dir: Path
 ) -> None:
-    """Versions 3 and 10 are the trainer's own; when it pushes version 9, the engine's weights are not those of its probe."""
+    """The probes of versions 3 and 10 are right. At version 9 the engine's weights differ from those of the probe."""
     seeds = iter([3, 4, 10])
     made = World(opaque, proxy, model_dir, TensorTransport(BUCKET), 3, lambda: scored_plainly(model_dir, next(seeds)))
     assert not opaque.quarantined
@@ -307,7 +307,8 @@ def test_an_engine_that_answers_200_and_applies_nothing_is_noticed(world: Callab
     made = world(kind, committed=3)
     if kind == "distributed" and not made.pool.traits(made.bad).embedded:
         pytest.skip(
-            "SGLang applies every bucket when it comes, and its end changes nothing: see the broadcast nobody takes part in"
+            "SGLang applies every bucket when it comes, and its end changes nothing: "
+            "see the broadcast nobody takes part in"
         )
     updates = {"disk": "/update_weights_from_disk", "tensor": "/update_weights_from_tensor"}
 
@@ -331,7 +332,7 @@ def test_an_engine_that_answers_200_and_applies_nothing_is_noticed(world: Callab
 def test_an_engine_that_answers_200_and_takes_no_part_in_the_broadcast_is_noticed(
     world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distributed, "JOIN_S", TIMEOUT_S)  # a broadcast that is not joined is waited for as long
+    monkeypatch.setattr(distributed, "JOIN_S", TIMEOUT_S)  # the wait for a broadcast that an engine does not join
     made = world("distributed", committed=3)
     path_of = "/update_weights_from_distributed"
     made.proxy.tamper = lambda path, body: Answer(success=True, message="ok") if path == path_of else body
@@ -364,13 +365,13 @@ def test_an_engine_whose_update_was_never_begun_refuses_the_bucket(world: Callab
 def struck_inside_an_update(
     engine: str, kind: str, fate: signal.Signals, timeout_s: float, good: str, model_dir: Path, folder: Path
 ) -> Iterator[tuple[World, psutil.Process]]:
-    """Two engines, the second of which got `fate` for bucket 1 of a push; the push failed and dropped it.
+    """Yield two engines after a failed push. The second one got the signal `fate` at bucket 1, and is lost.
 
-    timeout_s: of every call. One that hangs is waited for as long; one that is gone is noticed without.
+    `timeout_s` is the limit of every call. A hanging engine is detected after this time, an ended one at once.
     """
     with start_servers(engine, model_dir, folder) as servers, EnginePool([good, servers.urls[0]], timeout_s) as pool:
         first = psutil.Process(servers.pids[0])
-        struck = first.children()[0] if engine == "sglang" else first  # a guard leads SGLang's processes
+        struck = first.children()[0] if engine == "sglang" else first  # for SGLang, the first process is the guard
         distributing = kind == "distributed"
         transport = (
             DistributedTransport(BUCKET, timeout_s, torch.device("cpu")) if distributing else TensorTransport(BUCKET)
@@ -416,7 +417,7 @@ def test_an_engine_that_hangs_between_begin_and_end_is_dropped_and_comes_back(
     kind: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(distributed, "JOIN_S", 10.0)  # it holds our broadcast up, which is waited for as long
+    monkeypatch.setattr(distributed, "JOIN_S", 10.0)  # the wait for our broadcast, which the stopped engine blocks
     strike = struck_inside_an_update("embedded", kind, signal.SIGSTOP, 10.0, honest.urls[0], model_dir, tmp_path)
     with strike as (made, stopped):
         made.sync.push(made.weights(10), 10)
@@ -432,12 +433,15 @@ def test_an_engine_that_hangs_between_begin_and_end_is_dropped_and_comes_back(
 def test_a_full_disk_touches_no_engine(world: Callable[..., World], embedded_only: None) -> None:
     made = world("disk", committed=3)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the error of a quota: a write fails half way
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # like a disk quota: a write fails halfway
     try:
         made.fails("cannot be written to", "v000009", "free space there", error=CheckpointError)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not any(name.startswith(".v000009") for name in os.listdir(Path(made.transport._folders[0]).parent))  # type: ignore[attr-defined]
+    assert not any(
+        name.startswith(".v000009")
+        for name in os.listdir(Path(made.transport._folders[0]).parent)  # type: ignore[attr-defined]
+    )
     made.recovers()
 
 
@@ -445,7 +449,7 @@ def test_an_engine_that_was_restarted_is_not_used_before_it_was_synced(
     honest: EmbeddedServers, proxy: Proxy, world: Callable[..., World], model_dir: Path, url: str
 ) -> None:
     made = world("disk", committed=3)
-    reset(url, model_dir)  # what a restart comes to: the engine serves the weights it was started with
+    reset(url, model_dir)  # like a restart: the engine serves the weights of its start
     made.answer()
     assert made.pool.quarantined.keys() == {made.bad} and "restarted" in made.pool.quarantined[made.bad]
     made.recovers()

@@ -1,4 +1,4 @@
-"""Groups that are aborted, updated or answered in the middle, with a real server: what comes out is what was sampled."""
+"""A group that is aborted, updated or continued by its environment holds exactly the sampled tokens and their logp."""
 
 import copy
 import time
@@ -37,17 +37,17 @@ def draw(pool: EnginePool, settings: GroupSettings = LONG) -> Group:
 
 
 def draw_while(pool: EnginePool, act: Callable[[], None]) -> Group:
-    """The group, with `act` done in the middle of it."""
+    """Return the group. `act` is called while it is generated."""
     running = pool.start(sample_group(pool.ask, PROMPT, LONG, first_id=0, group=0))
     with httpx.Client(base_url=pool.live_urls[0], trust_env=False) as client:
         until_running(client)
-    time.sleep(0.05)  # for some tokens
+    time.sleep(0.05)  # so that some tokens are generated
     act()
     return running.result()
 
 
 def assert_sampled_by(model: Qwen3ForCausalLM, trajectory: Trajectory, start: int = 0, end: int | None = None) -> None:
-    """The response tokens [start, end) carry the log-probabilities of one plain forward pass of all tokens."""
+    """Assert that response tokens [start, end) have the log-probabilities of one plain forward pass of all tokens."""
     assert trajectory.logmu is not None
     want = logp_of(model, list(trajectory.prompt_tokens), list(trajectory.response_tokens))
     torch.testing.assert_close(torch.tensor(trajectory.logmu)[start:end], want[start:end], **TOLERANCE)
@@ -86,7 +86,7 @@ def test_through_a_weight_update_every_token_names_the_weights_that_sampled_it(
     def update() -> None:
         pool.pause(url, mode)
         pool.update_weights_from_disk(url, folder, 1)
-        if mode != "in_place":  # a prefix that is still cached would be continued from what the old weights made of it
+        if mode != "in_place":  # a cached prefix would be continued with keys and values of the old weights
             pool.flush(url)
         pool.resume(url)
 
@@ -97,13 +97,13 @@ def test_through_a_weight_update_every_token_names_the_weights_that_sampled_it(
         (old, start, cut), (new, again, end) = trajectory.versions
         assert (old, start, new, again, end) == (0, 0, 1, cut, len(trajectory.response_tokens))
         assert_sampled_by(model, trajectory, 0, cut)
-        if mode != "in_place":  # there the cache stays as the old weights filled it
+        if mode != "in_place":  # in_place keeps the cache of the old weights
             assert_sampled_by(newer, trajectory, cut)
     assert (group.resumed > 0) == (mode == "abort") and (group.retractions > 0) == (mode == "retract")
 
 
 class Echo:
-    """Says something after each of the first two turns."""
+    """An environment that returns a text after each of the first two turns."""
 
     max_turns = 3
 

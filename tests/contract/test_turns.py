@@ -1,4 +1,4 @@
-"""Responses of several turns from a real server: an environment speaks in between, and nothing the engine wrote is changed."""
+"""In responses of several turns from a real server, the engine's tokens stay unchanged between environment outputs."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,11 +16,14 @@ from megatron_rl.types import Prompt, Trajectory
 from tests.contract.conftest import logp_of
 
 PROMPT = Prompt("p", "", (5, 17, 250, 99, 3), "42")
-STOPS = tuple(range(2, 40))  # one token in eight: turns are short
+STOPS = tuple(range(2, 40))  # one token in eight, so turns are short
 
 
 def ambiguous_tokenizer() -> PreTrainedTokenizerFast:
-    """Every token is one or two letters, and most texts can be written in many ways: `abb` is a|b|b, ab|b or a|bb."""
+    """Return a tokenizer with which most texts have several tokenizations.
+
+    Every token is one or two letters: `abb` is a|b|b, ab|b or a|bb.
+    """
     letters = "abcdefghijklmnop"
     pieces = [*letters, *(first + second for first in letters for second in letters)]
     vocabulary = {piece: 2 + at for at, piece in enumerate(pieces)} | {"<unk>": 0, "<eos>": 1}
@@ -34,7 +37,7 @@ TOKENIZER = ambiguous_tokenizer()
 
 
 class Scripted(Task):
-    """Says `says` after every turn but the last and those it finds void; notes what it heard."""
+    """An environment that returns `says` after every turn except void turns and the last one, and records the turns."""
 
     def __init__(
         self, says: str | None = "abcabc", max_turns: int = 3, void: Callable[[int], bool] = lambda number: False
@@ -52,7 +55,7 @@ class Scripted(Task):
 
 
 class Recorded:
-    """The requests of a group, and what the engine answered, in order."""
+    """Records the requests of a group and the samples of the engine, in order."""
 
     def __init__(self, pool: EnginePool) -> None:
         self.pool = pool
@@ -77,7 +80,7 @@ def engine_side(url: str) -> Iterator[Recorded]:
 
 
 def turns_of(trajectory: Trajectory) -> list[tuple[int, tuple[int, ...]]]:
-    """Runs of one mask value: (mask, tokens)."""
+    """Return the runs of equal mask values: (mask, tokens)."""
     mask = trajectory.response_mask or (1,) * len(trajectory.response_tokens)
     runs: list[tuple[int, tuple[int, ...]]] = []
     for value, token in zip(mask, trajectory.response_tokens, strict=True):

@@ -32,13 +32,13 @@ Hook = Callable[[str, Path, int], int]
 
 
 class HookedPool(EnginePool):
-    """A real pool in which something happens to the staged folder, or to a server, right before one update.
+    """A real pool that calls a hook just before one update. The hook may change the staged folder or a server.
 
-    The hook gets (url, folder, version) and answers the version to ask for.
+    The hook gets (url, folder, version) and returns the version to request.
     """
 
     hook: Hook | None = None
-    hooking = Lock()  # the other engine is not to read what is being rewritten
+    hooking = Lock()  # the other engine must not read the folder while it is rewritten
 
     def update_weights_from_disk(self, url: str, folder: Path, version: int) -> None:
         with self.hooking:
@@ -48,7 +48,7 @@ class HookedPool(EnginePool):
 
 
 class Server:
-    """An embedded engine in its own process."""
+    """An embedded engine in a separate process."""
 
     def __init__(self, model: Path, log: Path) -> None:
         port = free_port()
@@ -83,7 +83,7 @@ def servers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[l
 
 @pytest.fixture
 def pool(servers: list[Server], model: Path) -> Iterator[HookedPool]:
-    """Both engines, at version 0 with the source's weights."""
+    """Yield a pool of both engines, at version 0 with the source's weights."""
     with HookedPool([server.url for server in servers], timeout_s=60) as pool:
         for server in servers:
             pool.update_weights_from_disk(server.url, model, 0)
@@ -104,7 +104,7 @@ def sync(pool: HookedPool, source: HFFolder, tmp_path: Path) -> Iterator[WeightS
 
 
 def weights(source: HFFolder, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """The source's weights, moved by noise of that seed."""
+    """Yield the source's weights plus noise of that seed."""
     generator = torch.Generator().manual_seed(seed)
     for name in source.tensors:
         stored = source.read(name)
@@ -117,7 +117,7 @@ def digests(source: HFFolder, seed: int | None) -> dict[str, str]:
 
 
 def logprobs(pool: EnginePool) -> list[tuple[float, ...] | None]:
-    """What each live engine answers for one greedy request."""
+    """Return the log-probabilities of each live engine for one greedy request."""
     sampling = SamplingParams(max_new_tokens=6, temperature=0.0, ignore_eos=True)
     out = []
     for url in pool.live_urls:
@@ -134,7 +134,7 @@ def assert_serving(pool: EnginePool, source: HFFolder, version: int, seed: int |
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None], *, manifest: bool) -> None:
-    """Change the tensors of a staged folder, and its manifest with them when asked."""
+    """Change the tensors of a staged folder; with `manifest`, also update its manifest."""
     tensors = {name: tensor.clone() for name, tensor in load_file(folder / SINGLE).items()}
     change(tensors)
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
@@ -239,7 +239,7 @@ def test_weights_that_are_not_finite_never_reach_an_engine(
         CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj\.weight' holds values that are not finite"
     ):
         sync.push(stream, 1)
-    assert next(stream, None) is None  # a collective export was run to its end all the same
+    assert next(stream, None) is None  # a collective export was still run to its end
     assert_serving(pool, source, 0, None)
 
 
@@ -348,7 +348,7 @@ def test_every_rank_of_the_trainer_learns_the_outcome(
 def test_a_killed_engine_is_dropped_and_the_others_serve_the_old_version(
     servers: list[Server], pool: HookedPool, source: HFFolder, sync: WeightSync, model: Path, tmp_path: Path
 ) -> None:
-    """Keep this one last: the module's second server is gone afterwards."""
+    """This test must be the last one of the module: it kills the second server."""
     sync.push(weights(source, 1), 1)
     before = logprobs(pool)
 

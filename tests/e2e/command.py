@@ -1,4 +1,4 @@
-"""The real command line in a process of its own, watched with everything it starts and ended with it."""
+"""The real command line runs in its own process. It is tracked and ended together with everything it starts."""
 
 import json
 import os
@@ -16,13 +16,13 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 TAG = "MEGATRON_RL_TEST_COMMAND"
-PROMPTS = 8  # of a step of the small run
+PROMPTS = 8  # per step of the small run
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a command ended."""
+    """The result of a command: exit code, stdout, stderr, and wall-clock seconds."""
 
     code: int
     out: str
@@ -31,11 +31,12 @@ class Result:
 
     @property
     def all(self) -> str:
+        """Exit code and output, for the messages of assertions."""
         return f"exit code {self.code}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
 
 
 class Command:
-    """`python -m megatron_rl ARGUMENTS`. Every process that descends from it carries its tag, orphans included."""
+    """`python -m megatron_rl ARGUMENTS`. Every descendant process has its tag, also orphans."""
 
     def __init__(self, arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
         self.tag = uuid.uuid4().hex
@@ -55,7 +56,7 @@ class Command:
             )
 
     def wait(self, timeout: float = 300) -> Result:
-        """The end of the command; fails when it does not end in time or leaves a process behind."""
+        """Return the result of the command. Fail if it does not end in time or leaves a process behind."""
         try:
             code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -66,7 +67,7 @@ class Command:
         return result
 
     def until(self, condition: Callable[[], Any], timeout: float = 180) -> Any:
-        """The first true value of `condition`; fails when the command ends before, or the time is up."""
+        """Return the first true value of `condition`. Fail if the command ends before, or after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while not (value := condition()):
             running = self.process.poll() is None and time.monotonic() < deadline
@@ -75,7 +76,7 @@ class Command:
         return value
 
     def until_gone(self, processes: Callable[[], list[psutil.Process]], patience: float = 10) -> None:
-        """Fails when these processes of the command, which has ended, live on; all are ended in any case."""
+        """Fail if these processes still live `patience` seconds after the command. End all of its processes."""
         self.process.wait(patience)
         deadline = time.monotonic() + patience
         while (left := processes()) and time.monotonic() < deadline:
@@ -85,23 +86,26 @@ class Command:
         assert not names, f"processes were left behind: {names}\n{self._result(self.process.returncode).all}"
 
     def interrupt(self) -> None:
-        """Ctrl-C."""
+        """Send Ctrl-C (SIGINT) to the command."""
         self.process.send_signal(signal.SIGINT)
 
     def members(self) -> list[psutil.Process]:
-        """Every living process of this command."""
+        """Return every living process of this command."""
         return [process for process in psutil.process_iter() if _tag(process) == self.tag]
 
     def servers(self) -> list[psutil.Process]:
+        """Return the processes of the embedded servers of this command."""
         return [p for p in self.members() if p.cmdline()[1:4] == ["-m", "megatron_rl", "serve"]]
 
     def rank(self, number: int) -> psutil.Process:
-        """The trainer's process of that rank."""
-        trainers = [p for p in self.members() if p.cmdline()[1:4] == ["-m", "megatron_rl", "train"]]
-        return next(p for p in trainers if p.environ().get("RANK") == str(number))
+        """Return the trainer's process of a rank: a child of the command, with its rank in its name or in RANK."""
+        for process in psutil.Process(self.process.pid).children():
+            if process.name() == f"mrl-rank{number}" or process.environ().get("RANK") == str(number):
+                return process
+        raise AssertionError(f"rank {number} does not run\n{self._result(-1).all}")
 
     def end(self) -> None:
-        """Kill whatever is left, by process id."""
+        """Kill every process of this command that still lives, by process id."""
         for process in self.members():
             try:
                 process.kill()
@@ -121,7 +125,7 @@ def _tag(process: psutil.Process) -> str | None:
 
 
 def records(run: Path, kind: str = "step") -> list[dict[str, Any]]:
-    """The whole lines of a run's log."""
+    """Return the records of this kind from the complete lines of a run's log."""
     log = run / "log.jsonl"
     lines = log.read_text().splitlines(keepends=True) if log.is_file() else []
     found = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -129,7 +133,7 @@ def records(run: Path, kind: str = "step") -> list[dict[str, Any]]:
 
 
 def assert_drawn_once(run: Path) -> None:
-    """Every step spent new draws: those it trained on, those it gave up and those it replaced."""
+    """Check that every step consumed new draws: those it trained on, those it discarded and those it replaced."""
     before = 0
     for record in records(run):
         spent = record["rollout/drawn"] - before
@@ -138,7 +142,7 @@ def assert_drawn_once(run: Path) -> None:
 
 
 def assert_refused(result: Result, kind: str, *words: object) -> None:
-    """One paragraph on stderr, of this kind of error, with these words in it, and nothing besides."""
+    """Check that the only output is one paragraph on stderr, with this kind of error and these words."""
     assert result.code == 2, result.all
     paragraph = result.err.strip()
     assert paragraph.startswith(f"{kind}: ") and "\n" not in paragraph, result.all

@@ -1,4 +1,4 @@
-"""Commands that are ended with their test, and the models they run on."""
+"""Fixtures: commands that end together with their test, and the models that they run on."""
 
 import socket
 import sys
@@ -27,14 +27,19 @@ run: {{name: small, steps: 2, save_every: 1, seed: 3}}
 
 @pytest.fixture(scope="session")
 def arithmetic_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the small arithmetic model."""
     return make_arithmetic_model(tmp_path_factory.mktemp("arithmetic") / "hf")
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run of a few steps on a server that somebody else had started, and what became of that server.
+    """A finished run of a few steps on a server that the run did not start.
 
-    versions: the server's weight version before and after.
+    Attributes:
+        folder: the run folder.
+        steps: number of steps.
+        versions: weight version of the server before and after the run.
+        server_lives: whether the server still runs after the run.
     """
 
     folder: Path
@@ -45,6 +50,7 @@ class FinishedRun:
 
 @pytest.fixture(scope="session")
 def finished_run(arithmetic_model: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """A run of three steps, for all tests that only read it."""
     folder, steps = tmp_path_factory.mktemp("finished"), 3
     (folder / "small.yaml").write_text(SMALL_RUN.format(model=arithmetic_model), encoding="utf-8")
     with socket.socket() as probe:
@@ -67,7 +73,7 @@ def finished_run(arithmetic_model: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def version_of(url: str) -> str:
-    """The weight version of a server, "" while it does not answer."""
+    """Return the weight version of a server, or "" if it does not respond."""
     try:
         return str(httpx.get(f"{url}/model_info", trust_env=False, timeout=5).json()["weight_version"])
     except httpx.HTTPError:
@@ -76,7 +82,7 @@ def version_of(url: str) -> str:
 
 @pytest.fixture
 def small_run(arithmetic_model: Path, tmp_path: Path) -> Path:
-    """A configuration file of a run of seconds; the run's folder is `runs/small` beside it."""
+    """The configuration file of a run that takes seconds. The run folder is `runs/small` next to it."""
     path = tmp_path / "small.yaml"
     path.write_text(SMALL_RUN.format(model=arithmetic_model), encoding="utf-8")
     return path
@@ -84,12 +90,13 @@ def small_run(arithmetic_model: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
+    """The run folder of `small_run`."""
     return tmp_path / "runs" / "small"
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Command]]:
-    """Starts a command in the test's folder."""
+    """A function that starts a command in the test's folder. The command ends with the test."""
     started: list[Command] = []
 
     def start(*arguments: object, **environment: str) -> Command:
@@ -103,7 +110,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Command]]:
 
 @pytest.fixture
 def cli(start: Callable[..., Command]) -> Callable[..., Result]:
-    """Runs a command to its end."""
+    """A function that runs a command to its end and returns the result."""
 
     def cli(*arguments: object, **environment: str) -> Result:
         return start(*arguments, **environment).wait()
@@ -113,11 +120,14 @@ def cli(start: Callable[..., Command]) -> Callable[..., Result]:
 
 @pytest.fixture
 def refused(monkeypatch, capfd, tmp_path) -> Callable[..., Result]:
-    """Runs a command inside this process, where nothing has to be imported again: it ends before it starts another."""
+    """A function that runs a command inside this process, so that nothing is imported again.
+
+    The command must end before it starts another process.
+    """
 
     def refused(*arguments: object) -> Result:
         monkeypatch.chdir(tmp_path)
-        for name in RANK_VARIABLES:  # of a world that this process was a rank of
+        for name in RANK_VARIABLES:  # this process may have been a rank before
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(sys, "argv", ["megatron-rl", *map(str, arguments)])
         started = time.monotonic()

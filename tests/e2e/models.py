@@ -1,4 +1,4 @@
-"""Complete small models: random weights by transformers, a tokenizer, and the settings that make a run of seconds."""
+"""Complete small models for runs of seconds: random weights from transformers, and a tokenizer."""
 
 from pathlib import Path
 
@@ -13,7 +13,14 @@ ARITHMETIC = "012+-="
 
 
 def make_model(folder: Path, tokenizer: PreTrainedTokenizerFast, *, layers: int = 2, seed: int = 0) -> Path:
-    """A Qwen3 folder with random weights, the tokenizer's vocabulary and its end token."""
+    """Write a Qwen3 folder with random weights.
+
+    Args:
+        folder: where the model is written; also the return value.
+        tokenizer: tokenizer of the model; the model has its vocabulary and end token.
+        layers: number of layers.
+        seed: seed of the weights.
+    """
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -37,12 +44,12 @@ def make_model(folder: Path, tokenizer: PreTrainedTokenizerFast, *, layers: int 
 
 
 def make_arithmetic_model(folder: Path) -> Path:
-    """Nine tokens in all, so that random answers to `1+1=` are right now and then and there is something to learn."""
+    """Write a model with nine tokens in all, so that random answers to `1+1=` are sometimes right."""
     return make_model(folder, char_tokenizer(ARITHMETIC))
 
 
 def make_arithmetic_mixture(folder: Path) -> Path:
-    """The same with four experts in each layer, two for a token."""
+    """Write the same with four experts in each layer, two per token."""
     tokenizer = char_tokenizer(ARITHMETIC)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     make_qwen3_moe(folder, vocab=len(tokenizer), layers=2, experts=4, **ends)
@@ -51,5 +58,5 @@ def make_arithmetic_mixture(folder: Path) -> Path:
 
 
 def make_math_model(folder: Path, questions: list[str]) -> Path:
-    """A byte-level vocabulary trained on the questions, with a chat template."""
+    """Write a model with a byte-level vocabulary trained on the questions, and with a chat template."""
     return make_model(folder, make_tokenizer(questions, 1024))

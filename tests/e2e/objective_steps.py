@@ -1,4 +1,4 @@
-"""What a group of ranks runs to train with one objective: the whole of a run, on a server that is up already."""
+"""A whole run with one objective, for a group of ranks, on a server that already runs."""
 
 import hashlib
 import os
@@ -12,7 +12,17 @@ from megatron_rl.trainer.loop import train
 
 
 def train_run(file: Path, overrides: list[str], port: int) -> dict[str, Any]:
-    """Train as the command line does; rank 0 returns the digest of the weights before and after."""
+    """Train as the command line does. Return facts about the run.
+
+    Args:
+        file: the configuration file.
+        overrides: each `section.key=value`.
+        port: port on which the ranks meet.
+
+    Returns:
+        "before" and "after" are digests of the weights. "needs" are the inputs of the objective. "asked_logmu" is
+        whether this rank requests logmu from the engine; False on ranks other than 0.
+    """
     os.environ["MASTER_PORT"] = str(port)
     with open_run(load_config(file, overrides), resume=False) as trainer:
         before = _digest(trainer)

@@ -1,4 +1,4 @@
-"""The mismatch attributed inside a run and of its folder afterwards, on the real command line."""
+"""The real command line attributes the mismatch inside a run, and afterwards from the run folder."""
 
 import json
 

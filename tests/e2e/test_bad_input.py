@@ -1,4 +1,4 @@
-"""What cannot run is refused in one paragraph with exit code 2, before anything is started or written."""
+"""A run that cannot work is refused in one paragraph with exit code 2, before anything is started or written."""
 
 import json
 import os
@@ -23,6 +23,7 @@ def own_model(arithmetic_model, tmp_path) -> Path:
 
 
 def rewrite(model: Path, change) -> None:
+    """Apply `change` to the tensors in the model's weight file."""
     tensors = load_file(model / WEIGHTS)
     change(tensors)
     save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
@@ -107,7 +108,7 @@ def test_weights_that_are_not_finite(cli, small_run, run_folder, own_model):
 
 
 def test_weights_whose_log_probabilities_overflow(cli, small_run, run_folder, own_model):
-    """Every number is finite and so is every digest; what the engine and the trainer make of them is not."""
+    """Every weight and every digest is finite, but the log-probabilities of engine and trainer are not."""
 
     def inflate(tensors):
         head = tensors["lm_head.weight"]

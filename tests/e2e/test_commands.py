@@ -1,4 +1,4 @@
-"""The commands around training: report, doctor, eval."""
+"""The commands report, doctor and eval work on real folders."""
 
 import re
 import shutil
@@ -47,7 +47,7 @@ def test_doctor_checks_a_configuration(cli, small_run):
 
 
 def test_eval_prints_the_pass_rates_of_the_model_it_is_given(cli, small_run, finished_run):
-    """The exported model answers as the last weights did inside the run."""
+    """The exported model has the greedy pass rate that the last weights had inside the run."""
     result = cli("eval", small_run, "eval.prompts=2", "eval.samples=32", f"model.path={finished_run.folder / 'hf'}")
     assert result.code == 0, result.all
     rates = {name: float(rate) for name, rate in re.findall(r"^eval/(\w+): ([\d.]+)%$", result.out, re.MULTILINE)}

@@ -1,4 +1,4 @@
-"""Engines that die are done without, as long as one lives; engines that belong to somebody else are left alone."""
+"""A run continues without lost engines while one engine lives. Engines of another process keep running."""
 
 from pathlib import Path
 from typing import ClassVar
@@ -22,12 +22,13 @@ TRAJECTORIES = 8 * 16
 
 
 def url_of(server: psutil.Process) -> str:
+    """Return the URL of a server, from its command line."""
     arguments = server.cmdline()
     return f"http://127.0.0.1:{arguments[arguments.index('--port') + 1]}"
 
 
 def assert_whole_steps(run, steps: int) -> None:
-    """Each step was trained once, on every trajectory it was to have."""
+    """Check that each step was trained once, on all of its trajectories."""
     found = records(run)
     assert [r["step"] for r in found] == list(range(steps))
     for record in found:
@@ -53,11 +54,12 @@ def test_a_run_goes_on_without_a_server_that_was_killed(start, small_run, run_fo
 
 
 class FatalPool(EnginePool):
-    """A real pool; the next weight update of a server in `doomed` finds it killed an instant before."""
+    """A real pool that kills a server in `doomed` just before the server's next weight update."""
 
     doomed: ClassVar[dict[str, psutil.Process]] = {}
 
     def update_weights_from_disk(self, url: str, folder: Path, version: int) -> None:
+        """Kill the server first if it is in `doomed`."""
         if url in self.doomed:
             self.doomed.pop(url).kill()
         super().update_weights_from_disk(url, folder, version)

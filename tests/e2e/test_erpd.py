@@ -1,4 +1,4 @@
-"""Rounds of teacher and student: what they log, and that a round goes on wherever it was cut off."""
+"""Rounds of teacher and student write their records, and a round resumes wherever it was interrupted."""
 
 import json
 import shutil
@@ -45,6 +45,7 @@ run: {{{{name: rounds, steps: 2, save_every: 0, keep: 1, seed: 3}}}}
 
 
 def configuration(folder: Path, model: Path) -> Path:
+    """Write the configuration file of a run of two rounds and return its path."""
     path = folder / "erpd.yaml"
     path.write_text(ERPD_RUN.format(model=model), encoding="utf-8")
     return path
@@ -52,7 +53,7 @@ def configuration(folder: Path, model: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(arithmetic_model, tmp_path_factory) -> Path:
-    """The folder of two undisturbed rounds."""
+    """The run folder of two rounds without interruption."""
     folder = tmp_path_factory.mktemp("straight")
     configuration(folder, arithmetic_model)
     command = Command(["train", "erpd.yaml"], folder, {})
@@ -65,6 +66,7 @@ def straight(arithmetic_model, tmp_path_factory) -> Path:
 
 
 def arrays(path: Path) -> dict[str, np.ndarray]:
+    """Return all arrays of an .npz file."""
     with np.load(path) as found:
         return {name: found[name] for name in found.files}
 
@@ -91,10 +93,10 @@ def test_a_round_logs_both_stages_and_what_the_student_took_over(straight):
     for step in records(straight):
         assert step["mismatch/ratio/min"] == pytest.approx(1, abs=1e-3) == step["mismatch/ratio/max"]
         assert step["kl/k3"] > 1e-4 > step["mismatch/kl/k3"], "the student has left the policy that sampled"
-    # pi_old of the first round is the policy after no step
+    # pi_old of the first round is the policy after 0 steps
     columns = arrays(straight / "erpd" / "step_000000" / "columns.npz")
     assert np.array_equal(columns["student@0"], columns["old"])
-    # the evaluated teacher was a weight version of its own
+    # the evaluated teacher has its own weight version
     assert [(r["step"], r["version"]) for r in records(straight, "eval")] == [(0, 1), (2, 4)]
 
 
@@ -113,6 +115,7 @@ def test_the_report_draws_the_rounds(straight):
 
 
 def done(folder: Path, step: int, stage: str) -> int:
+    """Return the number of finished updates of a stage ("teacher" or "student") of a step."""
     path = folder / "erpd" / f"step_{step:06d}" / f"{stage}.jsonl"
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 

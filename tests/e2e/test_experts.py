@@ -1,4 +1,4 @@
-"""Runs of a mixture of experts: spread over ranks, synchronized with engines that fuse experts, and with routing replayed."""
+"""A mixture of experts trains spread over ranks, with engines that fuse experts, and with replayed routing."""
 
 import pytest
 
@@ -9,6 +9,7 @@ from tests.e2e.test_sglang import PYTHON, SGLANG
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
+    """The folder of the small arithmetic model with experts."""
     return make_arithmetic_mixture(tmp_path_factory.mktemp("mixture") / "hf")
 
 
@@ -16,7 +17,7 @@ SPREAD = ("parallel.data=2", "parallel.expert=2", "rollout.record_logmu=true", "
 
 
 def test_replayed_routing_is_what_the_engines_chose(cli, small_run, run_folder, mixture):
-    """In float32 the trainer would have chosen the same experts in the first update of a step, which is the only one here."""
+    """In float32 the trainer chooses the same experts in the first update of a step. Each step here has one update."""
     run = (*SPREAD, f"model.path={mixture}", "run.steps=3", "rollout.routing_replay=true")
     result = cli("train", small_run, *run)
     assert result.code == 0, result.all

@@ -1,4 +1,4 @@
-"""A trainer that is killed inside a weight update leaves engines that the resumed run brings back, and loses nothing."""
+"""If a trainer is killed inside a weight update, the resumed run updates the paused engines and loses no step."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from tests.e2e.command import Command, records
 from tests.e2e.conftest import version_of
 from tests.e2e.test_sglang import SGLANG, without_sglang
 
-STEPS, STRUCK = 6, 3  # the update to this version is the last thing the killed trainer does
+STEPS, STRUCK = 6, 3  # the trainer is killed in the update to this version
 LAST_CALL = {
     "disk": "/update_weights_from_disk",
     "distributed": "/end_weight_update",
@@ -26,7 +26,7 @@ LAST_CALL = {
 
 
 class Struck:
-    """`strike` is called when the update to version STRUCK is one request from its end; that request never arrives."""
+    """A proxy hook that calls `strike` at the last request of the update to version STRUCK and drops that request."""
 
     def __init__(self, proxy: Proxy, transport: str) -> None:
         self.strike: Callable[[], None] | None = None
@@ -47,7 +47,17 @@ class Struck:
 def assert_resumes_whole(
     url: str, proxy: Proxy, arguments: list[object], victim: str, start, cli, run_folder: Path
 ) -> None:
-    """url: of the server itself. victim: `rank` or `launcher`."""
+    """Kill a trainer inside a weight update, resume the run, and check that it has every step once.
+
+    Args:
+        url: URL of the server itself.
+        proxy: proxy in front of the server; the trainer uses it.
+        arguments: arguments of `train`; the last one is the transport.
+        victim: the process that is killed, `rank` or `launcher`.
+        start: fixture that starts a command.
+        cli: fixture that runs a command.
+        run_folder: the run folder.
+    """
     struck = Struck(proxy, str(arguments[-1]).rpartition("=")[2])
     command: Command = start("train", *arguments)
 
@@ -72,11 +82,12 @@ def assert_resumes_whole(
     assert [r["step"] for r in records(run_folder)] == list(range(STEPS)), "every step once"
     assert version_of(url) == str(STEPS + 1)
     generate(url, timeout=60)
-    # What the engine samples from is what the trainer holds: the first update of every step says so.
+    # The first update of every step shows that the engine samples from the trainer's weights.
     assert all(abs(r["mismatch/ratio/max"] - 1) < 1e-4 for r in records(run_folder))
 
 
 def lives(process: psutil.Process) -> bool:
+    """Return whether the process exists and is not a zombie."""
     try:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -84,7 +95,7 @@ def lives(process: psutil.Process) -> bool:
 
 
 def generate(url: str, timeout: float) -> None:
-    """A paused engine takes the request and does not answer."""
+    """Generate one token. A paused engine accepts the request and does not respond."""
     body = {"input_ids": [2, 3], "sampling_params": {"max_new_tokens": 1}}
     httpx.post(f"{url}/generate", json=body, timeout=timeout, trust_env=False).raise_for_status()
 
@@ -106,7 +117,7 @@ def test_a_trainer_killed_inside_a_weight_update(
 
 @pytest.fixture
 def sglang_url(small_run: Path, tmp_path: Path) -> Iterator[str]:
-    """An SGLang server that somebody else has started."""
+    """The URL of an SGLang server that the run did not start."""
     config = load_config(small_run, [*SGLANG, "run.name=servers", f"run.dir={tmp_path}"])
     with own_servers(config, resolve(config.precision, 2, engine="sglang", device="cpu"), "cpu", 300) as servers:
         yield servers.urls[0]
@@ -114,7 +125,7 @@ def sglang_url(small_run: Path, tmp_path: Path) -> Iterator[str]:
 
 @without_sglang
 def test_a_trainer_killed_inside_a_weight_update_of_sglang(start, cli, small_run, run_folder, sglang_url: str):
-    """SGLang stays paused, with half of an update in it, and answers no health check until it is told to go on."""
+    """SGLang stays paused with half of an update, and responds to no health check until it is resumed."""
     with Proxy(sglang_url) as proxy:
         arguments = [
             small_run,

@@ -1,4 +1,4 @@
-"""Word problems in GSM8K's format, trained on through the shipped configuration, over pipeline and tensor parallelism."""
+"""The shipped configuration trains on word problems in GSM8K's format, pipeline parallel and tensor parallel."""
 
 import json
 import os
@@ -16,7 +16,10 @@ PROMPTS, SAMPLES, STEPS = 4, 2, 2
 
 
 def problems() -> Path:
-    """GSM8K's training file where there is one (MEGATRON_RL_GSM8K, or beside the repository), else a few rows like it."""
+    """Return GSM8K's training file if there is one, else a few rows in its format.
+
+    The file is named by MEGATRON_RL_GSM8K or lies next to the repository.
+    """
     named = os.environ.get("MEGATRON_RL_GSM8K")
     beside = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
     excerpt = ROOT / "tests" / "data" / "math_excerpt.jsonl"
@@ -25,12 +28,15 @@ def problems() -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
+    """The folder of a model whose vocabulary is trained on the questions."""
     rows = problems().read_text(encoding="utf-8").splitlines()[:300]
     return make_math_model(tmp_path_factory.mktemp("math") / "hf", [json.loads(row)["question"] for row in rows])
 
 
 @pytest.fixture
 def train_math(cli, model, tmp_path):
+    """A function that trains with configs/math.yaml and overrides, and returns the run folder."""
+
     def train_math(*overrides):
         common = [
             f"model.path={model}",
@@ -56,7 +62,7 @@ def train_math(cli, model, tmp_path):
 
 
 def assert_whole(run: Path, model: Path) -> None:
-    """Every step has all its trajectories, both evaluations took place, the checkpoint and the exported model are whole."""
+    """Check that all trajectories and both evaluations exist, and that checkpoint and exported model are complete."""
     steps = records(run)
     assert [(r["step"], r["version"]) for r in steps] == [(0, 1), (1, 2)]
     for record in steps:
@@ -73,7 +79,7 @@ def assert_whole(run: Path, model: Path) -> None:
 def test_a_pipeline_parallel_run_agrees_with_its_engine(train_math, model):
     run = train_math("parallel.tensor=1", "parallel.pipeline=2", "precision.train=fp32", "precision.rollout=fp32")
     assert_whole(run, model)
-    for record in records(run):  # the same weights, in float32: the ratios are 1 but for rounding
+    for record in records(run):  # equal weights in float32: the ratios differ from 1 only by rounding
         assert record["mismatch/kl/k3"] < 1e-9
         assert abs(record["mismatch/ratio/max"] - 1) < 1e-3 and abs(record["mismatch/ratio/min"] - 1) < 1e-3
 

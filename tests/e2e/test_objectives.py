@@ -1,4 +1,4 @@
-"""Every objective trains: three steps of the small arithmetic run at tensor parallel 2, as the command line would."""
+"""Every objective trains three steps of the small arithmetic run at tensor parallel 2, as the command line does."""
 
 import math
 import socket
@@ -20,11 +20,12 @@ KEYS = {
     "grpo": "kl_coef: 0.01, entropy_coef: 0.001, ratio_level: cumulative",
 }
 TEACHER = "teacher: {name: erpd_mse}, teacher_updates: 4, keep: [2], signals: [{denominator: unlearned@2, updates: 2}]"
-# erpd_distill takes the token advantages that the second stage of erpd makes; alone it clips the outcome's.
+# erpd_distill uses the token advantages of erpd's second stage. Alone, it clips the advantages of the outcome.
 NAMES = [*sorted(OBJECTIVES), "erpd"]
 
 
 def free_port() -> int:
+    """Return a free TCP port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -32,7 +33,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def ranks():
-    """A group of its own: each run joins a world and leaves it, which ranks that others use must not."""
+    """A separate group of 2 ranks: each run joins a world and leaves it, which the shared groups must not do."""
     group = RankGroup(2)
     yield group
     group.close()
@@ -40,7 +41,7 @@ def ranks():
 
 @pytest.fixture(scope="module")
 def server(arithmetic_model, tmp_path_factory):
-    """One engine for all runs; each publishes its own weights to it before it samples."""
+    """The URL of one engine for all runs. Each run publishes its own weights to it before it samples."""
     port = free_port()
     arguments = ["serve", "--model", str(arithmetic_model), "--port", str(port), "--threads", "1"]
     command = Command(arguments, tmp_path_factory.mktemp("server"), {})
@@ -54,7 +55,7 @@ def server(arithmetic_model, tmp_path_factory):
 
 @pytest.fixture
 def train(ranks, server, small_run, run_folder):
-    """Trains a few steps at tensor parallel 2 with these overrides: what the ranks answer, and the run's records."""
+    """A function that trains a few steps at tensor parallel 2. It returns the ranks' results and the run's records."""
 
     def train(*own: str) -> tuple[list[dict], list[dict]]:
         overrides = [

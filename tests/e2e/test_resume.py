@@ -1,4 +1,4 @@
-"""A run that was stopped goes on as if it had not been: after its end, after Ctrl-C, after a kill."""
+"""A stopped run resumes as if it had not been stopped: after its end, after Ctrl-C, and after a kill."""
 
 import shutil
 
@@ -11,6 +11,7 @@ TIMES = ("seconds/", "tokens_per_s")
 
 
 def untimed(record):
+    """Return the record without its times."""
     return {key: value for key, value in record.items() if not key.startswith(TIMES)}
 
 
@@ -57,7 +58,7 @@ def test_ctrl_c_during_the_start_leaves_nothing_behind(start, small_run, run_fol
 
 
 def test_a_run_that_is_killed_twice_is_one_whole_run_at_its_end(start, cli, small_run, run_folder):
-    """Killed before its first checkpoint it starts over; killed later it loses the steps after the last one."""
+    """A run killed before its first checkpoint starts again. Killed later, it loses the steps after the last one."""
     command = start("train", small_run, "run.steps=500", "run.save_every=0", "eval.prompts=2")
     command.until(lambda: len(records(run_folder)) >= 2)
     command.end()
@@ -65,7 +66,7 @@ def test_a_run_that_is_killed_twice_is_one_whole_run_at_its_end(start, cli, smal
         "train", "--resume", small_run, "run.steps=500", "run.save_every=10", "eval.prompts=2", "parallel.tensor=2"
     )
     newest = command.until(lambda: newest_valid(run_folder / "checkpoints")[0])
-    # Complete soon after it was begun, not only when the next one is due.
+    # The checkpoint is complete soon after it was begun, not only when the next one is due.
     assert newest.name == "step_000010" and len(records(run_folder)) < 20
     command.rank(1).kill()
     result = command.wait(timeout=60)

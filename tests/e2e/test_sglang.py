@@ -1,4 +1,4 @@
-"""Real SGLang servers on CPU, from the command line to the log. Needs `make sglang`."""
+"""Runs work with real SGLang servers on CPU, from the command line to the log. They need `make sglang`."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ pytestmark = without_sglang
 
 
 def train(start, small_run, *more: str) -> str:
-    """A run to its end; what it said. `Command.wait` also fails when a process of the run is left behind."""
+    """Run to the end and return stdout. `Command.wait` also fails if the run leaves a process behind."""
     command: Command = start("train", small_run, *SGLANG, *more)
     result = command.wait(timeout=400)
     assert result.code == 0, result.all
@@ -26,7 +26,7 @@ def test_five_strictly_on_policy_steps_with_weights_broadcast_to_sglang(start, s
     found = records(run_folder)
     assert [r["step"] for r in found] == list(range(5))
     for record in found:
-        # The first update of a step meets the very weights that sampled: nothing but arithmetic is between mu and pi.
+        # The first update of a step uses the weights that sampled: mu and pi differ only by arithmetic.
         assert abs(record["mismatch/ratio/min"] - 1) < 1e-4 and abs(record["mismatch/ratio/max"] - 1) < 1e-4
     assert max(abs(record["ratio/max"] - 1) for record in found) > 1e-3, (
         "the second update meets weights that have moved"
@@ -47,14 +47,17 @@ def test_stale_rollouts_from_dequantized_fp8_weights_log_their_mismatch(start, s
     found = records(run_folder)
     assert [r["step"] for r in found] == list(range(5))
     assert [record["staleness/max"] for record in found] == [0, 1, 1, 1, 1]
-    # The first step shows what e4m3 and bf16 do alone; the others, a step of this learning rate besides.
+    # The first step shows the effect of e4m3 and bf16 alone; the others also show a step of this learning rate.
     assert 1e-3 < abs(found[0]["mismatch/ratio/max"] - 1) < 0.5
     assert max(record["mismatch/stale_1/k3"] for record in found[1:]) > 10 * found[0]["mismatch/kl/k3"]
     assert all(record["mismatch/stale_1/tokens"] > 0 for record in found[1:])
 
 
 def kill_one_of_two(command: Command, run_folder: Path) -> tuple[str, int]:
-    """After two steps or more; its url, and the steps by then. What is killed is its first process, not the guard above."""
+    """Kill one of two servers after two steps or more. Return its URL and the number of steps by then.
+
+    The server's first process is killed, not the guard that started it.
+    """
     command.until(lambda: len(records(run_folder)) >= 2, timeout=400)
     dead, _ = [p for p in command.members() if p.cmdline()[1:3] == ["-m", "sglang.launch_server"]]
     url = url_of(dead)

@@ -1,4 +1,4 @@
-"""Rollouts that overlap training: the bound on staleness holds, nothing is trained twice, and a killed run loses nothing."""
+"""Rollouts overlap training: the bound on staleness holds, no group is trained twice, a killed run loses nothing."""
 
 import signal
 
@@ -87,7 +87,7 @@ def test_a_killed_run_goes_on_within_the_bound_with_what_was_finished(start, cli
 def test_requests_that_run_through_a_weight_update_go_on_and_their_tokens_know_their_versions(
     mode, start, cli, small_run, run_folder, arithmetic_model
 ):
-    # A request at a time: the engine is slower than the trainer, so that updates meet running requests.
+    # One request at a time makes the engine slower than the trainer, so updates meet running requests.
     port = free_port()
     serving = ["--port", str(port), "--threads", "1", "--deterministic"]
     url = f"http://127.0.0.1:{port}"

@@ -1,6 +1,6 @@
-"""A model that was taught to write code: its calls run in the sandbox, in training as in evaluation, and only it is trained.
+"""A model writes code: the sandbox runs its calls in training and in evaluation, and only its own tokens are trained.
 
-The model is tiny and the problems are nine, so that half a minute of warm-up teaches it the whole way: call, output, answer.
+The model is tiny and there are nine problems. So half a minute of warm-up teaches it all of call, output, answer.
 """
 
 import math
@@ -38,7 +38,7 @@ run: {{name: tool, steps: 2, save_every: 0, seed: 3}}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """With the configuration and `warm`, a model that calls and answers rightly more often than not."""
+    """A folder with the configuration and `warm`, a model that calls and is right in most responses."""
     try:
         find_jail()
     except ConfigError as error:
@@ -66,6 +66,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def config(folder, monkeypatch, tmp_path) -> Config:
+    """The configuration with rollouts that overlap training."""
     monkeypatch.chdir(folder)
     return load_config("tool.yaml", ["rollout.max_staleness=1", f"run.dir={tmp_path}"])
 
@@ -86,13 +87,13 @@ def test_a_batch_trains_on_what_the_model_wrote_and_on_nothing_a_tool_said_and_c
         counts.append(rollouts.sampled)
     for batch, sampled in zip(batches, counts, strict=True):
         called = _check(batch, task, tokenizer)
-        # No call is without its output in the batch: there is room for it, and those of the last turn are not run.
+        # Every call has its output in the batch: there is room for it, and calls of the last turn are not run.
         assert sampled["tool/calls"] == called and 0 <= sampled["tool/errors"] <= called
         assert 0 <= sampled["tool/void"] <= len(batch)
 
 
 def _check(batch: Batch, task: Task, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Of how many trajectories a call was run."""
+    """Check the trained tokens of a batch. Return the number of trajectories in which a call was run."""
     answers = {f"{prompt.text}": prompt.answer for prompt in task.train}
     rewarded = called = 0
     for row in range(len(batch)):
@@ -110,7 +111,7 @@ def _check(batch: Batch, task: Task, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _parts(tokenizer, tokens: np.ndarray, trained: np.ndarray) -> tuple[str, str, str]:
-    """The prompt, what is trained, and what is not and stands behind the prompt."""
+    """Return three texts: the prompt, the trained tokens, and the other tokens after the prompt."""
     end = int(np.flatnonzero(tokens == tokenizer.encode("=")[0])[0]) + 1
     rest = ~trained
     rest[:end] = False
@@ -125,12 +126,12 @@ def test_a_run_with_tools_learns_from_its_own_tokens_and_logs_its_calls(cli, fol
     for record in steps:
         trajectories = round(record["tokens/response"] / record["response_length/mean"])
         assert trajectories == 24
-        # Every prompt has four tokens, and every call that was answered brought at least its fences.
+        # Every prompt has four tokens, and every call with an output added at least the fences of the output.
         outputs = record["tokens/total"] - record["tokens/response"] - 4 * trajectories
         assert 6 < record["tool/calls"] <= trajectories and outputs > 4 * 6
         assert record["tool/errors"] <= record["tool/calls"] and record["tool/void"] < trajectories
         assert record["reward/mean"] > 0.2
-        # The first update trains from the weights that sampled: also after an output the ratio is 1.
+        # The first update uses the weights that sampled, so the ratio is 1 also after an output.
         assert math.isclose(record["mismatch/ratio/min"], 1, abs_tol=1e-4)
         assert math.isclose(record["mismatch/ratio/max"], 1, abs_tol=1e-4)
     assert sum(r["tool/calls"] for r in steps) > 24

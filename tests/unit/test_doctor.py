@@ -1,4 +1,4 @@
-"""The doctor says what is there by trying it."""
+"""The doctor tries what it reports."""
 
 import sys
 from pathlib import Path

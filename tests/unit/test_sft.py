@@ -1,4 +1,4 @@
-"""Warm-up batches: the prompt is given, the solution and its end are learnt."""
+"""Warm-up batches train the solution and its end token, and do not train the prompt."""
 
 import numpy as np
 import pytest

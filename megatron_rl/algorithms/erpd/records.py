@@ -1,4 +1,4 @@
-"""What one ERPD round writes into the run log."""
+"""The records that one ERPD round writes into the run log."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,15 @@ Updates = Sequence[dict[str, float]]
 
 @dataclass(frozen=True)
 class RoundRecords:
-    """One round: its batch, its student's updates, the record of kind "erpd" without its step, and `mu_record`'s ratios."""
+    """The results of one round.
+
+    Attributes:
+        batch: the round's batch.
+        student: the student's updates.
+        objective: the student's objective.
+        round: the record of kind "erpd", without its step.
+        ratios: the ratios of `mu_record`.
+    """
 
     batch: Batch
     student: list[dict[str, float]]
@@ -26,7 +34,14 @@ class RoundRecords:
     ratios: dict[str, float]
 
     def records(self, step: int, version: int, watch: Stopwatch, sampled: dict[str, float]) -> list[dict[str, Any]]:
-        """The round's record, and the step's, whose loss and gradient are the student's."""
+        """Return the round's record and the step's. Loss and gradient of the step are the student's.
+
+        Args:
+            step: number of the step, from 0.
+            version: version of the weights that the step started from.
+            watch: seconds of each phase of the step so far.
+            sampled: `Rollouts.sampled`, the metrics of sampling.
+        """
         means = mean_update(self.student)
         step_record = batch_record(step, version, [self.batch], watch, sampled) | means | self.objective.summary(means)
         return [{"kind": "erpd", "step": step, **self.round}, step_record | self.ratios]
@@ -43,10 +58,19 @@ def round_record(
     trained: np.ndarray,
     outcome: bool,
 ) -> dict[str, Any]:
-    """teacher, student: the updates of the two stages. logold, loge, logp [N]: pi_old, teacher, student on the batch.
+    """Return the record of a round.
 
-    rewards [N]: of each token's trajectory. outcome: the teacher's probabilities are meant to be the rewards.
-    Lists are per update or, under `erpd/shift/`, per bin; the outermost bin is open.
+    Lists have one entry per update or, under `erpd/shift/`, one per bin. The outermost bin is open.
+
+    Args:
+        teacher: the updates of stage 1.
+        student: the updates of stage 2.
+        logold: [N], log-probabilities of the batch under pi_old.
+        loge: [N], under the teacher.
+        logp: [N], under the student.
+        rewards: [N], reward of each token's trajectory.
+        trained: [N] bool, tokens that are trained on.
+        outcome: True if the teacher's probabilities predict the rewards.
     """
     table = shift_table(loge, logold, logp, trained)
     record: dict[str, Any] = {
@@ -69,10 +93,15 @@ def round_record(
 
 
 def mu_record(batch: Batch, logold: np.ndarray, logp: np.ndarray) -> dict[str, float]:
-    """Statistics against the engine's policy mu, empty when the batch carries no logmu.
+    """Return statistics against the engine's policy mu; empty if the batch has no logmu.
 
-    `mismatch/...` is pi_old, the weights that sampled; `kl/...`, `ratio/...` and `dp/...` are the student after the round.
-    logold, logp [N]: of pi_old and of the student.
+    `mismatch/...` compares pi_old, the weights that sampled. `kl/...`, `ratio/...` and `dp/...` compare the student
+    after the round.
+
+    Args:
+        batch: the round's batch.
+        logold: [N], log-probabilities under pi_old.
+        logp: [N], log-probabilities under the student.
     """
     if batch.logmu is None:
         return {}

@@ -1,8 +1,9 @@
 """Extreme Region Policy Distillation, one round a step (arXiv 2605.25582).
 
-A round samples one batch D from pi_old and learns from it twice. Stage 1 drives a teacher far away from pi_old on D.
+A round samples one batch D from pi_old and learns from it twice. Stage 1 moves a teacher far away from pi_old on D.
 Stage 2 starts from pi_old again and follows the teacher's token signal, log pi_e - log pi_den, under a clip. Every
-log-probability is the trainer's own; no engine holds memory meanwhile. A round can be resumed at any point.
+log-probability is the trainer's own; the engines are offloaded while the stages run. A round can be resumed at any
+point.
 """
 
 from dataclasses import replace
@@ -25,7 +26,7 @@ from megatron_rl.trainer.metrics import Stopwatch
 from megatron_rl.trainer.trainer import Trainer
 from megatron_rl.types import Batch
 
-OUTCOMES = ("erpd_mse", "erpd_ce")  # teachers that take a reward for a probability
+OUTCOMES = ("erpd_mse", "erpd_ce")  # teachers that use the reward as a probability
 TEACHER, STUDENT = STAGES
 
 
@@ -36,7 +37,7 @@ class ERPD:
         self.plan = plan
 
     def collect(self, trainer: Trainer, watch: Stopwatch) -> Batch:
-        """Return the round's batch: sampled once, and read back from disk afterwards. Collective.
+        """Return the round's batch: sampled the first time, and read from disk when the round is resumed. Collective.
 
         The checkpoint of pi_old is complete before the batch is sampled.
         """
@@ -53,17 +54,20 @@ class ERPD:
         return batch
 
     def learn(self, trainer: Trainer, batch: Batch, watch: Stopwatch) -> RoundRecords:
-        """Run both stages; the policy is the student afterwards, and the engines wait for its weights. Collective.
+        """Run both stages. Afterwards the policy is the student, and the engines wait for its weights. Collective.
 
         Raises:
-            CheckpointError: when pi_old is not the policy that the round began with.
-            KeyboardInterrupt: when a stop was requested.
+            CheckpointError: pi_old is not the policy that the round began with.
+            KeyboardInterrupt: a stop was requested.
         """
         return _Round(trainer, self.plan, batch, watch).learn()
 
 
 def asked_settings(config: Config, plan: ERPDPlan) -> dict[str, Any]:
-    """Every setting that a round's outcome depends on, by key: a round is ended with those it was begun with."""
+    """Return every setting that a round's outcome depends on, by key.
+
+    A round must end with the settings it was begun with.
+    """
     sections = {"objective": plan, "optimizer": config.optimizer}
     asked = {
         f"{name}.{key}": value for name, part in sections.items() for key, value in part.model_dump(mode="json").items()
@@ -97,6 +101,7 @@ class _Round:
         self.student = Checkpoints(self.folder.path / STUDENT, self.policy, keep)
 
     def learn(self) -> RoundRecords:
+        """Run both stages and return their results."""
         trainer, plan = self.trainer, self.plan
         self._begin()
         trainer.on_lead(Lead.offload_engines)
@@ -117,7 +122,10 @@ class _Round:
         return RoundRecords(self.bare, student, self.student_objective, record, ratios)
 
     def _begin(self) -> None:
-        """Note pi_old and the settings of the round, or find them as they were; drop what earlier rounds need no more."""
+        """Write pi_old's digest and the settings of the round, or compare them with those on disk.
+
+        Remove the checkpoints of previous rounds.
+        """
         digest = parameter_digest(self.policy)
         asked = asked_settings(self.trainer.config, self.plan)
         self.mesh.on_lead(lambda: self._note_beginning(digest, asked))
@@ -133,10 +141,10 @@ class _Round:
         other = [key for key, value in asked.items() if note["asked"].get(key) != value]
         if other:
             raise ConfigError(
-                f"the round in {self.folder.path} was begun with other settings ({', '.join(other)}): resume with those, "
-                f"or {self.folder.mend}"
+                f"the round in {self.folder.path} was begun with other settings ({', '.join(other)}): resume with "
+                f"those, or {self.folder.mend}"
             )
-        if not note["digest"].keys() & digest.keys():  # another layout: the weights are the same, their pieces are not
+        if not note["digest"].keys() & digest.keys():  # another layout: the same weights in other shards
             self.folder.add_note(digest={**note["digest"], **digest})
         self._compare(self.folder.note()["digest"], digest)
 
@@ -145,20 +153,20 @@ class _Round:
             if noted[rank] != text:
                 raise CheckpointError(
                     f"the parameters of {rank} have digest {text[:12]}, but the round in {self.folder.path} began with "
-                    f"{noted[rank][:12]}: {self.trainer.checkpoints.path(self.step)} is not the policy that sampled its batch; "
-                    f"restore that checkpoint, or {self.folder.mend}"
+                    f"{noted[rank][:12]}: {self.trainer.checkpoints.path(self.step)} is not the policy that sampled "
+                    f"its batch; restore that checkpoint, or {self.folder.mend}"
                 )
 
     def _check_rewards(self) -> None:
         bad = self.bare.ids[(self.bare.rewards < 0) | (self.bare.rewards > 1)].tolist()
         if bad and self.teacher_objective.name in OUTCOMES:
             raise UserError(
-                f"rewards of trajectories {bad[:20]} lie outside [0, 1], but {self.teacher_objective.name} takes them for "
-                "probabilities: mend the verifier, or take another teacher"
+                f"rewards of trajectories {bad[:20]} lie outside [0, 1], but {self.teacher_objective.name} takes them "
+                "for probabilities: mend the verifier, or take another teacher"
             )
 
     def _with_own_columns(self) -> Batch:
-        """The batch with log-probabilities under pi_old, and under the reference where an objective needs it."""
+        """Return the batch with log-probabilities under pi_old, and under the reference if an objective needs them."""
         known = self.mesh.on_lead(self.folder.columns)
         batch = replace(self.bare, logold=known.get("old"), logref=known.get("ref"))
         needs = self.teacher_objective.needs | self.student_objective.needs | {"logold"}
@@ -197,22 +205,23 @@ class _Round:
         )
 
     def _restart(self) -> None:
-        """Back to pi_old, proved by its digest."""
+        """Restore pi_old, and check its digest."""
         self.trainer.checkpoints.load(self.step)
         digest = parameter_digest(self.policy)
         self.mesh.on_lead(lambda: self._compare(self.folder.note()["digest"], digest))
 
     def _restart_teacher(self) -> None:
-        """What was measured of a teacher that is gone is not true of the next."""
+        """Restore pi_old, and remove the measurements of the previous teacher, which do not hold for the next one."""
         self.mesh.on_lead(self.folder.forget_teacher)
         self._restart()
 
     # Reporting ---------------------------------------------------------------------------------------------
 
     def _evaluate_teacher(self) -> dict[str, float]:
-        """Held-out pass rates of the teacher when the step's evaluation is due, measured once; else nothing.
+        """Return held-out pass rates of the teacher if the step's evaluation is due; else an empty dict.
 
-        Its weights are published as a version of their own, so the student's comes after it.
+        The rates are measured once. The teacher's weights are published as a version of their own, so the student's
+        version comes after it.
         """
         trainer = self.trainer
         if trainer.config.eval.prompts == 0 or not trainer.due(self.step + 1, trainer.config.eval.every):
@@ -234,7 +243,10 @@ class _Round:
         return rates
 
     def _record(self, logp: np.ndarray) -> tuple[dict[str, Any], list[dict[str, float]], dict[str, float]]:
-        """The round's record, those of the student's updates, and the ratios to mu. logp [N]: of the student."""
+        """Return the round's record, the records of the student's updates, and the ratios to mu.
+
+        `logp` [N] are the student's log-probabilities.
+        """
         columns = self.folder.columns()
         teacher = self.folder.updates(TEACHER, self.plan.teacher_updates)
         student = self.folder.updates(STUDENT, self.plan.student_updates)

@@ -1,8 +1,8 @@
-"""The folder of one ERPD round: what must survive a kill besides tensors. Rank 0 alone reads and writes it.
+"""The folder of one ERPD round: everything that must survive a kill except tensors. For rank 0.
 
 `runs/<name>/erpd/step_000003/` holds `batch.npz` (the fixed batch), `columns.npz` (log-probabilities of its tokens
-under every model that takes part), `round.json` (what the round was begun with), one `.jsonl` line for each update of
-a stage, and the stages' own checkpoints. Every file is whole or absent.
+under every model that takes part), `round.json` (the settings and digests the round was begun with), one `.jsonl` line
+for each update of a stage, and the stages' own checkpoints. Every file is complete or absent.
 """
 
 import json
@@ -20,25 +20,28 @@ from megatron_rl.files import append_file, replace_file
 from megatron_rl.types import Batch
 
 STAGES = ("teacher", "student")
-TEACHER_COLUMN = "teacher@"  # followed by the updates that the teacher had made
+TEACHER_COLUMN = "teacher@"  # followed by the number of updates of the teacher
 TEACHER_RATES = "teacher_rates"
 _SAMPLING = "sampling"
 
 
 class RoundFolder:
-    """One round's folder; made when something is first written."""
+    """The folder of one round; created at the first write."""
 
     def __init__(self, rounds: Path, step: int) -> None:
         self.path = rounds / f"step_{step:06d}"
 
     def write_batch(self, batch: Batch, sampling: dict[str, Any]) -> None:
-        """sampling: how it was sampled, as JSON; see `Rollouts.sampling`."""
+        """Write the batch, and how it was sampled. `sampling` is JSON data; see `Rollouts.sampling`."""
         columns = {f.name: getattr(batch, f.name) for f in fields(Batch)}
         arrays = {name: np.asarray(value) for name, value in columns.items() if value is not None}
         self._write_arrays("batch.npz", {**arrays, _SAMPLING: np.asarray(json.dumps(sampling))})
 
     def read_batch(self) -> tuple[Batch, dict[str, Any]] | None:
-        """None when the batch was not sampled yet. Raises CheckpointError when the file is damaged."""
+        """Return the batch and how it was sampled; None if it is not sampled yet.
+
+        Raise CheckpointError if the file is damaged or of an earlier version of this package.
+        """
         arrays = self._read_arrays("batch.npz")
         if arrays is None:
             return None
@@ -49,14 +52,15 @@ class RoundFolder:
         return Batch(**arrays, prompt_ids=prompt_ids), sampling
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Log-probabilities [N] float32 by the model they are of."""
+        """Return log-probabilities [N] float32, by the name of the model that computed them."""
         return self._read_arrays("columns.npz") or {}
 
     def add_column(self, name: str, values: np.ndarray) -> None:
+        """Add one column of log-probabilities, [N] float32."""
         self._write_arrays("columns.npz", {**self.columns(), name: values})
 
     def note(self) -> dict[str, Any]:
-        """What `add_note` was told so far."""
+        """Return everything that `add_note` has written so far. Raise CheckpointError if the file is damaged."""
         path = self.path / "round.json"
         if not path.is_file():
             return {}
@@ -66,10 +70,11 @@ class RoundFolder:
             raise CheckpointError(f"{path} is damaged ({error}): {self.mend}") from error
 
     def add_note(self, **more: Any) -> None:
+        """Add entries to the note. The values are JSON data."""
         self._write_note({**self.note(), **more})
 
     def forget_teacher(self) -> None:
-        """Remove what was measured of this round's teacher: its columns and its pass rates."""
+        """Remove the measurements of this round's teacher: its columns and its pass rates."""
         columns, note = self.columns(), self.note()
         kept = {name: values for name, values in columns.items() if not name.startswith(TEACHER_COLUMN)}
         if len(kept) < len(columns):
@@ -78,10 +83,13 @@ class RoundFolder:
             self._write_note(note)
 
     def updates(self, stage: str, done: int) -> list[dict[str, float]]:
-        """Records of the first `done` updates of a stage; later ones, which will be made again, are forgotten."""
+        """Return the records of the first `done` updates of a stage. Remove later ones, which will be made again.
+
+        Raise CheckpointError if there are fewer records.
+        """
         path = self.path / f"{stage}.jsonl"
         content = path.read_bytes() if path.is_file() else b""
-        lines = content.split(b"\n")[:-1]  # behind the last newline: nothing, or a line cut short
+        lines = content.split(b"\n")[:-1]  # after the last newline: nothing, or a truncated line
         if len(lines) < done:
             raise CheckpointError(f"{path} has {len(lines)} lines, but {done} updates are done: {self.mend}")
         kept = b"".join(line + b"\n" for line in lines[:done])
@@ -90,7 +98,7 @@ class RoundFolder:
         return [json.loads(line) for line in lines[:done]]
 
     def add_update(self, stage: str, record: dict[str, float]) -> None:
-        """Raises CheckpointError when the line cannot be written."""
+        """Append the record of one update of a stage. Raise CheckpointError if the line cannot be written."""
         path = self.path / f"{stage}.jsonl"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -99,12 +107,13 @@ class RoundFolder:
             raise _unwritable(path, error) from error
 
     def drop_checkpoints(self) -> None:
-        """Remove the stages' checkpoints; batch, columns and notes stay."""
+        """Remove the stages' checkpoints. Batch, columns and notes stay."""
         for stage in STAGES:
             shutil.rmtree(self.path / stage, ignore_errors=True)
 
     @property
     def mend(self) -> str:
+        """The last part of an error message: how to begin the round again."""
         return f"remove {self.path} to begin the round again with a new batch"
 
     def _read_arrays(self, name: str) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Log-probabilities of a round's batch under teachers and denominators, and the token advantages made of them."""
+"""Log-probabilities of a round's batch under teachers and denominators, and token advantages computed from them."""
 
 from dataclasses import replace
 from functools import partial
@@ -15,20 +15,29 @@ from megatron_rl.types import Batch
 
 
 class Signals:
-    """teacher, run: where checkpoints of the teacher's updates and of the run's steps are. All methods are collective."""
+    """The token advantages of stage 2. All methods are collective.
+
+    Args:
+        plan: the round's plan.
+        policy: computes log-probabilities with loaded weights.
+        folder: the round's folder, which stores the log-probabilities.
+        batch: the round's batch.
+        teacher: checkpoints of the teacher, by its updates.
+        run: checkpoints of the run, by its steps.
+    """
 
     def __init__(
         self, plan: ERPDPlan, policy: Policy, folder: RoundFolder, batch: Batch, teacher: Checkpoints, run: Checkpoints
     ) -> None:
         self._plan, self._policy, self._mesh, self._folder = plan, policy, policy.mesh, folder
-        self._bare = replace(batch, logold=None, logref=None)  # to be scored: nothing but tokens is needed
+        self._bare = replace(batch, logold=None, logref=None)  # for scoring, which needs only tokens
         self._batch, self._teacher, self._run = batch, teacher, run
         self._trained = batch.mask > 0
         self._token_rewards = np.repeat(batch.rewards, batch.lengths)
         self._signal, self._advantages = -1, batch
 
     def score(self) -> None:
-        """Put log-probabilities of the batch under every teacher and denominator on disk, where they are not yet."""
+        """Write log-probabilities of the batch under every teacher and denominator to disk, unless they are there."""
         wanted: dict[str, tuple[Checkpoints, int]] = {}
         for signal in self._plan.signals:
             wanted[teacher_column(self._plan.teacher_at(signal))] = self._teacher, self._plan.teacher_at(signal)
@@ -44,7 +53,10 @@ class Signals:
                 self._mesh.on_lead(partial(self._folder.add_column, name, self._policy.logprobs(self._bare)))
 
     def batch_of(self, update: int) -> Batch:
-        """The batch with the token advantages of that student update. Computed once a signal, unless its denominator moves."""
+        """Return the batch with the token advantages of student update number `update`.
+
+        They are computed once per signal, or at every update if the signal's denominator is "moving".
+        """
         signal = self._plan.signal_of(update)
         number = self._plan.signals.index(signal)
         if signal.denominator == "moving":
@@ -58,7 +70,7 @@ class Signals:
         return self._advantages
 
     def _token_advantages(self, signal: SignalPlan, moving: np.ndarray | None) -> np.ndarray:
-        """[N] float32, whitened over the trained tokens of the whole batch."""
+        """Return token advantages [N] float32, whitened over the trained tokens of the whole batch."""
         columns = self._folder.columns()
         loge = columns[teacher_column(self._plan.teacher_at(signal))]
         if moving is not None:
@@ -74,5 +86,5 @@ class Signals:
 
 
 def teacher_column(updates: int) -> str:
-    """Name of the column of the teacher after that many updates."""
+    """Return the name of the column of the teacher after `updates` updates."""
     return f"{TEACHER_COLUMN}{updates}"

@@ -1,4 +1,4 @@
-"""One stage of a round: optimizer updates that go through one batch again and again, resumable at any of them."""
+"""One stage of a round: optimizer updates on one batch in several epochs. It can be resumed after any update."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,8 +17,19 @@ from megatron_rl.types import Batch
 
 @dataclass(frozen=True)
 class Stage:
-    """name: of STAGES. batch: the whole batch as update number i (from 0) sees it. kept: updates after which a checkpoint
-    is made besides every `save_every` and the last. restart: bring the policy to where the stage starts."""
+    """One stage of a round.
+
+    Attributes:
+        name: one of STAGES.
+        updates: number of optimizer updates.
+        lr: learning rate.
+        objective: objective of the stage.
+        batch: returns the whole batch for update number i (from 0).
+        checkpoints: checkpoints of the stage.
+        save_every: updates between checkpoints; the last update also makes one.
+        restart: restores the policy that the stage starts from.
+        kept: further updates after which a checkpoint is made.
+    """
 
     name: str
     updates: int
@@ -32,14 +43,14 @@ class Stage:
 
 
 def run_stage(trainer: Trainer, folder: RoundFolder, stage: Stage) -> None:
-    """From its newest checkpoint, or from its start with a fresh optimizer, to its last update. Collective.
+    """Run a stage to its last update, from its newest checkpoint, or from its start with a fresh optimizer. Collective.
 
-    Raises KeyboardInterrupt, with a checkpoint made, when a stop was asked for.
+    Raise KeyboardInterrupt, after saving a checkpoint, if a stop was requested.
     """
     done = _enter(trainer, folder, stage)
     seed = (trainer.config.run.seed % 2**32, trainer.state.step, STAGES.index(stage.name))
     norm = stage.objective.norm
-    assert norm is not None  # filled in by the objective itself
+    assert norm is not None  # every objective sets it in its constructor
     while done < stage.updates:
         if trainer.interrupted():
             _save(trainer, stage, done, wait=True)
@@ -60,7 +71,7 @@ def _log_update(folder: RoundFolder, stage: Stage, part: Batch, stats: UpdateSta
 
 
 def _enter(trainer: Trainer, folder: RoundFolder, stage: Stage) -> int:
-    """Updates done so far."""
+    """Restore the newest checkpoint, or restart the stage. Return the number of updates done."""
     state = stage.checkpoints.load_newest()
     if state is None:
         stage.restart()

@@ -1,0 +1,1 @@
+"""Server processes: start and stop engines and the router on this machine."""

@@ -1,4 +1,4 @@
-"""Starting and ending embedded servers as processes of this machine."""
+"""Embedded servers as processes of this machine."""
 
 import os
 import sys
@@ -12,11 +12,7 @@ _PACKAGE_ROOT = Path(__file__).resolve().parents[3]
 
 
 class EmbeddedServers(Servers):
-    """Embedded servers, one process each.
-
-    `threads` is the number of torch threads of each server. 0 shares half of this process's cores among the servers: with
-    more threads than free cores, small models are ten times slower.
-    """
+    """Embedded servers, one process each."""
 
     noun = "embedded server"
 
@@ -32,6 +28,20 @@ class EmbeddedServers(Servers):
         start_timeout_s: float = 300.0,
         engine_quantization: EngineQuantization | None = None,
     ) -> None:
+        """Set the options of the servers; `start` starts them.
+
+        Args:
+            model_dir: the Hugging Face folder to serve.
+            log_dir: folder for the log files.
+            count: number of servers.
+            dtype: of unquantized weights and of activations: fp32, bf16 or fp16.
+            threads: torch threads of each server. 0 shares half of this process's cores among the servers: with more
+                threads than free cores, small models are ten times slower.
+            deterministic: every request is its own batch.
+            weight_version: version of the weights as loaded.
+            start_timeout_s: seconds until a server must be healthy.
+            engine_quantization: of weights and inputs; None: none.
+        """
         super().__init__(log_dir, count, start_timeout_s)
         self._options = ServerOptions(
             Path(model_dir).absolute(),
@@ -43,11 +53,13 @@ class EmbeddedServers(Servers):
         )
 
     def command(self, index: int, port: int) -> list[str]:
+        """Return the command line of server `index` on `port`."""
         parent = os.getpid() if sys.platform.startswith("linux") else 0
         options = replace(self._options, port=port, parent_pid=parent)
         return [sys.executable, "-m", "megatron_rl", *options.arguments]
 
     def environment(self) -> dict[str, str]:
+        """Return the servers' environment: the package is importable, and OpenMP uses the server's threads."""
         env = environment_of_servers()
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), env.get("PYTHONPATH")]))
         env["OMP_NUM_THREADS"] = str(self._options.threads)

@@ -1,4 +1,4 @@
-"""The servers that a configuration asks this run to start."""
+"""The servers that this run starts, from the configuration."""
 
 from megatron_rl.config import Config
 from megatron_rl.engines.processes.embedded import EmbeddedServers

@@ -1,4 +1,4 @@
-"""Servers as processes of this machine: started, waited for and ended alike, whatever serves."""
+"""Servers as processes of this machine. Every kind of server is started, waited for and stopped in the same way."""
 
 import os
 import re
@@ -20,21 +20,26 @@ from megatron_rl.errors import EngineError
 from megatron_rl.supervise import end_sessions
 
 _TAIL_BYTES = 4000
-_STARTS = 3  # a free port may be taken by somebody else before the server binds it
+_STARTS = 3  # another process may take a free port before the server binds it
 _PORT_TAKEN = re.compile(
     r"address already in use|port \d+ is (?:already in use|unavailable|not available)", re.IGNORECASE
 )
-# The trainer's place in its process group is no business of a server.
+# A server must not inherit the trainer's place in its process group.
 _OF_THE_TRAINER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
 class ServerProcess:
-    """A process that listens on a port of loopback and answers /health.
-
-    name: as errors call it. command: what starts it on a given port.
-    """
+    """A process that listens on a port of loopback and answers /health."""
 
     def __init__(self, name: str, command: Callable[[int], list[str]], log: Path, env: dict[str, str]) -> None:
+        """Start the process.
+
+        Args:
+            name: name in error messages.
+            command: returns the command that starts it on a given port.
+            log: file to which its output is appended.
+            env: its environment.
+        """
         self.name, self.log = name, log
         self._command, self._env, self._starts = command, env, 0
         self._spawn()
@@ -43,7 +48,7 @@ class ServerProcess:
         self._starts += 1
         self.port = free_port()
         with self.log.open("ab") as out:
-            self._log_start = out.tell()  # the log may hold an earlier run
+            self._log_start = out.tell()  # the log may hold a previous run
             self.process = subprocess.Popen(
                 self._command(self.port),
                 stdin=subprocess.DEVNULL,
@@ -55,10 +60,19 @@ class ServerProcess:
 
     @property
     def url(self) -> str:
+        """Base URL of the server."""
         return f"http://127.0.0.1:{self.port}"
 
     def await_health(self, timeout_s: float, deadline: float) -> None:
-        """Until /health is answered; EngineError with the end of the log once the process ended or time is up."""
+        """Wait until the server answers /health. Start it again on another port if its port is taken.
+
+        Args:
+            timeout_s: the time limit in seconds, for the error message.
+            deadline: end of the wait, in the time of `time.monotonic`.
+
+        Raises:
+            EngineError: with the end of the log, if the process ends or the deadline passes.
+        """
         while not self._healthy():
             code = self.process.poll()
             tail = self._tail()
@@ -80,7 +94,7 @@ class ServerProcess:
             return False
 
     def _listens(self) -> bool:
-        """Whether it is this server that listens on the port: somebody else may have taken it while ours was loading."""
+        """Return whether this server listens on the port. Another process may have taken the port meanwhile."""
         with suppress(psutil.Error):
             leader = psutil.Process(self.process.pid)
             for process in (leader, *leader.children(recursive=True)):
@@ -97,9 +111,9 @@ class ServerProcess:
 class Servers(ABC):
     """Servers on loopback, one process and one log file (`server-<i>.log`) each.
 
-    They live in sessions of their own, so that Ctrl-C in a terminal reaches the trainer alone, and die with this process.
-    Enter it (or call `start`) on the main thread: Linux takes the end of the thread that started a child for the end of
-    its parent. `stop` ends only what `start` started.
+    Each server has its own session, so that Ctrl-C in a terminal reaches only the trainer. The servers end with this
+    process. Enter the context (or call `start`) on the main thread: for Linux, the end of the thread that started a
+    child is the end of its parent. `stop` ends only what `start` started.
     """
 
     noun = "server"
@@ -109,16 +123,16 @@ class Servers(ABC):
         self._servers: list[ServerProcess] = []
 
     def check(self) -> None:
-        """Raise EngineError for what can be known to fail before anything is started."""
+        """Raise EngineError for an error that can be found before a server is started."""
         return
 
     @abstractmethod
     def command(self, index: int, port: int) -> list[str]:
-        """What starts server `index` on `port`."""
+        """Return the command that starts server `index` on `port`."""
 
     @abstractmethod
     def environment(self) -> dict[str, str]:
-        """The environment of the servers."""
+        """Return the environment of the servers."""
 
     def __enter__(self) -> Self:
         return self.start()
@@ -130,20 +144,21 @@ class Servers(ABC):
 
     @property
     def urls(self) -> tuple[str, ...]:
+        """Base URLs of the started servers."""
         return tuple(server.url for server in self._servers)
 
     @property
     def router_url(self) -> str | None:
-        """Where generation is to go instead of to `urls`; None: there is no router."""
+        """URL of the router through which generation goes instead of to `urls`; None without a router."""
         return None
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """Of each server's first process; the others of a server, if any, end with it."""
+        """Process id of each server's first process. Other processes of a server end with it."""
         return tuple(server.process.pid for server in self._servers)
 
     def start(self) -> Self:
-        """Start all servers and wait until they are healthy; EngineError quotes the log of one that dies."""
+        """Start all servers and wait until they are healthy. Raises EngineError with the log of a server that ends."""
         return self.launch().wait_healthy()
 
     def launch(self) -> Self:
@@ -159,7 +174,10 @@ class Servers(ABC):
         return self
 
     def wait_healthy(self) -> Self:
-        """Wait for what `launch` started; EngineError quotes the log of a server that dies, and none is left running."""
+        """Wait until the servers that `launch` started are healthy.
+
+        Raises EngineError with the log of a server that ends. All servers are then stopped.
+        """
         try:
             deadline = time.monotonic() + self.start_timeout_s
             for server in self._servers:
@@ -170,18 +188,19 @@ class Servers(ABC):
         return self
 
     def stop(self) -> None:
-        """SIGTERM, and SIGKILL after a grace time; returns when all have ended. Idempotent."""
+        """Stop all servers with SIGTERM, then SIGKILL after a grace time. Return when all have ended. Idempotent."""
         servers, self._servers = self._servers, []
         end_sessions([server.process for server in servers])
 
 
 def environment_of_servers() -> dict[str, str]:
-    """This process's environment without what makes it a rank of a trainer."""
+    """Return this process's environment without the variables that make it a rank of a trainer, and with HF offline."""
     own = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")}
     return {key: value for key, value in own.items() if key not in _OF_THE_TRAINER} | {"HF_HUB_OFFLINE": "1"}
 
 
 def free_port() -> int:
+    """Return a port of loopback that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

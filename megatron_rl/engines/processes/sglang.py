@@ -1,7 +1,7 @@
-"""Starting and ending SGLang servers, and sglang-router in front of them, as processes of this machine.
+"""SGLang servers, and sglang-router in front of them, as processes of this machine.
 
-They run in an environment of their own, made by `make sglang`. On CPU they need a recipe of flags and the stand-ins of
-`sglang_cpu/`, which no other process sees.
+They run in a separate environment, made by `make sglang`. On CPU they need a fixed set of flags and the replacement
+modules of `sglang_cpu/`. No other process imports these modules.
 """
 
 import os
@@ -33,9 +33,9 @@ _CPU_FLAGS = (
     *("--disable-overlap-schedule", "--disable-cuda-graph", "--mem-fraction-static", "0.1"),
     *("--max-total-tokens", "16384", "--max-running-requests", "16", "--sleep-on-idle"),
 )
-# One thread: with two a tiny model is ten times slower.
+# One thread: a tiny model is ten times slower with two.
 _CPU_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "SGLANG_USE_CPU_ENGINE": "1"}
-# Flags that follow from other keys, which a user's own would silently contradict.
+# Flags that other keys decide. The same flag from a user would silently contradict the key.
 _FROM_KEYS = {
     "--model-path": "model.path",
     "--model": "model.path",
@@ -71,12 +71,12 @@ def server_flags(
         plan: the resolved precision plan.
         settings: the section `rollout.sglang`.
         device: cpu or cuda.
-        routing: answers carry the experts chosen for every token.
+        routing: the responses hold the experts chosen for every token.
         keeps_cache: weight updates keep the cache of running requests, so later prompts must not reuse it.
         offloads: the engine must be able to release its memory, which on a GPU needs a flag at the start.
 
     Raises:
-        ConfigError: for an argument of `rollout.sglang.args` that another key decides.
+        ConfigError: if another key decides an argument of `rollout.sglang.args`.
     """
     for argument in settings.args:
         key = _FROM_KEYS.get(argument.partition("=")[0])
@@ -95,11 +95,9 @@ def server_flags(
 
 
 class SGLangServers(Servers):
-    """`sglang.launch_server` processes, each under a guard that ends all of its processes with it.
+    """`sglang.launch_server` processes. Each has a guard process that ends all processes of the server with it.
 
-    flags: of `server_flags`. With `settings.router` an sglang-router process stands in front (`router.log`). quantized: the
-    plan of engines with quantized weights; they start from a copy of the model (`start/` in the log folder, gone after
-    `stop`) that holds what the trainer would send: SGLang's own quantization at load has one scale a channel, not a block.
+    With `settings.router`, an sglang-router process receives the generation requests (log: `router.log`).
     """
 
     noun = "SGLang server"
@@ -116,6 +114,22 @@ class SGLangServers(Servers):
         start_timeout_s: float = 300.0,
         quantized: PrecisionPlan | None = None,
     ) -> None:
+        """Set the options of the servers; `start` starts them.
+
+        Args:
+            model_dir: the Hugging Face folder to serve.
+            log_dir: folder for the log files.
+            flags: from `server_flags`.
+            settings: the section `rollout.sglang`.
+            count: number of servers.
+            device: cpu or cuda.
+            weight_version: version of the weights as loaded.
+            start_timeout_s: seconds until a server must be healthy.
+            quantized: the precision plan, for engines with quantized weights. They start from a copy of the model
+                (`start/` in the log folder, removed by `stop`) that holds the weights that the trainer would send:
+                SGLang's own quantization at load has one scale per channel, not per block. None: they start from
+                `model_dir`.
+        """
         super().__init__(log_dir, count, start_timeout_s)
         self._model, self._plan = Path(model_dir).absolute(), quantized
         self._copy = self.log_dir.absolute() / "start"
@@ -125,9 +139,11 @@ class SGLangServers(Servers):
 
     @property
     def router_url(self) -> str | None:
+        """URL of the router; None without a router."""
         return None if self._router is None else self._router.url
 
     def command(self, index: int, port: int) -> list[str]:
+        """Return the command line of server `index` on `port`. On GPUs, each server gets `tensor` GPUs, in order."""
         model = self._model if self._plan is None else self._copy
         flags = ["--model-path", str(model), *self._flags, "--host", "127.0.0.1", "--port", str(port)]
         if self._device != "cpu":
@@ -135,23 +151,27 @@ class SGLangServers(Servers):
         return _guarded(self._settings, "sglang.launch_server", flags)
 
     def environment(self) -> dict[str, str]:
+        """Return the environment of the servers."""
         return _environment(self._device)
 
     def check(self) -> None:
+        """Raise EngineError if the interpreter of `rollout.sglang.python` does not exist."""
         python = self._settings.python
         if not python.is_file():
             raise EngineError(
-                f"rollout.sglang.python: no interpreter at {python.absolute()}: run `make sglang`, or name the interpreter of "
-                "an environment that holds sglang"
+                f"rollout.sglang.python: no interpreter at {python.absolute()}: run `make sglang`, or name the "
+                "interpreter of an environment that holds sglang"
             )
 
     def launch(self) -> Self:
+        """Start the processes without waiting for them. With quantized weights, write the start folder first."""
         self.check()
         if self._plan is not None:
             write_as_sent(self._model, self._plan, self._copy)
         return super().launch()
 
     def wait_healthy(self) -> Self:
+        """Wait until the servers are healthy, then start the router and wait for it. On an error, all are stopped."""
         super().wait_healthy()
         if self._settings.router:
             self._router = start_router(self.urls, self.log_dir / "router.log", self._settings, self._device)
@@ -163,6 +183,7 @@ class SGLangServers(Servers):
         return self
 
     def stop(self) -> None:
+        """Stop the router and the servers, and remove the start folder. Idempotent."""
         router, self._router = self._router, None
         if router is not None:
             end_sessions([router.process])
@@ -172,11 +193,18 @@ class SGLangServers(Servers):
 
 
 def start_router(urls: Sequence[str], log: Path, settings: SGLangConfig, device: str) -> ServerProcess:
-    """sglang-router in front of running servers, on its way up."""
+    """Start sglang-router in front of running servers, and return without waiting for it.
+
+    Args:
+        urls: of the servers.
+        log: file for the router's output.
+        settings: the section `rollout.sglang`.
+        device: cpu or cuda.
+    """
 
     def command(port: int) -> list[str]:
         flags = ["--worker-urls", *urls, "--host", "127.0.0.1", "--port", str(port)]
-        # A request repeated by the router would be sampled twice. Its metrics port is one for the whole machine otherwise.
+        # A request that the router retries would be sampled twice. By default all routers use the same metrics port.
         flags += ["--policy", "round_robin", "--disable-retries", "--prometheus-port", str(free_port())]
         return _guarded(settings, "sglang_router.launch_router", flags)
 
@@ -184,13 +212,13 @@ def start_router(urls: Sequence[str], log: Path, settings: SGLangConfig, device:
 
 
 def _guarded(settings: SGLangConfig, module: str, flags: list[str]) -> list[str]:
-    # -I: the guard is a process of this interpreter, for which the server's PYTHONPATH is not meant.
+    # -I: the guard runs in this interpreter, and the server's PYTHONPATH must not apply to it.
     guard = [sys.executable, "-I", str(Path(__file__).parent / "subreaper.py"), str(os.getpid())]
     return [*guard, str(settings.python.absolute()), "-m", module, *flags]
 
 
 def _environment(device: str) -> dict[str, str]:
-    # A request for several samples cannot be aborted by its id: SGLang ends it when it finds that its client left.
+    # A request for several samples cannot be aborted by its id. SGLang ends it when it detects that the client left.
     env = {"SGLANG_REQUEST_STATE_WAIT_TIMEOUT": "1"} | environment_of_servers()
     if device == "cpu":
         env |= _CPU_ENVIRONMENT
@@ -199,9 +227,15 @@ def _environment(device: str) -> dict[str, str]:
 
 
 def write_as_sent(model_dir: Path, plan: PrecisionPlan, dest: Path) -> None:
-    """Write the model folder whose weights are those a trainer that loaded `model_dir` would send to its engines.
+    """Write a model folder with the weights that a trainer would send to its engines.
 
-    Raises CheckpointError as `HFFolder`, `WireTensors` and `write_hf_folder` do, or when there is no room.
+    Args:
+        model_dir: the folder that the trainer loads.
+        plan: the precision plan.
+        dest: the folder to write.
+
+    Raises:
+        CheckpointError: as from `HFFolder`, `WireTensors` and `write_hf_folder`, or if there is no free space.
     """
     source = HFFolder(model_dir)
     dtypes = export_dtypes(plan, source.tensors)

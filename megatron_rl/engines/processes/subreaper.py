@@ -1,7 +1,7 @@
-"""Runs one command and ends it, with every process it started, when the parent is gone.
+"""Guard process: it runs one command and ends it, with every process that the command started, when the parent ends.
 
-`python -I guard.py PARENT_PID COMMAND [ARGUMENT]...`. SGLang spreads over several processes, which a
-killed trainer could not end. The exit code is the command's, 128 + n when signal n ended it.
+`python -I subreaper.py PARENT_PID COMMAND [ARGUMENT]...`. SGLang runs in several processes, and a killed trainer cannot
+end them. The exit code is that of the command, or 128 + n if signal n ended it.
 """
 
 import ctypes
@@ -21,12 +21,15 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 def run_guarded(parent_pid: int, command: list[str]) -> int:
-    """Until the command ends, the parent does, or SIGTERM arrives. Leaves no process of the command's running."""
+    """Run the command until it ends, the parent ends, or SIGTERM arrives. Return its exit code.
+
+    No process of the command is left running.
+    """
     stops: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stops.append(number))
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     if libc is not None:
-        libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)  # processes whose own parent ended become children of this one
+        libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)  # processes whose parent has ended become children of this process
 
     def die_with_the_guard() -> None:
         if libc is not None:
@@ -34,7 +37,7 @@ def run_guarded(parent_pid: int, command: list[str]) -> int:
 
     child = subprocess.Popen(command, preexec_fn=die_with_the_guard)  # noqa: PLW1509  (this process has one thread)
     try:
-        # The parent's id is looked at time and again: a death signal would come with the end of the starting thread, too.
+        # Poll the parent's id: a death signal would also come when the thread ends that started this process.
         while child.poll() is None and not stops and os.getppid() == parent_pid:
             time.sleep(_POLL_S)
         if stops and child.poll() is None:

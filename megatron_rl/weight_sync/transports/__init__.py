@@ -1,1 +1,1 @@
-"""How weights reach the engines: through a folder, by broadcast, or by shared memory of one machine."""
+"""Transports: they send weights to engines through a folder, by broadcast, or through shared memory of one machine."""

@@ -1,4 +1,4 @@
-"""Weights through a folder that the trainer writes and engines read."""
+"""Transport through a folder that the trainer writes and the engines read."""
 
 import shutil
 import tempfile
@@ -24,12 +24,7 @@ _LOCK = "in-use"
 
 
 class DiskTransport(Transport):
-    """Complete model folders, one for each version.
-
-    source: the model the engines started from, whose other files are copied. staging: where versions are written (default:
-    a private folder in /dev/shm when that has room, else in the temporary folder; engines on other nodes need one they can
-    read). keep: versions kept there, the committed one included. quantization: `quantization_config` of what is sent.
-    """
+    """Transport that writes a complete model folder for each version."""
 
     in_buckets = False
 
@@ -40,6 +35,18 @@ class DiskTransport(Transport):
         keep: int = 2,
         quantization: Mapping[str, Any] | None = None,
     ) -> None:
+        """Set the folders; nothing is written yet.
+
+        Args:
+            source: the model that the engines started from; its other files are copied.
+            staging: folder for the versions. Engines on other nodes must be able to read it. None: a private folder in
+                /dev/shm if it has enough free space, else in the temporary folder.
+            keep: number of versions kept there, including the committed one.
+            quantization: `quantization_config` of the weights that are sent.
+
+        Raises:
+            UserError: if `keep` is below 1.
+        """
         if keep < 1:
             raise UserError(f"keep is {keep}: the version the engines serve must be kept")
         self._source, self._staging, self._keep, self._quantization = source, staging, keep, quantization
@@ -49,6 +56,16 @@ class DiskTransport(Transport):
         self._written: tuple[Path, int] | None = None
 
     def prepare(self, stream: Stream, version: int, expected: ExpectedDigests) -> None:
+        """Write the folder of a version while the engines still generate.
+
+        Args:
+            stream: names and tensors of the version.
+            version: the version number.
+            expected: gets the digests of the version.
+
+        Raises:
+            CheckpointError: if the folder cannot be written.
+        """
         if self._staging is None:
             self._private = self._staging = _private_folder(self._source.nbytes * (self._keep + 1))
             self._lock = try_lock(self._private / _LOCK)
@@ -66,11 +83,13 @@ class DiskTransport(Transport):
         self._written = (folder, version)
 
     def deliver(self, engines: EnginePool, ranks: Mapping[str, int]) -> dict[str, EngineError]:
+        """Let paused engines load the folder. Return the errors, by engine."""
         assert self._written is not None
         folder, version = self._written
         return each(ranks, lambda url: engines.update_weights_from_disk(url, folder, version))[1]
 
     def commit(self) -> Path:
+        """Keep the folder of the confirmed version, remove those older than the last `keep`, and return it."""
         assert self._written is not None
         (folder, _), self._written = self._written, None
         self._folders.append(folder)
@@ -79,6 +98,7 @@ class DiskTransport(Transport):
         return folder
 
     def discard(self, engines: EnginePool, urls: Sequence[str]) -> None:
+        """Remove the folder of the failed version."""
         if self._written is not None:
             shutil.rmtree(self._written[0], ignore_errors=True)
             self._written = None
@@ -101,10 +121,10 @@ def _tallied(stream: Stream, expected: ExpectedDigests) -> Iterator[tuple[str, T
 
 
 def _private_folder(nbytes: int) -> Path:
-    """A new folder for this process; those of processes that were killed are removed first, for they hold memory."""
+    """Create and return a folder for this process. First remove folders of killed processes, which still use memory."""
     for place in (SHARED_MEMORY, Path(tempfile.gettempdir())):
         for folder in place.glob(f"{_PREFIX}*"):
-            with suppress(OSError):  # somebody else's, or just being made
+            with suppress(OSError):  # the folder of another user, or one that is being created
                 lock = folder / _LOCK
                 if lock.is_file() and (held := try_lock(lock)) is not None:
                     shutil.rmtree(folder, ignore_errors=True)

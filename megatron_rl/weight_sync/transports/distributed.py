@@ -1,4 +1,4 @@
-"""Weights by broadcast from the trainer's rank 0 to every process of every engine: gloo on CPU, NCCL on a GPU."""
+"""Transport by broadcast from the trainer's rank 0 to every process of every engine: gloo on CPU, NCCL on a GPU."""
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -18,25 +18,34 @@ from megatron_rl.weight_sync.transports.transport import BucketTransport, each
 
 T = TypeVar("T")
 
-_GRACE_S = 1.0  # time in which the engines of a failed broadcast answer by themselves
+_GRACE_S = 1.0  # time for the engines of a failed broadcast to answer before our part is stopped
 
 
 class DistributedTransport(BucketTransport):
-    """One process group for a set of engines, made when the set changes or an update failed. timeout_s: of one broadcast."""
+    """Transport over a process group with the engines. It is made again if the engines change or an update fails."""
 
     def __init__(self, bucket_bytes: int, timeout_s: float, device: torch.device) -> None:
+        """Set the options; the group is made at the first update.
+
+        Args:
+            bucket_bytes: bytes of the two buckets together.
+            timeout_s: seconds for one broadcast.
+            device: of the buckets; a CUDA device selects NCCL.
+        """
         super().__init__(bucket_bytes)
         self._timeout_s, self._device = timeout_s, device
         self._group: UpdateGroup | None = None
         self._name, self._members = "", {}  # type: ignore[var-annotated]
 
     def memory(self, nbytes: int, device: torch.device) -> Tensor:
+        """Return [nbytes] uint8 memory on `device`."""
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
     def connect(self, engines: EnginePool, ranks: Mapping[str, int]) -> dict[str, EngineError]:
+        """Make the process group with exactly these engines, if it is not made yet. Return the errors, by engine."""
         if self._group is not None and self._members == dict(ranks):
             return {}
-        self._leave(engines, [url for url in self._members if url in ranks])  # the others are gone
+        self._leave(engines, [url for url in self._members if url in ranks])  # the other engines have ended
         self._name, self._members = f"weights-{secrets.token_hex(8)}", dict(ranks)
         backend = "nccl" if self._device.type == "cuda" else "gloo"
         store, world = create_store(JOIN_S), 1 + sum(ranks.values())
@@ -57,6 +66,7 @@ class DistributedTransport(BucketTransport):
     def send(
         self, engines: EnginePool, ranks: Mapping[str, int], bucket: Bucket, version: int | None
     ) -> dict[str, EngineError]:
+        """Broadcast a bucket to all engines. Return the errors, by engine. See `BucketTransport.send`."""
         group = self._group
         assert group is not None
 
@@ -64,7 +74,7 @@ class DistributedTransport(BucketTransport):
             engines.receive_bucket(url, self._name, bucket.names, bucket.dtypes, bucket.shapes, version)
 
         def free(url: str) -> None:
-            # It refused, so it waits for nothing. When it leaves the group, our broadcast to it ends too.
+            # The engine refused, so it waits for nothing. When it leaves the group, our broadcast to it ends.
             engines.leave_update_group(url, self._name)
 
         calls = {url: lambda url=url: receive(url) for url in ranks}
@@ -72,19 +82,22 @@ class DistributedTransport(BucketTransport):
         return failed
 
     def discard(self, engines: EnginePool, urls: Sequence[str]) -> None:
+        """Leave the group, so that no engine waits in a broadcast."""
         self._leave(engines, urls)
 
     def close(self, engines: EnginePool | None) -> None:
+        """Leave the group and release the memory of the buckets."""
         self._leave(engines, list(self._members))
         self._buckets.free()
 
     def _leave(self, engines: EnginePool | None, urls: Sequence[str]) -> None:
-        """Closing our end frees every engine that waits in a broadcast."""
+        """Leave the group. Closing our side releases every engine that waits in a broadcast."""
         group, self._group = self._group, None
         if group is not None:
             group.leave()
         if engines is not None and self._name:
-            each(list(urls), lambda url: engines.leave_update_group(url, self._name))  # it may have left already
+            # An error is ignored: the engine may have left already.
+            each(list(urls), lambda url: engines.leave_update_group(url, self._name))
         self._name, self._members = "", {}
 
 
@@ -102,11 +115,17 @@ def _together(
     stop: Callable[[], None] = lambda: None,
     free: Callable[[str], None] = lambda url: None,
 ) -> tuple[T | None, dict[str, EngineError]]:
-    """Our part of a collective and the requests that make engines take theirs; the result, and what failed, by engine.
+    """Run our part of a collective, and the requests that let the engines run theirs, at the same time.
 
-    A request that is refused would leave our part waiting for ever: `free` makes that engine close its connection. When
-    our part failed, `stop` closes ours, so that no engine waits. Our part runs on a thread that is left behind, until its
-    own time-out, if nothing else ends it.
+    Args:
+        local: our part. It runs on a separate thread. If nothing else ends it, the thread runs until its own timeout.
+        calls: engine -> request.
+        stop: closes our connections after our part failed, so that no engine waits.
+        free: lets an engine close its connection after it refused its request. Without this our part would wait
+            forever.
+
+    Returns:
+        The result of our part (None if it failed), and the errors, by engine.
     """
     ours: Future[T] = Future()
     Thread(target=_settle, args=(ours, local), name="collective", daemon=True).start()
@@ -121,9 +140,8 @@ def _together(
             with suppress(EngineError):
                 free(url)
         if left:
-            done, left = wait(
-                left, timeout=_GRACE_S
-            )  # who fails by itself is to blame, who fails by our leaving is not
+            # An engine that fails by itself caused the error. One that fails because we left did not.
+            done, left = wait(left, timeout=_GRACE_S)
             failed |= _failures(done, answers)
         if left and ours.done():
             stop()
@@ -142,7 +160,7 @@ def _together(
 def _settle(future: "Future[T]", work: Callable[[], T]) -> None:
     try:
         future.set_result(work())
-    except BaseException as error:  # noqa: BLE001  a thread boundary: whoever waits must hear of it
+    except BaseException as error:  # noqa: BLE001  a thread boundary: the waiting caller must get the error
         future.set_exception(error)
 
 

@@ -1,4 +1,4 @@
-"""Weights through memory that the trainer shares with engines of its machine: shared memory on CPU, CUDA IPC on a GPU."""
+"""Transport through memory shared with engines on the same machine: shared memory on CPU, CUDA IPC on a GPU."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,23 +13,26 @@ from megatron_rl.weight_sync.transports.transport import BucketTransport, each
 
 
 class TensorTransport(BucketTransport):
-    """One bucket lies in shared memory; engines map it, copy what is theirs, and answer."""
+    """Transport of one bucket at a time in shared memory. Engines map it, copy their part, and answer."""
 
     def memory(self, nbytes: int, device: torch.device) -> Tensor:
+        """Return [nbytes] uint8 memory that other processes can map."""
         return shared_buffer(nbytes, device)
 
     def discard(self, engines: EnginePool, urls: Sequence[str]) -> None:
-        """Nobody waits: every bucket was answered."""
+        """Do nothing: every bucket was answered, so no engine waits."""
 
     def close(self, engines: EnginePool | None) -> None:
+        """Release the memory of the buckets."""
         self._buckets.free()
 
     def send(
         self, engines: EnginePool, ranks: Mapping[str, int], bucket: Bucket, version: int | None
     ) -> dict[str, EngineError]:
+        """Send a bucket to all engines. Return the errors, by engine. See `BucketTransport.send`."""
         if bucket.data.is_cuda:
-            torch.cuda.synchronize()  # other processes read without regard to our streams
+            torch.cuda.synchronize()  # other processes read it without waiting for this process's streams
         tensors = list(bucket.tensors())
-        # A payload for each process that maps it: CUDA counts who has opened a handle.
+        # One payload for each process that maps it: CUDA counts the processes that opened a handle.
         payloads = {url: [pack_payload(tensors) for _ in range(count)] for url, count in ranks.items()}
         return each(ranks, lambda url: engines.load_tensors(url, payloads[url], version))[1]

@@ -1,4 +1,4 @@
-"""What a transport is, and what those that send buckets have in common."""
+"""Interface of a transport, and the common part of the transports that send buckets."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,49 +20,66 @@ Stream = Iterator[tuple[str, Tensor]]
 
 
 class Transport(ABC):
-    """Brings one version after another to engines. `prepare`, `deliver`, then `commit` or `discard`; `close` at the end.
+    """A way to send weight versions to engines.
 
-    in_buckets: engines take the weights piece by piece, so that a failure may leave one with some of both versions.
+    For each version call `prepare`, `deliver`, then `commit` or `discard`. Call `close` at the end.
+
+    Attributes:
+        in_buckets: engines receive the weights in parts, so a failure may leave an engine with a mix of two versions.
     """
 
     in_buckets = True
 
     @abstractmethod
     def prepare(self, stream: Stream, version: int, expected: ExpectedDigests) -> None:
-        """While the engines still generate. CheckpointError when the weights cannot be made ready; no engine was touched."""
+        """Prepare a version while the engines still generate.
+
+        Args:
+            stream: names and tensors of the version.
+            version: the version number.
+            expected: collects the digests of the version.
+
+        Raises:
+            CheckpointError: if the weights cannot be prepared. No engine was changed.
+        """
 
     @abstractmethod
     def deliver(self, engines: EnginePool, ranks: Mapping[str, int]) -> dict[str, EngineError]:
-        """Give the prepared version to paused engines. ranks: of each engine's url. Returns what failed, by engine.
+        """Send the prepared version to paused engines. Return the errors, by engine.
 
-        CheckpointError when the stream ends with an error of its own. Every tensor of the version is then in the expected.
+        Without an error, `expected` of `prepare` then holds every tensor of the version. `ranks` is engine URL ->
+        number of ranks. Raises CheckpointError if the stream raises it.
         """
 
     def commit(self) -> Path | None:
-        """Every engine confirmed. The folder from which the version can be loaded again, where there is one."""
+        """Commit the version after every engine confirmed it. Return the folder that holds it, None without one."""
         return None
 
     @abstractmethod
     def discard(self, engines: EnginePool, urls: Sequence[str]) -> None:
-        """The version is given up. Engines that were left waiting for it are set free."""
+        """Discard the version. Engines that still wait for a part of it are released."""
 
     @abstractmethod
     def close(self, engines: EnginePool | None) -> None:
-        """Give back what was held between the updates."""
+        """Release the resources that are kept between updates."""
 
 
 class BucketTransport(Transport):
-    """Begin, buckets, end. Of the two buckets held, each half of `bucket_bytes`, one travels and is digested while the other
-    is filled."""
+    """A transport that begins an update, sends buckets, and ends it.
+
+    It has two buckets, each half of `bucket_bytes`. One is sent and digested while the other is filled.
+    """
 
     def __init__(self, bucket_bytes: int) -> None:
         self._buckets = Buckets(bucket_bytes, self.memory)
         self._pending: tuple[Stream, int, ExpectedDigests] | None = None
 
     def prepare(self, stream: Stream, version: int, expected: ExpectedDigests) -> None:
+        """Keep the stream; its tensors are read in `deliver`. See `Transport.prepare` for the arguments."""
         self._pending = (stream, version, expected)
 
     def deliver(self, engines: EnginePool, ranks: Mapping[str, int]) -> dict[str, EngineError]:
+        """Send all buckets to paused engines. Return the errors, by engine."""
         assert self._pending is not None
         (stream, version, expected), self._pending = self._pending, None
         failed = self.connect(engines, ranks) or each(ranks, lambda url: _begin(engines, url))[1]
@@ -70,7 +87,7 @@ class BucketTransport(Transport):
             return failed
         with ThreadPoolExecutor(1, thread_name_prefix="send") as sending, ThreadPoolExecutor(1, "digests") as digesting:
             sent: Future[dict[str, EngineError]] | None = None
-            for bucket in self._buckets.fill(stream):  # the next one, while the last one travels
+            for bucket in self._buckets.fill(stream):  # fills the next bucket while the last one is sent
                 failed = sent.result() if sent is not None else {}
                 if failed:
                     return failed
@@ -88,25 +105,35 @@ class BucketTransport(Transport):
 
     @abstractmethod
     def memory(self, nbytes: int, device: torch.device) -> Tensor:
-        """uint8 memory for buckets."""
+        """Return [nbytes] uint8 memory for buckets."""
 
     def connect(self, engines: EnginePool, ranks: Mapping[str, int]) -> dict[str, EngineError]:
-        """Be ready to send to exactly these engines. What failed, by engine."""
+        """Prepare to send to exactly these engines. Return the errors, by engine."""
         return {}
 
     @abstractmethod
     def send(
         self, engines: EnginePool, ranks: Mapping[str, int], bucket: Bucket, version: int | None
     ) -> dict[str, EngineError]:
-        """To all engines; returns when all have it, or with what failed. version: with the last bucket."""
+        """Send a bucket to all engines. Return when all have it, or after an error.
+
+        Args:
+            engines: the pool.
+            ranks: engine URL -> number of ranks.
+            bucket: the bucket.
+            version: the version number with the last bucket, None with the others.
+
+        Returns:
+            The errors, by engine.
+        """
 
 
 def _begin(engines: EnginePool, url: str) -> None:
-    """Also where an update was left open, by a trainer that was killed say."""
+    """Begin an update, also if a killed trainer left one open."""
     try:
         engines.begin_update(url)
     except EngineError:
-        for close in (engines.abort_update, engines.end_update):  # the embedded engine's way, SGLang's way
+        for close in (engines.abort_update, engines.end_update):  # for the embedded engine, for SGLang
             with suppress(EngineError):
                 close(url)
                 break
@@ -116,7 +143,7 @@ def _begin(engines: EnginePool, url: str) -> None:
 def each(
     urls: Mapping[str, object] | Sequence[str], call: Callable[[str], T]
 ) -> tuple[dict[str, T], dict[str, EngineError]]:
-    """Call every engine at the same time: engine -> result, and engine -> error."""
+    """Call every engine at the same time. Return engine -> result, and engine -> error."""
 
     def attempt(url: str) -> T | EngineError:
         try:

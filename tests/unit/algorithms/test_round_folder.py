@@ -1,4 +1,4 @@
-"""The folder of a round: whole files or none, and the order in which a stage goes through its batch."""
+"""The files of a round are complete or absent, and a stage goes through its batch in epochs of whole groups."""
 
 import json
 

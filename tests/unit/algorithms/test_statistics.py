@@ -1,4 +1,4 @@
-"""What a teacher says to its student, in numbers (arXiv 2605.25582)."""
+"""The statistics of ERPD have the values and properties that are worked out here (arXiv 2605.25582)."""
 
 import math
 
@@ -72,7 +72,7 @@ def test_a_saturated_teacher_is_floored():
 
 
 def test_the_reverse_kl_is_that_of_the_distributions_when_tokens_are_drawn_from_the_old_one():
-    """Each token of a vocabulary as often as the old policy draws it: the estimate is then exact."""
+    """The estimate is exact if each token occurs as often as the old policy draws it."""
     counts = np.array([5, 3, 2])
     old, new = counts / 10, np.array([0.2, 0.3, 0.5])
     logold, logp = np.repeat(np.log(old), counts), np.repeat(np.log(new), counts)
@@ -117,7 +117,10 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_in_a_table_of_softmaxes_the_student_gains_reward_at_less_divergence_than_its_teacher(seed):
-    """8 contexts, 6 answers; the teacher is fitted to outcomes on samples of the old policy, the student distilled from it."""
+    """There are 8 contexts and 6 responses.
+
+    The teacher is fitted to outcomes on samples of the old policy. The student is distilled from the teacher.
+    """
     rng = np.random.default_rng(seed)
     old_logits = rng.normal(size=(8, 6))
     old = softmax(old_logits)
@@ -131,7 +134,7 @@ def test_in_a_table_of_softmaxes_the_student_gains_reward_at_less_divergence_tha
         return np.log(softmax(logits)[context, token])
 
     def ascend(logits: np.ndarray, push: np.ndarray, rate: float) -> np.ndarray:
-        """One step up the sampled gradient sum of push x dlogp."""
+        """Return the logits after one gradient ascent step on the sampled sum of push x dlogp."""
         gradient = np.zeros_like(logits)
         np.add.at(gradient, (context, token), push)
         gradient -= softmax(logits) * np.bincount(context, push)[:, None]

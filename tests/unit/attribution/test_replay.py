@@ -1,4 +1,4 @@
-"""Attribution on a real policy and a real engine behind its HTTP face, faults planted between the two."""
+"""Attribution names the faults that a test places between a real policy and a real engine behind HTTP."""
 
 import threading
 import time
@@ -54,7 +54,11 @@ DOWN = "model.layers.2.mlp.down_proj.weight"
 
 @dataclass
 class Pair:
-    """A policy of one rank, an engine, and what lies between them. version: the weights the engine is to sample under."""
+    """A policy of one rank, an engine, and everything between them.
+
+    Attributes:
+        version: the weight version that the engine must sample under.
+    """
 
     config: Config
     policy: Policy
@@ -66,6 +70,7 @@ class Pair:
     version: int = 1
 
     def attribute(self, **how: Any) -> Attribution:
+        """Return the attribution of six sampled responses."""
         url = self.pool.live_urls[0]
         prompts = [Prompt(f"p{i}", "", tuple(range(2 + i, 8 + 2 * i)), "") for i in range(6)]
         rollout = self.config.rollout
@@ -82,6 +87,7 @@ class Pair:
 
 @contextmanager
 def serving(app: FastAPI) -> Iterator[str]:
+    """Yield the URL of a server that serves `app`."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -101,9 +107,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def paired(model: Path, tmp_path: Path) -> Iterator[Callable[..., Pair]]:
-    """Makes a policy and an engine of these precisions, with version 1 published. dtype: the engine's, if not the plan's.
+    """Return a function that makes a policy and an engine of the given precisions, with version 1 published.
 
-    The engine is deterministic, so that two probes under the same weights are the same trajectories, scored alike.
+    `dtype` is the engine's, if it differs from the plan's. The engine is deterministic. So two probes under the same
+    weights have the same trajectories and scores.
     """
     with ExitStack() as stack:
 
@@ -132,6 +139,7 @@ def paired(model: Path, tmp_path: Path) -> Iterator[Callable[..., Pair]]:
 
 
 def mean_abs(found: Attribution) -> dict[str, float]:
+    """Return the mean absolute difference of every source, in nats."""
     return {name: float(np.abs(delta).mean()) for name, delta in found.chain.deltas.items()}
 
 
@@ -269,7 +277,7 @@ def test_an_engine_lost_at_an_attribution_costs_the_run_that_attribution_alone(p
     pair = paired(FP32)
     (alive,) = pair.pool.live_urls
     with serving(FastAPI()) as gone:
-        pass  # nobody listens there any more
+        pass  # no server listens at this URL any more
     urls = [alive]
     urls.insert(place, gone)
     before = pair.policy.copy_weights()

@@ -1,4 +1,4 @@
-"""Keys of earlier versions: an error that names the new key in a user's file, renamed in a run folder's own file."""
+"""Keys of previous versions are errors in a user's file, and are renamed in a run folder's own file."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The configuration is checked as a whole, before anything starts, and says where the mistake is."""
+"""The configuration is checked as a whole before anything starts, and an error names the place of the mistake."""
 
 from pathlib import Path
 
@@ -137,7 +137,7 @@ def test_a_trajectory_longer_than_a_microbatch_is_refused_by_the_configuration(w
 
 
 def test_context_parallel_padding_counts_against_the_budget(write):
-    """131 tokens padded to a multiple of 2 x context = 8 make 136."""
+    """A trajectory of 131 tokens, padded to a multiple of 2 x context = 8, has 136 tokens."""
     lengths = ["rollout.max_new_tokens=31", "parallel.sequence=false", "parallel.tensor=1", "parallel.context=4"]
     assert load_config(write(SMALL), [*lengths, "optimizer.tokens_per_microbatch=136"])
     assert "one trajectory may have" in refusal(write(SMALL), *lengths, "optimizer.tokens_per_microbatch=128")

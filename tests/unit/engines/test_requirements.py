@@ -1,4 +1,4 @@
-"""A server that would serve another precision than the run needs is refused."""
+"""A server with another precision than the run needs is refused."""
 
 import pytest
 

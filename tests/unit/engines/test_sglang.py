@@ -1,4 +1,4 @@
-"""SGLang's servers as processes: what they are started with, and what is said when they cannot be."""
+"""SGLang servers start with the configured options, report why they cannot start, and end with the trainer."""
 
 import os
 import subprocess
@@ -28,11 +28,17 @@ def plan(device: str = "cpu", **precision: object) -> PrecisionPlan:
     return resolve(PrecisionConfig(**precision), 3, engine="sglang", device=device)
 
 
-def flags(device: str, settings: SGLangConfig = SGLangConfig(), *, routing: bool = False, **precision: object) -> str:  # noqa: B008
+def flags(
+    device: str,
+    settings: SGLangConfig = SGLangConfig(),  # noqa: B008
+    *,
+    routing: bool = False,
+    **precision: object,
+) -> str:
     return " ".join(server_flags(plan(device, **precision), settings, device=device, routing=routing))
 
 
-# --- what follows from the configuration
+# --- options from the configuration
 
 
 def test_on_cpu_the_server_gets_the_recipe_and_the_dtype_of_the_plan():
@@ -127,7 +133,7 @@ def test_an_argument_that_another_key_decides_is_refused_by_that_key(argument: s
 def test_what_sglang_would_do_otherwise_than_asked_is_refused(device: str, precision: dict[str, str], words: str):
     with pytest.raises(PrecisionError, match=words):
         plan(device, **precision)
-    resolve(PrecisionConfig(**precision), 3)  # the embedded engine has all of them
+    resolve(PrecisionConfig(**precision), 3)  # the embedded engine supports all of them
 
 
 @pytest.mark.parametrize(
@@ -182,12 +188,12 @@ def test_engines_start_from_the_weights_the_trainer_would_send(qwen3: Path, tmp_
     assert torch.equal(written[plain], HFFolder(qwen3).read(plain).bfloat16())
 
 
-# --- what is said when they cannot be started
+# --- errors at the start
 
 
 @pytest.fixture
 def servers(tmp_path: Path) -> Callable[..., SGLangServers]:
-    """Servers whose interpreter is a shell script of the given text."""
+    """Return a function that makes servers whose interpreter is a shell script with the given text."""
 
     def make(script: str, count: int = 1, timeout_s: float = 20.0) -> SGLangServers:
         python = tmp_path / "python"
@@ -249,7 +255,7 @@ def gone(processes: list[psutil.Process], within_s: float = 10.0) -> bool:
 
 
 def family_of(guarding: psutil.Process, seconds: set[str]) -> list[psutil.Process]:
-    """The guard's descendants, once those that sleep so long are among them."""
+    """Return the guard's descendants, once a `sleep` of each of the given seconds is among them."""
     end = time.monotonic() + 20
     while time.monotonic() < end:
         found = guarding.children(recursive=True)
@@ -261,7 +267,7 @@ def family_of(guarding: psutil.Process, seconds: set[str]) -> list[psutil.Proces
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts a process that has a guard run the command: both of them."""
+    """Return a function that starts a parent process and its guard, which runs the command. It returns both."""
     parents = []
 
     def start(command: list[str]) -> tuple[subprocess.Popen[str], psutil.Process]:

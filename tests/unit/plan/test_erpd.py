@@ -1,4 +1,4 @@
-"""What an ERPD plan may ask for, and what its refusals say."""
+"""An ERPD plan has the stated defaults, and an illegal plan is refused with an error that names the key."""
 
 import pytest
 

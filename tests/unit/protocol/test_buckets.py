@@ -22,7 +22,7 @@ DTYPES = st.sampled_from([torch.float8_e4m3fn, torch.bfloat16, torch.float32])
 
 
 class Memory:
-    """An allocator that counts the memory of a tensor as long as anything refers to it, views included."""
+    """An allocator that counts the memory of a tensor as long as a reference to it or to a view of it exists."""
 
     def __init__(self) -> None:
         self.held = self.peak = self.blocks = self.most_blocks = 0
@@ -45,7 +45,7 @@ def made(memory: Memory, elements: int, dtype: torch.dtype, seed: int) -> Tensor
 
 
 def lazily(memory: Memory, sizes: list[tuple[int, torch.dtype]]) -> Iterator[tuple[str, Tensor]]:
-    """Make tensors as an export does: each one on request, with no other reference to it."""
+    """Yield tensors as an export does: each one on request, with no other reference to it."""
     return ((f"t{at}", made(memory, elements, dtype, at)) for at, (elements, dtype) in enumerate(sizes))
 
 

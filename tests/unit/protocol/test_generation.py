@@ -137,7 +137,7 @@ def test_scores_of_another_prompt_are_refused(entries: list[list[Any]]) -> None:
 
 
 ROUTED = GenerationRequest("r", (1, 2), 1, SamplingParams(3), return_logprob=False, routed=RoutedShape(2, 2, 4))
-EXPERTS = np.array([[[0, 3], [1, 2]], [[3, 1], [0, 2]], [[2, 0], [3, 0]]], dtype=np.int32)  # of 2 + 2 - 1 tokens
+EXPERTS = np.array([[[0, 3], [1, 2]], [[3, 1], [0, 2]], [[2, 0], [3, 0]]], dtype=np.int32)  # for 2 + 2 - 1 tokens
 
 
 def answer_with_experts(experts: np.ndarray | None, finish: str = "length") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A payload can name tensors of this machine and nothing else. A request for memory that is not there is refused."""
+"""A payload can name tensors of this machine and nothing else. A payload that names missing memory is refused."""
 
 import base64
 import os
@@ -20,7 +20,7 @@ Usage = namedtuple("Usage", "total used free")
 
 
 class Call:
-    """An object whose pickle is a function call that unpickling makes."""
+    """An object whose pickle calls a function when it is unpickled."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = function, arguments
@@ -73,7 +73,7 @@ def test_a_payload_that_calls_a_function_is_refused_and_the_function_is_not_call
 @pytest.mark.parametrize(
     "name",
     [
-        "torch save",  # in the module of the dtypes, which are allowed
+        "torch save",  # in the same module as the dtypes, which are allowed
         "torch float32.__class__",
         "torch serialization.os.system",
         "torch.storage _load_from_bytes",  # unpickles anything

@@ -1,4 +1,4 @@
-"""Options of an embedded server: what a command line may ask for, and that a started server is told all of them."""
+"""Options of an embedded server are checked on the command line, and a started server gets all of them."""
 
 from pathlib import Path
 

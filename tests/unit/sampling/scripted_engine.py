@@ -1,4 +1,4 @@
-"""An engine pool without engines: answers come from a function of the request, under a version that the test sets."""
+"""ScriptedPool: an engine pool without engines, whose samples are computed by a function of the request."""
 
 import asyncio
 import threading
@@ -11,13 +11,19 @@ from megatron_rl.types import VersionSpan
 
 
 def sample(*tokens: int, reason: str = "stop", version: int = 1, retractions: int = 0) -> Sample:
-    """Log-probability -0.5 x token of each token."""
+    """Return a sample whose tokens have log-probability -0.5 x token."""
     spans = (VersionSpan(version, 0, len(tokens)),) if tokens else ()
     return Sample(tokens, tuple(-0.5 * token for token in tokens), reason, spans, retractions=retractions)
 
 
 class ScriptedPool:
-    """`answer` gives the samples of a request and may wait; what was asked is in `asked`, what was cancelled in `cancelled`."""
+    """An engine pool without engines.
+
+    Attributes:
+        answer: returns the samples of a request, and may wait.
+        asked: all requests.
+        cancelled: ids of the canceled requests.
+    """
 
     def __init__(self, answer: Callable[[GenerationRequest], Awaitable[list[Sample]]]) -> None:
         self.answer = answer
@@ -28,6 +34,7 @@ class ScriptedPool:
         self.thread.start()
 
     async def ask(self, request: GenerationRequest) -> list[Sample]:
+        """Return the samples of a request."""
         self.asked.append(request)
         try:
             return await self.answer(request)
@@ -36,12 +43,16 @@ class ScriptedPool:
             raise
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Run a coroutine in the pool's loop and return its result."""
         return self.start(work).result(timeout=10)
 
     def start(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
+        """Start a coroutine in the pool's loop and return its future."""
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
     def close(self) -> None:
+        """Cancel everything that runs, and stop the loop."""
+
         async def end() -> None:
             left = asyncio.all_tasks() - {asyncio.current_task()}
             for task in left:

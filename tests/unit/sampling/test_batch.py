@@ -61,7 +61,7 @@ def test_without_behavior_log_probabilities_there_is_no_column_of_them():
 
 
 def with_topk(one: Trajectory, k: int = 2) -> Trajectory:
-    """Ids and log-probabilities that name trajectory, position and rank."""
+    """Return the trajectory with top-K ids and log-probabilities that encode trajectory, position and rank."""
     ids = (one.id * 100 + np.arange(len(one.response_tokens) * k)).reshape(-1, k).astype(np.int32)
     return replace(one, topk=TopK(ids, (-ids / 1000).astype(np.float32)))
 

@@ -1,4 +1,4 @@
-"""One group from its first request to its trajectories: after aborts, and turn by turn."""
+"""A group's trajectories are correct after aborts, and turn by turn with an environment."""
 
 import asyncio
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def settings(**more) -> GroupSettings:
 def draw(
     answers: list[list[Sample]] | Callable, how: GroupSettings, first_id: int = 40
 ) -> tuple[Group, list[GenerationRequest]]:
-    """The group, and what was asked for it."""
+    """Return the group, and the requests that were sent for it."""
     asked: list[GenerationRequest] = []
 
     async def ask(request: GenerationRequest) -> list[Sample]:
@@ -47,7 +47,10 @@ def draw(
 
 
 class Calculator:
-    """Answers every turn that ends on '?' but the last with its own text in capitals; a turn of dots is void, '!?' fails."""
+    """An environment that returns the text of a turn in capitals if the turn ends with '?' and is not the last.
+
+    A turn of dots is void. A turn that ends with '!?' fails.
+    """
 
     max_turns = 3
 
@@ -56,7 +59,7 @@ class Calculator:
         self.lasts: list[bool] = []
 
     def observe(self, prompt: Prompt, turn: str, *, last: bool) -> Observation:
-        turn = turn.replace(" ", "")  # the tokenizer of single characters puts them apart
+        turn = turn.replace(" ", "")  # the tokenizer of single characters separates them by spaces
         self.heard.append(turn)
         self.lasts.append(last)
         called = turn.endswith("?") and not last
@@ -248,7 +251,7 @@ def test_the_experts_of_a_token_stay_those_that_were_chosen_when_it_was_sampled(
 
     response = TrajectoryBuilder(logmu=False, topk=0)
     response.add_sample(sample(3, 5 + 3 - 1, 1))  # a prompt of 5 tokens
-    response.add_sample(sample(2, 8 + 2 - 1, 2))  # the second request's prompt is everything so far
+    response.add_sample(sample(2, 8 + 2 - 1, 2))  # the prompt of the second request is everything before it
     assert response.routing is not None
     assert response.routing[:, 0, 0].tolist() == [1] * 7 + [2] * 2
 
@@ -259,7 +262,7 @@ def test_the_experts_of_tokens_whose_request_did_not_tell_are_unknown_not_those_
         return Sample(tuple(range(tokens)), None, "abort", (), routing=routing)
 
     response = TrajectoryBuilder(logmu=False, topk=0)
-    response.add_sample(sample(0, 0, 0))  # ended while it waited: nothing was chosen for it
+    response.add_sample(sample(0, 0, 0))  # ended while it waited: the engine chose no experts for it
     response.add_sample(sample(3, 5 + 3 - 1, 1))  # a prompt of 5 tokens
     response.add_sample(sample(2, 0, 0))
     response.add_observation([7, 7])

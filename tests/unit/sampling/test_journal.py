@@ -1,4 +1,4 @@
-"""Finished groups on disk: what was written comes back, and nothing else does."""
+"""Finished groups are read from disk as they were written; damaged records and other groups are not."""
 
 from dataclasses import replace
 
@@ -106,7 +106,7 @@ def test_groups_that_were_sampled_with_other_settings_are_not_read(tmp_path) -> 
 
 def test_groups_of_a_version_without_counts_of_tools_are_not_read(tmp_path) -> None:
     buffer = GroupJournal(tmp_path, "asked")
-    buffer.append(0, replace(group(1), tool_use=()))  # three numbers, as that version wrote
+    buffer.append(0, replace(group(1), tool_use=()))  # three numbers, as that version wrote them
     assert buffer.recover(lambda _: True) == ({}, 1)
 
 

@@ -1,4 +1,4 @@
-"""Which groups run when, under which weights, and what becomes of them; the engine is a function of the request."""
+"""The scheduler starts, replaces and discards groups as the staleness allows."""
 
 import asyncio
 import threading
@@ -22,13 +22,21 @@ SETTINGS = GroupSettings(seed=0, samples=2, max_new_tokens=9, temperature=1.0, s
 
 
 class World:
-    """An engine that serves `version`, answers draws in `held` only once they are let go, and never those in `stuck`."""
+    """A pool whose engine is a function of the request. It serves `version`, and holds the draws in `held`.
+
+    Attributes:
+        version: the weight version that is served.
+        held: draws whose samples are not returned until they are removed from the set.
+        equal: draws whose rewards are all equal.
+        serves: by draw, the weight versions of its samples, one after the other; `version` for other draws.
+        verified_in: names of the threads that verified.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.version, self.folder = 1, folder
         self.held: set[int] = set()
         self.equal: set[int] = set()
-        self.serves: dict[int, list[int]] = {}  # draw -> versions of its answers, one after the other
+        self.serves: dict[int, list[int]] = {}
         self.verified_in: set[str] = set()
         self.pool = ScriptedPool(self.answer)
 
@@ -74,7 +82,7 @@ class World:
         pytest.fail(f"{file} never held {groups} groups")
 
     def rest(self) -> None:
-        """Long enough for everything that can begin to begin."""
+        """Wait long enough for everything that can start to start."""
         threading.Event().wait(0.05)
 
 

@@ -1,4 +1,4 @@
-"""Draws are handed out once and never skipped; a step has its groups when it should."""
+"""Every draw is returned once and none is skipped; a step is settled exactly when it has its groups."""
 
 import pytest
 from hypothesis import given
@@ -30,7 +30,7 @@ def test_every_number_is_drawn_once_whatever_is_spent_and_restored_in_between(be
         draws.spend(used)
         spent |= used
         assert all(draws.is_spent(number) == (number in spent) for number in range(60))
-        draws = PromptDraws(draws.below, draws.ahead)  # as a run that is resumed knows them
+        draws = PromptDraws(draws.below, draws.ahead)  # as a resumed run restores them
 
 
 def test_draws_of_steps_that_overlap_are_spent_in_any_order() -> None:

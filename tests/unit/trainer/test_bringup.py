@@ -1,4 +1,4 @@
-"""A run folder is for one process at a time."""
+"""Only one process at a time uses a run folder."""
 
 from contextlib import ExitStack
 from pathlib import Path

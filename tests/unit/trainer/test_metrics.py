@@ -1,4 +1,4 @@
-"""The record of a step, compared with numbers worked out by hand."""
+"""The record of a step equals numbers that are computed by hand."""
 
 import json
 import math
@@ -17,11 +17,11 @@ from megatron_rl.trainer.metrics import Stopwatch, step_record
 from megatron_rl.types import Batch, Trajectory, VersionSpan
 
 SPANS = (VersionSpan(5, 0, 1), VersionSpan(4, 2, 3))
-PAIRED = ("ratio", "kl", "mismatch", "dp", "chi2", "token_mult", "envelope", "worst")  # what needs behavior log-probs
+PAIRED = ("ratio", "kl", "mismatch", "dp", "chi2", "token_mult", "envelope", "worst")  # these keys need logmu
 
 
 def parts(logmu: bool = True) -> list[Batch]:
-    """Two updates of one group each; responses of 1, 2 and 3 tokens behind prompts of 2."""
+    """Return two updates of one group each, with responses of 1, 2 and 3 tokens after prompts of 2."""
     made = [
         Trajectory(i, group, "p", (5, 6), tuple(range(n)), (-1.0,) * n if logmu else None, "stop", reward=reward)
         for i, (group, n, reward) in enumerate([(0, 1, 1.0), (0, 2, 0.0), (1, 3, 1.0)])
@@ -30,6 +30,7 @@ def parts(logmu: bool = True) -> list[Batch]:
 
 
 def stats_of(part: Batch, logp: float, **more: float) -> UpdateStats:
+    """Return statistics of an update in which every token has this logp; `more` has norm, lr and loss."""
     column = np.full(len(part.tokens), logp, dtype=np.float32)
     return UpdateStats(
         grad_norm=more["norm"],
@@ -42,6 +43,7 @@ def stats_of(part: Batch, logp: float, **more: float) -> UpdateStats:
 
 
 def record_of(parts: list[Batch]) -> dict:
+    """Return the record of step 4, from version 5. Every logp of the second update is one lower."""
     stats = [stats_of(parts[0], -1.0, norm=1.0, lr=0.1, loss=2.0), stats_of(parts[1], -2.0, norm=3.0, lr=0.2, loss=4.0)]
     return step_record(4, 5, parts, stats, Stopwatch(), sampled={"truncated": 0.25})
 
@@ -86,7 +88,10 @@ def test_the_mismatch_of_equal_weights_is_that_of_the_first_update_alone():
 
 
 def test_staleness_counts_trained_tokens_alone_and_the_mismatch_is_split_by_it():
-    """Versions 5 5 4 of three tokens, of which a tool's is not trained, and 3 of another; logp - logmu is -1 throughout."""
+    """One response has tokens of versions 5, 5 and 4, and its second token, from a tool, is not trained.
+
+    The other response has one token of version 3. logp - logmu is -1 for all tokens.
+    """
     made = [
         Trajectory(0, 0, "p", (5,), (1, 2, 3), (-1.0, 0.0, -1.0), "stop", SPANS, 1.0, response_mask=(1, 0, 1)),
         Trajectory(1, 0, "p", (5,), (1,), (-1.0,), "stop", (VersionSpan(3, 0, 1),), 0.0),

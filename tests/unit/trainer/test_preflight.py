@@ -1,4 +1,4 @@
-"""What is known to fail is refused before a process is started."""
+"""A run that is known to fail is refused before a process is started."""
 
 import json
 import subprocess
@@ -21,10 +21,12 @@ from tests.e2e.models import make_arithmetic_model
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
+    """The folder of the small arithmetic model."""
     return make_arithmetic_model(tmp_path_factory.mktemp("model") / "hf")
 
 
 def config(model: Path, **sections: dict) -> Config:
+    """Return a configuration of arithmetic with this model and these sections."""
     task = {"name": "arithmetic", "max_operand": 2, "held_out": 1}
     return make_config({"model": {"path": str(model)}, "task": task, **sections})
 

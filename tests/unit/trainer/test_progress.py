@@ -1,4 +1,4 @@
-"""Away from a terminal, progress is one plain line a step, from rank 0 alone."""
+"""Without a terminal, progress is one plain line per step, from rank 0 only."""
 
 from megatron_rl.trainer.progress import ProgressLine
 

@@ -1,4 +1,4 @@
-"""A failed weight update is retried where a retry can help."""
+"""A failed weight update is retried if a retry can help."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +10,7 @@ from megatron_rl.weight_sync.publish import publish_weights
 
 
 def publish(*outcomes: tuple[list[str], list[str]] | None) -> int:
-    """How often an update is pushed when pushes end like that: engines left and those of them held, or None for success."""
+    """Return how often an update is pushed. An outcome is (live engines, quarantined engines), or None for success."""
     pool = SimpleNamespace(live_urls=("a", "b"), quarantined={}, lost={})
     pushed = []
 

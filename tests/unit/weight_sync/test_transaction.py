@@ -1,4 +1,4 @@
-"""What confirms an engine whose digests cannot be foretold: other bytes than before, wherever other bytes were sent."""
+"""An engine whose digests cannot be computed must hold other bytes for every tensor that changed, and score equally."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ PLAIN = {"model.layers.0.mlp.down_proj.weight": 1, "model.norm.weight": 3}
 
 
 class Holding:
-    """An engine that holds what it is told to hold, and scores as it is told to."""
+    """An engine with given digests, which gives every token the same log-probability."""
 
     def __init__(self, digests: dict[str, str], logp: float) -> None:
         self.digests, self.logp = digests, logp
@@ -47,11 +47,19 @@ def tally_of(tensors: dict[str, int]) -> ExpectedDigests:
 def failures(
     sent: dict[str, int], before: dict[str, int], held: dict[str, str], *, quantized: bool, logp: float = -1.0
 ) -> str:
-    """Of an update from `before` to `sent`, when the engine held digest "old" of everything."""
+    """Return the error of an update from `before` to `sent`. Before it, the engine reported digest "old" for all."""
     old = Version(1, None, tally_of(before), {URL: dict.fromkeys(held, "old")})
     traits = {URL: Traits(embedded=False, ranks=1, device="cuda", dtype="bfloat16", quantized=quantized)}
     probe = ScoreProbe((5, 6, 7), (-1.0, -1.0), 0.05)
-    update = Transaction(Holding(held, logp), None, tally_of(sent), 2, old, traits=traits, probe=probe)  # type: ignore[arg-type]
+    update = Transaction(
+        Holding(held, logp),  # type: ignore[arg-type]
+        None,  # type: ignore[arg-type]
+        tally_of(sent),
+        2,
+        old,
+        traits=traits,
+        probe=probe,
+    )
     return str(update._confirm_by_probe().get(URL, ""))
 
 

@@ -1,0 +1,132 @@
+"""A rank forked from the launcher: it runs as `python -m megatron_rl` would, but imports nothing a second time."""
+
+import atexit
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+_POLL_S = 0.02
+_INTERRUPTED = 130
+
+
+class ForkedRank:
+    """A forked process, with those methods of `subprocess.Popen` that the launcher uses."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        """Return the exit code, negative for a signal, or None while the process runs."""
+        if self._code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return the exit code. Raise subprocess.TimeoutExpired after `timeout` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if timeout is not None and deadline is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(f"rank with pid {self.pid}", timeout)
+            time.sleep(_POLL_S)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def fork_rank(
+    arguments: list[str],
+    environment: Mapping[str, str],
+    pids: int,
+    handlers: Mapping[signal.Signals, Any],
+    like_new: Callable[[], None],
+) -> ForkedRank:
+    """Fork a process that runs `python -m megatron_rl ARGUMENTS` in a session of its own.
+
+    The calling process must have one thread. In `ps` and `top` the rank is called `mrl-rank<RANK>`, because its command
+    line is the launcher's.
+
+    Args:
+        arguments: of the command line.
+        environment: what a rank's environment holds in addition to the launcher's. It has RANK.
+        pids: file descriptor, to which the rank writes its pid and a newline as soon as it leads its session.
+        handlers: the handler that a rank has of each signal that the launcher handles.
+        like_new: called in the rank to reset what imported libraries keep and a new process would not have.
+    """
+    _flush()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)  # a signal sent to the rank waits for the rank's handlers
+    pid = os.fork()
+    if pid == 0:
+        _become_rank(arguments, environment, pids, handlers, like_new, mask)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return ForkedRank(pid)
+
+
+def _become_rank(
+    arguments: list[str],
+    environment: Mapping[str, str],
+    pids: int,
+    handlers: Mapping[signal.Signals, Any],
+    like_new: Callable[[], None],
+    mask: set[int | signal.Signals],
+) -> NoReturn:
+    """Run the rank and end this process. Never return, because the launcher's frames must not go on in the rank."""
+    code = 1
+    try:
+        os.setsid()
+        os.write(pids, b"%d\n" % os.getpid())
+        os.close(pids)  # the watch waits for the end of its input, so only the launcher may hold it open
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        os.environ.update(environment)
+        with suppress(OSError):
+            Path("/proc/self/comm").write_text(f"mrl-rank{environment['RANK']}", encoding="ascii")
+        like_new()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        code = _run(arguments)
+    except BaseException as error:  # noqa: BLE001  nothing above handles it
+        code = _report(error)
+    finally:
+        _flush()
+        os._exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    """Run `python -m megatron_rl ARGUMENTS`, with everything that the interpreter does at its end. Return the exit code."""
+    sys.argv[1:] = arguments
+    try:
+        runpy.run_module("megatron_rl", run_name="__main__", alter_sys=True)
+        code = 0
+    except BaseException as error:  # noqa: BLE001  nothing above handles it
+        code = _report(error)
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for the threads
+    atexit._run_exitfuncs()
+    return code
+
+
+def _report(error: BaseException) -> int:
+    """Print the traceback of an error that nothing handled. Return the exit code."""
+    if not isinstance(error, SystemExit):
+        sys.excepthook(type(error), error, error.__traceback__)
+        return _INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+    if error.code is None or isinstance(error.code, int):
+        return error.code or 0
+    print(error.code, file=sys.stderr)
+    return 1
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # it may be None, gone or closed
+            stream.flush()
