@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from megatron_rl.report.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RC, RED, log_scale
+from megatron_rl.report.style import BLUE, GRAY, GREEN, ORANGE, PURPLE, RC, RED, log_scale
 
 METHODS = {
     "GRPO": ["objective.name=grpo", "objective.advantage=grpo"],
@@ -26,12 +26,12 @@ METHODS = {
     "ASymPO": ["objective.name=asympo", "objective.advantage=mean", "objective.p_low=0.02", "objective.p_high=0.95"],
     "ScaledPO": ["objective.name=scaled_po", "objective.advantage=mean"],
     "ERPD": [
-        "objective={name: erpd, advantage: grpo, teacher: {name: sapo, ratio_denominator: trainer_old}, teacher_updates: 16, "
-        "keep: [], save_every: 16, signals: [{teacher: last, denominator: old, updates: 4}]}",
+        "objective={name: erpd, advantage: grpo, teacher: {name: sapo, ratio_denominator: trainer_old}, "
+        "teacher_updates: 16, keep: [], save_every: 16, signals: [{teacher: last, denominator: old, updates: 4}]}",
         "optimizer.warmup_updates=0",  # Each stage would warm up again.
     ],
 }
-COLORS = dict(zip(METHODS, (GREY, BLUE, GREEN, ORANGE, PURPLE, RED), strict=True))
+COLORS = dict(zip(METHODS, (GRAY, BLUE, GREEN, ORANGE, PURPLE, RED), strict=True))
 TAILS = ("ratio/q01", "ratio/q99")
 KL = "kl/k3"
 # ERPD's own metric: KL(pi || pi_old) at the end of a step, not the mean over its updates.

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_rl.diagnostics.mismatch import BINS
-from megatron_rl.report.style import BLUE, GREY, ORANGE, PURPLE, RC, RED, log_scale
+from megatron_rl.report.style import BLUE, GRAY, ORANGE, PURPLE, RC, RED, log_scale
 
 SEQUENCE = ["objective.clip_low=0.5", "objective.clip_high=3.0", "objective.dual_clip=3.0"]
 METHODS = {
@@ -32,7 +32,7 @@ METHODS = {
     "Seq bypass": ["objective.ratio_denominator=rollout", "objective.ratio_level=sequence", *SEQUENCE],
     "Seq-ALP": ["objective.ratio_denominator=rollout", "alp.enabled=true", "alp.level=sequence", *SEQUENCE],
 }
-COLORS = dict(zip(METHODS, (GREY, ORANGE, BLUE, PURPLE, RED), strict=True))
+COLORS = dict(zip(METHODS, (GRAY, ORANGE, BLUE, PURPLE, RED), strict=True))
 KL = "kl/k3"
 SPIKE = 5.0  # A step is a spike if its KL is over this many times the median of its run.
 LATE = 10  # number of last steps, which have many more trajectories than one evaluation
@@ -124,10 +124,10 @@ def draw(histories: dict[str, list[Log]], path: Path) -> None:
 
 
 def draw_envelope(axes: Axes, logs: Sequence[Log], color: str) -> None:
-    centres = (np.arange(BINS) + 0.5) / BINS
+    centers = (np.arange(BINS) + 0.5) / BINS
     for side in ("p02", "p98"):
         values = np.array([np.nan if value is None else value for value in envelope(logs, side)])
-        axes.plot(centres, values, color=color, linewidth=1.4, marker="o", markersize=3)
+        axes.plot(centers, values, color=color, linewidth=1.4, marker="o", markersize=3)
 
 
 def show(rows: Sequence[dict]) -> None:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from megatron_rl.report.style import BLUE, GREEN, GREY, RC, log_scale
+from megatron_rl.report.style import BLUE, GRAY, GREEN, RC, log_scale
 
 TRAIN = {
     "bf16": ["precision.recipe=none"],
@@ -34,7 +34,7 @@ ROLLOUT = {
 }
 METHODS = {f"{t} / {r}": [*TRAIN[t], *ROLLOUT[r]] for t in TRAIN for r in ROLLOUT}
 AGAIN = [f"{t} / bf16" for t in TRAIN] + ["blockwise / fp8"]
-COLORS = dict(zip(TRAIN, (GREY, GREEN, BLUE), strict=True))
+COLORS = dict(zip(TRAIN, (GRAY, GREEN, BLUE), strict=True))
 QUANTILES = ("ratio/min", "ratio/q01", "ratio/q05", "ratio/q95", "ratio/q99", "ratio/max")
 OTHERS = ("kl/k3", "token_mult_prob_error", "dp/mean", "dp/max", "ratio/ess", "ratio/outside_half_two")
 

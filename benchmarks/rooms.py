@@ -1,10 +1,11 @@
 """The map of the package: its rooms and which of them import which, drawn as docs/rooms.svg.
 
 A room is a package or module on the first level of `megatron_rl`. An arrow goes from a room to a room that it imports,
-always to a lower floor. An arrow that follows from others is not drawn: with a -> b -> c, a -> c is left out. Floors are
-the layers of the import-linter contract in pyproject.toml. Rooms of one layer that import each other, and all rooms
-where no contract exists, are placed by the longest chain of imports below them. Sizes are lines of Python, rounded to two
-digits, so that the map changes only where the code does.
+always to a lower floor. An arrow that follows from others is not drawn: with a -> b -> c, a -> c is left out. Floors
+are the layers of the import-linter contract in pyproject.toml, in its order. Neighboring layers with no import between
+them share a floor. Rooms of one layer that import each other, and all rooms where no contract exists, are placed by the
+longest chain of imports below them. Sizes are lines of Python, rounded to two digits, so that the map does not change
+with every line.
 
     python benchmarks/rooms.py [--check]
 """
@@ -65,7 +66,11 @@ def imported(tree: ast.Module) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in loaders:
-            names = [f"{PACKAGE}.{one.value}" for one in node.args if isinstance(one, ast.Constant)]
+            names = [
+                f"{PACKAGE}.{one.value}"
+                for one in node.args
+                if isinstance(one, ast.Constant) and isinstance(one.value, str)
+            ]
         yield from (name.split(".")[1] for name in names if name.startswith(f"{PACKAGE}."))
 
 
@@ -73,7 +78,7 @@ def contract_layers() -> dict[str, int]:
     """Return the layer of each room in the import-linter contract, 0 being the lowest; empty without a contract."""
     tree = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     contracts = tree.get("tool", {}).get("importlinter", {}).get("contracts", [])
-    layers = next((one["layers"] for one in contracts if one.get("type") == "layers"), [])
+    layers: list[str] = next((one["layers"] for one in contracts if one.get("type") == "layers"), [])
     found: dict[str, int] = {}
     for number, layer in enumerate(reversed(layers)):
         for name in layer.replace("|", ":").split(":"):
@@ -95,8 +100,13 @@ def floors(below: Graph) -> list[list[str]]:
         if wrong:
             raise SystemExit(f"{room} imports {', '.join(wrong)}, on a higher floor of the contract in pyproject.toml")
         depth[room] = 1 + max((depth[other] for other in below[room] if layer[other] == layer[room]), default=-1)
-    places = sorted({(layer[room], depth[room]) for room in below}, reverse=True)
-    return [sorted(room for room in below if (layer[room], depth[room]) == place) for place in places]
+    rows: list[list[str]] = [[]]
+    for place in sorted({(layer[room], depth[room]) for room in below}, reverse=True):
+        row = [room for room in below if (layer[room], depth[room]) == place]
+        if any(below[room] & set(row) for room in rows[-1]):
+            rows.append([])
+        rows[-1] = sorted(rows[-1] + row)
+    return rows
 
 
 def reduced(below: Graph) -> Graph:
@@ -185,15 +195,18 @@ def draw(lines: Mapping[str, int], below: Graph) -> str:
     high = 2 * MARGIN + (len(rows) - 1) * FLOOR_HEIGHT + BOX_HEIGHT
     font = "font-family=\"-apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif\""
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" width="{wide}" height="{high}" role="img"',
-        f'     aria-labelledby="title desc" text-anchor="middle" font-size="14" {font}>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" width="{wide}" height="{high}"',
+        f'     role="img" aria-labelledby="title desc" text-anchor="middle" font-size="14" {font}>',
         f'  <title id="title">The rooms of {PACKAGE}</title>',
         '  <desc id="desc">From the highest floor to the lowest, each room with all rooms that it imports.',
         *(f"    {room}: {', '.join(sorted(below[room])) or 'none'}." for row in rows for room in row),
         "  </desc>",
         f"  <style>{STYLE}\n  </style>",
-        '  <defs><marker id="tip" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto">',
-        '    <path class="tip" d="M0,1 L9,5 L0,9 z"/></marker></defs>',
+        "  <defs>",
+        '    <marker id="tip" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto">',
+        '      <path class="tip" d="M0,1 L9,5 L0,9 z"/>',
+        "    </marker>",
+        "  </defs>",
         f'  <rect class="back" x="1" y="1" width="{wide - 2}" height="{high - 2}" rx="14"/>',
     ]
     for way in ways.values():
@@ -230,9 +243,8 @@ def main() -> None:
             sys.exit(f"{name} is out of date: run python benchmarks/rooms.py")
         return
     TARGET.write_text(text, encoding="utf-8")
-    print(
-        f"{name}: {len(lines)} rooms on {len(floors(below))} floors, {sum(map(len, below.values()))} imports between them"
-    )
+    arrows = sum(map(len, below.values()))
+    print(f"{name}: {len(lines)} rooms on {len(floors(below))} floors, {arrows} imports between rooms")
 
 
 if __name__ == "__main__":

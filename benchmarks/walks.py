@@ -4,12 +4,13 @@ The walks: a prompt to the loss of a micro-batch; a weight from `Policy.export` 
 Hugging Face folder to the loaded parameters. Trainer and embedded engine run in this process, over HTTP and the disk
 transport, so that one profile function sees both sides.
 
-The rule. A hand-over is a call of a function in one file of the package by a function in another file. The caller is the
-nearest function of the package on the stack, so calls through torch, megatron-core, asyncio and transformers count.
+The rule. A hand-over is a call of a function in one file of the package by a function in another file. The caller is
+the nearest function of the package on the stack, so calls through torch, megatron-core, asyncio and transformers count.
 A nested function, a lambda or a comprehension counts as the function around it. Each pair (caller, callee) counts once.
+Properties and special methods count; the `__init__` that a dataclass generates is in no file and does not. A function
+that starts a thread, an asyncio task or an HTTP answer has no caller on its stack. It is counted apart, as an entry.
 The walk stands for the code that makes its calls in a run (`trainer/loop.py`, `policy/build.py`): its own calls count,
-but it is no file of the package. A function that starts a thread, an asyncio task or an HTTP answer has no caller on its
-stack. It is counted apart, as an entry. Prints a table.
+but it is no file of the package. Prints a table.
 
     python benchmarks/walks.py [--list]
 """
@@ -105,7 +106,7 @@ class Tracer:
             walk.pairs.setdefault((caller, callee))
 
     def _name(self, code: CodeType) -> str:
-        """Return `file:function` of a function of the package or of a walk; "" of other code, and of a module's body."""
+        """Return `file:function` of a function of the package or of a walk, "" of other code and of a module's body."""
         if code not in self._names:
             self._names[code] = self._named(code)
         return self._names[code]
@@ -157,13 +158,15 @@ def settings(model: Path, folder: Path, url: str) -> dict[str, Any]:
 
     Args:
         model: the model folder.
-        folder: where the run folder is written.
+        folder: where the run folder and the weight versions are written. The default place of weight versions is not
+            used: a transport also checks what killed runs of this machine left there.
         url: the engine.
     """
     lengths = {"max_prompt_tokens": 32, "max_new_tokens": 8}
+    place = {"urls": [url], "weights_dir": str(folder / "weights")}
     return {
         "model": {"path": str(model)},
-        "rollout": {"urls": [url], "prompts_per_step": 1, "samples_per_prompt": 2, **lengths},
+        "rollout": {**place, "prompts_per_step": 1, "samples_per_prompt": 2, **lengths},
         "optimizer": {"updates_per_step": 1, "tokens_per_microbatch": 128},
         "run": {"dir": str(folder), "device": "cpu"},
     }

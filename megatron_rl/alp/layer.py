@@ -64,7 +64,7 @@ class PerturbedLayer(SigmaModule, TransformerLayer):
         return super().forward(hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs)
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
         """Return the sharded state of TransformerLayer, with a separate log_sigma per layer.
 

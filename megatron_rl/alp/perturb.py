@@ -55,7 +55,8 @@ def add_noise(hidden: torch.Tensor, sigma: torch.Tensor, rows: NoiseRows, key: K
     """
     flat = _rows_of(hidden, rows)
     if hidden.is_cuda:
-        return _kernels().launch_add_noise(flat, sigma, rows, key).view(hidden.shape)
+        added: torch.Tensor = _kernels().launch_add_noise(flat, sigma, rows, key)
+        return added.view(hidden.shape)
     out = torch.empty_like(flat)
     _add_on_cpu(flat, sigma, rows, key, 0, out)
     return out.view(hidden.shape)
@@ -73,7 +74,8 @@ def add_noise_(x: torch.Tensor, sigma: torch.Tensor, rows: NoiseRows, key: Key, 
     """
     _rows_of(x, rows)
     if x.is_cuda:
-        return _kernels().launch_add_noise(x, sigma, rows, key, first, out=x)
+        _kernels().launch_add_noise(x, sigma, rows, key, first, out=x)
+        return x
     _add_on_cpu(x, sigma, rows, key, first, x)
     return x
 
@@ -89,7 +91,8 @@ def dot_noise(grad: torch.Tensor, rows: NoiseRows, key: Key, first: int = 0) -> 
     """
     flat = _rows_of(grad, rows)
     if grad.is_cuda:
-        return _kernels().launch_dot_noise(flat, rows, key, first)
+        on_gpu: torch.Tensor = _kernels().launch_dot_noise(flat, rows, key, first)
+        return on_gpu
     total = torch.zeros(1, dtype=torch.float64)
     work = torch.promote_types(grad.dtype, torch.float32)
     for at, eps in normal_chunks(rows, key, flat.shape[1], first):

@@ -122,4 +122,5 @@ def _fields_at(where: tuple[str, ...]) -> dict[str, Any]:
     model: Any = Config
     for part in where:
         model = model.model_fields[part].annotation
-    return model.model_fields
+    fields: dict[str, Any] = model.model_fields
+    return fields

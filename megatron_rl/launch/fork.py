@@ -66,10 +66,12 @@ def fork_rank(
     """
     _flush()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)  # a signal sent to the rank waits for the rank's handlers
-    pid = os.fork()
-    if pid == 0:
-        _become_rank(arguments, environment, pids, handlers, like_new, mask)
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _become_rank(arguments, environment, pids, handlers, like_new, mask)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return ForkedRank(pid)
 
 

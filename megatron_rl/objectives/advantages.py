@@ -114,7 +114,7 @@ def _centered(rewards: np.ndarray, group: np.ndarray, size: np.ndarray) -> np.nd
         group: [B], number of the group of each reward.
         size: number of rewards of each group.
     """
-    centered = rewards - (np.bincount(group, rewards) / size)[group]
+    centered: np.ndarray = rewards - (np.bincount(group, rewards) / size)[group]
     highest = np.full(len(size), -np.inf)
     np.maximum.at(highest, group, rewards)
     lowest = np.full(len(size), np.inf)

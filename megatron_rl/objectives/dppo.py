@@ -28,8 +28,8 @@ class DPPO(RatioObjective):
         -dloss/dlogp = A r w,    w = M min(r, truncation) / r
         M = 0 if D > delta_high, A > 0, pi > q  or  D > delta_low, A <= 0, pi < q;  else 1
 
-    D is the divergence of pi from q, the policy that `ratio_denominator` names. With rollout, q is mu. With trainer_old, q is
-    the trainer's own policy before the update (the `recompute` variants), while r stays pi / mu. A move back towards q
+    D is the divergence of pi from q, the policy that `ratio_denominator` names. With rollout, q is mu. With trainer_old, q
+    is the trainer's own policy before the update (the `recompute` variants), while r stays pi / mu. A move back towards q
     is always allowed.
     """
 
@@ -80,7 +80,8 @@ class DPPOTV(DPPO):
     name: ClassVar = "dppo_tv"
 
     def divergence_of(self, x: LossInputs) -> Tensor:
-        return (x.logp.detach().exp() - getattr(x, self.below).exp()).abs()
+        base: Tensor = getattr(x, self.below)
+        return (x.logp.detach().exp() - base.exp()).abs()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,7 @@ class DPPOKL(DPPO):
     name: ClassVar = "dppo_kl"
 
     def divergence_of(self, x: LossInputs) -> Tensor:
-        base = getattr(x, self.below)
+        base: Tensor = getattr(x, self.below)
         others = _others(base)
         return -base.exp() * x.log_ratio(self.below).detach() + others * torch.log(
             (others + _EPSILON) / (_others(x.logp.detach()) + _EPSILON)
@@ -120,8 +121,8 @@ class DPPOTopK(DPPO):
         super().__post_init__()
         if self.ratio_denominator != "rollout":
             raise ConfigError(
-                "objective dppo_topk: ratio_denominator is 'trainer_old', but the top-K of the trainer's old policy is not "
-                "kept; set ratio_denominator: rollout, or use dppo_tv or dppo_kl"
+                "objective dppo_topk: ratio_denominator is 'trainer_old', but the top-K of the trainer's old policy is "
+                "not kept; set ratio_denominator: rollout, or use dppo_tv or dppo_kl"
             )
         if self.delta is None:
             object.__setattr__(self, "delta", DEFAULT_DELTA[self.divergence])

@@ -120,7 +120,7 @@ class LossInputs:
         for name, tensor in ((numerator, above), (denominator, below)):
             if tensor is None:
                 raise UserError(f"{name} is missing: the importance ratio needs it")
-        x = above - below
+        x: Tensor = above - below
         if level != "token":
             x = self._pooled(x.detach(), level) + (above - above.detach())
         return x.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
@@ -345,12 +345,13 @@ def dense_ids(ids: Tensor) -> Tensor:
 
 
 def dense_ids_cpu(ids: Tensor) -> Tensor:
-    """Return the same as `numbered`.
+    """Return the same as `dense_ids`.
 
     This is faster where synchronization costs nothing, because only one id of each run of equal ids is sorted.
     """
     runs, run_of_token = torch.unique_consecutive(ids, return_inverse=True)
-    return runs.unique(return_inverse=True)[1].index_select(0, run_of_token)
+    dense: Tensor = runs.unique(return_inverse=True)[1]
+    return dense.index_select(0, run_of_token)
 
 
 def _check_finite(name: str, tensor: Tensor, keep: Tensor) -> None:

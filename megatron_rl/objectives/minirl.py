@@ -16,8 +16,8 @@ class MiniRL(RatioObjective):
         -dloss/dlogp = A r w,    w = M min(r, truncation) / r
         M = 0 if (A > 0, r' > 1 + clip_high) or (A < 0, r' < 1 - clip_low), else 1;    r' = pi / pi_old
 
-    The weight contains both the engine's mismatch and the staleness; the mask depends on staleness alone. `ratio_denominator`
-    names the policy below r': trainer_old as in the paper, or rollout. With rollout, r' = r and no extra forward pass
+    The weight contains both the engine's mismatch and the staleness; the mask depends on staleness alone.
+    `ratio_denominator` names the policy below r': trainer_old as in the paper, or rollout. With rollout, r' = r and no extra forward pass
     is needed. The paper sums over tokens and warns against dividing by each response's own length. token_mean divides
     by a count common to all responses.
     """

@@ -80,11 +80,11 @@ class _Preset:
 
 
 @cache
-def _adapter(option: Field) -> TypeAdapter[Any]:
+def _adapter(option: Field[Any]) -> TypeAdapter[Any]:
     return TypeAdapter(option.metadata["kind"])
 
 
-def checked(owner: str, option: Field, value: Any) -> Any:
+def checked(owner: str, option: Field[Any], value: Any) -> Any:
     """Return `value` after the option's check; a preset name is replaced by its number.
 
     Args:

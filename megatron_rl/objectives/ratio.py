@@ -27,8 +27,8 @@ class RatioObjective(Objective):
 
     Attributes:
         ratio_level: what one ratio spans.
-        ratio_denominator: the policy below the fraction bar. `rollout` (bypass) uses mu as the engine reported it: one ratio
-            contains staleness and engine mismatch, and no extra forward pass is needed. `trainer_old` uses the
+        ratio_denominator: the policy below the fraction bar. `rollout` (bypass) uses mu as the engine reported it: one
+            ratio contains staleness and engine mismatch, and no extra forward pass is needed. `trainer_old` uses the
             trainer's own policy before the update; `corrections` then weigh or mask by pi_old / mu. If unset, it is
             `trainer_old` when a correction weighs, else `default_denominator`. With `always_over_mu` it names the
             policy that the mask of the method compares with.
@@ -56,8 +56,8 @@ class RatioObjective(Objective):
         if weighing and self.ratio_denominator == "rollout":
             raise ConfigError(
                 f"objective {self.name}: correction {weighing[0]} weighs by pi_old / mu, which the ratio of "
-                "ratio_denominator: rollout already holds; set ratio_denominator: trainer_old, or weight: false for a mask "
-                "alone"
+                "ratio_denominator: rollout already holds; set ratio_denominator: trainer_old, or weight: false for "
+                "a mask alone"
             )
         object.__setattr__(self, "corrections", corrections)
 

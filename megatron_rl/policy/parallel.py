@@ -183,7 +183,8 @@ def shutdown() -> None:
 def joined_mesh(config: Config) -> Iterator[Mesh]:
     """Pick the device, join the world and cut it as the configuration says; leave it afterwards. Collective.
 
-    On a CPU every rank of several uses one thread. Raises ConfigError for a device or a number of ranks that is not there.
+    On a CPU every rank of several uses one thread. Raises ConfigError if the device or the number of
+    ranks is not available.
     """
     device = pick_device(config.run.device)
     if device.type == "cpu" and config.parallel.world_size > 1:

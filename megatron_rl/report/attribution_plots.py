@@ -6,9 +6,9 @@ from matplotlib.axes import Axes
 from megatron_rl.diagnostics.score_chain import SOURCES
 from megatron_rl.report.history import History
 from megatron_rl.report.panel import Panel
-from megatron_rl.report.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, finish
+from megatron_rl.report.style import BLUE, GRAY, GREEN, ORANGE, PURPLE, RED, finish
 
-_COLORS = dict(zip(SOURCES, (GREY, BLUE, ORANGE, RED, PURPLE, GREEN, "#c9a227"), strict=True))
+_COLORS = dict(zip(SOURCES, (GRAY, BLUE, ORANGE, RED, PURPLE, GREEN, "#c9a227"), strict=True))
 
 
 def _draw_sources(ax: Axes, history: History) -> None:

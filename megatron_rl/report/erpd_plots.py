@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from megatron_rl.report.history import History
 from megatron_rl.report.panel import Panel
-from megatron_rl.report.style import BLUE, GREEN, GREY, ORANGE, finish, line, log_scale
+from megatron_rl.report.style import BLUE, GRAY, GREEN, ORANGE, finish, line, log_scale
 
 _KL = (("erpd/teacher/kl", "teacher", ORANGE), ("erpd/student/kl", "student", BLUE))
 _RATES = (("erpd/teacher/greedy", "teacher, greedy", ORANGE), ("eval/greedy", "student, greedy", BLUE))
@@ -39,7 +39,7 @@ def _draw_shift(ax: Axes, history: History) -> None:
     record = _last_round(history)
     edges, count = np.array(record["erpd/shift/edges"]), np.array(record["erpd/shift/count"])
     places = np.arange(len(count))
-    ax.bar(places, count, 0.9, color=GREY, alpha=0.6, label="tokens")
+    ax.bar(places, count, 0.9, color=GRAY, alpha=0.6, label="tokens")
     ax.set_xticks(places, [f"{low:g}-{high:g}" for low, high in pairwise(edges)] + [f">{edges[-1]:g}"])
     ax.tick_params(axis="x", labelrotation=35)
     ax.set_xlabel("|log pi_e - log pi_old|")
@@ -50,7 +50,7 @@ def _draw_shift(ax: Axes, history: History) -> None:
     for name, color in (("mean", BLUE), ("median", GREEN)):
         values = np.array(record[f"erpd/shift/{name}"], dtype=np.float64)
         right.plot(places, values, color=color, marker="o", markersize=4, label=name)
-    right.axhline(1, color=GREY, linewidth=0.8, linestyle="--")
+    right.axhline(1, color=GRAY, linewidth=0.8, linestyle="--")
     if right.get_ylim()[1] > 50:
         right.set_yscale("log")
     right.set_ylabel("student's shift / teacher's")

@@ -16,8 +16,8 @@ from megatron_rl.report.panel import Panel
 from megatron_rl.report.rollout_plots import ROLLOUT_PANELS
 from megatron_rl.report.style import (
     BLUE,
+    GRAY,
     GREEN,
-    GREY,
     ORANGE,
     PURPLE,
     RC,
@@ -166,8 +166,8 @@ def _fan(prefix: str, color: str) -> Callable[[Axes, History], None]:
         ):
             ax.fill_between(steps, low, high, color=color, alpha=alpha, linewidth=0, label=label)
         ax.plot(steps, q50, color=color, label="median")
-        ax.plot(steps, highest, color=GREY, linewidth=0.9, label="min, max")
-        ax.plot(steps, lowest, color=GREY, linewidth=0.9)
+        ax.plot(steps, highest, color=GRAY, linewidth=0.9, label="min, max")
+        ax.plot(steps, lowest, color=GRAY, linewidth=0.9)
         # One token out of millions must not flatten the bands; the summary table shows the extremes.
         bottom, top = max(lowest.min(), q01.min() / _FAN_REACH), min(highest.max(), q99.max() * _FAN_REACH)
         if bottom > 0 and top > 2.5 * bottom:
@@ -187,7 +187,7 @@ def _draw_seconds(ax: Axes, history: History) -> None:
     stack, colors, labels = list(table[: len(keys)]), [color for _, color in parts], [name for name, _ in parts]
     if whole:
         stack.append(np.maximum(table[-1] - table[:-1].sum(axis=0), 0))
-        colors, labels = [*colors, GREY], [*labels, "other"]
+        colors, labels = [*colors, GRAY], [*labels, "other"]
     if len(steps) > _BARS:
         stack = [running_mean(height, len(steps) // 30) for height in stack]
     bottom = np.zeros(len(steps))

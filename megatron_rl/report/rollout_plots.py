@@ -4,9 +4,9 @@ from matplotlib.axes import Axes
 
 from megatron_rl.report.history import History
 from megatron_rl.report.panel import Panel
-from megatron_rl.report.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, finish, line, log_scale
+from megatron_rl.report.style import BLUE, GRAY, GREEN, ORANGE, PURPLE, RED, finish, line, log_scale
 
-_COLORS = (BLUE, ORANGE, PURPLE, GREEN, RED, GREY)
+_COLORS = (BLUE, ORANGE, PURPLE, GREEN, RED, GRAY)
 _BY_AGE = tuple((f"mismatch/stale_{age}/k3", f"{age}", color) for age, color in enumerate(_COLORS))
 # Logged only if some token is older than the trained weights.
 _OLDER = tuple(key for key, _, _ in _BY_AGE[1:])

@@ -8,7 +8,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from megatron_rl.report.history import Column
 
-BLUE, ORANGE, GREEN, PURPLE, RED, GREY = "#2563a8", "#d97a1e", "#2a9070", "#7a5cb8", "#c2413b", "#8a94a3"
+BLUE, ORANGE, GREEN, PURPLE, RED, GRAY = "#2563a8", "#d97a1e", "#2a9070", "#7a5cb8", "#c2413b", "#8a94a3"
 
 RC: dict[str, Any] = {
     "font.family": "DejaVu Sans",

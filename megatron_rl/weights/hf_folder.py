@@ -104,7 +104,8 @@ class HFFolder:
     def read(self, name: str) -> Tensor:
         """Return the whole tensor in its stored dtype."""
         try:
-            return self._handle(name).get_tensor(name)
+            tensor: Tensor = self._handle(name).get_tensor(name)
+            return tensor
         except SafetensorError as error:
             raise CheckpointError(f"tensor '{name}' in {self.tensors[name].file} cannot be read: {error}") from error
 
@@ -119,7 +120,8 @@ class HFFolder:
         """
         index = (*(slice(None) for _ in range(dim)), slice(start, stop))
         try:
-            return self._handle(name).get_slice(name)[index]
+            rows: Tensor = self._handle(name).get_slice(name)[index]
+            return rows
         except SafetensorError as error:
             raise CheckpointError(f"tensor '{name}' in {self.tensors[name].file} cannot be read: {error}") from error
 
