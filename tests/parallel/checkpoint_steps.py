@@ -20,13 +20,14 @@ from megatron_rl.objectives import make_objective
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.checkpoint import Checkpoints, parameter_digest
 from megatron_rl.policy.checkpoint_state import TrainState
+from megatron_rl.types import Batch
 from tests.parallel.steps import OBJECTIVE, exported, make_batch, make_policy
 
 
-def update(policy: Policy) -> dict[str, Any]:
-    """Make one update. Return its stats and, on rank 0, the weights after it."""
+def update(policy: Policy, batch: Batch | None = None) -> dict[str, Any]:
+    """Make one update with `batch`, or the common one. Return its stats and, on rank 0, the weights after it."""
     objective = make_objective(OBJECTIVE)
-    stats = policy.update(make_batch(), objective, objective.norm)
+    stats = policy.update(batch or make_batch(), objective, objective.norm)
     return {"loss": stats.loss, "grad_norm": stats.grad_norm, "logp": stats.logp, "weights": exported(policy)}
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 
 STUCK = signal.SIGUSR1
-# Of one rank. A deleted policy leaves some gloo groups behind, and each of their threads wakes up a hundred times a second.
-# With a thousand of them, two cores do little else.
+# Of one rank. A deleted policy leaves some gloo groups behind, and each of their threads wakes up a hundred times a
+# second. With a thousand of them, two cores do little else.
 THREADS = 250
 
 

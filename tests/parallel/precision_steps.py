@@ -6,12 +6,14 @@ The common arguments are described in `tests.parallel.steps`.
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.checkpoint import Checkpoints
 from megatron_rl.policy.checkpoint_state import TrainState
 from megatron_rl.precision.linear import QuantizedLinear, linears
+from megatron_rl.types import Batch
 from tests.parallel.checkpoint_steps import update
 from tests.parallel.steps import exported, make_batch, make_policy, noted_update, replicas_differ
 
@@ -27,10 +29,36 @@ def quantized_linears(policy: Policy) -> list[tuple[int, str]]:
     return sorted({one for part in policy.mesh.gather(own) for one in part})
 
 
+# Trajectories of the common batch with few tokens, and masks of every kind.
+SHORT = (1, 2, 5, 7, 10, 12, 13)
+
+
+def short_batches() -> list[Batch]:
+    """Return batches of one short trajectory each."""
+    return [make_batch().select(np.array([row])) for row in SHORT]
+
+
+def short_steps(model: Path, layout: dict[str, Any], **sections: Any) -> list[dict[str, Any]]:
+    """Return the result of `step` for each of the short batches, each with a new policy."""
+    return [step(model, layout, batch=batch, **sections) for batch in short_batches()]
+
+
+def short_delayed_runs(model: Path, layout: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the result of `delayed_run` for each of the short batches, each with a new policy."""
+    return [delayed_run(model, layout, batch) for batch in short_batches()]
+
+
 def step(
-    model: Path, layout: dict[str, Any], updates: int = 1, sabotage: str | None = None, **sections: Any
+    model: Path,
+    layout: dict[str, Any],
+    updates: int = 1,
+    sabotage: str | None = None,
+    batch: Batch | None = None,
+    **sections: Any,
 ) -> dict[str, Any]:
-    """Make `updates` updates. Return the result of `steps.step` for the last one, and what was quantized.
+    """Make `updates` updates with `batch`, or the common one.
+
+    Return the result of `steps.step` for the last one, and what was quantized.
 
     sabotage: `plain_on_last_rank` leaves one linear of the last rank unquantized.
     """
@@ -39,7 +67,7 @@ def step(
         linear = policy.models[0].decoder.layers[1].mlp.linear_fc1
         linear.__class__ = ColumnParallelLinear  # only its products change: they are megatron-core's own
     for _ in range(updates):
-        stats, grads = noted_update(policy, exported)
+        stats, grads = noted_update(policy, exported, batch)
     return {
         "grads": grads,
         "weights": exported(policy),
@@ -64,12 +92,12 @@ def delayed_scales(policy: Policy) -> dict[str, float]:
     }
 
 
-def delayed_run(model: Path, layout: dict[str, Any]) -> dict[str, Any]:
+def delayed_run(model: Path, layout: dict[str, Any], batch: Batch | None = None) -> dict[str, Any]:
     """Return this rank's delayed scales after an update, and after the new weights have scored a batch."""
     policy = make_policy(model, layout, precision={"recipe": "delayed"})
-    update(policy)
+    update(policy, batch)
     scales = delayed_scales(policy)
-    policy.logprobs(make_batch())
+    policy.logprobs(batch or make_batch())
     return {"scales": scales, "scored": delayed_scales(policy)}
 
 
