@@ -42,7 +42,7 @@ from megatron_rl.trainer.bringup import open_run
 from megatron_rl.trainer.metrics import Stopwatch
 from megatron_rl.trainer.trainer import Trainer
 from megatron_rl.weights.hf_folder import HFFolder
-from megatron_rl.weights.load import load_weights
+from megatron_rl.weights.load_weights import load_weights
 from megatron_rl.weights.name_table import check_folder
 
 PROMPT, WEIGHT, FOLDER = "prompt to loss", "weight to engine", "folder to parameter"

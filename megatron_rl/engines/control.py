@@ -1,15 +1,20 @@
 """Control calls to one engine: SGLang's, and a few that only the embedded server has."""
 
+import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
 from megatron_rl.errors import EngineError
 from megatron_rl.protocol.generation import error_message
+
+T = TypeVar("T")
+_RETRIES = 4
+_BACKOFF_S = 0.1  # doubled at every retry
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +39,16 @@ class Traits:
 class Controls(ABC):
     """Control calls. Each raises EngineError, with the server's message, if the server refuses or does not answer."""
 
+    _http: httpx.AsyncClient
+
     @abstractmethod
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine in the loop that the HTTP client belongs to, and return its result."""
+
+    @abstractmethod
+    def _base_url(self, url: str) -> str:
+        """Return the base URL of an engine of the pool. Raises EngineError for another one."""
+
     def _control(
         self, url: str, path: str, body: dict[str, Any] | None, *, repeat: bool = True, method: str = "POST"
     ) -> Any:
@@ -47,6 +61,27 @@ class Controls(ABC):
             repeat: retry the call after a lost connection.
             method: HTTP method.
         """
+        answer = self._run(self._controlled(url, method, path, body, _RETRIES if repeat else 1))
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise EngineError(f"{url}{path} failed: {answer.get('message', answer)}")
+        return answer
+
+    async def _controlled(self, url: str, method: str, path: str, body: dict[str, Any] | None, attempts: int) -> Any:
+        url = self._base_url(url)
+        for attempt in range(attempts):
+            try:
+                response = await self._http.request(method, f"{url}{path}", json=body)
+                break
+            except httpx.TransportError as error:
+                if attempt + 1 == attempts or isinstance(error, httpx.ReadTimeout):  # slow work is not requested twice
+                    raise EngineError(f"{url}{path} does not answer: {type(error).__name__} {error}".strip()) from error
+                await asyncio.sleep(_BACKOFF_S * 2**attempt)
+        if response.status_code != 200:
+            raise refusal_error(url, path, response)
+        try:
+            return response.json()
+        except ValueError:
+            return {}  # SGLang answers some control calls in plain text
 
     def pause(self, url: str, mode: str) -> None:
         """Pause generation.

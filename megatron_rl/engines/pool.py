@@ -415,36 +415,14 @@ class EnginePool(Controls):
             engine.version, engine.dead = 0, asyncio.Event()
         return tuple(engine.url for engine in back)
 
+    def _base_url(self, url: str) -> str:
+        return self._find(url).url
+
     def _find(self, url: str) -> PooledEngine:
         for engine in self._engines:
             if engine.url == url.rstrip("/"):
                 return engine
         raise EngineError(f"{url} is not an engine of this pool: {', '.join(e.url for e in self._engines)}")
-
-    def _control(
-        self, url: str, path: str, body: dict[str, Any] | None, *, repeat: bool = True, method: str = "POST"
-    ) -> Any:
-        answer = self._run(self._controlled(url, method, path, body, _RETRIES if repeat else 1))
-        if isinstance(answer, dict) and answer.get("success") is False:
-            raise EngineError(f"{url}{path} failed: {answer.get('message', answer)}")
-        return answer
-
-    async def _controlled(self, url: str, method: str, path: str, body: dict[str, Any] | None, attempts: int) -> Any:
-        url = self._find(url).url
-        for attempt in range(attempts):
-            try:
-                response = await self._http.request(method, f"{url}{path}", json=body)
-                break
-            except httpx.TransportError as error:
-                if attempt + 1 == attempts or isinstance(error, httpx.ReadTimeout):  # slow work is not requested twice
-                    raise EngineError(f"{url}{path} does not answer: {type(error).__name__} {error}".strip()) from error
-                await asyncio.sleep(_BACKOFF_S * 2**attempt)
-        if response.status_code != 200:
-            raise refusal_error(url, path, response)
-        try:
-            return response.json()
-        except ValueError:
-            return {}  # SGLang answers some control calls in plain text
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         self._check_open(work)

@@ -105,7 +105,7 @@ def _become_rank(
 
 
 def _run(arguments: list[str]) -> int:
-    """Run `python -m megatron_rl ARGUMENTS`, with everything that the interpreter does at its end. Return the exit code."""
+    """Run `python -m megatron_rl ARGUMENTS`, with all that the interpreter does at its end. Return the exit code."""
     sys.argv[1:] = arguments
     try:
         runpy.run_module("megatron_rl", run_name="__main__", alter_sys=True)

@@ -19,7 +19,7 @@ def import_stack() -> bool:
 
 
 def like_new() -> None:
-    """Give a forked rank what a new process has: torch's threads from OMP_NUM_THREADS, and random generators of its own."""
+    """Give a forked rank what a new process has: threads as OMP_NUM_THREADS says, and its own random generators."""
     threads = os.environ["OMP_NUM_THREADS"]  # torch reads it only while it is imported
     if threads.isdecimal():
         torch.set_num_threads(int(threads))

@@ -28,9 +28,9 @@ class DPPO(RatioObjective):
         -dloss/dlogp = A r w,    w = M min(r, truncation) / r
         M = 0 if D > delta_high, A > 0, pi > q  or  D > delta_low, A <= 0, pi < q;  else 1
 
-    D is the divergence of pi from q, the policy that `ratio_denominator` names. With rollout, q is mu. With trainer_old, q
-    is the trainer's own policy before the update (the `recompute` variants), while r stays pi / mu. A move back towards q
-    is always allowed.
+    D is the divergence of pi from q, the policy that `ratio_denominator` names. With rollout, q is mu. With
+    trainer_old, q is the trainer's own policy before the update (the `recompute` variants), while r stays pi / mu. A
+    move back towards q is always allowed.
     """
 
     delta: float | None

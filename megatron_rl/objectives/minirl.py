@@ -17,9 +17,9 @@ class MiniRL(RatioObjective):
         M = 0 if (A > 0, r' > 1 + clip_high) or (A < 0, r' < 1 - clip_low), else 1;    r' = pi / pi_old
 
     The weight contains both the engine's mismatch and the staleness; the mask depends on staleness alone.
-    `ratio_denominator` names the policy below r': trainer_old as in the paper, or rollout. With rollout, r' = r and no extra forward pass
-    is needed. The paper sums over tokens and warns against dividing by each response's own length. token_mean divides
-    by a count common to all responses.
+    `ratio_denominator` names the policy below r': trainer_old as in the paper, or rollout. With rollout, r' = r and
+    no extra forward pass is needed. The paper sums over tokens and warns against dividing by each response's own
+    length. token_mean divides by a count common to all responses.
     """
 
     clip_low: float = positive(0.2, "tokens of A < 0 are dropped below 1 - clip_low", at_most=1.0)

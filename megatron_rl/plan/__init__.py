@@ -1,5 +1,5 @@
 """Plans: what a configuration asks for, resolved before anything is allocated."""
 
-from megatron_rl.plan.algorithm import AlgorithmPlan, plan_algorithm
+from megatron_rl.plan.algorithm_plan import AlgorithmPlan, plan_algorithm
 
 __all__ = ["AlgorithmPlan", "plan_algorithm"]

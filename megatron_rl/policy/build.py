@@ -17,7 +17,7 @@ from megatron_rl.policy.quantized_products import ProductMonitor
 from megatron_rl.policy.routing_replay import RoutingReplay
 from megatron_rl.precision.plan import DTYPES, resolve
 from megatron_rl.weights.hf_folder import HFFolder
-from megatron_rl.weights.load import load_weights
+from megatron_rl.weights.load_weights import load_weights
 from megatron_rl.weights.name_table import check_folder
 
 

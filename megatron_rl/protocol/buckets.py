@@ -87,6 +87,7 @@ def bucket_layout(
 
 
 def views(data: Tensor, pieces: Iterable[TensorSlot]) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and tensor of each piece, as views of the bucket's uint8 memory `data`."""
     for piece in pieces:
         yield piece.name, data[piece.start : piece.start + piece.nbytes].view(piece.dtype).view(piece.shape)
 

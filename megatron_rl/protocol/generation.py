@@ -99,6 +99,7 @@ class Sample:
 
 
 def generate_body(request: GenerationRequest, rid: str) -> dict[str, Any]:
+    """Return the JSON body of a /generate request that the engine knows as `rid`."""
     sampling = request.sampling
     params: dict[str, Any] = {
         "temperature": sampling.temperature,
@@ -129,6 +130,7 @@ def generate_body(request: GenerationRequest, rid: str) -> dict[str, Any]:
 
 
 def read_samples(url: str, request: GenerationRequest, answer: Any) -> list[Sample]:
+    """Return the samples of an answer to /generate. Raises EngineError when the answer is malformed."""
     entries = answer if isinstance(answer, list) else [answer]
     if len(entries) != request.n:
         raise EngineError(f"{url} gave {len(entries)} samples for request '{request.rid}', {request.n} were asked for")
@@ -233,6 +235,7 @@ def _version(name: str) -> int:
 
 
 def error_message(response: httpx.Response) -> str:
+    """Return the error message of a response: that of its JSON body, or the first 500 characters of another body."""
     try:
         body = response.json()
     except ValueError:

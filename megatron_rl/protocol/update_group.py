@@ -118,4 +118,5 @@ def local_address_for(url: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, at most 300 characters."""
     return str(error).strip().partition("\n")[0][:300]

@@ -60,16 +60,19 @@ def call(what: str, result: int) -> int:
 
 
 def mount(source: str | None, target: str, kind: str | None, flags: int, options: str = "") -> None:
+    """Mount a file system, as mount(2)."""
     encoded = [None if text is None else text.encode() for text in (source, target, kind)]
     call(f"mount {target}", libc.mount(*encoded, ctypes.c_ulong(flags), options.encode()))
 
 
 def pivot_root(new: str, old: str) -> None:
+    """Make `new` the root and move the old root to `old`, as pivot_root(2)."""
     number = PIVOT_ROOT[os.uname().machine]
     call(f"pivot_root {new}", libc.syscall(ctypes.c_long(number), new.encode(), old.encode()))
 
 
 def prctl(what: int, *arguments: int) -> None:
+    """Call prctl(2)."""
     call(f"prctl {what}", libc.prctl(what, *(ctypes.c_ulong(a) for a in (*arguments, 0, 0, 0, 0)[:4])))
 
 
@@ -141,6 +144,7 @@ def map_from_outside() -> Callable[[], None]:
 
 
 def write(path: str, text: str) -> None:
+    """Write a text to an existing file. An error names the file."""
     descriptor = os.open(path, os.O_WRONLY)
     try:
         os.write(descriptor, text.encode())
@@ -187,6 +191,7 @@ def build_root(request: Request) -> None:
 
 
 def bind(source: str, target: str) -> None:
+    """Bind-mount `source` at `target`, which is created."""
     if os.path.isdir(source):
         os.makedirs(target, exist_ok=True)
     else:
@@ -203,6 +208,7 @@ def unescaped(path: str) -> str:
 
 
 def give_up_privileges(become_user: bool) -> None:
+    """Drop every capability, and the user's and groups' ids if `become_user`."""
     for capability in range(64):
         if libc.prctl(PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) < 0:
             break
@@ -253,6 +259,7 @@ def guard(request: Request, report: int) -> None:
 
 
 def drain(descriptor: int) -> None:
+    """Read what waits in a non-blocking pipe, at most 4096 bytes."""
     try:
         os.read(descriptor, 4096)
     except BlockingIOError:
@@ -260,6 +267,7 @@ def drain(descriptor: int) -> None:
 
 
 def end_group(runner: int) -> None:
+    """Kill the process group of the runner, and the runner."""
     for end in (os.killpg, os.kill):
         try:
             end(runner, signal.SIGKILL)
@@ -323,6 +331,7 @@ def run(code: str, memory_exit: int) -> int:
 
 
 def write_output(text: str) -> None:
+    """Write a text to standard output."""
     try:
         sys.stdout.flush()
         os.write(1, text.encode(errors="replace"))
@@ -331,6 +340,7 @@ def write_output(text: str) -> None:
 
 
 def tell(error: Exception, code: str) -> None:
+    """Write the traceback of an error in the model's code."""
     import linecache  # imported here, because most code does not need it
     import traceback
 
@@ -340,6 +350,7 @@ def tell(error: Exception, code: str) -> None:
 
 
 def main(request: Request, report: int) -> None:
+    """Run one block of code in a jail, and report its end through the file descriptor `report`."""
     try:
         if request["way"] == "namespaces":
             launch(request, report)

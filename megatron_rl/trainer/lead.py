@@ -9,9 +9,7 @@ from megatron_rl.diagnostics.runlog import RunLog
 from megatron_rl.engines.offload import OffloadedEngines
 from megatron_rl.engines.pool import EnginePool
 from megatron_rl.sampling.rollouts import Rollouts
-from megatron_rl.trainer.metrics import Stopwatch
 from megatron_rl.trainer.progress import ProgressLine
-from megatron_rl.types import Batch
 
 
 @dataclass
@@ -37,15 +35,6 @@ class Lead:
     def pool(self) -> EnginePool:
         """The pool of engines that generate."""
         return self.rollouts.pool
-
-    def collect(self, step: int, version: int, watch: Stopwatch) -> Batch:
-        """Return the batch of a step that trains from weight `version`.
-
-        Raises KeyboardInterrupt if a stop was requested.
-        """
-        if self.interrupted:
-            raise KeyboardInterrupt
-        return self.rollouts.collect(step, version, watch)
 
     def record(self, record: dict[str, Any]) -> None:
         """Append a record to the run log; a step's record also moves the live line."""

@@ -58,8 +58,14 @@ class Trainer:
         return self.mesh.on_lead(run)
 
     def collect(self, watch: Stopwatch) -> Batch:
-        """Return the batch of the next step. Raises KeyboardInterrupt if a stop was requested."""
-        return self.on_lead(lambda lead: lead.collect(self.state.step, self.state.version, watch))
+        """Return the batch of the next step. Raises KeyboardInterrupt when a stop was requested."""
+
+        def collect(lead: Lead) -> Batch:
+            if lead.interrupted:
+                raise KeyboardInterrupt
+            return lead.rollouts.collect(self.state.step, self.state.version, watch)
+
+        return self.on_lead(collect)
 
     def publish(self, version: int) -> None:
         """Send the policy's weights to every engine as `version`, and verify them. Raises EngineError if that fails."""

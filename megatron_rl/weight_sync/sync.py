@@ -109,13 +109,6 @@ class WeightSync:
             raise outcome[0]
         return outcome[0]
 
-    def readmit(self) -> tuple[str, ...]:
-        """Quarantine lost engines that are healthy again, so that they take part in the next push. Return their URLs.
-
-        Call it on global rank 0. The engines get no request before the push succeeds.
-        """
-        return tuple(self.engines.recover_lost())
-
     def close(self) -> None:
         """Release the resources of the transport. The engines keep serving from memory."""
         self._transport.close(self._pool)

@@ -85,6 +85,7 @@ def scale_name(name: str, fmt: Format | str) -> str:
 
 
 def is_scale(name: str) -> bool:
+    """Return whether a tensor name is that of a quantization scale."""
     return name.endswith(tuple(f".weight{suffix}" for suffix in _SUFFIXES))
 
 

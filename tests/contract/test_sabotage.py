@@ -146,7 +146,7 @@ class World:
     def recovers(self) -> None:
         """Assert that the next push, without a fault, brings both engines to the new version."""
         self.proxy.tamper, self.proxy.edit = lambda path, body: body, lambda path, answer: answer
-        self.sync.readmit()
+        self.sync.engines.recover_lost()
         self.sync.push(self.weights(10), 10)
         assert not self.pool.quarantined and self.pool.live_urls == (self.good, self.bad)
         answers = [torch.tensor(self.answer(url)) for url in (self.good, self.bad)]

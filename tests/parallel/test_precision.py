@@ -1,11 +1,11 @@
 """A training step with quantized products is the same under every layout that keeps its blocks whole.
 
 In float32, two layouts differ by the order of summation. With quantized products, this order can also move a value to
-the next code if it lies on the boundary between two codes. Such a value changes everything computed from it by far more
-than rounding does, and which value it is depends on the processor. It is rare: in a batch of a thousand tokens there
-are several, in a batch of ten tokens most often none. So layouts that keep the order of summation are compared on the whole
-batch. Tensor parallelism sums in another order: it is compared on several short batches. In most of them the
-log-probabilities must be the same up to rounding, and the gradients up to a changed code.
+the next code if it lies on the boundary between two codes. Such a value changes everything computed from it by far
+more than rounding does, and which value it is depends on the processor. It is rare: in a batch of a thousand tokens
+there are several, in a batch of ten tokens most often none. So layouts that keep the order of summation are compared
+on the whole batch. Tensor parallelism sums in another order: it is compared on several short batches. In most of them
+the log-probabilities must be the same up to rounding, and the gradients up to a changed code.
 """
 
 import functools

@@ -19,7 +19,7 @@ from megatron_rl.precision.plan import resolve
 from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.export import export_weights
 from megatron_rl.weights.hf_folder import HFFolder
-from megatron_rl.weights.load import load_weights
+from megatron_rl.weights.load_weights import load_weights
 from megatron_rl.weights.name_table import check_folder
 from megatron_rl.weights.quantized import WireTensors, export_dtypes
 from tests.disk_sync import disk_sync

@@ -19,7 +19,7 @@ from megatron_rl.algorithms.erpd.stage import Stage, run_stage
 from megatron_rl.algorithms.policy_gradient import with_columns
 from megatron_rl.config import Config
 from megatron_rl.errors import CheckpointError, ConfigError, UserError
-from megatron_rl.plan.erpd import ERPDPlan
+from megatron_rl.plan.erpd_plan import ERPDPlan
 from megatron_rl.policy.checkpoint import Checkpoints, parameter_digest
 from megatron_rl.trainer.lead import Lead
 from megatron_rl.trainer.metrics import Stopwatch

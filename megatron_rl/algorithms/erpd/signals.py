@@ -8,7 +8,7 @@ import numpy as np
 from megatron_rl.algorithms.erpd.round_folder import TEACHER_COLUMN, RoundFolder
 from megatron_rl.algorithms.erpd.statistics import negative_on_positives, raw_signal
 from megatron_rl.objectives.advantages import whiten_tokens
-from megatron_rl.plan.erpd import ERPDPlan, SignalPlan
+from megatron_rl.plan.erpd_plan import ERPDPlan, SignalPlan
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.checkpoint import Checkpoints
 from megatron_rl.types import Batch

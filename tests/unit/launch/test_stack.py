@@ -1,4 +1,4 @@
-"""What a launcher imports before it forks: no compiler, no threads, and nothing that one rank would share with another."""
+"""A launcher imports no compiler before it forks, starts no thread, and shares nothing between ranks."""
 
 import random
 import subprocess
@@ -22,7 +22,8 @@ with one_thread():
     for name in sys.argv[1:]:
         if os.fork() == 0:
             importlib.import_module("megatron_rl." + name)
-            print(name, "torch._dynamo" in sys.modules, "torch._inductor" in sys.modules, len(os.listdir("/proc/self/task")))
+            tasks = len(os.listdir("/proc/self/task"))
+            print(name, "torch._dynamo" in sys.modules, "torch._inductor" in sys.modules, tasks)
             sys.stdout.flush()
             os._exit(0)
         os.wait()

@@ -11,7 +11,7 @@ from megatron_rl.weight_sync.publish import publish_weights
 
 def publish(*outcomes: tuple[list[str], list[str]] | None) -> int:
     """Return how often an update is pushed. An outcome is (live engines, quarantined engines), or None for success."""
-    pool = SimpleNamespace(live_urls=("a", "b"), quarantined={}, lost={})
+    pool = SimpleNamespace(live_urls=("a", "b"), quarantined={}, lost={}, recover_lost=lambda: ())
     pushed = []
 
     def push(_: Any, version: int) -> None:
@@ -25,7 +25,7 @@ def publish(*outcomes: tuple[list[str], list[str]] | None) -> int:
         raise error
 
     mesh = SimpleNamespace(rank=0, on_lead=lambda call: call(), raise_everywhere=raise_everywhere)
-    sync = SimpleNamespace(readmit=lambda: (), push=push, engines=pool)
+    sync = SimpleNamespace(push=push, engines=pool)
     policy = SimpleNamespace(export=lambda plan: iter(()), mesh=mesh)
     publish_weights(policy, sync, None, 5)  # type: ignore[arg-type]
     assert set(pushed) == {5}

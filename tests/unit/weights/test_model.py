@@ -14,7 +14,7 @@ from megatron_rl.policy.device_port import pick_device
 from megatron_rl.policy.model import PolicyModel, build_chunks
 from megatron_rl.weights.export import export_weights
 from megatron_rl.weights.hf_folder import HFFolder
-from megatron_rl.weights.load import load_weights
+from megatron_rl.weights.load_weights import load_weights
 from megatron_rl.weights.name_table import check_folder
 from tests.models import make_qwen3
 

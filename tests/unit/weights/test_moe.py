@@ -18,7 +18,7 @@ from megatron_rl.precision.plan import resolve
 from megatron_rl.weights.export import export_weights
 from megatron_rl.weights.families import Experts, HFConfig, family_of
 from megatron_rl.weights.hf_folder import HFFolder
-from megatron_rl.weights.load import load_weights
+from megatron_rl.weights.load_weights import load_weights
 from megatron_rl.weights.name_table import check_folder, entries
 
 

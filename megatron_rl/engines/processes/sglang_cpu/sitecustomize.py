@@ -1,7 +1,7 @@
 """What SGLang lacks on a machine without CUDA. On PYTHONPATH of SGLang's own processes on CPU, and nowhere else.
 
-1. torchvision from PyPI is linked against CUDA torch. Its library does not load beside a CPU torch, and its import fails
-   while it registers fakes of operators that do not exist. Their schemas are declared first; nothing calls them.
+1. torchvision from PyPI is linked against CUDA torch. Its library does not load beside a CPU torch, and its import
+   fails while it registers fakes of operators that do not exist. Their schemas are declared first; nothing calls them.
 2. The buffer for routed experts is pinned through cudart. Without CUDA there is nothing to pin.
 """
 

@@ -5,7 +5,7 @@ import pytest
 from megatron_rl.config import make_config
 from megatron_rl.errors import ConfigError
 from megatron_rl.plan import plan_algorithm
-from megatron_rl.plan.erpd import make_plan
+from megatron_rl.plan.erpd_plan import make_plan
 
 TEACHER = {"name": "erpd_mse"}
 

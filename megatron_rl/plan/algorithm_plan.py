@@ -6,7 +6,7 @@ from megatron_rl.alp.layer_noise import alp_objective, check_ratio
 from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError
 from megatron_rl.objectives import LossNorm, Objective
-from megatron_rl.plan.erpd import NAME, ERPDPlan, make_plan
+from megatron_rl.plan.erpd_plan import NAME, ERPDPlan, make_plan
 
 
 @dataclass(frozen=True)
