@@ -139,7 +139,7 @@ def build_weights(
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """Return the configuration of a model folder. Raises CheckpointError for a folder without a causal language model."""
+    """Return the configuration of a model folder. Raises CheckpointError unless it is of a causal language model."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"no config.json in {folder}: the engine needs a Hugging Face folder")
     config = AutoConfig.from_pretrained(folder)
