@@ -9,7 +9,12 @@ TORCH_INDEX ?=
 TORCH := torch==2.13.0
 INSTALL := PYTHON="$(PYTHON)" TORCH="$(TORCH)" TORCH_INDEX="$(TORCH_INDEX)" sh requirements/install.sh
 
-.PHONY: install sglang quickstart test lint format benchmark clean
+# Lanes of tests that run at the same time.
+LANES ?= 2
+PYTEST := $(BIN)/python -m pytest
+IN_LANES := -n $(LANES) --dist loadgroup
+
+.PHONY: install sglang quickstart test test-fast durations lint format benchmark walks rooms clean
 
 install:
 	@VENV="$(VENV)" PINS=requirements/cpu.txt $(INSTALL)
@@ -20,8 +25,17 @@ sglang:
 quickstart: install
 	$(BIN)/megatron-rl quickstart
 
+# All tests.
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST) $(IN_LANES)
+
+# Unit tests that start no process.
+test-fast: install
+	$(PYTEST) $(IN_LANES) tests/unit -m "not process"
+
+# All tests, and tests/durations.md: seconds of each folder, and the slowest tests.
+durations: install
+	$(PYTEST) $(IN_LANES) -p tests.durations
 
 lint: install
 	$(BIN)/ruff check .
@@ -36,6 +50,13 @@ format: install
 
 benchmark: install
 	$(BIN)/python benchmarks/step.py
+
+# The map of rooms in docs/design.md, and the hand-overs of three walks through them.
+rooms: install
+	$(BIN)/python benchmarks/rooms.py
+
+walks: install
+	$(BIN)/python benchmarks/walks.py
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

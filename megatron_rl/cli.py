@@ -11,7 +11,7 @@ import typer
 
 from megatron_rl.config import load_config
 from megatron_rl.errors import ConfigError, MegatronRLError, UserError
-from megatron_rl.launch.ranks import run_ranks, under_launcher
+from megatron_rl.launch.ranks import one_thread, run_ranks, under_launcher
 
 app = typer.Typer(
     name="megatron-rl",
@@ -51,9 +51,10 @@ def train(
     own_file = resume and config_file.with_name("log.jsonl").is_file()
     config = load_config(config_file, overrides, accept_old_keys=own_file)
     if not under_launcher():
-        preflight = _seam("trainer.preflight")
-        preflight.check_run_folder(config, resume=resume)
-        preflight.check(config)
+        with one_thread():
+            preflight = _seam("trainer.preflight")
+            preflight.check_run_folder(config, resume=resume)
+            preflight.check(config)
         arguments = ["train", str(config_file), *(overrides or []), *(["--resume"] if resume else [])]
         sys.exit(run_ranks(arguments, config.parallel.world_size))
     with _seam("trainer.bringup").open_run(config, resume=resume) as trainer:
@@ -148,7 +149,8 @@ def attribute(
     config = load_config(source, place, accept_old_keys=True)
     if not under_launcher():
         if layers:
-            _seam("attribution.hidden").check_one_rank(config.parallel.world_size)
+            with one_thread():
+                _seam("attribution.hidden").check_one_rank(config.parallel.world_size)
         flags = ["--prompts", str(prompts), *(["--layers"] if layers else [])]
         flags += [] if sampled_by is None else ["--sampled-by", str(sampled_by)]
         sys.exit(run_ranks(["attribute", str(run_folder), *flags], config.parallel.world_size))

@@ -8,8 +8,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
+from tests.lanes import add_markers, in_lane_order
 from tests.models import make_qwen3, make_qwen3_moe
 from tests.parallel.group import RankGroup
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    add_markers(items)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=in_lane_order)
 
 
 @pytest.fixture(scope="session")

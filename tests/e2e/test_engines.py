@@ -50,7 +50,7 @@ def test_a_run_goes_on_without_a_server_that_was_killed(start, small_run, run_fo
     assert result.code == 0, result.all
     assert before < steps - 1, "the server was killed too late to matter"
     assert_whole_steps(run_folder, steps)
-    assert result.err.count(f"engine {url} is not used any more") == 1, result.err
+    assert result.err.count(f"engine {url} is lost") == 1, result.err
 
 
 class FatalPool(EnginePool):

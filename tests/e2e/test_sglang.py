@@ -74,7 +74,7 @@ def test_a_run_goes_on_without_an_sglang_server_that_was_killed(start, small_run
     assert result.code == 0, result.all
     assert before < steps - 1, "the server was killed too late to matter"
     assert_whole_steps(run_folder, steps)
-    assert result.err.count(f"engine {url} is not used any more") == 1, result.err
+    assert result.err.count(f"engine {url} is lost") == 1, result.err
 
 
 def test_behind_a_router_a_run_goes_on_without_a_server_and_ends_clearly_without_the_router(
@@ -95,6 +95,6 @@ def test_behind_a_router_a_run_goes_on_without_a_server_and_ends_clearly_without
             process.kill()
     result = command.wait(timeout=400)
     assert result.code == 2 and "Traceback" not in result.err, result.all
-    assert result.err.count(f"engine {url} is not used any more") == 1, result.err
+    assert result.err.count(f"engine {url} is lost") == 1, result.err
     assert "sglang-router at " in result.err.splitlines()[-1] and "router: false" in result.err.splitlines()[-1]
     assert_whole_steps(run_folder, len(records(run_folder)))

@@ -1,0 +1,58 @@
+"""Markers of tests, and the groups of tests that share a lane when several lanes run at the same time.
+
+A lane is a worker of pytest-xdist. Tests that share a server or a group of ranks are in one group, so that it starts
+once. The longest groups start first.
+"""
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent
+# Unit tests that start a process.
+_PROCESS = (
+    "unit/alp/test_kernels.py",
+    "unit/diagnostics/test_runlog.py",
+    "unit/engines/test_sglang.py",
+    "unit/launch/",
+    "unit/policy/test_device_port.py",
+    "unit/protocol/test_payload.py",
+    "unit/sandbox/",
+    "unit/test_cli.py",
+    "unit/trainer/test_preflight.py",
+)
+_SHARED = ("contract/", "parallel/")  # one server of each kind, one group of ranks of each size
+_ORDER = ("contract/", "parallel/", "e2e/", "unit/", "gpu/")
+
+
+def _place(item: pytest.Item) -> str:
+    """Return the path of the test's file below tests/."""
+    return item.path.relative_to(ROOT).as_posix()
+
+
+def _words(item: pytest.Item) -> list[str]:
+    """Return the parameters of a test that are text."""
+    parameters = getattr(item, "callspec", None)
+    return [] if parameters is None else [value for value in parameters.params.values() if isinstance(value, str)]
+
+
+def add_markers(items: list[pytest.Item]) -> None:
+    """Mark tests by their folder, and put each into a group of pytest-xdist."""
+    for item in items:
+        place = _place(item)
+        for folder, name in (("gpu/", "gpu"), ("parallel/", "parallel"), ("e2e/", "slow")):
+            if place.startswith(folder):
+                item.add_marker(name)
+        if place.startswith(_PROCESS):
+            item.add_marker("process")
+        if place == "e2e/test_sglang.py" or "sglang" in _words(item):
+            item.add_marker("sglang")
+            item.add_marker("slow")
+        group = next((folder for folder in _SHARED if place.startswith(folder)), place)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+def in_lane_order(item: pytest.Item) -> int:
+    """Return the sort key of a test: the folders with the longest groups come first."""
+    place = _place(item)
+    return next(at for at, folder in enumerate((*_ORDER, "")) if place.startswith(folder))
