@@ -34,7 +34,7 @@ def _kept_caches_need_staleness(config: Config) -> None:
     if rollout.update_mode == "in_place" and not rollout.max_staleness:
         raise ValueError(
             "rollout.update_mode: in_place keeps the cache of requests that run through a weight update, and with "
-            "rollout.max_staleness: 0 none does: take retract, or raise max_staleness"
+            "rollout.max_staleness: 0 no request does: set retract, or raise max_staleness"
         )
 
 
@@ -79,7 +79,7 @@ def _oversampling_and_offloading(config: Config) -> None:
     if rollout.oversample > 1 and config.objective.name == "erpd":
         raise ValueError(
             f"rollout.oversample: {rollout.oversample} leaves requests to be ended when a step has its groups, and "
-            "objective.name: erpd takes the engines' memory then: set it to 1"
+            "objective.name: erpd offloads the engines then: set it to 1"
         )
 
 
@@ -88,8 +88,8 @@ def _staleness_and_offloading(config: Config) -> None:
     rollout = config.rollout
     if rollout.max_staleness and config.objective.name == "erpd":
         raise ValueError(
-            f"rollout.max_staleness: {rollout.max_staleness} cannot be had with objective.name: erpd, whose round "
-            "learns from what the policy it starts from has sampled, while the engines rest: set it to 0"
+            f"rollout.max_staleness: {rollout.max_staleness} does not go with objective.name: erpd, whose round "
+            "learns from what the policy it starts from has sampled, while the engines are offloaded: set it to 0"
         )
 
 

@@ -95,7 +95,7 @@ def _records(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             if number == len(lines):
                 break
-            raise UserError(f"{path}:{number}: not a JSON object ({error}); mend or remove the line") from error
+            raise UserError(f"{path}:{number}: not a JSON object ({error}); fix or remove the line") from error
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
             raise UserError(f"{path}:{number}: a JSON object with an integer 'step' is expected")
         out.append((line, record))

@@ -59,8 +59,8 @@ def plan_algorithm(config: Config) -> AlgorithmPlan:
         return AlgorithmPlan(alp_objective(config.alp, config.objective.spec()))
     if config.run.attribute_every:
         raise ConfigError(
-            "run.attribute_every does not go with erpd, whose engines rest while teacher and student learn: set it to "
-            "0, and use `megatron-rl attribute` on the run's folder"
+            "run.attribute_every does not go with erpd, whose engines are offloaded while teacher and student learn: "
+            "set it to 0, and use `megatron-rl attribute` on the run's folder"
         )
     plan = make_plan(config.objective.spec())
     check_ratio(config.alp, type(plan.teacher_objective()), "objective.teacher")

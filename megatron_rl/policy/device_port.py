@@ -85,7 +85,7 @@ def pick_device(requested: str) -> torch.device:
     """
     if requested == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            "run.device is cuda, but torch sees no CUDA device: set run.device to cpu or auto, or mend the driver"
+            "run.device is cuda, but torch sees no CUDA device: set run.device to cpu or auto, or repair the driver"
         )
     if requested != "cpu" and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -57,7 +57,7 @@ def load_transformer_engine(machine: Machine) -> bool:
         importlib.import_module("transformer_engine.pytorch")
     except (ImportError, OSError, RuntimeError) as error:
         raise PrecisionError(
-            f"transformer-engine is installed but cannot be loaded ({error}): mend or remove it"
+            f"transformer-engine is installed but cannot be loaded ({error}): repair or remove it"
         ) from error
     return True
 

@@ -159,8 +159,8 @@ def _refuse_for_sglang(precision: PrecisionConfig, device: str) -> None:
         )
     if device == "cpu" and precision.rollout_activations == "fp8":
         raise PrecisionError(
-            "precision.rollout_activations: fp8 cannot be had of SGLang on CPU, which has no FP8 products: set it to "
-            "none, or rollout.engine: embedded"
+            "precision.rollout_activations: fp8 is not available with SGLang on CPU, which has no FP8 products: set it "
+            "to none, or rollout.engine: embedded"
         )
     if device != "cpu" and precision.rollout in WIRE and precision.rollout_activations == "none":
         raise PrecisionError(

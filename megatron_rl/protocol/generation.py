@@ -142,8 +142,8 @@ def read_samples(url: str, request: GenerationRequest, answer: Any) -> list[Samp
             )
         if any(entry["output_ids"] and entry["meta_info"].get("weight_versions") is None for entry in entries):
             raise EngineError(
-                f"{url} does not say which weights sampled every token (weight_versions), "
-                "without which nobody knows how stale they are: take SGLang 0.5.23 or newer"
+                f"{url} does not report which weights sampled every token (weight_versions), "
+                "so their staleness is unknown: use SGLang 0.5.23 or newer"
             )
         return [_sample(entry, request) for entry in entries]
     except (KeyError, TypeError, ValueError) as error:

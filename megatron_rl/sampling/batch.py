@@ -29,7 +29,7 @@ def make_batch(
     bad = [t.id for t in trajectories if t.reward is None or not math.isfinite(t.reward)]
     if bad:
         raise UserError(
-            f"reward is missing or not finite for trajectories {bad[:20]}: the step is refused; mend the verifier"
+            f"reward is missing or not finite for trajectories {bad[:20]}: the step is refused; fix the verifier"
         )
     prompts = np.array([len(t.prompt_tokens) for t in trajectories])
     responses = np.array([len(t.response_tokens) for t in trajectories])

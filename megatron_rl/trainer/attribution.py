@@ -112,7 +112,7 @@ def _attribute(trainer: Trainer, prompts: int, *, sampled: list[Tensor] | None, 
         serving = [url for url in pool.live_urls if url not in pool.quarantined]
         if not serving:
             raise EngineError(
-                f"no engine serves weight version {state.version}, so none can be looked at: {pool.quarantined}"
+                f"no engine serves weight version {state.version}, so no mismatch can be attributed: {pool.quarantined}"
             )
         return draw_probe(
             serving[0],

@@ -16,7 +16,7 @@ def evaluate_model(config: Config) -> dict[str, float]:
     Raises ConfigError if `eval.prompts` is 0.
     """
     if config.eval.prompts == 0:
-        raise ConfigError("eval.prompts is 0: say how many held-out problems to evaluate, e.g. eval.prompts=64")
+        raise ConfigError("eval.prompts is 0: set how many held-out problems to evaluate, e.g. eval.prompts=64")
     plan = check_rank(config).plan
     with ExitStack() as stack:
         servers = None if config.rollout.urls else own_servers(config, plan, this_machine().device, START_TIMEOUT_S)

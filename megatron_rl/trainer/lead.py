@@ -68,5 +68,5 @@ class Lead:
         if kind is None or not self.offloaded.urls:
             return
         urls = ", ".join(self.offloaded.urls)
-        text = f"engines left without their memory: {urls}; --resume of this run wakes them"
+        text = f"engines left without their memory: {urls}; --resume of this run lets them allocate it again"
         print(text, file=sys.stderr, flush=True)

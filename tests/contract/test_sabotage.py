@@ -217,7 +217,7 @@ def test_where_digests_cannot_be_foretold_tensors_that_stayed_as_they_were_are_n
     passes_everything = ScoreProbe((5, 6, 7), (0.0, 0.0), math.inf)
     made = World(opaque, proxy, model_dir, TensorTransport(BUCKET), 3, lambda: passes_everything)
     made.proxy.tamper = second_bucket_dropped()
-    made.fails(made.bad, "(bucket 1) was sent anew, and the engine holds what it held of version 3")
+    made.fails(made.bad, "(bucket 1) was sent with new values, and the engine holds what it held of version 3")
     made.recovers()
     made.sync.close()
 

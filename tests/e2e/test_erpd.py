@@ -162,7 +162,8 @@ def test_servers_of_somebody_else_that_rest_when_a_run_stops_are_named_and_woken
     command.interrupt()
     result = command.wait()
     assert result.code == 130, result.all
-    assert f"left without their memory: {url}; --resume of this run wakes them" in result.err, result.all
+    said = f"left without their memory: {url}; --resume of this run lets them allocate it again"
+    assert said in result.err, result.all
     other = start("train", "--resume", path, *settings, "rollout.temperature=0.5", "optimizer.weight_decay=0.5").wait()
     assert other.code == 2 and "begun with other settings (optimizer.weight_decay, rollout.temperature)" in other.err, (
         other.all

@@ -162,7 +162,7 @@ class _Round:
         if bad and self.teacher_objective.name in OUTCOMES:
             raise UserError(
                 f"rewards of trajectories {bad[:20]} lie outside [0, 1], but {self.teacher_objective.name} takes them "
-                "for probabilities: mend the verifier, or take another teacher"
+                "for probabilities: fix the verifier, or use another teacher"
             )
 
     def _with_own_columns(self) -> Batch:

@@ -88,7 +88,7 @@ def test_every_token_has_the_version_that_sampled_it() -> None:
 def test_an_engine_that_tells_the_last_version_alone_is_refused() -> None:
     untold = answer(None)
     del untold["meta_info"]["weight_versions"]
-    with pytest.raises(EngineError, match="http://engine does not say which weights sampled every token"):
+    with pytest.raises(EngineError, match="http://engine does not report which weights sampled every token"):
         read_samples(URL, PLAIN, untold)
 
 
