@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_rl.attribution.hidden import check_one_rank, hidden_errors, rounding_floor
 from megatron_rl.attribution.limits import check_replayable
-from megatron_rl.attribution.replay import engine_products, own_weights_kept, without_recipe
+from megatron_rl.attribution.replay import engine_products, restore_weights_after, without_recipe
 from megatron_rl.config import RolloutConfig
 from megatron_rl.diagnostics.score_chain import (
     SOURCES,
@@ -218,7 +218,7 @@ def attribute(
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
         stack.enter_context(at_temperature_one(policy))
         now = score()
-        stack.enter_context(own_weights_kept(policy))
+        stack.enter_context(restore_weights_after(policy))
         if sampled is not None:
             policy.put_weights(sampled)
         fresh = now if sampled is None else score()

@@ -24,7 +24,7 @@ from megatron_rl.weights.name_table import entries, local_parameters
 
 
 @contextmanager
-def own_weights_kept(policy: Policy) -> Iterator[list[Tensor]]:
+def restore_weights_after(policy: Policy) -> Iterator[list[Tensor]]:
     """Restore the policy's parameters at the end, bit by bit, whatever is written into them inside. Yield the copy."""
     kept = policy.copy_weights()
     try:

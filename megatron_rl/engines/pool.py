@@ -19,7 +19,7 @@ import httpx
 
 from megatron_rl.engines.control import Controls, refusal_error
 from megatron_rl.engines.health import HEALTH_S, MISSES, check_health, is_alive, log_unexpected_end, resume_paused
-from megatron_rl.engines.pooled_engine import Dropped, EngineState, PooledEngine, Unanswered, together, unless_dead
+from megatron_rl.engines.pooled_engine import Dropped, EngineState, PooledEngine, Unanswered, cancel_if_lost, together
 from megatron_rl.engines.router import Router, router_lost
 from megatron_rl.errors import EngineError, UserError
 from megatron_rl.protocol.generation import (
@@ -248,7 +248,7 @@ class EnginePool(Controls):
         engine.load += request.n
         try:
             async with asyncio.timeout(self._timeout_s):
-                answer = await unless_dead(engine.dead, self._post(engine.url, "/generate", body))
+                answer = await cancel_if_lost(engine.dead, self._post(engine.url, "/generate", body))
         except TimeoutError:
             await self._abort(engine, rid)
             late = f"no answer to request '{request.rid}' within {self._timeout_s:g} s (rollout.timeout_s)"

@@ -94,7 +94,7 @@ async def together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def unless_dead(dead: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
+async def cancel_if_lost(dead: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
     """Return the result of `work`. Cancel it and raise Dropped once `dead` is set."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(dead.wait())
     racing: set[asyncio.Future[Any]] = {task, gone}

@@ -217,7 +217,9 @@ async def _go_on(ask: Ask, prompt: Prompt, settings: GroupSettings, number: int,
                 return
             turn, begun = turn + 1, len(response.tokens)
         elif barren == _BARREN + settings.updates:
-            raise EngineError(f"engines aborted {named([number])} {barren} times in a row: something else aborts them")
+            raise EngineError(
+                f"engines aborted {trajectory_names([number])} {barren} times in a row: something else aborts them"
+            )
         else:
             response.resumed += 1
         left = settings.max_new_tokens - len(response.tokens)
@@ -298,11 +300,11 @@ def check_samples(samples: Sequence[Sample], first_id: int) -> None:
     """
     faulty = [(first_id + k, sample.fault) for k, sample in enumerate(samples) if sample.fault]
     if faulty:
-        raise EngineError(f"the engine failed on {named([number for number, _ in faulty])}: {faulty[0][1]}")
+        raise EngineError(f"the engine failed on {trajectory_names([number for number, _ in faulty])}: {faulty[0][1]}")
     broken = [first_id + k for k, sample in enumerate(samples) if not _finite(sample)]
     if broken:
         raise EngineError(
-            f"non-finite behavior log-probabilities in {named(broken)}: check the weights the engines serve"
+            f"non-finite behavior log-probabilities in {trajectory_names(broken)}: check the weights the engines serve"
         )
 
 
@@ -311,7 +313,7 @@ def _finite(sample: Sample) -> bool:
     return likeliest and (sample.logprobs is None or all(map(math.isfinite, sample.logprobs)))
 
 
-def named(ids: Sequence[int]) -> str:
+def trajectory_names(ids: Sequence[int]) -> str:
     """Return the trajectory ids as text for an error message, or the first eight of them."""
     shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
     return f"trajectory {shown}" if len(ids) == 1 else f"{len(ids)} trajectories ({shown})"

@@ -112,7 +112,7 @@ class Rollouts:
         self._draws = PromptDraws(
             state.step * rollout.prompts_per_step if state.drawn is None else state.drawn, state.drawn_ahead
         )
-        self._buffer = GroupJournal(rollouts_folder(config), self._asked())
+        self._buffer = GroupJournal(rollouts_folder(config), self._settings_key())
         found, dropped = self._buffer.recover(lambda group: self._usable(group, state.version))
         settings = GroupSettings(
             seed=config.run.seed,
@@ -158,7 +158,7 @@ class Rollouts:
             EngineError: trajectories were sampled under a version that is not allowed. The message names them.
         """
         assert self._sampler is not None, "collect before begin"
-        self._forget(step)
+        self._prune_journal(step)
         with timer("rollout"):
             taken = self._sampler.take(step, version)
         trajectories = [trajectory for group in taken.chosen() for trajectory in group.trajectories]
@@ -171,7 +171,7 @@ class Rollouts:
             )
         self.sampled = {"truncated": float(np.mean([t.finish_reason == "length" for t in trajectories]))}
         self.sampled |= {f"rollout/{name}": value for name, value in taken.counts().items()}
-        self.sampled["rollout/drawn"] = self._draws.spent
+        self.sampled["rollout/drawn"] = self._draws.num_consumed
         if self.environment is not None:
             self.sampled |= {f"tool/{name}": value for name, value in taken.tool_use()._asdict().items()}
         return batch
@@ -196,7 +196,7 @@ class Rollouts:
         """
         assert self._sampler is not None, "restore before begin"
         below, ahead = sampling["drawn"]
-        self._draws.spend([*range(self._draws.below, below), *ahead])
+        self._draws.consume([*range(self._draws.below, below), *ahead])
         self._sampler.skip(step, version)
         self.sampled = sampling["sampled"]
 
@@ -251,9 +251,9 @@ class Rollouts:
     def _usable(self, group: Group, version: int) -> bool:
         """Return whether this run has the weights that sampled the group, and the group's draw is not consumed."""
         versions = [span.version for trajectory in group.trajectories for span in trajectory.versions]
-        return max(versions, default=0) <= version and not self._draws.is_spent(group.number)
+        return max(versions, default=0) <= version and not self._draws.is_consumed(group.number)
 
-    def _forget(self, step: int) -> None:
+    def _prune_journal(self, step: int) -> None:
         """Remove groups that neither this run nor a run resumed from the newest checkpoint can train on.
 
         The newest checkpoint may be complete already, or still being written.
@@ -267,7 +267,7 @@ class Rollouts:
         begins = [step, *(number for number in numbers if number >= whole)]
         self._buffer.keep({kept for begin in begins for kept in range(begin, begin + ahead)})
 
-    def _asked(self) -> str:
+    def _settings_key(self) -> str:
         """Return, as JSON, everything that a group depends on except weights."""
         config, rollout = self.config, self.config.rollout
         asked = {

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 from megatron_rl.engines.pool import GenerationRequest, Sample
 from megatron_rl.errors import EngineError
-from megatron_rl.sampling.group import Group, GroupSettings, check_prompts, named, sample_group
+from megatron_rl.sampling.group import Group, GroupSettings, check_prompts, sample_group, trajectory_names
 from megatron_rl.sampling.journal import GroupJournal
 from megatron_rl.sampling.step_groups import PromptDraws, StepGroups
 from megatron_rl.types import Prompt, Trajectory
@@ -139,7 +139,7 @@ class Scheduler:
         await self._until(lambda: groups.settled)
         del self._steps[step]
         self._next = step + 1
-        self.draws.spend(groups.drawn)
+        self.draws.consume(groups.drawn)
         return groups
 
     async def _enter(self, step: int, version: int, *, first: int) -> None:
@@ -188,7 +188,7 @@ class Scheduler:
                 task.add_done_callback(partial(self._ended, draw))
             count = sum(groups.finish(group) for group in known)
         if groups.settled:
-            self._give_up_rest(groups)
+            self._discard_rest(groups)
 
     async def _sample(self, groups: StepGroups, draw: int) -> None:
         prompt = self.source.prompt(draw)
@@ -203,7 +203,7 @@ class Scheduler:
         else:
             allowed = self._allowed(groups.number)
             raise EngineError(
-                f"{named(stale)} were not sampled under weight version {allowed}: an engine was not updated"
+                f"{trajectory_names(stale)} were not sampled under weight version {allowed}: an engine was not updated"
             )
         group = await asyncio.to_thread(self._verify, groups.number, prompt, group)
         if not groups.settled:
@@ -227,7 +227,7 @@ class Scheduler:
         newest = step + self._offset
         return f"{newest}" if not self.bounds.max_staleness else f"{newest - self.bounds.max_staleness} to {newest}"
 
-    def _give_up_rest(self, groups: StepGroups) -> None:
+    def _discard_rest(self, groups: StepGroups) -> None:
         for draw in groups.open:
             self._tasks[draw].cancel()
         self._fill()

@@ -18,7 +18,7 @@ class PromptDraws:
 
     def __init__(self, below: int = 0, ahead: Iterable[int] = ()) -> None:
         self._below, self._ahead, self._next = below, set(ahead), below
-        self.spend(())
+        self.consume(())
 
     @property
     def below(self) -> int:
@@ -26,7 +26,7 @@ class PromptDraws:
         return self._below
 
     @property
-    def spent(self) -> int:
+    def num_consumed(self) -> int:
         """Number of consumed draws."""
         return self._below + len(self._ahead)
 
@@ -37,16 +37,16 @@ class PromptDraws:
 
     def next(self) -> int:
         """Return the next draw that is not consumed."""
-        while self.is_spent(self._next):
+        while self.is_consumed(self._next):
             self._next += 1
         self._next += 1
         return self._next - 1
 
-    def is_spent(self, draw: int) -> bool:
+    def is_consumed(self, draw: int) -> bool:
         """Return whether a draw is consumed."""
         return draw < self._below or draw in self._ahead
 
-    def spend(self, draws: Iterable[int]) -> None:
+    def consume(self, draws: Iterable[int]) -> None:
         """Mark draws as consumed."""
         self._ahead.update(draw for draw in draws if draw >= self._below)
         while self._below in self._ahead:

@@ -33,7 +33,7 @@ from megatron_rl.protocol.payload import unpack_payload
 from megatron_rl.protocol.server_options import ServerOptions, describe_precision
 from megatron_rl.server.decode_batch import Job
 from megatron_rl.server.engine import Engine
-from megatron_rl.server.requests import answers, parse_jobs
+from megatron_rl.server.requests import parse_jobs, response_entries
 from megatron_rl.supervise import die_with_parent
 
 
@@ -106,7 +106,7 @@ def _add_generation(app: FastAPI, engine: Engine) -> None:
             await finished
             return Response(status_code=499)
         left.cancel()
-        out = [answer for job in await finished for answer in answers(engine, job, body.return_logprob)]
+        out = [answer for job in await finished for answer in response_entries(engine, job, body.return_logprob)]
         return JSONResponse(out if body.batched or len(out) > 1 else out[0])
 
 

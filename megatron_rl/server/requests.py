@@ -54,7 +54,7 @@ def _validated(model: Any, value: Any, where: tuple[str | int, ...], drop: int =
         raise UserError(explain(located, model)) from error
 
 
-def answers(engine: Engine, job: Job, return_logprob: bool) -> list[dict[str, Any]]:
+def response_entries(engine: Engine, job: Job, return_logprob: bool) -> list[dict[str, Any]]:
     """Return the /generate response for a finished job: one entry for each sample, in SGLang's format.
 
     `output_ids` includes the stop token that matched; `text` does not. A non-finite log-probability is null.

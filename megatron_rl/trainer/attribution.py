@@ -55,9 +55,11 @@ def attribute_step(trainer: Trainer, sampled: list[Tensor]) -> Attribution | Non
         found = _attribute(trainer, PROMPTS, sampled=sampled)
     except EngineError as error:  # only rank 0 sends requests; every rank raises the same error
         left = trainer.on_lead(_drop_dead)
-        trainer.say(f"mismatch after {trainer.state.step + 1} steps not attributed, {left} engine(s) left: {error}")
+        trainer.print_line(
+            f"mismatch after {trainer.state.step + 1} steps not attributed, {left} engine(s) left: {error}"
+        )
         return None
-    trainer.say(f"mismatch after {trainer.state.step + 1} steps: {'; '.join(found.verdict)}")
+    trainer.print_line(f"mismatch after {trainer.state.step + 1} steps: {'; '.join(found.verdict)}")
     return found
 
 

@@ -34,7 +34,7 @@ class Trainer:
         sync: sends weights to the engines.
         lead: rank 0's side of the run; None on the other ranks.
         state: state after the last whole step.
-        at_step: whether the policy holds the weights of `state.step`, not those of a stage inside the next step.
+        holds_step_weights: the policy holds the weights of `state.step`, not those of a stage inside the next step.
     """
 
     config: Config
@@ -46,7 +46,7 @@ class Trainer:
     sync: WeightSync
     lead: Lead | None = field(repr=False)
     state: TrainState
-    at_step: bool = True
+    holds_step_weights: bool = True
 
     def on_lead(self, work: Callable[[Lead], T]) -> T:
         """Run `work` on rank 0 and return its result on every rank. An error is raised on every rank."""
@@ -81,7 +81,7 @@ class Trainer:
         below, ahead = self.on_lead(lambda lead: lead.rollouts.drawn)
         updates = self.policy.optimizer.updates
         self.state = replace(self.state, step=step, version=version, updates=updates, drawn=below, drawn_ahead=ahead)
-        self.at_step = True
+        self.holds_step_weights = True
 
     def evaluate(self) -> None:
         """Log held-out pass rates of the current weights. Do nothing if `eval.prompts` is 0."""
@@ -91,7 +91,7 @@ class Trainer:
         if self.lead is not None:
             self.lead.log.append({"kind": "eval", "step": self.state.step, "version": self.state.version, **rates})
         text = ", ".join(f"{name.removeprefix('eval/')} {rate:.1%}" for name, rate in rates.items())
-        self.say(f"held-out pass rate after {self.state.step} steps: {text}")
+        self.print_line(f"held-out pass rate after {self.state.step} steps: {text}")
 
     def due(self, step: int, every: int) -> bool:
         """Return whether work of every `every` steps (0: only at the end) is due after `step` steps. Not collective."""
@@ -99,7 +99,7 @@ class Trainer:
 
     def save(self, *, wait: bool) -> None:
         """Save a checkpoint of the last whole step. Do nothing inside a stage: the step's checkpoint exists by then."""
-        if self.at_step:
+        if self.holds_step_weights:
             self.checkpoints.save(self.state, wait=wait)
 
     def ensure_saved(self) -> None:
@@ -116,7 +116,7 @@ class Trainer:
         """Return whether a stop was requested, on every rank."""
         return self.mesh.any(self.lead is not None and self.lead.interrupted)
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a line on rank 0 that the live line does not overwrite. Not collective."""
         if self.lead is not None:
             self.lead.progress.note(text)

@@ -89,7 +89,7 @@ class WeightSync:
         if self._pool is not None:
             try:
                 self._check_version(version)
-                traits, outcome = self._look(self._pool, version), []
+                traits, outcome = self._read_traits(self._pool, version), []
                 unsure = not all(has_expected_digests(found) for found in traits.values())
             except MegatronRLError as error:
                 outcome = [error]
@@ -133,7 +133,7 @@ class WeightSync:
                 f"weight version {version} does not follow version {self._committed.number}: versions only grow"
             )
 
-    def _look(self, pool: EnginePool, version: int) -> dict[str, Traits]:
+    def _read_traits(self, pool: EnginePool, version: int) -> dict[str, Traits]:
         """Return the traits of every live engine."""
         pool.drop_dead()
         urls = list(pool.live_urls)

@@ -195,8 +195,8 @@ class Transaction:
         for name in self._expected.changed_since(old):
             if same.get(name):
                 raise EngineError(
-                    f"{url}, weight version {self._number}: {self._expected.where(name)} was sent with new values, and the "
-                    f"engine holds what it held of version {self._old.number}"
+                    f"{url}, weight version {self._number}: {self._expected.where(name)} was sent with new values, "
+                    f"and the engine holds what it held of version {self._old.number}"
                 )
 
     # Return to the old version ---------------------------------------------------------------------------------

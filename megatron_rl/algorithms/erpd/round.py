@@ -63,7 +63,7 @@ class ERPD:
         return _Round(trainer, self.plan, batch, watch).learn()
 
 
-def asked_settings(config: Config, plan: ERPDPlan) -> dict[str, Any]:
+def round_settings(config: Config, plan: ERPDPlan) -> dict[str, Any]:
     """Return every setting that a round's outcome depends on, by key.
 
     A round must end with the settings it was begun with.
@@ -105,7 +105,7 @@ class _Round:
         trainer, plan = self.trainer, self.plan
         self._begin()
         trainer.on_lead(Lead.offload_engines)
-        trainer.at_step = False
+        trainer.holds_step_weights = False
         self.batch = self._with_own_columns()
         signals = Signals(plan, self.policy, self.folder, self.batch, self.teacher, trainer.checkpoints)
         with self.watch("teacher"), self.teacher:
@@ -127,7 +127,7 @@ class _Round:
         Remove the checkpoints of previous rounds.
         """
         digest = parameter_digest(self.policy)
-        asked = asked_settings(self.trainer.config, self.plan)
+        asked = round_settings(self.trainer.config, self.plan)
         self.mesh.on_lead(lambda: self._note_beginning(digest, asked))
 
     def _note_beginning(self, digest: dict[str, str], asked: dict[str, Any]) -> None:
@@ -237,7 +237,7 @@ class _Round:
                 self.mesh.on_lead(lambda: self.folder.add_note(**{TEACHER_RATES: rates}))
                 trainer.on_lead(Lead.offload_engines)
         assert rates is not None
-        self.trainer.say(
+        self.trainer.print_line(
             f"step {self.step}: teacher, " + ", ".join(f"{k.removeprefix('eval/')} {v:.1%}" for k, v in rates.items())
         )
         return rates

@@ -62,7 +62,9 @@ def run_stage(trainer: Trainer, folder: RoundFolder, stage: Stage) -> None:
         trainer.mesh.on_lead(partial(_log_update, folder, stage, part, stats))
         if done in stage.kept or done == stage.updates or done % stage.save_every == 0:
             _save(trainer, stage, done, wait=done == stage.updates)
-            trainer.say(f"step {trainer.state.step}: {stage.name} {done}/{stage.updates} | loss {stats.loss:.4g}")
+            trainer.print_line(
+                f"step {trainer.state.step}: {stage.name} {done}/{stage.updates} | loss {stats.loss:.4g}"
+            )
 
 
 def _log_update(folder: RoundFolder, stage: Stage, part: Batch, stats: UpdateStats) -> None:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from megatron_rl.algorithms.erpd.round import asked_settings
+from megatron_rl.algorithms.erpd.round import round_settings
 from megatron_rl.algorithms.erpd.round_folder import RoundFolder
 from megatron_rl.algorithms.erpd.stage import epoch_part
 from megatron_rl.config import make_config
@@ -80,7 +80,7 @@ def test_an_update_that_cannot_be_logged_is_an_error_that_names_the_file(folder)
 def settings(tree: dict) -> dict:
     base = {"model": {"path": "m"}, "objective": {"name": "erpd", "teacher": {"name": "erpd_mse"}}}
     config = make_config({name: {**base.get(name, {}), **tree.get(name, {})} for name in {*base, *tree}})
-    return asked_settings(config, plan_algorithm(config).erpd)
+    return round_settings(config, plan_algorithm(config).erpd)
 
 
 @pytest.mark.parametrize(

@@ -27,18 +27,18 @@ def test_every_number_is_drawn_once_whatever_is_spent_and_restored_in_between(be
         fresh = [number for number in range(100) if number not in spent]
         assert handed == fresh[:5], "the lowest that are not spent"
         used = {handed[at] for at in life}
-        draws.spend(used)
+        draws.consume(used)
         spent |= used
-        assert all(draws.is_spent(number) == (number in spent) for number in range(60))
+        assert all(draws.is_consumed(number) == (number in spent) for number in range(60))
         draws = PromptDraws(draws.below, draws.ahead)  # as a resumed run restores them
 
 
 def test_draws_of_steps_that_overlap_are_spent_in_any_order() -> None:
     draws = PromptDraws()
     first, second = [draws.next() for _ in range(3)], [draws.next() for _ in range(3)]
-    draws.spend(second)
+    draws.consume(second)
     assert (draws.below, draws.ahead) == (0, (3, 4, 5))
-    draws.spend(first)
+    draws.consume(first)
     assert (draws.below, draws.ahead, draws.next()) == (6, (), 6)
 
 
