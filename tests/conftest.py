@@ -13,6 +13,7 @@ from tests.models import make_qwen3, make_qwen3_moe
 from tests.parallel.group import RankGroup
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     add_markers(items)
     if "PYTEST_XDIST_WORKER" in os.environ:
