@@ -12,7 +12,7 @@ INSTALL := PYTHON="$(PYTHON)" TORCH="$(TORCH)" TORCH_INDEX="$(TORCH_INDEX)" sh r
 # Lanes of tests that run at the same time.
 LANES ?= 2
 PYTEST := $(BIN)/python -m pytest
-IN_LANES := -n $(LANES) --dist loadgroup
+IN_LANES := -n $(LANES) --dist loadscope --no-loadscope-reorder
 
 .PHONY: install sglang quickstart test test-fast durations lint format benchmark walks rooms clean
 

@@ -126,7 +126,7 @@ def serve(
 
 @app.command()
 def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="run folder with a log.jsonl")]) -> None:
-    """Write report/index.html of a run from its log only."""
+    """Write report/index.html of a run from its log and configuration."""
     print(_seam("report").write_report(run_folder))
 
 
@@ -138,7 +138,8 @@ def attribute(
         bool, typer.Option("--layers", help="also compare hidden states layer by layer; for one rank only")
     ] = False,
     sampled_by: Annotated[
-        int | None, typer.Option(metavar="STEP", help="step of the kept checkpoint that samples; default: the newest")
+        int | None,
+        typer.Option(metavar="STEP", help="step of the kept checkpoint whose weights sample; default: the newest"),
     ] = None,
 ) -> None:
     """Report where the mismatch between trainer and engine comes from: kernels, precisions, weight sync, staleness."""

@@ -12,7 +12,7 @@ from megatron_rl.report import write_report
 from megatron_rl.tiny_model import make_tiny_model
 
 WARM_PASS_RATE = 0.35
-ERROR_RATE = 0.4  # share of wrong demonstrations: they teach the form of a solution, the verifier what is right
+ERROR_RATE = 0.4  # share of wrong demonstrations: they show the form of a solution, the reward what is right
 
 
 def run_quickstart(folder: Path, config_dir: Path) -> None:

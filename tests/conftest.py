@@ -2,20 +2,27 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
-from tests.lanes import add_markers, in_lane_order
+from tests.lanes import LaneScheduling, add_markers, in_lane_order
 from tests.models import make_qwen3, make_qwen3_moe
 from tests.parallel.group import RankGroup
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
+def pytest_itemcollected(item: pytest.Item) -> None:
+    add_markers(item)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LaneScheduling:
+    return LaneScheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    add_markers(items)
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=in_lane_order)
 

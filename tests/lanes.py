@@ -1,12 +1,13 @@
 """Markers of tests, and the groups of tests that share a lane when several lanes run at the same time.
 
 A lane is a worker of pytest-xdist. Tests that share a server or a group of ranks are in one group, so that it starts
-once. The longest groups start first.
+once; other tests are grouped by file. The longest groups start first.
 """
 
 from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).parent
 # Unit tests that start a process.
@@ -36,23 +37,28 @@ def _words(item: pytest.Item) -> list[str]:
     return [] if parameters is None else [value for value in parameters.params.values() if isinstance(value, str)]
 
 
-def add_markers(items: list[pytest.Item]) -> None:
-    """Mark tests by their folder, and put each into a group of pytest-xdist."""
-    for item in items:
-        place = _place(item)
-        for folder, name in (("gpu/", "gpu"), ("parallel/", "parallel"), ("e2e/", "slow")):
-            if place.startswith(folder):
-                item.add_marker(name)
-        if place.startswith(_PROCESS):
-            item.add_marker("process")
-        if place == "e2e/test_sglang.py" or "sglang" in _words(item):
-            item.add_marker("sglang")
-            item.add_marker("slow")
-        group = next((folder for folder in _SHARED if place.startswith(folder)), place)
-        item.add_marker(pytest.mark.xdist_group(group))
+def add_markers(item: pytest.Item) -> None:
+    """Mark a test by its folder and parameters."""
+    place = _place(item)
+    for folder, name in (("gpu/", "gpu"), ("parallel/", "parallel"), ("e2e/", "slow")):
+        if place.startswith(folder):
+            item.add_marker(name)
+    if place.startswith(_PROCESS):
+        item.add_marker("process")
+    if place == "e2e/test_sglang.py" or "sglang" in _words(item):
+        item.add_marker("sglang")
+        item.add_marker("slow")
 
 
 def in_lane_order(item: pytest.Item) -> int:
     """Return the sort key of a test: the folders with the longest groups come first."""
     place = _place(item)
     return next(at for at, folder in enumerate((*_ORDER, "")) if place.startswith(folder))
+
+
+class LaneScheduling(LoadScopeScheduling):
+    """Gives whole groups of tests to lanes, in the order in which they were collected."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        place = nodeid.partition("::")[0].removeprefix("tests/")
+        return next((folder for folder in _SHARED if place.startswith(folder)), place)

@@ -22,7 +22,7 @@ class CleanScores:
     logp: np.ndarray = field(repr=False)
 
     def record(self, stats: UpdateStats) -> dict[str, float]:
-        """Return what the noise did to these tokens. `stats` is of the update of `part`. For rank 0."""
+        """Return the effect of the noise on these tokens. `stats` are those of the update of `part`. For rank 0."""
         assert stats.logp is not None
         trained = np.flatnonzero(self.part.mask[: len(self.logp)] > 0)
         if not len(trained):

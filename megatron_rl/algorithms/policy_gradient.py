@@ -22,7 +22,7 @@ class Updates:
         parts: the batch of each update.
         stats: the outcome of each update.
         objective: makes the metrics that are ratios of others.
-        alp: what the noise of ALP did to some tokens of the first update; empty without ALP.
+        alp: the effect of ALP's noise on some tokens of the first update; empty without ALP.
     """
 
     parts: list[Batch]
@@ -65,7 +65,13 @@ class PolicyGradient:
 
 
 def with_columns(policy: Policy, batch: Batch, needs: frozenset[str]) -> Batch:
-    """Return the batch with the log-probabilities of the trainer that `needs` names. Collective."""
+    """Return the batch with the log-probabilities of the trainer that `needs` names. Collective.
+
+    Args:
+        policy: the trainer's policy.
+        batch: the batch; columns that it has are kept.
+        needs: `Objective.needs`.
+    """
     if "logold" in needs and batch.logold is None:
         batch = replace(batch, logold=policy.logprobs(batch))
     if "logref" in needs and batch.logref is None:

@@ -15,7 +15,7 @@ from megatron_rl.alp.sigma import SigmaModule
 class LogitNoise:
     """The noise sigma * eps on the logits of R tokens.
 
-    eps depends on the token and on the global index in the vocabulary. The noise is never held as a whole. It is
+    eps depends on the token and on the global index in the vocabulary. The noise is never in memory as a whole. It is
     defined for logits before they are divided by the temperature.
 
     Attributes:

@@ -53,7 +53,13 @@ class NoiseRows:
 
 
 def noise_key(seed: int, step: int, layer: int) -> Key:
-    """Return a key of two words, distinct for every (step, layer) of one seed. `layer` must be below 65536."""
+    """Return a key of two words, distinct for every (step, layer) of one seed.
+
+    Args:
+        seed: seed of the run.
+        step: optimizer step.
+        layer: global layer, below 65536.
+    """
     mixed = (_mix64(seed & _FULL) + (step << 16) + layer) & _FULL
     return mixed & WORD, mixed >> 32
 
@@ -69,7 +75,7 @@ def philox4x32(counter: Words, key: Key) -> Words:
 
     - The counter words may have small shapes that broadcast, for example [1, columns] and [rows, 1]. In the first two
       rounds numpy allocates the results, so a word that is constant along a row or a column stays that small. With the
-      counters of `chunks`, c0 and c2 have the full shape after these rounds.
+      counters of `normal_chunks`, c0 and c2 have the full shape after these rounds.
     - Later rounds write to memory that is allocated once. c0 and c2 are overwritten in every round, because their old
       values are not needed after the multiplication.
     - c1 and c3 are not copied out of the products. They are views of the low words, and the next round still reads

@@ -192,7 +192,7 @@ def attribute(
         plan: the precision of trainer and engines.
         pool: the engines, on rank 0. The weights of all of them are compared; the probe's engine is the one replayed.
         probe: the trajectories to score.
-        folder: for weights; must be readable by ranks and engines. Removed afterwards.
+        folder: folder for weights; must be readable by ranks and engines. Removed afterwards.
         sampled: `Policy.copy_weights` of the version that sampled; None: the present weights.
         layers: also compare hidden states; on one rank only.
     """

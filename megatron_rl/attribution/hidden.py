@@ -34,6 +34,11 @@ def hidden_errors(policy: Policy, batch: Batch, held: Path) -> list[float]:
 
     The error is |theirs - ours| / |ours|, with Frobenius norms over tokens. `ours` is the policy with its present
     parameters. `theirs` is transformers in float32 with the weights in `held`.
+
+    Args:
+        policy: the trainer's policy, on one rank.
+        batch: the trajectories.
+        held: model folder of the engine's weights.
     """
     row = int(np.argmax(batch.lengths))
     one, length = batch.select(np.array([row])), int(batch.lengths[row])

@@ -9,7 +9,7 @@ from megatron_rl.precision.plan import PrecisionPlan
 
 
 def check_replayable(plan: PrecisionPlan, machine: Machine | None = None) -> None:
-    """Raise PrecisionError where the trainer's layers cannot compute without their own recipe.
+    """Raise PrecisionError if the trainer's layers cannot compute without their own recipe.
 
     `machine` defaults to this one.
     """

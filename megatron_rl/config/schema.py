@@ -117,7 +117,9 @@ class RolloutConfig(_Block):
         None,
         description="folder for weight versions; engines must be able to read it; unset: shared memory of this machine",
     )
-    timeout_s: float = Field(600.0, gt=0, description="time limit of one generation request, in seconds")
+    timeout_s: float = Field(
+        600.0, gt=0, description="time limit of a generation request and of each call of a weight update, in seconds"
+    )
     transport: Literal["disk", "distributed", "tensor"] = Field(
         "disk",
         description="how weights reach the engines: files in a folder, a broadcast, or shared memory on one machine",
@@ -218,7 +220,7 @@ class AlpConfig(_Block):
     weight_decay: float = Field(
         0.0,
         ge=0,
-        description="weight decay of log sigma; it moves log sigma towards 0, so sigma upwards; the paper uses 0.01",
+        description="weight decay of log sigma; it moves log sigma toward 0, so sigma upward; the paper uses 0.01",
     )
     layers: Literal["all", "logits"] | tuple[int, int] = Field(
         "all", description="layers with noise: all, or [start, end) counted from 0; logits: noise on the logits instead"

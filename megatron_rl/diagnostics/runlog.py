@@ -1,7 +1,7 @@
 """The run log: one JSON object per line, written to disk before the loop continues, and also to TensorBoard.
 
-A report uses only `log.jsonl`. Records are flat, with slash-separated keys. Every record has a `step` (int) and a
-`kind` ("step", "eval", "erpd" or "attribution").
+The plots of a report use only `log.jsonl`. Records are flat, with slash-separated keys. Every record has a `step`
+(int) and a `kind` ("step", "eval", "erpd" or "attribution").
 """
 
 import json

@@ -93,7 +93,7 @@ class ScoreChain:
 
 
 def largest_source(record: Mapping[str, Any]) -> str:
-    """Return one sentence on the source with the largest root mean square; `record` is the result of `Chain.record`."""
+    """Return one sentence on the source with the largest root mean square. `record` is that of `ScoreChain.record`."""
     sizes = {name: record[f"attribution/{name}/rms"] for name in SOURCES}
     name = max(sizes, key=lambda key: sizes[key])
     if sizes[name] == 0:
@@ -179,7 +179,7 @@ def first_diverging_layer(errors: Sequence[float], floor: float) -> int | None:
 
 
 def layer_verdict(errors: Sequence[float], floor: float) -> str:
-    """Return one sentence on the result of `first_jump`."""
+    """Return one sentence on the result of `first_diverging_layer`."""
     layer = first_diverging_layer(errors, floor)
     if layer is None:
         return f"hidden states agree through all {len(errors)} layers (largest relative error {max(errors):.1e})"

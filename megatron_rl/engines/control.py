@@ -22,11 +22,12 @@ class Traits:
     """Properties of an engine that decide how weights are sent to it and confirmed.
 
     Attributes:
-        embedded: an embedded server, which stages an update, can undo it, and reports the digests of what it received.
+        embedded: whether it is an embedded server, which stages an update, can undo it, and reports the digests of what
+            it received.
         ranks: number of processes that hold a part of the model.
         device: `cpu` or `cuda`.
-        dtype: of its unquantized weights.
-        quantized: it quantizes weights.
+        dtype: dtype of its unquantized weights.
+        quantized: whether it quantizes weights.
     """
 
     embedded: bool
@@ -115,7 +116,15 @@ class Controls(ABC):
         """Load the weights in `folder` and serve them as `version`.
 
         The cache is not flushed. If requests hold a part of it, SGLang would answer 400 although the new weights are
-        loaded. Raises EngineError with the server's message if it refuses.
+        loaded.
+
+        Args:
+            url: base URL of the engine.
+            folder: model folder, which the engine must be able to read.
+            version: the weight version.
+
+        Raises:
+            EngineError: with the server's message, if it refuses.
         """
         body = {"model_path": str(Path(folder).absolute()), "weight_version": str(version), "flush_cache": False}
         self._control(url, "/update_weights_from_disk", body)
@@ -149,7 +158,7 @@ class Controls(ABC):
             port: port of the store.
             rank: rank of the engine's first process in the group.
             world: number of processes in the group.
-            name: of the group.
+            name: name of the group.
             backend: nccl or gloo.
         """
         body = {"master_address": address, "master_port": port, "rank_offset": rank, "world_size": world}
@@ -173,9 +182,9 @@ class Controls(ABC):
         Args:
             url: base URL of the engine.
             group: name of the process group.
-            names: of the bucket's tensors.
-            dtypes: of the tensors.
-            shapes: of the tensors.
+            names: names of the bucket's tensors.
+            dtypes: their dtypes.
+            shapes: their shapes.
             version: the weight version, with the last bucket of an update; None with the others.
         """
         body = {"names": list(names), "dtypes": list(dtypes), "shapes": [list(shape) for shape in shapes]}
@@ -264,7 +273,13 @@ def _common(version: int | None) -> dict[str, Any]:
 
 
 def refusal_error(url: str, path: str, response: httpx.Response) -> EngineError:
-    """Return the error for a response whose status is not 200."""
+    """Return the error for a response whose status is not 200.
+
+    Args:
+        url: base URL of the engine.
+        path: path of the call.
+        response: the response.
+    """
     if response.status_code != 404:
         return EngineError(f"{url}{path} refused the request ({response.status_code}): {error_message(response)}")
     able = "" if path in ("/save_weights", "/abort_weight_update") else ", or an SGLang of a version that has it"

@@ -45,7 +45,7 @@ _THREADS = 32  # for `asyncio.to_thread` in the pool's loop: tools and verifiers
 
 
 class GenerationInterrupted(KeyboardInterrupt):
-    """Error of `run` and `generate` after `EnginePool.interrupt`. The engines were asked to abort the requests."""
+    """Error of `run` and `generate` after `EnginePool.interrupt`. The engines got abort requests."""
 
 
 class _Cancelled(Exception):
@@ -138,9 +138,9 @@ class EnginePool(Controls):
 
         Raises:
             UserError: if two requests have the same id.
-            EngineError: if a server refuses a request or no server is left. The engines are asked to abort the requests
-                that are still running.
-            GenerationInterrupted: after `interrupt`. The engines are asked to abort the requests, as above.
+            EngineError: if a server refuses a request or no server is left. Requests that are still running are aborted
+                at the engines.
+            GenerationInterrupted: after `interrupt`. The requests are aborted at the engines, as above.
         """
         rids = [request.rid for request in requests]
         if len(set(rids)) != len(rids):
@@ -273,7 +273,7 @@ class EnginePool(Controls):
         return samples
 
     async def _abort(self, engine: PooledEngine, rid: str) -> None:
-        """Ask the engine to abort a request; do not wait long, because closing the connection has the same effect."""
+        """Send the engine an abort request; do not wait long, because closing the connection has the same effect."""
         for url in self.live_urls if engine is self._front else (engine.url,) if engine.live else ():
             with suppress(httpx.HTTPError):
                 await self._http.post(f"{url}/abort_request", json={"rid": rid}, timeout=2.0)
@@ -286,7 +286,7 @@ class EnginePool(Controls):
             await self._drop_dead("/health")  # the router reports that a server failed, but not which one
 
     async def _watch(self) -> None:
-        """Drop servers that have unfinished requests and miss several health checks.
+        """Mark servers as lost that have unfinished requests and miss several health checks.
 
         This is needed because a failed node closes no connection.
         """
@@ -353,7 +353,7 @@ class EnginePool(Controls):
             await asyncio.sleep(0.1)
 
     def drop_dead(self) -> None:
-        """Drop every live server that does not answer: it is lost. This does not check that the others can generate."""
+        """Mark every live server that does not answer as lost. This does not check that the others can generate."""
         self._run(self._drop_dead("/model_info"))  # SGLang's /health would add a second to every weight update
 
     async def _drop_dead(self, path: str) -> None:

@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class EngineState(StrEnum):
-    """What an engine may be used for.
+    """State of an engine: what it may be used for.
 
     SERVING: generates with the committed weights.
     PAUSED: generates nothing, because a weight update is in progress; requests wait at the engine.
@@ -84,7 +84,7 @@ class Dropped(Unanswered):
 
 
 async def together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Return the results in order. After the first error the others are canceled, and have ended when it is raised."""
+    """Return the results in order. After the first error, cancel the others, wait for their end and raise it."""
     tasks = [asyncio.create_task(work) for work in works]
     try:
         return list(await asyncio.gather(*tasks))

@@ -12,7 +12,7 @@ from megatron_rl.protocol.server_options import EngineQuantization, describe_pre
 def check_server_precision(
     url: str, info: Mapping[str, Any], precision: PrecisionConfig, *, dequantized: bool = False
 ) -> None:
-    """Check that a server reports the precision that the run asks for.
+    """Check that a server reports the precision that the run requires.
 
     Args:
         url: of the server.
@@ -62,7 +62,7 @@ def check_server_precision(
 def check_server(
     url: str, info: Mapping[str, Any], config: Config, *, updates: bool = True, offloads: bool = False
 ) -> None:
-    """Check that a running server does what the configuration asks.
+    """Check that a running server does what the configuration requires.
 
     Args:
         url: of the server.

@@ -1,1 +1,1 @@
-"""Launching: the ranks of a run on one machine."""
+"""Launcher: starts and ends the ranks of a run on one machine."""

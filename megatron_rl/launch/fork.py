@@ -58,11 +58,11 @@ def fork_rank(
     line is the launcher's.
 
     Args:
-        arguments: of the command line.
-        environment: what a rank's environment holds in addition to the launcher's. It has RANK.
+        arguments: arguments of the command line.
+        environment: variables of the rank in addition to the launcher's, among them RANK.
         pids: file descriptor, to which the rank writes its pid and a newline as soon as it leads its session.
-        handlers: the handler that a rank has of each signal that the launcher handles.
-        like_new: called in the rank to reset what imported libraries keep and a new process would not have.
+        handlers: the handler, in the rank, of each signal that the launcher handles.
+        like_new: called in the rank; it resets state of imported libraries that a new process would not have.
     """
     _flush()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)  # a signal sent to the rank waits for the rank's handlers
@@ -83,7 +83,7 @@ def _become_rank(
     like_new: Callable[[], None],
     mask: set[int | signal.Signals],
 ) -> NoReturn:
-    """Run the rank and end this process. Never return, because the launcher's frames must not go on in the rank."""
+    """Run the rank and end this process. Never return, because the launcher's frames must not continue in the rank."""
     code = 1
     try:
         os.setsid()
@@ -105,7 +105,7 @@ def _become_rank(
 
 
 def _run(arguments: list[str]) -> int:
-    """Run `python -m megatron_rl ARGUMENTS`, with all that the interpreter does at its end. Return the exit code."""
+    """Run `python -m megatron_rl ARGUMENTS` and the exit steps of the interpreter. Return the exit code."""
     sys.argv[1:] = arguments
     try:
         runpy.run_module("megatron_rl", run_name="__main__", alter_sys=True)

@@ -26,7 +26,7 @@ from megatron_rl.supervise import kill_session
 SAME_STOP_S = 1.0  # one request may arrive twice: `timeout` and schedulers signal a process, then its group
 # numpy's BLAS starts threads when it is imported, the tokenizers when they encode a batch.
 _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-# The watch reads one pid a line. Its input ends when the launcher ends, for whatever reason.
+# The watch reads one pid a line. Its input ends when the launcher ends for any reason.
 _WATCH = """
 import os, signal, sys
 for pid in sys.stdin.readlines():
@@ -40,13 +40,13 @@ Worker = subprocess.Popen[bytes] | ForkedRank
 
 
 def under_launcher() -> bool:
-    """Return True inside a rank, whoever started it (this module, or torchrun or srun with RANK exported)."""
+    """Return True inside a rank, started by this module, by torchrun, or by srun with RANK exported."""
     return "RANK" in os.environ
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep libraries that are imported or used inside from starting threads, so that `run_ranks` can fork."""
+    """Prevent libraries that are imported or used inside from starting threads, so that `run_ranks` can fork."""
     added = {name: value for name, value in _ONE_THREAD.items() if name not in os.environ}
     os.environ.update(added)
     try:
@@ -68,7 +68,7 @@ def run_ranks(arguments: list[str], ranks: int) -> int:
     shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", default)
     stops: list[float] = []
     asking = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup sets SIG_IGN, which must stay
         asking.append(signal.SIGHUP)
     previous = {number: signal.signal(number, lambda *_: stops.append(time.monotonic())) for number in asking}
     workers: list[Worker] = []
@@ -95,7 +95,7 @@ def run_ranks(arguments: list[str], ranks: int) -> int:
 def _prepare_fork() -> Callable[[], None] | None:
     """Import the training stack if ranks can be forked from this process; otherwise return None.
 
-    Return the function that makes the stack like new in a forked rank.
+    The result is the function that resets the stack in a forked rank.
     """
     if not _has_one_thread():
         return None
@@ -104,7 +104,7 @@ def _prepare_fork() -> Callable[[], None] | None:
 
 
 def _has_one_thread() -> bool:
-    """Return True if this process has no threads besides the main one. False where there is no /proc."""
+    """Return True if this process has only its main thread. Return False if there is no /proc."""
     try:
         return len(os.listdir("/proc/self/task")) == 1
     except OSError:

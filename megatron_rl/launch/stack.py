@@ -1,4 +1,4 @@
-"""The training stack in a launcher that forks its ranks: imported once, and like new in every rank."""
+"""The training stack in a launcher that forks its ranks: imported once, and reset in every rank."""
 
 import importlib
 import os
@@ -11,7 +11,7 @@ STACK = "megatron_rl.trainer.bringup"  # what every rank imports
 
 
 def import_stack() -> bool:
-    """Import what every rank needs. Return False, with nothing imported, if there is CUDA, which survives no fork."""
+    """Import what every rank needs. Import nothing and return False with CUDA, which does not survive a fork."""
     if torch.cuda.is_available():
         return False
     importlib.import_module(STACK)
@@ -19,7 +19,7 @@ def import_stack() -> bool:
 
 
 def like_new() -> None:
-    """Give a forked rank what a new process has: threads as OMP_NUM_THREADS says, and its own random generators."""
+    """Reset a forked rank to the state of a new process: OMP_NUM_THREADS threads, and newly seeded generators."""
     threads = os.environ["OMP_NUM_THREADS"]  # torch reads it only while it is imported
     if threads.isdecimal():
         torch.set_num_threads(int(threads))

@@ -30,7 +30,7 @@ class DPPO(RatioObjective):
 
     D is the divergence of pi from q, the policy that `ratio_denominator` names. With rollout, q is mu. With
     trainer_old, q is the trainer's own policy before the update (the `recompute` variants), while r stays pi / mu. A
-    move back towards q is always allowed.
+    move back toward q is always allowed.
     """
 
     delta: float | None

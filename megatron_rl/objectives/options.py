@@ -35,13 +35,26 @@ def positive(
 
 
 def nonnegative(default: float, doc: str, *, at_most: float = math.inf) -> Any:
-    """Declare an option that is a finite number in [0, at_most]; `doc` describes it in error messages."""
+    """Declare an option that is a finite number in [0, at_most].
+
+    Args:
+        default: default value.
+        doc: description for error messages and documentation.
+        at_most: inclusive upper bound.
+    """
     limit = pydantic.Field(ge=0.0, le=at_most, allow_inf_nan=False)
     return _option(default, doc, Annotated[float, Strict(), limit], f"at least 0{_limit(at_most)}")
 
 
 def integer(default: int, doc: str, *, at_least: int = 1, at_most: int = 1 << 31) -> Any:
-    """Declare an option that is an integer in [at_least, at_most]; `doc` describes it in error messages."""
+    """Declare an option that is an integer in [at_least, at_most].
+
+    Args:
+        default: default value.
+        doc: description for error messages and documentation.
+        at_least: inclusive lower bound.
+        at_most: inclusive upper bound.
+    """
     kind = Annotated[int, Strict(), pydantic.Field(ge=at_least, le=at_most)]
     return _option(default, doc, kind, f"a whole number from {at_least} to {at_most}")
 
@@ -52,7 +65,13 @@ def flag(default: bool, doc: str) -> Any:
 
 
 def choice(default: str | None, names: Iterable[str], doc: str) -> Any:
-    """Declare an option that is one of `names`; None is legal only as the default."""
+    """Declare an option that is one of `names`.
+
+    Args:
+        default: default value; None is legal only as the default.
+        names: the legal values.
+        doc: description for error messages and documentation.
+    """
     names = tuple(names)
     return _option(default, doc, Literal[names], "", names)
 

@@ -17,7 +17,7 @@ class SAPO(RatioObjective):
         loss = -A (4 / tau) s,    s = sigmoid(tau (r - 1)),    tau = tau_pos if A > 0 else tau_neg
         -dloss/dlogp = A r w,    w = 4 s (1 - s)
 
-    w is 1 on policy and falls towards 0 on both sides. The factor 4 / tau makes this 1 independent of tau.
+    w is 1 on policy and falls toward 0 on both sides. The factor 4 / tau makes this 1 independent of tau.
     """
 
     tau_pos: float = positive(1.0, "steepness of the gate for A > 0")

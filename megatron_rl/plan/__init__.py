@@ -1,4 +1,4 @@
-"""Plans: what a configuration asks for, resolved before anything is allocated."""
+"""Plans: what a configuration requires, resolved before anything is allocated."""
 
 from megatron_rl.plan.algorithm_plan import AlgorithmPlan, plan_algorithm
 

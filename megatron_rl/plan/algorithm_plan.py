@@ -11,7 +11,7 @@ from megatron_rl.plan.erpd_plan import NAME, ERPDPlan, make_plan
 
 @dataclass(frozen=True)
 class AlgorithmPlan:
-    """What the parts of a run must know of its algorithm.
+    """The algorithm of a run, with the properties that other parts of the run use.
 
     Attributes:
         objective: the objective whose needs decide what the engines report; with ERPD the student's.

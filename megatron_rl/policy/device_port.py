@@ -3,7 +3,7 @@
 megatron-core uses CUDA in only a few places (buffers, RNG state, scalars for the gradient norm). `PORTED_MODULES` lists
 each module that does. In these modules, and nowhere else, the name `torch` is replaced by a view of torch whose
 allocations and `torch.cuda` calls use the CPU. `TENSOR_METHOD_SITES` lists the functions that call `tensor.cuda()` or
-compare `tensor.type()` with `torch.cuda.*`. torch's compiler is kept out: importing it takes seconds, and on a CPU
+compare `tensor.type()` with `torch.cuda.*`. torch's compiler is not imported: its import takes seconds, and on a CPU
 nothing uses it. With CUDA nothing is installed, and the same project code runs on the GPU.
 """
 

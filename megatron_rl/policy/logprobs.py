@@ -229,7 +229,7 @@ class _TokenScores(torch.autograd.Function):
             if noise is not None and d_log_sigma is not None:
                 d_log_sigma += noise.dot(d_x, part, settings.start)
             settings.head.backward(d_x, hidden[part], weight[:real], d_hidden[part], d_weight[:real])
-        if d_log_sigma is not None:  # so far only of this rank's slice of the vocabulary
+        if d_log_sigma is not None:  # so far the sum covers only this rank's slice of the vocabulary
             dist.all_reduce(d_log_sigma, group=settings.group)
             d_log_sigma = d_log_sigma.float()
         return d_hidden, d_weight.to(weight.dtype), d_log_sigma, None, None, None

@@ -35,7 +35,14 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 class PolicyModel(GPTModel):
-    """GPTModel chunk whose input is a packed shard. Its last stage returns (logp, entropy[, topk]) per scored row."""
+    """GPTModel chunk whose input is a packed shard. Its last stage returns (logp, entropy[, topk]) per scored row.
+
+    Args:
+        real_vocab_size: size of the vocabulary without padding.
+        temperature: the logits are divided by it.
+        fp32_head: compute the logits with float32 products.
+        noise: how the model is perturbed; None if it is not.
+    """
 
     def __init__(
         self,
@@ -179,7 +186,16 @@ def _mixture(experts: Experts, expert_parallel: int) -> dict[str, Any]:
 
 
 def build_chunks(config: Config, shape: ModelShape, mesh: Mesh) -> list[PolicyModel]:
-    """Return this rank's model chunks (one, or `virtual_pipeline` of them), parameters unset, on the mesh's device."""
+    """Return this rank's model chunks (one, or `virtual_pipeline` of them), parameters unset, on the mesh's device.
+
+    Args:
+        config: the resolved configuration.
+        shape: shape of the model.
+        mesh: the parallel layout.
+
+    Raises:
+        ConfigError: the layout does not fit the model.
+    """
     check_experts(config, shape)
     plan = resolve(config.precision, shape.num_layers)
     tf_config = transformer_config(config, shape)

@@ -77,7 +77,7 @@ class AttentionPlan:
 
 
 def plan_attention(cu_seqlens: list[int], cp_size: int, cp_rank: int, device: torch.device) -> AttentionPlan:
-    """Return the attention plan of one rank for sequences that are split zig-zag, each for itself.
+    """Return the attention plan of one rank for sequences that are split zig-zag, each on its own.
 
     Keys are gathered in rank order. Rank r holds chunks r and 2 cp - 1 - r of every sequence.
 

@@ -91,7 +91,7 @@ class PolicyOptimizer:
                 part.__class__ = TorchDistributedOptimizer
         self.scaler: Any = None
         if dtype == torch.float16:
-            # With several parts, each scaler would see only its own part's overflows, and the scales would diverge.
+            # With several parts, each scaler would detect only its own part's overflows, and the scales would diverge.
             (part,) = self.core.chained_optimizers
             self.scaler = part.grad_scaler
             self._first_scale = self.scaler.state_dict()

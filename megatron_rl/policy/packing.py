@@ -217,7 +217,7 @@ def local_positions(micro: Microbatch, *, cp_size: int, cp_rank: int, sp_size: i
 
 
 def noise_rows(micro: Microbatch, *, cp_size: int, cp_rank: int, sp_size: int, sp_rank: int) -> NoiseRows:
-    """Return the positions and trajectory ids of the tokens of `held_rows`, which has the same arguments."""
+    """Return the positions and trajectory ids of the tokens of `local_positions`, which has the same arguments."""
     own = local_positions(micro, cp_size=cp_size, cp_rank=cp_rank, sp_size=sp_size, sp_rank=sp_rank)
     return NoiseRows(micro.positions[own], micro.ids[own])
 

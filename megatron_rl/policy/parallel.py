@@ -181,7 +181,7 @@ def shutdown() -> None:
 
 @contextmanager
 def joined_mesh(config: Config) -> Iterator[Mesh]:
-    """Pick the device, join the world and cut it as the configuration says; leave it afterwards. Collective.
+    """Pick the device, join the world and divide it into the configured layout; leave it afterwards. Collective.
 
     On a CPU every rank of several uses one thread. Raises ConfigError if the device or the number of
     ranks is not available.

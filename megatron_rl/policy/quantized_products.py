@@ -115,7 +115,7 @@ class ProductMonitor:
     def scale_tensors(self) -> list[torch.Tensor]:
         """Return this rank's scales of delayed scaling and their histories, not copied. Empty with other recipes.
 
-        Also empty if `unreachable_scales`: Transformer Engine does not expose the scales of its layers.
+        The result is also empty if `unreachable_scales`: Transformer Engine does not expose the scales of its layers.
         """
         return [tensor for scales in self.scales for tensor in scales.tensors()]
 

@@ -23,10 +23,10 @@ class UpdateStats:
         grad_norm: norm of the gradient before clipping.
         lr: learning rate of the update.
         loss: sum over the batch, divided by the norm's denominator.
-        metrics: of the objective, the optimizer and the layers.
+        metrics: metrics of the objective, the optimizer and the layers.
         logp: [N] float32, log-probability of each token of the batch under the weights before the update; 0 where
             untrained.
-        entropy: [N] float32, entropy at each token, likewise.
+        entropy: [N] float32, entropy at each token under the same weights; 0 where untrained.
     """
 
     grad_norm: float
@@ -43,8 +43,8 @@ def gather_columns(mesh: Mesh, batch: Batch, reports: Sequence[Report], names: S
     Args:
         mesh: the parallel layout.
         batch: the whole batch, of N tokens.
-        reports: of this rank's micro-batches; each holds `source`, `mask` and the columns.
-        names: of the columns.
+        reports: reports of this rank's micro-batches; each holds `source`, `mask` and the columns.
+        names: names of the columns.
     """
     parts = []
     for report in reports if mesh.reports else []:
@@ -70,7 +70,7 @@ def gather_stats(
     Args:
         mesh: the parallel layout.
         batch: the batch of the update.
-        reports: of this rank's micro-batches.
+        reports: reports of this rank's micro-batches.
         gradients: norm and metrics of the optimizer.
         lr: learning rate of the update.
         more: further metrics, on rank 0.
@@ -93,7 +93,13 @@ def gather_stats(
 
 
 def gather_sigmas(mesh: Mesh, models: Sequence[torch.nn.Module], num_layers: int) -> dict[str, float]:
-    """Return ALP's scales per layer (from 0) and over layers, on rank 0; empty without any. Collective."""
+    """Return ALP's scales per layer (from 0) and over layers, on rank 0; empty without any. Collective.
+
+    Args:
+        mesh: the parallel layout.
+        models: this rank's model chunks.
+        num_layers: layers of the model.
+    """
     holders = [holder for model in models for holder in sigma_modules(model)]
     parts = mesh.gather({holder.layer_index: holder.sigma for holder in holders})
     by_layer = dict(sorted(item for part in parts for item in part.items()))

@@ -79,7 +79,7 @@ class DelayedScaleHooks:
         Args:
             block: a megatron-core TransformerBlock.
             linears: the scales of the linears in the block.
-            group: the ranks that share scales: they use the largest magnitude seen on any of them.
+            group: the ranks that share scales: they use the largest magnitude on any of them.
         """
         self.linears, self.group = linears, group
         block.register_forward_pre_hook(self._begin, with_kwargs=True)

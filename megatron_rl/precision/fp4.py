@@ -42,6 +42,6 @@ def pack_nibbles(codes_MN: Tensor) -> Tensor:
 
 
 def unpack_nibbles(packed: Tensor, columns: int) -> Tensor:
-    """Return the codes uint8 [M, columns] of packed bytes (inverse of `pack`)."""
+    """Return the codes uint8 [M, columns] of packed bytes (inverse of `pack_nibbles`)."""
     both = torch.stack((packed & 0xF, packed >> 4), dim=-1)
     return both.flatten(1)[:, :columns]

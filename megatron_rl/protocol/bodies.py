@@ -141,7 +141,7 @@ class JoinGroupBody(_Body):
         rank_offset: rank of the engine's first process in the group.
         world_size: number of processes in the group.
         group_name: name of the group.
-        backend: of torch.distributed.
+        backend: backend of torch.distributed.
     """
 
     master_address: str = Field(min_length=1)
@@ -182,7 +182,7 @@ class DistributedBody(_BucketBody):
     Without `load_format`, each tensor has its own broadcast.
 
     Attributes:
-        names: of the tensors.
+        names: names of the tensors.
         dtypes: one for each tensor.
         shapes: one for each tensor.
         group_name: the group of the broadcast.

@@ -99,7 +99,7 @@ class Sample:
 
 
 def generate_body(request: GenerationRequest, rid: str) -> dict[str, Any]:
-    """Return the JSON body of a /generate request that the engine knows as `rid`."""
+    """Return the JSON body of a /generate request with the id `rid`."""
     sampling = request.sampling
     params: dict[str, Any] = {
         "temperature": sampling.temperature,
@@ -130,7 +130,16 @@ def generate_body(request: GenerationRequest, rid: str) -> dict[str, Any]:
 
 
 def read_samples(url: str, request: GenerationRequest, answer: Any) -> list[Sample]:
-    """Return the samples of an answer to /generate. Raises EngineError when the answer is malformed."""
+    """Return the samples of an answer to /generate.
+
+    Args:
+        url: URL of the engine, for the error.
+        request: the request.
+        answer: the JSON of the response.
+
+    Raises:
+        EngineError: the answer is malformed.
+    """
     entries = answer if isinstance(answer, list) else [answer]
     if len(entries) != request.n:
         raise EngineError(f"{url} gave {len(entries)} samples for request '{request.rid}', {request.n} were asked for")

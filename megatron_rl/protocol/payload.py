@@ -51,7 +51,7 @@ _SPECIAL = {
 }
 _FLAT_ENTRY = ("sglang.srt.weight_sync.tensor_bucket", "FlattenedTensorMetadata")
 
-# Errors that unpickling may raise for bytes that `pack` did not write.
+# Errors that unpickling may raise for bytes that `pack_payload` did not write.
 _MALFORMED = (
     *(ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, RuntimeError, OverflowError, MemoryError),
     pickle.UnpicklingError,
@@ -113,7 +113,7 @@ def unpack_payload(payload: str) -> list[tuple[str, Tensor]]:
     """Return the tensors, in the sender's memory: copy what you keep.
 
     Raises:
-        EngineError: for anything other than such a payload.
+        EngineError: the bytes are not such a payload.
     """
     try:
         content = _Unpickler(io.BytesIO(base64.b64decode(payload, validate=True))).load()

@@ -85,7 +85,7 @@ def parse_quantization(
         trainer_dtype: as in `EngineQuantization`.
 
     Raises:
-        UserError: for an unknown value, or for an option that needs another one.
+        UserError: a value is unknown, or an option needs another one.
     """
     for flag, given, known in (
         ("activations", activations, ACTIVATIONS),
@@ -114,14 +114,14 @@ class ServerOptions:
         model: Hugging Face folder.
         host: address to listen on; the server has no authentication.
         port: port to listen on.
-        dtype: of weights that are not quantized and of activations: fp32, bf16 or fp16.
+        dtype: dtype of weights that are not quantized and of activations: fp32, bf16 or fp16.
         threads: torch threads; 0: torch's choice.
         deterministic: every request is its own batch.
         weight_version: version of the weights as loaded.
         device: cpu or cuda.
         max_rows: samples decoded together.
         parent_pid: end with this parent process; 0: do not. Linux only.
-        quantization: of weights and inputs; None: none.
+        quantization: quantization of weights and inputs; None: none.
     """
 
     model: Path

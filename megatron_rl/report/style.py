@@ -73,7 +73,14 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def finish(ax: Axes, ylabel: str, *, share: bool = False, legend: bool = True) -> None:
-    """Set axis labels and whole steps on the x axis; add a legend if there is more than one curve."""
+    """Set axis labels and whole steps on the x axis; add a legend if there is more than one curve.
+
+    Args:
+        ax: the axes.
+        ylabel: label of the y axis.
+        share: the y axis is [0, 1].
+        legend: False for no legend.
+    """
     ax.set_xlabel("step")
     ax.set_ylabel(ylabel)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))

@@ -10,8 +10,8 @@ A jail has three processes, and each is the child of the one before:
 Where bubblewrap is used, it takes the launcher's place, builds the root and drops the privileges.
 
 Standard input stays open. When the trainer closes it or ends, the jail ends. The code writes to standard output.
-The guard reports on a descriptor that the code never sees: when it begins, and how it ended. Imports here cost time for
-every block of code, so there are few.
+The guard reports on a descriptor that the code does not have: when it begins, and how it ended. Imports here cost time
+for every block of code, so there are few.
 """
 
 from __future__ import annotations
@@ -60,7 +60,15 @@ def call(what: str, result: int) -> int:
 
 
 def mount(source: str | None, target: str, kind: str | None, flags: int, options: str = "") -> None:
-    """Mount a file system, as mount(2)."""
+    """Mount a file system, as mount(2).
+
+    Args:
+        source: device, file or folder; None where the kind has none.
+        target: folder or file where it is mounted.
+        kind: kind of file system; None where the flags decide.
+        flags: flags of mount(2).
+        options: options of the file system.
+    """
     encoded = [None if text is None else text.encode() for text in (source, target, kind)]
     call(f"mount {target}", libc.mount(*encoded, ctypes.c_ulong(flags), options.encode()))
 

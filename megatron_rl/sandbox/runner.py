@@ -69,7 +69,7 @@ class Sandbox:
     As many blocks run at once as there are CPUs. The others wait, and their time starts when they run.
 
     Args:
-        way: how the jail is made, from `select.find_jail` or `select.accept_no_jail`.
+        way: how the jail is made, from `select.find_jail` or `select.allow_unsafe`.
         seconds: wall-clock limit of one block, which may use as much CPU time.
         memory_mb: address space of the code beyond the interpreter's own, in MiB.
         output_bytes: the code is ended after this many bytes of output.
@@ -101,7 +101,15 @@ class Sandbox:
 
 
 def run_block(way: Way, code: str, *, seconds: float, memory_mb: int, output_bytes: int) -> Result:
-    """Run one block of code in its own jail. For the arguments see `Sandbox`."""
+    """Run one block of code in its own jail.
+
+    Args:
+        way: as in `Sandbox`.
+        code: the block of code.
+        seconds: as in `Sandbox`.
+        memory_mb: as in `Sandbox`.
+        output_bytes: as in `Sandbox`.
+    """
     python = interpreter()
     request: dict[str, Any] = {
         "way": way,

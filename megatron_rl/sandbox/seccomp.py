@@ -97,7 +97,7 @@ def filter_program(machine: str | None = None) -> bytes | None:
         number = numbers[column]
         if number is not None:
             program += [(_JUMP_EQUAL, 0, 1, number), _refuse(errno.EPERM)]
-    # The C library makes threads with clone3, whose flags a filter cannot see, or with clone if there is no clone3.
+    # The C library makes threads with clone3, whose flags a filter cannot read, or with clone if there is no clone3.
     program += [(_JUMP_EQUAL, 0, 1, _CLONE3), _refuse(errno.ENOSYS)]
     program += [(_JUMP_EQUAL, 0, 4, _CLONE[column]), (_LOAD, 0, 0, _FIRST_ARGUMENT)]
     program += [(_JUMP_ANY_BIT, 1, 0, _CLONE_THREAD), _refuse(errno.EPERM), (_RETURN, 0, 0, _ALLOW)]

@@ -28,7 +28,7 @@ _MEND = (
 
 @functools.cache
 def find_jail() -> Way:
-    """Return the first way to make a jail that works and holds on this machine, tested once per process.
+    """Return the first way to make a jail that works and isolates code on this machine, tested once per process.
 
     Raises ConfigError if none does.
     """
@@ -51,7 +51,7 @@ def allow_unsafe() -> Way:
 
 
 def probe(way: Way) -> str:
-    """Return why this way does not hold here, or "" if it does. Code in it tries to reach what it must not reach."""
+    """Return why this way does not isolate code here, "" if it does. Code in it tries to access what is forbidden."""
     if filter_program() is None:
         return f"no filter of system calls for {os.uname().machine}"
     if way == "bwrap" and shutil.which("bwrap") is None:

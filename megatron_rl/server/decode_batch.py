@@ -134,6 +134,18 @@ class Job:
         top_logprobs: int = 0,
         routed: bool = False,
     ) -> Self:
+        """Return a job with its rows.
+
+        Args:
+            rid: id of the request.
+            prompt: token ids.
+            n: number of samples.
+            sampling: how to sample.
+            seed: seed of the noise keys.
+            input_start: as in the attributes.
+            top_logprobs: as in the attributes.
+            routed: as in the attributes.
+        """
         keys = row_keys(seed, np.arange(n))
         job = cls(rid, np.fromiter(prompt, dtype=np.int64), n, sampling, keys, input_start, top_logprobs, routed)
         job.rows = [SampleRow(job, index) for index in range(n)]
@@ -145,7 +157,15 @@ class Job:
 
 
 class DecodeBatch:
-    """Rows that are decoded together, as columns: numpy for bookkeeping, one tensor per layer for the cache."""
+    """Rows that are decoded together, as columns: numpy for bookkeeping, one tensor per layer for the cache.
+
+    Args:
+        rows: the R rows.
+        cache: keys and values of the rows.
+        columns: bookkeeping of the rows, a structured array [R].
+        stops: stop tokens of each row, [R, K], padded with -1.
+        room: number of output tokens that fit before the buffers grow.
+    """
 
     def __init__(
         self, rows: list[SampleRow], cache: GrowingCache, columns: np.ndarray, stops: np.ndarray, room: int = 32
@@ -243,7 +263,7 @@ class DecodeBatch:
         return ended, reason[ended]
 
     def collect(self, at: int) -> None:
-        """Move the output of row `at` into its Row."""
+        """Move the output of row `at` into its SampleRow."""
         filled = int(self.columns["filled"][at])
         self.rows[at].tokens += self.tokens_RC[at, :filled].tolist()
         self.rows[at].logprobs += self.logprobs_RC[at, :filled].tolist()

@@ -66,7 +66,7 @@ class Engine:
 
         Args:
             model_dir: the Hugging Face folder.
-            dtype: of weights, activations and cache: "fp32", "bf16" or "fp16".
+            dtype: dtype of weights, activations and cache: "fp32", "bf16" or "fp16".
             threads: torch threads of this engine; 0: torch's choice.
             deterministic: every request is its own batch, never joined and never compacted. A sample then depends only
                 on weights, prompt, n and seed.
@@ -74,11 +74,11 @@ class Engine:
             device: cpu or cuda.
             max_rows: number of samples decoded together.
             max_prefill_tokens: token limit of one prefill.
-            engine_quantization: of weights and inputs. It is emulated: weights are held as the values of their codes.
-                None: weights are served as they come, cast to `dtype`.
+            engine_quantization: quantization of weights and inputs. It is emulated: weights are held as the values of
+                their codes. None: weights are served as they come, cast to `dtype`.
 
         Raises:
-            UserError: for an unknown dtype.
+            UserError: the dtype is unknown.
         """
         if dtype not in DTYPES:
             raise UserError(f"engine dtype '{dtype}' is not one of {sorted(DTYPES)}")

@@ -42,7 +42,7 @@ transformers_logging.disable_progress_bar()
 
 @dataclass(frozen=True)
 class Weights:
-    """A model ready to serve, and the shapes and digests of the tensors as its files held them."""
+    """A model ready to serve, and the shapes and digests of its tensors as they were received."""
 
     model: PreTrainedModel
     shapes: dict[str, tuple[int, ...]]

@@ -14,7 +14,7 @@ ROUTED = ("qwen3_moe",)  # model types whose routers return (logits, gates, chos
 
 
 def has_experts(config: PreTrainedConfig) -> bool:
-    """Return whether `recorded` supports the model's routers."""
+    """Return whether `record_experts` supports the model's routers."""
     return config.model_type in ROUTED
 
 
@@ -39,6 +39,13 @@ class RoutingRecorder:
         self._layers: list[torch.Tensor] = []
 
     def note(self, router: nn.Module, args: Any, out: tuple[torch.Tensor, ...]) -> None:
+        """Record the experts that one router chose. This is its forward hook.
+
+        Args:
+            router: not used.
+            args: not used.
+            out: the router's outputs: logits, gates and the chosen experts.
+        """
         self._layers.append(out[2])
 
     def of(self, rows: int) -> np.ndarray | None:

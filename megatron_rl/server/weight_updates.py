@@ -75,6 +75,19 @@ class UpdateGroups:
         self._lock = threading.Lock()
 
     def join(self, name: str, address: str, port: int, *, rank: int, world: int, backend: str) -> None:
+        """Join an update group.
+
+        Args:
+            name: name of the group.
+            address: host of the group's store.
+            port: port of the store.
+            rank: rank of this engine in the group.
+            world: number of members of the group.
+            backend: torch.distributed backend.
+
+        Raises:
+            EngineError: the group was joined before, or cannot be joined in time.
+        """
         if name in self._groups:
             raise EngineError(f"update group '{name}' was joined before: leave it first")
         store = connect_store(address, port, world, JOIN_S)
@@ -83,6 +96,7 @@ class UpdateGroups:
             self._groups[name] = group
 
     def leave(self, name: str) -> None:
+        """Leave an update group. Raises EngineError if it was not joined."""
         with self._lock:
             group = self._groups.pop(name, None)
         if group is None:
@@ -92,6 +106,7 @@ class UpdateGroups:
         group.leave()
 
     def leave_all(self) -> None:
+        """Leave every update group."""
         for name in list(self._groups):
             self.leave(name)
 
@@ -153,7 +168,7 @@ class WeightUpdates:
     """The updates of one engine. Each one begins, is filled by buckets, and is served or discarded as a whole.
 
     Args:
-        begin: makes an empty Update.
+        begin: makes an empty PendingUpdate.
         build: makes a model of the tensors and digests of a complete update.
         swap: serves a model and returns what was served before. It returns None if that must not be kept, because the
             engine generates meanwhile or held nothing.

@@ -20,7 +20,7 @@ def make_task(config: TaskConfig, tokenizer: "PreTrainedTokenizerFast", *, seed:
     Args:
         config: its `name` selects the task: `math`, `tool` or arithmetic.
         tokenizer: tokenizes the prompts.
-        seed: of the shuffle of generated problems; tasks that only read a file do not use it.
+        seed: seed of the shuffle of generated problems; tasks that only read a file do not use it.
         max_prompt_tokens: a prompt with more tokens is an error.
 
     Raises:

@@ -20,6 +20,12 @@ class ArithmeticTask(Task):
 
     The problems are shuffled by `seed`. The first `held_out` are held out and the rest is trained on.
 
+    Args:
+        config: the `task` section.
+        tokenizer: tokenizes the prompts.
+        seed: seed of the shuffle.
+        max_prompt_tokens: a prompt with more tokens is an error.
+
     Raises:
         ConfigError: no problem is left to train on, or a prompt has more than `max_prompt_tokens` tokens.
     """

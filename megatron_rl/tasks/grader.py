@@ -109,7 +109,7 @@ def _judge(gold: str, answer: str) -> bool:
 
 
 def _serve() -> None:
-    """Judge requests from standard input until it ends."""
+    """Answer requests from standard input until it ends."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     logging.disable(logging.CRITICAL)
     out = os.fdopen(os.dup(1), "wb", buffering=0)

@@ -27,6 +27,12 @@ class MathTask(Task):
 
     The constructor reads, checks and tokenizes everything.
 
+    Args:
+        config: the `task` section.
+        tokenizer: tokenizes the prompts.
+        max_prompt_tokens: a prompt with more tokens is an error.
+        instructions: text after the problem in a prompt.
+
     Raises:
         UserError: names file and line of the first malformed row or too long prompt.
         ConfigError: nothing is left to train on.

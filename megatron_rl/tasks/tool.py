@@ -35,14 +35,21 @@ class ToolTask(Task):
 
     Without `data`, the problems are products of two numbers below max_operand: `17*23=` -> `#### 391`.
 
-    - A turn that ends with a ```python block is a call. The block runs in a sandbox. Its output comes back between
+    - A turn that ends with a ```python block is a call. The block runs in a sandbox. Its output is returned between
       ```output and ```, cut to `tool_tokens` tokens.
     - A turn with an answer as in `MathTask`, outside of code and after any code, ends the response.
     - A turn with neither is void.
 
     Problems of a file are followed by instructions. Products are not: their models are warmed up on demonstrations.
 
-    Raises ConfigError if no sandbox holds on this machine.
+    Args:
+        config: the `task` section.
+        tokenizer: tokenizes the prompts, and counts the tokens of outputs.
+        seed: seed of the shuffle of products.
+        max_prompt_tokens: a prompt with more tokens is an error.
+
+    Raises:
+        ConfigError: no sandbox works on this machine.
     """
 
     def __init__(

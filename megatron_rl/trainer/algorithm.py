@@ -30,5 +30,14 @@ class Algorithm(Protocol):
         ...
 
     def learn(self, trainer: Trainer, batch: Batch, watch: Stopwatch) -> Learned:
-        """Update the policy with the batch. Raises KeyboardInterrupt on every rank if a stop was requested."""
+        """Update the policy with the batch.
+
+        Args:
+            trainer: the trainer of the run.
+            batch: the result of `collect`.
+            watch: measures the phases of the step.
+
+        Raises:
+            KeyboardInterrupt: on every rank, if a stop was requested.
+        """
         ...

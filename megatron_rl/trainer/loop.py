@@ -23,7 +23,13 @@ class StepHook(Protocol):
 def train(trainer: Trainer, algorithm: Algorithm, hooks: Sequence[StepHook] = ()) -> None:
     """Train until `run.steps` steps are done, starting from `trainer.state`.
 
-    Raises KeyboardInterrupt on every rank if the user requested a stop; `trainer.state` is then the last whole step.
+    Args:
+        trainer: the trainer of the run.
+        algorithm: the training method.
+        hooks: extra work inside every step.
+
+    Raises:
+        KeyboardInterrupt: on every rank, if the user requested a stop; `trainer.state` is then the last whole step.
     """
     config = trainer.config
     trainer.publish(trainer.state.version)

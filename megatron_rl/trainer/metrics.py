@@ -84,7 +84,7 @@ def _worst(parts: list[Batch], logp: np.ndarray, logmu: np.ndarray) -> dict[str,
 def batch_record(
     step: int, version: int, parts: list[Batch], watch: Stopwatch, sampled: dict[str, float]
 ) -> dict[str, float | int | str]:
-    """Return what a step trained on, and the seconds it took so far.
+    """Return statistics of a step's batch, and the seconds of the step so far.
 
     `staleness/mean` and `staleness/max` cover the trained tokens, in versions. `seconds/rollout` is the time that the
     trainer waited for the batch.
@@ -151,7 +151,7 @@ def mismatch_by_staleness(stale: np.ndarray, logp: np.ndarray, logmu: np.ndarray
 
 
 def update_record(part: Batch, stats: UpdateStats) -> dict[str, float]:
-    """Return what one update did. For rank 0. `tokens` counts the trained tokens.
+    """Return the record of one update. For rank 0. `tokens` counts the trained tokens.
 
     `precision/gemms/<qkv, proj, fc1 or fc2>` is the number of products of these linears that ran quantized in the
     update, summed over ranks.

@@ -52,7 +52,7 @@ def confirm(engines: EnginePool, url: str, number: int, expected: ExpectedDigest
         url: the engine.
         number: the version that it must report.
         expected: digests of that version.
-        traits: of the engine.
+        traits: traits of the engine.
 
     Raises:
         EngineError: naming engine and tensor.
@@ -64,7 +64,13 @@ def confirm(engines: EnginePool, url: str, number: int, expected: ExpectedDigest
 
 
 def check_number(engines: EnginePool, url: str, number: int) -> None:
-    """Raise EngineError unless the engine reports weight version `number`."""
+    """Raise EngineError unless the engine reports weight version `number`.
+
+    Args:
+        engines: the pool.
+        url: the engine.
+        number: the weight version.
+    """
     reported = engines.weight_version(url)
     if reported != str(number):
         raise EngineError(f"{url} reports weight version '{reported}' after loading version {number}")
@@ -88,7 +94,7 @@ def compare(url: str, number: int, found: Digests, wanted: Digests, expected: Ex
 
 
 def check_probe(engines: EnginePool, url: str, number: int, probe: ScoreProbe | None) -> None:
-    """Let a paused engine score the probe, and pause it again. Raises EngineError when its scores are off.
+    """Let a paused engine score the probe, and pause it again. Raises EngineError if its scores differ too much.
 
     Args:
         engines: the pool.

@@ -51,7 +51,7 @@ class WeightSync:
             pool: the engines on global rank 0, None on the other ranks.
             source: the folder that the engines started from; it is version 0.
             transport: sends the weights.
-            mode: of the engines' pause, `rollout.update_mode`.
+            mode: mode of the engines' pause, `rollout.update_mode`.
             group: the ranks that receive the outcome of a push. None: all ranks, if torch.distributed is initialized.
             probe: scores a fixed text under the weights of the next push. Collective. It is called if the digests of an
                 engine cannot be computed.
@@ -115,7 +115,7 @@ class WeightSync:
 
     @property
     def engines(self) -> EnginePool:
-        """The engine pool. Raises UserError on another rank than 0."""
+        """The engine pool. Raises UserError on ranks other than 0."""
         if self._pool is None:
             raise UserError("this call is for global rank 0, which has the engine pool")
         return self._pool

@@ -5,8 +5,8 @@ things are required instead: the scores of a probe within a tolerance, digests e
 changed digest for every tensor that changed. An engine must generate to score the probe, so its requests are aborted
 first, to be resumed from their prefix, and it is quarantined until it has confirmed.
 
-An engine that can neither confirm nor return to the old version is lost if it may hold anything. It is quarantined
-until an update succeeds if only the old version cannot be loaded again. An offloaded engine holds nothing at first: it
+An engine that can neither confirm nor return to the old version is lost. If it is healthy, and only the old version
+cannot be loaded again, it is quarantined until an update succeeds. An offloaded engine holds nothing at first: it
 takes an update like the others, but may have nothing to return to.
 """
 
@@ -79,11 +79,11 @@ class Transaction:
             engines: the pool.
             transport: has prepared the new version.
             expected: collects the digests of the new version while it is sent.
-            number: of the new version.
+            number: number of the new version.
             old: the version that the engines serve.
-            traits: of each engine to update, by URL.
-            mode: of the pause, `rollout.update_mode`; "in_place" keeps the cache of requests.
-            probe: for engines whose digests cannot be computed.
+            traits: traits of each engine to update, by URL.
+            mode: mode of the pause, `rollout.update_mode`; "in_place" keeps the cache of requests.
+            probe: probe for engines whose digests cannot be computed.
         """
         self._engines, self._transport, self._expected = engines, transport, expected
         self._number, self._old, self._mode, self._probe = number, old, mode, probe
@@ -103,7 +103,7 @@ class Transaction:
         Raises:
             EngineError: naming engine and tensor, if an engine did not confirm. Every engine then serves the old
                 version again, or is quarantined or lost.
-            CheckpointError: likewise, if the weights themselves are invalid.
+            CheckpointError: the weights themselves are invalid. The state of the engines is the same as above.
         """
         engines = self._engines
         self._pause_all()
@@ -235,7 +235,7 @@ class Transaction:
             compare(url, old.number, engines.checksums(url), self._checksums_before[url], None)
 
     def _resume_restored(self) -> str:
-        """Resume the engines that hold the old version; drop or quarantine the others. Return what became of them."""
+        """Resume the engines that hold the old version; drop or quarantine the others. Return their states as text."""
         engines = self._engines
         alive = set(engines.live_urls)
         _, stuck = each([url for url in self._urls if url not in self._unrestored and url in alive], engines.resume)

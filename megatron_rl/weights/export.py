@@ -44,7 +44,7 @@ def export_weights(
         control: group over all ranks, used for one exchange of names. Default: the world.
 
     Raises:
-        CheckpointError: on every rank alike, if the ranks together do not hold the model of the name table, or if
+        CheckpointError: on every rank, if the ranks together do not hold the model of the name table, or if
             `dtypes` lacks a tensor.
     """
     plan = [entry for entry in entries(family, shape) if entry.rule.exported]

@@ -176,7 +176,7 @@ def write_hf_folder(
     dest.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{dest.name}.writing-", dir=dest.parent))
     try:
-        # mkdtemp makes a private folder; whoever may read the parent may also read the model.
+        # mkdtemp makes a private folder. Users who may read the parent may also read the model.
         temporary.chmod(dest.parent.stat().st_mode & 0o755)
         digests, dtypes = _write_shards(temporary, tensors, shard_bytes)
         _copy_assets(source, temporary)

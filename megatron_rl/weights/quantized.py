@@ -175,8 +175,8 @@ def dequantize_tensors(
 def quantize_at_load(tensors: Mapping[str, Tensor], plan: PrecisionPlan, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the values that an engine serves from an unquantized folder.
 
-    Each quantized tensor is rounded to the trainer's dtype, quantized and dequantized. The result equals that of `join`
-    for the same weights, exported by a trainer that loaded this folder.
+    Each quantized tensor is rounded to the trainer's dtype, quantized and dequantized. The result equals that of
+    `dequantize_tensors` for the same weights, exported by a trainer that loaded this folder.
 
     Args:
         tensors: name -> tensor of the folder.

@@ -211,7 +211,7 @@ class _Round:
         self.mesh.on_lead(lambda: self._compare(self.folder.note()["digest"], digest))
 
     def _restart_teacher(self) -> None:
-        """Restore pi_old, and remove the measurements of the previous teacher, which do not hold for the next one."""
+        """Restore pi_old, and remove the measurements of the previous teacher, which are not valid for the next one."""
         self.mesh.on_lead(self.folder.forget_teacher)
         self._restart()
 

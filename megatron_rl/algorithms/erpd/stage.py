@@ -45,7 +45,13 @@ class Stage:
 def run_stage(trainer: Trainer, folder: RoundFolder, stage: Stage) -> None:
     """Run a stage to its last update, from its newest checkpoint, or from its start with a fresh optimizer. Collective.
 
-    Raise KeyboardInterrupt, after saving a checkpoint, if a stop was requested.
+    Args:
+        trainer: the trainer of the run.
+        folder: the folder of the round.
+        stage: the stage.
+
+    Raises:
+        KeyboardInterrupt: a stop was requested. A checkpoint is saved before.
     """
     done = _enter(trainer, folder, stage)
     seed = (trainer.config.run.seed % 2**32, trainer.state.step, STAGES.index(stage.name))

@@ -34,13 +34,13 @@ class EmbeddedServers(Servers):
             model_dir: the Hugging Face folder to serve.
             log_dir: folder for the log files.
             count: number of servers.
-            dtype: of unquantized weights and of activations: fp32, bf16 or fp16.
+            dtype: dtype of unquantized weights and of activations: fp32, bf16 or fp16.
             threads: torch threads of each server. 0 shares half of this process's cores among the servers: with more
                 threads than free cores, small models are ten times slower.
             deterministic: every request is its own batch.
             weight_version: version of the weights as loaded.
             start_timeout_s: seconds until a server must be healthy.
-            engine_quantization: of weights and inputs; None: none.
+            engine_quantization: quantization of weights and inputs; None: none.
         """
         super().__init__(log_dir, count, start_timeout_s)
         self._options = ServerOptions(

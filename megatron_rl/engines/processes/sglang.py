@@ -196,7 +196,7 @@ def start_router(urls: Sequence[str], log: Path, settings: SGLangConfig, device:
     """Start sglang-router in front of running servers, and return without waiting for it.
 
     Args:
-        urls: of the servers.
+        urls: URLs of the servers.
         log: file for the router's output.
         settings: the section `rollout.sglang`.
         device: cpu or cuda.
@@ -218,7 +218,7 @@ def _guarded(settings: SGLangConfig, module: str, flags: list[str]) -> list[str]
 
 
 def _environment(device: str) -> dict[str, str]:
-    # A request for several samples cannot be aborted by its id. SGLang ends it when it detects that the client left.
+    # A request for several samples cannot be aborted by its id. SGLang ends it when it detects the disconnection.
     env = {"SGLANG_REQUEST_STATE_WAIT_TIMEOUT": "1"} | environment_of_servers()
     if device == "cpu":
         env |= _CPU_ENVIRONMENT

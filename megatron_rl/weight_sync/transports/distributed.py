@@ -30,7 +30,7 @@ class DistributedTransport(BucketTransport):
         Args:
             bucket_bytes: bytes of the two buckets together.
             timeout_s: seconds for one broadcast.
-            device: of the buckets; a CUDA device selects NCCL.
+            device: device of the buckets; a CUDA device selects NCCL.
         """
         super().__init__(bucket_bytes)
         self._timeout_s, self._device = timeout_s, device

@@ -1,7 +1,8 @@
-"""What SGLang lacks on a machine without CUDA. On PYTHONPATH of SGLang's own processes on CPU, and nowhere else.
+"""Replacements of what SGLang lacks without CUDA. Only SGLang's own processes on CPU have this folder on PYTHONPATH.
 
-1. torchvision from PyPI is linked against CUDA torch. Its library does not load beside a CPU torch, and its import
-   fails while it registers fakes of operators that do not exist. Their schemas are declared first; nothing calls them.
+1. The default wheel of torchvision is linked against CUDA torch. Its library does not load with a CPU torch, and its
+   import fails while it registers fakes of operators that do not exist. Their schemas are declared first. No code calls
+   these operators.
 2. The buffer for routed experts is pinned through cudart. Without CUDA there is nothing to pin.
 """
 
@@ -37,13 +38,13 @@ class _Before(importlib.abc.MetaPathFinder):
         return spec
 
 
-_declared: list[Any] = []  # a torch.library.Library takes its operators with it when it is collected
+_declared: list[Any] = []  # operators are removed when their torch.library.Library is collected
 
 
 def _declare_torchvision_operators():
     if _declared:
         return
-    import torch  # only where torchvision is wanted: this file is run by every Python process of the server
+    import torch  # not at the top: every Python process of the server runs this file
 
     library = torch.library.Library("torchvision", "DEF")
     for schema in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",):

@@ -1,7 +1,7 @@
-"""The names of SGLang's CPU kernel package, which package indices do not carry.
+"""The names of SGLang's CPU kernel package, which no package index offers.
 
-Without AMX every numeric path of SGLang is plain torch, and these names are imported only. Calling one raises, so that
-nothing is ever computed by a stand-in.
+Without AMX every numeric path of SGLang is plain torch, and these names are imported only. Calling one raises
+an error, so that no result comes from a replacement.
 """
 
 __version__ = "0.0.0+names.only"
