@@ -8,6 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_rl.config.old_keys import find_old_keys, rename_old_keys
+from megatron_rl.config.rules import check_rules
 from megatron_rl.config.schema import Config
 from megatron_rl.errors import ConfigError
 
@@ -50,9 +51,11 @@ def make_config(tree: dict[str, Any], lines: dict[tuple[str, ...], str] | None =
             f"{f'{place}: ' if place else ''}key '{'.'.join(old)}' is now called '{'.'.join(new)}': rename it"
         )
     try:
-        return Config(**tree)
+        config = Config(**tree)
     except ValidationError as error:
         raise ConfigError(_explain(error, lines)) from error
+    check_rules(config)
+    return config
 
 
 def changed_keys(old: Config, new: Config) -> list[str]:

@@ -1,18 +1,14 @@
-"""Rules between keys of a configuration that need only the configuration. Each rule raises ValueError."""
+"""Rules between keys of a configuration that need only the configuration. Each raises ConfigError."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from megatron_rl.config.schema import Config
+from megatron_rl.config.schema import Config
+from megatron_rl.errors import ConfigError
 
 
 def _deterministic_takes_every_group(config: Config) -> None:
     """Check that a deterministic run trains on every group it samples."""
     rollout = config.rollout
     if rollout.deterministic and rollout.oversample > 1:
-        raise ValueError(
+        raise ConfigError(
             f"rollout.oversample: {rollout.oversample} takes the groups that finish first, which is chance, and "
             "rollout.deterministic: true leaves nothing to chance: drop one of them"
         )
@@ -22,7 +18,7 @@ def _replaced_groups_have_several_samples(config: Config) -> None:
     """Check that groups that may be replaced have several samples: a group of one sample is always replaced."""
     rollout = config.rollout
     if rollout.max_resampled_groups and rollout.samples_per_prompt == 1:
-        raise ValueError(
+        raise ConfigError(
             "rollout.max_resampled_groups replaces groups whose rewards are all equal, and with "
             "rollout.samples_per_prompt: 1 every group is one of them: raise the latter"
         )
@@ -32,7 +28,7 @@ def _kept_caches_need_staleness(config: Config) -> None:
     """Check that in_place is used with staleness: only requests that run through an update keep a cache."""
     rollout = config.rollout
     if rollout.update_mode == "in_place" and not rollout.max_staleness:
-        raise ValueError(
+        raise ConfigError(
             "rollout.update_mode: in_place keeps the cache of requests that run through a weight update, and with "
             "rollout.max_staleness: 0 no request does: set retract, or raise max_staleness"
         )
@@ -47,7 +43,7 @@ def _retraction_and_replayed_experts(config: Config) -> None:
         and rollout.update_mode == "retract"
         and rollout.max_staleness
     ):
-        raise ValueError(
+        raise ConfigError(
             "rollout.update_mode: retract has SGLang choose the experts of tokens again that older weights sampled, "
             "and rollout.routing_replay would replay those: take abort or in_place, or rollout.max_staleness: 0"
         )
@@ -57,7 +53,7 @@ def _staging_folder_needs_disk(config: Config) -> None:
     """Check that weights_dir is used with disk: only the disk transport writes to a folder."""
     rollout = config.rollout
     if rollout.weights_dir is not None and rollout.transport != "disk":
-        raise ValueError(
+        raise ConfigError(
             f"rollout.weights_dir is where transport: disk writes, and rollout.transport is {rollout.transport}: "
             "leave it out"
         )
@@ -67,7 +63,7 @@ def _bucket_size_needs_buckets(config: Config) -> None:
     """Check that bucket_mb is used with a transport that has buckets."""
     rollout = config.rollout
     if rollout.bucket_mb != type(rollout).model_fields["bucket_mb"].default and rollout.transport == "disk":
-        raise ValueError(
+        raise ConfigError(
             f"rollout.bucket_mb: {rollout.bucket_mb} is about transports distributed and tensor, and disk writes a "
             "whole version at once: leave it out, or change rollout.transport"
         )
@@ -77,7 +73,7 @@ def _oversampling_and_offloading(config: Config) -> None:
     """Check that erpd does not oversample: offloaded engines cannot finish the remaining requests."""
     rollout = config.rollout
     if rollout.oversample > 1 and config.objective.name == "erpd":
-        raise ValueError(
+        raise ConfigError(
             f"rollout.oversample: {rollout.oversample} leaves requests to be ended when a step has its groups, and "
             "objective.name: erpd offloads the engines then: set it to 1"
         )
@@ -87,13 +83,13 @@ def _staleness_and_offloading(config: Config) -> None:
     """Check that erpd has no staleness: engines that are offloaded in a step sample only from the newest weights."""
     rollout = config.rollout
     if rollout.max_staleness and config.objective.name == "erpd":
-        raise ValueError(
+        raise ConfigError(
             f"rollout.max_staleness: {rollout.max_staleness} does not go with objective.name: erpd, whose round "
             "learns from what the policy it starts from has sampled, while the engines are offloaded: set it to 0"
         )
 
 
-ROLLOUT_RULES = (
+_RULES = (
     _deterministic_takes_every_group,
     _replaced_groups_have_several_samples,
     _kept_caches_need_staleness,
@@ -103,3 +99,9 @@ ROLLOUT_RULES = (
     _oversampling_and_offloading,
     _staleness_and_offloading,
 )
+
+
+def check_rules(config: Config) -> None:
+    """Raise ConfigError for the first rule that a configuration breaks."""
+    for rule in _RULES:
+        rule(config)

@@ -10,8 +10,6 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from megatron_rl.config import rules
-
 
 class _Block(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
@@ -336,8 +334,6 @@ class Config(_Block):
             raise ValueError("task.data is required for task.name: math")
         if self.task.name == "tool":
             self._tool_fits()
-        for check in rules.ROLLOUT_RULES:
-            check(self)
         return self
 
     def _tool_fits(self) -> None:
