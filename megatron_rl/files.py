@@ -40,7 +40,7 @@ def try_lock(path: Path) -> FileLock | None:
 
     Raises OSError if the file cannot be created or the file system has no locks.
     """
-    lock = FileLock(path, is_singleton=False)
+    lock = FileLock(path, thread_local=False, fallback_to_soft=False)
     try:
         lock.acquire(timeout=0)
     except Timeout:

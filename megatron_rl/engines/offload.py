@@ -1,8 +1,10 @@
 """Engines whose memory is released while the trainer works alone."""
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import TracebackType
 
 from megatron_rl.engines.pool import EnginePool
 from megatron_rl.files import replace_file
@@ -51,6 +53,16 @@ class OffloadedEngines:
     def forget(self) -> None:
         """Delete the note, because the engines have ended and their memory is free."""
         self._write(())
+
+    def print_left(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """On an abnormal exit, print which engines are still offloaded. The arguments are those of `__exit__`."""
+        if kind is None or not self.urls:
+            return
+        urls = ", ".join(self.urls)
+        text = f"engines left without their memory: {urls}; --resume of this run lets them allocate it again"
+        print(text, file=sys.stderr, flush=True)
 
     def _write(self, urls: Iterable[str]) -> None:
         left = list(dict.fromkeys(urls))

@@ -116,11 +116,6 @@ class EnginePool(Controls):
         return tuple(engine.url for engine in self._engines if engine.live)
 
     @property
-    def states(self) -> dict[str, EngineState]:
-        """State of every engine, by URL."""
-        return {engine.url: engine.state for engine in self._engines}
-
-    @property
     def quarantined(self) -> dict[str, str]:
         """Engines that get no new request until a weight update succeeds, with the reason."""
         quarantined = (engine for engine in self._engines if engine.state is EngineState.QUARANTINED)
@@ -412,7 +407,7 @@ class EnginePool(Controls):
         back = [engine for engine, healthy in zip(lost, health, strict=True) if healthy]
         for engine in back:
             engine.quarantined_because, engine.lost_because = f"lost before ({engine.lost_because})", ""
-            engine.version, engine.dead = 0, asyncio.Event()
+            engine.version, engine.offloaded, engine.dead = 0, False, asyncio.Event()
         return tuple(engine.url for engine in back)
 
     def _base_url(self, url: str) -> str:

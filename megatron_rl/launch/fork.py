@@ -27,7 +27,10 @@ class ForkedRank:
     def poll(self) -> int | None:
         """Return the exit code, negative for a signal, or None while the process runs."""
         if self._code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:  # SIGCHLD is ignored, so the kernel keeps no exit code; Popen returns 0, too
+                pid, status = self.pid, 0
             self._code = os.waitstatus_to_exitcode(status) if pid else None
         return self._code
 
@@ -100,8 +103,10 @@ def _become_rank(
     except BaseException as error:  # noqa: BLE001  nothing above handles it
         code = _report(error)
     finally:
-        _flush()
-        os._exit(code)
+        try:
+            _flush()
+        finally:
+            os._exit(code)
 
 
 def _run(arguments: list[str]) -> int:

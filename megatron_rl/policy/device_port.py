@@ -192,7 +192,7 @@ class _EagerAdamW(torch.optim.AdamW):
 
     def step(self, closure: Any = None) -> Any:
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            return _undecorated(torch.optim.Adam.step)(self, closure)
+            return _undecorated(torch.optim.AdamW.step)(self, closure)
 
 
 class _Stream:

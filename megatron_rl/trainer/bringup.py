@@ -64,11 +64,16 @@ def open_run(config: Config, *, resume: bool, attribute_only: bool = False) -> I
         stack.push(checkpoints.leave)
         if plan.needs_reference:
             policy.keep_reference()
+        offloaded = OffloadedEngines(config.run.folder / "engines_released.json")
+        if mesh.rank == 0 and config.rollout.urls:
+            stack.push(offloaded.print_left)
         state = _load_state(config, checkpoints, mesh) if resume else TrainState(seed=config.run.seed)
         leads: list[Lead] = []
-        mesh.on_lead(
-            lambda: leads.append(_open_lead(config, report.plan, plan, state, servers, stack, stops, attribute_only))
-        )
+
+        def open_lead() -> None:
+            leads.append(_open_lead(config, report.plan, plan, state, servers, offloaded, stack, stops, attribute_only))
+
+        mesh.on_lead(open_lead)
         lead = leads[0] if leads else None
         sync = make_sync(config, policy, mesh, report.plan, None if lead is None else lead.pool)
         stack.callback(sync.close)
@@ -96,7 +101,7 @@ def _prepare_folder(config: Config, resume: bool, stack: ExitStack) -> None:
             raise ConfigError(
                 f"{folder} is in use by another process: wait for it or end it, or choose another run.name"
             )
-        stack.enter_context(lock)
+        stack.callback(lock.release)
     if not resume:
         shutil.rmtree(rollouts_folder(config), ignore_errors=True)
     resolved = folder / "config.yaml"
@@ -187,6 +192,7 @@ def _open_lead(
     plan: AlgorithmPlan,
     state: TrainState,
     servers: Servers | None,
+    offloaded: OffloadedEngines,
     stack: ExitStack,
     stops: list[int],
     attribute_only: bool,
@@ -212,7 +218,6 @@ def _open_lead(
     if attribute_only or config.run.attribute_every:
         for url in rollouts.pool.live_urls:
             check_gives_weights(url, rollouts.pool.info(url))
-    offloaded = OffloadedEngines(config.run.folder / "engines_released.json")
     if servers is None:
         offloaded.resume(rollouts.pool)
     else:
@@ -222,8 +227,6 @@ def _open_lead(
     log = stack.enter_context(RunLog(config.run.folder, resume_from=None if attribute_only else state.step))
     progress = stack.enter_context(ProgressLine(config.run.name, config.run.steps, state.step, enabled=True))
     lead = Lead(rollouts, offloaded, log, progress)
-    if config.rollout.urls:
-        stack.push(lead.print_offloaded)
     for name in STOP_SIGNALS:
         signal.signal(name, lead.stop_soon)
     return lead

@@ -1,8 +1,6 @@
 """Rank 0's side of a run: sampling, engines, run log and live line. No other rank has one."""
 
-import sys
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 from megatron_rl.diagnostics.runlog import RunLog
@@ -60,13 +58,3 @@ class Lead:
         """Signal handler: stop at the next safe point, and cancel generation that is running."""
         self.interrupted = True
         self.pool.interrupt()
-
-    def print_offloaded(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """On an abnormal exit, print which engines that this run did not start are still offloaded."""
-        if kind is None or not self.offloaded.urls:
-            return
-        urls = ", ".join(self.offloaded.urls)
-        text = f"engines left without their memory: {urls}; --resume of this run lets them allocate it again"
-        print(text, file=sys.stderr, flush=True)

@@ -18,6 +18,7 @@ from megatron_rl.algorithms.erpd.signals import Signals, teacher_column
 from megatron_rl.algorithms.erpd.stage import Stage, run_stage
 from megatron_rl.algorithms.policy_gradient import with_columns
 from megatron_rl.config import Config
+from megatron_rl.config.old_keys import rename_old_keys
 from megatron_rl.errors import CheckpointError, ConfigError, UserError
 from megatron_rl.plan.erpd_plan import ERPDPlan
 from megatron_rl.policy.checkpoint import Checkpoints, parameter_digest
@@ -82,6 +83,16 @@ def round_settings(config: Config, plan: ERPDPlan) -> dict[str, Any]:
     }
 
 
+def with_new_names(asked: dict[str, Any]) -> dict[str, Any]:
+    """Return noted settings of a round with the present names of their keys; an earlier version may have noted them."""
+    tree: dict[str, Any] = {}
+    for key, value in asked.items():
+        section, _, name = key.partition(".")
+        tree.setdefault(section, {})[name] = dict(value) if isinstance(value, dict) else value
+    rename_old_keys(tree)
+    return {f"{section}.{name}": value for section, block in tree.items() for name, value in block.items()}
+
+
 def _folder(trainer: Trainer, step: int) -> RoundFolder:
     return RoundFolder(trainer.config.run.folder / "erpd", step)
 
@@ -138,7 +149,8 @@ class _Round:
         if not note:
             self.folder.add_note(asked=asked, digest=digest)
             return
-        other = [key for key, value in asked.items() if note["asked"].get(key) != value]
+        begun = with_new_names(note["asked"])
+        other = [key for key, value in asked.items() if begun.get(key) != value]
         if other:
             raise ConfigError(
                 f"the round in {self.folder.path} was begun with other settings ({', '.join(other)}): resume with "

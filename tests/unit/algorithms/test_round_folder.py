@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from megatron_rl.algorithms.erpd.round import round_settings
+from megatron_rl.algorithms.erpd.round import round_settings, with_new_names
 from megatron_rl.algorithms.erpd.round_folder import RoundFolder
 from megatron_rl.algorithms.erpd.stage import epoch_part
 from megatron_rl.config import make_config
@@ -133,3 +133,18 @@ def test_an_epoch_takes_every_group_once_and_whole_in_an_order_of_its_own():
     assert orders[0] != orders[1]
     assert epoch_part(whole, 3, 4, (0, 1, 0)).ids.tolist() == epochs[1][1].ids.tolist()
     assert orders[0] != [epoch_part(whole, 3, at, (0, 1, 1)).groups.tolist() for at in range(3)]
+
+
+def test_a_round_noted_under_old_names_of_keys_has_the_same_settings():
+    old = {
+        "objective.teacher": {"name": "sapo", "denominator": "trainer_old"},
+        "objective.student": {"kl": "k2", "level": "token"},
+        "objective.signals": [{"denominator": "old"}],
+        "optimizer.lr": 1e-3,
+    }
+    new = with_new_names(old)
+    assert new["objective.teacher"] == {"name": "sapo", "ratio_denominator": "trainer_old"}
+    assert new["objective.student"] == {"kl_estimator": "k2", "ratio_level": "token"}
+    assert new["objective.signals"] == old["objective.signals"] and new["optimizer.lr"] == 1e-3
+    assert new.keys() == old.keys() and with_new_names(new) == new
+    assert old["objective.student"] == {"kl": "k2", "level": "token"}, "the note itself is unchanged"
