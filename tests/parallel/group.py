@@ -1,4 +1,7 @@
-"""Long-lived groups of ranks: processes that join one gloo world once and run many checks inside it."""
+"""Long-lived groups of ranks: processes that join one gloo world once and run many checks inside it.
+
+Without CUDA they are forked from a process that has imported the training stack, so that a new group costs little.
+"""
 
 import faulthandler
 import gc
@@ -13,11 +16,15 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import psutil
+import torch
+
+from megatron_rl.launch.ranks import one_thread
+from megatron_rl.launch.stack import STACK, like_new
 
 STUCK = signal.SIGUSR1
 # Of one rank. A deleted policy leaves some gloo groups behind, and each of their threads wakes up a hundred times a
 # second. With a thousand of them, two cores do little else.
-THREADS = 250
+THREADS = 120
 
 
 def _free_port() -> int:
@@ -30,9 +37,7 @@ def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1"
     )
-    import torch
-
-    torch.set_num_threads(1)
+    like_new()
     faulthandler.register(STUCK, all_threads=False)
     while True:
         gc.collect()  # models of the last check hold each other, and with them the threads of its process groups
@@ -50,13 +55,15 @@ class RankGroup:
     """`run(module, function, **kwargs)` calls the function on every rank and answers the list of results."""
 
     def __init__(self, world: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+        context.set_forkserver_preload([STACK])
         port = _free_port()
         self.pipes, self.processes = [], []
         for rank in range(world):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, world, port, theirs))
-            process.start()
+            with one_thread():  # the first one starts the process that the others are forked from
+                process.start()
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
