@@ -25,9 +25,10 @@ sglang:
 quickstart: install
 	$(BIN)/megatron-rl quickstart
 
-# All tests.
+# All tests. Servers and groups of ranks use all cores by themselves; the others run in lanes.
 test: install
-	$(PYTEST) $(IN_LANES)
+	$(PYTEST) tests/contract tests/parallel tests/gpu
+	$(PYTEST) $(IN_LANES) tests/e2e tests/unit
 
 # Unit tests that start no process.
 test-fast: install
@@ -35,7 +36,8 @@ test-fast: install
 
 # All tests, and tests/durations.md: seconds of each folder, and the slowest tests.
 durations: install
-	$(PYTEST) $(IN_LANES) -p tests.durations
+	$(PYTEST) -p tests.durations tests/contract tests/parallel tests/gpu
+	$(PYTEST) -p tests.durations $(IN_LANES) tests/e2e tests/unit
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Writes tests/durations.md: how long each folder of tests takes, and the 25 slowest tests. A pytest plugin.
 
-Use it as `pytest -p tests.durations`, which `make durations` does.
+Use it as `pytest -p tests.durations`, which `make durations` does. Several runs add up: the newest time of a test counts.
 """
 
 import os
@@ -12,6 +12,7 @@ import pytest
 
 SLOWEST = 25
 _FILE = Path(__file__).with_suffix(".md")
+_KEY = "megatron_rl/durations"
 _seconds: dict[str, float] = defaultdict(float)
 
 
@@ -22,10 +23,12 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Write the file, in the process that collects the reports."""
-    if hasattr(session.config, "workerinput"):
+    if hasattr(session.config, "workerinput") or session.config.cache is None:
         return
+    known = session.config.cache.get(_KEY, {}) | _seconds
+    session.config.cache.set(_KEY, known)
     folders: dict[str, list[float]] = defaultdict(list)
-    for test, seconds in _seconds.items():
+    for test, seconds in known.items():
         folders["/".join(test.split("::")[0].split("/")[:2])].append(seconds)
     lines = [
         "# Durations",
@@ -42,6 +45,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         "| seconds | test |",
         "|---|---|",
     ]
-    slowest = sorted(_seconds.items(), key=lambda item: -item[1])[:SLOWEST]
+    slowest = sorted(known.items(), key=lambda item: -item[1])[:SLOWEST]
     lines += [f"| {seconds:.1f} | `{test.removeprefix('tests/')}` |" for test, seconds in slowest]
     _FILE.write_text("\n".join(lines) + "\n", encoding="utf-8")

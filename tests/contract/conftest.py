@@ -123,7 +123,7 @@ def sglang_only() -> None:
 @pytest.fixture
 def api(url: str, model_dir: Path) -> Iterator[httpx.Client]:
     """Yield a client of the session's server. Afterwards the server runs again, with its first weights."""
-    with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
+    with httpx.Client(base_url=url, timeout=240, trust_env=False) as client:
         yield client
         client.post("/abort_request", json={"abort_all": True}).raise_for_status()
         client.post("/continue_generation", json={}).raise_for_status()
