@@ -1,6 +1,6 @@
 """Writes tests/durations.md: how long each folder of tests takes, and the 25 slowest tests. A pytest plugin.
 
-Use it as `pytest -p tests.durations`, which `make durations` does. Several runs add up: the newest time of a test counts.
+Use it as `pytest -p tests.durations`, which `make durations` does. Several runs add up: a test's newest time counts.
 """
 
 import os
