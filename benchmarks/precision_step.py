@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from models import make_qwen3
 from rich.console import Console
 from rich.table import Table
-from step import make_batch, make_model
+from step import make_batch
 
 from megatron_rl.config import make_config
 from megatron_rl.objectives import make_objective
@@ -38,7 +39,8 @@ def part_step(args: argparse.Namespace, console: Console) -> dict[str, object]:
     The time is that of the calling thread. The ratios to bf16 and fp32 are medians over rounds; above 1 is slower.
     """
     with tempfile.TemporaryDirectory() as folder:
-        steps = _steps(make_model(Path(folder), SIZES))
+        model = make_qwen3(Path(folder), hidden=SIZES.hidden, layers=SIZES.layers, vocab=SIZES.vocab, tied=False)
+        steps = _steps(model)
     for step in (*steps.values(), *steps.values()):
         step()
     rounds = [{name: _seconds(step) for name, step in steps.items()} for _ in range(args.repeat)]
