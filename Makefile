@@ -25,10 +25,10 @@ sglang:
 quickstart: install
 	$(BIN)/megatron-rl quickstart
 
-# All tests. Servers and groups of ranks use all cores by themselves; the others run in lanes.
+# All tests. Servers, ranks and runs use all cores by themselves; unit tests run in lanes.
 test: install
-	$(PYTEST) tests/contract tests/parallel tests/gpu
-	$(PYTEST) $(IN_LANES) tests/e2e tests/unit
+	$(PYTEST) tests/contract tests/parallel tests/e2e tests/gpu
+	$(PYTEST) $(IN_LANES) tests/unit
 
 # Unit tests that start no process.
 test-fast: install
@@ -36,8 +36,8 @@ test-fast: install
 
 # All tests, and tests/durations.md: seconds of each folder, and the slowest tests.
 durations: install
-	$(PYTEST) -p tests.durations tests/contract tests/parallel tests/gpu
-	$(PYTEST) -p tests.durations $(IN_LANES) tests/e2e tests/unit
+	$(PYTEST) -p tests.durations tests/contract tests/parallel tests/e2e tests/gpu
+	$(PYTEST) -p tests.durations $(IN_LANES) tests/unit
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,7 +1,4 @@
-"""Long-lived groups of ranks: processes that join one gloo world once and run many checks inside it.
-
-Without CUDA they are forked from a process that has imported the training stack, so that a new group costs little.
-"""
+"""Long-lived groups of ranks: processes that join one gloo world once and run many checks inside it."""
 
 import faulthandler
 import gc
@@ -16,15 +13,11 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import psutil
-import torch
-
-from megatron_rl.launch.ranks import one_thread
-from megatron_rl.launch.stack import STACK, like_new
 
 STUCK = signal.SIGUSR1
 # Of one rank. A deleted policy leaves some gloo groups behind, and each of their threads wakes up a hundred times a
 # second. With a thousand of them, two cores do little else.
-THREADS = 120
+THREADS = 250
 
 
 def _free_port() -> int:
@@ -37,7 +30,9 @@ def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1"
     )
-    like_new()
+    import torch
+
+    torch.set_num_threads(1)
     faulthandler.register(STUCK, all_threads=False)
     while True:
         gc.collect()  # models of the last check hold each other, and with them the threads of its process groups
@@ -55,15 +50,13 @@ class RankGroup:
     """`run(module, function, **kwargs)` calls the function on every rank and answers the list of results."""
 
     def __init__(self, world: int) -> None:
-        context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-        context.set_forkserver_preload([STACK])
+        context = multiprocessing.get_context("spawn")
         port = _free_port()
         self.pipes, self.processes = [], []
         for rank in range(world):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, world, port, theirs))
-            with one_thread():  # the first one starts the process that the others are forked from
-                process.start()
+            process.start()
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
