@@ -25,10 +25,9 @@ sglang:
 quickstart: install
 	$(BIN)/megatron-rl quickstart
 
-# All tests. Servers, ranks and runs use all cores by themselves; unit tests run in lanes.
+# All tests, one after the other: servers, ranks and runs use all cores, and the sandbox's tests count processes.
 test: install
-	$(PYTEST) tests/contract tests/parallel tests/e2e tests/gpu
-	$(PYTEST) $(IN_LANES) tests/unit
+	$(PYTEST)
 
 # Unit tests that start no process.
 test-fast: install
@@ -36,8 +35,7 @@ test-fast: install
 
 # All tests, and tests/durations.md: seconds of each folder, and the slowest tests.
 durations: install
-	$(PYTEST) -p tests.durations tests/contract tests/parallel tests/e2e tests/gpu
-	$(PYTEST) -p tests.durations $(IN_LANES) tests/unit
+	$(PYTEST) -p tests.durations
 
 lint: install
 	$(BIN)/ruff check .
