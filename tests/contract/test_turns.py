@@ -94,13 +94,15 @@ def turns_of(trajectory: Trajectory) -> list[tuple[int, tuple[int, ...]]]:
 def test_engine_tokens_go_back_as_they_came_although_their_text_has_other_tokens(
     engine_side: Recorded, model: Qwen3ForCausalLM
 ) -> None:
-    (trajectory,) = engine_side.draw(task := Scripted())
-    written = [samples[0].tokens for _, samples in engine_side.asked]
     said = tuple(TOKENIZER.encode("abcabc", add_special_tokens=False))
-    assert len(written) == 3, "all three turns ended by themselves"
-    assert any(TOKENIZER.encode(TOKENIZER.decode(tokens)) != list(tokens) for tokens in written), (
-        "the case tells nothing"
-    )
+    for seed in range(1, 17):  # a processor's own rounding decides what a seed samples
+        engine_side.asked.clear()
+        (trajectory,) = engine_side.draw(task := Scripted(), seed=seed)
+        written = [samples[0].tokens for _, samples in engine_side.asked]
+        if len(written) == 3 and any(TOKENIZER.encode(TOKENIZER.decode(tokens)) != list(tokens) for tokens in written):
+            break
+    else:
+        pytest.fail("no seed gave three finished turns with a text of several tokenizations")
     assert trajectory.response_tokens == (*written[0], *said, *written[1], *said, *written[2])
     for number, (request, _) in enumerate(engine_side.asked):
         before = [token for tokens in written[:number] for token in (*tokens, *said)]

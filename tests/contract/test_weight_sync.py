@@ -285,12 +285,12 @@ STAGE = """
 import sys
 from pathlib import Path
 from megatron_rl.weights.hf_folder import HFFolder
-from megatron_rl.weight_sync.expected_digests import Tally
+from megatron_rl.weight_sync.expected_digests import ExpectedDigests
 from megatron_rl.weight_sync.transports.disk import DiskTransport
 
 source = HFFolder(Path(sys.argv[1]))
 transport = DiskTransport(source)
-transport.prepare(((name, source.read(name)) for name in source.tensors), 1, Tally(plain=False))
+transport.prepare(((name, source.read(name)) for name in source.tensors), 1, ExpectedDigests(plain=False))
 print(transport._private, flush=True)
 sys.stdin.read()
 """
@@ -302,7 +302,9 @@ def test_private_staging_folders_of_killed_processes_are_removed_and_those_in_us
             [sys.executable, "-c", STAGE, str(model)], text=True, stdout=subprocess.PIPE, **pipes
         )
         assert process.stdout is not None
-        return process, Path(process.stdout.readline().strip())
+        folder = process.stdout.readline().strip()
+        assert folder, "the process staged nothing"
+        return process, Path(folder)
 
     first, killed = staging(stdin=subprocess.PIPE)
     second, living = staging(stdin=subprocess.PIPE)
