@@ -80,7 +80,7 @@ def asked(
         ]
         answers = pool.generate(requests)
         for length, answer in zip(lengths, answers, strict=True):
-            assert all(len(sample.tokens) == length and sample.logprobs is not None for sample in answer)
+            assert all(len(sample.tokens) == length and sample.logmu is not None for sample in answer)
 
     return run
 

@@ -1,11 +1,19 @@
-"""The data that the training loop passes around: a prompt, a sampled response, and the columns of one batch."""
+"""The data that the training loop passes around: a prompt, a sampled response, and the columns of one batch.
 
+`COLUMNS` is the one place where a column is declared. Selecting, packing, saving, loading, checking and handing columns
+to objectives loop over it.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
 from megatron_rl.errors import UserError
+
+# Token ids, as a task or a tokenizer gives them or as an array.
+TokenIds = tuple[int, ...] | list[int] | np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,29 +33,81 @@ class Prompt:
     answer: str
 
 
-class VersionSpan(NamedTuple):
-    """Response tokens [start, end), sampled under weight version `version`."""
+@dataclass(frozen=True)
+class Column:
+    """One column of a batch.
 
-    version: int
-    start: int
-    end: int
-
-
-class TopK(NamedTuple):
-    """The K most likely tokens of the behavior policy at each of R response positions, most likely first.
-
-    The sampled token need not be among them.
+    Per-token columns are in *token* order: entry t describes token t itself. They may have further dimensions.
 
     Attributes:
-        ids: token ids, [R, K] int32.
-        logmu: their log-probabilities, [R, K] float32, finite.
+        name: name of the column.
+        dtype: numpy's dtype.
+        doc: what an entry is.
+        per_token: one entry per token; False: one per trajectory.
+        sampled: a trajectory carries the column for its response tokens.
+        fill: value on prompt tokens and on tokens that are not trained on.
+        packed: where the entry of token t goes in a micro-batch: to the position that predicts the token ("label"), to
+            the position of the token itself ("input"), or nowhere.
+        packed_dtype: dtype in a micro-batch; "" for the same one.
+        finite: an entry of a trained token must be finite.
+        required: every batch has the column.
+        answer_key: name of the list in the engine's `meta_info` that has one number per output token; "" if the column
+            does not come from such a list.
     """
 
-    ids: np.ndarray
-    logmu: np.ndarray
+    name: str
+    dtype: str
+    doc: str
+    per_token: bool = True
+    sampled: bool = False
+    fill: float = 0
+    packed: Literal["label", "input", ""] = "label"
+    packed_dtype: str = ""
+    finite: bool = False
+    required: bool = False
+    answer_key: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+def _per_trajectory(name: str, dtype: str, doc: str, **more: Any) -> Column:
+    return Column(name, dtype, doc, per_token=False, **{"packed": "", "required": True, **more})
+
+
+COLUMNS: dict[str, Column] = {
+    column.name: column
+    for column in (
+        _per_trajectory("ids", "int64", "id of the trajectory"),
+        _per_trajectory("groups", "int64", "group of the trajectory"),
+        _per_trajectory("prompt_ids", "str", "the task's own name of the prompt", required=False),
+        _per_trajectory("rewards", "float32", "reward", packed="label", finite=True),
+        _per_trajectory("advantages", "float32", "advantage of the whole response", packed="label", finite=True),
+        Column("tokens", "int32", "token id", sampled=True, packed="", required=True),
+        Column("mask", "float32", "1 on trained response tokens, else 0", sampled=True, required=True),
+        Column("versions", "int32", "weight version that sampled the token", sampled=True, fill=-1, packed=""),
+        Column("logmu", "float32", "log-probability under the behavior policy", sampled=True, finite=True),
+        Column("logold", "float32", "log-probability under the trainer's policy before the step", finite=True),
+        Column("logref", "float32", "log-probability under the reference policy", finite=True),
+        Column(
+            "topk_ids",
+            "int32",
+            "[K] most likely tokens of the behavior policy, most likely first; the sampled one may be absent",
+            sampled=True,
+            packed_dtype="int64",
+        ),
+        Column("topk_logmu", "float32", "[K] log-probabilities of topk_ids", sampled=True, finite=True),
+        Column("token_advantages", "float32", "packed in place of `advantages`", finite=True),
+        Column("staleness", "float32", "versions between the one that sampled the token and the one of the step"),
+        Column(
+            "routing",
+            "int32",
+            "[L, K] experts that the engine chose with this token as input, -1 where it chose none",
+            fill=-1,
+            packed="input",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Trajectory:
     """One sampled response, exactly as the engine produced it (token in, token out: never re-tokenized).
 
@@ -55,93 +115,78 @@ class Trajectory:
         id: unique in the run.
         group: shared by the trajectories of one prompt.
         prompt_id: the task's own name of the prompt.
-        logmu: behavior log-probabilities of the response tokens; None if the objective does not need them.
+        prompt_tokens: [P] int32.
+        columns: the sampled columns of the R response tokens, by name: always `tokens` [R] int32 and `mask` [R] int8,
+            which is 0 for tool output and void turns.
         finish_reason: "stop", "length" or "abort".
-        versions: the weight versions that sampled the response tokens.
         reward: None until the task has verified the response.
-        topk: None if the objective does not need it; not compared.
-        response_mask: 1 for tokens that the model wrote and that are trained on, 0 for tool output (whose logmu is 0)
-            and for void turns; None means all 1.
-        routing: [T - 1, L, K] int32, the experts that the engine chose for each input token of prompt and response
-            except the last one, in each of L mixture-of-experts layers; not compared.
+        routing: [P + R - 1, L, K] int32, the experts that the engine chose for each input token of prompt and response
+            except the last one, in each of L mixture-of-experts layers; None if they are not replayed.
     """
 
     id: int
     group: int
     prompt_id: str
-    prompt_tokens: tuple[int, ...]
-    response_tokens: tuple[int, ...]
-    logmu: tuple[float, ...] | None
+    prompt_tokens: np.ndarray
+    columns: Mapping[str, np.ndarray]
     finish_reason: str
-    versions: tuple[VersionSpan, ...] = ()
     reward: float | None = None
-    topk: TopK | None = field(default=None, compare=False)
-    response_mask: tuple[int, ...] | None = None
-    routing: np.ndarray | None = field(default=None, compare=False)
+    routing: np.ndarray | None = field(default=None)
 
     @property
-    def last_turn(self) -> tuple[int, ...]:
+    def response_tokens(self) -> np.ndarray:
+        """Token ids of the response, [R] int32."""
+        return self.columns["tokens"]
+
+    @property
+    def logmu(self) -> np.ndarray | None:
+        """Behavior log-probabilities of the response tokens, [R] float32; None if the objective does not need them."""
+        return self.columns.get("logmu")
+
+    @property
+    def last_turn(self) -> np.ndarray:
         """The response tokens after the last masked one.
 
         The answer is searched for in these tokens only, never in tool output.
         """
-        if self.response_mask is None:
-            return self.response_tokens
-        written = len(self.response_mask)
-        while written and self.response_mask[written - 1]:
-            written -= 1
-        return self.response_tokens[written:]
+        masked = np.flatnonzero(self.columns["mask"] == 0)
+        return self.response_tokens[masked[-1] + 1 :] if len(masked) else self.response_tokens
+
+    @property
+    def sampled_by(self) -> np.ndarray:
+        """The weight versions that sampled response tokens, ascending."""
+        versions = np.unique(self.columns["versions"])
+        return versions[versions >= 0]
 
     def with_reward(self, reward: float) -> Self:
         return replace(self, reward=reward)
 
 
-@dataclass(frozen=True, slots=True)
 class Batch:
-    """Trajectories as columns; identical on every rank.
+    """Trajectories as columns; identical on every rank. A column is an attribute, None if the batch does not have it.
 
-    B trajectories, N = sum of their lengths (prompt and response). Per-token columns are flat and in *token* order:
-    entry t describes token t itself. Packing later shifts the entries to the position that predicts the token.
+    B trajectories, N = sum of their lengths (prompt and response). Per-token columns are flat: [N, ...].
 
-    Attributes:
-        ids: trajectory ids, [B] int64.
-        groups: group of each trajectory, [B] int64.
-        tokens: [N] int32.
+    Args:
         cu_seqlens: [B + 1] int64; trajectory i is tokens[cu[i]:cu[i + 1]].
-        mask: [N] float32, 1 on trained response tokens.
-        rewards: [B] float32.
-        advantages: [B] float32.
-        logmu: [N] float32, 0 where mask is 0; or None.
-        logold: same layout as logmu.
-        logref: same layout as logmu.
-        prompt_ids: the task's own names of the prompts.
-        topk_ids: [N, K] int32, the behavior policy's K most likely tokens at the position of each token, 0 where mask
-            is 0; or None.
-        topk_logmu: [N, K] float32, their log-probabilities, 0 where mask is 0; or None.
-        token_advantages: [N] float32, used in the loss in place of `advantages`; 0 where mask is 0.
-        versions: [N] int32, weight version that sampled the token, -1 where mask is 0; or None.
-        staleness: [N] float32, versions between the one that sampled the token and the one the step trains from, 0
-            where mask is 0; or None.
-        routing: [N, L, K] int32, experts that the engine chose with this token as input, -1 where it chose none.
+        columns: arrays by the names of `COLUMNS`.
     """
 
-    ids: np.ndarray
-    groups: np.ndarray
-    tokens: np.ndarray
     cu_seqlens: np.ndarray
-    mask: np.ndarray
-    rewards: np.ndarray
-    advantages: np.ndarray
-    logmu: np.ndarray | None = None
-    logold: np.ndarray | None = None
-    logref: np.ndarray | None = None
-    prompt_ids: tuple[str, ...] = field(default=())
-    topk_ids: np.ndarray | None = None
-    topk_logmu: np.ndarray | None = None
-    token_advantages: np.ndarray | None = None
-    versions: np.ndarray | None = None
-    staleness: np.ndarray | None = None
-    routing: np.ndarray | None = None
+
+    def __init__(self, *, cu_seqlens: np.ndarray, **columns: np.ndarray | None) -> None:
+        unknown = columns.keys() - COLUMNS.keys()
+        missing = [name for name, column in COLUMNS.items() if column.required and columns.get(name) is None]
+        if unknown or missing:
+            raise TypeError(f"a batch has no columns {sorted(unknown)} and needs {missing}")
+        self.__dict__.update({"cu_seqlens": cu_seqlens}, **{name: columns.get(name) for name in COLUMNS})
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"a batch does not change: use with_columns({name}=...)")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -151,6 +196,15 @@ class Batch:
         """Tokens per trajectory, [B] int64."""
         return np.diff(self.cu_seqlens)
 
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        """The columns that the batch has, by name."""
+        return {name: value for name in COLUMNS if (value := self.__dict__.get(name)) is not None}
+
+    def with_columns(self, **columns: np.ndarray | None) -> "Batch":
+        """Return the batch with these columns replaced or added; None removes a column."""
+        return Batch(cu_seqlens=self.cu_seqlens, **{**self.columns, **columns})
+
     def check_finite(self) -> None:
         """Check that every number of a trained token is finite.
 
@@ -158,13 +212,10 @@ class Batch:
             UserError: a value is not finite; the message names the column and the trajectories.
         """
         trained = self.mask > 0
-        per_token = {
-            name: column
-            for name in ("logmu", "logold", "logref", "token_advantages", "topk_logmu")
-            if (column := getattr(self, name)) is not None
-        }
-        spread = {name: np.repeat(getattr(self, name), self.lengths) for name in ("advantages", "rewards")}
-        for name, column in {**per_token, **spread}.items():
+        for name, values in self.columns.items():
+            if not COLUMNS[name].finite:
+                continue
+            column = values if COLUMNS[name].per_token else np.repeat(values, self.lengths)
             bad = trained & ~np.isfinite(column.reshape(len(trained), -1)).all(1)
             if bad.any():
                 rows = np.searchsorted(self.cu_seqlens, np.flatnonzero(bad), side="right") - 1
@@ -176,27 +227,9 @@ class Batch:
     def select(self, rows: np.ndarray) -> "Batch":
         """Return the batch of the trajectories with row indices `rows`, in that order."""
         lengths = self.lengths[rows]
-        flat = np.concatenate([np.arange(self.cu_seqlens[r], self.cu_seqlens[r + 1]) for r in rows])
-
-        def per_token(column: np.ndarray | None) -> np.ndarray | None:
-            return None if column is None else column[flat]
-
+        cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+        flat = np.arange(cu_seqlens[-1]) + np.repeat(self.cu_seqlens[rows] - cu_seqlens[:-1], lengths)
         return Batch(
-            ids=self.ids[rows],
-            groups=self.groups[rows],
-            tokens=self.tokens[flat],
-            cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]),
-            mask=self.mask[flat],
-            rewards=self.rewards[rows],
-            advantages=self.advantages[rows],
-            logmu=per_token(self.logmu),
-            logold=per_token(self.logold),
-            logref=per_token(self.logref),
-            prompt_ids=tuple(self.prompt_ids[r] for r in rows) if self.prompt_ids else (),
-            topk_ids=per_token(self.topk_ids),
-            topk_logmu=per_token(self.topk_logmu),
-            token_advantages=per_token(self.token_advantages),
-            versions=per_token(self.versions),
-            staleness=per_token(self.staleness),
-            routing=per_token(self.routing),
+            cu_seqlens=cu_seqlens,
+            **{name: values[flat if COLUMNS[name].per_token else rows] for name, values in self.columns.items()},
         )

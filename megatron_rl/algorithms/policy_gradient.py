@@ -1,6 +1,6 @@
 """Policy gradient: one pass over the step's batch, cut into the step's optimizer updates."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -73,9 +73,9 @@ def with_columns(policy: Policy, batch: Batch, needs: frozenset[str]) -> Batch:
         needs: `Objective.needs`.
     """
     if "logold" in needs and batch.logold is None:
-        batch = replace(batch, logold=policy.logprobs(batch))
+        batch = batch.with_columns(logold=policy.logprobs(batch))
     if "logref" in needs and batch.logref is None:
-        batch = replace(batch, logref=policy.reference_logprobs(batch))
+        batch = batch.with_columns(logref=policy.reference_logprobs(batch))
     return batch
 
 
@@ -85,7 +85,7 @@ def with_staleness(batch: Batch, version: int) -> Batch:
     The step trains from `version`.
     """
     assert batch.versions is not None  # engines always report them
-    return replace(batch, staleness=np.where(batch.mask > 0, version - batch.versions, 0).astype(np.float32))
+    return batch.with_columns(staleness=np.where(batch.mask > 0, version - batch.versions, 0).astype(np.float32))
 
 
 def split_updates(batch: Batch, updates: int) -> list[Batch]:

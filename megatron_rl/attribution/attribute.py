@@ -148,7 +148,7 @@ def draw_probe(
             temperature=1.0,
             samples=1,
         )
-        texts = [t.prompt_tokens + t.response_tokens for t in sampled]
+        texts = [np.concatenate([t.prompt_tokens, t.response_tokens]) for t in sampled]
         nothing = SamplingParams(max_new_tokens=0)
         scored = pool.generate(
             [
@@ -156,15 +156,17 @@ def draw_probe(
                 for at, text in enumerate(texts)
             ]
         )
-    stale = {span.version for t in sampled for span in t.versions} - {version}
+    stale = {served for t in sampled for served in t.sampled_by.tolist()} - {version}
     if stale:
         raise EngineError(f"{url} samples under weight version {min(stale)} instead of {version}: it was restarted")
     batch = make_batch([t.with_reward(0.0) for t in sampled], "mean")
     prefill = np.zeros(len(batch.tokens), dtype=np.float32)
     ends = [
-        (sample.prompt_logprobs or ())[len(t.prompt_tokens) - 1 :] for t, (sample,) in zip(sampled, scored, strict=True)
+        sample.prompt_logprobs[len(t.prompt_tokens) - 1 :]
+        for t, (sample,) in zip(sampled, scored, strict=True)
+        if sample.prompt_logprobs is not None
     ]
-    prefill[batch.mask > 0] = np.concatenate([np.asarray(end, dtype=np.float32) for end in ends])
+    prefill[batch.mask > 0] = np.concatenate(ends)
     if not np.isfinite(prefill).all():
         raise EngineError(
             f"{url} scores a text it sampled with numbers that are not finite: check the weights it serves"

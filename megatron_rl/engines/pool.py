@@ -29,6 +29,7 @@ from megatron_rl.protocol.generation import (
     error_message,
     generate_body,
     read_samples,
+    to_json,
 )
 
 T = TypeVar("T")
@@ -41,6 +42,8 @@ _RECOVER_S = 2.5  # time for the health check of a lost engine, made at every we
 _WATCH_S = 5.0  # between health checks of servers with unfinished requests
 _IN_FLIGHT = 256  # requests per server at once
 _QUARANTINE_S = 30.0  # time a request waits while every live engine is quarantined
+_SMALL_ANSWER = 1 << 15  # bytes of an answer that is read in the loop itself
+_JSON = {"content-type": "application/json"}
 _THREADS = 32  # for `asyncio.to_thread` in the pool's loop: tools and verifiers mostly wait for processes
 
 
@@ -239,7 +242,7 @@ class EnginePool(Controls):
     async def _attempt(self, engine: PooledEngine, request: GenerationRequest, attempt: int) -> list[Sample]:
         # The server may still be aborting the first attempt, so a retry needs its own request id.
         rid = f"{request.rid}~{attempt}" if attempt else request.rid
-        body, expected = generate_body(request, rid), engine.version
+        body, expected = to_json(generate_body(request, rid)), engine.version
         engine.load += request.n
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -257,8 +260,8 @@ class EnginePool(Controls):
             raise
         finally:
             engine.load -= request.n
-        samples = read_samples(engine.url, request, answer)
-        oldest = min((span.version for sample in samples for span in sample.versions), default=expected)
+        samples = await self._read(engine.url, request, answer)
+        oldest = min((int(v.min()) for sample in samples if len(v := sample.columns["versions"])), default=expected)
         if oldest < expected:
             engine.quarantined_because = (
                 f"it answered with weight version {oldest} after version {expected}: it was restarted"
@@ -308,20 +311,23 @@ class EnginePool(Controls):
                 self._front.dead.set()
                 self._front.dead = asyncio.Event()
 
-    async def _post(self, url: str, path: str, body: dict[str, Any]) -> Any:
-        """Return the JSON response. Raises EngineError for a refusal (4xx), Unanswered if a retry may help."""
+    async def _post(self, url: str, path: str, body: bytes) -> bytes:
+        """Return the body of the response. Raises EngineError for a refusal (4xx), Unanswered if a retry may help."""
         try:
-            response = await self._http.post(f"{url}{path}", json=body)
+            response = await self._http.post(f"{url}{path}", content=body, headers=_JSON)
         except httpx.HTTPError as error:
             raise Unanswered(f"{type(error).__name__} {error}".strip()) from error
         if 400 <= response.status_code < 500:
             raise refusal_error(url, path, response)
         if response.status_code != 200:
             raise Unanswered(f"status {response.status_code}: {error_message(response)}")
-        try:
-            return response.json()
-        except ValueError as error:
-            raise EngineError(f"{url}{path} did not answer in JSON: {response.text[:200]!r}") from error
+        return response.content
+
+    async def _read(self, url: str, request: GenerationRequest, content: bytes) -> list[Sample]:
+        """Return the samples of an answer. A large answer is read in a thread, so that the loop stays responsive."""
+        if len(content) < _SMALL_ANSWER:
+            return read_samples(url, request, content)
+        return await asyncio.to_thread(read_samples, url, request, content)
 
     # Control -----------------------------------------------------------------------------------------------
 

@@ -1,8 +1,9 @@
 """The inputs of an objective: tensors of one micro-batch, and the counts that divide its sums."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -78,6 +79,7 @@ class LossInputs:
         topk: logp and logmu of the engine's top-K tokens, [B, T, K] each.
         staleness: [B, T], weight versions between the one that sampled the token and the one the step trains from.
         norm: overrides the objective's own norm; carries the global counts.
+        columns: further per-token columns that the objective needs, by name, [B, T] each.
     """
 
     logp: Tensor
@@ -94,6 +96,19 @@ class LossInputs:
     topk: tuple[Tensor, Tensor] | None = None
     staleness: Tensor | None = None
     norm: LossNorm | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, columns: Mapping[str, Tensor], **more: Any) -> Self:
+        """Return inputs made of the columns of a micro-batch. `more` are the fields that are no columns."""
+        own = {f.name for f in fields(cls)}
+        fitting: dict[str, Any] = {name: tensor for name, tensor in columns.items() if name in own}
+        further = {name: tensor for name, tensor in columns.items() if name not in own}
+        return cls(**fitting, **more, columns=further)
+
+    def get(self, name: str) -> Any:
+        """Return a tensor of these inputs or a further column by its name; None if it is not there."""
+        return self.columns[name] if name in self.columns else getattr(self, name, None)
 
     def log_ratio(self, denominator: str = "logmu", level: Level = "token", numerator: str = "logp") -> Tensor:
         """Return log(numerator / denominator), [B, T], clamped to +-20 and differentiable in logp.
@@ -167,8 +182,8 @@ class LossInputs:
         if self.logp.ndim != 2:
             raise UserError(f"logp has shape {list(self.logp.shape)}; it must be [B, T]")
         shape = self.logp.shape
-        for name in (*_PER_TOKEN, "staleness", "mask", "seq_ids"):
-            tensor = getattr(self, name)
+        for name in (*_PER_TOKEN, "staleness", "mask", "seq_ids", *self.columns):
+            tensor = self.get(name)
             if tensor is not None and tensor.shape != shape:
                 raise UserError(f"{name} has shape {list(tensor.shape)}, logp has {list(shape)}: they must agree")
         for name in _PER_TOKEN:
@@ -236,8 +251,8 @@ class LossInputs:
         keep = self.mask.bool()
         if self.seq_ids is not None and bool(torch.count_nonzero(keep & (self.seq_ids < 0))):
             raise UserError("mask is 1 on padding: seq_ids is negative there")
-        for name in (*_PER_TOKEN, "staleness", "advantages", "rewards"):
-            tensor = getattr(self, name)
+        for name in (*_PER_TOKEN, "staleness", "advantages", "rewards", *self.columns):
+            tensor = self.get(name)
             if tensor is not None:
                 _check_finite(name, tensor, keep)
         for name, tensor in zip(("topk[0] (logp)", "topk[1] (logmu)"), self.topk or (), strict=False):
@@ -275,6 +290,7 @@ class LossInputs:
             entropy=None if self.entropy is None else clean(self.entropy),
             topk=None if self.topk is None else (clean(self.topk[0].detach()), clean(self.topk[1].detach())),
             staleness=constant(self.staleness),
+            columns={name: clean(tensor.detach()) for name, tensor in self.columns.items()},
         )
 
     def token_weights(self, norm: LossNorm) -> Tensor:

@@ -125,9 +125,10 @@ class Objective(ABC):
         """
         norm = inputs.norm or _as_norm(self.norm, self.default_norm)
         unused = {tensor: None for tensor in OPTIONAL if tensor not in self.needs}
-        inputs = replace(inputs, norm=norm, **unused)  # type: ignore[arg-type]
+        columns = {name: tensor for name, tensor in inputs.columns.items() if name in self.needs}
+        inputs = replace(inputs, norm=norm, columns=columns, **unused)  # type: ignore[arg-type]
         for tensor in sorted(self.needs):
-            if getattr(inputs, tensor) is None:
+            if inputs.get(tensor) is None:
                 raise UserError(f"objective {self.name} needs '{tensor}', which is missing from its inputs")
         if inputs.advantages is None and self.uses_advantages:
             raise UserError(f"objective {self.name} needs 'advantages', which is missing from its inputs")

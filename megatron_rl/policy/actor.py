@@ -23,7 +23,7 @@ from megatron_rl.policy.routing_replay import RoutingReplay
 from megatron_rl.policy.schedule import Loss, NoiseSource, Schedule, Scores
 from megatron_rl.policy.update_stats import UpdateStats, gather_columns, gather_sigmas, gather_stats
 from megatron_rl.precision.plan import PrecisionPlan
-from megatron_rl.types import Batch
+from megatron_rl.types import COLUMNS, Batch
 from megatron_rl.weights.export import export_weights
 from megatron_rl.weights.families import Family, ModelShape
 from megatron_rl.weights.hf_folder import HFFolder, write_hf_folder
@@ -151,7 +151,7 @@ class Policy:
             logp = scores.logp
             return logp.sum(), {"source": micro.source, "mask": micro.mask, "logp": logp, "loss": logp.new_zeros(())}
 
-        results = self._run(replace(batch, topk_ids=None, topk_logmu=None), keep, forward_only=True)
+        results = self._run(batch.with_columns(topk_ids=None, topk_logmu=None), keep, forward_only=True)
         self._refuse_non_finite(batch, results)
         return self.mesh.broadcast(gather_columns(self.mesh, batch, results, ("logp",)).get("logp"))
 
@@ -271,21 +271,17 @@ class Policy:
         # A non-finite value must not raise on one rank in the middle of a schedule: it is noted here, replaced by a
         # constant, and the whole update is refused before the optimizer steps.
         finite = torch.isfinite(logp) & torch.isfinite(entropy)
-        topk = None
-        if scores.topk is not None and micro.topk_logmu is not None:
-            topk = torch.where(finite[:, None], scores.topk, 0.0)[None], micro.topk_logmu[None]
-        inputs = LossInputs(
+        columns = {name: t[None] for name, t in micro.columns.items() if COLUMNS[name].packed == "label"}
+        topk, topk_logmu = None, columns.pop("topk_logmu", None)
+        if scores.topk is not None and topk_logmu is not None:
+            topk = torch.where(finite[:, None], scores.topk, 0.0)[None], topk_logmu
+        columns.pop("topk_ids", None)  # `scores.topk` are their log-probabilities
+        inputs = LossInputs.of(
+            columns,
             logp=torch.where(finite, logp, 0.0)[None],
-            logmu=None if micro.logmu is None else micro.logmu[None],
-            advantages=micro.advantages[None],
-            mask=micro.mask[None],
-            logold=None if micro.logold is None else micro.logold[None],
-            logref=None if micro.logref is None else micro.logref[None],
-            rewards=micro.rewards[None],
-            seq_ids=micro.seq_ids[None],
             entropy=torch.where(finite, entropy, 0.0)[None],
+            seq_ids=micro.seq_ids[None],
             topk=topk,
-            staleness=None if micro.staleness is None else micro.staleness[None],
             norm=norm,
         )
         out = objective(inputs)

@@ -1,8 +1,9 @@
 """Packing: a batch of trajectories becomes micro-batches of one constant length.
 
-A micro-batch is one stream of `tokens_per_microbatch` positions. Position t *predicts* the next token, so every
-per-token column is shifted by one against the batch: labels[t] = tokens[t + 1] inside a trajectory, and mask,
-logmu, ... at t belong to that label. The last token of a trajectory and all padding predict nothing.
+A micro-batch is one stream of `tokens_per_microbatch` positions. Position t *predicts* the next token, so the per-token
+columns are shifted by one against the batch, unless they are about the token as an input: labels[t] = tokens[t + 1]
+inside a trajectory, and mask, logmu, ... at t belong to that label. The last token of a trajectory and all padding
+predict nothing.
 """
 
 from dataclasses import dataclass, replace
@@ -14,36 +15,25 @@ import torch
 from megatron_rl.alp.noise import NoiseRows
 from megatron_rl.errors import UserError
 from megatron_rl.policy.modules import PackedStream, plan_attention
-from megatron_rl.types import Batch
+from megatron_rl.types import COLUMNS, Batch, Column
 
 PADDING_SEGMENT = 128  # padding is cut into short sequences: the attention cost of a long one is quadratic
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """One packed stream, whole (not split over context parallel).
-
-    Tensors have shape [T], except topk_* [T, K] and routing [T, L, K]. Optional columns are None if the batch has none.
+    """One packed stream of T positions, whole (not split over context parallel).
 
     Attributes:
-        tokens: int64.
-        labels: int64, the next tokens.
-        positions: int64, positions in the sequence.
-        seq_ids: int64, row of the trajectory in its batch, -1 on padding.
-        ids: int64, id of the trajectory in the run, -1 on padding.
-        source: int64, flat index of the label in the batch, -1 where nothing is predicted.
-        mask: float32.
-        advantages: float32, the batch's token_advantages if it has them, else the trajectory's advantage on each of its
-            tokens.
-        rewards: float32, the trajectory's reward on each of its tokens.
+        tokens: [T] int64.
+        labels: [T] int64, the next tokens.
+        positions: [T] int64, positions in the sequence.
+        seq_ids: [T] int64, row of the trajectory in its batch, -1 on padding.
+        ids: [T] int64, id of the trajectory in the run, -1 on padding.
+        source: [T] int64, flat index of the label in the batch, -1 where nothing is predicted.
         cu_seqlens: host list of sequence boundaries, multiples of the alignment.
-        logmu: float32.
-        logold: float32.
-        logref: float32.
-        staleness: float32.
-        topk_ids: int64.
-        topk_logmu: float32.
-        routing: int32, experts of the token at its own position, -1 where none are given and on padding.
+        columns: the batch's columns that are packed, [T, ...]; see `types.COLUMNS`. A per-trajectory column has the
+            trajectory's entry on each of its tokens. `advantages` are the batch's token_advantages if it has them.
     """
 
     tokens: torch.Tensor
@@ -52,17 +42,13 @@ class Microbatch:
     seq_ids: torch.Tensor
     ids: torch.Tensor
     source: torch.Tensor
-    mask: torch.Tensor
-    advantages: torch.Tensor
-    rewards: torch.Tensor
     cu_seqlens: list[int]
-    logmu: torch.Tensor | None = None
-    logold: torch.Tensor | None = None
-    logref: torch.Tensor | None = None
-    staleness: torch.Tensor | None = None
-    topk_ids: torch.Tensor | None = None
-    topk_logmu: torch.Tensor | None = None
-    routing: torch.Tensor | None = None
+    columns: dict[str, torch.Tensor]
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """[T] float32, 1 where a trained token is predicted."""
+        return self.columns["mask"]
 
 
 @dataclass(frozen=True)
@@ -137,18 +123,6 @@ def _stream(batch: Batch, rows: list[int], padded: np.ndarray, budget: int, alig
     real = positions < length[seq]
     predicts = positions < length[seq] - 1
 
-    def shifted(column: np.ndarray, dtype: type = np.float32) -> torch.Tensor:
-        out = np.zeros((budget, *column.shape[1:]), dtype=dtype)
-        out[predicts] = column[flat[predicts] + 1]
-        return torch.from_numpy(out)
-
-    def if_any(column: np.ndarray | None, dtype: type = np.float32) -> torch.Tensor | None:
-        return None if column is None else shifted(column, dtype)
-
-    routing = None
-    if batch.routing is not None:
-        routing = np.full((budget, *batch.routing.shape[1:]), -1, dtype=np.int32)
-        routing[real] = batch.routing[flat[real]]
     tokens = np.zeros(budget, dtype=np.int64)
     tokens[real] = batch.tokens[flat[real]]
     source = np.where(predicts, flat + 1, -1)
@@ -158,10 +132,19 @@ def _stream(batch: Batch, rows: list[int], padded: np.ndarray, budget: int, alig
     row_ids[: len(rows)] = rows
     seq_ids = np.where(real, row_ids[seq], -1)
 
-    def spread(per_trajectory: np.ndarray) -> torch.Tensor:
-        values = per_trajectory[np.maximum(seq_ids, 0)] if len(batch) else 0
-        return torch.from_numpy(np.where(real, values, 0).astype(np.float32))
+    def packed(column: Column, values: np.ndarray) -> torch.Tensor:
+        if not column.per_token:
+            spread = values[np.maximum(seq_ids, 0)] if len(batch) else column.fill
+            return torch.from_numpy(np.where(real, spread, column.fill).astype(column.dtype))
+        out = np.full((budget, *values.shape[1:]), column.fill, dtype=column.packed_dtype or column.dtype)
+        if column.packed == "label":
+            out[predicts] = values[flat[predicts] + 1]
+        else:
+            out[real] = values[flat[real]]
+        return torch.from_numpy(out)
 
+    columns = {name: packed(COLUMNS[name], values) for name, values in batch.columns.items() if COLUMNS[name].packed}
+    columns["advantages"] = columns.pop("token_advantages", columns["advantages"])
     return Microbatch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
@@ -169,17 +152,8 @@ def _stream(batch: Batch, rows: list[int], padded: np.ndarray, budget: int, alig
         seq_ids=torch.from_numpy(seq_ids),
         ids=torch.from_numpy(np.where(real, batch.ids[np.maximum(seq_ids, 0)], -1) if len(batch) else seq_ids),
         source=torch.from_numpy(source),
-        mask=shifted(batch.mask),
-        advantages=spread(batch.advantages) if batch.token_advantages is None else shifted(batch.token_advantages),
-        rewards=spread(batch.rewards),
         cu_seqlens=cu.tolist(),
-        logmu=if_any(batch.logmu),
-        logold=if_any(batch.logold),
-        logref=if_any(batch.logref),
-        staleness=if_any(batch.staleness),
-        topk_ids=if_any(batch.topk_ids, np.int64),
-        topk_logmu=if_any(batch.topk_logmu),
-        routing=None if routing is None else torch.from_numpy(routing),
+        columns=columns,
     )
 
 
@@ -234,6 +208,7 @@ def shard(micro: Microbatch, *, cp_size: int, cp_rank: int, device: torch.device
     """
     index = zigzag_index(micro.cu_seqlens, cp_size, cp_rank)
     scored = micro.mask[index] > 0
+    topk_ids = micro.columns.get("topk_ids")
     cu = torch.tensor(micro.cu_seqlens, dtype=torch.int32, device=device)
     stream = PackedStream(
         qkv_format="thd",
@@ -252,13 +227,13 @@ def shard(micro: Microbatch, *, cp_size: int, cp_rank: int, device: torch.device
         labels=micro.labels[index[scored]].to(device),
         index=index[scored].to(device),
         stream=stream,
-        topk_labels=None if micro.topk_ids is None else micro.topk_ids[index[scored]].to(device),
+        topk_labels=None if topk_ids is None else topk_ids[index[scored]].to(device),
     )
 
 
 def to_device(micro: Microbatch, device: torch.device) -> Microbatch:
-    """Return the same micro-batch with its columns on `device`, where the objective runs."""
+    """Return the same micro-batch with its tensors on `device`, where the objective runs."""
     moved: dict[str, Any] = {
         name: value.to(device) for name, value in vars(micro).items() if isinstance(value, torch.Tensor)
     }
-    return replace(micro, **moved)
+    return replace(micro, **moved, columns={name: value.to(device) for name, value in micro.columns.items()})

@@ -117,7 +117,8 @@ class RoutingReplay:
 
         Return None if nothing is replayed.
         """
-        if micro.routing is None:
+        routing = micro.columns.get("routing")
+        if routing is None:
             return None
         mesh, cut = self.mesh, self.sequence
         own = local_positions(
@@ -127,7 +128,7 @@ class RoutingReplay:
             sp_size=mesh.tp_size if cut else 1,
             sp_rank=mesh.tp_rank if cut else 0,
         )
-        return micro.routing[own].to(mesh.device, torch.int64)
+        return routing[own].to(mesh.device, torch.int64)
 
     def record(self, batch: Batch) -> dict[str, float]:
         """Return the statistics of replay since `start`, on rank 0 (elsewhere empty). Collective; empty without replay.

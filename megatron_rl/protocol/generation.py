@@ -1,15 +1,17 @@
 """SGLang's /generate request and response: what the client and a server exchange, and its JSON."""
 
 import base64
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
+import orjson
 
 from megatron_rl.errors import EngineError
-from megatron_rl.types import TopK, VersionSpan
+from megatron_rl.types import COLUMNS, TokenIds
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +55,13 @@ class GenerationRequest:
         n: number of samples.
         sampling: how to sample.
         return_logprob: report the log-probabilities of the sampled tokens.
-        top_logprobs_num: the K of `Sample.topk`, 0 for none. Needs return_logprob.
+        top_logprobs_num: the K of the columns topk_ids and topk_logmu, 0 for none. Needs return_logprob.
         score_prompt: also score the prompt's own tokens, at temperature 1. Needs return_logprob.
         routed: shape of the experts to report for every token. None: do not report them.
     """
 
     rid: str
-    prompt_tokens: tuple[int, ...]
+    prompt_tokens: TokenIds
     n: int
     sampling: SamplingParams
     return_logprob: bool = True
@@ -68,38 +70,43 @@ class GenerationRequest:
     routed: RoutedShape | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Sample:
     """One response, token for token as the engine returned it (including the stop token).
 
     Attributes:
-        tokens: token ids of the response.
-        logprobs: log-probabilities of the tokens. None if not requested; NaN where the engine had no finite number.
+        columns: the engine's columns of the R response tokens by name; see `types.COLUMNS`. Always tokens [R] int32 and
+            versions [R] int32; logmu [R] float32 and topk_* [R, K] if requested, NaN where the engine had no finite
+            number.
         finish_reason: "stop", "length" or "abort".
-        versions: which weights sampled which tokens.
         fault: what failed inside the engine, "" if nothing did.
-        topk: the likeliest tokens of the distribution sampled from, at every position. None if not requested; NaN as in
-            logprobs. Not compared.
-        prompt_logprobs: log-probabilities of the prompt's tokens after the first. None if not requested; NaN as in
-            logprobs.
+        prompt_logprobs: [P - 1] float32, log-probabilities of the prompt's tokens after the first. None if not
+            requested; NaN as in logmu.
         retractions: how often the engine put the sample back into its queue.
         routing: as in `Trajectory`, for the request's prompt and these tokens. None if not requested, or if not
-            reported, as is possible for an aborted sample. Not compared.
+            reported, as is possible for an aborted sample.
     """
 
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...] | None
+    columns: Mapping[str, np.ndarray]
     finish_reason: str
-    versions: tuple[VersionSpan, ...]
     fault: str = ""
-    topk: TopK | None = field(default=None, compare=False)
-    prompt_logprobs: tuple[float, ...] | None = None
+    prompt_logprobs: np.ndarray | None = None
     retractions: int = 0
-    routing: np.ndarray | None = field(default=None, compare=False)
+    routing: np.ndarray | None = field(default=None)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Token ids of the response, [R] int32."""
+        return self.columns["tokens"]
+
+    @property
+    def logmu(self) -> np.ndarray | None:
+        """Log-probabilities of the tokens, [R] float32; None if not requested."""
+        return self.columns.get("logmu")
 
 
 def generate_body(request: GenerationRequest, rid: str) -> dict[str, Any]:
-    """Return the JSON body of a /generate request with the id `rid`."""
+    """Return the body of a /generate request with the id `rid`. It holds an array: encode it with `to_json`."""
     sampling = request.sampling
     params: dict[str, Any] = {
         "temperature": sampling.temperature,
@@ -116,7 +123,7 @@ def generate_body(request: GenerationRequest, rid: str) -> dict[str, Any]:
         params["sampling_seed"] = sampling.seed
     body = {
         "rid": rid,
-        "input_ids": list(request.prompt_tokens),
+        "input_ids": np.asarray(request.prompt_tokens, np.int32),
         "sampling_params": params,
         "return_logprob": request.return_logprob,
     }
@@ -129,17 +136,26 @@ def generate_body(request: GenerationRequest, rid: str) -> dict[str, Any]:
     return body
 
 
-def read_samples(url: str, request: GenerationRequest, answer: Any) -> list[Sample]:
+def to_json(body: Any) -> bytes:
+    """Return JSON. Arrays of numpy are written as lists."""
+    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def read_samples(url: str, request: GenerationRequest, content: bytes) -> list[Sample]:
     """Return the samples of an answer to /generate.
 
     Args:
         url: URL of the engine, for the error.
         request: the request.
-        answer: the JSON of the response.
+        content: the JSON of the response.
 
     Raises:
         EngineError: the answer is malformed.
     """
+    try:
+        answer = orjson.loads(content)
+    except ValueError as error:
+        raise EngineError(f"{url}/generate did not answer in JSON: {content[:200]!r}") from error
     entries = answer if isinstance(answer, list) else [answer]
     if len(entries) != request.n:
         raise EngineError(f"{url} gave {len(entries)} samples for request '{request.rid}', {request.n} were asked for")
@@ -161,44 +177,63 @@ def read_samples(url: str, request: GenerationRequest, answer: Any) -> list[Samp
 
 def _sample(entry: dict[str, Any], request: GenerationRequest) -> Sample:
     meta = entry["meta_info"]
-    tokens = tuple(int(token) for token in entry["output_ids"])
-    logprobs = None
+    tokens = _ids(entry["output_ids"])
+    columns = {"tokens": tokens, "versions": _versions(meta, len(tokens))}
     if request.return_logprob:
-        pairs = meta["output_token_logprobs"]
-        if tuple(pair[1] for pair in pairs) != tokens:
-            raise ValueError("output_token_logprobs do not belong to output_ids")
-        logprobs = tuple(math.nan if pair[0] is None else float(pair[0]) for pair in pairs)
+        columns["logmu"] = _scores(meta["output_token_logprobs"], tokens, "output")
+    if request.top_logprobs_num:
+        columns["topk_ids"], columns["topk_logmu"] = _topk(
+            meta["output_top_logprobs"], len(tokens), request.top_logprobs_num
+        )
+    for column in COLUMNS.values():
+        if column.answer_key and column.answer_key in meta:
+            columns[column.name] = values = np.array(meta[column.answer_key], column.dtype)
+            if values.shape != tokens.shape:
+                raise ValueError(f"{column.answer_key} has shape {list(values.shape)} for {len(tokens)} tokens")
     prompt_logprobs = None
     if request.score_prompt:
         scored = meta["input_token_logprobs"]
-        if tuple(entry[1] for entry in scored) != request.prompt_tokens or scored[0][0] is not None:
-            raise ValueError("input_token_logprobs do not belong to input_ids, or do not begin with null")
-        prompt_logprobs = tuple(math.nan if entry[0] is None else float(entry[0]) for entry in scored[1:])
-    topk = None
-    if request.top_logprobs_num:
-        topk = _topk(meta["output_top_logprobs"], len(tokens), request.top_logprobs_num)
+        if not scored or scored[0][0] is not None:
+            raise ValueError("input_token_logprobs do not begin with null")
+        prompt_logprobs = _scores(scored, _ids(request.prompt_tokens), "input")[1:]
     finish = meta["finish_reason"]
-    versions = _versions(meta, len(tokens))
     fault = (
         str(finish.get("message", "")) if finish["type"] == "abort" and (finish.get("status_code") or 0) >= 500 else ""
     )
-    retractions = int(meta.get("num_retractions") or 0)
     routing = None
     if request.routed is not None and meta.get("routed_experts") is not None:
         routing = _routing(meta["routed_experts"], len(request.prompt_tokens) + len(tokens) - 1, request.routed)
-    return Sample(tokens, logprobs, str(finish["type"]), versions, fault, topk, prompt_logprobs, retractions, routing)
+    retractions = int(meta.get("num_retractions") or 0)
+    return Sample(columns, str(finish["type"]), fault, prompt_logprobs, retractions, routing)
 
 
-def _versions(meta: dict[str, Any], tokens: int) -> tuple[VersionSpan, ...]:
-    """Return which weights sampled every token. Raise ValueError if the spans omit a token or count one twice."""
-    spans = meta.get("weight_versions")
-    if spans is None:  # SGLang sends no spans for a request that ended while it waited
-        spans = [{"version": meta["weight_version"], "start": 0, "end": 0}]
-    versions = tuple(VersionSpan(_version(s["version"]), int(s["start"]), int(s["end"])) for s in spans)
-    bounds = [0, *(span.end for span in versions)]
-    if [span.start for span in versions] != bounds[:-1] or bounds[-1] != tokens:
+def _ids(values: TokenIds) -> np.ndarray:
+    """Return token ids as int32. Raise ValueError for other numbers."""
+    ids = np.array(values)
+    if ids.ndim != 1 or (len(ids) and (ids.dtype.kind != "i" or ids.min() < 0 or ids.max() >= 1 << 31)):
+        raise ValueError("token ids are not a list of whole numbers")
+    return ids.astype(np.int32)
+
+
+def _scores(entries: list[list[Any]], tokens: np.ndarray, which: str) -> np.ndarray:
+    """Return the log-probabilities of entries [logprob, token, text], float32. Null becomes NaN.
+
+    Raise ValueError if they are not of these tokens.
+    """
+    # zip and numpy loop in C; a loop in Python would cost more than parsing the JSON.
+    logprobs, scored = list(zip(*entries, strict=True))[:2] if entries else ((), ())
+    if not np.array_equal(_ids(scored), tokens):
+        raise ValueError(f"{which}_token_logprobs do not belong to {which}_ids")
+    return np.array(logprobs, np.float32)
+
+
+def _versions(meta: dict[str, Any], tokens: int) -> np.ndarray:
+    """Return which weights sampled every token, int32. Raise ValueError if spans omit a token or count one twice."""
+    spans = meta.get("weight_versions") or []  # SGLang sends no spans for a request that ended while it waited
+    bounds = [0, *(int(span["end"]) for span in spans)]
+    if [int(span["start"]) for span in spans] != bounds[:-1] or bounds[-1] != tokens:
         raise ValueError(f"weight_versions {spans} do not cover {tokens} tokens from end to end")
-    return versions
+    return np.repeat(np.array([_version(span["version"]) for span in spans], np.int32), np.diff(bounds))
 
 
 def _lacks_routing(entry: dict[str, Any]) -> bool:
@@ -227,15 +262,15 @@ def _routing(coded: str, tokens: int, shape: RoutedShape) -> np.ndarray:
     return routing
 
 
-def _topk(entries: list[list[list[Any]]], tokens: int, k: int) -> TopK:
-    """Convert one list of k entries [logprob, token, text] per token. Raise ValueError if there are more or fewer."""
-    if len(entries) != tokens or any(len(likeliest) != k for likeliest in entries):
+def _topk(entries: list[list[list[Any]]], tokens: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return ids and log-probabilities, [tokens, k], of k entries [logprob, token, text] per token.
+
+    Raise ValueError if there are more or fewer.
+    """
+    if len(entries) != tokens or set(map(len, entries)) - {k}:
         raise ValueError(f"output_top_logprobs do not hold {k} entries for each of {tokens} tokens")
-    # float64 represents integers below 2^53 exactly; None becomes NaN.
-    pairs_RK2 = np.array([[pair[:2] for pair in likeliest] for likeliest in entries], dtype=np.float64).reshape(
-        tokens, k, 2
-    )
-    return TopK(pairs_RK2[..., 1].astype(np.int32), pairs_RK2[..., 0].astype(np.float32))
+    logprobs, ids = list(zip(*chain.from_iterable(entries), strict=True))[:2] if entries else ((), ())
+    return _ids(ids).reshape(tokens, k), np.array(logprobs, np.float32).reshape(tokens, k)
 
 
 def _version(name: str) -> int:

@@ -12,7 +12,7 @@ from megatron_rl.errors import UserError
 
 
 @dataclass(frozen=True)
-class Column:
+class Series:
     """One key of a run log: steps [n] int64 and values [n] float64, from the records in which it is a number."""
 
     steps: np.ndarray
@@ -41,10 +41,10 @@ class History:
             raise UserError(f"the run log in {run_folder} is still empty: there is nothing to report")
         return cls(run_folder.resolve().name, records)
 
-    def column(self, key: str) -> Column:
+    def column(self, key: str) -> Series:
         found = [(r["step"], r[key]) for r in self.records if _is_number(r.get(key))]
         steps, values = zip(*found, strict=True) if found else ((), ())
-        return Column(np.array(steps, dtype=np.int64), np.array(values, dtype=np.float64))
+        return Series(np.array(steps, dtype=np.int64), np.array(values, dtype=np.float64))
 
     def table(self, keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return steps [n] and values [len(keys), n] of the records in which every key is a number."""

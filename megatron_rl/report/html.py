@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from megatron_rl.report.history import Column, History
+from megatron_rl.report.history import Series, History
 from megatron_rl.report.plots import save_panels
 
 _ROWS = (
@@ -105,7 +105,7 @@ def _rows(history: History) -> list[TableRow]:
     return [_row(label, unit, column) for label, unit, column in columns if len(column)]
 
 
-def _row(label: str, unit: str, column: Column) -> TableRow:
+def _row(label: str, unit: str, column: Series) -> TableRow:
     values = column.values
     first, last, least, most = (_number(value) for value in (values[0], values[-1], values.min(), values.max()))
     return TableRow(label, unit, first, last, least, most)

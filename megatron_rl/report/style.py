@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from megatron_rl.report.history import Column
+from megatron_rl.report.history import Series
 
 BLUE, ORANGE, GREEN, PURPLE, RED, GRAY = "#2563a8", "#d97a1e", "#2a9070", "#7a5cb8", "#c2413b", "#8a94a3"
 
@@ -44,7 +44,7 @@ RC: dict[str, Any] = {
 _SMOOTH_FROM = 40  # from this number of records on, a curve gets a running mean
 
 
-def line(ax: Axes, column: Column, label: str, color: str, **more: Any) -> None:
+def line(ax: Axes, column: Series, label: str, color: str, **more: Any) -> None:
     """Draw a curve; a long one as its running mean over the faint original.
 
     Args:

@@ -7,7 +7,6 @@ are never tokenized again.
 
 import asyncio
 import hashlib
-import math
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -20,7 +19,7 @@ from megatron_rl.engines.pool import EnginePool, GenerationRequest, Sample, Samp
 from megatron_rl.errors import EngineError, UserError
 from megatron_rl.protocol.generation import RoutedShape
 from megatron_rl.sampling.trajectory_builder import Observed, ToolUse, TrajectoryBuilder
-from megatron_rl.types import Prompt, Trajectory
+from megatron_rl.types import COLUMNS, Prompt, TokenIds, Trajectory
 
 Ask = Callable[[GenerationRequest], Awaitable[list[Sample]]]
 # Aborts in a row without a new token, in addition to one per weight update, after which an error is raised.
@@ -174,7 +173,7 @@ async def sample_group(ask: Ask, prompt: Prompt, settings: GroupSettings, *, fir
 
     Runs in the loop that `ask` belongs to. Request ids and sampling seeds are pure functions of (seed, trajectory id,
     number of the sample's request). Response tokens are the engine's, including a stop token that matched. If topk is K
-    > 0, trajectories carry logmu and the K most likely tokens of the behavior policy at every position.
+    > 0, trajectories have the columns logmu, topk_ids and topk_logmu.
 
     Args:
         ask: sends one request to an engine and returns its samples.
@@ -189,10 +188,7 @@ async def sample_group(ask: Ask, prompt: Prompt, settings: GroupSettings, *, fir
     """
     samples = await ask(_request(settings, first_id, 0, prompt.tokens, settings.samples, settings.max_new_tokens))
     check_samples(samples, first_id)
-    responses = []
-    for sample in samples:
-        responses.append(TrajectoryBuilder(settings.need_logmu or settings.topk > 0, settings.topk))
-        responses[-1].add_sample(sample)
+    responses = [TrajectoryBuilder(sample) for sample in samples]
     going = [_go_on(ask, prompt, settings, first_id + k, r) for k, r in enumerate(responses) if _is_open(r, settings)]
     if going:
         await together(going)
@@ -210,24 +206,24 @@ def _is_open(response: TrajectoryBuilder, settings: GroupSettings) -> bool:
 
 async def _go_on(ask: Ask, prompt: Prompt, settings: GroupSettings, number: int, response: TrajectoryBuilder) -> None:
     """Complete a response after its first sample: resume it after every abort, and continue it turn by turn."""
-    turn, begun, barren, requests = 1, 0, 0 if response.tokens else 1, 1
+    turn, begun, barren, requests = 1, 0, 0 if response.length else 1, 1
     while _is_open(response, settings):
         if response.finish_reason == "stop":
             if not await _observe(settings, prompt, response, begun, last=turn == settings.turns):
                 return
-            turn, begun = turn + 1, len(response.tokens)
+            turn, begun = turn + 1, response.length
         elif barren == _BARREN + settings.updates:
             raise EngineError(
                 f"engines aborted {trajectory_names([number])} {barren} times in a row: something else aborts them"
             )
         else:
             response.resumed += 1
-        left = settings.max_new_tokens - len(response.tokens)
-        seen = prompt.tokens + tuple(response.tokens)
+        left = settings.max_new_tokens - response.length
+        seen = np.concatenate([np.array(prompt.tokens, np.int32), response.tokens()])
         (sample,) = await ask(_request(settings, number, requests, seen, 1, left))
         check_samples([sample], number)
         response.add_sample(sample)
-        requests, barren = requests + 1, 0 if sample.tokens else barren + 1
+        requests, barren = requests + 1, 0 if len(sample.tokens) else barren + 1
 
 
 async def _observe(
@@ -238,7 +234,7 @@ async def _observe(
     The turn starts at token position `begun`. If the observation leaves no token for another turn, the response ends.
     """
     assert settings.environment is not None and settings.tokenizer is not None
-    text = settings.tokenizer.decode(response.tokens[begun:], skip_special_tokens=True)
+    text = settings.tokenizer.decode(response.tokens(begun), skip_special_tokens=True)
     observed = await asyncio.to_thread(settings.environment.observe, prompt, text, last=last)
     response.count(observed)
     if observed.void:
@@ -246,7 +242,7 @@ async def _observe(
     if observed.text is None or last:
         return False
     tokens = settings.tokenizer.encode(observed.text, add_special_tokens=False)
-    if len(response.tokens) + len(tokens) >= settings.max_new_tokens:
+    if response.length + len(tokens) >= settings.max_new_tokens:
         response.finish_reason = "length"
         return False
     response.add_observation(tokens)
@@ -254,7 +250,7 @@ async def _observe(
 
 
 def _request(
-    settings: GroupSettings, number: int, at: int, tokens: tuple[int, ...], n: int, max_new_tokens: int
+    settings: GroupSettings, number: int, at: int, tokens: TokenIds, n: int, max_new_tokens: int
 ) -> GenerationRequest:
     """Return request number `at` (from 0) of trajectory `number`, or of the group whose first trajectory it is."""
     sampling = SamplingParams(
@@ -309,8 +305,7 @@ def check_samples(samples: Sequence[Sample], first_id: int) -> None:
 
 
 def _finite(sample: Sample) -> bool:
-    likeliest = sample.topk is None or bool(np.isfinite(sample.topk.logmu).all())
-    return likeliest and (sample.logprobs is None or all(map(math.isfinite, sample.logprobs)))
+    return all(np.isfinite(values).all() for name, values in sample.columns.items() if COLUMNS[name].finite)
 
 
 def trajectory_names(ids: Sequence[int]) -> str:

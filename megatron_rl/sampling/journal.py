@@ -18,11 +18,12 @@ from megatron_rl.errors import CheckpointError
 from megatron_rl.files import append_file, replace_file
 from megatron_rl.sampling.group import Group
 from megatron_rl.sampling.trajectory_builder import ToolUse
-from megatron_rl.types import TopK, Trajectory, VersionSpan
+from megatron_rl.types import Trajectory
 
 _MAGIC = b"MRLG"
 _HEADER = struct.Struct("<4sQ16s")
 _REASONS = ("stop", "length")
+_COLUMN = "column."  # prefix of the sampled columns' names in a record
 
 
 class GroupJournal:
@@ -118,30 +119,21 @@ def _payloads(content: bytes) -> list[bytes]:
 def _packed(group: Group, asked: str) -> bytes:
     rows = group.trajectories
     first = rows[0]
-    columns: dict[str, np.ndarray] = {
+    arrays: dict[str, np.ndarray] = {
         "asked": np.array(asked),
         "prompt_id": np.array(first.prompt_id),
-        "prompt": np.array(first.prompt_tokens, np.int64),
+        "prompt": first.prompt_tokens,
         "group": np.array([first.group, group.resumed, group.retractions, *group.tool_use]),
         "ids": np.array([t.id for t in rows]),
         "lengths": np.array([len(t.response_tokens) for t in rows]),
-        "tokens": np.concatenate([np.array(t.response_tokens, np.int64) for t in rows]),
         "reasons": np.array([_REASONS.index(t.finish_reason) for t in rows]),
         "rewards": np.array([t.reward for t in rows], np.float64),
-        "span_counts": np.array([len(t.versions) for t in rows]),
-        "spans": np.array([span for t in rows for span in t.versions], np.int64).reshape(-1, 3),
-        "masked": np.array([t.response_mask is not None for t in rows]),
-        "mask": np.concatenate([np.array(t.response_mask or [1] * len(t.response_tokens), np.int8) for t in rows]),
+        **{_COLUMN + name: np.concatenate([t.columns[name] for t in rows]) for name in first.columns},
     }
-    if first.logmu is not None:
-        columns["logmu"] = np.concatenate([np.array(t.logmu, np.float64) for t in rows])
-    if first.topk is not None:
-        columns["topk_ids"] = np.concatenate([t.topk.ids for t in rows if t.topk is not None])
-        columns["topk_logmu"] = np.concatenate([t.topk.logmu for t in rows if t.topk is not None])
     if first.routing is not None:
-        columns["routing"] = np.concatenate([t.routing for t in rows if t.routing is not None])
+        arrays["routing"] = np.concatenate([t.routing for t in rows if t.routing is not None])
     file = io.BytesIO()
-    np.savez(file, **columns)  # type: ignore[arg-type]  # keys are names
+    np.savez(file, **arrays)  # type: ignore[arg-type]  # keys are names
     return file.getvalue()
 
 
@@ -149,38 +141,33 @@ def _unpacked(payload: bytes, asked: str) -> Group | None:
     """Return the group, or None if it was sampled with other settings or written by another version of this file."""
     try:
         with np.load(io.BytesIO(payload), allow_pickle=False) as file:
-            c = {name: file[name] for name in file.files}
-        if str(c["asked"]) != asked:
+            arrays = {name: file[name] for name in file.files}
+        if str(arrays["asked"]) != asked:
             return None
-        return _group(c)
+        return _group(arrays)
     except (KeyError, ValueError, zipfile.BadZipFile):
         return None
 
 
-def _group(c: dict[str, np.ndarray]) -> Group:
-    ends, span_ends = np.cumsum(c["lengths"]), np.cumsum(c["span_counts"])
-    prompt = tuple(c["prompt"].tolist())
-    routed = np.cumsum(c["lengths"] + len(prompt) - 1)
-    number, resumed, retractions, calls, errors, void = c["group"].tolist()
+def _group(arrays: dict[str, np.ndarray]) -> Group:
+    lengths, prompt = arrays["lengths"], arrays["prompt"]
+    ends = np.cumsum(lengths)
+    routed = np.cumsum(lengths + len(prompt) - 1)
+    number, resumed, retractions, calls, errors, void = arrays["group"].tolist()
+    columns = {name.removeprefix(_COLUMN): array for name, array in arrays.items() if name.startswith(_COLUMN)}
     rows = []
-    for i, end in enumerate(ends.tolist()):
-        at = slice(end - int(c["lengths"][i]), end)
-        spans = c["spans"][span_ends[i] - c["span_counts"][i] : span_ends[i]].tolist()
-        whole = slice(int(routed[i] - c["lengths"][i]) - len(prompt) + 1, int(routed[i]))
+    for i, (end, length) in enumerate(zip(ends.tolist(), lengths.tolist(), strict=True)):
+        whole = slice(int(routed[i]) - length - len(prompt) + 1, int(routed[i]))
         rows.append(
             Trajectory(
-                id=int(c["ids"][i]),
+                id=int(arrays["ids"][i]),
                 group=number,
-                prompt_id=str(c["prompt_id"]),
+                prompt_id=str(arrays["prompt_id"]),
                 prompt_tokens=prompt,
-                response_tokens=tuple(c["tokens"][at].tolist()),
-                logmu=tuple(c["logmu"][at].tolist()) if "logmu" in c else None,
-                finish_reason=_REASONS[c["reasons"][i]],
-                versions=tuple(VersionSpan(*span) for span in spans),
-                reward=float(c["rewards"][i]),
-                topk=TopK(c["topk_ids"][at], c["topk_logmu"][at]) if "topk_ids" in c else None,
-                response_mask=tuple(c["mask"][at].tolist()) if c["masked"][i] else None,
-                routing=c["routing"][whole] if "routing" in c else None,
+                columns={name: array[end - length : end] for name, array in columns.items()},
+                finish_reason=_REASONS[arrays["reasons"][i]],
+                reward=float(arrays["rewards"][i]),
+                routing=arrays["routing"][whole] if "routing" in arrays else None,
             )
         )
     return Group(rows, resumed, retractions, ToolUse(calls, errors, void))

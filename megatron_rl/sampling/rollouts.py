@@ -238,7 +238,7 @@ class Rollouts:
 
         Trajectories must be grouped by prompt, in the order of `prompts`.
         """
-        texts = self.tokenizer.batch_decode([list(t.last_turn) for t in trajectories], skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode([t.last_turn for t in trajectories], skip_special_tokens=True)
         samples = len(trajectories) // len(prompts)
         return [self.task.verify(prompts[i // samples], text) for i, text in enumerate(texts)]
 
@@ -250,8 +250,8 @@ class Rollouts:
 
     def _usable(self, group: Group, version: int) -> bool:
         """Return whether this run has the weights that sampled the group, and the group's draw is not consumed."""
-        versions = [span.version for trajectory in group.trajectories for span in trajectory.versions]
-        return max(versions, default=0) <= version and not self._draws.is_consumed(group.number)
+        newest = max((int(t.sampled_by[-1]) for t in group.trajectories if len(t.sampled_by)), default=0)
+        return newest <= version and not self._draws.is_consumed(group.number)
 
     def _prune_journal(self, step: int) -> None:
         """Remove groups that neither this run nor a run resumed from the newest checkpoint can train on.

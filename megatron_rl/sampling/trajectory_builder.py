@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from megatron_rl.protocol.generation import Sample
-from megatron_rl.types import Prompt, TopK, Trajectory, VersionSpan
+from megatron_rl.types import COLUMNS, Prompt, Trajectory
 
 
 class Observed(Protocol):
@@ -52,14 +52,8 @@ class TrajectoryBuilder:
 
     Each sample is the continuation of everything before it.
 
-    Args:
-        logmu: True if samples carry log-probabilities.
-        topk: the K of the samples' most likely tokens; 0 if samples carry none.
-
     Attributes:
-        tokens: response tokens so far.
-        mask: 1 for trained tokens, 0 for others.
-        versions: spans of the response and the weight versions that sampled them.
+        length: number of response tokens so far.
         resumed: how often the response was resumed after an abort.
         retractions: retractions as the engines count them.
         tool_use: counts of the turns so far.
@@ -67,37 +61,23 @@ class TrajectoryBuilder:
         routing: experts as in `Trajectory`; None while no sample reported them.
     """
 
-    def __init__(self, logmu: bool, topk: int) -> None:
-        self.tokens: list[int] = []
-        self.mask: list[int] = []
-        self.logmu: list[float] | None = [] if logmu else None
-        self.versions: list[VersionSpan] = []
-        self.resumed = self.retractions = 0
+    def __init__(self, first: Sample) -> None:
+        self._parts: list[dict[str, np.ndarray]] = []  # the columns of each sample and observation
+        self.length = self.resumed = self.retractions = 0
         self.tool_use = ToolUse()
-        self.finish_reason = "abort"
         self.routing: np.ndarray | None = None
         self._unrouted = 0  # end of the newest sample whose request reported no experts
-        self._topk = [TopK(np.zeros((0, topk), np.int32), np.zeros((0, topk), np.float32))] if topk else None
+        self.add_sample(first)
 
     def add_sample(self, sample: Sample) -> None:
-        """Append the tokens that the model generated next. Version spans are shifted to positions of the response."""
-        start = len(self.tokens)
-        self.tokens += sample.tokens
-        self.mask += [1] * len(sample.tokens)
-        if self.logmu is not None:
-            assert sample.logprobs is not None
-            self.logmu += sample.logprobs
-        for span in sample.versions:
-            self._add_span(VersionSpan(span.version, start + span.start, start + span.end))
-        if self._topk is not None:
-            assert sample.topk is not None
-            self._topk.append(sample.topk)
+        """Append the tokens that the model generated next."""
+        self._add({**sample.columns, "mask": np.ones(len(sample.tokens), np.int8)})
         self.finish_reason = sample.finish_reason
         self.retractions += sample.retractions
         if sample.routing is not None:
             self._add_routing(sample.routing)
-        elif sample.tokens:
-            self._unrouted = len(self.tokens)
+        elif len(sample.tokens):
+            self._unrouted = self.length
 
     def count(self, observed: Observed) -> None:
         """Count one more turn that the environment observed."""
@@ -105,44 +85,46 @@ class TrajectoryBuilder:
         self.tool_use = ToolUse.total([self.tool_use, turn])
 
     def add_observation(self, tokens: Sequence[int]) -> None:
-        """Append tokens of the environment. They are masked and have no version and log-probability 0."""
-        count = len(tokens)
-        self.tokens += tokens
-        self.mask += [0] * count
-        if self.logmu is not None:
-            self.logmu += [0.0] * count
-        if self._topk is not None:
-            k = self._topk[0].ids.shape[1]
-            self._topk.append(TopK(np.zeros((count, k), np.int32), np.zeros((count, k), np.float32)))
+        """Append tokens of the environment. They are masked, and their other columns hold the fill value."""
+        empty = {
+            name: np.full((len(tokens), *values.shape[1:]), COLUMNS[name].fill, values.dtype)
+            for name, values in self._parts[0].items()
+        }
+        self._add({**empty, "tokens": np.array(tokens, np.int32)})
 
     def leave_out(self, start: int) -> None:
-        """Mask all tokens from position `start` on."""
-        self.mask[start:] = [0] * (len(self.mask) - start)
+        """Mask all tokens from position `start` on. It is the start of a sample or observation."""
+        at = 0
+        for part in self._parts:
+            if at >= start:
+                part["mask"] = np.zeros_like(part["mask"])
+            at += len(part["mask"])
+
+    def tokens(self, start: int = 0) -> np.ndarray:
+        """Return the response tokens from position `start` on, int32."""
+        return np.concatenate([part["tokens"] for part in self._parts])[start:]
 
     def trajectory(self, number: int, group: int, prompt: Prompt) -> Trajectory:
-        """Return the trajectory. It has a response_mask only if a token is masked.
+        """Return the trajectory.
 
         Args:
             number: id of the trajectory.
             group: number of its group.
             prompt: the prompt of the response.
         """
-        topk = None
-        if self._topk is not None:
-            topk = TopK(*(np.concatenate(parts) for parts in zip(*self._topk, strict=True)))
         return Trajectory(
             id=number,
             group=group,
             prompt_id=prompt.id,
-            prompt_tokens=prompt.tokens,
-            response_tokens=tuple(self.tokens),
-            logmu=None if self.logmu is None else tuple(self.logmu),
+            prompt_tokens=np.array(prompt.tokens, np.int32),
+            columns={name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]},
             finish_reason=self.finish_reason,
-            versions=tuple(self.versions),
-            topk=topk,
-            response_mask=None if all(self.mask) else tuple(self.mask),
             routing=self.routing,
         )
+
+    def _add(self, part: dict[str, np.ndarray]) -> None:
+        self._parts.append(part)
+        self.length += len(part["tokens"])
 
     def _add_routing(self, routing: np.ndarray) -> None:
         """Add the experts of all tokens so far: [tokens of prompt and response - 1, L, K].
@@ -153,13 +135,6 @@ class TrajectoryBuilder:
         known = routing[:0] if self.routing is None else self.routing
         fresh = routing[len(known) :].copy()
         if self._unrouted:
-            prompt = len(routing) + 1 - len(self.tokens)
+            prompt = len(routing) + 1 - self.length
             fresh[: max(prompt + self._unrouted - 1 - len(known), 0)] = -1
         self.routing = np.concatenate([known, fresh])
-
-    def _add_span(self, span: VersionSpan) -> None:
-        last = self.versions[-1] if self.versions else None
-        if last is not None and (last.version, last.end) == (span.version, span.start):
-            self.versions[-1] = VersionSpan(last.version, last.start, span.end)
-        elif span.end > span.start:
-            self.versions.append(span)

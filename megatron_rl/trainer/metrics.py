@@ -77,7 +77,8 @@ def _worst(parts: list[Batch], logp: np.ndarray, logmu: np.ndarray) -> dict[str,
     rows = [
         np.repeat(np.arange(len(p)) + first, p.lengths)[p.mask > 0] for p, first in zip(parts, before, strict=False)
     ]
-    prompts = tuple(name for part in parts for name in part.prompt_ids)
+    named = [part.prompt_ids for part in parts if part.prompt_ids is not None]
+    prompts = tuple(str(name) for names in named for name in names)
     return worst_record(logp, logmu, np.concatenate(rows), np.concatenate([part.ids for part in parts]), prompts)
 
 

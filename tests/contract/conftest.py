@@ -35,6 +35,7 @@ from megatron_rl.engines.processes.embedded import EmbeddedServers
 from megatron_rl.engines.processes.server_process import Servers
 from megatron_rl.engines.processes.sglang import SGLangServers, server_flags
 from megatron_rl.precision.plan import resolve
+from megatron_rl.types import TokenIds
 from megatron_rl.weights.digest import tensor_digest
 
 VOCAB = 300
@@ -169,8 +170,9 @@ def other_tensors(model: Qwen3ForCausalLM) -> dict[str, torch.Tensor]:
     }
 
 
-def logp_of(model: Qwen3ForCausalLM, prompt: list[int], output: list[int], temperature: float = 1.0) -> torch.Tensor:
+def logp_of(model: Qwen3ForCausalLM, prompt: TokenIds, output: TokenIds, temperature: float = 1.0) -> torch.Tensor:
     """Return the log-probabilities of `output` from one plain forward pass: [len(output)] float32."""
+    prompt, output = [int(token) for token in prompt], [int(token) for token in output]
     with torch.no_grad():
         logits_TV = model(torch.tensor([prompt + output])).logits[0].float() / temperature
     logp_TV = torch.log_softmax(logits_TV[len(prompt) - 1 : -1], dim=-1)

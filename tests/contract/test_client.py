@@ -73,10 +73,10 @@ def test_results_keep_the_order_of_the_requests(pool: EnginePool) -> None:
 def test_a_sample_carries_tokens_log_probs_and_versions(pool: EnginePool, model: Qwen3ForCausalLM) -> None:
     sample = one(pool)
     assert sample.finish_reason == "length"
-    assert [tuple(span) for span in sample.versions] == [(0, 0, 8)]
+    assert sample.columns["versions"].tolist() == [0] * 8
     want = logp_of(model, list(PROMPT), list(sample.tokens))
-    assert sample.logprobs is not None
-    torch.testing.assert_close(torch.tensor(sample.logprobs), want, atol=1e-4, rtol=0)
+    assert sample.logmu is not None
+    torch.testing.assert_close(torch.from_numpy(sample.logmu), want, atol=1e-4, rtol=0)
 
 
 def test_a_refused_request_is_one_error_with_the_servers_words(pool: EnginePool) -> None:
@@ -129,8 +129,8 @@ def test_a_server_killed_while_generating_costs_no_prompt(two: EmbeddedServers) 
         answers = pool.generate(asked)
         killer.join()
         # The servers are deterministic and every request has a seed, so redone samples are equal.
-        assert [[sample.tokens for sample in samples] for samples in answers] == [
-            [sample.tokens for sample in samples] for samples in calm
+        assert [[sample.tokens.tolist() for sample in samples] for samples in answers] == [
+            [sample.tokens.tolist() for sample in samples] for samples in calm
         ]
         assert len(pool.generate(requests(3, 4))) == 3
         assert pool.live_urls == two.urls[1:]
@@ -284,10 +284,10 @@ def test_groups_are_numbered_and_carry_behavior_log_probs(pool: EnginePool, mode
     assert [trajectory.group for trajectory in found] == [20 + at // 3 for at in range(12)]
     for trajectory in found:
         prompt = PROMPTS[trajectory.group - 20]
-        assert (trajectory.prompt_id, trajectory.prompt_tokens) == (prompt.id, prompt.tokens)
+        assert (trajectory.prompt_id, tuple(trajectory.prompt_tokens)) == (prompt.id, prompt.tokens)
         assert trajectory.logmu is not None
         want = logp_of(model, list(prompt.tokens), list(trajectory.response_tokens))
-        torch.testing.assert_close(torch.tensor(trajectory.logmu), want, atol=1e-4, rtol=0)
+        torch.testing.assert_close(torch.from_numpy(trajectory.logmu), want, atol=1e-4, rtol=0)
         ends = [at for at, token in enumerate(trajectory.response_tokens) if token in (1, 7, 8)]
         assert ends == ([len(trajectory.response_tokens) - 1] if trajectory.finish_reason == "stop" else [])
 
@@ -297,8 +297,8 @@ def test_trajectories_carry_the_likeliest_tokens_when_asked_for(pool: EnginePool
         pool, PROMPTS, ROLLOUT, first_id=0, first_group=0, seed=1, stop_token_ids=(7, 8), need_logmu=False, topk=6
     )
     for trajectory in found:
-        assert trajectory.topk is not None and trajectory.logmu is not None
-        ids_RK, logmu_RK = trajectory.topk
+        assert trajectory.logmu is not None
+        ids_RK, logmu_RK = trajectory.columns["topk_ids"], trajectory.columns["topk_logmu"]
         length = len(trajectory.response_tokens)
         assert (ids_RK.dtype.name, ids_RK.shape, logmu_RK.dtype.name, logmu_RK.shape) == (
             "int32",
@@ -322,12 +322,12 @@ def test_more_top_log_probs_than_a_server_gives_are_refused(pool: EnginePool, em
 
 
 def test_the_seed_fixes_the_trajectories_and_their_ids_vary_them(pool: EnginePool, embedded_only: None) -> None:
-    def tokens(seed: int, first_id: int) -> list[tuple[int, ...]]:
+    def tokens(seed: int, first_id: int) -> list[list[int]]:
         found = sample_groups(
             pool, PROMPTS, ROLLOUT, first_id=first_id, first_group=0, seed=seed, stop_token_ids=(), need_logmu=False
         )
         assert all(trajectory.logmu is None for trajectory in found)
-        return [trajectory.response_tokens for trajectory in found]
+        return [trajectory.response_tokens.tolist() for trajectory in found]
 
     first = tokens(1, 0)
     assert tokens(1, 0) == first
@@ -348,7 +348,7 @@ def test_evaluation_may_override_temperature_and_number_of_samples(pool: EngineP
         temperature=0.0,
         samples=2,
     )
-    assert [a.response_tokens for a in found[::2]] == [b.response_tokens for b in found[1::2]]
+    assert [a.response_tokens.tolist() for a in found[::2]] == [b.response_tokens.tolist() for b in found[1::2]]
 
 
 @pytest.mark.parametrize(("tokens", "match"), [((), "'odd' has no tokens"), (tuple(range(9)), "'odd' has 9 tokens")])

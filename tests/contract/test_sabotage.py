@@ -125,8 +125,10 @@ class World:
                 samples = one.generate(requests)
         else:
             samples = self.pool.generate(requests)
-            assert {span.version for (sample,) in samples for span in sample.versions} == {self.committed}
-        return [sample.logprobs or () for (sample,) in samples]
+            assert {version for (sample,) in samples for version in sample.columns["versions"].tolist()} == {
+                self.committed
+            }
+        return [tuple(sample.columns["logmu"].tolist()) for (sample,) in samples]
 
     def fails(self, *words: str, error: type[Exception] = EngineError) -> str:
         """Assert that the next push fails with these words, and that only the committed weights are used afterwards."""

@@ -50,7 +50,7 @@ def assert_sampled_by(model: Qwen3ForCausalLM, trajectory: Trajectory, start: in
     """Assert that response tokens [start, end) have the log-probabilities of one plain forward pass of all tokens."""
     assert trajectory.logmu is not None
     want = logp_of(model, list(trajectory.prompt_tokens), list(trajectory.response_tokens))
-    torch.testing.assert_close(torch.tensor(trajectory.logmu)[start:end], want[start:end], **TOLERANCE)
+    torch.testing.assert_close(torch.from_numpy(trajectory.logmu)[start:end], want[start:end], **TOLERANCE)
 
 
 def test_aborted_samples_go_on_from_their_prefix_as_if_nothing_had_happened(
@@ -63,9 +63,9 @@ def test_aborted_samples_go_on_from_their_prefix_as_if_nothing_had_happened(
     group = draw_while(pool, abort)
     assert group.resumed > 0, "no sample was running"
     for trajectory in group.trajectories:
-        assert trajectory.finish_reason in ("stop", "length") and trajectory.response_mask is None
+        assert trajectory.finish_reason in ("stop", "length") and trajectory.columns["mask"].all()
         assert (trajectory.finish_reason == "length") == (len(trajectory.response_tokens) == LONG.max_new_tokens)
-        assert [(span.start, span.end) for span in trajectory.versions] == [(0, len(trajectory.response_tokens))]
+        assert trajectory.sampled_by.tolist() == [0]
         assert_sampled_by(model, trajectory)
 
 
@@ -91,11 +91,12 @@ def test_through_a_weight_update_every_token_names_the_weights_that_sampled_it(
         pool.resume(url)
 
     group = draw_while(pool, update)
-    through = [t for t in group.trajectories if len(t.versions) > 1]
+    through = [t for t in group.trajectories if len(t.sampled_by) > 1]
     assert through, "no sample was running"
     for trajectory in through:
-        (old, start, cut), (new, again, end) = trajectory.versions
-        assert (old, start, new, again, end) == (0, 0, 1, cut, len(trajectory.response_tokens))
+        versions = trajectory.columns["versions"].tolist()
+        cut = versions.index(1)
+        assert versions == [0] * cut + [1] * (len(versions) - cut)
         assert_sampled_by(model, trajectory, 0, cut)
         if mode != "in_place":  # in_place keeps the cache of the old weights
             assert_sampled_by(newer, trajectory, cut)
@@ -123,16 +124,15 @@ def test_a_response_of_several_turns_is_what_the_policy_writes_after_everything_
     settings = GroupSettings(1, 4, 120, 1.0, stops, need_logmu=True, environment=echo, tokenizer=tokenizer)
     group = draw(pool, settings)
     for trajectory in group.trajectories:
-        mask = trajectory.response_mask
-        assert mask is not None and trajectory.logmu is not None
+        mask = trajectory.columns["mask"].tolist()
+        assert trajectory.logmu is not None
         said = [at for at in range(len(mask)) if not mask[at]]
         tokens = trajectory.response_tokens
         assert [tokens[at] for at in said] == [7, 8, 9] * (len(said) // 3)
         for first in said[::3]:
             assert tokens[first - 1] in (1, *stops), "the turn before ended by itself"
         want = logp_of(model, list(PROMPT.tokens), list(tokens))
-        torch.testing.assert_close(torch.tensor(trajectory.logmu), want * torch.tensor(mask), **TOLERANCE)
-        covered = sorted(at for span in trajectory.versions for at in range(span.start, span.end))
-        assert covered == [at for at in range(len(mask)) if mask[at]]
-    assert any(len(t.response_mask or ()) - sum(t.response_mask or ()) == 6 for t in group.trajectories)
+        torch.testing.assert_close(torch.from_numpy(trajectory.logmu), want * torch.tensor(mask), **TOLERANCE)
+        assert ((trajectory.columns["versions"] >= 0) == (trajectory.columns["mask"] > 0)).all()
+    assert any((t.columns["mask"] == 0).sum() == 6 for t in group.trajectories)
     assert len(echo.heard) >= 8

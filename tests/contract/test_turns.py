@@ -81,9 +81,8 @@ def engine_side(url: str) -> Iterator[Recorded]:
 
 def turns_of(trajectory: Trajectory) -> list[tuple[int, tuple[int, ...]]]:
     """Return the runs of equal mask values: (mask, tokens)."""
-    mask = trajectory.response_mask or (1,) * len(trajectory.response_tokens)
     runs: list[tuple[int, tuple[int, ...]]] = []
-    for value, token in zip(mask, trajectory.response_tokens, strict=True):
+    for value, token in zip(*(trajectory.columns[name].tolist() for name in ("mask", "tokens")), strict=True):
         if runs and runs[-1][0] == value:
             runs[-1] = (value, (*runs[-1][1], token))
         else:
@@ -98,19 +97,19 @@ def test_engine_tokens_go_back_as_they_came_although_their_text_has_other_tokens
     for seed in range(1, 17):  # a processor's own rounding decides what a seed samples
         engine_side.asked.clear()
         (trajectory,) = engine_side.draw(task := Scripted(), seed=seed)
-        written = [samples[0].tokens for _, samples in engine_side.asked]
+        written = [tuple(samples[0].tokens.tolist()) for _, samples in engine_side.asked]
         if len(written) == 3 and any(TOKENIZER.encode(TOKENIZER.decode(tokens)) != list(tokens) for tokens in written):
             break
     else:
         pytest.fail("no seed gave three finished turns with a text of several tokenizations")
-    assert trajectory.response_tokens == (*written[0], *said, *written[1], *said, *written[2])
+    assert tuple(trajectory.response_tokens) == (*written[0], *said, *written[1], *said, *written[2])
     for number, (request, _) in enumerate(engine_side.asked):
         before = [token for tokens in written[:number] for token in (*tokens, *said)]
-        assert request.prompt_tokens == (*PROMPT.tokens, *before)
+        assert tuple(request.prompt_tokens) == (*PROMPT.tokens, *before)
         assert request.sampling.max_new_tokens == 100 - len(before)
     assert task.heard == [TOKENIZER.decode(tokens, skip_special_tokens=True) for tokens in written]
     want = logp_of(model, list(PROMPT.tokens), list(trajectory.response_tokens))
-    got, mask = torch.tensor(trajectory.logmu), torch.tensor(trajectory.response_mask)
+    got, mask = (torch.from_numpy(trajectory.columns[name]) for name in ("logmu", "mask"))
     torch.testing.assert_close(got, want * mask, atol=1e-4, rtol=0)
     assert (want[mask == 0] < -1e-3).all(), "a forward pass has something to say of the observation, the engine has not"
 
@@ -121,7 +120,7 @@ def test_only_the_models_tokens_reach_the_batch_as_trained(engine_side: Recorded
     assert batch.versions is not None and batch.logmu is not None
     for row, trajectory in enumerate(trajectories):
         span = slice(batch.cu_seqlens[row], batch.cu_seqlens[row + 1])
-        expected = [0] * len(PROMPT.tokens) + list(trajectory.response_mask or [1] * len(trajectory.response_tokens))
+        expected = [0] * len(PROMPT.tokens) + trajectory.columns["mask"].tolist()
         assert batch.mask[span].tolist() == expected
         assert ((batch.versions[span] >= 0) == (batch.mask[span] > 0)).all()
         assert (batch.logmu[span][batch.mask[span] == 0] == 0).all()
@@ -145,8 +144,8 @@ def test_a_response_has_no_more_turns_than_are_allowed(engine_side: Recorded, ma
 
 def test_an_environment_that_says_nothing_ends_the_response_unmasked(engine_side: Recorded) -> None:
     (trajectory,) = engine_side.draw(Scripted(says=None))
-    assert trajectory.response_mask is None and len(engine_side.asked) == 1
-    assert trajectory.last_turn == trajectory.response_tokens
+    assert trajectory.columns["mask"].all() and len(engine_side.asked) == 1
+    assert trajectory.last_turn.tolist() == trajectory.response_tokens.tolist()
 
 
 def test_a_void_turn_is_masked_and_what_came_before_it_is_not(engine_side: Recorded) -> None:

@@ -90,14 +90,14 @@ def replay_batch(seed: int = 3, experts: int = 8, per_token: int = 2, layers: in
     routing = rng.random((len(batch.tokens), layers, experts)).argsort(-1)[..., :per_token].astype(np.int32)
     routing[rng.random(len(batch.tokens)) < 0.1] = -1
     routing[batch.cu_seqlens[1:] - 1] = -1
-    return replace(batch, routing=routing)
+    return batch.with_columns(routing=routing)
 
 
 def shift_rows(policy: Policy) -> None:
     """Give every token the experts of its neighbor in the stream."""
     rows = policy.routing.rows
     policy.routing.rows = lambda micro: rows(  # type: ignore[method-assign]
-        replace(micro, routing=micro.routing.roll(1, 0))
+        replace(micro, columns={**micro.columns, "routing": micro.columns["routing"].roll(1, 0)})
     )
 
 

@@ -27,7 +27,7 @@ def batch_with_a_marked_trajectory() -> Batch:
     tokens = batch.tokens.copy()
     tokens[tokens == MARK] = 0
     tokens[batch.cu_seqlens[MARKED]] = MARK
-    return replace(batch, tokens=tokens)
+    return batch.with_columns(tokens=tokens)
 
 
 def digest(policy: Policy) -> str:

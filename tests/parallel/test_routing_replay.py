@@ -1,7 +1,5 @@
 """With replay, the trainer routes every token to the given experts under every layout and learns through its scores."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -113,7 +111,7 @@ def test_replay_keeps_the_choice_of_experts_when_routers_have_moved_and_a_free_c
     free = moe_steps.chosen_experts(policy, make_batch())
     routing = engine.astype(np.int32)
     routing[make_batch().cu_seqlens[1:] - 1] = -1
-    replayed = moe_steps.chosen_experts(policy, replace(make_batch(), routing=routing))
+    replayed = moe_steps.chosen_experts(policy, make_batch().with_columns(routing=routing))
     given = routing[:, 0, 0] >= 0
     assert np.array_equal(replayed[given], engine[given])
     assert 0.02 < (free[given] != engine[given]).any(-1).mean() < 0.9
@@ -131,7 +129,7 @@ def test_replay_keeps_the_choice_of_experts_when_routers_have_moved_and_a_free_c
 def test_a_choice_that_cannot_be_replayed_is_refused(qwen3_moe, change, words):
     policy = make_policy(qwen3_moe, {}, rollout={"routing_replay": True})
     with pytest.raises(UserError, match=words):
-        policy.logprobs(replace(make_batch(), routing=change(replay_batch().routing)))
+        policy.logprobs(make_batch().with_columns(routing=change(replay_batch().routing)))
 
 
 def test_a_dense_model_replays_nothing(qwen3):

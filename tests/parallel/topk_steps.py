@@ -3,7 +3,6 @@
 The common arguments are described in `tests.parallel.steps`.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,7 @@ def topk_batch(k: int = 4, vocab: int = 259) -> Batch:
     shape = (len(batch.tokens), k)
     ids = rng.permuted(np.tile(np.arange(vocab, dtype=np.int32), (shape[0], 1)), axis=1)[:, :k]
     keep = batch.mask[:, None]
-    return replace(
-        batch,
+    return batch.with_columns(
         rewards=rng.standard_normal(len(batch)).astype(np.float32),
         token_advantages=(rng.standard_normal(shape[0]) * batch.mask).astype(np.float32),
         topk_ids=(ids * keep).astype(np.int32),
@@ -89,11 +87,12 @@ def reference(model: Path, layout: dict[str, Any], **sections: Any) -> dict[str,
     bits, places, after = _bits(policy), _places(policy), policy.logprobs(batch)
     found = [policy.reference_logprobs(batch) for _ in range(2)]
     same = [all(map(torch.equal, bits, _bits(policy)))]
-    too_long = replace(
-        batch.select(np.array([0])),
+    first = batch.select(np.array([0]))
+    too_long = Batch(
+        cu_seqlens=np.array([0, BUDGET + 1]),
         tokens=np.zeros(BUDGET + 1, dtype=np.int32),
         mask=np.ones(BUDGET + 1, dtype=np.float32),
-        cu_seqlens=np.array([0, BUDGET + 1]),
+        **{name: getattr(first, name) for name in ("ids", "groups", "rewards", "advantages")},
     )
     try:
         policy.reference_logprobs(too_long)

@@ -180,7 +180,7 @@ class _Round:
     def _with_own_columns(self) -> Batch:
         """Return the batch with log-probabilities under pi_old, and under the reference if an objective needs them."""
         known = self.mesh.on_lead(self.folder.columns)
-        batch = replace(self.bare, logold=known.get("old"), logref=known.get("ref"))
+        batch = self.bare.with_columns(logold=known.get("old"), logref=known.get("ref"))
         needs = self.teacher_objective.needs | self.student_objective.needs | {"logold"}
         batch = with_columns(self.policy, batch, needs)
         for name, column in (("old", batch.logold), ("ref", batch.logref)):

@@ -9,7 +9,6 @@ import json
 import shutil
 import zipfile
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,8 +32,7 @@ class RoundFolder:
 
     def write_batch(self, batch: Batch, sampling: dict[str, Any]) -> None:
         """Write the batch, and how it was sampled. `sampling` is JSON data; see `Rollouts.sampling`."""
-        columns = {f.name: getattr(batch, f.name) for f in fields(Batch)}
-        arrays = {name: np.asarray(value) for name, value in columns.items() if value is not None}
+        arrays = {**batch.columns, "cu_seqlens": batch.cu_seqlens}
         self._write_arrays("batch.npz", {**arrays, _SAMPLING: np.asarray(json.dumps(sampling))})
 
     def read_batch(self) -> tuple[Batch, dict[str, Any]] | None:
@@ -48,8 +46,7 @@ class RoundFolder:
         if _SAMPLING not in arrays:
             raise CheckpointError(f"{self.path / 'batch.npz'} is of an earlier version of this package: {self.mend}")
         sampling = json.loads(str(arrays.pop(_SAMPLING)))
-        prompt_ids = tuple(str(name) for name in arrays.pop("prompt_ids"))
-        return Batch(**arrays, prompt_ids=prompt_ids), sampling
+        return Batch(**arrays), sampling
 
     def columns(self) -> dict[str, np.ndarray]:
         """Return log-probabilities [N] float32, by the name of the model that computed them."""

@@ -1,6 +1,5 @@
 """Log-probabilities of a round's batch under teachers and denominators, and token advantages computed from them."""
 
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -30,7 +29,7 @@ class Signals:
         self, plan: ERPDPlan, policy: Policy, folder: RoundFolder, batch: Batch, teacher: Checkpoints, run: Checkpoints
     ) -> None:
         self._plan, self._policy, self._mesh, self._folder = plan, policy, policy.mesh, folder
-        self._bare = replace(batch, logold=None, logref=None)  # for scoring, which needs only tokens
+        self._bare = batch.with_columns(logold=None, logref=None)  # for scoring, which needs only tokens
         self._batch, self._teacher, self._run = batch, teacher, run
         self._trained = batch.mask > 0
         self._token_rewards = np.repeat(batch.rewards, batch.lengths)
@@ -66,7 +65,7 @@ class Signals:
         else:
             moving = None
         advantages = self._mesh.on_lead(lambda: self._token_advantages(signal, moving))
-        self._signal, self._advantages = number, replace(self._batch, token_advantages=advantages)
+        self._signal, self._advantages = number, self._batch.with_columns(token_advantages=advantages)
         return self._advantages
 
     def _token_advantages(self, signal: SignalPlan, moving: np.ndarray | None) -> np.ndarray:

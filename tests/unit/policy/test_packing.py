@@ -1,6 +1,5 @@
 """Packing loses nothing, repeats nothing and shifts every column to the position that predicts its token."""
 
-from dataclasses import replace
 from itertools import pairwise, product
 
 import numpy as np
@@ -63,7 +62,7 @@ def test_every_trained_token_is_a_label_exactly_once_with_its_own_columns(batch,
         found = np.zeros_like(column)
         for micro in micros:
             keep = micro.mask > 0
-            np.add.at(found, micro.source[keep].numpy(), getattr(micro, name)[keep].numpy())
+            np.add.at(found, micro.source[keep].numpy(), micro.columns[name][keep].numpy())
         trained = batch.mask > 0
         np.testing.assert_array_equal(found[trained], column[trained])
         assert not found[~trained].any()
@@ -120,7 +119,7 @@ def test_padding_belongs_to_no_trajectory_and_trains_nothing(batch, align, multi
             "topk_ids",
         )
         for name in names:
-            assert not getattr(micro, name)[padding].any()
+            assert not {**vars(micro), **micro.columns}[name][padding].any()
 
 
 @given(batches, aligned)
@@ -128,21 +127,20 @@ def test_every_token_carries_the_advantage_and_the_reward_of_its_trajectory(batc
     for micro in pack(batch, budget=BUDGET, align=align, multiple=1):
         real = micro.seq_ids >= 0
         row = micro.seq_ids[real].numpy()
-        np.testing.assert_array_equal(micro.advantages[real].numpy(), batch.advantages[row])
-        np.testing.assert_array_equal(micro.rewards[real].numpy(), batch.rewards[row])
+        np.testing.assert_array_equal(micro.columns["advantages"][real].numpy(), batch.advantages[row])
+        np.testing.assert_array_equal(micro.columns["rewards"][real].numpy(), batch.rewards[row])
 
 
 @given(batches, aligned)
 def test_advantages_of_tokens_take_the_place_of_those_of_trajectories(batch, align):
-    given = replace(
-        batch, token_advantages=np.random.default_rng(1).standard_normal(len(batch.tokens)).astype(np.float32)
-    )
+    values = np.random.default_rng(1).standard_normal(len(batch.tokens)).astype(np.float32)
+    given = batch.with_columns(token_advantages=values)
     for micro in pack(given, budget=BUDGET, align=align, multiple=1):
         predicts = micro.source >= 0
         np.testing.assert_array_equal(
-            micro.advantages[predicts].numpy(), given.token_advantages[micro.source[predicts].numpy()]
+            micro.columns["advantages"][predicts].numpy(), given.token_advantages[micro.source[predicts].numpy()]
         )
-        assert not micro.advantages[~predicts].any()
+        assert not micro.columns["advantages"][~predicts].any()
 
 
 @given(batches, st.integers(1, 6))
@@ -164,7 +162,7 @@ def test_packing_wastes_less_than_half_of_all_streams_but_one(batch):
 def test_columns_a_batch_does_not_have_are_not_made_up():
     (micro,) = pack(batch_of([3, 4], columns=False), budget=BUDGET, align=1, multiple=1)
     names = ("logmu", "logold", "logref", "staleness", "topk_ids", "topk_logmu")
-    assert [getattr(micro, name) for name in names] == [None] * 6
+    assert not set(names) & set(micro.columns)
     assert shard(micro, cp_size=1, cp_rank=0, device=CPU, max_length=BUDGET + 1).topk_labels is None
 
 
@@ -209,7 +207,7 @@ def test_every_trained_position_is_scored_by_exactly_one_context_parallel_rank(b
             index = zigzag_index(micro.cu_seqlens, cp_size, rank)
             assert torch.equal(index[piece.rows], piece.index)
             assert torch.equal(piece.labels, micro.labels[piece.index])
-            assert torch.equal(piece.topk_labels, micro.topk_ids[piece.index])
+            assert torch.equal(piece.topk_labels, micro.columns["topk_ids"][piece.index])
             assert torch.equal(piece.tokens[0], micro.tokens[index])
             assert torch.equal(piece.positions[0], micro.positions[index])
 
@@ -257,8 +255,8 @@ def test_every_token_finds_its_own_experts_on_the_one_rank_that_holds_its_hidden
             own = local_positions(micro, cp_size=cp_size, cp_rank=cp_rank, sp_size=sp_size, sp_rank=sp_rank)
             real = micro.seq_ids[own] >= 0
             flat = batch.cu_seqlens[micro.seq_ids[own][real]] + micro.positions[own][real].numpy()
-            assert np.array_equal(micro.routing[own][real].numpy(), batch.routing[flat])
-            assert (micro.routing[own][~real] == -1).all()
+            assert np.array_equal(micro.columns["routing"][own][real].numpy(), batch.routing[flat])
+            assert (micro.columns["routing"][own][~real] == -1).all()
             np.add.at(seen, flat, 1)
     assert (seen == 1).all()
 
@@ -266,7 +264,8 @@ def test_every_token_finds_its_own_experts_on_the_one_rank_that_holds_its_hidden
 def test_moving_to_a_device_keeps_every_column():
     (micro,) = pack(batch_of([5, 9]), budget=BUDGET, align=1, multiple=1)
     moved = to_device(micro, torch.device("meta"))
-    for name, value in vars(micro).items():
+    there = {**vars(moved), **moved.columns}
+    for name, value in {**vars(micro), **micro.columns}.items():
         if isinstance(value, torch.Tensor):
-            assert getattr(moved, name).device.type == "meta" and getattr(moved, name).shape == value.shape
+            assert there[name].device.type == "meta" and there[name].shape == value.shape
     assert moved.cu_seqlens == micro.cu_seqlens

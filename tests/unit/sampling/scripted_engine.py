@@ -7,13 +7,13 @@ from concurrent.futures import Future
 from typing import Any
 
 from megatron_rl.engines.pool import GenerationRequest, Sample
-from megatron_rl.types import VersionSpan
+from tests.trajectories import make_sample
 
 
 def sample(*tokens: int, reason: str = "stop", version: int = 1, retractions: int = 0) -> Sample:
     """Return a sample whose tokens have log-probability -0.5 x token."""
-    spans = (VersionSpan(version, 0, len(tokens)),) if tokens else ()
-    return Sample(tokens, tuple(-0.5 * token for token in tokens), reason, spans, retractions=retractions)
+    logmu = [-0.5 * token for token in tokens]
+    return make_sample(tokens, reason, retractions=retractions, logmu=logmu, versions=[version] * len(tokens))
 
 
 class ScriptedPool:

@@ -10,22 +10,27 @@ from hypothesis import strategies as st
 from megatron_rl.algorithms.policy_gradient import split_updates
 from megatron_rl.errors import UserError
 from megatron_rl.sampling.batch import make_batch
-from megatron_rl.types import TopK, Trajectory, VersionSpan
+from megatron_rl.types import Trajectory
+from tests.trajectories import columns_of, make_trajectory
 
 
 def trajectory(
     at: int, group: int, prompt: int, response: int, reward: float | None = 0.0, logmu: bool = True
 ) -> Trajectory:
-    return Trajectory(
-        id=100 + at,
-        group=group,
+    return make_trajectory(
+        100 + at,
+        group,
+        range(10, 10 + prompt),
+        range(500 + 10 * at, 500 + 10 * at + response),
+        reward,
         prompt_id=f"p{group}",
-        prompt_tokens=tuple(range(10, 10 + prompt)),
-        response_tokens=tuple(range(500 + 10 * at, 500 + 10 * at + response)),
-        logmu=tuple(-0.5 - k for k in range(response)) if logmu else None,
-        finish_reason="stop",
-        reward=reward,
+        logmu=[-0.5 - k for k in range(response)] if logmu else None,
     )
+
+
+def with_columns(one: Trajectory, **columns: object) -> Trajectory:
+    """Return the trajectory with other or further columns."""
+    return replace(one, columns={**one.columns, **columns_of(one.response_tokens, **columns)})
 
 
 THREE = [trajectory(0, 7, 2, 3, 1.0), trajectory(1, 7, 2, 1, 0.0), trajectory(2, 9, 1, 2, 1.0)]
@@ -38,10 +43,10 @@ def test_every_response_token_is_trained_and_carries_its_own_log_probability():
     assert batch.mask.tolist() == [0, 0, 1, 1, 1, 0, 0, 1, 0, 1, 1]
     assert batch.logmu is not None
     assert batch.logmu.tolist() == [0, 0, -0.5, -1.5, -2.5, 0, 0, -0.5, 0, -0.5, -1.5]
-    assert (batch.ids.tolist(), batch.groups.tolist(), batch.prompt_ids) == (
+    assert (batch.ids.tolist(), batch.groups.tolist(), batch.prompt_ids.tolist()) == (
         [100, 101, 102],
         [7, 7, 9],
-        ("p7", "p7", "p9"),
+        ["p7", "p7", "p9"],
     )
     assert (batch.rewards.tolist(), batch.advantages.tolist()) == ([1, 0, 1], [0.5, -0.5, 0])
 
@@ -63,7 +68,7 @@ def test_without_behavior_log_probabilities_there_is_no_column_of_them():
 def with_topk(one: Trajectory, k: int = 2) -> Trajectory:
     """Return the trajectory with top-K ids and log-probabilities that encode trajectory, position and rank."""
     ids = (one.id * 100 + np.arange(len(one.response_tokens) * k)).reshape(-1, k).astype(np.int32)
-    return replace(one, topk=TopK(ids, (-ids / 1000).astype(np.float32)))
+    return with_columns(one, topk_ids=ids, topk_logmu=-ids / 1000)
 
 
 def test_the_likeliest_tokens_stand_at_the_response_tokens_they_were_sampled_with():
@@ -86,13 +91,13 @@ def test_without_likeliest_tokens_there_are_no_columns_of_them():
 
 
 def test_likeliest_tokens_of_some_trajectories_only_are_refused():
-    with pytest.raises(UserError, match=r"trajectories \[101\] carry no top-K tokens"):
+    with pytest.raises(UserError, match=r"trajectories \[101\] carry no column 'topk_ids'"):
         make_batch([with_topk(THREE[0]), THREE[1], with_topk(THREE[2])], "mean")
 
 
 def test_a_selection_takes_every_column_of_a_token_along():
     batch = make_batch([with_topk(one) for one in THREE], "mean")
-    batch = replace(batch, token_advantages=np.arange(11, dtype=np.float32))
+    batch = batch.with_columns(token_advantages=np.arange(11, dtype=np.float32))
     chosen = batch.select(np.array([2, 0]))
     place = [8, 9, 10, 0, 1, 2, 3, 4]
     for name in ("tokens", "mask", "logmu", "topk_ids", "topk_logmu", "token_advantages"):
@@ -148,18 +153,18 @@ def test_a_column_that_is_not_finite_names_its_trajectory(column, bad_id):
     values[row if len(values) == len(batch) else batch.cu_seqlens[row + 1] - 1] = np.nan
     batch.check_finite()
     with pytest.raises(UserError, match=rf"{column} is not finite in trajectories \[{bad_id}\]"):
-        replace(batch, **{column: values}).check_finite()
+        batch.with_columns(**{column: values}).check_finite()
 
 
 def test_numbers_of_tokens_that_are_not_trained_do_not_matter():
     batch = make_batch(THREE, "mean")
     logmu = np.where(batch.mask > 0, batch.logmu, np.nan)
-    replace(batch, logmu=logmu).check_finite()
+    batch.with_columns(logmu=logmu).check_finite()
 
 
 def test_tokens_a_mask_leaves_out_are_in_the_batch_but_not_trained():
-    tool = replace(THREE[0], response_mask=(1, 0, 1), versions=(VersionSpan(4, 0, 1), VersionSpan(5, 2, 3)))
-    batch = make_batch([tool, replace(THREE[1], versions=(VersionSpan(5, 0, 1),))], "mean")
+    tool = with_columns(THREE[0], mask=[1, 0, 1], versions=[4, -1, 5])
+    batch = make_batch([tool, with_columns(THREE[1], versions=[5])], "mean")
     assert batch.tokens.tolist() == [10, 11, 500, 501, 502, 10, 11, 510]
     assert batch.mask.tolist() == [0, 0, 1, 0, 1, 0, 0, 1]
     assert batch.logmu is not None and batch.logmu.tolist() == [0, 0, -0.5, 0, -2.5, 0, 0, -0.5]

@@ -13,7 +13,8 @@ from megatron_rl.errors import EngineError
 from megatron_rl.sampling.group import Group, GroupSettings, sample_group, sampling_seed
 from megatron_rl.sampling.trajectory_builder import ToolUse, TrajectoryBuilder
 from megatron_rl.tasks.task import Observation
-from megatron_rl.types import Prompt, TopK, VersionSpan
+from megatron_rl.types import Prompt, Trajectory
+from tests.trajectories import DTYPES, make_sample
 from tests.unit.sampling.scripted_engine import sample
 from tests.unit.tasks.char_tokenizer import char_tokenizer
 
@@ -44,6 +45,11 @@ def draw(
         return answers(request) if callable(answers) else answers[len(asked) - 1]
 
     return asyncio.run(sample_group(ask, PROMPT, how, first_id=first_id, group=5)), asked
+
+
+def listed(trajectory: Trajectory) -> dict[str, list[float]]:
+    """Return the columns of a trajectory as lists."""
+    return {name: values.tolist() for name, values in trajectory.columns.items()}
 
 
 class Calculator:
@@ -77,17 +83,11 @@ def written(text: str, version: int = 1, reason: str = "stop") -> Sample:
 def test_a_response_of_one_turn_is_the_engines_sample_and_one_request() -> None:
     group, asked = draw([[sample(8, 1), sample(9, 9, reason="length")]], settings(samples=2))
     first, second = group.trajectories
-    assert (first.id, first.group, first.response_tokens, first.logmu, first.finish_reason) == (
-        40,
-        5,
-        (8, 1),
-        (-4.0, -0.5),
-        "stop",
-    )
-    assert (second.id, second.response_tokens, second.finish_reason) == (41, (9, 9), "length")
-    assert first.response_mask is None and first.versions == (VersionSpan(1, 0, 2),)
+    assert (first.id, first.group, first.finish_reason) == (40, 5, "stop")
+    assert listed(first) == {"tokens": [8, 1], "mask": [1, 1], "versions": [1, 1], "logmu": [-4.0, -0.5]}
+    assert (second.id, second.response_tokens.tolist(), second.finish_reason) == (41, [9, 9], "length")
     (request,) = asked
-    assert (request.rid, request.prompt_tokens, request.n) == ("s7-t40", (3, 4), 2)
+    assert (request.rid, tuple(request.prompt_tokens), request.n) == ("s7-t40", (3, 4), 2)
     assert request.sampling.seed == sampling_seed(7, 40) and request.sampling.max_new_tokens == 100
 
 
@@ -99,11 +99,15 @@ def test_an_aborted_sample_goes_on_from_its_prefix_with_what_is_left_of_its_budg
     ]
     group, asked = draw(answers, settings(samples=2))
     resumed, other = group.trajectories
-    assert resumed.response_tokens == (8, 9, 7, 6, 1) and resumed.logmu == (-4.0, -4.5, -3.5, -3.0, -0.5)
-    assert resumed.versions == (VersionSpan(1, 0, 2), VersionSpan(2, 2, 5)) and resumed.finish_reason == "stop"
-    assert other.response_tokens == (5, 1)
+    assert listed(resumed) == {
+        "tokens": [8, 9, 7, 6, 1],
+        "logmu": [-4.0, -4.5, -3.5, -3.0, -0.5],
+        "versions": [1, 1, 2, 2, 2],
+        "mask": [1] * 5,
+    }
+    assert resumed.finish_reason == "stop" and other.response_tokens.tolist() == [5, 1]
     assert (group.resumed, group.retractions) == (2, 3)
-    assert [request.prompt_tokens for request in asked[1:]] == [(3, 4, 8, 9), (3, 4, 8, 9, 7)]
+    assert [tuple(request.prompt_tokens) for request in asked[1:]] == [(3, 4, 8, 9), (3, 4, 8, 9, 7)]
     assert [(request.n, request.sampling.max_new_tokens) for request in asked[1:]] == [(1, 98), (1, 97)]
     assert len({request.sampling.seed for request in asked}) == len({request.rid for request in asked}) == 3
 
@@ -113,7 +117,7 @@ def test_a_sample_that_is_aborted_again_and_again_without_a_token_is_an_error_th
         draw([[sample(reason="abort")]] * 9, settings())
     slow = [[sample(8, reason="abort")], [sample(reason="abort")], [sample(9, reason="abort")]]
     group, _ = draw([*slow, [sample(reason="abort")], [sample(1)]], settings())
-    assert group.trajectories[0].response_tokens == (8, 9, 1)
+    assert group.trajectories[0].response_tokens.tolist() == [8, 9, 1]
 
 
 def test_turns_and_observations_alternate_and_only_the_models_tokens_are_trained() -> None:
@@ -129,14 +133,15 @@ def test_turns_and_observations_alternate_and_only_the_models_tokens_are_trained
         TOKENIZER.encode("BC?"),
         written("d").tokens,
     ]
-    assert found.response_tokens == tuple(token for part in parts for token in part)
-    assert found.response_mask == (1,) * 3 + (0,) * 2 + (1,) * 4 + (0,) * 3 + (1,) * 2
-    assert found.versions == (VersionSpan(1, 0, 3), VersionSpan(2, 5, 9), VersionSpan(3, 12, 14))
-    assert found.logmu == tuple(
-        -0.5 * t if m else 0.0 for t, m in zip(found.response_tokens, found.response_mask, strict=True)
-    )
+    tokens, mask = [token for part in parts for token in part], [1] * 3 + [0] * 2 + [1] * 4 + [0] * 3 + [1] * 2
+    assert listed(found) == {
+        "tokens": tokens,
+        "mask": mask,
+        "versions": [1] * 3 + [-1] * 2 + [2] * 4 + [-1] * 3 + [3] * 2,
+        "logmu": [-0.5 * token if trained else 0.0 for token, trained in zip(tokens, mask, strict=True)],
+    }
     assert found.finish_reason == "stop" and group.resumed == 0
-    assert [request.prompt_tokens for request in asked] == [
+    assert [tuple(request.prompt_tokens) for request in asked] == [
         (3, 4),
         (3, 4, *found.response_tokens[:5]),
         (3, 4, *found.response_tokens[:12]),
@@ -149,7 +154,7 @@ def test_no_turn_follows_the_last_one_that_is_allowed() -> None:
     group, asked = draw(lambda _: [written("a?")], settings(environment=environment, tokenizer=TOKENIZER))
     assert len(asked) == 3 and environment.heard == ["a?"] * 3 and environment.lasts == [False, False, True]
     assert group.tool_use == ToolUse(calls=2), "nothing is run after the last turn"
-    assert group.trajectories[0].response_tokens[-3:] == written("a?").tokens, (
+    assert group.trajectories[0].response_tokens[-3:].tolist() == written("a?").tokens.tolist(), (
         "an answer that nobody reads is not appended"
     )
 
@@ -167,8 +172,8 @@ def test_a_void_turn_is_masked_from_its_first_token_also_when_it_was_interrupted
     answers = [[written("a?")], [written(".", reason="abort")], [written(".")]]
     group, _ = draw(answers, how)
     (found,) = group.trajectories
-    assert found.response_mask == (1,) * 3 + (0,) * 2 + (0,) * 3
-    assert found.versions[-1] == VersionSpan(1, 5, 8) and group.resumed == 1
+    assert found.columns["mask"].tolist() == [1] * 3 + [0] * 2 + [0] * 3
+    assert found.columns["versions"].tolist() == [1] * 3 + [-1] * 2 + [1] * 3 and group.resumed == 1
 
 
 def test_calls_errors_and_void_turns_of_all_samples_of_a_group_are_counted() -> None:
@@ -186,11 +191,11 @@ def test_a_turn_that_was_cut_off_is_not_shown_to_the_environment() -> None:
 
 
 def test_what_nobody_can_train_on_is_refused_in_every_turn() -> None:
-    broken = Sample((4,), (float("nan"),), "stop", ())
+    broken = make_sample([4], logmu=[float("nan")])
     with pytest.raises(EngineError, match="non-finite behavior log-probabilities in trajectory 40"):
         draw([[written("a?")], [broken]], settings(environment=Calculator(), tokenizer=TOKENIZER))
     with pytest.raises(EngineError, match=r"the engine failed on trajectory 41: out of memory"):
-        draw([[sample(1), Sample((), (), "abort", (), "out of memory")]], settings(samples=2))
+        draw([[sample(1), make_sample([], "abort", fault="out of memory", logmu=[])]], settings(samples=2))
 
 
 PIECES = st.lists(
@@ -209,48 +214,41 @@ PIECES = st.lists(
 
 @given(PIECES, st.booleans(), st.integers(0, 2))
 def test_however_a_response_is_put_together_every_column_speaks_of_the_same_tokens(pieces, logmu, topk) -> None:
-    response = TrajectoryBuilder(logmu, topk)
-    tokens: list[int] = []
-    version_of: list[int] = []
-    for kind, piece, versions in pieces:
-        if kind == "tool":
-            response.add_observation(piece)
-            version_of += [-1] * len(piece)
+    more = ["logmu"] * logmu + ["topk_ids", "topk_logmu"] * (topk > 0)
+    response: TrajectoryBuilder | None = None
+    want: dict[str, list] = {name: [] for name in ("tokens", "mask", "versions", *more)}
+    for kind, piece, versions in [("sample", [], [1]), *pieces]:
+        columns = {
+            "tokens": piece,
+            "versions": [versions[at % len(versions)] for at in range(len(piece))],
+            "logmu": [-float(t) for t in piece],
+            "topk_ids": np.array(piece, np.int32)[:, None].repeat(topk, 1).reshape(len(piece), topk),
+            "topk_logmu": -np.array(piece, np.float32)[:, None].repeat(topk, 1).reshape(len(piece), topk),
+        }
+        mask = int(kind == "sample")
+        if response is None:
+            response = TrajectoryBuilder(make_sample(**{n: c for n, c in columns.items() if n in want}))
+        elif mask:
+            response.add_sample(make_sample(**{n: c for n, c in columns.items() if n in want}))
         else:
-            per_token = sorted(versions[at % len(versions)] for at in range(len(piece)))
-            cuts = [at for at in range(len(piece)) if at == 0 or per_token[at] != per_token[at - 1]]
-            spans = tuple(VersionSpan(per_token[a], a, b) for a, b in zip(cuts, [*cuts[1:], len(piece)], strict=False))
-            rows = np.array(piece, np.int32)[:, None].repeat(topk, 1)
-            likeliest = TopK(rows, -rows.astype(np.float32)) if topk else None
-            response.add_sample(
-                Sample(tuple(piece), tuple(-float(t) for t in piece) if logmu else None, "stop", spans, topk=likeliest)
-            )
-            version_of += per_token
-        tokens += piece
+            response.add_observation(piece)
+            columns |= {"versions": [-1] * len(piece), "logmu": [0] * len(piece)}
+            columns |= {name: np.zeros_like(columns[name]) for name in ("topk_ids", "topk_logmu")}
+        for name, values in {**columns, "mask": [mask] * len(piece)}.items():
+            if name in want:
+                want[name] += np.array(values).tolist()
+    assert response is not None
     made = response.trajectory(1, 2, PROMPT)
-    assert made.response_tokens == tuple(tokens)
-    mask = [int(version > 0) for version in version_of]
-    assert made.response_mask == (None if all(mask) else tuple(mask))
-    assert made.logmu == (tuple(-float(t) * m for t, m in zip(tokens, mask, strict=True)) if logmu else None)
-    seen = [-1] * len(tokens)
-    for span in made.versions:
-        assert span.end > span.start
-        seen[span.start : span.end] = [span.version] * (span.end - span.start)
-    assert seen == version_of
-    assert all(
-        a.end < b.start or a.version != b.version for a, b in zip(made.versions, made.versions[1:], strict=False)
-    )
-    if topk:
-        assert made.topk is not None and made.topk.ids.dtype == np.int32 and made.topk.logmu.dtype == np.float32
-        assert made.topk.ids[:, 0].tolist() == [t * m for t, m in zip(tokens, mask, strict=True)]
+    assert listed(made) == want
+    assert all(made.columns[name].dtype == DTYPES[name] for name in want)
+    assert response.length == len(want["tokens"]) == len(made.response_tokens)
 
 
 def test_the_experts_of_a_token_stay_those_that_were_chosen_when_it_was_sampled():
     def sample(tokens: int, rows: int, name: int) -> Sample:
-        return Sample(tuple(range(tokens)), None, "abort", (), routing=np.full((rows, 1, 2), name))
+        return make_sample(range(tokens), "abort", routing=np.full((rows, 1, 2), name))
 
-    response = TrajectoryBuilder(logmu=False, topk=0)
-    response.add_sample(sample(3, 5 + 3 - 1, 1))  # a prompt of 5 tokens
+    response = TrajectoryBuilder(sample(3, 5 + 3 - 1, 1))  # a prompt of 5 tokens
     response.add_sample(sample(2, 8 + 2 - 1, 2))  # the prompt of the second request is everything before it
     assert response.routing is not None
     assert response.routing[:, 0, 0].tolist() == [1] * 7 + [2] * 2
@@ -259,10 +257,9 @@ def test_the_experts_of_a_token_stay_those_that_were_chosen_when_it_was_sampled(
 def test_the_experts_of_tokens_whose_request_did_not_tell_are_unknown_not_those_chosen_later():
     def sample(tokens: int, rows: int, name: int) -> Sample:
         routing = np.full((rows, 1, 2), name) if name else None
-        return Sample(tuple(range(tokens)), None, "abort", (), routing=routing)
+        return make_sample(range(tokens), "abort", routing=routing)
 
-    response = TrajectoryBuilder(logmu=False, topk=0)
-    response.add_sample(sample(0, 0, 0))  # ended while it waited: the engine chose no experts for it
+    response = TrajectoryBuilder(sample(0, 0, 0))  # ended while it waited: the engine chose no experts for it
     response.add_sample(sample(3, 5 + 3 - 1, 1))  # a prompt of 5 tokens
     response.add_sample(sample(2, 0, 0))
     response.add_observation([7, 7])

@@ -99,7 +99,7 @@ def numbers(taken: StepGroups) -> list[int]:
 
 
 def versions(taken: StepGroups) -> set[int]:
-    return {span.version for group in taken.chosen() for t in group.trajectories for span in t.versions}
+    return {version for group in taken.chosen() for t in group.trajectories for version in t.sampled_by.tolist()}
 
 
 def test_strictly_on_policy_nothing_runs_while_the_trainer_works(world) -> None:

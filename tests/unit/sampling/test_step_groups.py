@@ -7,14 +7,11 @@ from hypothesis import strategies as st
 from megatron_rl.sampling.group import Group
 from megatron_rl.sampling.step_groups import PromptDraws, StepGroups
 from megatron_rl.sampling.trajectory_builder import ToolUse
-from megatron_rl.types import Trajectory
+from tests.trajectories import make_trajectory
 
 
 def group(number: int, *rewards: float, resumed: int = 0) -> Group:
-    rows = [
-        Trajectory(10 * number + k, number, "p", (1,), (2,), None, "stop", reward=r)
-        for k, r in enumerate(rewards or (0, 1))
-    ]
+    rows = [make_trajectory(10 * number + k, number, (1,), (2,), r) for k, r in enumerate(rewards or (0, 1))]
     return Group(rows, resumed, 2 * resumed, ToolUse(10**number, 2 * 10**number, 3 * 10**number))
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,16 +13,16 @@ from megatron_rl.objectives import make_objective
 from megatron_rl.policy.actor import UpdateStats
 from megatron_rl.sampling.batch import make_batch
 from megatron_rl.trainer.metrics import Stopwatch, step_record
-from megatron_rl.types import Batch, Trajectory, VersionSpan
+from megatron_rl.types import Batch
+from tests.trajectories import make_trajectory
 
-SPANS = (VersionSpan(5, 0, 1), VersionSpan(4, 2, 3))
 PAIRED = ("ratio", "kl", "mismatch", "dp", "chi2", "token_mult", "envelope", "worst")  # these keys need logmu
 
 
 def parts(logmu: bool = True) -> list[Batch]:
     """Return two updates of one group each, with responses of 1, 2 and 3 tokens after prompts of 2."""
     made = [
-        Trajectory(i, group, "p", (5, 6), tuple(range(n)), (-1.0,) * n if logmu else None, "stop", reward=reward)
+        make_trajectory(i, group, (5, 6), range(n), reward, logmu=[-1.0] * n if logmu else None)
         for i, (group, n, reward) in enumerate([(0, 1, 1.0), (0, 2, 0.0), (1, 3, 1.0)])
     ]
     return split_updates(make_batch(made, "mean"), 2)
@@ -93,8 +92,8 @@ def test_staleness_counts_trained_tokens_alone_and_the_mismatch_is_split_by_it()
     The other response has one token of version 3. logp - logmu is -1 for all tokens.
     """
     made = [
-        Trajectory(0, 0, "p", (5,), (1, 2, 3), (-1.0, 0.0, -1.0), "stop", SPANS, 1.0, response_mask=(1, 0, 1)),
-        Trajectory(1, 0, "p", (5,), (1,), (-1.0,), "stop", (VersionSpan(3, 0, 1),), 0.0),
+        make_trajectory(0, 0, (5,), (1, 2, 3), 1.0, logmu=[-1, 0, -1], versions=[5, -1, 4], mask=[1, 0, 1]),
+        make_trajectory(1, 0, (5,), (1,), 0.0, logmu=[-1], versions=[3]),
     ]
     part = make_batch(made, "mean")
     record = step_record(
@@ -110,7 +109,7 @@ def test_staleness_counts_trained_tokens_alone_and_the_mismatch_is_split_by_it()
 
 
 def test_updates_whose_turns_are_all_void_are_recorded_without_ratios():
-    void = [replace(part, mask=np.zeros_like(part.mask)) for part in parts()]
+    void = [part.with_columns(mask=np.zeros_like(part.mask)) for part in parts()]
     record = record_of(void)
     assert not any(key.startswith(PAIRED) for key in record)
     assert (record["tokens/response"], record["entropy"], record["loss"]) == (0, 0.0, 3.0)
@@ -125,10 +124,7 @@ def test_without_behavior_log_probabilities_no_ratio_is_claimed():
 @pytest.mark.parametrize("logmu", [True, False])
 def test_a_round_compares_old_policy_and_student_with_the_engine_s_where_it_reported_any(logmu):
     batch = make_batch(
-        [
-            Trajectory(i, 0, "p", (5, 6), (7, 8), (-1.0, -1.0) if logmu else None, "stop", reward=float(i))
-            for i in range(2)
-        ],
+        [make_trajectory(i, 0, (5, 6), (7, 8), float(i), logmu=[-1, -1] if logmu else None) for i in range(2)],
         "mean",
     )
     trained = batch.mask > 0
