@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -52,3 +53,11 @@ def end_sessions(leaders: Sequence[subprocess.Popen[bytes]], grace_s: float = _G
             process.wait(max(deadline - time.monotonic(), 0.0))
         kill_session(process.pid)
         process.wait()
+
+
+def raise_file_limit() -> int:
+    """Raise this process's limit of open files as far as it may, and return it. Every connection is an open file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return 1 << 20 if hard == resource.RLIM_INFINITY else hard

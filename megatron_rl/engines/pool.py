@@ -19,6 +19,7 @@ import httpx
 
 from megatron_rl.engines.control import Controls, refusal_error
 from megatron_rl.engines.health import HEALTH_S, MISSES, check_health, is_alive, log_unexpected_end, resume_paused
+from megatron_rl.engines.patient_transport import PatientTransport
 from megatron_rl.engines.pooled_engine import Dropped, EngineState, PooledEngine, Unanswered, cancel_if_lost, together
 from megatron_rl.engines.router import Router, router_lost
 from megatron_rl.errors import EngineError, UserError
@@ -31,6 +32,7 @@ from megatron_rl.protocol.generation import (
     read_samples,
     to_json,
 )
+from megatron_rl.supervise import raise_file_limit
 
 T = TypeVar("T")
 __all__ = ["EnginePool", "GenerationInterrupted", "GenerationRequest", "Sample", "SamplingParams", "together"]
@@ -42,6 +44,7 @@ _RECOVER_S = 2.5  # time for the health check of a lost engine, made at every we
 _WATCH_S = 5.0  # between health checks of servers with unfinished requests
 _IN_FLIGHT = 256  # requests per server at once
 _QUARANTINE_S = 30.0  # time a request waits while every live engine is quarantined
+_OTHER_FILES = 256  # open files that are not requests: health checks, weight updates, logs, checkpoints
 _SMALL_ANSWER = 1 << 15  # bytes of an answer that is read in the loop itself
 _JSON = {"content-type": "application/json"}
 _THREADS = 32  # for `asyncio.to_thread` in the pool's loop: tools and verifiers mostly wait for processes
@@ -73,14 +76,16 @@ class EnginePool(Controls):
         self._timeout_s = timeout_s
         self._loop = asyncio.new_event_loop()
         self._loop.set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="engine-pool"))
-        self._gate = asyncio.Semaphore(_IN_FLIGHT * len(self._engines))
+        self._gate = asyncio.Semaphore(max(1, min(_IN_FLIGHT * len(self._engines), raise_file_limit() - _OTHER_FILES)))
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine-pool", daemon=True)
         self._thread.start()
         # Idle connections cost more than new ones: httpx walks all pairs of them, and a server may close them first.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         # trust_env=False: requests to the engines must not go through an HTTP proxy of the site.
         self._http = httpx.AsyncClient(
-            timeout=httpx.Timeout(timeout_s, connect=HEALTH_S), limits=limits, trust_env=False
+            timeout=httpx.Timeout(timeout_s, connect=HEALTH_S),
+            transport=PatientTransport(limits=limits),
+            trust_env=False,
         )
         self._router = Router(router_url, self._http) if router_url else None
         self._front = PooledEngine(router_url) if router_url else None  # the router, to which requests are sent
@@ -294,7 +299,11 @@ class EnginePool(Controls):
             front = [self._front] if self._front is not None else []
             through = any(engine.load for engine in front)
             busy = [engine for engine in [*front, *self._engines] if engine.live and (engine.load or through)]
-            health = await asyncio.gather(*(check_health(self._http, engine) for engine in busy))
+            try:
+                health = await asyncio.gather(*(check_health(self._http, engine) for engine in busy))
+            except EngineError as error:  # this machine could not open a connection: no engine is to blame
+                _log.warning("servers were not checked: %s", error)
+                continue
             missed = [engine for engine, healthy in zip(busy, health, strict=True) if not healthy]
             misses = {engine.url: misses.get(engine.url, 0) + 1 for engine in missed}
             for engine in missed:

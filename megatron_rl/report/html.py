@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from megatron_rl.report.history import Series, History
+from megatron_rl.report.history import History, Series
 from megatron_rl.report.plots import save_panels
 
 _ROWS = (

@@ -29,12 +29,13 @@ from megatron_rl.protocol.bodies import (
     UpdateBody,
     explain,
 )
+from megatron_rl.protocol.generation import to_json
 from megatron_rl.protocol.payload import unpack_payload
 from megatron_rl.protocol.server_options import ServerOptions, describe_precision
 from megatron_rl.server.decode_batch import Job
 from megatron_rl.server.engine import Engine
 from megatron_rl.server.requests import parse_jobs, response_entries
-from megatron_rl.supervise import die_with_parent
+from megatron_rl.supervise import die_with_parent, raise_file_limit
 
 
 def create_app(engine: Engine) -> FastAPI:
@@ -107,7 +108,7 @@ def _add_generation(app: FastAPI, engine: Engine) -> None:
             return Response(status_code=499)
         left.cancel()
         out = [answer for job in await finished for answer in response_entries(engine, job, body.return_logprob)]
-        return JSONResponse(out if body.batched or len(out) > 1 else out[0])
+        return Response(to_json(out if body.batched or len(out) > 1 else out[0]), media_type="application/json")
 
 
 async def _client_left(request: Request) -> None:
@@ -237,6 +238,7 @@ def _add_updates(app: FastAPI, engine: Engine) -> None:
 def run_server(options: ServerOptions) -> None:
     """Load the model and serve it until SIGTERM or SIGINT. Requests that still run then end as aborted."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    raise_file_limit()
     if options.parent_pid:
         die_with_parent(options.parent_pid)
     engine = Engine(
