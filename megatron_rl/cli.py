@@ -172,7 +172,7 @@ def doctor(
     _seam("doctor").print_report()
     if config is not None:
         report = _seam("trainer.preflight").check(config)
-        _seam("trainer.precision_check").print_plan(report)
+        _seam("plan.precision_check").print_plan(report)
         print(f"{config_file}: can run")
 
 

@@ -20,7 +20,7 @@ from megatron_rl.policy.parallel import joined_mesh
 from megatron_rl.sampling.rollouts import stop_token_ids
 from megatron_rl.tasks import make_task
 from megatron_rl.tasks.task import Turn
-from megatron_rl.trainer.precision_check import print_plan
+from megatron_rl.plan.precision_check import print_plan
 from megatron_rl.trainer.preflight import check_rank
 from megatron_rl.trainer.progress import ProgressLine
 from megatron_rl.types import Batch, Prompt

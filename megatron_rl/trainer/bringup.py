@@ -27,7 +27,7 @@ from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.sampling.rollouts import Rollouts, rollouts_folder
 from megatron_rl.tasks import make_task
 from megatron_rl.trainer.lead import Lead
-from megatron_rl.trainer.precision_check import print_plan
+from megatron_rl.plan.precision_check import print_plan
 from megatron_rl.trainer.preflight import check_rank, check_run_folder
 from megatron_rl.trainer.progress import ProgressLine
 from megatron_rl.trainer.trainer import Trainer

@@ -14,7 +14,7 @@ from megatron_rl.precision.machine import this_machine
 from megatron_rl.precision.plan_checks import PlanReport
 from megatron_rl.sampling.rollouts import stop_token_ids
 from megatron_rl.tasks import make_task
-from megatron_rl.trainer.precision_check import check_precision
+from megatron_rl.plan.precision_check import check_precision
 from megatron_rl.weights.families import Family, ModelShape
 from megatron_rl.weights.hf_folder import HFFolder
 from megatron_rl.weights.name_table import check_folder

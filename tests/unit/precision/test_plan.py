@@ -12,7 +12,7 @@ from megatron_rl.precision.machine import Machine, execution_mode
 from megatron_rl.precision.plan import resolve
 from megatron_rl.precision.plan_checks import BLOCK, Matrix, PlanReport, blocks_coincide, check_plan
 from megatron_rl.precision.table import describe
-from megatron_rl.trainer.precision_check import check_precision, matrices
+from megatron_rl.plan.precision_check import check_precision, matrices
 from megatron_rl.trainer.preflight import check_rank
 from megatron_rl.weights.families import ModelShape
 from megatron_rl.weights.families.qwen3 import QWEN3
