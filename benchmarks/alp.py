@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 from memory import peak_bytes
-from models import make_qwen3
+from models import build_planned_policy, make_qwen3
 
 from megatron_rl.config import make_config
 from megatron_rl.objectives import make_objective
 from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy
-from megatron_rl.policy.build import build_policy
 from megatron_rl.policy.device_port import pick_device
 from megatron_rl.types import Batch
 
@@ -57,7 +56,7 @@ def make_policy(folder: Path, enabled: bool) -> Policy:
             "rollout": {"max_prompt_tokens": 32, "max_new_tokens": 32},
         }
     )
-    return build_policy(config, parallel.initialize(config.parallel, pick_device("auto"), seed=0))
+    return build_planned_policy(config, parallel.initialize(config.parallel, pick_device("auto"), seed=0))
 
 
 def seconds(run: Callable[[], object]) -> float:

@@ -5,6 +5,14 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from megatron_rl.config import Config
+from megatron_rl.plan import resolve_run
+from megatron_rl.policy.actor import Policy
+from megatron_rl.policy.build import build_policy
+from megatron_rl.policy.model import PolicyModel, build_chunks
+from megatron_rl.policy.parallel import Mesh
+from megatron_rl.weights.families import ModelShape
+
 
 def make_qwen3(folder: Path, *, hidden: int, layers: int, vocab: int, tied: bool = True) -> Path:
     config = Qwen3Config(
@@ -32,3 +40,15 @@ def write_tokenizer(folder: Path, vocab: int) -> None:
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w0").save_pretrained(folder)
+
+
+def build_planned_policy(config: Config, mesh: Mesh) -> Policy:
+    """Return the policy of a configuration, with the plan that belongs to it. Collective."""
+    plan = resolve_run(config)
+    return build_policy(config, mesh, plan.precision, plan.noise)
+
+
+def build_planned_chunks(config: Config, shape: ModelShape, mesh: Mesh) -> list[PolicyModel]:
+    """Return the model chunks of a configuration, parameters unset. Collective."""
+    plan = resolve_run(config)
+    return build_chunks(config, shape, mesh, plan.precision, plan.noise)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from models import build_planned_chunks
 from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -22,7 +23,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from megatron_rl.config import make_config
 from megatron_rl.policy import parallel
 from megatron_rl.policy.device_port import pick_device
-from megatron_rl.policy.model import build_chunks
 from megatron_rl.precision.plan import resolve
 from megatron_rl.weights.export import export_weights
 from megatron_rl.weights.hf_folder import HFFolder
@@ -76,14 +76,16 @@ def measure(path: Path, dtype: str, repeat: int) -> list[dict[str, Any]]:
     mesh = parallel.initialize(config.parallel, pick_device("cpu"), seed=0)
     folder = HFFolder(path)
     family, shape = check_folder(folder, tensor_parallel=1)
-    chunks = build_chunks(config, shape, mesh)
+    chunks = build_planned_chunks(config, shape, mesh)
     load_weights(chunks, folder, family, shape, tp_rank=0, tp_size=1)
     folder.close()
     held = sum(parameter.nbytes for parameter in chunks[0].parameters())
     largest = 4 * max(parameter.numel() for parameter in chunks[0].parameters())
     rows = []
     for rollout in ROLLOUTS:
-        plan = resolve(config.precision.model_copy(update={"rollout": rollout}), shape.num_layers)
+        plan = resolve(
+            config.precision.model_copy(update={"rollout": rollout}), shape.num_layers, engine="embedded", device="cpu"
+        )
         dtypes = export_dtypes(plan, folder.tensors)
         runs = []
         for _ in range(repeat):

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from models import make_qwen3
+from models import build_planned_policy, make_qwen3
 from rich.console import Console
 from rich.table import Table
 from step import make_batch
@@ -19,7 +19,6 @@ from step import make_batch
 from megatron_rl.config import make_config
 from megatron_rl.objectives import make_objective
 from megatron_rl.policy import parallel
-from megatron_rl.policy.build import build_policy
 from megatron_rl.policy.device_port import pick_device
 
 SIZES = argparse.Namespace(hidden=256, layers=4, vocab=512, tokens=1024, prompt_share=0.0)
@@ -83,7 +82,7 @@ def _steps(model: Path) -> dict[str, Callable[[], object]]:
             }
         )
         mesh = mesh or parallel.initialize(config.parallel, pick_device("auto"), seed=0)
-        policy = build_policy(config, mesh)
+        policy = build_planned_policy(config, mesh)
         steps[name] = lambda policy=policy: policy.update(batch, objective, objective.norm)
     return steps
 

@@ -22,13 +22,12 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from memory import peak_bytes
-from models import make_qwen3
+from models import build_planned_policy, make_qwen3
 
 from megatron_rl.config import make_config
 from megatron_rl.objectives import make_objective
 from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy
-from megatron_rl.policy.build import build_policy
 from megatron_rl.policy.device_port import pick_device
 from megatron_rl.policy.packing import pack, shard
 from megatron_rl.types import Batch
@@ -136,7 +135,7 @@ def main() -> None:
             }
         )
         device = pick_device("auto")
-        policy = build_policy(config, parallel.initialize(config.parallel, device, seed=0))
+        policy = build_planned_policy(config, parallel.initialize(config.parallel, device, seed=0))
     batch, objective = make_batch(args), make_objective({"name": "drpo"})
     bare = bare_step(policy, batch, args.tokens)
     ours = lambda: policy.update(batch, objective, objective.norm)  # noqa: E731

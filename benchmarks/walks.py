@@ -30,11 +30,11 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from models import build_planned_chunks
 
 import megatron_rl
 from megatron_rl.algorithms.policy_gradient import PolicyGradient
 from megatron_rl.config import make_config
-from megatron_rl.policy.model import build_chunks
 from megatron_rl.server.app import create_app
 from megatron_rl.server.engine import Engine
 from megatron_rl.tiny_model import make_tiny_model
@@ -191,7 +191,7 @@ def walk_folder_to_parameter(tracer: Tracer, trainer: Trainer) -> None:
     with tracer.walk(FOLDER):
         source = HFFolder(config.model.path)
         family, shape = check_folder(source, tensor_parallel=mesh.tp_size, expert_parallel=config.parallel.expert)
-    models = build_chunks(config, shape, mesh)
+    models = build_planned_chunks(config, shape, mesh)
     with tracer.walk(FOLDER):
         load_weights(models, source, family, shape, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size)
 

@@ -58,7 +58,7 @@ def train(
         arguments = ["train", str(config_file), *(overrides or []), *(["--resume"] if resume else [])]
         sys.exit(run_ranks(arguments, config.parallel.world_size))
     with _seam("trainer.bringup").open_run(config, resume=resume) as trainer:
-        algorithm = _seam("algorithms").make_algorithm(trainer.plan)
+        algorithm = _seam("algorithms").make_algorithm(trainer.plan.algorithm)
         hooks = _seam("trainer.attribution").attribution_hooks(config)
         try:
             _seam("trainer.loop").train(trainer, algorithm, hooks)
@@ -171,8 +171,7 @@ def doctor(
     config = None if config_file is None else load_config(config_file, overrides)
     _seam("doctor").print_report()
     if config is not None:
-        report = _seam("trainer.preflight").check(config)
-        _seam("plan.precision_check").print_plan(report)
+        _seam("plan").print_plan(_seam("trainer.preflight").check(config), config)
         print(f"{config_file}: can run")
 
 

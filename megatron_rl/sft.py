@@ -14,14 +14,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
 from megatron_rl.objectives import LossInputs, LossNorm, LossOutputs
+from megatron_rl.plan import print_plan
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.build import build_policy
 from megatron_rl.policy.parallel import joined_mesh
 from megatron_rl.sampling.rollouts import stop_token_ids
 from megatron_rl.tasks import make_task
 from megatron_rl.tasks.task import Turn
-from megatron_rl.plan.precision_check import print_plan
-from megatron_rl.trainer.preflight import check_rank
+from megatron_rl.trainer.preflight import resolve_on_rank
 from megatron_rl.trainer.progress import ProgressLine
 from megatron_rl.types import Batch, Prompt
 
@@ -123,11 +123,11 @@ def warm_up(
         UserError: if `max_updates` updates do not reach the target.
         PrecisionError: if this machine does not support the precision plan.
     """
-    report = check_rank(config)
+    plan = resolve_on_rank(config)
     with joined_mesh(config) as mesh:
         if mesh.rank == 0:
-            print_plan(report)
-        policy = build_policy(config, mesh)
+            print_plan(plan, config)
+        policy = build_policy(config, mesh, plan.precision, plan.noise)
         tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         task = make_task(
             config.task, tokenizer, seed=config.run.seed, max_prompt_tokens=config.rollout.max_prompt_tokens

@@ -56,7 +56,7 @@ class PolicyGradient:
                 batch = with_staleness(batch, trainer.state.version)
             parts = split_updates(batch, trainer.config.optimizer.updates_per_step)
             clean = score_clean(policy, parts[0]) if trainer.config.alp.enabled else None
-            stats = [policy.update(part, objective, trainer.plan.norm) for part in parts]
+            stats = [policy.update(part, objective, trainer.plan.algorithm.norm) for part in parts]
         if clean is None or trainer.lead is None:
             return Updates(parts, stats, objective)
         record = clean.record(stats[0])

@@ -1,34 +1,30 @@
-"""The precision plan of a configuration: checked against its model's shapes and this machine, and printed."""
+"""The precision plan of a configuration, checked against its model's shapes and a machine."""
 
 from collections.abc import Iterator
 from math import gcd
 
-from rich.console import Console
-
 from megatron_rl.config import Config
-from megatron_rl.precision.machine import Machine, execution_mode, this_machine
+from megatron_rl.precision.machine import Machine, execution_mode
 from megatron_rl.precision.plan import PrecisionPlan, resolve
 from megatron_rl.precision.plan_checks import Matrix, PlanReport, RowRange, check_plan
-from megatron_rl.precision.table import describe
 from megatron_rl.weights.families import Family, ModelShape
 from megatron_rl.weights.layouts import QKV, GateUp, Layout
 from megatron_rl.weights.name_table import Entry, entries
 
 
-def check_precision(config: Config, family: Family, shape: ModelShape, machine: Machine | None = None) -> PlanReport:
+def check_precision(config: Config, family: Family, shape: ModelShape, machine: Machine) -> PlanReport:
     """Resolve the precision plan and check it against the model's shapes and the machine.
 
     Args:
         config: the resolved configuration.
         family: model family, which names the parameters.
         shape: sizes of the model.
-        machine: machine to check for; None: this machine.
+        machine: machine to check for.
 
     Raises:
         ConfigError: if keys contradict each other.
         PrecisionError: if the machine or the shapes do not support the plan.
     """
-    machine = machine or this_machine()
     plan = resolve(config.precision, shape.num_layers, engine=config.rollout.engine, device=machine.device)
     computed = execution_mode(plan.recipe, machine, pow2=config.precision.pow2_scales) if plan.trains_low else ""
     table = entries(family, shape)
@@ -50,11 +46,6 @@ def check_precision(config: Config, family: Family, shape: ModelShape, machine: 
 def _tokens_per_rank(config: Config) -> int:
     cut = config.parallel.tensor if config.parallel.sequence else 1
     return config.optimizer.tokens_per_microbatch // config.parallel.context // cut
-
-
-def print_plan(report: PlanReport, console: Console | None = None) -> None:
-    """Print the plan to standard output."""
-    (console or Console(highlight=False)).print(describe(report))
 
 
 def matrices(plan: PrecisionPlan, table: tuple[Entry, ...], size: int) -> Iterator[Matrix]:

@@ -6,6 +6,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.module import Float16Module
 
+from megatron_rl.alp.layer_noise import LayerNoise
 from megatron_rl.config import Config
 from megatron_rl.policy.actor import Policy, PolicySettings
 from megatron_rl.policy.loss_denominator import finalize_gradients
@@ -15,23 +16,30 @@ from megatron_rl.policy.optimizer import PolicyOptimizer
 from megatron_rl.policy.parallel import Mesh
 from megatron_rl.policy.quantized_products import ProductMonitor
 from megatron_rl.policy.routing_replay import RoutingReplay
-from megatron_rl.precision.plan import DTYPES, resolve
+from megatron_rl.precision.plan import DTYPES, PrecisionPlan
 from megatron_rl.weights.hf_folder import HFFolder
 from megatron_rl.weights.load_weights import load_weights
 from megatron_rl.weights.name_table import check_folder
 
 
-def build_policy(config: Config, mesh: Mesh) -> Policy:
+def build_policy(config: Config, mesh: Mesh, precision: PrecisionPlan, noise: LayerNoise | None) -> Policy:
     """Build the model under the layout, load its weights and make its optimizer. Collective.
 
-    Raises ConfigError or CheckpointError if the folder does not fit the layout, PrecisionError if its weights do not
-    fit the trainer's dtype.
+    Args:
+        config: the resolved configuration.
+        mesh: the parallel layout.
+        precision: the resolved precision plan.
+        noise: the resolved noise of ALP; None without ALP.
+
+    Raises:
+        ConfigError, CheckpointError: the folder does not fit the layout.
+        PrecisionError: its weights do not fit the trainer's dtype.
     """
     source = HFFolder(config.model.path)
     family, shape = check_folder(source, tensor_parallel=mesh.tp_size, expert_parallel=config.parallel.expert)
-    models = build_chunks(config, shape, mesh)
+    models = build_chunks(config, shape, mesh, precision, noise)
     load_weights(models, source, family, shape, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size)
-    products = ProductMonitor(resolve(config.precision, shape.num_layers), models, mesh, HAVE_TE)
+    products = ProductMonitor(precision, models, mesh, HAVE_TE)
     routing = RoutingReplay(config, shape, models, mesh)
     failures = mesh.gather(find_fp16_overflow(models, config))
     mesh.raise_everywhere(mesh.broadcast(next(filter(None, failures), None)))

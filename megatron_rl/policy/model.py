@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_rl.alp.layer_noise import LayerNoise, layer_noise
+from megatron_rl.alp.layer_noise import LayerNoise
 from megatron_rl.alp.logits import LogitPerturbation
 from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError, PrecisionError
@@ -23,7 +23,7 @@ from megatron_rl.policy.packing import Shard
 from megatron_rl.policy.parallel import Mesh
 from megatron_rl.policy.quantized_products import transformer_engine_recipe
 from megatron_rl.policy.routing_replay import prepare_experts
-from megatron_rl.precision.plan import DTYPES, resolve
+from megatron_rl.precision.plan import DTYPES, PrecisionPlan
 from megatron_rl.weights.families.family import Experts, ModelShape
 from megatron_rl.weights.layouts import padded_vocab
 
@@ -98,11 +98,16 @@ class PolicyModel(GPTModel):
         )
 
 
-def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
+def transformer_config(config: Config, shape: ModelShape, precision: PrecisionPlan) -> TransformerConfig:
     """Return megatron-core's configuration of this model under this layout.
 
     Weights always come from a checkpoint, so the initializers do nothing. Parameters are still marked as tensor
     parallel, which would not happen with `perform_initialization=False`.
+
+    Args:
+        config: the resolved configuration.
+        shape: shape of the model.
+        precision: the resolved precision plan.
     """
     parallel = config.parallel
     stages = parallel.pipeline * parallel.virtual_pipeline
@@ -155,7 +160,7 @@ def transformer_config(config: Config, shape: ModelShape) -> TransformerConfig:
         calculate_per_token_loss=True,
         **RECOMPUTE[parallel.recompute],
         **({} if shape.experts is None else _mixture(shape.experts, parallel.expert)),
-        **(transformer_engine_recipe(config, resolve(config.precision, shape.num_layers)) if HAVE_TE else {}),
+        **(transformer_engine_recipe(config, precision) if HAVE_TE else {}),
     )
 
 
@@ -185,21 +190,23 @@ def _mixture(experts: Experts, expert_parallel: int) -> dict[str, Any]:
     }
 
 
-def build_chunks(config: Config, shape: ModelShape, mesh: Mesh) -> list[PolicyModel]:
+def build_chunks(
+    config: Config, shape: ModelShape, mesh: Mesh, precision: PrecisionPlan, noise: LayerNoise | None
+) -> list[PolicyModel]:
     """Return this rank's model chunks (one, or `virtual_pipeline` of them), parameters unset, on the mesh's device.
 
     Args:
         config: the resolved configuration.
         shape: shape of the model.
         mesh: the parallel layout.
+        precision: the resolved precision plan.
+        noise: the resolved noise of ALP; None without ALP.
 
     Raises:
         ConfigError: the layout does not fit the model.
     """
     check_experts(config, shape)
-    plan = resolve(config.precision, shape.num_layers)
-    tf_config = transformer_config(config, shape)
-    noise = layer_noise(config.alp, shape.num_layers)
+    tf_config = transformer_config(config, shape, precision)
     vocab_rows = padded_vocab(shape.vocab_size, mesh.tp_size)
     if vocab_rows - shape.vocab_size >= vocab_rows // mesh.tp_size:
         raise ConfigError(
@@ -212,7 +219,7 @@ def build_chunks(config: Config, shape: ModelShape, mesh: Mesh) -> list[PolicyMo
     for stage in stages:
         chunk = PolicyModel(
             config=tf_config,
-            transformer_layer_spec=block_spec(tf_config, vp_stage=stage, noise=noise, plan=plan),
+            transformer_layer_spec=block_spec(tf_config, vp_stage=stage, noise=noise, plan=precision),
             vocab_size=vocab_rows,
             max_sequence_length=config.optimizer.tokens_per_microbatch,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),

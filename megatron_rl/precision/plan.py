@@ -77,9 +77,7 @@ class PrecisionPlan:
         return _LINEAR.search(name) is not None and not self.quantized(name)
 
 
-def resolve(
-    precision: PrecisionConfig, num_layers: int, *, engine: str = "embedded", device: str = "cuda"
-) -> PrecisionPlan:
+def resolve(precision: PrecisionConfig, num_layers: int, *, engine: str, device: str) -> PrecisionPlan:
     """Return the plan of a `precision` section.
 
     Args:

@@ -62,7 +62,7 @@ class EngineQuantization:
             rollout_activations=self.activations,
             first_last_bf16=self.first_last_bf16,
         )
-        plan = resolve(precision, num_layers)
+        plan = resolve(precision, num_layers, engine="embedded", device="cpu")
         inputs = plan.engine_inputs if self.activations == "fp8" else dtype
         return replace(plan, engine=dtype, engine_inputs=inputs, kv_cache=dtype)
 

@@ -128,4 +128,4 @@ def _attribute(trainer: Trainer, prompts: int, *, sampled: list[Tensor] | None, 
     probe = trainer.on_lead(draw)
     pool = None if trainer.lead is None else trainer.lead.pool
     folder = config.run.folder / "attribution"
-    return attribute(trainer.policy, trainer.precision, pool, probe, folder, sampled=sampled, layers=layers)
+    return attribute(trainer.policy, trainer.plan.precision, pool, probe, folder, sampled=sampled, layers=layers)

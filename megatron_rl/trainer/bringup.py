@@ -18,7 +18,7 @@ from megatron_rl.engines.processes.server_process import Servers
 from megatron_rl.engines.requirements import check_server, check_server_precision
 from megatron_rl.errors import ConfigError
 from megatron_rl.files import try_lock
-from megatron_rl.plan import AlgorithmPlan, plan_algorithm
+from megatron_rl.plan import RunPlan, print_plan
 from megatron_rl.policy.build import build_policy
 from megatron_rl.policy.checkpoint import Checkpoints
 from megatron_rl.policy.checkpoint_state import TrainState
@@ -27,8 +27,7 @@ from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.sampling.rollouts import Rollouts, rollouts_folder
 from megatron_rl.tasks import make_task
 from megatron_rl.trainer.lead import Lead
-from megatron_rl.plan.precision_check import print_plan
-from megatron_rl.trainer.preflight import check_rank, check_run_folder
+from megatron_rl.trainer.preflight import check_run_folder, resolve_on_rank
 from megatron_rl.trainer.progress import ProgressLine
 from megatron_rl.trainer.trainer import Trainer
 from megatron_rl.weight_sync.make_sync import make_sync
@@ -50,20 +49,20 @@ def open_run(config: Config, *, resume: bool, attribute_only: bool = False) -> I
         ConfigError: if the run folder already holds a run and `resume` is False.
         PrecisionError: if this machine does not support the precision plan.
     """
-    attributes = attribute_only or config.run.attribute_every > 0
-    report = check_rank(config, attributes=attributes)
-    plan = plan_algorithm(config)
+    plan = resolve_on_rank(config, attributes=attribute_only)
     with ExitStack() as stack:
         mesh = stack.enter_context(joined_mesh(config))
         stops = _note_stops(mesh)
         if mesh.rank == 0:
-            print_plan(report)
+            print_plan(plan, config)
         mesh.on_lead(lambda: _prepare_folder(config, resume, stack))
-        servers = _start_servers(config, report.plan, plan, mesh, stack)
-        policy = build_policy(config, mesh)
-        checkpoints = Checkpoints(config.run.folder / "checkpoints", policy, config.run.keep, plan.older_checkpoints)
+        servers = _start_servers(config, plan, mesh, stack)
+        policy = build_policy(config, mesh, plan.precision, plan.noise)
+        checkpoints = Checkpoints(
+            config.run.folder / "checkpoints", policy, config.run.keep, plan.algorithm.older_checkpoints
+        )
         stack.push(checkpoints.leave)
-        if plan.needs_reference:
+        if plan.algorithm.needs_reference:
             policy.keep_reference()
         offloaded = OffloadedEngines(config.run.folder / "engines_released.json")
         if mesh.rank == 0 and config.rollout.urls:
@@ -72,14 +71,14 @@ def open_run(config: Config, *, resume: bool, attribute_only: bool = False) -> I
         leads: list[Lead] = []
 
         def open_lead() -> None:
-            leads.append(_open_lead(config, report.plan, plan, state, servers, offloaded, stack, stops, attribute_only))
+            leads.append(_open_lead(config, plan, state, servers, offloaded, stack, stops, attribute_only))
 
         mesh.on_lead(open_lead)
         lead = leads[0] if leads else None
-        sync = make_sync(config, policy, mesh, report.plan, None if lead is None else lead.pool)
+        sync = make_sync(config, policy, mesh, plan.precision, None if lead is None else lead.pool)
         stack.callback(sync.close)
         stack.enter_context(_long_lived_objects())
-        yield Trainer(config, plan, report.plan, mesh, policy, checkpoints, sync, lead, state)
+        yield Trainer(config, plan, mesh, policy, checkpoints, sync, lead, state)
 
 
 @contextmanager
@@ -129,9 +128,7 @@ def _prepare_folder(config: Config, resume: bool, stack: ExitStack) -> None:
     resolved.write_text(config.dump(), encoding="utf-8")
 
 
-def _start_servers(
-    config: Config, precision: PrecisionPlan, plan: AlgorithmPlan, mesh: Mesh, stack: ExitStack
-) -> Servers | None:
+def _start_servers(config: Config, plan: RunPlan, mesh: Mesh, stack: ExitStack) -> Servers | None:
     """Launch this run's own engines on rank 0 first, so that they load while the policy is built. Collective.
 
     Returns None on the other ranks, and on every rank if `rollout.urls` names the engines.
@@ -139,7 +136,8 @@ def _start_servers(
     launched: list[Servers] = []
 
     def launch() -> None:
-        servers = own_servers(config, precision, mesh.device.type, START_TIMEOUT_S, offloads=plan.offloads_engines)
+        offloads = plan.algorithm.offloads_engines
+        servers = own_servers(config, plan.precision, mesh.device.type, START_TIMEOUT_S, offloads=offloads)
         stack.callback(servers.stop)
         launched.append(servers.launch())
 
@@ -205,8 +203,7 @@ def _note_stops(mesh: Mesh) -> list[int]:
 
 def _open_lead(
     config: Config,
-    precision: PrecisionPlan,
-    plan: AlgorithmPlan,
+    plan: RunPlan,
     state: TrainState,
     servers: Servers | None,
     offloaded: OffloadedEngines,
@@ -224,12 +221,12 @@ def _open_lead(
     rollouts = stack.enter_context(
         open_rollouts(
             config,
-            precision,
+            plan.precision,
             servers,
-            need_logmu="logmu" in plan.objective.needs or config.rollout.record_logmu,
-            topk=plan.topk,
+            need_logmu=plan.need_logmu,
+            topk=plan.algorithm.topk,
             updates=True,
-            offloads=plan.offloads_engines,
+            offloads=plan.algorithm.offloads_engines,
         )
     )
     if attribute_only or config.run.attribute_every:

@@ -5,9 +5,8 @@ from contextlib import ExitStack
 from megatron_rl.config import Config
 from megatron_rl.engines.processes.own_servers import own_servers
 from megatron_rl.errors import ConfigError
-from megatron_rl.precision.machine import this_machine
 from megatron_rl.trainer.bringup import START_TIMEOUT_S, open_rollouts
-from megatron_rl.trainer.preflight import check_rank
+from megatron_rl.trainer.preflight import resolve_on_rank
 
 
 def evaluate_model(config: Config) -> dict[str, float]:
@@ -17,12 +16,14 @@ def evaluate_model(config: Config) -> dict[str, float]:
     """
     if config.eval.prompts == 0:
         raise ConfigError("eval.prompts is 0: set how many held-out problems to evaluate, e.g. eval.prompts=64")
-    plan = check_rank(config).plan
+    plan = resolve_on_rank(config)
     with ExitStack() as stack:
-        servers = None if config.rollout.urls else own_servers(config, plan, this_machine().device, START_TIMEOUT_S)
+        servers = (
+            None if config.rollout.urls else own_servers(config, plan.precision, plan.machine.device, START_TIMEOUT_S)
+        )
         if servers is not None:
             stack.enter_context(servers)
-        rollouts = stack.enter_context(open_rollouts(config, plan, servers))
+        rollouts = stack.enter_context(open_rollouts(config, plan.precision, servers))
         rates = rollouts.evaluate(0)
     for name, rate in rates.items():
         print(f"{name}: {rate:.1%}")

@@ -5,12 +5,11 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from megatron_rl.config import Config
-from megatron_rl.plan import AlgorithmPlan
+from megatron_rl.plan import RunPlan
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.checkpoint import Checkpoints
 from megatron_rl.policy.checkpoint_state import TrainState
 from megatron_rl.policy.parallel import Mesh
-from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.trainer.lead import Lead
 from megatron_rl.trainer.metrics import Stopwatch
 from megatron_rl.types import Batch
@@ -26,8 +25,7 @@ class Trainer:
 
     Attributes:
         config: the resolved configuration.
-        plan: the resolved algorithm.
-        precision: the resolved precision plan.
+        plan: the resolved plan of the run.
         mesh: the position of this rank in the parallel layout.
         policy: the trained model.
         checkpoints: the run's checkpoints, by step.
@@ -38,8 +36,7 @@ class Trainer:
     """
 
     config: Config
-    plan: AlgorithmPlan
-    precision: PrecisionPlan
+    plan: RunPlan
     mesh: Mesh
     policy: Policy
     checkpoints: Checkpoints
@@ -69,7 +66,7 @@ class Trainer:
 
     def publish(self, version: int) -> None:
         """Send the policy's weights to every engine as `version`, and verify them. Raises EngineError if that fails."""
-        publish_weights(self.policy, self.sync, self.precision, version)
+        publish_weights(self.policy, self.sync, self.plan.precision, version)
 
     def settle(self) -> None:
         """In a deterministic run, wait for every group that the current weights may sample."""

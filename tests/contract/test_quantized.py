@@ -29,6 +29,7 @@ from megatron_rl.weights.quantized import WireTensors, quantization_config
 from tests.contract.conftest import logp_of
 from tests.contract.test_weight_sync import HookedPool, rewrite
 from tests.models import make_qwen3
+from tests.policies import embedded_plan
 
 PRECISION = PrecisionConfig(train="bf16", rollout="fp8_blockwise", rollout_activations="fp8")
 PROMPT = [5, 17, 250, 99, 3]
@@ -39,7 +40,7 @@ Spoil = Callable[[dict[str, Tensor]], None]
 
 @pytest.fixture(scope="module")
 def plan() -> PrecisionPlan:
-    return resolve(PRECISION, num_layers=2)
+    return embedded_plan(PRECISION, num_layers=2)
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,11 @@ from megatron_rl.engines.pool import EnginePool
 from megatron_rl.engines.processes.embedded import EmbeddedServers
 from megatron_rl.errors import EngineError
 from megatron_rl.policy import parallel
-from megatron_rl.policy.build import build_policy
 from megatron_rl.policy.device_port import pick_device
-from megatron_rl.precision.plan import resolve
 from megatron_rl.weight_sync.publish import publish_weights
 from tests.disk_sync import disk_sync
 from tests.e2e.command import Command, assert_drawn_once, records
+from tests.policies import build_planned_policy, embedded_plan
 
 TRAJECTORIES = 8 * 16
 
@@ -68,8 +67,8 @@ class FatalPool(EnginePool):
 def test_a_server_that_dies_inside_a_weight_update_costs_only_itself(arithmetic_model, tmp_path, capsys):
     config = make_config({"model": {"path": str(arithmetic_model)}, "run": {"dir": str(tmp_path)}})
     mesh = parallel.initialize(config.parallel, pick_device("cpu"), seed=0)
-    policy = build_policy(config, mesh)
-    precision = resolve(config.precision, policy.shape.num_layers)
+    policy = build_planned_policy(config, mesh)
+    precision = embedded_plan(config.precision, policy.shape.num_layers)
     with (
         EmbeddedServers(arithmetic_model, tmp_path, count=2, threads=1) as servers,
         FatalPool(servers.urls, 60) as pool,

@@ -7,7 +7,6 @@ import torch
 
 from megatron_rl.config import PrecisionConfig
 from megatron_rl.precision.formats import Quantized, amax, quantize
-from megatron_rl.precision.plan import resolve
 from megatron_rl.precision.products import QuantizedProducts, Scales, operands_of
 from tests.gpu import te
 from tests.gpu.needs import (
@@ -21,6 +20,7 @@ from tests.gpu.needs import (
     spread,
     unhex,
 )
+from tests.policies import embedded_plan
 
 pytestmark = needs_te
 POW2 = [False, True]
@@ -140,7 +140,7 @@ def test_a_block_scaled_linear_has_the_emulated_products(form, pow2):
     """The output and both gradients agree with the emulation."""
     x, w = spread(256, 512, torch.bfloat16, seed=1).cuda(), (0.02 * spread(384, 512, seed=2)).bfloat16().cuda()
     grad = spread(256, 384, torch.bfloat16, seed=3).cuda()
-    plan = resolve(PrecisionConfig(train="bf16", recipe="blockwise", format=form, pow2_scales=pow2), 1)
+    plan = embedded_plan(PrecisionConfig(train="bf16", recipe="blockwise", format=form, pow2_scales=pow2), 1)
     operands, watcher = operands_of(plan), Unwatched()
     ours_x, ours_w = x.clone().requires_grad_(), w.clone().requires_grad_()
     ours = QuantizedProducts.apply(ours_x, ours_w, None, operands, Scales(), watcher)

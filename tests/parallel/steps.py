@@ -20,9 +20,9 @@ from megatron_rl.config import Config, make_config
 from megatron_rl.objectives import make_objective
 from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy, UpdateStats
-from megatron_rl.policy.build import build_policy
 from megatron_rl.policy.device_port import pick_device
 from megatron_rl.types import Batch
+from tests.policies import build_planned_policy
 
 BUDGET = 192
 LENGTHS = [50, 7, 33, 61, 121, 9, 160, 5, 3, 5, 2, 90, 11, 30, 31, 29, 35, 177]
@@ -78,7 +78,7 @@ def make_config_of(model: Path, layout: dict[str, Any], **sections: Any) -> Conf
 def make_policy(model: Path, layout: dict[str, Any], **sections: Any) -> Policy:
     config = make_config_of(model, layout, **sections)
     device = pick_device(config.run.device)
-    return build_policy(config, parallel.initialize(config.parallel, device, seed=1))
+    return build_planned_policy(config, parallel.initialize(config.parallel, device, seed=1))
 
 
 def exported(policy: Policy, pick: Any = None) -> dict[str, np.ndarray]:

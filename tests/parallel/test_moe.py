@@ -6,13 +6,13 @@ from safetensors.torch import load_file
 
 from megatron_rl.config import PrecisionConfig
 from megatron_rl.policy.checkpoint_state import TrainState
-from megatron_rl.precision.plan import resolve
 from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.quantized import WireTensors
 from tests.parallel.test_alp import PlainPerturbation, assert_same_perturbed_step
 from tests.parallel.test_checkpoint import close, round_trip, same_bits
 from tests.parallel.test_parity import assert_same_step, reference_step, worst
 from tests.parallel.test_weights import check as check_round_trip
+from tests.policies import embedded_plan
 
 FULL = {"recompute": "full"}
 TWO = {
@@ -176,7 +176,7 @@ def test_a_quantized_export_of_spread_experts_is_that_of_the_whole_tensors(two_r
     stored = {name: tensor.bfloat16() for name, tensor in load_file(qwen3_moe / "model.safetensors").items()}
     sent = {
         name: tensor_digest(t)
-        for name, t in WireTensors(stored.items(), resolve(PrecisionConfig(**precision), num_layers=4))
+        for name, t in WireTensors(stored.items(), embedded_plan(PrecisionConfig(**precision), num_layers=4))
     }
     assert answers == [sent, {}]
     assert "model.layers.1.mlp.experts.7.down_proj.weight_scale_inv" in sent

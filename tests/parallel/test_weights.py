@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_rl.config import PrecisionConfig
-from megatron_rl.precision.plan import resolve
 from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.quantized import WireTensors
 from tests.models import make_qwen3
 from tests.parallel.group import RankGroup
+from tests.policies import embedded_plan
 
 TWO = [{"tensor": 2}, {"pipeline": 2}, {"pipeline": 2, "virtual_pipeline": 2}, {"data": 2}, {"context": 2}]
 FOUR = [
@@ -65,7 +65,7 @@ def test_a_quantized_export_is_that_of_the_whole_tensors(two_ranks, qwen3, layou
         "tests.parallel.weight_steps", "quantized_export", model=qwen3, layout=layout, precision=precision
     )
     stored = {name: tensor.bfloat16() for name, tensor in load_file(qwen3 / "model.safetensors").items()}
-    plan = resolve(PrecisionConfig(**precision), num_layers=4)
+    plan = embedded_plan(PrecisionConfig(**precision), num_layers=4)
     sent = {name: tensor_digest(tensor) for name, tensor in WireTensors(stored.items(), plan)}
     assert answers == [sent, {}]
     assert (

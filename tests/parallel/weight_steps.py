@@ -14,8 +14,6 @@ from megatron_rl.engines.pool import EnginePool
 from megatron_rl.errors import MegatronRLError
 from megatron_rl.policy import parallel
 from megatron_rl.policy.device_port import pick_device
-from megatron_rl.policy.model import build_chunks
-from megatron_rl.precision.plan import resolve
 from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.export import export_weights
 from megatron_rl.weights.hf_folder import HFFolder
@@ -23,6 +21,7 @@ from megatron_rl.weights.load_weights import load_weights
 from megatron_rl.weights.name_table import check_folder
 from megatron_rl.weights.quantized import WireTensors, export_dtypes
 from tests.disk_sync import disk_sync
+from tests.policies import build_planned_chunks, embedded_plan
 
 
 def round_trip(
@@ -36,7 +35,7 @@ def round_trip(
     mesh = parallel.initialize(config.parallel, pick_device("cpu"), seed=1)
     folder = HFFolder(model)
     family, shape = check_folder(folder, tensor_parallel=mesh.tp_size)
-    chunks = build_chunks(config, shape, mesh)
+    chunks = build_planned_chunks(config, shape, mesh)
     for chunk in chunks:
         for parameter in chunk.parameters():
             nn.init.constant_(parameter, float("nan"))
@@ -59,9 +58,9 @@ def quantized_export(model: Path, layout: dict[str, Any], precision: dict[str, A
     mesh = parallel.initialize(config.parallel, pick_device("cpu"), seed=1)
     folder = HFFolder(model)
     family, shape = check_folder(folder, tensor_parallel=mesh.tp_size)
-    chunks = build_chunks(config, shape, mesh)
+    chunks = build_planned_chunks(config, shape, mesh)
     load_weights(chunks, folder, family, shape, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size)
-    plan = resolve(config.precision, shape.num_layers)
+    plan = embedded_plan(config.precision, shape.num_layers)
     stream = export_weights(chunks, family, shape, dtypes=export_dtypes(plan, folder.tensors), control=mesh.control)
     return {name: tensor_digest(tensor) for name, tensor in WireTensors(stream, plan) if tensor is not None}
 
@@ -72,7 +71,7 @@ def push(model: Path, layout: dict[str, Any], url: str, staging: Path) -> list[s
     mesh = parallel.initialize(config.parallel, pick_device("cpu"), seed=1)
     folder = HFFolder(model)
     family, shape = check_folder(folder, tensor_parallel=mesh.tp_size)
-    chunks = build_chunks(config, shape, mesh)
+    chunks = build_planned_chunks(config, shape, mesh)
     pool = EnginePool([url]) if mesh.rank == 0 else None
     sync = disk_sync(pool, folder, staging, group=mesh.control)
     outcomes = []

@@ -20,14 +20,13 @@ from megatron_rl.diagnostics.runlog import RunLog
 from megatron_rl.engines.offload import OffloadedEngines
 from megatron_rl.engines.pool import EnginePool
 from megatron_rl.errors import EngineError
-from megatron_rl.plan import plan_algorithm
+from megatron_rl.plan import resolve_run
 from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy
-from megatron_rl.policy.build import build_policy
 from megatron_rl.policy.checkpoint import Checkpoints
 from megatron_rl.policy.checkpoint_state import TrainState
 from megatron_rl.policy.device_port import pick_device
-from megatron_rl.precision.plan import PrecisionPlan, resolve
+from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.protocol.server_options import EngineQuantization
 from megatron_rl.sampling.rollouts import Rollouts
 from megatron_rl.server.app import create_app
@@ -42,6 +41,7 @@ from megatron_rl.weight_sync.sync import WeightSync
 from megatron_rl.weights.quantized import quantization_config
 from tests.disk_sync import disk_sync
 from tests.models import make_qwen3
+from tests.policies import build_planned_policy, embedded_plan
 from tests.unit.tasks.char_tokenizer import char_tokenizer
 
 FP32 = {"train": "fp32", "rollout": "fp32"}
@@ -120,8 +120,8 @@ def paired(model: Path, tmp_path: Path) -> Iterator[Callable[..., Pair]]:
             tree = {"model": {"path": str(model)}, "precision": precision, "rollout": rollout, "optimizer": optimizer}
             config: Config = make_config(tree | {"run": {"dir": str(tmp_path)}})
             mesh = parallel.initialize(config.parallel, pick_device("cpu"), seed=0)
-            policy = build_policy(config, mesh)
-            plan = resolve(config.precision, policy.shape.num_layers)
+            policy = build_planned_policy(config, mesh)
+            plan = embedded_plan(config.precision, policy.shape.num_layers)
             engine_quantization = EngineQuantization.of(config.precision)
             if dtype and engine_quantization:
                 plan = engine_quantization.plan(policy.shape.num_layers, dtype)
@@ -266,9 +266,7 @@ def in_run(pair: Pair, pool: EnginePool) -> Iterator[Trainer]:
     with RunLog(config.run.folder) as log, ProgressLine("test", 1, 0, enabled=True) as progress:
         lead = Lead(rollouts, OffloadedEngines(config.run.folder / "note"), log, progress)
         checkpoints = Checkpoints(config.run.folder / "checkpoints", policy, 1)
-        yield Trainer(
-            config, plan_algorithm(config), pair.plan, policy.mesh, policy, checkpoints, pair.sync, lead, TrainState()
-        )
+        yield Trainer(config, resolve_run(config), policy.mesh, policy, checkpoints, pair.sync, lead, TrainState())
         checkpoints.close()
 
 

@@ -22,6 +22,7 @@ from megatron_rl.errors import ConfigError, EngineError, PrecisionError
 from megatron_rl.precision.formats import fake_quantize
 from megatron_rl.precision.plan import PrecisionPlan, resolve
 from megatron_rl.weights.hf_folder import HFFolder
+from tests.policies import embedded_plan
 
 
 def plan(device: str = "cpu", **precision: object) -> PrecisionPlan:
@@ -133,7 +134,7 @@ def test_an_argument_that_another_key_decides_is_refused_by_that_key(argument: s
 def test_what_sglang_would_do_otherwise_than_asked_is_refused(device: str, precision: dict[str, str], words: str):
     with pytest.raises(PrecisionError, match=words):
         plan(device, **precision)
-    resolve(PrecisionConfig(**precision), 3)  # the embedded engine supports all of them
+    embedded_plan(PrecisionConfig(**precision), 3)  # the embedded engine supports all of them
 
 
 @pytest.mark.parametrize(

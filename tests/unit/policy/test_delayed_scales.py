@@ -13,9 +13,9 @@ from megatron_rl.errors import PrecisionError
 from megatron_rl.objectives import make_objective
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.quantized_products import ProductMonitor
-from megatron_rl.precision.plan import resolve
 from tests.parallel.refusal_steps import digest
 from tests.parallel.steps import OBJECTIVE, make_batch, make_policy
+from tests.policies import embedded_plan
 
 BATCH = make_batch().select(np.arange(7))
 
@@ -117,7 +117,7 @@ def set_loss_scale(policy: Policy, scale: float) -> None:
 
 def test_scales_that_transformer_engine_keeps_to_itself_are_refused_where_earlier_weights_are_to_score(qwen3):
     policy = policy_of(qwen3)
-    plan = resolve(PrecisionConfig(recipe="delayed", train="bf16"), policy.shape.num_layers)
+    plan = embedded_plan(PrecisionConfig(recipe="delayed", train="bf16"), policy.shape.num_layers)
     policy.products = ProductMonitor(plan, [], policy.mesh, transformer_engine=True)
     with pytest.raises(PrecisionError, match=r"scored with present scales; set precision.recipe: tensorwise"):
         policy.keep_reference()

@@ -8,10 +8,10 @@ from megatron_rl.config import ParallelConfig, make_config
 from megatron_rl.errors import ConfigError
 from megatron_rl.policy import parallel
 from megatron_rl.policy.device_port import pick_device
-from megatron_rl.policy.model import build_chunks
 from megatron_rl.weights.hf_folder import HFFolder
 from megatron_rl.weights.name_table import check_folder
 from tests.models import make_qwen3
+from tests.policies import build_planned_chunks
 
 
 def test_a_rank_without_a_single_token_of_the_vocabulary_is_refused(tmp_path):
@@ -21,7 +21,7 @@ def test_a_rank_without_a_single_token_of_the_vocabulary_is_refused(tmp_path):
     config = make_config({"model": {"path": str(folder)}, "parallel": {"tensor": 4}})
     _, shape = check_folder(HFFolder(folder), tensor_parallel=4)
     with pytest.raises(ConfigError, match=r"parallel\.tensor = 4 leaves a rank without any of the model's 5 tokens"):
-        build_chunks(config, shape, mesh)
+        build_planned_chunks(config, shape, mesh)
 
 
 def test_stages_that_do_not_divide_the_layers_are_refused(qwen3):
@@ -29,4 +29,4 @@ def test_stages_that_do_not_divide_the_layers_are_refused(qwen3):
     config = make_config({"model": {"path": str(qwen3)}, "parallel": {"pipeline": 3}})
     _, shape = check_folder(HFFolder(qwen3), tensor_parallel=1)
     with pytest.raises(ConfigError, match="= 3 does not divide 4 layers"):
-        build_chunks(config, shape, mesh)
+        build_planned_chunks(config, shape, mesh)

@@ -6,14 +6,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rl.config import make_config
 from megatron_rl.policy.quantized_products import transformer_engine_recipe
-from megatron_rl.precision.plan import resolve
+from tests.policies import embedded_plan
 
 LAYERS = 4
 
 
 def section(precision, **others):
     config = make_config({"model": {"path": "unused"}, "precision": precision, **others})
-    return config, resolve(config.precision, LAYERS)
+    return config, embedded_plan(config.precision, LAYERS)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import torch
 from megatron_rl.config import PrecisionConfig
 from megatron_rl.precision.delayed import LinearScales
 from megatron_rl.precision.formats import amax, quantize
-from megatron_rl.precision.plan import resolve
 from megatron_rl.precision.products import Operands, QuantizedProducts, Scales, operands_of, transpose_invariant
+from tests.policies import embedded_plan
 
 T, K, N = 150, 264, 200  # no dimension is a multiple of a block
 RECIPES = {
@@ -37,7 +37,7 @@ class Watcher:
 
 
 def operands(options) -> Operands:
-    found = operands_of(resolve(PrecisionConfig(**options), num_layers=4))
+    found = operands_of(embedded_plan(PrecisionConfig(**options), num_layers=4))
     assert found is not None
     return found
 

@@ -8,15 +8,15 @@ from rich.console import Console
 
 from megatron_rl.config import Config, OptimizerConfig, make_config
 from megatron_rl.errors import ConfigError, PrecisionError
+from megatron_rl.plan.precision_check import check_precision, matrices
 from megatron_rl.precision.machine import Machine, execution_mode
-from megatron_rl.precision.plan import resolve
 from megatron_rl.precision.plan_checks import BLOCK, Matrix, PlanReport, blocks_coincide, check_plan
 from megatron_rl.precision.table import describe
-from megatron_rl.plan.precision_check import check_precision, matrices
-from megatron_rl.trainer.preflight import check_rank
+from megatron_rl.trainer.preflight import resolve_on_rank
 from megatron_rl.weights.families import ModelShape
 from megatron_rl.weights.families.qwen3 import QWEN3
 from megatron_rl.weights.name_table import entries
+from tests.policies import embedded_plan
 
 CPU = Machine()
 HOPPER = Machine((9, 0), (13, 0), transformer_engine=True)
@@ -81,7 +81,7 @@ def test_a_model_with_no_layer_left_to_quantize_is_refused():
 
 
 def test_layers_that_are_kept_are_kept_on_both_sides():
-    plan = resolve(config(**UNIFIED, first_last_bf16=True).precision, 4)
+    plan = embedded_plan(config(**UNIFIED, first_last_bf16=True).precision, 4)
     names = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(4)]
     assert [plan.quantized(name) for name in names] == [False, True, True, False]
     assert {m.name.split(".")[2] for m in matrices(plan, entries(QWEN3, shape()), 1)} == {"1", "2"}
@@ -139,7 +139,7 @@ def test_cuda_without_transformer_engine_is_refused_since_it_would_train_in_bf16
 def test_blocks_coincide_exactly_where_the_trainers_parameter_says_so(model, size):
     """The test traces every row of the trainer's parameters back to the Hugging Face matrix it comes from."""
     table = entries(QWEN3, model)
-    found = {m.name: m for m in matrices(resolve(config(**UNIFIED).precision, model.num_layers), table, size)}
+    found = {m.name: m for m in matrices(embedded_plan(config(**UNIFIED).precision, model.num_layers), table, size)}
     for entry in table[1:9]:
         names = [name for name in entry.rule.hf if name in found]
         if not names:
@@ -211,7 +211,7 @@ def test_tokens_that_tensor_cores_cannot_multiply_are_refused_on_them_alone():
 
 
 def test_sglang_refuses_ragged_blocks_and_the_embedded_engine_takes_them():
-    plan = resolve(config(**UNIFIED).precision, TINY.num_layers)
+    plan = embedded_plan(config(**UNIFIED).precision, TINY.num_layers)
     layouts = {1: tuple(matrices(plan, entries(QWEN3, TINY), 1))}
     settings = {"tensor": 1, "num_layers": 4, "computed": "emulated"}
     with pytest.raises(PrecisionError, match=r"k_proj\.weight: 64 rows not divisible by 128, which SGLang needs"):
@@ -302,8 +302,8 @@ def test_a_rank_of_a_cluster_checks_the_plan_by_itself_and_all_ranks_say_the_sam
     def settings(**precision: object) -> Config:
         return make_config({"model": {"path": str(qwen3)}, "precision": precision})
 
-    assert check_rank(settings(rollout="bf16", train="bf16")).apart is None
-    assert check_rank(settings(**UNIFIED)).num_layers == 4
+    assert resolve_on_rank(settings(rollout="bf16", train="bf16")).report.apart is None
+    assert resolve_on_rank(settings(**UNIFIED)).report.num_layers == 4
     with pytest.raises(ConfigError, match="pow2_scales") as refused:
-        check_rank(settings(pow2_scales=True))
+        resolve_on_rank(settings(pow2_scales=True))
     assert refused.value.everywhere

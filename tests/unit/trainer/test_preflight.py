@@ -10,12 +10,12 @@ import pytest
 from megatron_rl.attribution.limits import check_gives_weights
 from megatron_rl.config import Config, make_config
 from megatron_rl.errors import CheckpointError, ConfigError, PrecisionError, UserError
+from megatron_rl.plan import run_plan
 from megatron_rl.policy.checkpoint_state import COMPLETE
 from megatron_rl.precision.machine import Machine
 from megatron_rl.sft import warm_up
-from megatron_rl.trainer import preflight
 from megatron_rl.trainer.evaluate import evaluate_model
-from megatron_rl.trainer.preflight import check, check_rank, check_run_folder
+from megatron_rl.trainer.preflight import check, check_run_folder, resolve_on_rank
 from tests.e2e.models import make_arithmetic_model
 
 
@@ -60,14 +60,14 @@ LOW = [{"recipe": "blockwise"}, {"rollout": "fp8_blockwise", "rollout_activation
 def test_an_attribution_that_could_never_be_made_is_refused_before_the_run_and_on_every_rank(
     model, monkeypatch, precision
 ):
-    monkeypatch.setattr(preflight, "this_machine", lambda: Machine((9, 0), (12, 9), transformer_engine=True))
+    monkeypatch.setattr(run_plan, "this_machine", lambda: Machine((9, 0), (12, 9), transformer_engine=True))
     asked = config(model, precision={"train": "bf16", **precision}, run={"attribute_every": 5})
-    for refuse in (lambda: check(asked), lambda: check_rank(asked, attributes=True)):
+    for refuse in (lambda: check(asked), lambda: resolve_on_rank(asked, attributes=True)):
         with pytest.raises(PrecisionError, match=r"Transformer Engine.*run\.attribute_every: 0"):
             refuse()
     check(config(model, precision={"train": "bf16", **precision}))
     check(config(model, precision={"train": "bf16", "rollout": "fp8_blockwise"}, run={"attribute_every": 5}))
-    monkeypatch.setattr(preflight, "this_machine", Machine)
+    monkeypatch.setattr(run_plan, "this_machine", Machine)
     check(asked)
 
 

@@ -11,12 +11,13 @@ from megatron_rl.config import ParallelConfig, make_config
 from megatron_rl.errors import CheckpointError
 from megatron_rl.policy import parallel
 from megatron_rl.policy.device_port import pick_device
-from megatron_rl.policy.model import PolicyModel, build_chunks
+from megatron_rl.policy.model import PolicyModel
 from megatron_rl.weights.export import export_weights
 from megatron_rl.weights.hf_folder import HFFolder
 from megatron_rl.weights.load_weights import load_weights
 from megatron_rl.weights.name_table import check_folder
 from tests.models import make_qwen3
+from tests.policies import build_planned_chunks
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ class Case:
     def __init__(self, path: Path, mesh: parallel.Mesh) -> None:
         self.folder = HFFolder(path)
         self.family, self.shape = check_folder(self.folder, tensor_parallel=1)
-        self.model: PolicyModel = build_chunks(make_config({"model": {"path": str(path)}}), self.shape, mesh)[0]
+        self.model: PolicyModel = build_planned_chunks(make_config({"model": {"path": str(path)}}), self.shape, mesh)[0]
         for parameter in self.model.parameters():
             nn.init.constant_(parameter, float("nan"))
 

@@ -13,13 +13,12 @@ from megatron_rl.errors import ConfigError, MegatronRLError, PrecisionError
 from megatron_rl.policy import parallel
 from megatron_rl.policy.device_port import pick_device
 from megatron_rl.policy.expert_rules import check_experts
-from megatron_rl.policy.model import build_chunks
-from megatron_rl.precision.plan import resolve
 from megatron_rl.weights.export import export_weights
 from megatron_rl.weights.families import Experts, HFConfig, family_of
 from megatron_rl.weights.hf_folder import HFFolder
 from megatron_rl.weights.load_weights import load_weights
 from megatron_rl.weights.name_table import check_folder, entries
+from tests.policies import build_planned_chunks, embedded_plan
 
 
 def config_of(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -76,7 +75,7 @@ def test_experts_are_quantized_for_the_engines_and_routers_never(qwen3_moe: Path
     config = make_config(
         {"model": {"path": str(qwen3_moe)}, "precision": {"train": "bf16", "rollout": "fp8_blockwise"}}
     )
-    plan = resolve(config.precision, 4)
+    plan = embedded_plan(config.precision, 4)
     quantized = {name for name in HFFolder(qwen3_moe).tensors if plan.quantized(name)}
     assert len(quantized) == 4 * (4 + 8 * 3)
     assert not any("mlp.gate." in name or "norm" in name or "lm_head" in name for name in quantized)
@@ -117,7 +116,7 @@ class Case:
         mesh = parallel.initialize(ParallelConfig(), pick_device("cpu"), seed=0)
         self.folder = HFFolder(folder)
         self.family, self.shape = check_folder(self.folder, tensor_parallel=1)
-        self.model = build_chunks(make_config({"model": {"path": str(folder)}}), self.shape, mesh)[0]
+        self.model = build_planned_chunks(make_config({"model": {"path": str(folder)}}), self.shape, mesh)[0]
 
     def load(self) -> None:
         load_weights([self.model], self.folder, self.family, self.shape, tp_rank=0, tp_size=1)

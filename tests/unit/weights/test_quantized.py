@@ -14,10 +14,9 @@ from megatron_rl.config import ParallelConfig, PrecisionConfig, make_config
 from megatron_rl.errors import CheckpointError
 from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy
-from megatron_rl.policy.build import build_policy
 from megatron_rl.policy.device_port import pick_device
 from megatron_rl.precision.formats import fake_quantize, quantize
-from megatron_rl.precision.plan import DTYPES, PrecisionPlan, resolve
+from megatron_rl.precision.plan import DTYPES, PrecisionPlan
 from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.hf_folder import HFFolder, write_hf_folder
 from megatron_rl.weights.layouts import QKV, GateUp, Layout, RowParallel
@@ -29,6 +28,7 @@ from megatron_rl.weights.quantized import (
     quantization_config,
     quantize_at_load,
 )
+from tests.policies import build_planned_policy, embedded_plan
 
 LAYERS = 3
 WIRES = ["fp8_blockwise", "fp8_blockwise_pow2", "int8"]
@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> HFFolder:
 
 
 def plan_of(rollout: str, **options: object) -> PrecisionPlan:
-    return resolve(PrecisionConfig(rollout=rollout, **options), LAYERS)
+    return embedded_plan(PrecisionConfig(rollout=rollout, **options), LAYERS)
 
 
 def stored(folder: HFFolder) -> dict[str, Tensor]:
@@ -82,7 +82,7 @@ def policy(folder: HFFolder, request: pytest.FixtureRequest) -> Policy:
             "optimizer": {"tokens_per_microbatch": 64},
         }
     )
-    return build_policy(config, parallel.initialize(ParallelConfig(), pick_device("cpu"), seed=0))
+    return build_planned_policy(config, parallel.initialize(ParallelConfig(), pick_device("cpu"), seed=0))
 
 
 @pytest.mark.parametrize(

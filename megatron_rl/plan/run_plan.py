@@ -1,0 +1,119 @@
+"""The plan of a run: everything that follows from configuration, model and machine. It is resolved once."""
+
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from megatron_rl.alp.layer_noise import LayerNoise, layer_noise
+from megatron_rl.attribution.limits import check_replayable
+from megatron_rl.config import Config
+from megatron_rl.engines.processes.own_servers import own_servers
+from megatron_rl.errors import ConfigError
+from megatron_rl.plan.algorithm_plan import AlgorithmPlan, plan_algorithm
+from megatron_rl.plan.precision_check import check_precision
+from megatron_rl.policy.expert_rules import check_experts
+from megatron_rl.precision.machine import Machine, this_machine
+from megatron_rl.precision.plan import PrecisionPlan
+from megatron_rl.precision.plan_checks import PlanReport
+from megatron_rl.precision.table import describe
+from megatron_rl.weights.families import ModelShape
+from megatron_rl.weights.hf_folder import HFFolder
+from megatron_rl.weights.name_table import check_folder
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run does, in the terms of its parts.
+
+    Attributes:
+        machine: the machine that it was resolved for.
+        shape: sizes of the model.
+        report: the precision plan, with what was checked about it.
+        algorithm: the training method and its objective.
+        noise: ALP's noise in the trainer's updates; None without ALP.
+        need_logmu: engines report the log-probabilities of the tokens they sample.
+    """
+
+    machine: Machine
+    shape: ModelShape
+    report: PlanReport
+    algorithm: AlgorithmPlan
+    noise: LayerNoise | None
+    need_logmu: bool
+
+    @property
+    def precision(self) -> PrecisionPlan:
+        """The number formats of trainer and engines."""
+        return self.report.plan
+
+    def lines(self, config: Config) -> list[str]:
+        """Return the objective, what engines report, and the placement of trainer and engines, as text."""
+        rollout, parallel = config.rollout, config.parallel
+        columns = ["tokens", "versions", *["logmu"] * self.need_logmu]
+        columns += [f"top {self.algorithm.topk} tokens"] if self.algorithm.topk else []
+        columns += ["routed experts"] if rollout.routing_replay else []
+        sizes = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "context": parallel.context}
+        sizes |= {"expert": parallel.expert, "data": parallel.data}
+        layout = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+        ranks = f"{parallel.world_size} ranks ({layout})" if layout else "1 rank"
+        engines = f"{len(rollout.urls)} given" if rollout.urls else f"{rollout.servers} of its own"
+        noise = "" if self.noise is None else f", perturbed by ALP from sigma {self.noise.sigma_init:g}"
+        return [
+            f"objective: {config.objective.name}{noise}; engines report {', '.join(columns)}",
+            f"placement: {ranks} on {self.machine.name}, {rollout.engine} engines: {engines}",
+        ]
+
+
+def resolve_run(config: Config) -> RunPlan:
+    """Return the plan of a configuration. Starts nothing and writes nothing.
+
+    Raises ConfigError, CheckpointError or PrecisionError if the model or this machine cannot do what is asked for.
+    """
+    algorithm, machine = plan_algorithm(config), this_machine()
+    parallel = config.parallel
+    folder = HFFolder(config.model.path)
+    family, shape = check_folder(folder, tensor_parallel=parallel.tensor, expert_parallel=parallel.expert)
+    check_experts(config, shape)
+    _check_sizes(config, shape)
+    noise = layer_noise(config.alp, shape.num_layers)
+    report = check_precision(config, family, shape, machine)
+    if not config.rollout.urls:
+        own_servers(config, report.plan, machine.device, 0.0, offloads=algorithm.offloads_engines).check()
+        check_transport(config, machine.device)
+    if config.run.attribute_every:
+        check_replayable(report.plan, machine)
+    need_logmu = "logmu" in algorithm.objective.needs or config.rollout.record_logmu
+    return RunPlan(machine, shape, report, algorithm, noise, need_logmu)
+
+
+def _check_sizes(config: Config, shape: ModelShape) -> None:
+    """Raise ConfigError if the layers do not divide over the stages, or a trajectory exceeds the model's positions."""
+    stages = config.parallel.pipeline * config.parallel.virtual_pipeline
+    if shape.num_layers % stages:
+        raise ConfigError(
+            f"parallel.pipeline x parallel.virtual_pipeline = {stages} does not divide {shape.num_layers} layers"
+        )
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    if longest > shape.max_position_embeddings:
+        raise ConfigError(
+            f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} exceeds the model's "
+            f"max_position_embeddings = {shape.max_position_embeddings}"
+        )
+
+
+def check_transport(config: Config, device: str) -> None:
+    """Raise ConfigError if the transport cannot connect a trainer on `device` with this run's own servers."""
+    rollout = config.rollout
+    if device != "cpu" and rollout.engine == "embedded" and rollout.transport != "disk":
+        raise ConfigError(
+            f"rollout.transport: {rollout.transport} sends from the trainer's GPU, and embedded servers are on the "
+            "CPU: take transport: disk, or engine: sglang"
+        )
+
+
+def print_plan(plan: RunPlan, config: Config, console: Console | None = None) -> None:
+    """Print the plan to standard output."""
+    console = console or Console(highlight=False)
+    console.print(describe(plan.report))
+    for line in plan.lines(config):
+        console.print(line, soft_wrap=True)
