@@ -69,26 +69,6 @@ def _bucket_size_needs_buckets(config: Config) -> None:
         )
 
 
-def _oversampling_and_offloading(config: Config) -> None:
-    """Check that erpd does not oversample: offloaded engines cannot finish the remaining requests."""
-    rollout = config.rollout
-    if rollout.oversample > 1 and config.objective.name == "erpd":
-        raise ConfigError(
-            f"rollout.oversample: {rollout.oversample} leaves requests to be ended when a step has its groups, and "
-            "objective.name: erpd offloads the engines then: set it to 1"
-        )
-
-
-def _staleness_and_offloading(config: Config) -> None:
-    """Check that erpd has no staleness: engines that are offloaded in a step sample only from the newest weights."""
-    rollout = config.rollout
-    if rollout.max_staleness and config.objective.name == "erpd":
-        raise ConfigError(
-            f"rollout.max_staleness: {rollout.max_staleness} does not go with objective.name: erpd, whose round "
-            "learns from what the policy it starts from has sampled, while the engines are offloaded: set it to 0"
-        )
-
-
 _RULES = (
     _deterministic_takes_every_group,
     _replaced_groups_have_several_samples,
@@ -96,8 +76,6 @@ _RULES = (
     _retraction_and_replayed_experts,
     _staging_folder_needs_disk,
     _bucket_size_needs_buckets,
-    _oversampling_and_offloading,
-    _staleness_and_offloading,
 )
 
 

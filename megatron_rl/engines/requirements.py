@@ -92,6 +92,6 @@ def check_server(
         )
     if offloads and info.get("device") != "cpu" and not info.get("enable_memory_saver"):
         raise ConfigError(
-            f"objective.name: erpd has engines give their memory back, and {url} would keep it: start it with "
-            "--enable-memory-saver"
+            f"objective.name: {config.objective.name} has engines give their memory back, and {url} would keep it: "
+            "start it with --enable-memory-saver"
         )

@@ -57,15 +57,34 @@ def plan_algorithm(config: Config) -> AlgorithmPlan:
     """
     if config.objective.name != NAME:
         return AlgorithmPlan(alp_objective(config.alp, config.objective.spec()))
-    if config.run.attribute_every:
-        raise ConfigError(
-            "run.attribute_every does not go with erpd, whose engines are offloaded while teacher and student learn: "
-            "set it to 0, and use `megatron-rl attribute` on the run's folder"
-        )
-    plan = make_plan(config.objective.spec())
-    check_ratio(config.alp, type(plan.teacher_objective()), "objective.teacher")
+    rounds = make_plan(config.objective.spec())
+    check_ratio(config.alp, type(rounds.teacher_objective()), "objective.teacher")
     if config.alp.enabled and config.alp.level is not None:
         raise ConfigError(
-            "alp.level is set, but erpd has two objectives: give the level in objective.teacher, objective.student"
+            f"alp.level is set, but {NAME} has two objectives: give the level in objective.teacher, objective.student"
         )
-    return AlgorithmPlan(plan.student_objective(), plan)
+    plan = AlgorithmPlan(rounds.student_objective(), rounds)
+    _check_offloading(config, plan)
+    return plan
+
+
+def _check_offloading(config: Config, plan: AlgorithmPlan) -> None:
+    """Raise ConfigError for keys that need engines while they are offloaded."""
+    rollout, name = config.rollout, config.objective.name
+    if not plan.offloads_engines:
+        return
+    if config.run.attribute_every:
+        raise ConfigError(
+            f"run.attribute_every does not go with {name}, whose engines are offloaded while teacher and student "
+            "learn: set it to 0, and use `megatron-rl attribute` on the run's folder"
+        )
+    if rollout.oversample > 1:
+        raise ConfigError(
+            f"rollout.oversample: {rollout.oversample} leaves requests to be ended when a step has its groups, and "
+            f"objective.name: {name} offloads the engines then: set it to 1"
+        )
+    if rollout.max_staleness:
+        raise ConfigError(
+            f"rollout.max_staleness: {rollout.max_staleness} does not go with objective.name: {name}, whose round "
+            "learns from what the policy it starts from has sampled, while the engines are offloaded: set it to 0"
+        )
