@@ -174,7 +174,7 @@ def settings(model: Path, folder: Path, url: str) -> dict[str, Any]:
 
 def walk_prompt_to_loss(tracer: Tracer, trainer: Trainer) -> None:
     """Collect a batch of one prompt and learn from it, as `trainer.loop.train` does."""
-    algorithm, watch = PolicyGradient(UntilLoss(trainer.plan.objective, tracer)), Stopwatch()  # type: ignore[arg-type]
+    algorithm, watch = PolicyGradient(UntilLoss(trainer.plan.algorithm.objective, tracer)), Stopwatch()  # type: ignore[arg-type]
     with tracer.walk(PROMPT):
         algorithm.learn(trainer, algorithm.collect(trainer, watch), watch)
 

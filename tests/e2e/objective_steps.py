@@ -26,12 +26,12 @@ def train_run(file: Path, overrides: list[str], port: int) -> dict[str, Any]:
     os.environ["MASTER_PORT"] = str(port)
     with open_run(load_config(file, overrides), resume=False) as trainer:
         before = _digest(trainer)
-        train(trainer, make_algorithm(trainer.plan))
+        train(trainer, make_algorithm(trainer.plan.algorithm))
         lead = trainer.lead
         return {
             "before": before,
             "after": _digest(trainer),
-            "needs": set(trainer.plan.objective.needs),
+            "needs": set(trainer.plan.algorithm.objective.needs),
             "asked_logmu": lead is not None and lead.rollouts.need_logmu,
         }
 
