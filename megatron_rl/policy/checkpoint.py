@@ -7,6 +7,7 @@ next older one is loaded instead, and a message gives the reason.
 
 import hashlib
 import json
+import multiprocessing
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from typing import Any, Self
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
@@ -27,6 +29,15 @@ from megatron_rl.files import replace_file
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.checkpoint_state import COMPLETE, PARTIAL, TrainState, find_defect, newest_valid
 from megatron_rl.weights.digest import tensor_digest
+
+
+def _prepare_results_queue() -> None:
+    """Give megatron-core the queue in which its writer processes report, if it has none yet.
+
+    megatron-core's own queue belongs to a process that imports torch first: seconds of every first save, on every rank.
+    """
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = multiprocessing.get_context("spawn").Manager().Queue()
 
 
 class Checkpoints:
@@ -71,6 +82,7 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         self.policy.mesh.barrier()
+        _prepare_results_queue()
         request = dist_checkpointing.save(self._content(state), str(partial), async_sharded_save=True)
         request.add_finalize_fn(lambda: self._complete(partial, final))
         self.queue.schedule_async_request(request)
