@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from megatron_rl.errors import ConfigError
+from megatron_rl.errors import ConfigError, did_you_mean
 from megatron_rl.objectives.advantages import group_advantages
 from megatron_rl.objectives.asympo import ASymPO
 from megatron_rl.objectives.cispo import CISPO
@@ -15,7 +15,6 @@ from megatron_rl.objectives.grpo import DAPO, GRPO, PPO
 from megatron_rl.objectives.gspo import GSPO
 from megatron_rl.objectives.minirl import MiniRL
 from megatron_rl.objectives.objective import LossInputs, LossNorm, LossOutputs, Objective, TokenLoss
-from megatron_rl.objectives.options import did_you_mean
 from megatron_rl.objectives.sapo import SAPO
 from megatron_rl.objectives.scaled_po import Naive, ScaledPO
 from megatron_rl.objectives.simple_po import SimplePO

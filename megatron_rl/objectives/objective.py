@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from megatron_rl.errors import ConfigError, UserError
+from megatron_rl.errors import ConfigError, UserError, did_you_mean
 from megatron_rl.objectives.inputs import OPTIONAL, LossInputs, LossNorm, NormMode
-from megatron_rl.objectives.options import checked, choice, did_you_mean, nonnegative, positive
+from megatron_rl.objectives.options import checked, choice, nonnegative, positive
 
 __all__ = ["LossInputs", "LossNorm", "LossOutputs", "Objective", "TokenLoss", "choice", "positive"]
 

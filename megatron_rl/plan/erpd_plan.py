@@ -6,10 +6,9 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from megatron_rl.errors import ConfigError
+from megatron_rl.errors import ConfigError, did_you_mean
 from megatron_rl.objectives import OBJECTIVES, Objective, make_objective
 from megatron_rl.objectives.erpd import ErpdMSE
-from megatron_rl.objectives.options import did_you_mean
 from megatron_rl.objectives.ratio import RatioObjective
 
 NAME = "erpd"
