@@ -1,13 +1,12 @@
 """Mathematical word problems from a JSONL or parquet file, verified by math-verify."""
 
-import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config import TaskConfig
 from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.tasks.grader import Grader
+from megatron_rl.tasks.rows import read_rows, text_cell
 from megatron_rl.tasks.task import Task, encode_plain, strip_end
 from megatron_rl.types import Prompt
 
@@ -111,10 +110,10 @@ def _load(
     if not path.is_file():
         raise UserError(f"no data file at {path}; task.data and task.eval_data must name JSONL or parquet files")
     places, texts, answers = [], [], []
-    for place, row in _rows(path):
+    for place, row in read_rows(path):
         places.append(place)
-        texts.append(_cell(place, row, config.prompt_column, "task.prompt_column"))
-        answers.append(ground_truth(_cell(place, row, config.answer_column, "task.answer_column")))
+        texts.append(text_cell(place, row, config.prompt_column, "task.prompt_column"))
+        answers.append(ground_truth(text_cell(place, row, config.answer_column, "task.answer_column")))
         if not answers[-1]:
             raise UserError(f"{place}: '{config.answer_column}' holds no final answer")
     if not places:
@@ -142,39 +141,3 @@ def _encode(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[tupl
     )
     # The template has written the special tokens already.
     return [tuple(row) for row in tokenizer(chats, add_special_tokens=False)["input_ids"]]
-
-
-def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield (file:line, row) for every row. Lines, and rows of a parquet file, count from 1."""
-    if path.suffix == ".parquet":
-        import pyarrow as pa  # here, because it starts a thread, and most data is JSONL
-        import pyarrow.parquet as pq
-
-        try:
-            table = pq.read_table(path)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path} is not a readable parquet file: {error}") from error
-        yield from ((f"{path}:{number}", row) for number, row in enumerate(table.to_pylist(), start=1))
-        return
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        place = f"{path}:{number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{place}: not a JSON object ({error})") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{place}: a JSON object is expected, found {type(row).__name__}")
-        yield place, row
-
-
-def _cell(place: str, row: Mapping[str, Any], column: str, key: str) -> str:
-    value = row.get(column)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
-    if isinstance(value, str) and value.strip():
-        return value
-    if column in row:
-        raise UserError(f"{place}: '{column}' is {value!r}; text is expected")
-    raise UserError(f"{place}: '{column}' is missing (columns here: {', '.join(map(str, row))}); set {key}")
