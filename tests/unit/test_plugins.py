@@ -99,7 +99,7 @@ def test_a_digest_is_that_of_the_source(module):
     assert len(source_digest("json.decoder:JSONDecoder", "k")) == 64
     with pytest.raises(ConfigError, match="sys has no source file"):
         source_digest("sys:path", "k")
-    with pytest.raises(ConfigError, match="k: there is no file /nowhere/mine.py"):
+    with pytest.raises(ConfigError, match=r"k: there is no file /nowhere/mine\.py"):
         source_digest("/nowhere/mine.py:x", "k")
 
 
