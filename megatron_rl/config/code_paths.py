@@ -25,7 +25,7 @@ def code_paths(config: Config) -> dict[str, str]:
     """Return the import path of every key that names the user's own code."""
     tree = config.model_dump(mode="json")
     found = {".".join(path): (_block(tree, path[:-1]) or {}).get(path[-1]) for path in CODE_KEYS}
-    return {key: value for key, value in found.items() if _names_code(value)}
+    return {key: str(value) for key, value in found.items() if _names_code(value)}
 
 
 def code_digests(config: Config) -> dict[str, str]:

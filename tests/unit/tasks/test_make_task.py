@@ -124,9 +124,11 @@ def test_what_the_constructor_raises_is_refused_with_file_and_line(tmp_path):
     text = DUCK + "\n    def __init__(self):\n        1 / 0\n"
     with pytest.raises(ConfigError, match=r"Duck \(.*:4\) raised ZeroDivisionError: division by zero \(.*mine.py:16\)"):
         made(tmp_path, text, "Duck")
+    other = tmp_path / "other"  # a file is imported once
+    other.mkdir()
     text = text.replace("1 / 0", "from megatron_rl.errors import UserError; raise UserError('rows.txt:3: no')")
     with pytest.raises(UserError, match=r"^rows.txt:3: no$"):
-        made(tmp_path, text, "Duck")
+        made(other, text, "Duck")
 
 
 def test_there_is_no_such_file(tmp_path):
