@@ -6,6 +6,7 @@ columns. Reading of a file stops at the first record that is truncated or damage
 
 import hashlib
 import io
+import json
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -122,7 +123,8 @@ def _packed(group: Group, asked: str) -> bytes:
         "asked": np.array(asked),
         "prompt_id": np.array(first.prompt_id),
         "prompt": np.array(first.prompt_tokens, np.int64),
-        "group": np.array([first.group, group.resumed, group.retractions, *group.tool_use]),
+        "group": np.array([first.group, group.resumed, group.retractions, group.reward_errors, *group.tool_use]),
+        "reward_metrics": np.array(json.dumps([dict(metrics) for metrics in group.reward_metrics])),
         "ids": np.array([t.id for t in rows]),
         "lengths": np.array([len(t.response_tokens) for t in rows]),
         "tokens": np.concatenate([np.array(t.response_tokens, np.int64) for t in rows]),
@@ -161,7 +163,7 @@ def _group(c: dict[str, np.ndarray]) -> Group:
     ends, span_ends = np.cumsum(c["lengths"]), np.cumsum(c["span_counts"])
     prompt = tuple(c["prompt"].tolist())
     routed = np.cumsum(c["lengths"] + len(prompt) - 1)
-    number, resumed, retractions, calls, errors, void = c["group"].tolist()
+    number, resumed, retractions, reward_errors, calls, errors, void = c["group"].tolist()
     rows = []
     for i, end in enumerate(ends.tolist()):
         at = slice(end - int(c["lengths"][i]), end)
@@ -183,4 +185,5 @@ def _group(c: dict[str, np.ndarray]) -> Group:
                 routing=c["routing"][whole] if "routing" in c else None,
             )
         )
-    return Group(rows, resumed, retractions, ToolUse(calls, errors, void))
+    metrics = tuple(json.loads(str(c["reward_metrics"])))
+    return Group(rows, resumed, retractions, ToolUse(calls, errors, void), metrics, reward_errors)

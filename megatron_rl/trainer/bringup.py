@@ -167,7 +167,8 @@ def open_rollouts(
             info = pool.info(url)
             check_server(url, info, config, updates=updates, offloads=offloads)
             check_server_precision(url, info, config.precision, dequantized=precision.dequantized)
-        yield Rollouts(config, task, tokenizer, pool, need_logmu, topk)
+        with closing(Rollouts(config, task, tokenizer, pool, need_logmu, topk)) as rollouts:
+            yield rollouts
 
 
 def _note_stops(mesh: Mesh) -> list[int]:

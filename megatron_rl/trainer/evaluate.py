@@ -7,7 +7,7 @@ from megatron_rl.engines.processes.own_servers import own_servers
 from megatron_rl.errors import ConfigError
 from megatron_rl.precision.machine import this_machine
 from megatron_rl.trainer.bringup import START_TIMEOUT_S, open_rollouts
-from megatron_rl.trainer.preflight import check_rank
+from megatron_rl.trainer.preflight import check_rank, check_task
 
 
 def evaluate_model(config: Config) -> dict[str, float]:
@@ -18,6 +18,7 @@ def evaluate_model(config: Config) -> dict[str, float]:
     if config.eval.prompts == 0:
         raise ConfigError("eval.prompts is 0: set how many held-out problems to evaluate, e.g. eval.prompts=64")
     plan = check_rank(config).plan
+    check_task(config)
     with ExitStack() as stack:
         servers = None if config.rollout.urls else own_servers(config, plan, this_machine().device, START_TIMEOUT_S)
         if servers is not None:

@@ -1,5 +1,7 @@
 """Preflight: checks that run before a process is started or memory is allocated."""
 
+from contextlib import closing
+
 from transformers import AutoTokenizer
 
 from megatron_rl.alp.layer_noise import layer_noise
@@ -14,6 +16,7 @@ from megatron_rl.precision.machine import this_machine
 from megatron_rl.precision.plan_checks import PlanReport
 from megatron_rl.sampling.rollouts import stop_token_ids
 from megatron_rl.tasks import make_task
+from megatron_rl.tasks.make_reward import make_reward
 from megatron_rl.trainer.precision_check import check_precision
 from megatron_rl.weights.families import Family, ModelShape
 from megatron_rl.weights.hf_folder import HFFolder
@@ -47,9 +50,16 @@ def check(config: Config) -> PlanReport:
             f"max_position_embeddings = {shape.max_position_embeddings}"
         )
     stop_token_ids(config.model.path)
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    make_task(config.task, tokenizer, seed=config.run.seed, max_prompt_tokens=config.rollout.max_prompt_tokens).close()
+    check_task(config)
     return report
+
+
+def check_task(config: Config) -> None:
+    """Check the task, its data and its reward. Raise ConfigError or UserError."""
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    longest = config.rollout.max_prompt_tokens
+    with closing(make_task(config.task, tokenizer, seed=config.run.seed, max_prompt_tokens=longest)) as task:
+        make_reward(config.task, task).close()
 
 
 def check_transport(config: Config, device: str) -> None:

@@ -38,7 +38,15 @@ def group(
                 routing=rng.integers(0, 4, (size + 2, 2, 1), dtype=np.int32) if routed else None,
             )
         )
-    return Group(rows, resumed=number, retractions=2, tool_use=ToolUse(5, number, 3))
+    metrics = ({"length": 0.1 + number}, {}, {"päth": -1e-300}) if masked else ()
+    return Group(
+        rows,
+        resumed=number,
+        retractions=2,
+        tool_use=ToolUse(5, number, 3),
+        reward_metrics=metrics,
+        reward_errors=number,
+    )
 
 
 def everything(buffer: GroupJournal) -> dict[int, Group]:
