@@ -90,6 +90,12 @@ class Objective(ABC):
         """Number of most likely tokens that the engine must report at every position; 0: none."""
         return 0
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Name a class that has no name of its own, for messages."""
+        super().__init_subclass__(**kwargs)
+        if "name" not in vars(cls):
+            cls.name = cls.__name__
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "norm", _as_norm(self.norm, self.default_norm))
         for option in fields(self):
