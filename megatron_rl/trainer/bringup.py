@@ -25,6 +25,7 @@ from megatron_rl.policy.parallel import Mesh, joined_mesh
 from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.sampling.rollouts import Rollouts, rollouts_folder
 from megatron_rl.tasks import make_task
+from megatron_rl.trainer.code_record import write_code
 from megatron_rl.trainer.lead import Lead
 from megatron_rl.trainer.precision_check import print_plan
 from megatron_rl.trainer.preflight import check_rank, check_run_folder
@@ -37,13 +38,17 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def open_run(config: Config, *, resume: bool, attribute_only: bool = False) -> Iterator[Trainer]:
+def open_run(
+    config: Config, *, resume: bool, accept_changed_code: bool = False, attribute_only: bool = False
+) -> Iterator[Trainer]:
     """Open a run on this rank, and close everything it owns afterwards, also after an error. Collective.
 
     Args:
         config: the resolved configuration.
         resume: continue from the newest usable checkpoint of the run folder.
-        attribute_only: the run takes no step, so the log keeps its records of later steps.
+        accept_changed_code: resume also if the user's own code has changed.
+        attribute_only: the run takes no step, so the log keeps its records of later steps, and the user's own code is
+            neither compared nor recorded.
 
     Raises:
         ConfigError: if the run folder already holds a run and `resume` is False.
@@ -57,7 +62,13 @@ def open_run(config: Config, *, resume: bool, attribute_only: bool = False) -> I
         stops = _note_stops(mesh)
         if mesh.rank == 0:
             print_plan(report)
-        mesh.on_lead(lambda: _prepare_folder(config, resume, stack))
+
+        def prepare() -> None:
+            _prepare_folder(config, resume, stack, accept_changed_code=accept_changed_code or attribute_only)
+            if not attribute_only:
+                write_code(config)
+
+        mesh.on_lead(prepare)
         servers = _start_servers(config, report.plan, plan, mesh, stack)
         policy = build_policy(config, mesh)
         checkpoints = Checkpoints(config.run.folder / "checkpoints", policy, config.run.keep, plan.older_checkpoints)
@@ -88,8 +99,8 @@ def _load_state(config: Config, checkpoints: Checkpoints, mesh: Mesh) -> TrainSt
     return found or TrainState(seed=config.run.seed)
 
 
-def _prepare_folder(config: Config, resume: bool, stack: ExitStack) -> None:
-    check_run_folder(config, resume=resume)
+def _prepare_folder(config: Config, resume: bool, stack: ExitStack, *, accept_changed_code: bool = False) -> None:
+    check_run_folder(config, resume=resume, accept_changed_code=accept_changed_code)
     folder = config.run.folder
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -17,6 +17,7 @@ from megatron_rl.precision.plan_checks import PlanReport
 from megatron_rl.sampling.rollouts import stop_token_ids
 from megatron_rl.tasks import make_task
 from megatron_rl.tasks.make_reward import make_reward
+from megatron_rl.trainer.code_record import check_code
 from megatron_rl.trainer.precision_check import check_precision
 from megatron_rl.weights.families import Family, ModelShape
 from megatron_rl.weights.hf_folder import HFFolder
@@ -93,8 +94,22 @@ def check_rank(config: Config, *, attributes: bool = False) -> PlanReport:
         raise
 
 
-def check_run_folder(config: Config, *, resume: bool) -> None:
-    """Raise ConfigError if the run folder holds a run and `resume` is False, or if a required checkpoint is missing."""
+def check_run_folder(config: Config, *, resume: bool, accept_changed_code: bool = False) -> None:
+    """Check that a run can start in its folder, or resume there.
+
+    Args:
+        config: the resolved configuration.
+        resume: continue the run that the folder holds.
+        accept_changed_code: do not compare the user's own code with what the run used before.
+
+    Raises:
+        ConfigError: the folder holds a run and `resume` is False, the user's own code has changed, or a required
+            checkpoint is missing.
+    """
+    if accept_changed_code and not resume:
+        raise ConfigError("--accept-changed-code is about a run that goes on: pass it together with --resume")
+    if resume and not accept_changed_code:
+        check_code(config)
     folder = config.run.folder
     if (folder / "log.jsonl").exists() and not resume:
         raise ConfigError(f"{folder} already holds a run: pass --resume to go on with it, or choose another run.name")
