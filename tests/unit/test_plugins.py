@@ -120,8 +120,8 @@ def test_only_the_arguments_that_a_function_takes_are_named():
 
 
 def test_a_required_argument_that_is_not_given_is_an_error_with_file_and_line(module):
-    path = module("\ndef f(respnse):\n    pass\n\n\ndef g(response, /):\n    pass\n")
-    match = rf"k: f \({path}:2\) requires the argument 'respnse'.*did you mean 'response'\?"
+    path = module("\ndef f(responze):\n    pass\n\n\ndef g(response, /):\n    pass\n")
+    match = rf"k: f \({path}:2\) requires the argument 'responze'.*did you mean 'response'\?"
     with pytest.raises(ConfigError, match=match):
         accepted_names(load_plugin(f"{path}:f", "k"), ("prompt", "response"), "k")
     with pytest.raises(ConfigError, match=r"g .* requires the argument 'response'"):

@@ -65,7 +65,7 @@ def test_a_class_is_built_from_its_keys_and_computes(own):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"sacle": 1}, r"objective Own has no key 'sacle'; did you mean 'scale'\?"),
+        ({"scal": 1}, r"objective Own has no key 'scal'; did you mean 'scale'\?"),
         ({"scale": -1}, r"objective Own: 'scale' is -1; it must be finite, above 0"),
         ({"shift": "much"}, r"objective Own: 'shift' is 'much': Input should be a valid number"),
         ({"norm": "token_maen"}, "token_mean"),
@@ -79,7 +79,7 @@ def test_keys_are_checked_also_those_of_plain_fields(own, keys, message):
 @pytest.mark.parametrize(
     ("text", "name", "message"),
     [
-        (OWN, "Onw", r"objective.name: .* has no 'Onw'; did you mean 'Own'\?"),
+        (OWN, "Owm", r"objective.name: .* has no 'Owm'; did you mean 'Own'\?"),
         ("class Own: ...\n", "Own", r"Own \(.*mine.py:1\) is no subclass of megatron_rl.objectives.Objective"),
         ("def Own(x): ...\n", "Own", r"Own \(.*mine.py:1\) is no subclass"),
         (OWN.replace("def per_token", "def per_tokne"), "Own", r"Own \(.*mine.py:6\) has no method per_token"),

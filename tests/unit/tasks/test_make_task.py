@@ -73,7 +73,7 @@ def test_a_class_needs_only_the_methods_of_a_task(tmp_path):
         ({}, r"key 'task.options.words' is missing and has no default"),
         ({"words": 3}, r"'task.options.words' is 3: Input should be a valid list"),
         ({"words": ["a", "b"], "case": "title"}, r"'task.options.case' is 'title': .*'upper' or 'lower'"),
-        ({"words": ["a", "b"], "csae": "lower"}, r"unknown key 'task.options.csae'; did you mean 'case'\?"),
+        ({"words": ["a", "b"], "cas": "lower"}, r"unknown key 'task.options.cas'; did you mean 'case'\?"),
     ],
 )
 def test_options_are_checked_by_the_model_of_the_class(tmp_path, options, message):
