@@ -71,6 +71,10 @@ class MathTask(Task):
         return float(answer is not None and self._grader.equal(prompt.answer, answer))
 
     def solution(self, prompt: Prompt) -> str:
+        if not prompt.answer:
+            raise UserError(
+                f"prompt '{prompt.id}' has no answer in its data row, so there is no solution to learn from"
+            )
         return f"{_MARK} {prompt.answer}"
 
     def close(self) -> None:

@@ -31,14 +31,15 @@ def test_a_reward_that_fails_ends_the_run_with_a_checkpoint_and_the_run_goes_on_
     assert [r["step"] for r in records(run_folder)] == [0]
     assert (run_folder / "checkpoints" / "step_000001").is_dir()
 
-    (tmp_path / "mine.py").write_text(REWARD.replace("> 200", "> 1000"))
+    (tmp_path / "mine.py").write_text(REWARD.replace("len(CALLS.read_text()) > 200", "'-' in response"))
     refused = cli("train", small_run, *more, "--resume")
     assert_refused(refused, "ConfigError", f"{tmp_path}/mine.py has changed", "--accept-changed-code")
-    done = cli("train", small_run, *more, "--resume", "--accept-changed-code")
+    done = cli("train", small_run, *more, "task.reward_on_error=zero", "--resume", "--accept-changed-code")
     assert done.code == 0, done.all
     steps = records(run_folder)
     assert [r["step"] for r in steps] == [0, 1]
     assert all(0 <= r["reward/length"] <= 2 and 0 <= r["reward/mean"] <= 1 for r in steps)
+    assert "reward/errors" not in steps[0] and 0 < steps[1]["reward/errors"] < 128
 
 
 @pytest.mark.parametrize(

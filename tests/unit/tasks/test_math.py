@@ -229,6 +229,8 @@ def test_a_file_in_the_layout_of_trl_is_read_as_is_and_needs_no_answer_with_a_re
     (prompt,) = math_task(path, prompt_column="prompt", reward="mine.py:f").train
     assert (prompt.text, prompt.answer, prompt.messages) == ("1+1?", "", ())
     assert dict(prompt.metadata) == {"solution": "2", "level": 3}
+    with pytest.raises(UserError, match=r"prompt 'rows.\w+:1' has no answer"):
+        math_task(path, prompt_column="prompt", reward="mine.py:f").solution(prompt)
     with pytest.raises(UserError, match=r"rows.\w+:1: 'answer' is missing"):
         math_task(path, prompt_column="prompt")
 

@@ -1,6 +1,8 @@
 """A reward of the user's own: what it is given, what it may return, and what happens when it fails."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -189,3 +191,15 @@ def test_a_reward_starts_nothing_until_it_is_called(reward):
     assert threading.active_count() == before
     with pytest.raises(RuntimeError, match="no running event loop"):
         asyncio.get_running_loop()
+
+
+@pytest.mark.process
+def test_a_call_that_never_returns_does_not_keep_the_process_alive():
+    code = (
+        "import time\n"
+        "from megatron_rl.tasks.limited_calls import CallLoop, call_in_order\n"
+        "async def block(): time.sleep(600)\n"
+        "print(list(call_in_order([lambda: time.sleep(600)], 0.1)), CallLoop(0.1).call_together([block]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.count("took longer than task.reward_timeout_s: 0.1") == 2
