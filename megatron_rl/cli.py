@@ -45,6 +45,12 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="continue from the newest valid checkpoint of the run folder")
     ] = False,
+    accept_changed_code: Annotated[
+        bool,
+        typer.Option(
+            "--accept-changed-code", help="with --resume: go on although your own task, reward or objective changed"
+        ),
+    ] = False,
 ) -> None:
     """Train a policy by reinforcement learning. Starts one process per rank unless a launcher already did."""
     # The configuration in a run folder may come from a version with other key names.
@@ -53,11 +59,12 @@ def train(
     if not under_launcher():
         with one_thread():
             preflight = _seam("trainer.preflight")
-            preflight.check_run_folder(config, resume=resume)
+            preflight.check_run_folder(config, resume=resume, accept_changed_code=accept_changed_code)
             preflight.check(config)
-        arguments = ["train", str(config_file), *(overrides or []), *(["--resume"] if resume else [])]
+        flags = {"--resume": resume, "--accept-changed-code": accept_changed_code}
+        arguments = ["train", str(config_file), *(overrides or []), *(name for name, on in flags.items() if on)]
         sys.exit(run_ranks(arguments, config.parallel.world_size))
-    with _seam("trainer.bringup").open_run(config, resume=resume) as trainer:
+    with _seam("trainer.bringup").open_run(config, resume=resume, accept_changed_code=accept_changed_code) as trainer:
         algorithm = _seam("algorithms").make_algorithm(trainer.plan.algorithm)
         hooks = _seam("trainer.attribution").attribution_hooks(config)
         try:

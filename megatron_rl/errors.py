@@ -5,6 +5,10 @@ the message of these errors in one paragraph and exits with status 2. Any other 
 traceback.
 """
 
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
 
 class MegatronRLError(Exception):
     """Base class of every error that a user can cause or fix.
@@ -34,3 +38,11 @@ class EngineError(MegatronRLError):
 
 class PrecisionError(MegatronRLError):
     """A requested precision is not active, or the numbers left the finite range."""
+
+
+def did_you_mean(given: Any, valid: Iterable[Any]) -> str:
+    """Return "did you mean 'x'? valid: x, y" for an error message."""
+    valid = list(valid)
+    near = difflib.get_close_matches(str(given), valid, n=1, cutoff=0.0)
+    lead = f"did you mean '{near[0]}'? " if near else ""
+    return f"{lead}valid: {', '.join(valid)}"

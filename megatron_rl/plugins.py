@@ -7,13 +7,15 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
 import traceback
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from megatron_rl.errors import ConfigError
+from megatron_rl.errors import ConfigError, did_you_mean
 
 
 def is_import_path(name: str) -> bool:
@@ -57,11 +59,53 @@ def source_digest(path: str, key: str) -> str:
         source = Path(place)
     else:
         load_plugin(path, key)
-        origin = sys.modules[place].__file__
+        origin = getattr(sys.modules[place], "__file__", None)
         if origin is None:
             raise ConfigError(f"{key}: {place} has no source file, so that a change of it would not be noticed")
         source = Path(origin)
+    if not source.is_file():
+        raise ConfigError(f"{key}: there is no file {source}")
     return hashlib.sha256(source.read_bytes()).hexdigest()
+
+
+def source_place(thing: Any) -> str:
+    """Return file:line where a class or function is defined, for messages. Its name if it has no source file."""
+    thing = inspect.unwrap(thing)
+    try:
+        return f"{inspect.getsourcefile(thing)}:{inspect.getsourcelines(thing)[1]}"
+    except (OSError, TypeError):
+        return str(getattr(thing, "__qualname__", thing))
+
+
+def raised_place(error: BaseException) -> str:
+    """Return file:line of the code that raised, for messages."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown place"
+
+
+def accepted_names(call: Callable[..., Any], offered: Collection[str], key: str) -> tuple[str, ...]:
+    """Return which keyword arguments a class or function takes, in the order of `offered`.
+
+    Args:
+        call: the class or function.
+        offered: names of the keyword arguments that it may take.
+        key: the key of the configuration that names it, for errors.
+
+    Raises:
+        ConfigError: it requires another argument. The message has file:line.
+    """
+    names: set[str] = set()
+    for parameter in inspect.signature(call).parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            names.update(offered)
+        elif parameter.kind is not inspect.Parameter.POSITIONAL_ONLY and parameter.name in offered:
+            names.add(parameter.name)
+        elif parameter.default is parameter.empty and parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
+            raise ConfigError(
+                f"{key}: {call.__name__} ({source_place(call)}) requires the argument '{parameter.name}', which it is "
+                f"not given by name; {did_you_mean(parameter.name, offered)}"
+            )
+    return tuple(name for name in offered if name in names)
 
 
 def _import_file(file: Path, key: str) -> ModuleType:

@@ -22,15 +22,19 @@ class Prompt:
 
     Attributes:
         id: the task's own name of the problem.
-        text: the prompt text.
+        text: the prompt text; the content of the last message if the prompt is a chat.
         tokens: the token ids of the prompt.
-        answer: what the verifier compares the response with.
+        answer: what the verifier compares the response with; "" if there is nothing to compare with.
+        messages: the chat messages, each with `role` and `content`; empty if the prompt is plain text.
+        metadata: all columns of the data row but that of the prompt; empty without a data row.
     """
 
     id: str
     text: str
     tokens: tuple[int, ...]
     answer: str
+    messages: tuple[Mapping[str, Any], ...] = field(default=(), compare=False)
+    metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)

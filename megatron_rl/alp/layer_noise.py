@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_rl.config import AlpConfig
 from megatron_rl.errors import ConfigError
-from megatron_rl.objectives import OBJECTIVES, Objective, make_objective
+from megatron_rl.objectives import OBJECTIVES, Objective, make_objective, objective_class
 from megatron_rl.objectives.grpo import PPO
 from megatron_rl.objectives.ratio import RatioObjective
 
@@ -62,8 +62,8 @@ def alp_objective(alp: AlpConfig, spec: Mapping[str, Any]) -> Objective:
     Raises:
         ConfigError: the objective is illegal, has no ratio, or sets another level itself.
     """
-    kind = OBJECTIVES.get(str(spec.get("name")))
-    if alp.enabled and kind is not None:
+    if alp.enabled:
+        kind = objective_class(spec.get("name"))
         check_ratio(alp, kind)
         if alp.level is not None:
             spec = _leveled(alp.level, kind, spec)

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from megatron_rl.config.code_paths import resolve_code_paths
 from megatron_rl.config.old_keys import find_old_keys, rename_old_keys
 from megatron_rl.config.rules import check_rules
 from megatron_rl.config.schema import Config
@@ -15,6 +16,9 @@ from megatron_rl.errors import ConfigError
 
 def load_config(path: Path | str, overrides: list[str] | None = None, *, accept_old_keys: bool = False) -> Config:
     """Read YAML, apply dotted overrides such as `rollout.temperature=0.9`, and validate.
+
+    A file of the user's own code is relative to the folder of the YAML file; in an override it is relative to the
+    current folder. The result has absolute paths.
 
     Args:
         path: the YAML file.
@@ -37,8 +41,10 @@ def load_config(path: Path | str, overrides: list[str] | None = None, *, accept_
         raise ConfigError(f"{path}: the top level must be a mapping of sections")
     if accept_old_keys:
         rename_old_keys(tree)
+    resolve_code_paths(tree, path.parent)
     for override in overrides or []:
         _apply(tree, override, lines)
+    resolve_code_paths(tree, Path.cwd())
     return make_config(tree, lines)
 
 

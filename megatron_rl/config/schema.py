@@ -10,6 +10,11 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from megatron_rl.errors import did_you_mean
+from megatron_rl.plugins import is_import_path
+
+BUILT_IN_TASKS = ("arithmetic", "math", "tool")
+
 
 class _Block(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
@@ -245,13 +250,25 @@ class AlpConfig(_Block):
 
 
 class TaskConfig(_Block):
-    """The task: its data, and the limits of its tool."""
+    """The task: its data, its reward, and the limits of its tool."""
 
-    name: Literal["arithmetic", "math", "tool"] = "arithmetic"
+    name: str = Field("arithmetic", description="arithmetic, math, tool, or your own: file.py:Class, package.mod:Class")
+    options: dict[str, Any] = Field(default_factory=dict, description="keys of your own task")
+    reward: str | None = Field(
+        None,
+        description="replaces the task's verifier: file.py:function, package.mod:function, or the URL of a server",
+    )
+    reward_timeout_s: float = Field(
+        30.0, gt=0, allow_inf_nan=False, description="time limit of one call of your own reward, in seconds"
+    )
+    reward_on_error: Literal["raise", "zero"] = Field(
+        "raise",
+        description="your own reward raises, takes too long or returns no number; raise: the run ends; zero: it is 0",
+    )
     data: Path | None = Field(None, description="JSONL or Parquet file with prompts and answers (math, tool)")
     eval_data: Path | None = Field(None, description="held-out file; unset: the last rows of data are held out")
-    prompt_column: str = "question"
-    answer_column: str = "answer"
+    prompt_column: str = Field("question", description="text or chat messages; a.b is key b of column a")
+    answer_column: str = Field("answer", description="ground truth; may be absent if reward is set; a.b as above")
     max_operand: int = Field(
         20, ge=2, description="arithmetic, and tool without data: operands are in [0, max_operand)"
     )
@@ -263,6 +280,22 @@ class TaskConfig(_Block):
     tool_tokens: int = Field(
         256, ge=1, description="tool: maximum length of an output returned to the model, in tokens"
     )
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_task(cls, value: str) -> str:
+        if value not in BUILT_IN_TASKS and not is_import_path(value):
+            raise ValueError(f"it is '{value}'; {did_you_mean(value, BUILT_IN_TASKS)}, or your own: file.py:Class")
+        return value
+
+    @field_validator("reward")
+    @classmethod
+    def _names_a_reward(cls, value: str | None) -> str | None:
+        if value is not None and not is_import_path(value) and not value.startswith(("http://", "https://")):
+            raise ValueError(
+                f"it is '{value}'; give file.py:function, package.module:function or http://host:port/path"
+            )
+        return value
 
 
 class EvalConfig(_Block):

@@ -4,8 +4,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from megatron_rl.errors import ConfigError, UserError
-from megatron_rl.objectives.options import did_you_mean
+from megatron_rl.errors import ConfigError, UserError, did_you_mean
 
 AdvantageKind = Literal["mean", "grpo", "rloo", "dr_grpo", "whiten"]
 

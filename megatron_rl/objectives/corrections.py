@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from megatron_rl.errors import ConfigError
+from megatron_rl.errors import ConfigError, did_you_mean
 from megatron_rl.objectives.inputs import LossInputs
-from megatron_rl.objectives.options import checked, choice, did_you_mean, flag, nonnegative, positive
+from megatron_rl.objectives.options import checked, choice, flag, nonnegative, positive
 
 
 @dataclass(frozen=True, kw_only=True)

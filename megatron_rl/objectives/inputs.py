@@ -8,8 +8,7 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor
 
-from megatron_rl.errors import ConfigError, UserError
-from megatron_rl.objectives.options import did_you_mean
+from megatron_rl.errors import ConfigError, UserError, did_you_mean
 
 LOG_RATIO_LIMIT = 20.0  # exp(20) is far outside any trust region, and its square still fits float32
 

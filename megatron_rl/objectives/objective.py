@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from megatron_rl.errors import ConfigError, UserError
+from megatron_rl.errors import ConfigError, UserError, did_you_mean
 from megatron_rl.objectives.inputs import OPTIONAL, LossInputs, LossNorm, NormMode
-from megatron_rl.objectives.options import checked, choice, did_you_mean, nonnegative, positive
+from megatron_rl.objectives.options import checked, choice, nonnegative, positive
 
 __all__ = ["LossInputs", "LossNorm", "LossOutputs", "Objective", "TokenLoss", "choice", "positive"]
 
@@ -89,6 +89,12 @@ class Objective(ABC):
     def topk(self) -> int:
         """Number of most likely tokens that the engine must report at every position; 0: none."""
         return 0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Name a class that has no name of its own, for messages."""
+        super().__init_subclass__(**kwargs)
+        if "name" not in vars(cls):
+            cls.name = cls.__name__
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "norm", _as_norm(self.norm, self.default_norm))

@@ -1,6 +1,5 @@
 """Options of an objective: dataclass fields with a type that pydantic checks, and the errors that the checks raise."""
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, field
@@ -10,7 +9,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import BeforeValidator, Strict, TypeAdapter, ValidationError
 
-from megatron_rl.errors import ConfigError
+from megatron_rl.errors import ConfigError, did_you_mean
 
 
 def positive(
@@ -129,11 +128,3 @@ def _rule(rules: Mapping[str, Any], value: Any) -> str:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     finite = rules["rule"].startswith(("above", "at least"))
     return f"finite, {rules['rule']}" if finite and number else "a number" if finite else rules["rule"]
-
-
-def did_you_mean(given: Any, valid: Iterable[str]) -> str:
-    """Return "did you mean 'x'? valid: x, y" for an error message."""
-    valid = list(valid)
-    near = difflib.get_close_matches(str(given), valid, n=1, cutoff=0.0)
-    lead = f"did you mean '{near[0]}'? " if near else ""
-    return f"{lead}valid: {', '.join(valid)}"

@@ -6,10 +6,9 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from megatron_rl.errors import ConfigError
-from megatron_rl.objectives import OBJECTIVES, Objective, make_objective
+from megatron_rl.errors import ConfigError, did_you_mean
+from megatron_rl.objectives import OBJECTIVES, Objective, make_objective, objective_class
 from megatron_rl.objectives.erpd import ErpdMSE
-from megatron_rl.objectives.options import did_you_mean
 from megatron_rl.objectives.ratio import RatioObjective
 
 NAME = "erpd"
@@ -216,8 +215,8 @@ def make_plan(spec: Mapping[str, Any]) -> ERPDPlan:
 
 def _ratio(name: str) -> type[RatioObjective] | None:
     """Return the class of the objective `name`; None if it does not use a ratio."""
-    kind = OBJECTIVES.get(name)
-    return kind if kind is not None and issubclass(kind, RatioObjective) else None
+    kind = objective_class(name)
+    return kind if issubclass(kind, RatioObjective) else None
 
 
 def _over_old(spec: Mapping[str, Any]) -> dict[str, Any]:

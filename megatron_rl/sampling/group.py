@@ -7,7 +7,7 @@ are never tokenized again.
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -92,12 +92,16 @@ class Group:
         resumed: how often a sample was resumed after an abort.
         retractions: retractions as the engines count them.
         tool_use: sum over all trajectories.
+        reward_metrics: what the reward of each trajectory reports besides its number; empty if it reports nothing.
+        reward_errors: number of trajectories whose reward failed and counts as 0.
     """
 
     trajectories: list[Trajectory]
     resumed: int = 0
     retractions: int = 0
     tool_use: ToolUse = field(default_factory=ToolUse)
+    reward_metrics: tuple[Mapping[str, float], ...] = ()
+    reward_errors: int = 0
 
     @property
     def number(self) -> int:

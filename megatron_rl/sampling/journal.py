@@ -6,6 +6,7 @@ columns. Reading of a file stops at the first record that is truncated or damage
 
 import hashlib
 import io
+import json
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -123,7 +124,8 @@ def _packed(group: Group, asked: str) -> bytes:
         "asked": np.array(asked),
         "prompt_id": np.array(first.prompt_id),
         "prompt": first.prompt_tokens,
-        "group": np.array([first.group, group.resumed, group.retractions, *group.tool_use]),
+        "group": np.array([first.group, group.resumed, group.retractions, group.reward_errors, *group.tool_use]),
+        "reward_metrics": np.array(json.dumps([dict(metrics) for metrics in group.reward_metrics])),
         "ids": np.array([t.id for t in rows]),
         "lengths": np.array([len(t.response_tokens) for t in rows]),
         "reasons": np.array([_REASONS.index(t.finish_reason) for t in rows]),
@@ -153,7 +155,7 @@ def _group(arrays: dict[str, np.ndarray]) -> Group:
     lengths, prompt = arrays["lengths"], arrays["prompt"]
     ends = np.cumsum(lengths)
     routed = np.cumsum(lengths + len(prompt) - 1)
-    number, resumed, retractions, calls, errors, void = arrays["group"].tolist()
+    number, resumed, retractions, reward_errors, calls, errors, void = arrays["group"].tolist()
     columns = {name.removeprefix(_COLUMN): array for name, array in arrays.items() if name.startswith(_COLUMN)}
     rows = []
     for i, (end, length) in enumerate(zip(ends.tolist(), lengths.tolist(), strict=True)):
@@ -170,4 +172,5 @@ def _group(arrays: dict[str, np.ndarray]) -> Group:
                 routing=arrays["routing"][whole] if "routing" in arrays else None,
             )
         )
-    return Group(rows, resumed, retractions, ToolUse(calls, errors, void))
+    metrics = tuple(json.loads(str(arrays["reward_metrics"])))
+    return Group(rows, resumed, retractions, ToolUse(calls, errors, void), metrics, reward_errors)

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_rl.config import Config
+from megatron_rl.config.code_paths import code_digests
 from megatron_rl.engines.pool import EnginePool
 from megatron_rl.errors import ConfigError
 from megatron_rl.policy.checkpoint_state import PARTIAL, TrainState, newest_valid
@@ -22,9 +24,13 @@ from megatron_rl.sampling.journal import GroupJournal
 from megatron_rl.sampling.scheduler import Bounds, Scheduler, Source
 from megatron_rl.sampling.step_groups import PromptDraws
 from megatron_rl.tasks import Task, prompts_for_step
+from megatron_rl.tasks.make_reward import make_reward
+from megatron_rl.tasks.reward import Response, Score
 from megatron_rl.types import Batch, Prompt, Trajectory
 from megatron_rl.weights.families import HFConfig, family_of
 from megatron_rl.weights.hf_folder import HFFolder
+
+_EVALUATED_TOGETHER = 8  # prompts whose responses are verified at the same time
 
 Timer = Callable[[str], AbstractContextManager[None]]
 
@@ -75,7 +81,8 @@ class Rollouts:
     Attributes:
         config: the run's configuration.
         task: the prompts and their verifier.
-        tokenizer: decodes responses for the verifier.
+        reward: judges the responses: the task's verifier, or a reward of the user's own.
+        tokenizer: decodes responses for the reward.
         pool: the engines.
         need_logmu: request the log-probabilities of the behavior policy.
         topk: request the K most likely tokens at every position; 0 for none.
@@ -94,6 +101,7 @@ class Rollouts:
         topk: int = 0,
     ) -> None:
         self.config, self.task, self.tokenizer, self.pool = config, task, tokenizer, pool
+        self.reward = make_reward(config.task, task)
         self.need_logmu, self.topk = need_logmu, topk
         self.stop = stop_token_ids(config.model.path)
         self.sampled: dict[str, float] = {}
@@ -172,6 +180,9 @@ class Rollouts:
         self.sampled = {"truncated": float(np.mean([t.finish_reason == "length" for t in trajectories]))}
         self.sampled |= {f"rollout/{name}": value for name, value in taken.counts().items()}
         self.sampled["rollout/drawn"] = self._draws.num_consumed
+        self.sampled |= {f"reward/{name}": value for name, value in taken.reward_metrics().items()}
+        if self.config.task.reward_on_error == "zero":
+            self.sampled["reward/errors"] = taken.reward_errors
         if self.environment is not None:
             self.sampled |= {f"tool/{name}": value for name, value in taken.tool_use()._asdict().items()}
         return batch
@@ -230,22 +241,35 @@ class Rollouts:
                 environment=self.environment,
                 tokenizer=self._loop_tokenizer,
             )
-            rates[f"eval/{name}"] = float(np.mean(self.verify(prompts, trajectories)))
+            rates[f"eval/{name}"] = float(np.mean([score.value for score in self.verify(prompts, trajectories)]))
         return rates
 
-    def verify(self, prompts: list[Prompt], trajectories: list[Trajectory]) -> list[float]:
-        """Return one reward per trajectory, for its last turn.
+    def verify(self, prompts: list[Prompt], trajectories: list[Trajectory]) -> list[Score]:
+        """Return one score per trajectory, for its last turn.
 
         Trajectories must be grouped by prompt, in the order of `prompts`.
         """
-        texts = self.tokenizer.batch_decode([t.last_turn for t in trajectories], skip_special_tokens=True)
+        turns = [t.last_turn for t in trajectories]
+        texts = self.tokenizer.batch_decode(turns, skip_special_tokens=True)
+        responses = [Response(text, turn) for text, turn in zip(texts, turns, strict=True)]
         samples = len(trajectories) // len(prompts)
-        return [self.task.verify(prompts[i // samples], text) for i, text in enumerate(texts)]
+        groups = [responses[at : at + samples] for at in range(0, len(responses), samples)]
+        if len(groups) == 1:
+            return self.reward.scores(prompts[0], groups[0])
+        threads = ThreadPoolExecutor(_EVALUATED_TOGETHER)
+        try:
+            return [score for scores in threads.map(self.reward.scores, prompts, groups) for score in scores]
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+    def close(self) -> None:
+        """Release the resources of the reward."""
+        self.reward.close()
 
     def _prompt(self, draw: int) -> Prompt:
         return prompts_for_step(self.task, draw, 1, self.config.run.seed)[0]
 
-    def _rewards(self, prompt: Prompt, trajectories: list[Trajectory]) -> list[float]:
+    def _rewards(self, prompt: Prompt, trajectories: list[Trajectory]) -> list[Score]:
         return self.verify([prompt], trajectories)
 
     def _usable(self, group: Group, version: int) -> bool:
@@ -270,10 +294,12 @@ class Rollouts:
     def _settings_key(self) -> str:
         """Return, as JSON, everything that a group depends on except weights."""
         config, rollout = self.config, self.config.rollout
+        digests = code_digests(config)
         asked = {
             "model": str(config.model.path),
             "precision": config.precision.model_dump(mode="json"),
             "task": config.task.model_dump(mode="json"),
+            "code": {key: digests[key] for key in ("task.name", "task.reward") if key in digests},
             "seed": config.run.seed,
             "rollout": {
                 name: getattr(rollout, name)

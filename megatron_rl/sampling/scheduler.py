@@ -17,6 +17,7 @@ from megatron_rl.errors import EngineError
 from megatron_rl.sampling.group import Group, GroupSettings, check_prompts, sample_group, trajectory_names
 from megatron_rl.sampling.journal import GroupJournal
 from megatron_rl.sampling.step_groups import PromptDraws, StepGroups
+from megatron_rl.tasks.reward import Score
 from megatron_rl.types import Prompt, Trajectory
 
 T = TypeVar("T")
@@ -45,12 +46,12 @@ class Source:
 
     Attributes:
         prompt: returns the prompt of a draw; a pure function.
-        rewards: returns one reward per trajectory of a prompt; called in several threads at the same time.
+        rewards: returns one score per trajectory of a prompt; called in several threads at the same time.
         longest_prompt: most tokens of a prompt.
     """
 
     prompt: Callable[[int], Prompt]
-    rewards: Callable[[Prompt, list[Trajectory]], list[float]]
+    rewards: Callable[[Prompt, list[Trajectory]], list[Score]]
     longest_prompt: int
 
 
@@ -211,9 +212,13 @@ class Scheduler:
 
     def _verify(self, step: int, prompt: Prompt, group: Group) -> Group:
         """Return the group with its rewards, written to disk. Runs in a thread."""
-        rewards = self.source.rewards(prompt, group.trajectories)
-        rewarded = [t.with_reward(reward) for t, reward in zip(group.trajectories, rewards, strict=True)]
-        group = replace(group, trajectories=rewarded)
+        scores = self.source.rewards(prompt, group.trajectories)
+        group = replace(
+            group,
+            trajectories=[t.with_reward(score.value) for t, score in zip(group.trajectories, scores, strict=True)],
+            reward_metrics=tuple(score.metrics for score in scores) if any(score.metrics for score in scores) else (),
+            reward_errors=sum(score.failed for score in scores),
+        )
         self.buffer.append(step, group)
         return group
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from megatron_rl.sampling.group import Group
@@ -74,6 +75,7 @@ class StepGroups:
         dropped_stale: number of groups discarded because their weight versions are not allowed.
         resumed: sum of `Group.resumed`.
         retractions: sum of `Group.retractions`.
+        reward_errors: sum of `Group.reward_errors`, replaced groups included.
     """
 
     number: int
@@ -88,6 +90,7 @@ class StepGroups:
     dropped_stale: int = 0
     resumed: int = 0
     retractions: int = 0
+    reward_errors: int = 0
     _waiting: list[Group] = field(default_factory=list)
 
     @property
@@ -113,6 +116,7 @@ class StepGroups:
         """Count the group. Return whether it must be replaced."""
         self.resumed += group.resumed
         self.retractions += group.retractions
+        self.reward_errors += group.reward_errors
         equal = len({trajectory.reward for trajectory in group.trajectories}) == 1
         if equal and self.replaced < self.replaceable:
             self.replaced += 1
@@ -128,6 +132,14 @@ class StepGroups:
     def tool_use(self) -> ToolUse:
         """Return the tool use of the groups that are trained on."""
         return ToolUse.total(group.tool_use for group in self.chosen())
+
+    def reward_metrics(self) -> dict[str, float]:
+        """Return the mean of every metric of the reward, over those trajectories trained on whose reward reports it."""
+        values: dict[str, list[float]] = {}
+        for metrics in (metrics for group in self.chosen() for metrics in group.reward_metrics):
+            for name, value in metrics.items():
+                values.setdefault(name, []).append(value)
+        return {name: fmean(found) for name, found in values.items()}
 
     def counts(self) -> dict[str, Any]:
         """Return the counts of a settled step, for the run log.

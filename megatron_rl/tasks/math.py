@@ -1,13 +1,13 @@
 """Mathematical word problems from a JSONL or parquet file, verified by math-verify."""
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config import TaskConfig
 from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.tasks.grader import Grader
+from megatron_rl.tasks.rows import MISSING, find_column, prompt_cell, read_rows, text_cell
 from megatron_rl.tasks.task import Task, encode_plain, strip_end
 from megatron_rl.types import Prompt
 
@@ -21,9 +21,11 @@ _BOXES = ("\\boxed{", "\\fbox{")
 class MathTask(Task):
     """Problems with one final answer each, in the columns `prompt_column` and `answer_column`.
 
-    The ground truth is what follows the last `####` of the answer column, else its last \\boxed{}, else all of it. The
-    text with `instructions` after it goes through the tokenizer's chat template. Without a chat template, the prompt is
-    this text and a newline. The held-out rows are those of `eval_data`, or the last `held_out` rows of `data`.
+    The prompt is a text or a list of chat messages. With `instructions` after its end it goes through the tokenizer's
+    chat template. Without a chat template it must be a text, and a newline follows it. The ground truth is what follows
+    the last `####` of the answer column, else its last \\boxed{}, else all of it. With a reward of the user's own, the
+    answer column may be absent. The other columns are the prompt's metadata. The held-out rows are those of
+    `eval_data`, or the last `held_out` rows of `data`.
 
     The constructor reads, checks and tokenizes everything.
 
@@ -69,6 +71,10 @@ class MathTask(Task):
         return float(answer is not None and self._grader.equal(prompt.answer, answer))
 
     def solution(self, prompt: Prompt) -> str:
+        if not prompt.answer:
+            raise UserError(
+                f"prompt '{prompt.id}' has no answer in its data row, so there is no solution to learn from"
+            )
         return f"{_MARK} {prompt.answer}"
 
     def close(self) -> None:
@@ -110,16 +116,13 @@ def _load(
 ) -> list[Prompt]:
     if not path.is_file():
         raise UserError(f"no data file at {path}; task.data and task.eval_data must name JSONL or parquet files")
-    places, texts, answers = [], [], []
-    for place, row in _rows(path):
-        places.append(place)
-        texts.append(_cell(place, row, config.prompt_column, "task.prompt_column"))
-        answers.append(ground_truth(_cell(place, row, config.answer_column, "task.answer_column")))
-        if not answers[-1]:
-            raise UserError(f"{place}: '{config.answer_column}' holds no final answer")
-    if not places:
+    rows = list(read_rows(path))
+    if not rows:
         raise UserError(f"{path} has no rows")
-    encoded = _encode(tokenizer, [text + instructions for text in texts])
+    asked = [prompt_cell(place, row, config.prompt_column, "task.prompt_column") for place, row in rows]
+    answers = [_answer(place, row, config) for place, row in rows]
+    places = [place for place, _ in rows]
+    encoded = _encode(tokenizer, asked, instructions, places)
     long = [at for at, tokens in enumerate(encoded) if len(tokens) > max_prompt_tokens]
     if long:
         longest = max(len(encoded[at]) for at in long)
@@ -129,52 +132,43 @@ def _load(
             f"raise rollout.max_prompt_tokens to {longest} or remove them"
         )
     return [
-        Prompt(id=f"{path.name}:{place.rpartition(':')[2]}", text=text, tokens=tokens, answer=answer)
-        for place, text, tokens, answer in zip(places, texts, encoded, answers, strict=True)
+        Prompt(
+            id=f"{path.name}:{place.rpartition(':')[2]}",
+            text=prompt if isinstance(prompt, str) else prompt[-1]["content"],
+            tokens=tokens,
+            answer=answer,
+            messages=() if isinstance(prompt, str) else prompt,
+            metadata={name: value for name, value in row.items() if name != config.prompt_column},
+        )
+        for (place, row), prompt, tokens, answer in zip(rows, asked, encoded, answers, strict=True)
     ]
 
 
-def _encode(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[tuple[int, ...]]:
+def _answer(place: str, row: Mapping[str, Any], config: TaskConfig) -> str:
+    if config.reward is not None and find_column(row, config.answer_column) is MISSING:
+        return ""
+    answer = ground_truth(text_cell(place, row, config.answer_column, "task.answer_column"))
+    if not answer:
+        raise UserError(f"{place}: '{config.answer_column}' holds no final answer")
+    return answer
+
+
+def _encode(
+    tokenizer: "PreTrainedTokenizerFast",
+    asked: Sequence[str | tuple[dict[str, Any], ...]],
+    instructions: str,
+    places: list[str],
+) -> list[tuple[int, ...]]:
+    """Return the tokens of every prompt, with the instructions at the end of its last message."""
     if tokenizer.chat_template is None:
-        return encode_plain(tokenizer, [f"{text}\n" for text in texts])
-    chats: Any = tokenizer.apply_chat_template(
-        [[{"role": "user", "content": text}] for text in texts], add_generation_prompt=True, tokenize=False
-    )
+        for place, prompt in zip(places, asked, strict=True):
+            if not isinstance(prompt, str):
+                raise ConfigError(f"{place}: the prompt is chat messages, and the tokenizer has no chat template")
+        return encode_plain(tokenizer, [f"{prompt}{instructions}\n" for prompt in asked])
+    chats = []
+    for prompt in asked:
+        *before, last = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
+        chats.append([*before, {**last, "content": last["content"] + instructions}])
+    texts: Any = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
     # The template has written the special tokens already.
-    return [tuple(row) for row in tokenizer(chats, add_special_tokens=False)["input_ids"]]
-
-
-def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield (file:line, row) for every row. Lines, and rows of a parquet file, count from 1."""
-    if path.suffix == ".parquet":
-        import pyarrow as pa  # here, because it starts a thread, and most data is JSONL
-        import pyarrow.parquet as pq
-
-        try:
-            table = pq.read_table(path)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path} is not a readable parquet file: {error}") from error
-        yield from ((f"{path}:{number}", row) for number, row in enumerate(table.to_pylist(), start=1))
-        return
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        place = f"{path}:{number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{place}: not a JSON object ({error})") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{place}: a JSON object is expected, found {type(row).__name__}")
-        yield place, row
-
-
-def _cell(place: str, row: Mapping[str, Any], column: str, key: str) -> str:
-    value = row.get(column)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
-    if isinstance(value, str) and value.strip():
-        return value
-    if column in row:
-        raise UserError(f"{place}: '{column}' is {value!r}; text is expected")
-    raise UserError(f"{place}: '{column}' is missing (columns here: {', '.join(map(str, row))}); set {key}")
+    return [tuple(row) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]

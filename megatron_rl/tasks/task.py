@@ -4,9 +4,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+from pydantic import BaseModel
 
 from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.types import Prompt
@@ -46,12 +47,17 @@ class Turn:
 class Task(ABC):
     """A set of problems with a verifier.
 
+    The constructor may take any of `config` (the `task` section), `options` (an instance of `Options`), `tokenizer`,
+    `seed` and `max_prompt_tokens`. They are given by name.
+
     Attributes:
+        Options: pydantic model of the keys under `task.options`; None if the task has no such keys.
         train: problems to train on, fixed once the task is built.
         held_out: problems to evaluate on, also fixed. `train` and `held_out` share no problem.
         max_turns: turns of the model in one response, with an `observe` after each.
     """
 
+    Options: ClassVar[type[BaseModel] | None] = None
     train: Sequence[Prompt]
     held_out: Sequence[Prompt]
     max_turns: int = 1

@@ -26,6 +26,7 @@ from megatron_rl.policy.parallel import Mesh, joined_mesh
 from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.sampling.rollouts import Rollouts, rollouts_folder
 from megatron_rl.tasks import make_task
+from megatron_rl.trainer.code_record import write_code
 from megatron_rl.trainer.lead import Lead
 from megatron_rl.trainer.preflight import check_run_folder, resolve_on_rank
 from megatron_rl.trainer.progress import ProgressLine
@@ -37,13 +38,17 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def open_run(config: Config, *, resume: bool, attribute_only: bool = False) -> Iterator[Trainer]:
+def open_run(
+    config: Config, *, resume: bool, accept_changed_code: bool = False, attribute_only: bool = False
+) -> Iterator[Trainer]:
     """Open a run on this rank, and close everything it owns afterwards, also after an error. Collective.
 
     Args:
         config: the resolved configuration.
         resume: continue from the newest usable checkpoint of the run folder.
-        attribute_only: the run takes no step, so the log keeps its records of later steps.
+        accept_changed_code: resume also if the user's own code has changed.
+        attribute_only: the run takes no step, so the log keeps its records of later steps, and the user's own code is
+            neither compared nor recorded.
 
     Raises:
         ConfigError: if the run folder already holds a run and `resume` is False.
@@ -55,12 +60,17 @@ def open_run(config: Config, *, resume: bool, attribute_only: bool = False) -> I
         stops = _note_stops(mesh)
         if mesh.rank == 0:
             print_plan(plan, config)
-        mesh.on_lead(lambda: _prepare_folder(config, resume, stack))
+
+        def prepare() -> None:
+            _prepare_folder(config, resume, stack, accept_changed_code=accept_changed_code or attribute_only)
+            if not attribute_only:
+                write_code(config)
+
+        mesh.on_lead(prepare)
         servers = _start_servers(config, plan, mesh, stack)
         policy = build_policy(config, mesh, plan.precision, plan.noise)
-        checkpoints = Checkpoints(
-            config.run.folder / "checkpoints", policy, config.run.keep, plan.algorithm.older_checkpoints
-        )
+        older = plan.algorithm.older_checkpoints
+        checkpoints = Checkpoints(config.run.folder / "checkpoints", policy, config.run.keep, older)
         stack.push(checkpoints.leave)
         if plan.algorithm.needs_reference:
             policy.keep_reference()
@@ -104,8 +114,8 @@ def _load_state(config: Config, checkpoints: Checkpoints, mesh: Mesh) -> TrainSt
     return found or TrainState(seed=config.run.seed)
 
 
-def _prepare_folder(config: Config, resume: bool, stack: ExitStack) -> None:
-    check_run_folder(config, resume=resume)
+def _prepare_folder(config: Config, resume: bool, stack: ExitStack, *, accept_changed_code: bool = False) -> None:
+    check_run_folder(config, resume=resume, accept_changed_code=accept_changed_code)
     folder = config.run.folder
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -182,7 +192,8 @@ def open_rollouts(
             info = pool.info(url)
             check_server(url, info, config, updates=updates, offloads=offloads)
             check_server_precision(url, info, config.precision, dequantized=precision.dequantized)
-        yield Rollouts(config, task, tokenizer, pool, need_logmu, topk)
+        with closing(Rollouts(config, task, tokenizer, pool, need_logmu, topk)) as rollouts:
+            yield rollouts
 
 
 def _note_stops(mesh: Mesh) -> list[int]:

@@ -6,7 +6,7 @@ from megatron_rl.config import Config
 from megatron_rl.engines.processes.own_servers import own_servers
 from megatron_rl.errors import ConfigError
 from megatron_rl.trainer.bringup import START_TIMEOUT_S, open_rollouts
-from megatron_rl.trainer.preflight import resolve_on_rank
+from megatron_rl.trainer.preflight import check_task, resolve_on_rank
 
 
 def evaluate_model(config: Config) -> dict[str, float]:
@@ -17,12 +17,11 @@ def evaluate_model(config: Config) -> dict[str, float]:
     if config.eval.prompts == 0:
         raise ConfigError("eval.prompts is 0: set how many held-out problems to evaluate, e.g. eval.prompts=64")
     plan = resolve_on_rank(config)
+    check_task(config)
     with ExitStack() as stack:
-        servers = (
-            None if config.rollout.urls else own_servers(config, plan.precision, plan.machine.device, START_TIMEOUT_S)
-        )
-        if servers is not None:
-            stack.enter_context(servers)
+        servers = None
+        if not config.rollout.urls:
+            servers = stack.enter_context(own_servers(config, plan.precision, plan.machine.device, START_TIMEOUT_S))
         rollouts = stack.enter_context(open_rollouts(config, plan.precision, servers))
         rates = rollouts.evaluate(0)
     for name, rate in rates.items():

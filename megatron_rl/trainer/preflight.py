@@ -1,5 +1,7 @@
 """Preflight: checks that run before a process is started or memory is allocated."""
 
+from contextlib import closing
+
 from transformers import AutoTokenizer
 
 from megatron_rl.attribution.limits import check_replayable
@@ -9,6 +11,8 @@ from megatron_rl.plan import RunPlan, plan_algorithm, resolve_run
 from megatron_rl.policy.checkpoint_state import find_defect, newest_valid
 from megatron_rl.sampling.rollouts import stop_token_ids
 from megatron_rl.tasks import make_task
+from megatron_rl.tasks.make_reward import make_reward
+from megatron_rl.trainer.code_record import check_code
 
 
 def check(config: Config) -> RunPlan:
@@ -18,9 +22,16 @@ def check(config: Config) -> RunPlan:
     """
     plan = resolve_run(config)
     stop_token_ids(config.model.path)
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    make_task(config.task, tokenizer, seed=config.run.seed, max_prompt_tokens=config.rollout.max_prompt_tokens).close()
+    check_task(config)
     return plan
+
+
+def check_task(config: Config) -> None:
+    """Check the task, its data and its reward. Raise ConfigError or UserError."""
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    longest = config.rollout.max_prompt_tokens
+    with closing(make_task(config.task, tokenizer, seed=config.run.seed, max_prompt_tokens=longest)) as task:
+        make_reward(config.task, task).close()
 
 
 def resolve_on_rank(config: Config, *, attributes: bool = False) -> RunPlan:
@@ -39,8 +50,22 @@ def resolve_on_rank(config: Config, *, attributes: bool = False) -> RunPlan:
         raise
 
 
-def check_run_folder(config: Config, *, resume: bool) -> None:
-    """Raise ConfigError if the run folder holds a run and `resume` is False, or if a required checkpoint is missing."""
+def check_run_folder(config: Config, *, resume: bool, accept_changed_code: bool = False) -> None:
+    """Check that a run can start in its folder, or resume there.
+
+    Args:
+        config: the resolved configuration.
+        resume: continue the run that the folder holds.
+        accept_changed_code: do not compare the user's own code with what the run used before.
+
+    Raises:
+        ConfigError: the folder holds a run and `resume` is False, the user's own code has changed, or a required
+            checkpoint is missing.
+    """
+    if accept_changed_code and not resume:
+        raise ConfigError("--accept-changed-code is about a run that goes on: pass it together with --resume")
+    if resume and not accept_changed_code:
+        check_code(config)
     folder = config.run.folder
     if (folder / "log.jsonl").exists() and not resume:
         raise ConfigError(f"{folder} already holds a run: pass --resume to go on with it, or choose another run.name")

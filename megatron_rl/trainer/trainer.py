@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from megatron_rl.config import Config
+from megatron_rl.errors import UserError
 from megatron_rl.plan import RunPlan
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.checkpoint import Checkpoints
@@ -62,7 +63,16 @@ class Trainer:
                 raise KeyboardInterrupt
             return lead.rollouts.collect(self.state.step, self.state.version, watch)
 
-        return self.on_lead(collect)
+        return self._sampled(collect)
+
+    def _sampled(self, sample: Callable[[Lead], T]) -> T:
+        """Run `sample` on rank 0. If data or reward fail there, keep the steps that were done, then raise."""
+        try:
+            return self.on_lead(sample)
+        except UserError:
+            if self.state.step:
+                self.ensure_saved()
+            raise
 
     def publish(self, version: int) -> None:
         """Send the policy's weights to every engine as `version`, and verify them. Raises EngineError if that fails."""
@@ -84,7 +94,7 @@ class Trainer:
         """Log held-out pass rates of the current weights. Do nothing if `eval.prompts` is 0."""
         if self.config.eval.prompts == 0:
             return
-        rates = self.on_lead(lambda lead: lead.rollouts.evaluate(self.state.step))
+        rates = self._sampled(lambda lead: lead.rollouts.evaluate(self.state.step))
         if self.lead is not None:
             self.lead.log.append({"kind": "eval", "step": self.state.step, "version": self.state.version, **rates})
         text = ", ".join(f"{name.removeprefix('eval/')} {rate:.1%}" for name, rate in rates.items())

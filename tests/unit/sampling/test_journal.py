@@ -39,7 +39,15 @@ def group(
                 **(likeliest if topk else {}),
             )
         )
-    return Group(rows, resumed=number, retractions=2, tool_use=ToolUse(5, number, 3))
+    metrics = ({"length": 0.1 + number}, {}, {"päth": -1e-300}) if masked else ()
+    return Group(
+        rows,
+        resumed=number,
+        retractions=2,
+        tool_use=ToolUse(5, number, 3),
+        reward_metrics=metrics,
+        reward_errors=number,
+    )
 
 
 def plain(one: Group) -> tuple:
@@ -50,7 +58,8 @@ def plain(one: Group) -> tuple:
         listed = {name: (array.dtype.name, array.tolist()) for name, array in sorted(arrays.items())}
         return (t.id, t.group, t.prompt_id, t.finish_reason, t.reward, listed)
 
-    return ([row(t) for t in one.trajectories], one.resumed, one.retractions, one.tool_use)
+    counts = (one.resumed, one.retractions, one.tool_use, one.reward_metrics, one.reward_errors)
+    return ([row(t) for t in one.trajectories], *counts)
 
 
 def everything(buffer: GroupJournal) -> dict[int, Group]:

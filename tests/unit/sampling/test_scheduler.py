@@ -14,6 +14,7 @@ from megatron_rl.sampling.group import Group, GroupSettings
 from megatron_rl.sampling.journal import GroupJournal, _payloads
 from megatron_rl.sampling.scheduler import Bounds, Scheduler, Source
 from megatron_rl.sampling.step_groups import PromptDraws, StepGroups
+from megatron_rl.tasks.reward import Score
 from megatron_rl.types import Prompt, Trajectory
 from tests.unit.sampling.scripted_engine import ScriptedPool, sample
 
@@ -49,10 +50,10 @@ class World:
         version = versions.pop(0) if versions else began
         return [sample(draw + 1, k + 1, version=version) for k in range(request.n)]
 
-    def rewards(self, prompt: Prompt, rows: list[Trajectory]) -> list[float]:
+    def rewards(self, prompt: Prompt, rows: list[Trajectory]) -> list[Score]:
         self.verified_in.add(threading.current_thread().name)
         draw = prompt.tokens[0] - 100
-        return [1.0] * len(rows) if draw in self.equal else [float(k) for k in range(len(rows))]
+        return [Score(1.0 if draw in self.equal else float(k)) for k in range(len(rows))]
 
     def sampler(self, draws: PromptDraws | None = None, found: dict[int, Group] | None = None, **more) -> Scheduler:
         given = {"wanted": 3, "asked": 3, "replaceable": 0, "max_staleness": 0, "steps": STEPS, "deterministic": False}
@@ -253,7 +254,7 @@ def test_finished_groups_of_an_earlier_life_are_taken_where_they_are_fresh_enoug
 def test_a_verifier_that_fails_ends_the_step_and_what_else_runs(world) -> None:
     sampler = world.sampler(max_staleness=1)
 
-    def failing(prompt: Prompt, rows: list[Trajectory]) -> list[float]:
+    def failing(prompt: Prompt, rows: list[Trajectory]) -> list[Score]:
         raise UserError(f"no verdict on {prompt.id}")
 
     world.held = {3, 4, 5}
@@ -264,6 +265,19 @@ def test_a_verifier_that_fails_ends_the_step_and_what_else_runs(world) -> None:
     assert len(world.pool.cancelled) == 3
     with pytest.raises(UserError, match="no verdict on p"):
         sampler.take(1, 2)
+
+
+def test_what_a_reward_reports_besides_its_number_is_averaged_and_counted(world) -> None:
+    def reporting(prompt: Prompt, rows: list[Trajectory]) -> list[Score]:
+        return [Score(1.0, {"length": 4.0}), Score(0.0, failed=prompt.id == "p1")]
+
+    sampler = world.sampler()
+    sampler.source = Source(sampler.source.prompt, reporting, 4)
+    taken = sampler.take(0, 1)
+    assert taken.reward_metrics() == {"length": 4.0} and taken.reward_errors == 1
+    found, _ = GroupJournal(world.folder, "").recover(lambda _: True)
+    again = world.sampler(found=found)
+    assert again.take(0, 1).reward_metrics() == {"length": 4.0}
 
 
 def test_a_prompt_that_is_too_long_is_named(world) -> None:

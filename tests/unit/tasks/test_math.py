@@ -195,3 +195,68 @@ def test_missing_empty_and_too_short_files_are_refused(tmp_path):
         math_task(jsonl(tmp_path / "rows.jsonl"))
     with pytest.raises(ConfigError, match=r"task\.held_out"):
         math_task(jsonl(tmp_path / "rows.jsonl", GOOD), held_out=1)
+
+
+VERL = {
+    "data_source": "gsm8k",
+    "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}],
+    "reward_model": {"style": "rule", "ground_truth": "2"},
+    "extra_info": {"index": 7, "split": "train"},
+}
+
+
+def written(tmp_path: Path, kind: str, *rows) -> Path:
+    if kind == "jsonl":
+        return jsonl(tmp_path / "rows.jsonl", *rows)
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(list(rows)), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_file_in_the_layout_of_verl_is_read_as_is(tmp_path, kind):
+    path = written(tmp_path, kind, VERL)
+    columns = {"prompt_column": "prompt", "answer_column": "reward_model.ground_truth"}
+    (prompt,) = math_task(path, tokenizer=CHAT, **columns).train
+    assert CHAT.decode(prompt.tokens).replace(" ", "") == "<user>Bebrief.</user><user>1+1?</user><assistant>"
+    assert prompt.answer == "2" and prompt.text == "1+1?" and list(prompt.messages) == VERL["prompt"]
+    assert dict(prompt.metadata) == {name: value for name, value in VERL.items() if name != "prompt"}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_file_in_the_layout_of_trl_is_read_as_is_and_needs_no_answer_with_a_reward(tmp_path, kind):
+    path = written(tmp_path, kind, {"prompt": "1+1?", "solution": "2", "level": 3})
+    (prompt,) = math_task(path, prompt_column="prompt", reward="mine.py:f").train
+    assert (prompt.text, prompt.answer, prompt.messages) == ("1+1?", "", ())
+    assert dict(prompt.metadata) == {"solution": "2", "level": 3}
+    with pytest.raises(UserError, match=r"prompt 'rows.\w+:1' has no answer"):
+        math_task(path, prompt_column="prompt", reward="mine.py:f").solution(prompt)
+    with pytest.raises(UserError, match=r"rows.\w+:1: 'answer' is missing"):
+        math_task(path, prompt_column="prompt")
+
+
+def test_a_column_with_a_dot_in_its_name_comes_before_a_path(tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", {"question": "q", "a.b": "1", "a": {"b": "2"}})
+    assert math_task(path, answer_column="a.b").train[0].answer == "1"
+
+
+@pytest.mark.parametrize(
+    ("messages", "error"),
+    [
+        ([], "'question' must end with a message of the user"),
+        ([{"role": "assistant", "content": "2"}], "'question' must end with a message of the user"),
+        ([{"role": "user"}], "message 1 of 'question' is .* it needs texts role and content"),
+        ([{"role": "user", "content": ["1"]}], "message 1 of 'question'"),
+        ({"role": "user", "content": "1"}, ".* text or chat messages are expected"),
+    ],
+)
+def test_malformed_messages_are_errors_with_file_and_line(tmp_path, messages, error):
+    path = jsonl(tmp_path / "rows.jsonl", {"question": messages, "answer": "2"})
+    with pytest.raises(UserError, match=f"rows.jsonl:1: {error}"):
+        math_task(path, tokenizer=CHAT)
+
+
+def test_messages_need_a_chat_template(tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", {"question": VERL["prompt"], "answer": "2"})
+    with pytest.raises(ConfigError, match=r"rows.jsonl:1: the prompt is chat messages, .* has no chat template"):
+        math_task(path)
