@@ -1,6 +1,8 @@
 """Fixtures shared by all tests: small random Qwen3 checkpoints, and one group of 2 and one of 4 ranks."""
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,24 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LaneScheduli
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=in_lane_order)
+
+
+def pytest_collection_finish() -> None:
+    """Exempt everything that was imported, half a million objects, from garbage collection."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Undo the exemption: libraries report objects that the interpreter's end does not collect."""
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_policies_left() -> Iterator[None]:
+    """Collect the policies of a file after it: they hold each other, and with them the threads of process groups."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

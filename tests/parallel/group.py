@@ -7,9 +7,11 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 import traceback
 from multiprocessing.connection import Connection, wait
+from types import ModuleType
 from typing import Any
 
 import psutil
@@ -26,6 +28,15 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
+def _imported(module: str) -> ModuleType:
+    """Import a module for good: collections do not walk its objects and those of what it imports, half a million."""
+    if module in sys.modules:
+        return sys.modules[module]
+    found = importlib.import_module(module)
+    gc.freeze()
+    return found
+
+
 def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1"
@@ -39,9 +50,10 @@ def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
         try:
             module, function, kwargs = pipe.recv()
         except EOFError:
+            gc.unfreeze()  # libraries report objects that the interpreter's end does not collect
             return
         try:
-            pipe.send(("ok", getattr(importlib.import_module(module), function)(**kwargs)))
+            pipe.send(("ok", getattr(_imported(module), function)(**kwargs)))
         except BaseException as error:  # noqa: BLE001  a rank's process boundary
             pipe.send(("error", f"rank {rank}: {type(error).__name__}: {error}\n{traceback.format_exc()}"))
 
