@@ -11,10 +11,16 @@ from megatron_rl.config.old_keys import find_old_keys, rename_old_keys
 from megatron_rl.config.rules import check_rules
 from megatron_rl.config.schema import Config
 from megatron_rl.errors import ConfigError
+from megatron_rl.plugins import absolute_import_path, is_import_path
+
+# Keys whose values, text or a list of texts, may be import paths.
+_IMPORT_PATHS: tuple[tuple[str, ...], ...] = (("run", "loggers"),)
 
 
 def load_config(path: Path | str, overrides: list[str] | None = None, *, accept_old_keys: bool = False) -> Config:
     """Read YAML, apply dotted overrides such as `rollout.temperature=0.9`, and validate.
+
+    A relative file in an import path, `file.py:Name`, is relative to the folder of the YAML file.
 
     Args:
         path: the YAML file.
@@ -39,6 +45,8 @@ def load_config(path: Path | str, overrides: list[str] | None = None, *, accept_
         rename_old_keys(tree)
     for override in overrides or []:
         _apply(tree, override, lines)
+    for key in _IMPORT_PATHS:
+        _resolve_import_path(tree, key, path.parent)
     return make_config(tree, lines)
 
 
@@ -98,6 +106,21 @@ def _apply(tree: dict[str, Any], override: str, lines: dict[tuple[str, ...], str
     except yaml.YAMLError as error:
         raise ConfigError(f"override '{override}': the value is not valid YAML ({error})") from error
     lines[(*sections, last)] = f"override '{override}'"
+
+
+def _resolve_import_path(tree: Any, key: tuple[str, ...], folder: Path) -> None:
+    """Make the import paths that a key holds absolute, in place. Values of another kind are left to the schema."""
+    *sections, last = key
+    for section in sections:
+        tree = tree.get(section) if isinstance(tree, dict) else None
+    if not isinstance(tree, dict) or last not in tree:
+        return
+
+    def absolute(value: Any) -> Any:
+        return absolute_import_path(value, folder) if isinstance(value, str) and is_import_path(value) else value
+
+    value = tree[last]
+    tree[last] = [absolute(one) for one in value] if isinstance(value, list) else absolute(value)
 
 
 def _explain(error: ValidationError, lines: dict[tuple[str, ...], str]) -> str:

@@ -3,12 +3,17 @@
 A configuration is frozen and validated once, before any allocation.
 """
 
+import difflib
 import math
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from megatron_rl.plugins import is_import_path
+
+LOGGERS = ("tensorboard", "wandb")  # those of this package
 
 
 class _Block(BaseModel):
@@ -288,6 +293,22 @@ class RunConfig(_Block):
         description="steps between attributions of the mismatch to its sources, each of some forward passes; 0: never",
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    loggers: tuple[str, ...] = Field(
+        ("tensorboard",),
+        description="where records go in addition to log.jsonl: tensorboard, wandb, or a class of your own as "
+        "file.py:Name or package.module:Name",
+    )
+
+    @field_validator("loggers")
+    @classmethod
+    def _known_loggers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for at, name in enumerate(value):
+            if name not in LOGGERS and not is_import_path(name):
+                near = difflib.get_close_matches(name, LOGGERS, n=1, cutoff=0.0)[0]
+                raise ValueError(f"there is no logger '{name}'; did you mean '{near}'? Your own is file.py:Name")
+            if name in value[:at]:
+                raise ValueError(f"'{name}' is given twice")
+        return value
 
     @property
     def folder(self) -> Path:

@@ -17,6 +17,7 @@ from megatron_rl.engines.processes.server_process import Servers
 from megatron_rl.engines.requirements import check_server, check_server_precision
 from megatron_rl.errors import ConfigError
 from megatron_rl.files import try_lock
+from megatron_rl.loggers import check_loggers, start_loggers
 from megatron_rl.plan import AlgorithmPlan, plan_algorithm
 from megatron_rl.policy.build import build_policy
 from megatron_rl.policy.checkpoint import Checkpoints
@@ -90,6 +91,7 @@ def _load_state(config: Config, checkpoints: Checkpoints, mesh: Mesh) -> TrainSt
 
 def _prepare_folder(config: Config, resume: bool, stack: ExitStack) -> None:
     check_run_folder(config, resume=resume)
+    check_loggers(config.run.loggers)
     folder = config.run.folder
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -224,7 +226,9 @@ def _open_lead(
         offloaded.forget()  # the run's own engines ended with the process that offloaded them
     if not attribute_only and (found := rollouts.begin(state)):
         print(found, flush=True)
-    log = stack.enter_context(RunLog(config.run.folder, resume_from=None if attribute_only else state.step))
+    resume_from = None if attribute_only else state.step
+    log = stack.enter_context(RunLog(config.run.folder, resume_from))
+    start_loggers(config, resume_from, log)
     progress = stack.enter_context(ProgressLine(config.run.name, config.run.steps, state.step, enabled=True))
     lead = Lead(rollouts, offloaded, log, progress)
     for name in STOP_SIGNALS:

@@ -7,6 +7,7 @@ from megatron_rl.attribution.limits import check_replayable
 from megatron_rl.config import Config
 from megatron_rl.engines.processes.own_servers import own_servers
 from megatron_rl.errors import ConfigError, MegatronRLError
+from megatron_rl.loggers import check_loggers
 from megatron_rl.plan import plan_algorithm
 from megatron_rl.policy.checkpoint_state import find_defect, newest_valid
 from megatron_rl.policy.expert_rules import check_experts
@@ -21,11 +22,12 @@ from megatron_rl.weights.name_table import check_folder
 
 
 def check(config: Config) -> PlanReport:
-    """Check objective, checkpoint headers, layout, noise and the task's data, and return the precision plan.
+    """Check objective, loggers, checkpoint headers, layout, noise and the task's data, and return the precision plan.
 
     Raises ConfigError, CheckpointError, PrecisionError or UserError.
     """
     plan = plan_algorithm(config)
+    check_loggers(config.run.loggers)
     family, shape = _check_folder(config)
     check_experts(config, shape)
     layer_noise(config.alp, shape.num_layers)
