@@ -9,10 +9,11 @@ from megatron_rl.diagnostics import RunLog
 from megatron_rl.diagnostics.logger import Logger
 from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.loggers.tensorboard_logger import TensorBoardLogger
+from megatron_rl.loggers.wandb_logger import WandbLogger
 from megatron_rl.plugins import is_import_path, load_plugin
 
 _KEY = "run.loggers"
-_BUILT_IN: dict[str, type[Logger]] = {"tensorboard": TensorBoardLogger}
+_BUILT_IN: dict[str, type[Logger]] = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger}
 # Method -> names of the arguments it is called with.
 _METHODS = {"start": ("config", "folder", "resume_from"), "log": ("record",), "close": ()}
 
@@ -21,10 +22,12 @@ def check_loggers(names: Sequence[str]) -> None:
     """Check that every logger can be constructed and has the methods of `Logger`. Constructs none.
 
     Raises:
-        ConfigError: a logger does not exist or has other methods; the message has its file:line.
+        ConfigError: a logger does not exist or has other methods, and the message has its file:line; or its package is
+            not installed.
     """
     for name in names:
-        _logger_class(name)
+        if _logger_class(name) is WandbLogger:
+            WandbLogger.check()
 
 
 def start_loggers(config: Config, resume_from: int | None, log: RunLog) -> None:
