@@ -89,6 +89,15 @@ def _staleness_and_offloading(config: Config) -> None:
         )
 
 
+def _samples_are_of_the_step(config: Config) -> None:
+    """Check that a step has as many prompts as its samples show."""
+    if config.run.show_samples > config.rollout.prompts_per_step:
+        raise ConfigError(
+            f"run.show_samples: {config.run.show_samples} exceeds rollout.prompts_per_step: "
+            f"{config.rollout.prompts_per_step}: lower it"
+        )
+
+
 _RULES = (
     _deterministic_takes_every_group,
     _replaced_groups_have_several_samples,
@@ -98,6 +107,7 @@ _RULES = (
     _bucket_size_needs_buckets,
     _oversampling_and_offloading,
     _staleness_and_offloading,
+    _samples_are_of_the_step,
 )
 
 

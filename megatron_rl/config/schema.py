@@ -293,6 +293,9 @@ class RunConfig(_Block):
         description="steps between attributions of the mismatch to its sources, each of some forward passes; 0: never",
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    show_samples: int = Field(
+        0, ge=0, description="number of prompts per step whose responses are written to samples.jsonl as text; 0: none"
+    )
     loggers: tuple[str, ...] = Field(
         ("tensorboard",),
         description="where records go in addition to log.jsonl: tensorboard, wandb, or a class of your own as "

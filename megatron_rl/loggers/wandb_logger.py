@@ -4,14 +4,17 @@ import importlib.util
 import os
 import secrets
 from collections.abc import Mapping
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
 from megatron_rl.diagnostics import read_log
+from megatron_rl.diagnostics.samples import ShownSample, read_shown_samples
 from megatron_rl.errors import ConfigError
 from megatron_rl.report import write_report
 
 ID_NAME = "wandb_id"  # file of the run folder
+_MOST_SAMPLES = 1000  # rows of the table of samples: the last ones
 
 
 class WandbLogger:
@@ -42,7 +45,7 @@ class WandbLogger:
             config=dict(config),
             settings=wandb.Settings(console="off"),  # it would replace stdout under the live line
         )
-        self._image = wandb.Image
+        self._image, self._table = wandb.Image, wandb.Table
         self._run.define_metric("*", step_metric="step")
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -50,12 +53,15 @@ class WandbLogger:
         self._run.log({key: value for key, value in record.items() if isinstance(value, (int, float))})
 
     def close(self) -> None:
-        """Draw the report, send its pictures, and end the W&B run."""
+        """Draw the report, send its pictures and the newest samples, and end the W&B run."""
         try:
             records = read_log(self._folder)
             if records:
                 pictures = sorted(write_report(self._folder).parent.glob("*.png"))
-                found = {f"report/{picture.stem}": self._image(str(picture)) for picture in pictures}
+                found: dict[str, Any] = {f"report/{picture.stem}": self._image(str(picture)) for picture in pictures}
+                if samples := read_shown_samples(self._folder):
+                    columns = [field.name for field in fields(ShownSample)]
+                    found["samples"] = self._table(columns, [list(astuple(row)) for row in samples[-_MOST_SAMPLES:]])
                 self._run.log({"step": records[-1]["step"], **found})
         finally:
             self._run.finish()

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from megatron_rl.attribution.limits import check_gives_weights
 from megatron_rl.config import Config, changed_keys, load_config
 from megatron_rl.diagnostics.runlog import RunLog
+from megatron_rl.diagnostics.samples import SampleLog
 from megatron_rl.engines.offload import OffloadedEngines
 from megatron_rl.engines.pool import EnginePool
 from megatron_rl.engines.processes.own_servers import own_servers
@@ -230,7 +231,7 @@ def _open_lead(
     log = stack.enter_context(RunLog(config.run.folder, resume_from))
     start_loggers(config, resume_from, log)
     progress = stack.enter_context(ProgressLine(config.run.name, config.run.steps, state.step, enabled=True))
-    lead = Lead(rollouts, offloaded, log, progress)
+    lead = Lead(rollouts, offloaded, log, SampleLog(config.run.folder, resume_from), progress)
     for name in STOP_SIGNALS:
         signal.signal(name, lead.stop_soon)
     return lead

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_rl.config import Config, make_config
 from megatron_rl.diagnostics import RunLog
+from megatron_rl.diagnostics.samples import SampleLog, ShownSample
 from megatron_rl.errors import ConfigError
 from megatron_rl.loggers import check_loggers, start_loggers
 
@@ -71,6 +72,7 @@ def train(settings: Config, first: int, last: int) -> None:
     with RunLog(settings.run.folder, first) as log:
         start_loggers(settings, first, log)
         for step in range(first, last):
+            SampleLog(settings.run.folder).append([ShownSample(step, 7, "p", "1+1=", "two", 0.5, 3, "stop", None)])
             log.append({"kind": "step", "step": step, "entropy": 1 / (step + 1), "worst/max": [1.0], "loss": None})
 
 
@@ -89,6 +91,10 @@ def test_configuration_numbers_and_pictures_reach_wandb_under_an_id_that_a_resum
     (last,) = [row["report/entropy/path"] for row in first["rows"] if "report/entropy/path" in row]
     picture = first["file"].parent / "files" / last
     assert picture.read_bytes() == (folder / "report" / "entropy.png").read_bytes()
+    (table,) = [row["samples/path"] for row in first["rows"] if "samples/path" in row]
+    samples = json.loads((first["file"].parent / "files" / table).read_text())
+    assert samples["columns"][:2] == ["step", "trajectory"] and [row[0] for row in samples["data"]] == [0, 1, 2]
+    assert samples["data"][2] == [2, 7, "p", "1+1=", "two", 0.5, 3, "stop", None]
     train(settings, 2, 4)
     runs = read_run(folder)
     assert {one["run"].run_id for one in runs} == {run_id} and sum(len(one["rows"]) for one in runs) == 7

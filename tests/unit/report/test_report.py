@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from megatron_rl.diagnostics import RunLog, ratio_record
+from megatron_rl.diagnostics.samples import SampleLog, ShownSample
 from megatron_rl.diagnostics.score_chain import ScoreChain
 from megatron_rl.errors import UserError
 from megatron_rl.report import plot_summary, write_report
@@ -100,6 +101,29 @@ def test_name_steps_and_configuration_are_shown_as_text(tmp_path):
     assert "<b>" not in text
     assert re.search(r"<dt>steps</dt><dd>3</dd>", text)
     assert not re.search(r'(src|href)="(https?:)?//', text)
+
+
+def test_the_best_the_worst_and_the_most_mismatched_responses_of_the_last_step_are_shown_as_text(tmp_path):
+    write_run(tmp_path, 2)
+    k3 = (0.1, None, 0.7, 0.2, 0.3, 0.0, 0.4)
+    for step in (0, 1):
+        rows = [
+            ShownSample(step, i, f"p{i}", "1+1=", f"<b>s{step} r{i}</b>", i / 10, 5, "stop", k3[i]) for i in range(7)
+        ]
+        SampleLog(tmp_path).append(rows)
+    text = write_report(tmp_path).read_text()
+    assert "Responses of step 1" in text and "s0 r" not in text and "<b>" not in text
+    found = re.findall(r"<h3>([\w ]+)</h3>|&lt;b&gt;s1 (r\d)&lt;/b&gt;", text)
+    shown = [title or row for title, row in found]
+    assert shown == ["Best", "r6", "r5", "r4", "Worst", "r0", "r1", "r2", "Most mismatched", "r2", "r6", "r4"]
+    assert "k3 7.00e-01 nats/token" in text and "trajectory 2 of prompt p2" in text
+
+
+def test_responses_without_log_probabilities_of_the_engine_have_no_mismatch(tmp_path):
+    write_run(tmp_path, 1)
+    SampleLog(tmp_path).append([ShownSample(0, 3, "p", "1+1=", "2", 1.0, 1, "stop", None)])
+    text = write_report(tmp_path).read_text()
+    assert "Best" in text and "Most mismatched" not in text and "k3 " not in text.split("Responses of step")[1]
 
 
 def test_a_ratio_that_reached_zero_or_infinity_is_still_drawn(tmp_path):
