@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from megatron_rl.diagnostics import RunLog, ratio_record
@@ -11,6 +12,8 @@ from megatron_rl.diagnostics.samples import SampleLog, ShownSample
 from megatron_rl.diagnostics.score_chain import ScoreChain
 from megatron_rl.errors import UserError
 from megatron_rl.report import plot_summary, write_report
+from megatron_rl.report.history import History
+from megatron_rl.report.plots import PANELS
 from megatron_rl.report.style import running_mean
 
 ALL_PANELS = {
@@ -200,3 +203,27 @@ def test_a_run_without_records_is_refused(tmp_path):
 def test_the_running_mean_keeps_constants_and_averages_around_each_value():
     assert running_mean(np.full(7, 3.0), 3).tolist() == [3.0] * 7
     np.testing.assert_allclose(running_mean(np.array([0.0, 3, 6, 0]), 3), [1.5, 3, 3, 3])
+
+
+@pytest.mark.parametrize(
+    ("spread", "label", "expected"),
+    [
+        (4e-7, "pi / mu - 1, in units of 1e-7", 4.0),
+        (0.03, "pi / mu - 1, in units of 1e-2", 3.0),
+        (0.4, "ratio pi / mu", 1.4),
+        (0.0, "ratio pi / mu", 1.0),
+    ],
+)
+def test_ratios_near_one_are_drawn_as_deviations_in_units(tmp_path, spread, label, expected):
+    quantiles = ("min", "q01", "q05", "q25", "q50", "q75", "q95", "q99", "max")
+    with RunLog(tmp_path) as log:
+        for step in range(3):
+            values = {f"mismatch/ratio/{name}": 1 + spread * (at - 4) / 4 for at, name in enumerate(quantiles)}
+            log.append({"kind": "step", "step": step, **values})
+    (panel,) = [panel for panel in PANELS if panel.name == "mismatch_ratio"]
+    ax = Figure().subplots()
+    panel.on(ax, History.of(tmp_path))
+    assert ax.get_ylabel() == label
+    assert max(line.get_ydata().max() for line in ax.get_lines()) == pytest.approx(expected, rel=1e-6)
+    ax.figure.canvas.draw()
+    assert ax.yaxis.get_offset_text().get_text() == ""
