@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +46,8 @@ def messages(file: Path) -> Iterator:
             at += left
             continue
         _, length, kind = struct.unpack("<IHB", data[at : at + _HEADER])
+        if at + _HEADER + length > len(data):  # still being written
+            return
         parts += data[at + _HEADER : at + _HEADER + length]
         at += _HEADER + length
         if kind in (_FULL, _LAST):
@@ -52,11 +55,22 @@ def messages(file: Path) -> Iterator:
             parts = b""
 
 
+def finished(file: Path) -> list:
+    """Return the records of a .wandb file once its run has ended: W&B's own process still writes after `finish`."""
+    deadline = time.monotonic() + 60
+    while True:
+        found = list(messages(file))
+        if found and found[-1].HasField("exit"):
+            return found
+        assert time.monotonic() < deadline, f"{file} does not end"
+        time.sleep(0.05)
+
+
 def read_run(folder: Path) -> list[dict]:
     """Return what each process wrote of the W&B run of a run folder: its id, resume mode, configuration and rows."""
     runs = []
     for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        found = list(messages(file))
+        found = finished(file)
         (run,) = [m.run for m in found if m.HasField("run")][:1]
         settings = {item.key: json.loads(item.value_json) for item in run.config.update}
         rows = [
