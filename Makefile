@@ -14,7 +14,7 @@ LANES ?= 2
 PYTEST := $(BIN)/python -m pytest
 IN_LANES := -n $(LANES) --dist loadscope --no-loadscope-reorder
 
-.PHONY: install sglang quickstart test test-fast durations lint format benchmark walks rooms clean
+.PHONY: install sglang quickstart test test-fast durations lint format benchmark walks rooms reference clean
 
 install:
 	@VENV="$(VENV)" PINS=requirements/cpu.txt $(INSTALL)
@@ -57,6 +57,10 @@ rooms: install
 
 walks: install
 	$(BIN)/python benchmarks/walks.py
+
+# docs/reference: every key of the configuration, and every key of the run log.
+reference: install
+	$(BIN)/python -m megatron_rl.reference
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

@@ -182,6 +182,19 @@ def doctor(
         print(f"{config_file}: can run")
 
 
+@app.command("config")
+def print_config(
+    config_file: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="YAML file; see configs/")] = None,
+    overrides: Overrides = None,
+    defaults: Annotated[bool, typer.Option("--defaults", help="print the defaults of all keys instead")] = False,
+) -> None:
+    """Print a configuration with all its keys as YAML, with their descriptions as comments."""
+    if defaults == (config_file is not None):
+        raise ConfigError("give either a configuration file or --defaults")
+    config = None if config_file is None else load_config(config_file, overrides)
+    print(_seam("reference").config_yaml(config), end="")
+
+
 @app.command()
 def warmup(
     config_file: ConfigFile,

@@ -16,6 +16,7 @@ _PROCESS = (
     "unit/diagnostics/test_runlog.py",
     "unit/engines/test_sglang.py",
     "unit/launch/",
+    "unit/loggers/test_wandb_logger.py",
     "unit/policy/test_device_port.py",
     "unit/protocol/test_payload.py",
     "unit/sandbox/",

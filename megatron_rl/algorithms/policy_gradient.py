@@ -9,7 +9,7 @@ from megatron_rl.algorithms.alp_probe import score_clean
 from megatron_rl.diagnostics.alp_effect import rounding_warning
 from megatron_rl.objectives import Objective
 from megatron_rl.policy.actor import Policy, UpdateStats
-from megatron_rl.trainer.metrics import Stopwatch, step_record
+from megatron_rl.trainer.metrics import Stopwatch, step_record, trajectory_k3
 from megatron_rl.trainer.trainer import Trainer
 from megatron_rl.types import Batch
 
@@ -31,10 +31,18 @@ class Updates:
     alp: dict[str, float] = field(default_factory=dict)
 
     def records(self, step: int, version: int, watch: Stopwatch, sampled: dict[str, float]) -> list[dict[str, Any]]:
-        """Return the one record of the step; see `trainer.algorithm.Learned`."""
+        """Return the one record of the step; see `trainer.learned.Learned`."""
         record = step_record(step, version, self.parts, self.stats, watch, sampled)
         metrics = {name: value for name, value in record.items() if isinstance(value, float)}
         return [record | self.objective.summary(metrics) | self.alp]
+
+    def k3(self) -> dict[int, float]:
+        """Return k3 by trajectory id, from the weights before the trajectory's update; see `Learned`."""
+        found: dict[int, float] = {}
+        for part, one in zip(self.parts, self.stats, strict=True):
+            assert one.logp is not None  # rank 0 has it
+            found |= trajectory_k3(part, one.logp)
+        return found
 
 
 class PolicyGradient:

@@ -11,14 +11,15 @@ from megatron_rl.config.schema import Config
 from megatron_rl.plugins import absolute_import_path, is_import_path, source_digest
 
 CODE_KEYS = (("task", "name"), ("task", "reward"), ("objective", "name"), ("objective", "teacher", "name"))
+_LOGGERS = ("run", "loggers")  # they do not change what a run computes, so they have no digest
 
 
 def resolve_code_paths(tree: dict[str, Any], folder: Path) -> None:
     """Make the files of import paths absolute in a nested mapping, in place. Relative ones are relative to `folder`."""
-    for *sections, last in CODE_KEYS:
+    for *sections, last in (*CODE_KEYS, _LOGGERS):
         block = _block(tree, sections)
-        if isinstance(block, dict) and _names_code(block.get(last)):
-            block[last] = absolute_import_path(block[last], folder)
+        if isinstance(block, dict) and last in block:
+            block[last] = _absolute(block[last], folder)
 
 
 def code_paths(config: Config) -> dict[str, str]:
@@ -31,6 +32,12 @@ def code_paths(config: Config) -> dict[str, str]:
 def code_digests(config: Config) -> dict[str, str]:
     """Return the SHA-256 of the source of every key that names the user's own code. Raise ConfigError without it."""
     return {key: source_digest(path, key) for key, path in code_paths(config).items()}
+
+
+def _absolute(value: Any, folder: Path) -> Any:
+    if isinstance(value, list):
+        return [_absolute(one, folder) for one in value]
+    return absolute_import_path(value, folder) if _names_code(value) else value
 
 
 def _names_code(value: Any) -> bool:

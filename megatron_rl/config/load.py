@@ -14,6 +14,7 @@ from megatron_rl.config.schema import Config
 from megatron_rl.errors import ConfigError
 
 
+# Keys whose values, text or a list of texts, may be import paths.
 def load_config(path: Path | str, overrides: list[str] | None = None, *, accept_old_keys: bool = False) -> Config:
     """Read YAML, apply dotted overrides such as `rollout.temperature=0.9`, and validate.
 

@@ -69,6 +69,15 @@ def _bucket_size_needs_buckets(config: Config) -> None:
         )
 
 
+def _samples_are_of_the_step(config: Config) -> None:
+    """Check that a step has as many prompts as its samples show."""
+    if config.run.show_samples > config.rollout.prompts_per_step:
+        raise ConfigError(
+            f"run.show_samples: {config.run.show_samples} exceeds rollout.prompts_per_step: "
+            f"{config.rollout.prompts_per_step}: lower it"
+        )
+
+
 _RULES = (
     _deterministic_takes_every_group,
     _replaced_groups_have_several_samples,
@@ -76,6 +85,7 @@ _RULES = (
     _retraction_and_replayed_experts,
     _staging_folder_needs_disk,
     _bucket_size_needs_buckets,
+    _samples_are_of_the_step,
 )
 
 

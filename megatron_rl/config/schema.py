@@ -3,6 +3,7 @@
 A configuration is frozen and validated once, before any allocation.
 """
 
+import difflib
 import math
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -14,6 +15,7 @@ from megatron_rl.errors import did_you_mean
 from megatron_rl.plugins import is_import_path
 
 BUILT_IN_TASKS = ("arithmetic", "math", "tool")
+LOGGERS = ("tensorboard", "wandb")  # those of this package
 
 
 class _Block(BaseModel):
@@ -29,10 +31,10 @@ class ModelConfig(_Block):
 class ParallelConfig(_Block):
     """Sizes of the trainer's parallel layout."""
 
-    tensor: int = Field(1, ge=1)
-    pipeline: int = Field(1, ge=1)
+    tensor: int = Field(1, ge=1, description="number of ranks that share every matrix of a layer")
+    pipeline: int = Field(1, ge=1, description="number of stages that the layers are divided into")
     virtual_pipeline: int = Field(1, ge=1, description="number of model chunks per pipeline stage")
-    context: int = Field(1, ge=1)
+    context: int = Field(1, ge=1, description="number of ranks that share the tokens of a sequence")
     expert: int = Field(1, ge=1, description="number of ranks that share the experts of a mixture-of-experts model")
     data: int = Field(1, ge=1, description="number of replicas; there are tensor x pipeline x context x data ranks")
     sequence: bool = Field(False, description="sequence parallelism inside the tensor-parallel group")
@@ -103,14 +105,16 @@ class SGLangConfig(_Block):
 class RolloutConfig(_Block):
     """Engines, sampling, and how weights reach the engines."""
 
-    engine: Literal["embedded", "sglang"] = "embedded"
+    engine: Literal["embedded", "sglang"] = Field(
+        "embedded", description="engine of the servers: the one of this package, or SGLang"
+    )
     servers: int = Field(1, ge=1, description="number of servers to start; ignored if urls is set")
     urls: tuple[str, ...] = Field((), description="running servers to use instead; a run never stops them")
-    prompts_per_step: int = Field(32, ge=1)
-    samples_per_prompt: int = Field(8, ge=1)
-    max_prompt_tokens: int = Field(256, ge=1)
-    max_new_tokens: int = Field(64, ge=1)
-    temperature: float = Field(1.0, gt=0)
+    prompts_per_step: int = Field(32, ge=1, description="number of prompts that a step trains on")
+    samples_per_prompt: int = Field(8, ge=1, description="number of responses to each prompt, which are one group")
+    max_prompt_tokens: int = Field(256, ge=1, description="maximum length of a prompt, in tokens")
+    max_new_tokens: int = Field(64, ge=1, description="maximum length of a response, tool output included, in tokens")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature, in training and in sampled evaluations")
     deterministic: bool = Field(False, description="same seed, same trajectories: every request is its own batch")
     record_logmu: bool = Field(
         False,
@@ -180,14 +184,14 @@ class RolloutConfig(_Block):
 class OptimizerConfig(_Block):
     """The optimizer and the micro-batches of an update."""
 
-    lr: float = Field(1.0e-6, gt=0)
-    updates_per_step: int = Field(4, ge=1)
+    lr: float = Field(1.0e-6, gt=0, description="learning rate of Adam")
+    updates_per_step: int = Field(4, ge=1, description="number of optimizer updates made from the batch of a step")
     tokens_per_microbatch: int = Field(4096, ge=1, description="maximum number of tokens in one packed micro-batch")
     grad_clip: float = Field(1.0, ge=0, description="maximum gradient norm; 0: no clipping")
-    weight_decay: float = Field(0.01, ge=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    eps: float = Field(1.0e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay (AdamW)")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
+    eps: float = Field(1.0e-8, gt=0, description="term added to the root of the second moment")
     warmup_updates: int = Field(0, ge=0, description="number of updates of linear learning-rate warm-up")
     distributed: bool = Field(False, description="shard the optimizer state over data-parallel ranks")
 
@@ -216,7 +220,7 @@ class ObjectiveConfig(BaseModel):
 class AlpConfig(_Block):
     """Adaptive layerwise perturbation (arXiv 2603.19470): learnable noise at every layer's input, in updates only."""
 
-    enabled: bool = False
+    enabled: bool = Field(False, description="perturb the policy in updates")
     sigma_init: float = Field(1.0e-4, description="initial standard deviation of the noise of every layer")
     learnable: bool = Field(True, description="false: every layer keeps sigma_init")
     lr: float = Field(5.0e-4, gt=0, description="learning rate of log sigma; warmed up like optimizer.lr")
@@ -309,10 +313,10 @@ class EvalConfig(_Block):
 class RunConfig(_Block):
     """The run: its folder, length, seed, checkpoints and device."""
 
-    name: str = "run"
-    dir: Path = Path("runs")
-    steps: int = Field(60, ge=0)
-    seed: int = 0
+    name: str = Field("run", description="name of the run folder")
+    dir: Path = Field(Path("runs"), description="folder that holds the run folder")
+    steps: int = Field(60, ge=0, description="number of steps of the run")
+    seed: int = Field(0, description="seed of prompts, sampling and noise")
     save_every: int = Field(20, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(2, ge=1, description="number of checkpoints to keep")
     attribute_every: int = Field(
@@ -320,7 +324,28 @@ class RunConfig(_Block):
         ge=0,
         description="steps between attributions of the mismatch to its sources, each of some forward passes; 0: never",
     )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="device of the trainer and its own servers; auto: cuda if there is one"
+    )
+    show_samples: int = Field(
+        0, ge=0, description="number of prompts per step whose responses are written to samples.jsonl as text; 0: none"
+    )
+    loggers: tuple[str, ...] = Field(
+        ("tensorboard",),
+        description="where records go in addition to log.jsonl: tensorboard, wandb, or a class of your own as "
+        "file.py:Name or package.module:Name",
+    )
+
+    @field_validator("loggers")
+    @classmethod
+    def _known_loggers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for at, name in enumerate(value):
+            if name not in LOGGERS and not is_import_path(name):
+                near = difflib.get_close_matches(name, LOGGERS, n=1, cutoff=0.0)[0]
+                raise ValueError(f"there is no logger '{name}'; did you mean '{near}'? Your own is file.py:Name")
+            if name in value[:at]:
+                raise ValueError(f"'{name}' is given twice")
+        return value
 
     @property
     def folder(self) -> Path:

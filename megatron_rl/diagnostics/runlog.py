@@ -1,4 +1,4 @@
-"""The run log: one JSON object per line, written to disk before the loop continues, and also to TensorBoard.
+"""The run log: one JSON object per line, written to disk before the loop continues, then passed to the loggers.
 
 The plots of a report use only `log.jsonl`. Records are flat, with slash-separated keys. Every record has a `step`
 (int) and a `kind` ("step", "eval", "erpd" or "attribution").
@@ -7,18 +7,17 @@ The plots of a report use only `log.jsonl`. Records are flat, with slash-separat
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from torch.utils.tensorboard import SummaryWriter
-
+from megatron_rl.diagnostics.logger import Logger
+from megatron_rl.diagnostics.step_lines import cut_back, read_lines
 from megatron_rl.errors import UserError
-from megatron_rl.files import append_file, replace_file
 
 LOG_NAME = "log.jsonl"
-DROPPED_NAME = "log.dropped.jsonl"
 
 
 class RunLog:
@@ -32,19 +31,22 @@ class RunLog:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / LOG_NAME
-        if self.path.exists():
-            _mend(self.path, folder / DROPPED_NAME, resume_from)
+        cut_back(self.path, lambda record: _stays(record, resume_from))
         self._file = self.path.open("ab")
-        self._board = SummaryWriter(str(folder / "tb"), purge_step=resume_from)
+        self._loggers: list[tuple[str, Logger]] = []
+
+    def add_logger(self, name: str, logger: Logger) -> None:
+        """Pass all further records to a logger, and close it with this log. `name` is its name in messages."""
+        self._loggers.append((name, logger))
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one record and wait until it is on disk. Numbers that are not finite become null.
+        """Write one record, wait until it is on disk, and pass it to every logger.
 
-        A list of numbers is written to the log but not to TensorBoard.
+        Numbers that are not finite become null.
 
         Raises:
             UserError: the record has no integer `step`, or a value is not a number, text, bool, None or a list of
-                numbers.
+                numbers; or a logger raised. The message then names the logger and the step.
         """
         row = {key: _plain(key, value) for key, value in record.items()}
         step = row.get("step")
@@ -53,14 +55,30 @@ class RunLog:
         self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-        for key, value in row.items():
-            if key != "step" and isinstance(value, (int, float)):
-                self._board.add_scalar(key, value, step)
-        self._board.flush()
+        for name, logger in self._loggers:
+            try:
+                logger.log(dict(row))  # a copy: what a logger does with it must not reach the next one
+            except Exception as error:  # a logger may raise anything
+                raise UserError(
+                    f"logger {name} failed on the {row.get('kind')} record of step {step} ({_text(error)}): "
+                    f"{self.path} has that record and all before it; fix the logger or take it out of run.loggers, "
+                    "then --resume"
+                ) from error
 
     def close(self) -> None:
+        """Close the log and every logger. Raise UserError for the first logger that could not be closed."""
         self._file.close()
-        self._board.close()
+        failed = None
+        for name, logger in self._loggers:
+            try:
+                logger.close()
+            except Exception as error:  # noqa: BLE001  a logger may raise anything, and the next ones must be closed
+                failed = failed or UserError(
+                    f"logger {name} failed while it was closed ({_text(error)}): {self.path} is complete"
+                )
+                failed.__cause__ = failed.__cause__ or error
+        if failed is not None:
+            raise failed
 
     def __enter__(self) -> Self:
         return self
@@ -68,7 +86,12 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except UserError as failed:
+            if error is None:
+                raise
+            print(f"warning: {failed}", file=sys.stderr, flush=True)  # the error that ends the run is the one to show
 
 
 def read_log(folder: Path | str) -> list[dict[str, Any]]:
@@ -80,44 +103,11 @@ def read_log(folder: Path | str) -> list[dict[str, Any]]:
     path = Path(folder) / LOG_NAME
     if not path.is_file():
         raise UserError(f"no run log at {path}")
-    return [record for _, record in _records(path)]
+    return [record for _, record in read_lines(path)]
 
 
-def _records(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Return (line, record) of every complete line."""
-    lines = path.read_bytes().split(b"\n")
-    if not lines[-1]:
-        lines.pop()
-    out = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            if number == len(lines):
-                break
-            raise UserError(f"{path}:{number}: not a JSON object ({error}); fix or remove the line") from error
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise UserError(f"{path}:{number}: a JSON object with an integer 'step' is expected")
-        out.append((line, record))
-    return out
-
-
-def _mend(path: Path, dropped: Path, resume_from: int | None) -> None:
-    """Keep in `path` the complete lines before `resume_from`, each ended by a newline; move the rest to `dropped`."""
-    content = path.read_bytes()
-    records = _records(path)
-    kept = [line for line, record in records if _stays(record, resume_from)]
-    gone = [line for line, record in records if not _stays(record, resume_from)]
-    torn = content[sum(len(line) + 1 for line, _ in records) :].strip()
-    if torn:
-        gone.append(torn)
-    whole = b"".join(line + b"\n" for line in kept)
-    if whole == content:
-        return
-    if gone:
-        # Written before the log is replaced: a crash in between duplicates lines in `dropped` but loses none.
-        append_file(dropped, b"".join(line + b"\n" for line in gone))
-    replace_file(path, whole)
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _stays(record: dict[str, Any], resume_from: int | None) -> bool:

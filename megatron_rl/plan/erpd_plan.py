@@ -39,7 +39,7 @@ class SignalPlan(_Part):
         "last", description="last, or the teacher's checkpoint after that many updates"
     )
     denominator: str = Field("old", description="old | unlearned@k | student@j | moving")
-    updates: int = Field(16, ge=1)
+    updates: int = Field(16, ge=1, description="student updates that follow the signal")
 
     @field_validator("teacher")
     @classmethod
@@ -90,7 +90,7 @@ class ERPDPlan(_Part):
     """
 
     teacher: dict[str, Any] = Field(description="objective of stage 1: name and keys")
-    teacher_updates: int = Field(50, ge=1)
+    teacher_updates: int = Field(50, ge=1, description="optimizer updates of stage 1")
     teacher_lr: float | None = Field(None, gt=0, description="default: optimizer.lr")
     keep: tuple[int, ...] | None = Field(None, description="teacher checkpoints kept, in updates; default: 10, 20, 30")
     save_every: int = Field(10, ge=1, description="updates between resumable checkpoints inside a stage")
@@ -99,7 +99,9 @@ class ERPDPlan(_Part):
         min_length=1,
         description="followed one after the other; default: one, over the first of keep for erpd_mse, else over old",
     )
-    outliers: Literal["none", "negative_on_positives"] = "none"
+    outliers: Literal["none", "negative_on_positives"] = Field(
+        "none", description="negative_on_positives: no positive signal on tokens of positive trajectories"
+    )
     floor: float = Field(-20.0, lt=0, description="least log-probability of a teacher")
     student: dict[str, Any] = Field(default_factory=dict, description=f"keys of {STUDENT}")
 

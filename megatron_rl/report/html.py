@@ -7,6 +7,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from megatron_rl.report.history import History, Series
 from megatron_rl.report.plots import save_panels
+from megatron_rl.report.sample_table import sample_lists
 
 _ROWS = (
     ("eval/greedy", "held-out pass rate, greedy", "share"),
@@ -49,7 +50,8 @@ class TableRow:
 def write_report(run_folder: Path | str) -> Path:
     """Draw `report/index.html` and its PNGs from `log.jsonl` of a run, and return the path of the page.
 
-    The page also shows `config.yaml`. Keys that the log does not contain are not drawn.
+    The page also shows `config.yaml`, and some responses of `samples.jsonl`. Keys that the log does not contain are not
+    drawn.
 
     Raises:
         UserError: there is no log, or it is empty.
@@ -59,6 +61,7 @@ def write_report(run_folder: Path | str) -> Path:
     folder = run_folder / "report"
     folder.mkdir(exist_ok=True)
     panels = save_panels(history, folder)
+    samples_step, samples = sample_lists(run_folder)
     config = run_folder / "config.yaml"
     page = folder / "index.html"
     page.write_text(
@@ -67,6 +70,8 @@ def write_report(run_folder: Path | str) -> Path:
             facts=_facts(history),
             rows=_rows(history),
             panels=panels,
+            samples_step=samples_step,
+            samples=samples,
             config=config.read_text(encoding="utf-8") if config.is_file() else None,
         ),
         encoding="utf-8",

@@ -31,6 +31,7 @@ from megatron_rl.report.style import (
 
 _FAN = ("min", "q01", "q05", "q25", "q50", "q75", "q95", "q99", "max")
 _FAN_REACH = 1e3
+_NEAR_ONE = 0.05  # ratios that are all nearer to 1 are drawn as their deviation from it
 _BARS = 80  # up to this number of steps, each step has its own bar
 _SECONDS = (
     ("rollout", BLUE),
@@ -158,6 +159,12 @@ def _fan(prefix: str, color: str) -> Callable[[Axes, History], None]:
 
     def draw(ax: Axes, history: History) -> None:
         steps, table = history.table([f"{prefix}ratio/{name}" for name in _FAN])
+        # One token out of millions must not flatten the bands; the summary table shows the extremes.
+        bottom, top = (
+            max(table[0].min(), table[1].min() / _FAN_REACH),
+            min(table[-1].max(), table[-2].max() * _FAN_REACH),
+        )
+        table, ylabel = _in_units(table)
         lowest, q01, q05, q25, q50, q75, q95, q99, highest = table
         for low, high, alpha, label in (
             (q01, q99, 0.16, "1-99 %"),
@@ -168,15 +175,26 @@ def _fan(prefix: str, color: str) -> Callable[[Axes, History], None]:
         ax.plot(steps, q50, color=color, label="median")
         ax.plot(steps, highest, color=GRAY, linewidth=0.9, label="min, max")
         ax.plot(steps, lowest, color=GRAY, linewidth=0.9)
-        # One token out of millions must not flatten the bands; the summary table shows the extremes.
-        bottom, top = max(lowest.min(), q01.min() / _FAN_REACH), min(highest.max(), q99.max() * _FAN_REACH)
         if bottom > 0 and top > 2.5 * bottom:
             ax.set_ylim(bottom / 1.1, top * 1.1)
             log_scale(ax)
-        finish(ax, "ratio pi / mu", legend=False)
+        finish(ax, ylabel, legend=False)
         legend_above(ax)
 
     return draw
+
+
+def _in_units(ratios: np.ndarray) -> tuple[np.ndarray, str]:
+    """Return the values that a plot of ratios shows, and the label of its axis.
+
+    Ratios near 1 are shown as r - 1, in units of a power of 10. The numbers at an axis from 0.9999997 to 1.0000003 are
+    all alike, and matplotlib writes their offset into the legend.
+    """
+    reach = float(np.abs(ratios - 1).max())
+    if not 0 < reach < _NEAR_ONE:
+        return ratios, "ratio pi / mu"
+    power = int(np.floor(np.log10(reach)))
+    return (ratios - 1) / 10.0**power, f"pi / mu - 1, in units of 1e{power}"
 
 
 def _draw_seconds(ax: Axes, history: History) -> None:

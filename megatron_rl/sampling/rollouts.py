@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_rl.config import Config
 from megatron_rl.config.code_paths import code_digests
+from megatron_rl.diagnostics.samples import ShownSample
 from megatron_rl.engines.pool import EnginePool
 from megatron_rl.errors import ConfigError
 from megatron_rl.policy.checkpoint_state import PARTIAL, TrainState, newest_valid
@@ -22,6 +23,7 @@ from megatron_rl.sampling.batch import make_batch
 from megatron_rl.sampling.group import Group, GroupSettings, sample_groups
 from megatron_rl.sampling.journal import GroupJournal
 from megatron_rl.sampling.scheduler import Bounds, Scheduler, Source
+from megatron_rl.sampling.shown_samples import Kept, decode_samples, keep_samples
 from megatron_rl.sampling.step_groups import PromptDraws
 from megatron_rl.tasks import Task, prompts_for_step
 from megatron_rl.tasks.make_reward import make_reward
@@ -105,6 +107,7 @@ class Rollouts:
         self.need_logmu, self.topk = need_logmu, topk
         self.stop = stop_token_ids(config.model.path)
         self.sampled: dict[str, float] = {}
+        self._shown: Kept = []
         self.environment = task if task.max_turns > 1 else None
         # A tokenizer may not encode in one thread while it is used in another.
         self._loop_tokenizer = copy.deepcopy(tokenizer) if self.environment else None
@@ -169,7 +172,8 @@ class Rollouts:
         self._prune_journal(step)
         with timer("rollout"):
             taken = self._sampler.take(step, version)
-        trajectories = [trajectory for group in taken.chosen() for trajectory in group.trajectories]
+        groups = taken.chosen()
+        trajectories = [trajectory for group in groups for trajectory in group.trajectories]
         with timer("batch"):
             batch = make_batch(
                 trajectories,
@@ -177,6 +181,7 @@ class Rollouts:
                 overlong_buffer=self.config.objective.overlong_buffer,
                 max_new_tokens=self.config.rollout.max_new_tokens,
             )
+        self._shown = keep_samples(groups, self.config.run.show_samples)
         self.sampled = {"truncated": float(np.mean([t.finish_reason == "length" for t in trajectories]))}
         self.sampled |= {f"rollout/{name}": value for name, value in taken.counts().items()}
         self.sampled["rollout/drawn"] = self._draws.num_consumed
@@ -194,8 +199,8 @@ class Rollouts:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """How the newest batch was sampled, and which draws were consumed by then; the argument of `restore`."""
-        return {"sampled": self.sampled, "drawn": self.drawn}
+        """How the newest batch was sampled, and which draws were consumed by then; JSON data for `restore`."""
+        return {"sampled": self.sampled, "drawn": self.drawn, "shown": self._shown}
 
     def restore(self, step: int, version: int, sampling: dict[str, Any]) -> None:
         """Take over a batch that the previous run collected and this run trains on. Called in place of `collect`.
@@ -209,7 +214,16 @@ class Rollouts:
         below, ahead = sampling["drawn"]
         self._draws.consume([*range(self._draws.below, below), *ahead])
         self._sampler.skip(step, version)
-        self.sampled = sampling["sampled"]
+        self.sampled, self._shown = sampling["sampled"], sampling.get("shown", [])
+
+    def samples(self, step: int, k3: Mapping[int, float]) -> list[ShownSample]:
+        """Return `run.show_samples` prompts of the newest batch with their responses, as text.
+
+        Args:
+            step: number of the step that trained on the batch.
+            k3: k3 by trajectory id, for the trajectories of which it is known.
+        """
+        return decode_samples(self._shown, step, self.tokenizer, k3)
 
     @property
     def drawn(self) -> tuple[int, tuple[int, ...]]:

@@ -1,25 +1,11 @@
 """Interface of a training method: how a step collects its batch, and how it updates the policy."""
 
-from typing import Any, Protocol
+from typing import Protocol
 
+from megatron_rl.trainer.learned import Learned
 from megatron_rl.trainer.metrics import Stopwatch
 from megatron_rl.trainer.trainer import Trainer
 from megatron_rl.types import Batch
-
-
-class Learned(Protocol):
-    """The result of a step's updates, as the run log needs it."""
-
-    def records(self, step: int, version: int, watch: Stopwatch, sampled: dict[str, float]) -> list[dict[str, Any]]:
-        """Return the step's log records. For rank 0.
-
-        Args:
-            step: number of the step, from 0.
-            version: version of the weights that the step started from.
-            watch: seconds of each phase of the step so far.
-            sampled: `Rollouts.sampled`, the metrics of sampling.
-        """
-        ...
 
 
 class Algorithm(Protocol):

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from megatron_rl.attribution.limits import check_gives_weights
 from megatron_rl.config import Config, changed_keys, load_config
 from megatron_rl.diagnostics.runlog import RunLog
+from megatron_rl.diagnostics.samples import SampleLog
 from megatron_rl.engines.offload import OffloadedEngines
 from megatron_rl.engines.pool import EnginePool
 from megatron_rl.engines.processes.own_servers import own_servers
@@ -18,6 +19,7 @@ from megatron_rl.engines.processes.server_process import Servers
 from megatron_rl.engines.requirements import check_server, check_server_precision
 from megatron_rl.errors import ConfigError
 from megatron_rl.files import try_lock
+from megatron_rl.loggers import check_loggers, start_loggers
 from megatron_rl.plan import RunPlan, print_plan
 from megatron_rl.policy.build import build_policy
 from megatron_rl.policy.checkpoint import Checkpoints
@@ -116,6 +118,7 @@ def _load_state(config: Config, checkpoints: Checkpoints, mesh: Mesh) -> TrainSt
 
 def _prepare_folder(config: Config, resume: bool, stack: ExitStack, *, accept_changed_code: bool = False) -> None:
     check_run_folder(config, resume=resume, accept_changed_code=accept_changed_code)
+    check_loggers(config.run.loggers)
     folder = config.run.folder
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -249,9 +252,11 @@ def _open_lead(
         offloaded.forget()  # the run's own engines ended with the process that offloaded them
     if not attribute_only and (found := rollouts.begin(state)):
         print(found, flush=True)
-    log = stack.enter_context(RunLog(config.run.folder, resume_from=None if attribute_only else state.step))
+    resume_from = None if attribute_only else state.step
+    log = stack.enter_context(RunLog(config.run.folder, resume_from))
+    start_loggers(config, resume_from, log)
     progress = stack.enter_context(ProgressLine(config.run.name, config.run.steps, state.step, enabled=True))
-    lead = Lead(rollouts, offloaded, log, progress)
+    lead = Lead(rollouts, offloaded, log, SampleLog(config.run.folder, resume_from), progress)
     for name in STOP_SIGNALS:
         signal.signal(name, lead.stop_soon)
     return lead

@@ -4,9 +4,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_rl.diagnostics.runlog import RunLog
+from megatron_rl.diagnostics.samples import SampleLog
 from megatron_rl.engines.offload import OffloadedEngines
 from megatron_rl.engines.pool import EnginePool
 from megatron_rl.sampling.rollouts import Rollouts
+from megatron_rl.trainer.learned import Learned
+from megatron_rl.trainer.metrics import Stopwatch
 from megatron_rl.trainer.progress import ProgressLine
 
 
@@ -18,6 +21,7 @@ class Lead:
         rollouts: draws prompts and returns the verified batch of a step.
         offloaded: the engines whose memory is released.
         log: the run log.
+        samples: the file of samples.
         progress: the live line.
         interrupted: whether the user requested a stop.
     """
@@ -25,6 +29,7 @@ class Lead:
     rollouts: Rollouts
     offloaded: OffloadedEngines
     log: RunLog
+    samples: SampleLog
     progress: ProgressLine
     interrupted: bool = False
     _warned: bool = field(default=False, init=False)
@@ -39,6 +44,14 @@ class Lead:
         self.log.append(record)
         if record["kind"] == "step":
             self.progress.step(record)
+
+    def record_step(
+        self, learned: Learned, step: int, version: int, watch: Stopwatch, extra: list[dict[str, Any]]
+    ) -> None:
+        """Write the records and the samples of a step that is over; see `Trainer.record_step`."""
+        for record in learned.records(step, version, watch, self.rollouts.sampled) + extra:
+            self.record(record)
+        self.samples.append(self.rollouts.samples(step, learned.k3()))
 
     def warn_once(self, text: str | None) -> None:
         """Print a warning unless one was printed before. Do nothing for None."""

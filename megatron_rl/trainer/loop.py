@@ -45,9 +45,7 @@ def train(trainer: Trainer, algorithm: Algorithm, hooks: Sequence[StepHook] = ()
             trainer.settle()
             trainer.publish(trainer.state.version + 1)
         trainer.advance(step + 1, trainer.state.version + 1)
-        if trainer.lead is not None:
-            for record in learned.records(step, version, watch, trainer.lead.rollouts.sampled) + extra:
-                trainer.lead.record(record)
+        trainer.record_step(learned, step, version, watch, extra)
         if trainer.due(trainer.state.step, config.eval.every):
             trainer.evaluate()
         if trainer.due(trainer.state.step, config.run.save_every):

@@ -71,6 +71,22 @@ def step_record(
     return record
 
 
+def trajectory_k3(part: Batch, logp: np.ndarray) -> dict[int, float]:
+    """Return KL(mu || pi) of each trajectory by its id, estimated by k3 in nats per trained token.
+
+    Trajectories without a trained token are left out. Empty without logmu. `logp` [N] is the trainer's, of every token.
+    """
+    if part.logmu is None:
+        return {}
+    trained = part.mask > 0
+    rows = np.repeat(np.arange(len(part)), part.lengths)[trained]
+    x = logp[trained].astype(np.float64) - part.logmu[trained]
+    with np.errstate(over="ignore"):
+        total = np.bincount(rows, weights=np.expm1(x) - x, minlength=len(part))
+    count = np.bincount(rows, minlength=len(part))
+    return {int(part.ids[row]): float(total[row] / count[row]) for row in np.flatnonzero(count)}
+
+
 def _worst(parts: list[Batch], logp: np.ndarray, logmu: np.ndarray) -> dict[str, Any]:
     """Return the `worst/...` record. `logp` and `logmu` hold the trained tokens of all parts, in order."""
     before = np.cumsum([0, *(len(part) for part in parts)])

@@ -7,6 +7,7 @@ from transformers import AutoTokenizer
 from megatron_rl.attribution.limits import check_replayable
 from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError, MegatronRLError
+from megatron_rl.loggers import check_loggers
 from megatron_rl.plan import RunPlan, plan_algorithm, resolve_run
 from megatron_rl.policy.checkpoint_state import find_defect, newest_valid
 from megatron_rl.sampling.rollouts import stop_token_ids
@@ -21,6 +22,7 @@ def check(config: Config) -> RunPlan:
     Raises ConfigError, CheckpointError, PrecisionError or UserError.
     """
     plan = resolve_run(config)
+    check_loggers(config.run.loggers)
     stop_token_ids(config.model.path)
     check_task(config)
     return plan

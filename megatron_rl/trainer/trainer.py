@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
@@ -12,6 +12,7 @@ from megatron_rl.policy.checkpoint import Checkpoints
 from megatron_rl.policy.checkpoint_state import TrainState
 from megatron_rl.policy.parallel import Mesh
 from megatron_rl.trainer.lead import Lead
+from megatron_rl.trainer.learned import Learned
 from megatron_rl.trainer.metrics import Stopwatch
 from megatron_rl.types import Batch
 from megatron_rl.weight_sync.publish import publish_weights
@@ -90,13 +91,31 @@ class Trainer:
         self.state = replace(self.state, step=step, version=version, updates=updates, drawn=below, drawn_ahead=ahead)
         self.holds_step_weights = True
 
+    def record_step(
+        self, learned: Learned, step: int, version: int, watch: Stopwatch, extra: list[dict[str, Any]]
+    ) -> None:
+        """Write the records and the samples of a step that is over, on rank 0. An error ends every rank.
+
+        Args:
+            learned: the result of the step.
+            step: number of the step, from 0.
+            version: version of the weights that the step started from.
+            watch: seconds of each phase of the step.
+            extra: records of the hooks.
+        """
+        self.on_lead(lambda lead: lead.record_step(learned, step, version, watch, extra))
+
     def evaluate(self) -> None:
         """Log held-out pass rates of the current weights. Do nothing if `eval.prompts` is 0."""
         if self.config.eval.prompts == 0:
             return
-        rates = self._sampled(lambda lead: lead.rollouts.evaluate(self.state.step))
-        if self.lead is not None:
-            self.lead.log.append({"kind": "eval", "step": self.state.step, "version": self.state.version, **rates})
+
+        def evaluate(lead: Lead) -> dict[str, float]:
+            rates = lead.rollouts.evaluate(self.state.step)
+            lead.record({"kind": "eval", "step": self.state.step, "version": self.state.version, **rates})
+            return rates
+
+        rates = self._sampled(evaluate)
         text = ", ".join(f"{name.removeprefix('eval/')} {rate:.1%}" for name, rate in rates.items())
         self.print_line(f"held-out pass rate after {self.state.step} steps: {text}")
 

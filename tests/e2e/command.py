@@ -14,6 +14,9 @@ from typing import Any
 
 import psutil
 
+from megatron_rl.diagnostics import read_log
+from megatron_rl.diagnostics.log_keys import is_declared
+
 ROOT = Path(__file__).resolve().parents[2]
 TAG = "MEGATRON_RL_TEST_COMMAND"
 PROMPTS = 8  # per step of the small run
@@ -130,6 +133,12 @@ def records(run: Path, kind: str = "step") -> list[dict[str, Any]]:
     lines = log.read_text().splitlines(keepends=True) if log.is_file() else []
     found = [json.loads(line) for line in lines if line.endswith("\n")]
     return [record for record in found if record["kind"] == kind]
+
+
+def assert_declared(run: Path) -> None:
+    """Check that every key of a run's log is in the table of log keys, and so in docs/reference/metrics.md."""
+    found = {key for record in read_log(run) for key in record}
+    assert found and not {key for key in found if not is_declared(key)}
 
 
 def assert_drawn_once(run: Path) -> None:

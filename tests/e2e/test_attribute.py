@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_rl.diagnostics.score_chain import SOURCES
-from tests.e2e.command import assert_refused, records
+from tests.e2e.command import assert_declared, assert_refused, records
 
 
 def test_a_run_attributes_its_mismatch_and_the_command_does_so_again_without_touching_the_run(
@@ -14,6 +14,7 @@ def test_a_run_attributes_its_mismatch_and_the_command_does_so_again_without_tou
     settings = ["precision.train=bf16", "precision.rollout=fp8_blockwise", "precision.rollout_activations=fp8"]
     result = cli("train", small_run, "run.attribute_every=2", "rollout.samples_per_prompt=4", *settings)
     assert result.code == 0, result.all
+    assert_declared(run_folder)
     (inside,) = records(run_folder, "attribution")
     assert (inside["step"], inside["sampled_by"]) == (2, 1), "after two steps, of the weights that sampled the second"
     assert inside["attribution/staleness/rms"] > 0 and inside["attribution/weight/rms"] > 0

@@ -4,7 +4,8 @@ import re
 import shutil
 from pathlib import Path
 
-from tests.e2e.command import records
+from megatron_rl.config import load_config
+from tests.e2e.command import assert_declared, records
 
 
 def test_report_redraws_a_run_from_its_log_alone(cli, finished_run, tmp_path):
@@ -22,6 +23,19 @@ def test_report_redraws_a_run_from_its_log_alone(cli, finished_run, tmp_path):
     for picture in pictures:
         assert picture.startswith("data:image/") or (page.parent / picture).is_file(), f"{picture[:80]} is not there"
     assert not re.search(r'(src|href)="https?://', html), "a report must be readable without a network"
+
+
+def test_every_key_of_a_run_s_log_is_declared(finished_run):
+    assert_declared(finished_run.folder)
+
+
+def test_config_prints_what_the_run_was_given_and_every_default(cli, small_run, tmp_path):
+    result = cli("config", small_run, "run.seed=7")
+    assert result.code == 0, result.all
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(result.out, encoding="utf-8")
+    assert load_config(printed) == load_config(small_run, ["run.seed=7"])
+    assert "  # tokens before rollout.max_new_tokens" in result.out
 
 
 def test_doctor_tells_versions_and_what_they_mean(cli):

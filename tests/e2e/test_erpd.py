@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from megatron_rl.policy.checkpoint_state import newest_valid
 from megatron_rl.report import write_report
-from tests.e2e.command import Command, assert_refused, records
+from tests.e2e.command import Command, assert_declared, assert_refused, records
 from tests.e2e.conftest import version_of
 from tests.e2e.test_resume import untimed
 
@@ -72,6 +72,7 @@ def arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def test_a_round_logs_both_stages_and_what_the_student_took_over(straight):
+    assert_declared(straight)
     assert [(r["step"], r["version"]) for r in records(straight)] == [(0, 1), (1, 2)]
     for step, record in enumerate(records(straight, "erpd")):
         folder = straight / "erpd" / f"step_{step:06d}"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.e2e.command import assert_refused, records
+from tests.e2e.command import assert_declared, assert_refused, records
 from tests.e2e.models import make_arithmetic_mixture
 from tests.e2e.test_sglang import PYTHON, SGLANG
 
@@ -21,6 +21,7 @@ def test_replayed_routing_is_what_the_engines_chose(cli, small_run, run_folder, 
     run = (*SPREAD, f"model.path={mixture}", "run.steps=3", "rollout.routing_replay=true")
     result = cli("train", small_run, *run)
     assert result.code == 0, result.all
+    assert_declared(run_folder)
     found = records(run_folder)
     assert [r["step"] for r in found] == [0, 1, 2]
     for record in found:

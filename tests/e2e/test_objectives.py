@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from megatron_rl.objectives import OBJECTIVES
-from tests.e2e.command import Command, records
+from tests.e2e.command import Command, assert_declared, records
 from tests.e2e.conftest import version_of
 from tests.parallel.group import RankGroup
 
@@ -70,6 +70,7 @@ def train(ranks, server, small_run, run_folder):
         answers = ranks.run(
             "tests.e2e.objective_steps", "train_run", file=small_run, overrides=overrides, port=free_port()
         )
+        assert_declared(run_folder)
         steps = records(run_folder)
         assert [r["step"] for r in steps] == list(range(STEPS))
         assert answers[0]["before"] != answers[0]["after"], "the weights did not move"

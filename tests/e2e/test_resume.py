@@ -4,6 +4,7 @@ import shutil
 
 from safetensors.torch import load_file
 
+from megatron_rl.diagnostics.samples import read_shown_samples
 from megatron_rl.policy.checkpoint_state import newest_valid
 from tests.e2e.command import records
 
@@ -17,6 +18,7 @@ def untimed(record):
 
 def test_resuming_after_three_of_six_steps_repeats_the_other_three_bit_for_bit(cli, small_run, run_folder, tmp_path):
     fixed = ["rollout.deterministic=true", "optimizer.warmup_updates=8", "run.save_every=3", "run.steps=6"]
+    fixed.append("run.show_samples=2")
     result = cli("train", small_run, *fixed)
     assert result.code == 0, result.all
     straight = shutil.copytree(run_folder, tmp_path / "straight")
@@ -28,6 +30,8 @@ def test_resuming_after_three_of_six_steps_repeats_the_other_three_bit_for_bit(c
     assert [untimed(r) for r in records(run_folder)] == [untimed(r) for r in records(straight)]
     assert [(r["step"], r["version"]) for r in records(run_folder)] == [(step, step + 1) for step in range(6)]
     assert all(r["grad_norm"] > 0 for r in records(run_folder)[3:]), "with nothing learnt nothing would be compared"
+    assert read_shown_samples(run_folder) == read_shown_samples(straight)
+    assert [row.step for row in read_shown_samples(run_folder)] == [step for step in range(6) for _ in range(2 * 16)]
     ours, theirs = (load_file(run / "hf" / "model.safetensors") for run in (run_folder, straight))
     assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
 

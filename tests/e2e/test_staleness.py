@@ -6,7 +6,7 @@ import pytest
 
 from megatron_rl.engines.processes.server_process import free_port
 from megatron_rl.policy.checkpoint_state import newest_valid
-from tests.e2e.command import assert_drawn_once, assert_refused, records
+from tests.e2e.command import assert_declared, assert_drawn_once, assert_refused, records
 from tests.e2e.conftest import version_of
 from tests.e2e.test_resume import untimed
 
@@ -29,6 +29,7 @@ def test_an_asynchronous_run_keeps_its_bound_on_staleness(cli, small_run, run_fo
     assert [r["version"] for r in records(run_folder, "eval")] == [1, 3, 5, 7]
     assert [r["step"] for r in records(run_folder, "attribution")] == [3, 6]
     assert_drawn_once(run_folder)
+    assert_declared(run_folder)
 
 
 def test_groups_beyond_need_are_given_up_and_groups_without_a_signal_replaced(cli, small_run, run_folder):

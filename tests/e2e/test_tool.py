@@ -21,7 +21,7 @@ from megatron_rl.tasks import Task, make_task
 from megatron_rl.tiny_model import make_tokenizer
 from megatron_rl.trainer.metrics import Stopwatch
 from megatron_rl.types import Batch
-from tests.e2e.command import Command, records
+from tests.e2e.command import Command, assert_declared, records
 from tests.e2e.models import make_model
 
 OPERANDS = 3
@@ -121,6 +121,7 @@ def _parts(tokenizer, tokens: np.ndarray, trained: np.ndarray) -> tuple[str, str
 def test_a_run_with_tools_learns_from_its_own_tokens_and_logs_its_calls(cli, folder, tmp_path):
     result = cli("train", folder / "tool.yaml", f"model.path={folder / 'warm'}", f"run.dir={tmp_path}")
     assert result.code == 0, result.all
+    assert_declared(tmp_path / "tool")
     steps, evaluations = records(tmp_path / "tool"), records(tmp_path / "tool", "eval")
     assert [r["step"] for r in steps] == [0, 1] and [r["step"] for r in evaluations] == [0, 2]
     for record in steps:

@@ -8,7 +8,7 @@ import pytest
 from megatron_rl import cli
 from megatron_rl.errors import ConfigError
 
-COMMANDS = {"train", "eval", "serve", "report", "doctor"}
+COMMANDS = {"train", "eval", "serve", "report", "doctor", "config"}
 
 
 def say(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
@@ -46,6 +46,12 @@ def test_a_mistake_is_one_paragraph_and_exit_code_2(monkeypatch, capsys, tmp_pat
     monkeypatch.delenv("RANK", raising=False)
     code, out, err = say(monkeypatch, capsys, "train", str(tmp_path / "none.yaml"))
     assert (code, out, err) == (2, "", f"ConfigError: no configuration file at {tmp_path / 'none.yaml'}\n")
+
+
+@pytest.mark.parametrize("arguments", [(), ("x.yaml", "--defaults")], ids=["neither", "both"])
+def test_config_takes_a_file_or_defaults(monkeypatch, capsys, arguments):
+    said = say(monkeypatch, capsys, "config", *arguments)
+    assert said == (2, "", "ConfigError: give either a configuration file or --defaults\n")
 
 
 def test_an_error_that_all_ranks_share_is_said_by_the_first_alone(monkeypatch, capsys):

@@ -9,7 +9,7 @@ import numpy as np
 from megatron_rl.algorithms.erpd.statistics import explained_variance, kl_to_old, shift_table
 from megatron_rl.diagnostics.mismatch import ratio_record
 from megatron_rl.objectives import Objective
-from megatron_rl.trainer.metrics import Stopwatch, batch_record, mean_update
+from megatron_rl.trainer.metrics import Stopwatch, batch_record, mean_update, trajectory_k3
 from megatron_rl.types import Batch
 
 Updates = Sequence[dict[str, float]]
@@ -21,6 +21,7 @@ class RoundRecords:
 
     Attributes:
         batch: the round's batch.
+        logold: [N], log-probabilities of the batch under pi_old, which sampled it.
         student: the student's updates.
         objective: the student's objective.
         round: the record of kind "erpd", without its step.
@@ -28,6 +29,7 @@ class RoundRecords:
     """
 
     batch: Batch
+    logold: np.ndarray
     student: list[dict[str, float]]
     objective: Objective
     round: dict[str, Any]
@@ -45,6 +47,10 @@ class RoundRecords:
         means = mean_update(self.student)
         step_record = batch_record(step, version, [self.batch], watch, sampled) | means | self.objective.summary(means)
         return [{"kind": "erpd", "step": step, **self.round}, step_record | self.ratios]
+
+    def k3(self) -> dict[int, float]:
+        """Return k3 by trajectory id, of pi_old: trainer and engine at equal weights; see `Learned`."""
+        return trajectory_k3(self.batch, self.logold)
 
 
 def round_record(

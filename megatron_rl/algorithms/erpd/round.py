@@ -130,7 +130,8 @@ class _Round:
         trainer.on_lead(Lead.reload_engines)
         record, student, ratios = self.mesh.on_lead(lambda: self._record(logp))
         record |= {f"erpd/teacher/{name.removeprefix('eval/')}": rate for name, rate in rates.items()}
-        return RoundRecords(self.bare, student, self.student_objective, record, ratios)
+        assert self.batch.logold is not None  # `_with_own_columns` makes it
+        return RoundRecords(self.bare, self.batch.logold, student, self.student_objective, record, ratios)
 
     def _begin(self) -> None:
         """Write pi_old's digest and the settings of the round, or compare them with those on disk.

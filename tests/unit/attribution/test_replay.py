@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from megatron_rl.attribution.attribute import Attribution, attribute, draw_probe
 from megatron_rl.config import Config, TaskConfig, make_config
 from megatron_rl.diagnostics.runlog import RunLog
+from megatron_rl.diagnostics.samples import SampleLog
 from megatron_rl.engines.offload import OffloadedEngines
 from megatron_rl.engines.pool import EnginePool
 from megatron_rl.errors import EngineError
@@ -264,7 +265,7 @@ def in_run(pair: Pair, pool: EnginePool) -> Iterator[Trainer]:
     task = make_task(TaskConfig(max_operand=12, held_out=5), tokenizer, seed=0, max_prompt_tokens=8)
     rollouts = Rollouts(config, task, tokenizer, pool, need_logmu=True)
     with RunLog(config.run.folder) as log, ProgressLine("test", 1, 0, enabled=True) as progress:
-        lead = Lead(rollouts, OffloadedEngines(config.run.folder / "note"), log, progress)
+        lead = Lead(rollouts, OffloadedEngines(config.run.folder / "note"), log, SampleLog(config.run.folder), progress)
         checkpoints = Checkpoints(config.run.folder / "checkpoints", policy, 1)
         yield Trainer(config, resolve_run(config), policy.mesh, policy, checkpoints, pair.sync, lead, TrainState())
         checkpoints.close()

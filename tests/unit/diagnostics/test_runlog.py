@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_rl.diagnostics import RunLog, read_log
 from megatron_rl.errors import UserError
@@ -100,15 +99,6 @@ def test_what_was_appended_survives_a_killed_process(tmp_path):
     assert steps(tmp_path) == [0, 1, 2]
 
 
-def test_tensorboard_shows_the_same_scalars_and_forgets_the_steps_run_again(tmp_path):
-    write(tmp_path, range(4))
-    with RunLog(tmp_path, resume_from=2) as log:
-        log.append({"kind": "step", "step": 2, "loss": 9.0})
-    board = EventAccumulator(str(tmp_path / "tb"))
-    board.Reload()
-    assert [(event.step, event.value) for event in board.Scalars("loss")] == [(0, 0.0), (1, 0.5), (2, 9.0)]
-
-
 def test_a_record_that_cannot_be_logged_is_refused_by_key_and_leaves_no_trace(tmp_path):
     bad = [({"loss": 1.0}, "'step'"), ({"step": 1, "a": ["x"]}, "'a' is a list"), ({"step": True}, "'step'")]
     with RunLog(tmp_path) as log:
@@ -123,9 +113,65 @@ def test_a_folder_without_a_log_is_refused(tmp_path):
         read_log(tmp_path)
 
 
-def test_lists_of_numbers_are_logged_and_left_out_of_tensorboard(tmp_path):
+def test_lists_of_numbers_are_logged(tmp_path):
     with RunLog(tmp_path) as log:
         log.append({"kind": "erpd", "step": 1, "losses": [1, 0.5, float("nan"), None]})
     assert read_log(tmp_path) == [{"kind": "erpd", "step": 1, "losses": [1, 0.5, None, None]}]
-    written = b"".join(path.read_bytes() for path in (tmp_path / "tb").iterdir())
-    assert written and b"losses" not in written
+
+
+class Kept:
+    """A logger that keeps what it receives, and raises on request."""
+
+    def __init__(self, fails: tuple[str, ...] = ()) -> None:
+        self.fails, self.received, self.closed = fails, [], False
+
+    def start(self, config, folder, resume_from):
+        raise AssertionError("the run log starts no logger")
+
+    def log(self, record):
+        if "log" in self.fails:
+            raise RuntimeError("the disk of the logger is full")
+        self.received.append(record)
+        record["step"] = -1
+
+    def close(self):
+        self.closed = True
+        if "close" in self.fails:
+            raise OSError("no route to host")
+
+
+def test_every_logger_receives_each_record_as_it_is_on_disk(tmp_path):
+    first, second = Kept(), Kept()
+    with RunLog(tmp_path) as log:
+        log.add_logger("first", first)
+        log.add_logger("second", second)
+        log.append({"kind": "step", "step": np.int64(1), "loss": math.nan})
+    assert [r["loss"] for r in second.received] == [None] and first.closed and second.closed
+    assert read_log(tmp_path) == [{"kind": "step", "step": 1, "loss": None}]
+
+
+def test_a_logger_that_raises_ends_the_run_with_its_name_and_the_record_is_in_the_log(tmp_path):
+    broken, other = Kept(("log",)), Kept()
+    with (
+        pytest.raises(UserError, match=r"logger mine\.py:Mine failed on the eval record of step 4 .*the disk of the"),
+        RunLog(tmp_path) as log,
+    ):
+        log.add_logger("mine.py:Mine", broken)
+        log.add_logger("other", other)
+        log.append({"kind": "eval", "step": 4})
+    assert steps(tmp_path) == [4] and broken.closed and other.closed
+
+
+def test_a_logger_that_cannot_be_closed_is_named_and_the_others_are_closed(tmp_path, capsys):
+    loggers = [Kept(("close",)), Kept(("close",)), Kept()]
+    with (
+        pytest.raises(UserError, match=r"logger 0 failed while it was closed \(OSError: no route"),
+        RunLog(tmp_path) as log,
+    ):
+        for number, logger in enumerate(loggers):
+            log.add_logger(f"{number}", logger)
+    assert all(logger.closed for logger in loggers)
+    with pytest.raises(KeyboardInterrupt), RunLog(tmp_path) as log:
+        log.add_logger("late", Kept(("close",)))
+        raise KeyboardInterrupt
+    assert "warning: logger late failed while it was closed" in capsys.readouterr().err

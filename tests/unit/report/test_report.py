@@ -4,12 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from megatron_rl.diagnostics import RunLog, ratio_record
+from megatron_rl.diagnostics.samples import SampleLog, ShownSample
 from megatron_rl.diagnostics.score_chain import ScoreChain
 from megatron_rl.errors import UserError
 from megatron_rl.report import plot_summary, write_report
+from megatron_rl.report.history import History
+from megatron_rl.report.plots import PANELS
 from megatron_rl.report.style import running_mean
 
 ALL_PANELS = {
@@ -102,6 +106,29 @@ def test_name_steps_and_configuration_are_shown_as_text(tmp_path):
     assert not re.search(r'(src|href)="(https?:)?//', text)
 
 
+def test_the_best_the_worst_and_the_most_mismatched_responses_of_the_last_step_are_shown_as_text(tmp_path):
+    write_run(tmp_path, 2)
+    k3 = (0.1, None, 0.7, 0.2, 0.3, 0.0, 0.4)
+    for step in (0, 1):
+        rows = [
+            ShownSample(step, i, f"p{i}", "1+1=", f"<b>s{step} r{i}</b>", i / 10, 5, "stop", k3[i]) for i in range(7)
+        ]
+        SampleLog(tmp_path).append(rows)
+    text = write_report(tmp_path).read_text()
+    assert "Responses of step 1" in text and "s0 r" not in text and "<b>" not in text
+    found = re.findall(r"<h3>([\w ]+)</h3>|&lt;b&gt;s1 (r\d)&lt;/b&gt;", text)
+    shown = [title or row for title, row in found]
+    assert shown == ["Best", "r6", "r5", "r4", "Worst", "r0", "r1", "r2", "Most mismatched", "r2", "r6", "r4"]
+    assert "k3 7.00e-01 nats/token" in text and "trajectory 2 of prompt p2" in text
+
+
+def test_responses_without_log_probabilities_of_the_engine_have_no_mismatch(tmp_path):
+    write_run(tmp_path, 1)
+    SampleLog(tmp_path).append([ShownSample(0, 3, "p", "1+1=", "2", 1.0, 1, "stop", None)])
+    text = write_report(tmp_path).read_text()
+    assert "Best" in text and "Most mismatched" not in text and "k3 " not in text.split("Responses of step")[1]
+
+
 def test_a_ratio_that_reached_zero_or_infinity_is_still_drawn(tmp_path):
     folder = write_run(tmp_path, 5)
     log = folder / "log.jsonl"
@@ -176,3 +203,27 @@ def test_a_run_without_records_is_refused(tmp_path):
 def test_the_running_mean_keeps_constants_and_averages_around_each_value():
     assert running_mean(np.full(7, 3.0), 3).tolist() == [3.0] * 7
     np.testing.assert_allclose(running_mean(np.array([0.0, 3, 6, 0]), 3), [1.5, 3, 3, 3])
+
+
+@pytest.mark.parametrize(
+    ("spread", "label", "expected"),
+    [
+        (4e-7, "pi / mu - 1, in units of 1e-7", 4.0),
+        (0.03, "pi / mu - 1, in units of 1e-2", 3.0),
+        (0.4, "ratio pi / mu", 1.4),
+        (0.0, "ratio pi / mu", 1.0),
+    ],
+)
+def test_ratios_near_one_are_drawn_as_deviations_in_units(tmp_path, spread, label, expected):
+    quantiles = ("min", "q01", "q05", "q25", "q50", "q75", "q95", "q99", "max")
+    with RunLog(tmp_path) as log:
+        for step in range(3):
+            values = {f"mismatch/ratio/{name}": 1 + spread * (at - 4) / 4 for at, name in enumerate(quantiles)}
+            log.append({"kind": "step", "step": step, **values})
+    (panel,) = [panel for panel in PANELS if panel.name == "mismatch_ratio"]
+    ax = Figure().subplots()
+    panel.on(ax, History.of(tmp_path))
+    assert ax.get_ylabel() == label
+    assert max(line.get_ydata().max() for line in ax.get_lines()) == pytest.approx(expected, rel=1e-6)
+    ax.figure.canvas.draw()
+    assert ax.yaxis.get_offset_text().get_text() == ""

@@ -12,7 +12,7 @@ from megatron_rl.diagnostics import RunLog, read_log
 from megatron_rl.objectives import make_objective
 from megatron_rl.policy.actor import UpdateStats
 from megatron_rl.sampling.batch import make_batch
-from megatron_rl.trainer.metrics import Stopwatch, step_record
+from megatron_rl.trainer.metrics import Stopwatch, step_record, trajectory_k3
 from megatron_rl.types import Batch
 from tests.trajectories import make_trajectory
 
@@ -79,6 +79,18 @@ def test_the_worst_trajectories_of_all_updates_are_in_the_record_and_the_log_tak
     assert read_log(tmp_path)[0]["worst/max"] == [1.0, 0.0, 0.0]
 
 
+def test_k3_of_each_trajectory_covers_its_trained_tokens_alone():
+    made = [
+        make_trajectory(7, 0, (5,), (1, 2, 3), 1.0, logmu=[-1, -1, -1], mask=[1, 0, 1]),
+        make_trajectory(9, 0, (5,), (1,), 0.0, logmu=[-1], mask=[0]),
+        make_trajectory(8, 0, (5,), (1,), 0.0, logmu=[-1]),
+    ]
+    part = make_batch(made, "mean")
+    logp = np.array([0, -1, -9, -3, 0, -9, 0, -1.5])  # one entry per token, prompts included
+    assert trajectory_k3(part, logp) == pytest.approx({7: (math.exp(-2) + 1) / 2, 8: math.exp(-0.5) - 0.5})
+    assert trajectory_k3(part.with_columns(logmu=None), logp) == {}
+
+
 def test_the_mismatch_of_equal_weights_is_that_of_the_first_update_alone():
     record = record_of(parts())
     assert record["mismatch/ratio/max"] == record["mismatch/ratio/min"] == 1.0 and record["mismatch/kl/k3"] == 0.0
@@ -130,7 +142,9 @@ def test_a_round_compares_old_policy_and_student_with_the_engine_s_where_it_repo
     trained = batch.mask > 0
     logold, logp = (np.where(trained, value, 9.0).astype(np.float32) for value in (-1.0, -2.0))
     update = {"loss": 1.0, "grad_norm": 1.0, "lr": 0.1, "entropy": 0.5, "tokens": 4.0}
-    made = RoundRecords(batch, [update], make_objective({"name": "erpd_distill"}), {}, mu_record(batch, logold, logp))
+    made = RoundRecords(
+        batch, logold, [update], make_objective({"name": "erpd_distill"}), {}, mu_record(batch, logold, logp)
+    )
     step = made.records(0, 1, Stopwatch(), {"truncated": 0.0})[1]
     if logmu:
         assert step["mismatch/ratio/max"] == 1 and step["mismatch/kl/k1"] == 0
