@@ -204,8 +204,10 @@ class ObjectiveConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    name: str = "drpo"
-    advantage: Literal["mean", "grpo", "rloo", "dr_grpo", "whiten"] = "mean"
+    name: str = Field("drpo", description="name of an objective, erpd, or your own: file.py:Class, package.mod:Class")
+    advantage: Literal["mean", "grpo", "rloo", "dr_grpo", "whiten"] = Field(
+        "mean", description="how the rewards of a group become advantages; see docs/objectives.md"
+    )
     overlong_buffer: int = Field(
         0,
         ge=0,

@@ -85,12 +85,7 @@ SECTIONS = (
         )
         + _keys(
             "sampling.rollouts.Rollouts.collect",
-            (
-                "truncated",
-                "responses that reached `rollout.max_new_tokens`; with `minirl` and `dppo_*` it is overwritten by the "
-                "share of tokens whose weight is truncated",
-                _SHARE,
-            ),
+            ("truncated", "responses that reached `rollout.max_new_tokens`", _SHARE),
             ("rollout/drawn", "draws of prompts that the run has consumed so far", "prompts"),
         )
         + _keys(
@@ -176,6 +171,7 @@ SECTIONS = (
         + _keys(
             "objectives.corrections",
             ("<correction>/weight", "weight of a correction", ""),
+            ("weight/truncated", "tokens whose ratio is at `truncation` (`minirl`, `dppo_*`)", _SHARE),
             ("<correction>/truncated", "tokens whose weight is at its bound", _SHARE),
             ("<correction>/masked", "tokens that a correction masks", _SHARE),
             prefixes=_STAGES,

@@ -63,7 +63,7 @@ class DPPO(RatioObjective):
         above = (x.advantages > 0) & (direction > 0) & (divergence > high)
         below = (x.advantages <= 0) & (direction < 0) & (divergence > low)
         weight = ratio.clamp(max=self.truncation) * ~(above | below)
-        flags = {"mask/high": above, "mask/low": below, "truncated": ratio > self.truncation}
+        flags = {"mask/high": above, "mask/low": below, "weight/truncated": ratio > self.truncation}
         return TokenLoss(
             loss=-x.advantages * weight * x.logp,
             weight=weight / ratio,

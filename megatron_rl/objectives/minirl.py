@@ -40,7 +40,7 @@ class MiniRL(RatioObjective):
         above = (x.advantages > 0) & (moved > 1 + self.clip_high)
         below = (x.advantages < 0) & (moved < 1 - self.clip_low)
         weight = ratio.clamp(max=self.truncation) * ~(above | below)
-        flags = {"clip/high": above, "clip/low": below, "truncated": ratio > self.truncation}
+        flags = {"clip/high": above, "clip/low": below, "weight/truncated": ratio > self.truncation}
         return TokenLoss(
             loss=-x.advantages * weight * x.logp,
             weight=weight / ratio,

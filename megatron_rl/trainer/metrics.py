@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rl.diagnostics.mismatch import ratio_record, worst_record
+from megatron_rl.errors import UserError
 from megatron_rl.policy.actor import UpdateStats
 from megatron_rl.types import Batch
 
@@ -56,7 +57,10 @@ def step_record(
         sampled: `Rollouts.sampled`, the metrics of sampling.
     """
     record: dict[str, Any] = batch_record(step, version, parts, watch, sampled)
-    record |= mean_update([update_record(part, one) for part, one in zip(parts, stats, strict=True)])
+    updates = mean_update([update_record(part, one) for part, one in zip(parts, stats, strict=True)])
+    if clash := sorted(record.keys() & updates.keys()):
+        raise UserError(f"the objective's metrics {clash} have the names of other log keys: rename them")
+    record |= updates
     if parts[0].logmu is not None:
         pairs = [_trained_pair(p, s.logp) for p, s in zip(parts, stats, strict=True)]
         logp, logmu = (np.concatenate(column) for column in zip(*pairs, strict=True))

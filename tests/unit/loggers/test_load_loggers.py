@@ -80,12 +80,14 @@ def test_a_logger_that_cannot_start_is_named(tmp_path):
         start_loggers(settings, 0, log)
 
 
-def test_a_file_is_relative_to_the_configuration_also_in_an_override(tmp_path):
+def test_a_file_is_relative_to_the_configuration_and_in_an_override_to_the_current_folder(tmp_path, monkeypatch):
     plugin(tmp_path, GOOD)
     path = tmp_path / "run.yaml"
     path.write_text("model: {path: m}\nrun: {loggers: [tensorboard, mine.py:Mine]}\n")
     assert load_config(path).run.loggers == ("tensorboard", f"{tmp_path}/mine.py:Mine")
-    assert load_config(path, ["run.loggers=[mine.py:Mine, a.b:C]"]).run.loggers == (f"{tmp_path}/mine.py:Mine", "a.b:C")
+    (here := tmp_path / "here").mkdir()
+    monkeypatch.chdir(here)
+    assert load_config(path, ["run.loggers=[mine.py:Mine, a.b:C]"]).run.loggers == (f"{here}/mine.py:Mine", "a.b:C")
     check_loggers(load_config(path).run.loggers)
 
 

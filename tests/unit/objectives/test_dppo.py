@@ -40,7 +40,7 @@ def test_masks_and_gradients_equal_the_worked_numbers():
     shares = {
         "mask/high": 1 / 6,
         "mask/low": 1 / 6,
-        "truncated": 0,
+        "weight/truncated": 0,
         "divergence": (0.1 + 0.1 + 0.02 + 0.3 + 0.25 + 0.28) / 6,
     }
     assert {name: out.metrics[name].item() for name in shares} == pytest.approx(shares)

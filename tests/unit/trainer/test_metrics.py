@@ -9,6 +9,7 @@ import pytest
 from megatron_rl.algorithms.erpd.records import RoundRecords, mu_record
 from megatron_rl.algorithms.policy_gradient import split_updates
 from megatron_rl.diagnostics import RunLog, read_log
+from megatron_rl.errors import UserError
 from megatron_rl.objectives import make_objective
 from megatron_rl.policy.actor import UpdateStats
 from megatron_rl.sampling.batch import make_batch
@@ -68,6 +69,12 @@ def test_the_record_says_what_the_step_did():
     }
     assert {name: record[name] for name in expected} == pytest.approx(expected)
     assert all(isinstance(value, (int, float, str)) for name, value in record.items() if not name.startswith("worst/"))
+
+
+def test_a_metric_with_the_name_of_another_key_is_refused_not_overwritten():
+    stats = [stats_of(part, -1.0, norm=1.0, lr=0.1, loss=2.0) for part in parts()]
+    with pytest.raises(UserError, match=r"metrics \['penalty'\] have the names of other log keys"):
+        step_record(4, 5, parts(), stats, Stopwatch(), sampled={"penalty": 0.25})
 
 
 def test_the_worst_trajectories_of_all_updates_are_in_the_record_and_the_log_takes_them(tmp_path):
