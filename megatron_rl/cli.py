@@ -63,7 +63,8 @@ def train(
             preflight.check(config)
         flags = {"--resume": resume, "--accept-changed-code": accept_changed_code}
         arguments = ["train", str(config_file), *(overrides or []), *(name for name, on in flags.items() if on)]
-        sys.exit(run_ranks(arguments, config.parallel.world_size))
+        forks_servers = config.rollout.engine == "embedded" and not config.rollout.urls
+        sys.exit(run_ranks(arguments, config.parallel.world_size, forks_servers=forks_servers))
     with _seam("trainer.bringup").open_run(config, resume=resume, accept_changed_code=accept_changed_code) as trainer:
         algorithm = _seam("algorithms").make_algorithm(trainer.plan.algorithm)
         hooks = _seam("trainer.attribution").attribution_hooks(config)

@@ -9,11 +9,30 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Protocol
 
 from megatron_rl.errors import UserError
 
 _PR_SET_PDEATHSIG = 1
 _GRACE_S = 5.0
+
+
+class Leader(Protocol):
+    """A process that leads its own session: a `subprocess.Popen`, or a forked process with the same methods."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None while it runs."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return the exit code. Raise subprocess.TimeoutExpired after `timeout` seconds."""
+        ...
+
+    def send_signal(self, number: int, /) -> None:
+        """Send a signal, if it runs."""
+        ...
 
 
 def die_with_parent(parent_pid: int) -> None:
@@ -37,7 +56,7 @@ def kill_session(leader: int) -> None:
         os.killpg(leader, signal.SIGKILL)
 
 
-def end_sessions(leaders: Sequence[subprocess.Popen[bytes]], grace_s: float = _GRACE_S) -> None:
+def end_sessions(leaders: Sequence[Leader], grace_s: float = _GRACE_S) -> None:
     """End processes that lead their own sessions, and every other process of these sessions.
 
     Args:

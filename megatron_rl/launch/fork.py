@@ -1,20 +1,15 @@
 """A rank forked from the launcher: it runs as `python -m megatron_rl` would, but imports nothing a second time."""
 
-import atexit
 import os
-import runpy
 import signal
 import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_rl.forking import flush_output, name_process, report_error, run_as_command
+
 _POLL_S = 0.02
-_INTERRUPTED = 130
 
 
 class ForkedRank:
@@ -67,7 +62,7 @@ def fork_rank(
         handlers: the handler, in the rank, of each signal that the launcher handles.
         like_new: called in the rank; it resets state of imported libraries that a new process would not have.
     """
-    _flush()
+    flush_output()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)  # a signal sent to the rank waits for the rank's handlers
     try:
         pid = os.fork()
@@ -95,45 +90,14 @@ def _become_rank(
         for number, handler in handlers.items():
             signal.signal(number, handler)
         os.environ.update(environment)
-        with suppress(OSError):
-            Path("/proc/self/comm").write_text(f"mrl-rank{environment['RANK']}", encoding="ascii")
+        name_process(f"mrl-rank{environment['RANK']}")
         like_new()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        code = _run(arguments)
+        code = run_as_command(arguments)
     except BaseException as error:  # noqa: BLE001  nothing above handles it
-        code = _report(error)
+        code = report_error(error)
     finally:
         try:
-            _flush()
+            flush_output()
         finally:
             os._exit(code)
-
-
-def _run(arguments: list[str]) -> int:
-    """Run `python -m megatron_rl ARGUMENTS` and the exit steps of the interpreter. Return the exit code."""
-    sys.argv[1:] = arguments
-    try:
-        runpy.run_module("megatron_rl", run_name="__main__", alter_sys=True)
-        code = 0
-    except BaseException as error:  # noqa: BLE001  nothing above handles it
-        code = _report(error)
-    threading._shutdown()  # type: ignore[attr-defined]  # waits for the threads
-    atexit._run_exitfuncs()
-    return code
-
-
-def _report(error: BaseException) -> int:
-    """Print the traceback of an error that nothing handled. Return the exit code."""
-    if not isinstance(error, SystemExit):
-        sys.excepthook(type(error), error, error.__traceback__)
-        return _INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
-    if error.code is None or isinstance(error.code, int):
-        return error.code or 0
-    print(error.code, file=sys.stderr)
-    return 1
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, OSError, ValueError):  # it may be None, gone or closed
-            stream.flush()

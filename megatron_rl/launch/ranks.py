@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+from megatron_rl.engines.processes.fork_server import ForkServer, may_fork_servers
+from megatron_rl.forking import has_one_thread, like_new
 from megatron_rl.launch.fork import ForkedRank, fork_rank
 from megatron_rl.supervise import kill_session
 
@@ -56,14 +58,24 @@ def one_thread() -> Iterator[None]:
             del os.environ[name]
 
 
-def run_ranks(arguments: list[str], ranks: int) -> int:
-    """Run `python -m megatron_rl ARGUMENTS` as `ranks` ranks. Return the first non-zero exit code, or 0."""
+def run_ranks(arguments: list[str], ranks: int, *, forks_servers: bool = False) -> int:
+    """Run `python -m megatron_rl ARGUMENTS` as `ranks` ranks. Return the first non-zero exit code, or 0.
+
+    Args:
+        arguments: arguments of the command line.
+        ranks: number of ranks.
+        forks_servers: rank 0 starts embedded servers; they are forked if this process can fork.
+    """
     with one_thread():
-        like_new = _prepare_fork()
+        # It imports while this process does.
+        server = ForkServer() if forks_servers and may_fork_servers() else None
+        reset = _prepare_fork()
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if server is not None and reset is not None:  # only a forked rank inherits the socket
+        shared |= server.environment
     default = "1" if ranks > 1 else str(os.cpu_count() or 1)
     shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", default)
     stops: list[float] = []
@@ -77,8 +89,8 @@ def run_ranks(arguments: list[str], ranks: int) -> int:
     try:
         for rank in range(ranks):
             env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            if like_new is not None:
-                workers.append(fork_rank(arguments, env, pids, previous, like_new))
+            if reset is not None:
+                workers.append(fork_rank(arguments, env, pids, previous, reset))
                 continue
             command = [sys.executable, "-m", "megatron_rl", *arguments]
             workers.append(subprocess.Popen(command, env=os.environ | env, start_new_session=True))
@@ -86,6 +98,8 @@ def run_ranks(arguments: list[str], ranks: int) -> int:
         return _wait(workers, stops)
     finally:
         _end(workers, at_once=False)
+        if server is not None:
+            server.close()
         watch.kill()
         watch.wait()
         for number, handler in previous.items():
@@ -97,18 +111,10 @@ def _prepare_fork() -> Callable[[], None] | None:
 
     The result is the function that resets the stack in a forked rank.
     """
-    if not _has_one_thread():
+    if not has_one_thread():
         return None
     stack = importlib.import_module("megatron_rl.launch.stack")  # it imports torch, which `--help` does without
-    return stack.like_new if stack.import_stack() and _has_one_thread() else None
-
-
-def _has_one_thread() -> bool:
-    """Return True if this process has only its main thread. Return False if there is no /proc."""
-    try:
-        return len(os.listdir("/proc/self/task")) == 1
-    except OSError:
-        return False
+    return like_new if stack.import_stack() and has_one_thread() else None
 
 
 def _wait(workers: Sequence[Worker], stops: list[float]) -> int:

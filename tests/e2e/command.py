@@ -9,16 +9,21 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from megatron_rl.diagnostics import read_log
 from megatron_rl.diagnostics.log_keys import is_declared
+from tests.e2e.zygote import ForkedCommand, Zygote
 
 ROOT = Path(__file__).resolve().parents[2]
 TAG = "MEGATRON_RL_TEST_COMMAND"
+FORKED = ("attribute", "eval", "serve", "train", "warmup")
+CAN_FORK = sys.platform.startswith("linux") and not torch.cuda.is_available()
 PROMPTS = 8  # per step of the small run
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -38,8 +43,17 @@ class Result:
         return f"exit code {self.code}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
 
 
+@cache
+def zygote() -> Zygote:
+    """Return the process that forks commands; it ends with this one."""
+    return Zygote()
+
+
 class Command:
-    """`python -m megatron_rl ARGUMENTS`. Every descendant process has its tag, also orphans."""
+    """`python -m megatron_rl ARGUMENTS`. Its processes are found by its tag or by descent, also orphans.
+
+    Commands of `FORKED` without environment variables of their own are forked from a process that has imported all.
+    """
 
     def __init__(self, arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
         self.tag = uuid.uuid4().hex
@@ -53,6 +67,10 @@ class Command:
         }
         self.out, self.err = folder / f"{self.tag}.out", folder / f"{self.tag}.err"
         self.started = time.monotonic()
+        self.process: subprocess.Popen[bytes] | ForkedCommand
+        if arguments[0] in FORKED and not environment and CAN_FORK:
+            self.process = zygote().start(arguments, folder, env, self.out, self.err)
+            return
         with self.out.open("wb") as out, self.err.open("wb") as err:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "megatron_rl", *arguments], cwd=folder, env=env, stdout=out, stderr=err
@@ -84,7 +102,7 @@ class Command:
         deadline = time.monotonic() + patience
         while (left := processes()) and time.monotonic() < deadline:
             time.sleep(0.05)
-        names = [" ".join(process.cmdline()) for process in left]
+        names = [str(process) for process in left]
         self.end()
         assert not names, f"processes were left behind: {names}\n{self._result(self.process.returncode).all}"
 
@@ -94,11 +112,14 @@ class Command:
 
     def members(self) -> list[psutil.Process]:
         """Return every living process of this command."""
-        return [process for process in psutil.process_iter() if _tag(process) == self.tag]
+        found = [process for process in psutil.process_iter() if _tag(process) == self.tag]
+        if isinstance(self.process, ForkedCommand):
+            found += [p for p in self.process.family() if p not in found and _tag(p) in (None, self.tag)]
+        return found
 
     def servers(self) -> list[psutil.Process]:
         """Return the processes of the embedded servers of this command."""
-        return [p for p in self.members() if p.cmdline()[1:4] == ["-m", "megatron_rl", "serve"]]
+        return [p for p in self.members() if is_server(p)]
 
     def rank(self, number: int) -> psutil.Process:
         """Return the trainer's process of a rank: a child of the command, with its rank in its name or in RANK."""
@@ -118,6 +139,14 @@ class Command:
 
     def _result(self, code: int) -> Result:
         return Result(code, self.out.read_text(), self.err.read_text(), time.monotonic() - self.started)
+
+
+def is_server(process: psutil.Process) -> bool:
+    """Return whether a process is an embedded server of a run: a forked one, or a new process."""
+    try:
+        return process.name().startswith("mrl-serve-") or process.cmdline()[1:4] == ["-m", "megatron_rl", "serve"]
+    except psutil.Error:  # it has ended meanwhile
+        return False
 
 
 def _tag(process: psutil.Process) -> str | None:

@@ -21,7 +21,9 @@ TRAJECTORIES = 8 * 16
 
 
 def url_of(server: psutil.Process) -> str:
-    """Return the URL of a server, from its command line."""
+    """Return the URL of a server, from its name if it is forked, else from its command line."""
+    if server.name().startswith("mrl-serve-"):
+        return f"http://127.0.0.1:{server.name().rpartition('-')[2]}"
     arguments = server.cmdline()
     return f"http://127.0.0.1:{arguments[arguments.index('--port') + 1]}"
 

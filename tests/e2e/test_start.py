@@ -19,7 +19,7 @@ FORKED = ["mrl-rank0", "mrl-rank1"]
 )
 def test_forked_ranks_compute_what_new_processes_compute(start, small_run, tmp_path):
     fixed = ["parallel.tensor=2", "rollout.deterministic=true", "run.steps=2"]
-    forked = start("train", small_run, *fixed, "run.name=forked")
+    forked = start("train", small_run, *fixed, "run.name=forked", OMP_NUM_THREADS="1")  # a new process
     assert forked.until(lambda: names_of_ranks(forked)) == FORKED
     assert forked.wait().code == 0
     new = start("train", small_run, *fixed, "run.name=new", OPENBLAS_NUM_THREADS="2")  # threads forbid a fork

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_rl.engines.processes.fork_server import fork_server_pid
 from megatron_rl.engines.processes.server_process import Servers, environment_of_servers
 from megatron_rl.protocol.server_options import EngineQuantization, ServerOptions
 
@@ -15,6 +16,11 @@ class EmbeddedServers(Servers):
     """Embedded servers, one process each."""
 
     noun = "embedded server"
+
+    @property
+    def forks(self) -> bool:  # type: ignore[override]
+        """Whether the run's fork server starts them."""
+        return fork_server_pid() is not None
 
     def __init__(
         self,
@@ -54,7 +60,7 @@ class EmbeddedServers(Servers):
 
     def command(self, index: int, port: int) -> list[str]:
         """Return the command line of server `index` on `port`."""
-        parent = os.getpid() if sys.platform.startswith("linux") else 0
+        parent = (fork_server_pid() or os.getpid()) if sys.platform.startswith("linux") else 0
         options = replace(self._options, port=port, parent_pid=parent)
         return [sys.executable, "-m", "megatron_rl", *options.arguments]
 

@@ -16,6 +16,7 @@ from typing import Self
 import httpx
 import psutil
 
+from megatron_rl.engines.processes.fork_server import VARIABLE, ForkedServer, fork_command
 from megatron_rl.errors import EngineError
 from megatron_rl.supervise import end_sessions
 
@@ -25,13 +26,15 @@ _PORT_TAKEN = re.compile(
     r"address already in use|port \d+ is (?:already in use|unavailable|not available)", re.IGNORECASE
 )
 # A server must not inherit the trainer's place in its process group.
-_OF_THE_TRAINER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+_OF_THE_TRAINER = {VARIABLE, "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
 class ServerProcess:
     """A process that listens on a port of loopback and answers /health."""
 
-    def __init__(self, name: str, command: Callable[[int], list[str]], log: Path, env: dict[str, str]) -> None:
+    def __init__(
+        self, name: str, command: Callable[[int], list[str]], log: Path, env: dict[str, str], *, forks: bool = False
+    ) -> None:
         """Start the process.
 
         Args:
@@ -39,18 +42,24 @@ class ServerProcess:
             command: returns the command that starts it on a given port.
             log: file to which its output is appended.
             env: its environment.
+            forks: the command is `python -m megatron_rl ...`, and the run's fork server starts it.
         """
-        self.name, self.log = name, log
+        self.name, self.log, self._forks = name, log, forks
         self._command, self._env, self._starts = command, env, 0
         self._spawn()
 
     def _spawn(self) -> None:
         self._starts += 1
         self.port = free_port()
+        self.process: subprocess.Popen[bytes] | ForkedServer
+        command = self._command(self.port)
         with self.log.open("ab") as out:
             self._log_start = out.tell()  # the log may hold a previous run
+            if self._forks:
+                self.process = fork_command(command[3:], self.port, self._env, self.log)
+                return
             self.process = subprocess.Popen(
-                self._command(self.port),
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -117,6 +126,7 @@ class Servers(ABC):
     """
 
     noun = "server"
+    forks = False  # whether the run's fork server starts them
 
     def __init__(self, log_dir: Path | str, count: int, start_timeout_s: float) -> None:
         self.log_dir, self.count, self.start_timeout_s = Path(log_dir), count, start_timeout_s
@@ -170,7 +180,8 @@ class Servers(ABC):
         for index in range(self.count):
             log = self.log_dir / f"server-{index}.log"
             command = partial(self.command, index)
-            self._servers.append(ServerProcess(f"{self.noun} {index}", command, log, self.environment()))
+            name, env = f"{self.noun} {index}", self.environment()
+            self._servers.append(ServerProcess(name, command, log, env, forks=self.forks))
         return self
 
     def wait_healthy(self) -> Self:

@@ -24,7 +24,7 @@ import megatron_rl
 from megatron_rl.launch import ranks
 megatron_rl.__path__.insert(0, fake + "/megatron_rl")
 os.environ["PYTHONPATH"] = fake
-assert ranks._has_one_thread()
+assert ranks.has_one_thread()
 def like_new():
     print("forked", flush=True)
 ranks._prepare_fork = lambda: like_new if way == "fork" else None

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rl.launch.stack import like_new
+from megatron_rl.forking import like_new
 
 ROOT = Path(__file__).resolve().parents[3]
 # What each command imports in a rank, or instead of one.

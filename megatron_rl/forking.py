@@ -1,0 +1,70 @@
+"""Forked processes that run a command of this package as a new process would, without importing anything again."""
+
+import atexit
+import os
+import random
+import runpy
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+_INTERRUPTED = 130
+
+
+def has_one_thread() -> bool:
+    """Return True if this process has only its main thread. Return False if there is no /proc."""
+    try:
+        return len(os.listdir("/proc/self/task")) == 1
+    except OSError:
+        return False
+
+
+def like_new() -> None:
+    """Reset a forked process to the state of a new one: OMP_NUM_THREADS threads, and newly seeded generators."""
+    import numpy as np  # seconds of import; the process has imported both
+    import torch
+
+    threads = os.environ["OMP_NUM_THREADS"]  # torch reads it only while it is imported
+    if threads.isdecimal():
+        torch.set_num_threads(int(threads))
+    torch.default_generator.seed()
+    random.seed()
+    np.random.seed()
+
+
+def name_process(name: str) -> None:
+    """Set the name that `ps` and `top` show for this process, at most 15 characters. Linux only; nothing elsewhere."""
+    with suppress(OSError):
+        Path("/proc/self/comm").write_text(name, encoding="ascii")
+
+
+def run_as_command(arguments: list[str]) -> int:
+    """Run `python -m megatron_rl ARGUMENTS` and the exit steps of the interpreter. Return the exit code."""
+    sys.argv[1:] = arguments
+    try:
+        runpy.run_module("megatron_rl", run_name="__main__", alter_sys=True)
+        code = 0
+    except BaseException as error:  # noqa: BLE001  nothing above handles it
+        code = report_error(error)
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for the threads
+    atexit._run_exitfuncs()
+    return code
+
+
+def report_error(error: BaseException) -> int:
+    """Print the traceback of an error that nothing handled. Return the exit code."""
+    if not isinstance(error, SystemExit):
+        sys.excepthook(type(error), error, error.__traceback__)
+        return _INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+    if error.code is None or isinstance(error.code, int):
+        return error.code or 0
+    print(error.code, file=sys.stderr)
+    return 1
+
+
+def flush_output() -> None:
+    """Write what standard output and error still hold."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # it may be None, gone or closed
+            stream.flush()
