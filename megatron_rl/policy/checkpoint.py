@@ -8,6 +8,7 @@ next older one is loaded instead, and a message gives the reason.
 import hashlib
 import json
 import multiprocessing
+import pickle
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -31,13 +32,27 @@ from megatron_rl.policy.checkpoint_state import COMPLETE, PARTIAL, TrainState, f
 from megatron_rl.weights.digest import tensor_digest
 
 
-def _prepare_results_queue() -> None:
-    """Give megatron-core the queue in which its writer processes report, if it has none yet.
+class _ReportQueue:
+    """The queue in which megatron-core's writer processes report, with the methods that it uses.
 
-    megatron-core's own queue belongs to a process that imports torch first: seconds of every first save, on every rank.
+    A manager process holds the reports, because they may exceed a pipe. It gets bytes and does not import torch.
+    megatron-core's own manager does, for seconds of every first save, on every rank.
     """
+
+    def __init__(self) -> None:
+        self._queue = multiprocessing.get_context("spawn").Manager().Queue()
+
+    def put(self, report: Any) -> None:
+        self._queue.put(pickle.dumps(report))
+
+    def get_nowait(self) -> Any:
+        return pickle.loads(self._queue.get_nowait())
+
+
+def _prepare_report_queue() -> None:
+    """Give megatron-core this process's report queue, if it has none yet."""
     if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = multiprocessing.get_context("spawn").Manager().Queue()
+        filesystem_async._results_queue = _ReportQueue()
 
 
 class Checkpoints:
@@ -82,7 +97,7 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         self.policy.mesh.barrier()
-        _prepare_results_queue()
+        _prepare_report_queue()
         request = dist_checkpointing.save(self._content(state), str(partial), async_sharded_save=True)
         request.add_finalize_fn(lambda: self._complete(partial, final))
         self.queue.schedule_async_request(request)
