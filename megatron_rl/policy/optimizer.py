@@ -1,15 +1,21 @@
 """megatron-core's optimizer, stepped so that a non-finite gradient is found before any parameter changes."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from megatron.core.dist_checkpointing.optimizer import (
+    get_param_id_to_sharded_param_map,
+    make_sharded_optimizer_tensor,
+    optim_state_to_sharding_state,
+)
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
 from megatron.core.optimizer import ParamKey, clip_grads, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
 from megatron_rl.alp.names import LOG_SIGMA
@@ -89,6 +95,8 @@ class PolicyOptimizer:
         for part in self.core.chained_optimizers:
             if type(part) is DistributedOptimizer and isinstance(part.optimizer, torch.optim.AdamW):
                 part.__class__ = TorchDistributedOptimizer
+            elif type(part) is Float16OptimizerWithFloat16Params and any(part.fp32_from_fp32_groups):
+                part.__class__ = MixedOptimizer
         self.scaler: Any = None
         if dtype == torch.float16:
             # With several parts, each scaler would detect only its own part's overflows, and the scales would diverge.
@@ -254,6 +262,46 @@ class TorchDistributedOptimizer(DistributedOptimizer):
         main.detach().copy_(tensors["param"])
         for name in ("exp_avg", "exp_avg_sq"):
             self.optimizer.state[main][name].copy_(tensors[name])
+
+
+class MixedOptimizer(Float16OptimizerWithFloat16Params):
+    """megatron-core's optimizer of 16-bit parameters, beside which there are float32 ones: the scales of ALP.
+
+    Its checkpoints in megatron-core 0.16.1 number the 16-bit parameters alone, and torch numbers all of them. The state
+    of one parameter would be saved under the name of another.
+    """
+
+    def sharded_state_dict(
+        self, model_sharded_state_dict: Any, is_loading: bool = False, metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        if is_loading:
+            self.init_state_fn(self.optimizer, self.config)
+        state: dict[str, Any] = self.state_dict()
+        owner = {id(main): model for main, model in self._masters()}
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        owners = [owner.get(id(parameter), parameter) for parameter in parameters]
+        sharded = get_param_id_to_sharded_param_map(model_sharded_state_dict, iter(owners))
+        number = {id(parameter): at for at, parameter in enumerate(parameters)}
+        # One list, because the group of the scales has none, and an empty list cannot be restored.
+        state["fp32_from_fp16_params"] = [
+            make_sharded_optimizer_tensor(sharded[number[id(main)]], main, prefix="optimizer.state.fp32_param")
+            for main, _ in self._masters()
+        ]
+        step = self._extract_common_per_param_step(state["optimizer"])
+        optim_state_to_sharding_state(state["optimizer"], sharded, exclude_keys="step")
+        if step:
+            state["optimizer"]["state"]["common_step"] = step
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        masters = iter(state_dict["fp32_from_fp16_params"])
+        state_dict["fp32_from_fp16_params"] = [[next(masters) for _ in group] for group in self.float16_groups]
+        super().load_state_dict(state_dict)
+
+    def _masters(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield each float32 copy with its 16-bit parameter."""
+        for mains, models in zip(self.fp32_from_float16_groups, self.float16_groups, strict=True):
+            yield from zip(mains, models, strict=True)
 
 
 def _zero_moments(optimizer: torch.optim.AdamW) -> None:

@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import RANK_VARIABLES, ROOT, records
+from megatron_rl.report import write_report
+from tests.e2e.command import RANK_VARIABLES, ROOT, Command, records
+from tests.e2e.test_sglang import PYTHON
 
 EXAMPLES = ROOT / "examples"
 NAMES = sorted(path.name for path in EXAMPLES.iterdir() if path.is_dir())
-TOY = ["run.steps=2", "eval.prompts=0", "rollout.prompts_per_step=2", "optimizer.updates_per_step=1"]
+TOY = ["run.steps=2", "run.attribute_every=0", "eval.prompts=0"]
+TOY += ["rollout.prompts_per_step=2", "optimizer.updates_per_step=1"]
 
 pytestmark = pytest.mark.slow
 
@@ -50,20 +53,51 @@ def test_the_list_of_examples_names_each() -> None:
     assert NAMES and all(f"({name}/README.md)" in listed for name in NAMES)
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model that the examples' script writes."""
+    folder = tmp_path_factory.mktemp("example") / "model"
+    run(sys.executable, EXAMPLES, "make_model.py", str(folder), path=str(ROOT))
+    return folder
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_an_example_runs_with_the_commands_of_its_readme(examples, name) -> None:
+def test_an_example_runs_with_the_commands_of_its_readme(examples, model, name) -> None:
     folder = examples / name
     make, train, report = commands(folder)[:3]
     assert (make, train) == ("python ../make_model.py model", "megatron-rl train config.yaml")
-    run(sys.executable, folder, *make.split()[1:], path=str(ROOT))
-    run(sys.executable, folder, "-m", "megatron_rl", *train.split()[1:], *TOY, path=str(ROOT))
+    shutil.copytree(model, folder / "model")
+    toy = TOY
+    if name == "06_async_sglang":
+        if not PYTHON.is_file():
+            pytest.skip("no .venv-sglang: make sglang")
+        toy = [*TOY, f"rollout.sglang.python={PYTHON}"]
+    command = Command([*train.split()[1:], *toy], folder, {})
+    try:
+        result = command.wait(timeout=400)
+    finally:
+        command.end()
+    assert result.code == 0, result.all
     (run_folder,) = (folder / "runs").iterdir()
-    steps = records(run_folder)
-    assert [step["step"] for step in steps] == [0, 1]
-    assert {"reward/mean", "reward/digits", "reward/in_order"} <= steps[0].keys()
-    digests = json.loads((run_folder / "plugins.json").read_text())
-    assert all(str(examples) in digest["path"] for digest in digests.values())
+    assert [step["step"] for step in records(run_folder)] == [0, 1]
     assert report == f"megatron-rl report runs/{run_folder.name}"
+    assert write_report(run_folder).is_file()
+
+
+def test_the_examples_of_your_own_code_log_its_metrics_and_digests(examples, model) -> None:
+    for name in ("02_your_reward", "03_your_objective"):
+        folder = examples / name
+        shutil.copytree(model, folder / "model")
+        command = Command(["train", "config.yaml", *TOY, "run.steps=1"], folder, {})
+        try:
+            result = command.wait()
+        finally:
+            command.end()
+        assert result.code == 0, result.all
+        (run_folder,) = (folder / "runs").iterdir()
+        assert {"reward/mean", "reward/digits", "reward/in_order"} <= records(run_folder)[0].keys()
+        digests = json.loads((run_folder / "plugins.json").read_text())
+        assert digests and all(str(examples) in digest["path"] for digest in digests.values())
 
 
 def test_an_installed_wheel_runs_an_example_outside_of_the_checkout(examples, tmp_path) -> None:

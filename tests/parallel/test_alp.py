@@ -289,6 +289,7 @@ def test_in_sixteen_bits_sigma_stays_float32_and_learns(two_ranks, qwen3, refere
             {"layout": TWO["dp2"], "optimizer": {"distributed": True}},
         ),
         ({"layout": TWO["pp2_vpp2"], "alp": ON_LOGITS}, {"layout": TWO["tp2_sp"], "alp": ON_LOGITS}),
+        *[({"layout": TWO["tp2"], "precision": {"train": train}},) * 2 for train in ("bf16", "fp16")],
     ],
     ids=[
         "tp2_to_pp2",
@@ -296,6 +297,8 @@ def test_in_sixteen_bits_sigma_stays_float32_and_learns(two_ranks, qwen3, refere
         "one_layer_pp2_to_tp2_sp",
         "dp2_sharded_optimizer",
         "logits_pp2_vpp2_to_tp2_sp",
+        "float32_sigma_beside_bf16",
+        "float32_sigma_beside_fp16",
     ],
 )
 def test_a_checkpoint_carries_sigma_and_its_moments_to_another_layout(two_ranks, qwen3, tmp_path, saving, loading):
@@ -309,4 +312,6 @@ def test_a_checkpoint_carries_sigma_and_its_moments_to_another_layout(two_ranks,
         np.testing.assert_allclose(
             loaded["next"][name], saved["next"][name], atol=1e-5 * np.abs(value).max(), err_msg=name
         )
-        assert not np.array_equal(saved["next"][name], value)
+    moved = [name for name, value in saved["saved"].items() if not np.array_equal(saved["next"][name], value)]
+    # A 16-bit weight may be too large to move in one update.
+    assert moved if "precision" in saving else len(moved) == len(saved["saved"])
