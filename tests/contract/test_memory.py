@@ -118,7 +118,7 @@ def test_engines_that_rest_are_woken_by_a_later_process(
         with pytest.raises(EngineError, match="update them first"):
             pool.generate([request])
         pool.update_weights_from_disk(url, write_weights(other_tensors, 8), 8)
-        assert pool.generate([request])[0][0].tokens
+        assert len(pool.generate([request])[0][0].tokens)
 
 
 @pytest.fixture

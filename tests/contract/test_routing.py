@@ -97,9 +97,10 @@ def test_the_reported_experts_are_those_of_a_plain_forward_pass(moe_url: str, pl
     """This holds for prompt and response tokens, for samples that share a prompt, and for a repeated prompt."""
     with EnginePool([moe_url]) as pool:
         first = pool.generate([request("one", n=3), request("two", PROMPT[:7], tokens=90)])
-        again = pool.generate([request("again", PROMPT + first[0][0].tokens[:20], tokens=5)])
+        longer = PROMPT + tuple(first[0][0].tokens[:20].tolist())
+        again = pool.generate([request("again", longer, tokens=5)])
     asked = [(PROMPT, sample) for sample in first[0]] + [(PROMPT[:7], first[1][0])]
-    for prompt, sample in [*asked, (PROMPT + first[0][0].tokens[:20], again[0][0])]:
+    for prompt, sample in [*asked, (longer, again[0][0])]:
         wanted, ahead = chosen(plain, [*prompt, *sample.tokens.tolist()])
         assert sample.routing is not None and sample.routing.dtype == np.int32
         assert sample.routing.shape == (len(prompt) + len(sample.tokens) - 1, LAYERS, PER_TOKEN)

@@ -150,7 +150,7 @@ def test_an_environment_that_says_nothing_ends_the_response_unmasked(engine_side
 
 def test_a_void_turn_is_masked_and_what_came_before_it_is_not(engine_side: Recorded) -> None:
     (trajectory,) = engine_side.draw(Scripted(void=lambda number: number == 2))
-    first, second = (samples[0].tokens for _, samples in engine_side.asked)
+    first, second = (tuple(samples[0].tokens.tolist()) for _, samples in engine_side.asked)
     (trained, rest) = turns_of(trajectory)
     assert trained == (1, first) and rest[0] == 0 and rest[1][-len(second) :] == second
-    assert trajectory.last_turn == ()
+    assert len(trajectory.last_turn) == 0
