@@ -76,6 +76,7 @@ class EnginePool(Controls):
         self._timeout_s = timeout_s
         self._loop = asyncio.new_event_loop()
         self._loop.set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="engine-pool"))
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="engine-answers")
         self._gate = asyncio.Semaphore(max(1, min(_IN_FLIGHT * len(self._engines), raise_file_limit() - _OTHER_FILES)))
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine-pool", daemon=True)
         self._thread.start()
@@ -108,6 +109,7 @@ class EnginePool(Controls):
         asyncio.run_coroutine_threadsafe(self._wind_up(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._reader.shutdown()
         self._loop.close()
 
     async def _wind_up(self) -> None:
@@ -333,10 +335,13 @@ class EnginePool(Controls):
         return response.content
 
     async def _read(self, url: str, request: GenerationRequest, content: bytes) -> list[Sample]:
-        """Return the samples of an answer. A large answer is read in a thread, so that the loop stays responsive."""
+        """Return the samples of an answer. A large one is read in a thread, so that the loop stays responsive.
+
+        In one thread: several would spend as much time waiting for each other's interpreter lock as reading.
+        """
         if len(content) < _SMALL_ANSWER:
             return read_samples(url, request, content)
-        return await asyncio.to_thread(read_samples, url, request, content)
+        return await self._loop.run_in_executor(self._reader, read_samples, url, request, content)
 
     # Control -----------------------------------------------------------------------------------------------
 
