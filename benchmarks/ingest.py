@@ -8,7 +8,7 @@ and the ratio is a median of pairs. CPU time is that of the whole process, all t
 Also: requests per second of small answers with 1, 8 and 64 engines, and 2,048 requests at once under a soft limit of
 1,024 open files. Prints a table, and one JSON line for docs/benchmarks.md.
 
-    python benchmarks/ingest.py [--repeat 5]
+    python benchmarks/ingest.py [--repeat 5] [--unfrozen]
 """
 
 import argparse
@@ -157,10 +157,12 @@ def rate(engines: int, requests: int, seconds: float = 0.0) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--unfrozen", action="store_true", help="collect garbage among all objects, as before")
     args = parser.parse_args()
     result: dict[str, object] = {}
     gc.collect()
-    gc.freeze()  # as `trainer.bringup.open_run` does
+    if not args.unfrozen:
+        gc.freeze()  # as `trainer.bringup.open_run` does
     print(f"{'answer':14} {'us a token':>11} {'plain':>7} {'ratio':>6}")
     for tokens, groups in ((1024, 16), (8192, 2)):
         found = result[f"{SAMPLES}x{tokens}"] = per_token(tokens, groups, args.repeat)
