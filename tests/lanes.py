@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent
 _PROCESS = (
     "unit/alp/test_kernels.py",
     "unit/diagnostics/test_runlog.py",
+    "unit/engines/test_fork_server.py",
     "unit/engines/test_sglang.py",
     "unit/launch/",
     "unit/loggers/test_wandb_logger.py",

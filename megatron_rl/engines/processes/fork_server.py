@@ -143,8 +143,7 @@ def _become_server(connection: socket.socket, others: socket.socket, launcher: i
     try:
         others.close()
         os.setsid()  # Ctrl-C reaches the launcher only
-        libc = ctypes.CDLL(None)
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        _die_with_parent()
         name_process("mrl-fork-server")
         if os.getppid() == launcher:
             _Loop(connection, modules).run()
@@ -202,6 +201,7 @@ class _Loop:
         try:
             self.connection.close()
             os.setsid()
+            _die_with_parent()
             log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(log, 1)
@@ -223,6 +223,11 @@ class _Loop:
             if pid:
                 del self.running[server]
                 self.ended[server] = os.waitstatus_to_exitcode(status)
+
+
+def _die_with_parent() -> None:
+    """Make the kernel kill this process when its parent ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _lives(pid: int) -> bool:
