@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -16,6 +17,8 @@ from types import ModuleType
 from typing import Any
 
 from megatron_rl.errors import ConfigError, did_you_mean
+
+_STDLIB = sysconfig.get_path("stdlib")
 
 
 def is_import_path(name: str) -> bool:
@@ -78,9 +81,10 @@ def source_place(thing: Any) -> str:
 
 
 def raised_place(error: BaseException) -> str:
-    """Return file:line of the code that raised, for messages."""
+    """Return file:line of the code that raised, for messages: the user's line, not that of a library it called."""
     frames = traceback.extract_tb(error.__traceback__)
-    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown place"
+    own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(_STDLIB)] or frames
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else "unknown place"
 
 
 def accepted_names(call: Callable[..., Any], offered: Collection[str], key: str) -> tuple[str, ...]:
