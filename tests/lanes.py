@@ -15,6 +15,7 @@ _PROCESS = (
     "unit/alp/test_kernels.py",
     "unit/diagnostics/test_runlog.py",
     "unit/engines/test_fork_server.py",
+    "unit/engines/test_patient_transport.py",
     "unit/engines/test_sglang.py",
     "unit/launch/",
     "unit/loggers/test_wandb_logger.py",

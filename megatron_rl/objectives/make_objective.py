@@ -22,6 +22,7 @@ from megatron_rl.objectives.sapo import SAPO
 from megatron_rl.objectives.scaled_po import Naive, ScaledPO
 from megatron_rl.objectives.simple_po import SimplePO
 from megatron_rl.plugins import is_import_path, load_plugin, raised_place, source_place
+from megatron_rl.types import COLUMNS
 
 _RATIO = (CISPO, DAPO, DPPOKL, DPPOTV, DPPOTopK, DRPO, GRPO, GSPO, MiniRL, PPO, SAPO, SimplePO)
 _OTHERS = (ASymPO, ErpdCE, ErpdDistill, ErpdMSE, Naive, ScaledPO)
@@ -80,15 +81,16 @@ def _own_objective(kind: type[Objective], options: dict[str, Any]) -> Objective:
                 raise ConfigError(f"{place}: objective.{option.name} is missing and has no default")
         elif "kind" not in option.metadata and option.name not in inherited:
             options[option.name] = _typed(kind, option.name, options[option.name])
+    known = {*OPTIONAL, *(name for name, column in COLUMNS.items() if column.answer_key)}
     try:
         objective = kind(**options)
-        unknown = set(objective.needs) - set(OPTIONAL)
+        unknown = set(objective.needs) - known
     except MegatronRLError:
         raise
     except Exception as error:  # the user's code may raise anything
         raise ConfigError(f"{place} raised {type(error).__name__}: {error} ({raised_place(error)})") from error
     if unknown:
-        raise ConfigError(f"{place} needs '{min(unknown)}'; {did_you_mean(min(unknown), OPTIONAL)}")
+        raise ConfigError(f"{place} needs '{min(unknown)}'; {did_you_mean(min(unknown), sorted(known))}")
     return objective
 
 

@@ -175,6 +175,6 @@ def load_reward(config: TaskConfig, path: str) -> CalledReward:
 
 
 def prompt_arguments(prompt: Prompt) -> dict[str, Any]:
-    """Return what a reward is told about a prompt: `prompt` (text or chat messages), `metadata` and `answer`."""
+    """Return the arguments that describe a prompt: `prompt` (text or chat messages), `metadata` and `answer`."""
     asked = list(prompt.messages) or prompt.text
     return {"prompt": asked, "metadata": dict(prompt.metadata), "answer": prompt.answer}

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from megatron_rl.config import make_config
-from megatron_rl.errors import ConfigError
+from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.objectives import LossInputs, make_objective
 from megatron_rl.plan import plan_algorithm
+from megatron_rl.types import COLUMNS
 
 OWN = """\
 from dataclasses import dataclass
@@ -60,6 +61,22 @@ def test_a_class_is_built_from_its_keys_and_computes(own):
     out = objective(LossInputs(logp, mu, torch.tensor([2.0]), mask))
     assert out.loss.item() == pytest.approx((-3 * 2 * 0.5 + 2 * 0.5) / 2)
     assert (objective.name, objective.needs) == ("Own", {"logmu"})
+
+
+def test_a_class_may_need_a_column_that_its_file_declares(own):
+    declared = "from megatron_rl.types import COLUMNS, Column\n"
+    declared += 'COLUMNS["draft"] = Column("draft", "float32", "x", sampled=True, answer_key="draft_scores")\n'
+    body = OWN.replace('{"logmu"}', '{"logmu", "draft"}').replace("x.logp -", 'x.columns["draft"] * x.logp -')
+    try:
+        objective = make_objective({"name": own(declared + body), "norm": "token_mean"})
+        logp, mu = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -2.0]])
+        draft = {"draft": torch.tensor([[2.0, 3.0]])}
+        out = objective(LossInputs(logp, mu, torch.tensor([2.0]), torch.ones(1, 2), columns=draft))
+        assert out.loss.item() == pytest.approx(-2 * 2 * ((-2 + 1.5) + (-6 + 2)) / 2)
+        with pytest.raises(UserError, match="needs 'draft', which is missing"):
+            objective(LossInputs(logp, mu, torch.tensor([2.0]), torch.ones(1, 2)))
+    finally:
+        COLUMNS.pop("draft", None)
 
 
 @pytest.mark.parametrize(

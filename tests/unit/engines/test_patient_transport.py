@@ -1,0 +1,75 @@
+"""A shortage of this process's own open files delays a request; it is not blamed on the engine."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+# The process has no free file: one request waits until files are free, another gives up.
+SCRIPT = """
+import asyncio, json, os, resource, sys, threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+sys.path.insert(0, sys.argv[1])
+import httpx
+from megatron_rl.engines import patient_transport as p
+from megatron_rl.errors import EngineError
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+    def log_message(self, *_):
+        pass
+
+server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+url = f"http://127.0.0.1:{server.server_port}/"
+
+async def main():
+    found = {}
+    limits = httpx.Limits(max_keepalive_connections=0)
+    async with httpx.AsyncClient(transport=p.PatientTransport(limits=limits), trust_env=False) as client:
+        await client.get(url)  # imports what a request needs
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        held = []
+        def hold():
+            try:
+                while True:
+                    held.append(os.open(os.devnull, os.O_RDONLY))
+            except OSError:
+                pass
+        def free():
+            while held:
+                os.close(held.pop())
+        hold()
+        waiting = asyncio.create_task(client.get(url))
+        await asyncio.sleep(0.5)
+        found["waited"] = not waiting.done()
+        free()
+        found["status"] = (await waiting).status_code
+        hold()
+        p._WAIT_S = 0.2
+        try:
+            await client.get(url)
+        except EngineError as error:
+            found["error"] = str(error)
+        free()
+    print(json.dumps(found))
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it fills the table of open files")
+def test_a_request_waits_for_a_free_file_and_then_names_this_machine():
+    command = [sys.executable, "-c", SCRIPT, str(ROOT)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    assert found["waited"] and found["status"] == 200
+    assert "this machine cannot open another connection (Too many open files)" in found["error"]
+    assert "ulimit -n" in found["error"]
