@@ -35,9 +35,10 @@ from megatron_rl.sampling.batch import make_batch
 from megatron_rl.sampling.group import sample_groups
 from megatron_rl.types import Batch, Prompt
 from megatron_rl.weights.export import export_weights
-from megatron_rl.weights.hf_folder import HFFolder, write_hf_folder
+from megatron_rl.weights.hf_folder import HFFolder
 from megatron_rl.weights.load_weights import load_weights
 from megatron_rl.weights.quantized import export_dtypes
+from megatron_rl.weights.write_folder import write_hf_folder
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.types import COLUMNS, Batch
 from megatron_rl.weights.export import export_weights
 from megatron_rl.weights.families import Family, ModelShape
-from megatron_rl.weights.hf_folder import HFFolder, write_hf_folder
+from megatron_rl.weights.hf_folder import HFFolder
 from megatron_rl.weights.quantized import WireTensors, export_dtypes
+from megatron_rl.weights.write_folder import write_hf_folder
 
 LossFunction = Callable[[LossInputs], LossOutputs]
 

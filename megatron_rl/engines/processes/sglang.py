@@ -24,8 +24,9 @@ from megatron_rl.engines.processes.server_process import (
 from megatron_rl.errors import CheckpointError, ConfigError, EngineError
 from megatron_rl.precision.plan import DTYPES, PrecisionPlan
 from megatron_rl.supervise import end_sessions
-from megatron_rl.weights.hf_folder import HFFolder, write_hf_folder
+from megatron_rl.weights.hf_folder import HFFolder
 from megatron_rl.weights.quantized import WireTensors, export_dtypes, quantization_config
+from megatron_rl.weights.write_folder import write_hf_folder
 
 _CPU_SITE = Path(__file__).parent / "sglang_cpu"
 _CPU_FLAGS = (

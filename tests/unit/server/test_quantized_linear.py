@@ -17,8 +17,9 @@ from megatron_rl.precision.formats import fake_quantize, quantize
 from megatron_rl.protocol.server_options import EngineQuantization
 from megatron_rl.server.decode_batch import Sampling
 from megatron_rl.server.engine import Engine
-from megatron_rl.weights.hf_folder import HFFolder, write_hf_folder
+from megatron_rl.weights.hf_folder import HFFolder
 from megatron_rl.weights.quantized import WireTensors, quantization_config
+from megatron_rl.weights.write_folder import write_hf_folder
 
 SIZES = {
     "vocab_size": 90,

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rl.errors import CheckpointError
 from megatron_rl.weights.digest import tensor_digest
-from megatron_rl.weights.hf_folder import INDEX, SINGLE, HFFolder, write_hf_folder
+from megatron_rl.weights.hf_folder import INDEX, SINGLE, HFFolder
+from megatron_rl.weights.write_folder import write_hf_folder
 
 SHARD = 100_000
 

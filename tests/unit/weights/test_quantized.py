@@ -18,7 +18,7 @@ from megatron_rl.policy.device_port import pick_device
 from megatron_rl.precision.formats import fake_quantize, quantize
 from megatron_rl.precision.plan import DTYPES, PrecisionPlan
 from megatron_rl.weights.digest import tensor_digest
-from megatron_rl.weights.hf_folder import HFFolder, write_hf_folder
+from megatron_rl.weights.hf_folder import HFFolder
 from megatron_rl.weights.layouts import QKV, GateUp, Layout, RowParallel
 from megatron_rl.weights.quantized import (
     WireTensors,
@@ -28,6 +28,7 @@ from megatron_rl.weights.quantized import (
     quantization_config,
     quantize_at_load,
 )
+from megatron_rl.weights.write_folder import write_hf_folder
 from tests.policies import build_planned_policy, embedded_plan
 
 LAYERS = 3

@@ -1,0 +1,71 @@
+"""The header of a safetensors file: names, shapes, dtypes and places of its tensors."""
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_rl.errors import CheckpointError
+
+_HEADER_LIMIT = 100_000_000  # bytes; the safetensors library has the same limit
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Shape, dtype and file of one tensor, as the header states them."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Read names, shapes and dtypes of one safetensors file, and check them against the size of the file."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > _HEADER_LIMIT:
+            raise CheckpointError(f"{file} is not a safetensors file (its header cannot be read): fetch it again")
+        if size < 8 + length:
+            raise CheckpointError(f"{file} is truncated inside its header ({size} bytes): fetch it again")
+        raw = stream.read(length)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        found = {name: _tensor_info(entry, file) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} has a malformed safetensors header ({error}): fetch it again") from error
+    needed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size != needed:
+        fault = "truncated" if size < needed else "longer than its header says"
+        raise CheckpointError(f"{file} is {fault}: {size} bytes instead of {needed}; fetch it again")
+    return found
+
+
+def _tensor_info(entry: dict[str, Any], file: Path) -> TensorInfo:
+    info = TensorInfo(tuple(entry["shape"]), _DTYPES[entry["dtype"]], file)
+    start, stop = entry["data_offsets"]
+    if stop - start != info.nbytes:
+        raise ValueError(f"{entry['dtype']} {list(info.shape)} does not fill bytes {start} to {stop}")
+    return info

@@ -1,0 +1,180 @@
+"""Writing of a Hugging Face folder, shard after shard.
+
+A folder is written under a temporary name next to its destination and gets its final name only when it is complete.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_rl.errors import CheckpointError
+from megatron_rl.weights.digest import tensor_digest
+from megatron_rl.weights.hf_folder import INDEX, MANIFEST, SINGLE, HFFolder
+
+_VALUES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def write_hf_folder(
+    dest: Path | str,
+    tensors: Iterable[tuple[str, Tensor]],
+    source: HFFolder,
+    *,
+    shard_bytes: int = 5 * 2**30,
+    manifest_version: int | None = None,
+    quantization: Mapping[str, Any] | None = None,
+) -> dict[str, str]:
+    """Write a complete model folder: shards, index, the source's assets, and config.json with the true dtype.
+
+    Shards are streamed: at most `shard_bytes` of tensors (or one larger tensor) are in memory at a time. `dest` appears
+    only when every file is complete. An existing model folder there is replaced by two renames; anything else is
+    refused.
+
+    Args:
+        dest: the folder to write.
+        tensors: (name, tensor) pairs.
+        source: the folder whose assets and config.json are used.
+        shard_bytes: maximum bytes of tensors in one shard.
+        manifest_version: if given, manifest.json is written as {"version", "tensors": {name: digest}}.
+        quantization: the `quantization_config` of config.json, for tensors that are codes and scales.
+
+    Returns:
+        name -> digest.
+
+    Raises:
+        CheckpointError: if `dest` exists and is not a model folder, or if a tensor appears twice.
+    """
+    dest = Path(dest)
+    if dest.exists() and not (dest.is_dir() and ((dest / "config.json").is_file() or not any(dest.iterdir()))):
+        raise CheckpointError(f"{dest} exists and is not a model folder: choose another destination or remove it")
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{dest.name}.writing-", dir=dest.parent))
+    try:
+        # mkdtemp makes a private folder. Users who may read the parent may also read the model.
+        temporary.chmod(dest.parent.stat().st_mode & 0o755)
+        digests, dtypes = _write_shards(temporary, tensors, shard_bytes)
+        _copy_assets(source, temporary)
+        _write_config(source, temporary, dtypes, quantization)
+        if manifest_version is not None:
+            _write_json(temporary / MANIFEST, {"version": manifest_version, "tensors": digests})
+        _replace(temporary, dest)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return digests
+
+
+def _write_shards(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int
+) -> tuple[dict[str, str], dict[str, tuple[torch.dtype, int]]]:
+    """Write the shards and, if there is more than one, their index.
+
+    Return name -> digest and name -> (dtype, bytes).
+    """
+    shards: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    digests: dict[str, str] = {}
+    sizes: dict[str, tuple[torch.dtype, int]] = {}
+
+    def flush() -> None:
+        save_file(shard, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+
+    held = 0
+    for name, tensor in tensors:
+        if name in digests:
+            raise CheckpointError(f"tensor '{name}' is written twice: an export must give every name once")
+        if shard and held + tensor.nbytes > shard_bytes:
+            flush()
+            held = 0
+        shard[name] = tensor.detach().cpu().contiguous()
+        held += tensor.nbytes
+        digests[name] = tensor_digest(shard[name])
+        sizes[name] = (tensor.dtype, tensor.nbytes)
+    if not shard:
+        raise CheckpointError(f"nothing to write to {folder}: the export gave no tensors")
+    flush()
+    _name_shards(folder, shards, sum(nbytes for _, nbytes in sizes.values()))
+    return digests, sizes
+
+
+def _name_shards(folder: Path, shards: list[list[str]], total_size: int) -> None:
+    if len(shards) == 1:
+        (folder / "0.part").rename(folder / SINGLE)
+        return
+    weight_map = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{number}.part").rename(folder / file)
+        weight_map.update(dict.fromkeys(names, file))
+    _write_json(
+        folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    )
+
+
+def _copy_assets(source: HFFolder, folder: Path) -> None:
+    for asset in source.assets:
+        (folder / asset).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source.path / asset, folder / asset)
+
+
+def _write_config(
+    source: HFFolder,
+    folder: Path,
+    written: Mapping[str, tuple[torch.dtype, int]],
+    quantization: Mapping[str, Any] | None,
+) -> None:
+    """Write the dtype that holds most of the bytes into config.json, if writing changed any tensor's dtype.
+
+    In a quantized folder this is the dtype of the unquantized tensors, because it is the dtype to compute in.
+    """
+    if quantization is not None:
+        written = {name: entry for name, entry in written.items() if name in source.tensors and entry[0] in _VALUES}
+    changed = any(
+        name in source.tensors and source.tensors[name].dtype != dtype for name, (dtype, _) in written.items()
+    )
+    added = {} if quantization is None else {"quantization_config": dict(quantization)}
+    if not changed and not added:
+        return
+    weight: dict[torch.dtype, int] = {}
+    for dtype, nbytes in written.values():
+        weight[dtype] = weight.get(dtype, 0) + nbytes
+    # transformers 4 wrote torch_dtype, 5 writes dtype. Both may be present, and then both must be correct.
+    keys = [key for key in ("dtype", "torch_dtype") if key in source.config] or ["dtype"]
+    name = str(max(weight, key=lambda dtype: weight[dtype])).removeprefix("torch.")
+    _write_json(folder / "config.json", source.config | dict.fromkeys(keys, name) | added)
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _replace(temporary: Path, dest: Path) -> None:
+    """Rename the complete folder to its final name.
+
+    The folder that it replaces stays next to it until the rename has succeeded.
+    """
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+    if not dest.exists():
+        temporary.rename(dest)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{dest.name}.replaced-", dir=dest.parent))
+    try:
+        dest.rename(aside / dest.name)
+        try:
+            temporary.rename(dest)
+        except OSError:
+            (aside / dest.name).rename(dest)
+            raise
+    finally:
+        shutil.rmtree(aside)
