@@ -9,8 +9,9 @@ from megatron_rl.policy.build import build_policy
 from megatron_rl.policy.model import PolicyModel, build_chunks
 from megatron_rl.policy.parallel import Mesh
 from megatron_rl.precision.plan import PrecisionPlan, resolve
-from megatron_rl.weights.families import HFConfig, ModelShape, family_of
+from megatron_rl.weights.families import ModelShape
 from megatron_rl.weights.hf_folder import HFFolder
+from megatron_rl.weights.name_table import check_folder
 
 
 def embedded_plan(precision: PrecisionConfig, num_layers: int) -> PrecisionPlan:
@@ -26,7 +27,8 @@ def planned(config: Config, shape: ModelShape) -> tuple[PrecisionPlan, LayerNois
 def build_planned_policy(config: Config, mesh: Mesh) -> Policy:
     """Return the policy of a configuration. Collective."""
     folder = HFFolder(config.model.path)
-    shape = family_of(folder.config, "").shape_from_config(HFConfig(folder.config, ""))
+    parallel = config.parallel
+    _, shape = check_folder(folder, tensor_parallel=parallel.tensor, expert_parallel=parallel.expert)
     return build_policy(config, mesh, *planned(config, shape))
 
 

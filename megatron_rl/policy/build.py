@@ -10,7 +10,7 @@ from megatron_rl.alp.layer_noise import LayerNoise
 from megatron_rl.config import Config
 from megatron_rl.policy.actor import Policy, PolicySettings
 from megatron_rl.policy.loss_denominator import finalize_gradients
-from megatron_rl.policy.model import build_chunks, find_fp16_overflow
+from megatron_rl.policy.model import build_chunks, find_bad_weights
 from megatron_rl.policy.modules import HAVE_TE
 from megatron_rl.policy.optimizer import PolicyOptimizer
 from megatron_rl.policy.parallel import Mesh
@@ -41,7 +41,7 @@ def build_policy(config: Config, mesh: Mesh, precision: PrecisionPlan, noise: La
     load_weights(models, source, family, shape, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size)
     products = ProductMonitor(precision, models, mesh, HAVE_TE)
     routing = RoutingReplay(config, shape, models, mesh)
-    failures = mesh.gather(find_fp16_overflow(models, config))
+    failures = mesh.gather(find_bad_weights(models, config))
     mesh.raise_everywhere(mesh.broadcast(next(filter(None, failures), None)))
     dtype, tf_config = DTYPES[config.precision.train], models[0].config
     wrapped: list[Any] = list(models) if dtype == torch.float32 else [Float16Module(tf_config, m) for m in models]

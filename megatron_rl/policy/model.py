@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_rl.alp.layer_noise import LayerNoise
 from megatron_rl.alp.logits import LogitPerturbation
 from megatron_rl.config import Config
-from megatron_rl.errors import ConfigError, PrecisionError
+from megatron_rl.errors import CheckpointError, ConfigError, PrecisionError
 from megatron_rl.policy.expert_rules import check_experts
 from megatron_rl.policy.logprobs import token_scores
 from megatron_rl.policy.modules import HAVE_TE, block_spec
@@ -239,15 +239,16 @@ def build_chunks(
     return chunks
 
 
-def find_fp16_overflow(models: list[PolicyModel], config: Config) -> PrecisionError | None:
-    """Return the error for loaded weights of this rank that float16 cannot hold (above 65504), or None."""
-    if DTYPES[config.precision.train] != torch.float16:
-        return None
+def find_bad_weights(models: list[PolicyModel], config: Config) -> CheckpointError | PrecisionError | None:
+    """Return the error for loaded weights of this rank that are not finite, or that float16 cannot hold, or None."""
     for model in models:
         for name, parameter in model.named_parameters():
-            if not torch.isfinite(parameter).all():
-                where = f"'{name}' of {config.model.path}"
+            if torch.isfinite(parameter).all():
+                continue
+            where = f"'{name}' of {config.model.path}"
+            if parameter.dtype == torch.float16 and not torch.isnan(parameter).any():
                 return PrecisionError(
                     f"{where} has values that float16 cannot hold: set precision.train to bf16 or fp32"
                 )
+            return CheckpointError(f"{where} has values that are NaN or infinite: the weights are damaged, fetch them")
     return None

@@ -4,6 +4,8 @@ Before any byte of data is used, the header of every safetensors file is checked
 """
 
 import json
+import math
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,10 +49,8 @@ class HFFolder:
                 f"no model folder at {self.path}: give the folder that holds config.json and safetensors files"
             )
         if not (self.path / "config.json").is_file():
-            raise CheckpointError(
-                f"{self.path} has no config.json: it is not a Hugging Face model folder, or the copy is incomplete"
-            )
-        self.config: dict[str, Any] = _read_json(self.path / "config.json")
+            raise CheckpointError(f"{self.path} has no config.json: {_without_config(self.path)}")
+        self.config: dict[str, Any] = _read_config(self.path / "config.json")
         self.tensors: dict[str, TensorInfo] = _read_headers(self.path)
         self.assets: list[Path] = _find_assets(self.path)
         self._handles: dict[Path, Any] = {}
@@ -104,29 +104,51 @@ class HFFolder:
         return self._handles[info.file]
 
 
+def _without_config(folder: Path) -> str:
+    if (folder / "adapter_config.json").is_file():
+        return "it holds an adapter (LoRA): merge the adapter into its base model, and give the merged folder"
+    return "it is not a Hugging Face model folder, or the copy is incomplete"
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}): fetch the file again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    config = _read_json(path)
+    bad = next(_not_finite(config), None)
+    if bad is not None:
+        raise CheckpointError(f"{path}: '{bad}' is not a finite number: fetch the file again, or correct the value")
+    return config
+
+
+def _not_finite(value: Any, key: str = "") -> Iterator[str]:
+    """Yield the key of each NaN and infinity in a JSON value. Python's json reads them, but JSON has none."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from _not_finite(part, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for number, part in enumerate(value):
+            yield from _not_finite(part, f"{key}[{number}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield key
+
+
 def _read_headers(folder: Path) -> dict[str, TensorInfo]:
     single, index = folder / SINGLE, folder / INDEX
-    if single.is_file() and index.is_file():
-        raise CheckpointError(f"{folder} holds both {SINGLE} and {INDEX}: remove the one that is out of date")
+    listed = _read_index(index) if index.is_file() else None
     if single.is_file():
-        return read_header(single)
-    if not index.is_file():
-        raise CheckpointError(
-            f"{folder} holds neither {SINGLE} nor {INDEX}: save the model with safe_serialization=True"
-        )
-    listed = _read_json(index).get("weight_map")
-    if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
-        raise CheckpointError(f"{index} has no 'weight_map' of tensor names to file names: fetch the file again")
+        if listed is not None and set(listed.values()) != {SINGLE}:
+            raise CheckpointError(f"{folder} holds both {SINGLE} and {INDEX}: remove the one that is out of date")
+        listed = listed or dict.fromkeys(read_header(single), SINGLE)
+    if listed is None:
+        raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}: {_without_weights(folder)}")
     found: dict[str, TensorInfo] = {}
     for file in sorted(set(listed.values())):
         if not (folder / file).is_file():
@@ -141,6 +163,34 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
     if absent:
         raise CheckpointError(f"tensor '{absent[0]}' is listed in {INDEX} but absent from {folder / listed[absent[0]]}")
     return found
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Return tensor name -> file name. Every file must be in the folder of the index itself."""
+    listed = _read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
+        raise CheckpointError(f"{index} has no 'weight_map' of tensor names to file names: fetch the file again")
+    for name, file in listed.items():
+        if file in ("", ".", "..") or Path(file).name != file or "\\" in file or "\0" in file:
+            raise CheckpointError(
+                f"{index} places tensor '{name}' in {file!r}: only files of the same folder are read, so the index "
+                "must hold bare file names"
+            )
+    return listed
+
+
+def _without_weights(folder: Path) -> str:
+    """Return what the folder holds instead of weights that can be read, and what to do about it."""
+    shards = sorted(folder.glob("*.safetensors"))
+    if shards:
+        return f"it has {shards[0].name}, but no index places the tensors; fetch {INDEX} from where the folder is from"
+    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    if pickled:
+        return (
+            f"it has {pickled[0]}, which is a pickle and may run code when it is loaded; load it with transformers "
+            "where you trust it, and save it with save_pretrained, which writes safetensors"
+        )
+    return "the weights were not copied; fetch them"
 
 
 def _find_assets(folder: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from megatron_rl.weights.layouts import check_divides
 
 _COMPARE_BYTES = 64 * 2**20
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_GIVE_PLAIN = "a quantized checkpoint cannot be trained, give the float32, bfloat16 or float16 one"
 # The index of an expert in the name of a layer's parameter: `local_experts.3.linear_fc1.weight`, or with Transformer
 # Engine `linear_fc1.weight3`.
 _EXPERT = re.compile(r"(mlp\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)(|\..*)")
@@ -72,6 +73,7 @@ def check_folder(folder: HFFolder, *, tensor_parallel: int, expert_parallel: int
     """
     where = str(folder.path / "config.json")
     family = family_of(folder.config, where)
+    _check_quantization(folder)
     shape = family.shape_from_config(HFConfig(folder.config, where))
     plan = entries(family, shape)
     cut = [entry for entry in plan if entry.expert is None]
@@ -163,19 +165,40 @@ def _check_tensor(folder: HFFolder, name: str, expected: tuple[int, ...]) -> Non
             f"tensor '{name}' in {info.file} has shape {list(info.shape)}, but config.json asks for {list(expected)}"
         )
     if info.dtype not in _WEIGHT_DTYPES:
+        held = str(info.dtype).removeprefix("torch.")
         raise CheckpointError(
-            f"tensor '{name}' in {info.file} is {info.dtype}: "
-            "a quantized checkpoint cannot be trained, give the float32, bfloat16 or float16 one"
+            f"tensor '{name}' in {info.file} is {held}: only float32, bfloat16 and float16 weights are trained; "
+            + ("convert it to float32" if info.dtype == torch.float64 else _GIVE_PLAIN)
         )
+
+
+def _check_quantization(folder: HFFolder) -> None:
+    """Check that the folder holds plain weights, and that its config.json does not say otherwise."""
+    record = folder.config.get("quantization_config")
+    if record is None:
+        return
+    method = record.get("quant_method") if isinstance(record, dict) else None
+    codes = [
+        name for name, info in folder.tensors.items() if not info.dtype.is_floating_point or info.dtype.itemsize < 2
+    ]
+    if codes:
+        held = f"'{codes[0]}' is {folder.tensors[codes[0]].dtype}"
+        raise CheckpointError(f"{folder.path} is quantized with {method!r} ({held}): {_GIVE_PLAIN}")
+    raise CheckpointError(
+        f"{folder.path}/config.json has a 'quantization_config' ({method!r}), but every tensor is plain: engines would "
+        "take the weights for codes. Remove this key from config.json"
+    )
 
 
 def _check_tied(folder: HFFolder, head: str, embedding: str) -> None:
     a, b = folder.tensors[head], folder.tensors[embedding]
-    same = a.shape == b.shape and a.dtype == b.dtype
+    same = a.shape == b.shape
+    wider = torch.promote_types(a.dtype, b.dtype)
     rows = max(1, _COMPARE_BYTES // max(1, b.nbytes // b.shape[0]))
     for start in range(0, b.shape[0] if same else 0, rows):
         stop = min(start + rows, b.shape[0])
-        if not torch.equal(folder.read_rows(head, start, stop), folder.read_rows(embedding, start, stop)):
+        of_head, of_embedding = (folder.read_rows(name, start, stop).to(wider) for name in (head, embedding))
+        if not torch.equal(of_head, of_embedding):
             same = False
             break
     if not same:

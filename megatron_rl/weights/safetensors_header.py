@@ -10,6 +10,7 @@ import torch
 
 from megatron_rl.errors import CheckpointError
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec"
 _HEADER_LIMIT = 100_000_000  # bytes; the safetensors library has the same limit
 _DTYPES = {
     "F64": torch.float64,
@@ -41,31 +42,59 @@ class TensorInfo:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Read names, shapes and dtypes of one safetensors file, and check them against the size of the file."""
+    """Read names, shapes and dtypes of one safetensors file, and check that its tensors fill the file exactly.
+
+    Raises:
+        CheckpointError: if the file is cut, is no safetensors file, or has holes, overlaps or a name twice.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
+        start = stream.read(8)
+        length = int.from_bytes(start, "little")
+        if _LFS_POINTER.startswith(start) and start:
+            raise CheckpointError(f"{file} is a Git-LFS pointer, not the weights: run `git lfs pull` in the folder")
         if size < 8 or length > _HEADER_LIMIT:
             raise CheckpointError(f"{file} is not a safetensors file (its header cannot be read): fetch it again")
         if size < 8 + length:
             raise CheckpointError(f"{file} is truncated inside its header ({size} bytes): fetch it again")
         raw = stream.read(length)
     try:
-        header = json.loads(raw)
+        header = json.loads(raw, object_pairs_hook=_unique)
         header.pop("__metadata__", None)
         found = {name: _tensor_info(entry, file) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        end = _check_filled({name: entry["data_offsets"] for name, entry in header.items()})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} has a malformed safetensors header ({error}): fetch it again") from error
-    needed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    needed = 8 + length + end
     if size != needed:
         fault = "truncated" if size < needed else "longer than its header says"
         raise CheckpointError(f"{file} is {fault}: {size} bytes instead of {needed}; fetch it again")
     return found
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"'{next(name for name in names if names.count(name) > 1)}' stands twice")
+    return found
+
+
 def _tensor_info(entry: dict[str, Any], file: Path) -> TensorInfo:
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(f"dtype {entry['dtype']!r} is not known")
     info = TensorInfo(tuple(entry["shape"]), _DTYPES[entry["dtype"]], file)
     start, stop = entry["data_offsets"]
     if stop - start != info.nbytes:
         raise ValueError(f"{entry['dtype']} {list(info.shape)} does not fill bytes {start} to {stop}")
     return info
+
+
+def _check_filled(places: dict[str, list[int]]) -> int:
+    """Return the end of the last tensor's bytes. Raise ValueError if tensors overlap or leave a hole."""
+    end = 0
+    for name, (start, stop) in sorted(places.items(), key=lambda item: item[1]):
+        if start != end:
+            raise ValueError(f"bytes of '{name}' begin at {start} instead of {end}")
+        end = stop
+    return end

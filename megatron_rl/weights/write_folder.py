@@ -3,6 +3,9 @@
 A folder is written under a temporary name next to its destination and gets its final name only when it is complete.
 """
 
+import contextlib
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,6 +23,7 @@ from megatron_rl.errors import CheckpointError
 from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.hf_folder import INDEX, MANIFEST, SINGLE, HFFolder
 
+_QUANTIZATION_RECORD = "hf_quant_config.json"  # written by NVIDIA ModelOpt
 _VALUES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -55,19 +60,53 @@ def write_hf_folder(
     if dest.exists() and not (dest.is_dir() and ((dest / "config.json").is_file() or not any(dest.iterdir()))):
         raise CheckpointError(f"{dest} exists and is not a model folder: choose another destination or remove it")
     dest.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{dest.name}.writing-", dir=dest.parent))
+    _remove_abandoned(dest)
+    temporary = Path(tempfile.mkdtemp(prefix=_unfinished(dest), dir=dest.parent))
+    held = _hold(temporary)
     try:
         # mkdtemp makes a private folder. Users who may read the parent may also read the model.
         temporary.chmod(dest.parent.stat().st_mode & 0o755)
         digests, dtypes = _write_shards(temporary, tensors, shard_bytes)
-        _copy_assets(source, temporary)
+        _copy_assets(source, temporary, quantization is not None)
         _write_config(source, temporary, dtypes, quantization)
         if manifest_version is not None:
             _write_json(temporary / MANIFEST, {"version": manifest_version, "tensors": digests})
+        _give_usual_modes(temporary)
         _replace(temporary, dest)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(held)
     return digests
+
+
+def _unfinished(dest: Path) -> str:
+    return f".{dest.name}.writing-"
+
+
+def _hold(folder: Path) -> int:
+    """Lock a folder until the returned descriptor is closed, or this process ends in any way."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    # A file system without locks cannot show that a writer ended. What killed writers left is kept there.
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
+
+
+def _remove_abandoned(dest: Path) -> None:
+    """Remove the temporary folders of earlier writers of `dest` that were killed."""
+    for folder in dest.parent.glob(f"{glob.escape(_unfinished(dest))}*"):
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:  # it has just been renamed or removed, or belongs to another user
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # its writer lives
+            continue
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(descriptor)
 
 
 def _write_shards(
@@ -83,7 +122,14 @@ def _write_shards(
     sizes: dict[str, tuple[torch.dtype, int]] = {}
 
     def flush() -> None:
-        save_file(shard, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        file = folder / f"{len(shards)}.part"
+        try:
+            save_file(shard, file, metadata={"format": "pt"})
+        except (SafetensorError, OSError) as error:
+            wanted, free = sum(tensor.nbytes for tensor in shard.values()), shutil.disk_usage(folder).free
+            raise CheckpointError(
+                f"a shard of {wanted} bytes cannot be written to {folder.parent} ({error}): {free} bytes are free there"
+            ) from error
         shards.append(list(shard))
         shard.clear()
 
@@ -119,8 +165,10 @@ def _name_shards(folder: Path, shards: list[list[str]], total_size: int) -> None
     )
 
 
-def _copy_assets(source: HFFolder, folder: Path) -> None:
+def _copy_assets(source: HFFolder, folder: Path, quantized: bool) -> None:
     for asset in source.assets:
+        if asset.name == _QUANTIZATION_RECORD and not quantized:
+            continue
         (folder / asset).parent.mkdir(exist_ok=True)
         shutil.copyfile(source.path / asset, folder / asset)
 
@@ -133,15 +181,17 @@ def _write_config(
 ) -> None:
     """Write the dtype that holds most of the bytes into config.json, if writing changed any tensor's dtype.
 
-    In a quantized folder this is the dtype of the unquantized tensors, because it is the dtype to compute in.
+    In a quantized folder this is the dtype of the unquantized tensors, because it is the dtype to compute in. The
+    source's `quantization_config` is left out: it does not describe what was written.
     """
     if quantization is not None:
         written = {name: entry for name, entry in written.items() if name in source.tensors and entry[0] in _VALUES}
     changed = any(
         name in source.tensors and source.tensors[name].dtype != dtype for name, (dtype, _) in written.items()
     )
+    kept = {key: value for key, value in source.config.items() if key != "quantization_config"}
     added = {} if quantization is None else {"quantization_config": dict(quantization)}
-    if not changed and not added:
+    if not changed and kept | added == source.config:
         return
     weight: dict[torch.dtype, int] = {}
     for dtype, nbytes in written.values():
@@ -149,11 +199,20 @@ def _write_config(
     # transformers 4 wrote torch_dtype, 5 writes dtype. Both may be present, and then both must be correct.
     keys = [key for key in ("dtype", "torch_dtype") if key in source.config] or ["dtype"]
     name = str(max(weight, key=lambda dtype: weight[dtype])).removeprefix("torch.")
-    _write_json(folder / "config.json", source.config | dict.fromkeys(keys, name) | added)
+    named = dict.fromkeys(keys, name) if changed or added else {}
+    _write_json(folder / "config.json", kept | named | added)
 
 
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _give_usual_modes(folder: Path) -> None:
+    """Give every file the mode of a newly created one. safetensors writes files that only their owner may read."""
+    usual = (folder / "config.json").stat().st_mode
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(usual)
 
 
 def _replace(temporary: Path, dest: Path) -> None:

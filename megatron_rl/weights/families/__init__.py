@@ -21,7 +21,9 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     known = {architecture: family for family in FAMILIES for architecture in family.architectures}
     named = config.get("architectures")
     if not isinstance(named, list) or len(named) != 1:
-        raise ConfigError(f"{where}: 'architectures' is {named!r}; one of {', '.join(sorted(known))} is needed")
+        raise ConfigError(
+            f"{where}: 'architectures' is {named!r}, exactly one name is needed; supported: {', '.join(sorted(known))}"
+        )
     if named[0] not in known:
         raise ConfigError(f"{where}: architecture '{named[0]}' is not supported; supported: {', '.join(sorted(known))}")
     return known[named[0]]

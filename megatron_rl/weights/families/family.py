@@ -167,7 +167,12 @@ class HFConfig:
     def no_sliding_window(self) -> None:
         """Check that no layer uses sliding-window attention. A window that is set but switched off is allowed."""
         self.demand("use_sliding_window", (False, None))
-        for kind in self.values.get("layer_types") or ():
+        kinds, layers = self.values.get("layer_types") or (), self.integer("num_hidden_layers")
+        if not isinstance(kinds, (list, tuple)) or len(kinds) not in (0, layers):
+            raise ConfigError(
+                f"{self.where}: 'layer_types' is {kinds!r}, one word for each of {layers} layers is needed"
+            )
+        for kind in kinds:
             if kind != "full_attention":
                 raise ConfigError(
                     f"{self.where}: 'layer_types' holds {kind!r}, which is not supported; supported: 'full_attention'"

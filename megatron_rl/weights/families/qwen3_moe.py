@@ -15,9 +15,14 @@ def _shape(config: HFConfig) -> ModelShape:
     config.demand("mlp_only_layers", ([], None))
     config.demand("decoder_sparse_step", (1, None))
     config.demand("shared_expert_intermediate_size", (0, None))
+    # transformers 5 has an alias for its own name of this key and may write either name.
+    counts = [config.integer(key) for key in ("num_experts", "num_local_experts") if key in config.values]
+    if len(set(counts)) > 1:
+        raise ConfigError(
+            f"{config.where}: 'num_experts' = {counts[0]} and 'num_local_experts' = {counts[1]} contradict each other"
+        )
     experts = Experts(
-        # transformers 5 has an alias for its own name of this key and may write either name.
-        count=config.integer("num_experts" if "num_experts" in config.values else "num_local_experts"),
+        count=counts[0] if counts else config.integer("num_experts"),
         per_token=config.integer("num_experts_per_tok"),
         ffn_hidden_size=config.integer("moe_intermediate_size"),
         norm_topk_prob=config.boolean("norm_topk_prob"),

@@ -213,7 +213,7 @@ def test_a_config_that_is_not_a_json_object_is_named(copy: Path, text: str) -> N
 
 def test_a_folder_without_safetensors_is_named(copy: Path) -> None:
     (copy / SINGLE).rename(copy / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="safe_serialization"):
+    with pytest.raises(CheckpointError, match="save_pretrained"):
         HFFolder(copy)
 
 

@@ -99,7 +99,7 @@ def test_the_shape_is_read_from_the_config_of_transformers_4_and_of_5() -> None:
         ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0}}, "'yarn' RoPE"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear' RoPE"),
         ({"use_sliding_window": True}, "'use_sliding_window' is True"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention'"),
+        ({"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "'sliding_attention'"),
         ({"attention_bias": True}, "'attention_bias' is True"),
         ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu'.*supported: 'silu'"),
         ({"num_key_value_heads": 3}, "'num_key_value_heads' = 3 does not divide 'num_attention_heads' = 8"),
@@ -156,7 +156,7 @@ def test_an_unknown_tensor_is_named(copy: Path) -> None:
 
 
 def test_a_layer_too_many_is_an_unknown_tensor(copy: Path) -> None:
-    edit_config(copy, num_hidden_layers=3)
+    edit_config(copy, num_hidden_layers=3, layer_types=["full_attention"] * 3)
     with pytest.raises(CheckpointError, match=r"'model\.layers\.3\..*with 3 layers"):
         check_folder(HFFolder(copy), tensor_parallel=1)
 
@@ -170,7 +170,7 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(copy: Path) -> None
 def test_a_quantized_tensor_is_refused(copy: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     edit_tensors(copy, lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)}))
-    with pytest.raises(CheckpointError, match=r"up_proj\.weight' .* is torch\.float8_e4m3fn"):
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight' .* is float8_e4m3fn: .*quantized"):
         check_folder(HFFolder(copy), tensor_parallel=1)
 
 
