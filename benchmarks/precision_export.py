@@ -26,8 +26,8 @@ from megatron_rl.policy.device_port import pick_device
 from megatron_rl.precision.plan import resolve
 from megatron_rl.weights.export import export_weights
 from megatron_rl.weights.hf_folder import HFFolder
+from megatron_rl.weights.hf_model import check_folder
 from megatron_rl.weights.load_weights import load_weights
-from megatron_rl.weights.name_table import check_folder
 from megatron_rl.weights.quantized import WireTensors, export_dtypes
 
 ROLLOUTS = ("bf16", "fp8_blockwise", "fp8_blockwise_pow2", "int8")
@@ -75,9 +75,10 @@ def measure(path: Path, dtype: str, repeat: int) -> list[dict[str, Any]]:
     config = make_config({"model": {"path": str(path)}, "precision": {"train": dtype}})
     mesh = parallel.initialize(config.parallel, pick_device("cpu"), seed=0)
     folder = HFFolder(path)
-    family, shape = check_folder(folder, tensor_parallel=1)
+    source = check_folder(folder)
+    family, shape = source.family, source.shape
     chunks = build_planned_chunks(config, shape, mesh)
-    load_weights(chunks, folder, family, shape, tp_rank=0, tp_size=1)
+    load_weights(chunks, source, tp_rank=0, tp_size=1)
     folder.close()
     held = sum(parameter.nbytes for parameter in chunks[0].parameters())
     largest = 4 * max(parameter.numel() for parameter in chunks[0].parameters())

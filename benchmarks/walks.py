@@ -42,8 +42,8 @@ from megatron_rl.trainer.bringup import open_run
 from megatron_rl.trainer.metrics import Stopwatch
 from megatron_rl.trainer.trainer import Trainer
 from megatron_rl.weights.hf_folder import HFFolder
+from megatron_rl.weights.hf_model import check_folder
 from megatron_rl.weights.load_weights import load_weights
-from megatron_rl.weights.name_table import check_folder
 
 PROMPT, WEIGHT, FOLDER = "prompt to loss", "weight to engine", "folder to parameter"
 
@@ -189,11 +189,11 @@ def walk_folder_to_parameter(tracer: Tracer, trainer: Trainer) -> None:
     """Load a folder into a model, as `policy.build.build_policy` does. Building the model itself is not traced."""
     mesh, config = trainer.mesh, trainer.config
     with tracer.walk(FOLDER):
-        source = HFFolder(config.model.path)
-        family, shape = check_folder(source, tensor_parallel=mesh.tp_size, expert_parallel=config.parallel.expert)
-    models = build_planned_chunks(config, shape, mesh)
+        sizes = {"tensor_parallel": mesh.tp_size, "expert_parallel": config.parallel.expert}
+        source = check_folder(HFFolder(config.model.path), **sizes)
+    models = build_planned_chunks(config, source.shape, mesh)
     with tracer.walk(FOLDER):
-        load_weights(models, source, family, shape, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size)
+        load_weights(models, source, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size)
 
 
 def show(walks: dict[str, Walk], *, pairs: bool) -> None:

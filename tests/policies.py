@@ -11,7 +11,7 @@ from megatron_rl.policy.parallel import Mesh
 from megatron_rl.precision.plan import PrecisionPlan, resolve
 from megatron_rl.weights.families import ModelShape
 from megatron_rl.weights.hf_folder import HFFolder
-from megatron_rl.weights.name_table import check_folder
+from megatron_rl.weights.hf_model import check_folder
 
 
 def embedded_plan(precision: PrecisionConfig, num_layers: int) -> PrecisionPlan:
@@ -28,7 +28,8 @@ def build_planned_policy(config: Config, mesh: Mesh) -> Policy:
     """Return the policy of a configuration. Collective."""
     folder = HFFolder(config.model.path)
     parallel = config.parallel
-    _, shape = check_folder(folder, tensor_parallel=parallel.tensor, expert_parallel=parallel.expert)
+    sizes = {"tensor_parallel": parallel.tensor, "expert_parallel": parallel.expert}
+    shape = check_folder(folder, **sizes).shape
     return build_policy(config, mesh, *planned(config, shape))
 
 

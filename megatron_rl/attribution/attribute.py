@@ -36,6 +36,7 @@ from megatron_rl.sampling.group import sample_groups
 from megatron_rl.types import Batch, Prompt
 from megatron_rl.weights.export import export_weights
 from megatron_rl.weights.hf_folder import HFFolder
+from megatron_rl.weights.hf_model import HFModel, check_folder
 from megatron_rl.weights.load_weights import load_weights
 from megatron_rl.weights.quantized import export_dtypes
 from megatron_rl.weights.write_folder import write_hf_folder
@@ -210,7 +211,7 @@ def attribute(
 
     def score_served(weights: Path, quantized_inputs: bool = False) -> np.ndarray:
         with ExitStack() as products:
-            opened = products.enter_context(closing(HFFolder(weights)))
+            opened = check_folder(products.enter_context(closing(HFFolder(weights))))
             _load(policy, opened)
             if plan.quantizes_inputs:
                 products.enter_context(engine_products(policy, opened, plan, quantized_inputs=quantized_inputs))
@@ -308,7 +309,5 @@ def _write_sent(policy: Policy, plan: PrecisionPlan, folder: Path) -> None:
     policy.mesh.raise_everywhere(policy.mesh.broadcast(failure))
 
 
-def _load(policy: Policy, weights: HFFolder) -> None:
-    load_weights(
-        policy.models, weights, policy.family, policy.shape, tp_rank=policy.mesh.tp_rank, tp_size=policy.mesh.tp_size
-    )
+def _load(policy: Policy, weights: HFModel) -> None:
+    load_weights(policy.models, weights, tp_rank=policy.mesh.tp_rank, tp_size=policy.mesh.tp_size)

@@ -19,8 +19,8 @@ from megatron_rl.policy.actor import Policy
 from megatron_rl.precision.formats import fake_quantize
 from megatron_rl.precision.linear import QuantizedLinear, linears
 from megatron_rl.precision.plan import PrecisionPlan
-from megatron_rl.weights.hf_folder import HFFolder
-from megatron_rl.weights.name_table import entries, local_parameters
+from megatron_rl.weights.hf_model import HFModel
+from megatron_rl.weights.name_table import entries, local_tensors
 
 
 @contextmanager
@@ -49,9 +49,7 @@ def without_recipe(policy: Policy) -> Iterator[None]:
 
 
 @contextmanager
-def engine_products(
-    policy: Policy, weights: HFFolder, plan: PrecisionPlan, *, quantized_inputs: bool
-) -> Iterator[None]:
+def engine_products(policy: Policy, weights: HFModel, plan: PrecisionPlan, *, quantized_inputs: bool) -> Iterator[None]:
     """Make linear layers with quantized weights multiply like an engine with quantized inputs.
 
     The product is computed in float32 and rounded once to the layer's dtype. If tensor parallelism splits the inputs of
@@ -64,7 +62,7 @@ def engine_products(
         quantized_inputs: quantize inputs row by row, in the format of the plan's engine_inputs.
     """
     fmt = plan.engine_inputs if quantized_inputs else None
-    of_parameter = {id(p): e for e, p in local_parameters(policy.models, entries(policy.family, policy.shape)).values()}
+    of_parameter = {id(p): e for e, p in local_tensors(policy.models, entries(policy.family, policy.shape)).values()}
     found = [
         (layer, one) for model in policy.models for layer, _, one in linears(model.decoder) if layer not in plan.kept
     ]

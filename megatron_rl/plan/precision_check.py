@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from math import gcd
 
 from megatron_rl.config import Config
+from megatron_rl.errors import ConfigError
 from megatron_rl.precision.machine import Machine, execution_mode
 from megatron_rl.precision.plan import PrecisionPlan, resolve
 from megatron_rl.precision.plan_checks import Matrix, PlanReport, RowRange, check_plan
@@ -30,7 +31,7 @@ def check_precision(config: Config, family: Family, shape: ModelShape, machine: 
     table = entries(family, shape)
     units = [count for entry in table if entry.expert is None for count in entry.rule.layout.units.values()]
     common = gcd(*units)
-    sizes = [size for size in range(1, common + 1) if common % size == 0]
+    sizes = [size for size in range(1, common + 1) if common % size == 0 and _fits(table, size)]
     return check_plan(
         plan,
         {size: tuple(matrices(plan, table, size)) for size in sizes},
@@ -41,6 +42,16 @@ def check_precision(config: Config, family: Family, shape: ModelShape, machine: 
         engine=config.rollout.engine,
         foreign=bool(config.rollout.urls),
     )
+
+
+def _fits(table: tuple[Entry, ...], size: int) -> bool:
+    """Return whether `size` tensor-parallel ranks can hold the model."""
+    try:
+        for entry in table:
+            entry.rule.layout.check(entry.cut(size))
+    except ConfigError:
+        return False
+    return True
 
 
 def _tokens_per_rank(config: Config) -> int:
@@ -70,14 +81,14 @@ def matrices(plan: PrecisionPlan, table: tuple[Entry, ...], size: int) -> Iterat
 def _runs(layout: Layout, size: int) -> list[list[RowRange]]:
     """Return, per Hugging Face matrix of a parameter, its rows on each of `size` ranks, as in `Layout.read`."""
     if isinstance(layout, QKV):
-        queries, head = layout.heads // layout.groups * layout.head_dim, layout.head_dim
-        here = layout.groups // size
-        places = [(group, group % here * (queries + 2 * head)) for group in range(layout.groups)]
-        return [
-            [RowRange(group * queries, at, queries) for group, at in places],
-            [RowRange(group * head, at + queries, head) for group, at in places],
-            [RowRange(group * head, at + queries + head, head) for group, at in places],
-        ]
+        found: list[list[RowRange]] = [[], [], []]
+        held = layout.local_shape(size)[0]
+        for rank in range(size):
+            at = 0
+            for part, start, stop in layout.slices(rank * held, held):
+                found[part].append(RowRange(start, at, stop - start))
+                at += stop - start
+        return found
     if isinstance(layout, GateUp):
         rows = layout.ffn_hidden_size // size
         return [[RowRange(rank * rows, part * rows, rows) for rank in range(size)] for part in range(2)]

@@ -18,7 +18,7 @@ from megatron_rl.precision.plan_checks import PlanReport
 from megatron_rl.precision.table import describe
 from megatron_rl.weights.families import ModelShape
 from megatron_rl.weights.hf_folder import HFFolder
-from megatron_rl.weights.name_table import check_folder
+from megatron_rl.weights.hf_model import check_folder
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,13 @@ def resolve_run(config: Config) -> RunPlan:
     """
     algorithm, machine = plan_algorithm(config), this_machine()
     parallel = config.parallel
-    folder = HFFolder(config.model.path)
-    family, shape = check_folder(folder, tensor_parallel=parallel.tensor, expert_parallel=parallel.expert)
+    sizes = {"tensor_parallel": parallel.tensor, "expert_parallel": parallel.expert}
+    model = check_folder(HFFolder(config.model.path), **sizes)
+    shape = model.shape
     check_experts(config, shape)
     _check_sizes(config, shape)
     noise = layer_noise(config.alp, shape.num_layers)
-    report = check_precision(config, family, shape, machine)
+    report = check_precision(config, model.family, shape, machine)
     if not config.rollout.urls:
         own_servers(config, report.plan, machine.device, 0.0, offloads=algorithm.offloads_engines).check()
         check_transport(config, machine.device)

@@ -25,8 +25,7 @@ from megatron_rl.policy.update_stats import UpdateStats, gather_columns, gather_
 from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.types import COLUMNS, Batch
 from megatron_rl.weights.export import export_weights
-from megatron_rl.weights.families import Family, ModelShape
-from megatron_rl.weights.hf_folder import HFFolder
+from megatron_rl.weights.hf_model import HFModel
 from megatron_rl.weights.quantized import WireTensors, export_dtypes
 from megatron_rl.weights.write_folder import write_hf_folder
 
@@ -60,9 +59,7 @@ class Policy:
     Attributes:
         settings: see `PolicySettings`.
         mesh: the parallel layout.
-        source: the Hugging Face folder that the weights came from.
-        family: the model family.
-        shape: the sizes of the model.
+        source: the Hugging Face model that the weights came from, with its `family` and `shape`.
         models: this rank's pipeline chunks.
         chunks: the same, wrapped for data parallelism.
         optimizer: megatron-core's optimizer.
@@ -74,16 +71,15 @@ class Policy:
         self,
         settings: PolicySettings,
         mesh: Mesh,
-        source: HFFolder,
-        family: Family,
-        shape: ModelShape,
+        source: HFModel,
         models: list[PolicyModel],
         chunks: list[DistributedDataParallel],
         optimizer: PolicyOptimizer,
         products: ProductMonitor,
         routing: RoutingReplay,
     ) -> None:
-        self.settings, self.mesh, self.source, self.family, self.shape = settings, mesh, source, family, shape
+        self.settings, self.mesh, self.source = settings, mesh, source
+        self.family, self.shape = source.family, source.shape
         self.models, self.chunks, self.optimizer = models, chunks, optimizer
         self.products, self.routing = products, routing
         self.tf_config = models[0].config

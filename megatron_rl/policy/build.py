@@ -18,8 +18,8 @@ from megatron_rl.policy.quantized_products import ProductMonitor
 from megatron_rl.policy.routing_replay import RoutingReplay
 from megatron_rl.precision.plan import DTYPES, PrecisionPlan
 from megatron_rl.weights.hf_folder import HFFolder
+from megatron_rl.weights.hf_model import check_folder
 from megatron_rl.weights.load_weights import load_weights
-from megatron_rl.weights.name_table import check_folder
 
 
 def build_policy(config: Config, mesh: Mesh, precision: PrecisionPlan, noise: LayerNoise | None) -> Policy:
@@ -35,10 +35,11 @@ def build_policy(config: Config, mesh: Mesh, precision: PrecisionPlan, noise: La
         ConfigError, CheckpointError: the folder does not fit the layout.
         PrecisionError: its weights do not fit the trainer's dtype.
     """
-    source = HFFolder(config.model.path)
-    family, shape = check_folder(source, tensor_parallel=mesh.tp_size, expert_parallel=config.parallel.expert)
+    sizes = {"tensor_parallel": mesh.tp_size, "expert_parallel": config.parallel.expert}
+    source = check_folder(HFFolder(config.model.path), **sizes)
+    shape = source.shape
     models = build_chunks(config, shape, mesh, precision, noise)
-    load_weights(models, source, family, shape, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size)
+    load_weights(models, source, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size)
     products = ProductMonitor(precision, models, mesh, HAVE_TE)
     routing = RoutingReplay(config, shape, models, mesh)
     failures = mesh.gather(find_bad_weights(models, config))
@@ -63,4 +64,4 @@ def build_policy(config: Config, mesh: Mesh, precision: PrecisionPlan, noise: La
         noise_seed=config.run.seed,
         noise_is_sharded=config.parallel.sequence and config.alp.layers != "logits",
     )
-    return Policy(settings, mesh, source, family, shape, models, chunks, optimizer, products, routing)
+    return Policy(settings, mesh, source, models, chunks, optimizer, products, routing)

@@ -2,7 +2,7 @@
 
 from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError, PrecisionError
-from megatron_rl.weights.families.family import ModelShape
+from megatron_rl.weights.families import ModelShape
 
 
 def check_experts(config: Config, shape: ModelShape) -> None:

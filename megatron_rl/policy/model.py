@@ -24,7 +24,7 @@ from megatron_rl.policy.parallel import Mesh
 from megatron_rl.policy.quantized_products import transformer_engine_recipe
 from megatron_rl.policy.routing_replay import prepare_experts
 from megatron_rl.precision.plan import DTYPES, PrecisionPlan
-from megatron_rl.weights.families.family import Experts, ModelShape
+from megatron_rl.weights.families import Experts, ModelShape
 from megatron_rl.weights.layouts import padded_vocab
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -115,14 +115,14 @@ def transformer_config(config: Config, shape: ModelShape, precision: PrecisionPl
         raise ConfigError(
             f"parallel.pipeline x parallel.virtual_pipeline = {stages} does not divide {shape.num_layers} layers"
         )
-    dtype = DTYPES[config.precision.train]
+    dtype, factor = DTYPES[config.precision.train], shape.rope.attention_factor
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         num_attention_heads=shape.num_heads,
         num_query_groups=shape.num_kv_heads,
         kv_channels=shape.head_dim,
-        ffn_hidden_size=shape.ffn_hidden_size if shape.experts is None else shape.experts.ffn_hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_eps,
         gated_linear_unit=True,
@@ -147,6 +147,9 @@ def transformer_config(config: Config, shape: ModelShape, precision: PrecisionPl
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
+        # RoPE's factor on cosines and sines multiplies queries and keys, so twice the scores.
+        softmax_scale=None if factor == 1 else factor**2 / shape.head_dim**0.5,
+        **_windows(shape),
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
@@ -159,7 +162,7 @@ def transformer_config(config: Config, shape: ModelShape, precision: PrecisionPl
         # The loss is already divided by the global denominator: gradients are plain sums over micro-batches and ranks.
         calculate_per_token_loss=True,
         **RECOMPUTE[parallel.recompute],
-        **({} if shape.experts is None else _mixture(shape.experts, parallel.expert)),
+        **({} if shape.experts is None else _mixture(shape.experts, shape.num_layers, parallel.expert)),
         **(transformer_engine_recipe(config, precision) if HAVE_TE else {}),
     )
 
@@ -168,12 +171,32 @@ def _from_checkpoint(_: torch.Tensor) -> None:
     """Leave the parameter as it is: its values come from a checkpoint."""
 
 
-def _mixture(experts: Experts, expert_parallel: int) -> dict[str, Any]:
+def _windows(shape: ModelShape) -> dict[str, Any]:
+    """Return megatron-core's settings of windows. A window of w keys holds a query's own key and w - 1 before."""
+    widths = {width for width in shape.windows if width is not None}
+    if not widths:
+        return {}
+    if len(widths) > 1:
+        raise ConfigError(f"the model's layers have windows of {sorted(widths)} keys: only one width is supported")
+    return {
+        "window_size": (widths.pop() - 1, 0),
+        "window_attn_skip_freq": [int(width is not None) for width in shape.windows],
+    }
+
+
+def _mixture(experts: Experts, num_layers: int, expert_parallel: int) -> dict[str, Any]:
     """Return megatron-core's settings of a router and its experts.
 
     No load-balancing loss is used, because it would be part of every objective.
+
+    Args:
+        experts: the mixture of experts.
+        num_layers: number of layers.
+        expert_parallel: number of expert-parallel ranks.
     """
+    dense = experts.dense_layers
     return {
+        **({"moe_layer_freq": [int(layer not in dense) for layer in range(num_layers)]} if dense else {}),
         "num_moe_experts": experts.count,
         "moe_ffn_hidden_size": experts.ffn_hidden_size,
         "moe_router_topk": experts.per_token,
@@ -227,7 +250,7 @@ def build_chunks(
             parallel_output=True,
             share_embeddings_and_output_weights=shape.tied_embeddings,
             position_embedding_type="rope",
-            rotary_base=shape.rope_theta,
+            rotary_percent=shape.rope.dim / shape.head_dim,
             vp_stage=stage,
             real_vocab_size=shape.vocab_size,
             temperature=config.rollout.temperature,
@@ -235,6 +258,7 @@ def build_chunks(
             fp32_head=config.precision.fp32_lm_head,
         )
         prepare_experts(chunk)
+        chunk.rotary_pos_emb.inv_freq = shape.rope.frequencies(shape.max_position_embeddings)
         chunks.append(chunk.to(mesh.device))
     return chunks
 

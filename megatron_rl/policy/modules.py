@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -22,6 +22,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.transformer.utils import is_layer_window_attention
 from megatron.core.utils import divide
 
 from megatron_rl.alp.layer import NoiseDraw, perturbed_spec
@@ -52,7 +53,7 @@ class AttentionGroup:
         columns: keys per block.
         queries: positions in this rank's stream, shape [count x rows].
         keys: positions in the stream of keys gathered over context-parallel ranks, shape [count x columns].
-        mask: shape [rows, columns] if the block is not square, else None (causal).
+        masks: window -> mask of the block, filled by `mask_of`.
     """
 
     count: int
@@ -60,7 +61,20 @@ class AttentionGroup:
     columns: int
     queries: torch.Tensor
     keys: torch.Tensor
-    mask: torch.Tensor | None
+    masks: dict[int | None, torch.Tensor | None] = dataclasses.field(default_factory=dict)
+
+    def mask_of(self, window: int | None) -> torch.Tensor | None:
+        """Return which keys each query sees, bool, shape [rows, columns]. None: a square block, causal, no window.
+
+        Layers share the masks, and so do the calls of recomputation.
+        """
+        window = None if window is not None and window >= self.columns else window
+        if window not in self.masks:
+            last = self.columns - self.rows
+            whole = torch.ones(self.rows, self.columns, dtype=torch.bool, device=self.queries.device).tril(last)
+            plain = window is None and last == 0
+            self.masks[window] = None if plain else whole if window is None else whole.triu(last - window + 1)
+        return self.masks[window]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,13 +119,7 @@ def plan_attention(cu_seqlens: list[int], cp_size: int, cp_rank: int, device: to
     groups, order = [], []
     for (rows_each, columns), members in blocks.items():
         queries, keys = (torch.cat(column) for column in zip(*members, strict=True))
-        square = rows_each == columns
-        mask = (
-            None
-            if square
-            else torch.ones(rows_each, columns, dtype=torch.bool, device=device).tril(columns - rows_each)
-        )
-        groups.append(AttentionGroup(len(members), rows_each, columns, queries.to(device), keys.to(device), mask))
+        groups.append(AttentionGroup(len(members), rows_each, columns, queries.to(device), keys.to(device)))
         order.append(queries)
     return AttentionPlan(tuple(groups), torch.cat(order).argsort().to(device))
 
@@ -138,6 +146,8 @@ class PackedAttention(MegatronModule):
         self.cp_group = groups.cp
         self.width = divide(config.kv_channels * config.num_attention_heads, groups.tp.size())
         self.scale = softmax_scale
+        seen = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if seen else None
 
     def forward(
         self,
@@ -172,8 +182,9 @@ class PackedAttention(MegatronModule):
         for g in plan.groups:
             q = query.index_select(0, g.queries).unflatten(0, (g.count, g.rows)).transpose(1, 2)
             k, v = (x.index_select(0, g.keys).unflatten(0, (g.count, g.columns)).transpose(1, 2) for x in (key, value))
+            mask = g.mask_of(self.window)
             out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=g.mask, is_causal=g.mask is None, scale=self.scale, enable_gqa=grouped
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped
             )
             outputs.append(out.transpose(1, 2).reshape(g.count * g.rows, self.width))
         return torch.cat(outputs).index_select(0, plan.inverse)
@@ -203,7 +214,7 @@ def block_spec(
     vp_stage: int | None = None,
     noise: LayerNoise | None = None,
     plan: PrecisionPlan | None = None,
-) -> TransformerBlockSubmodules | ModuleSpec:
+) -> TransformerBlockSubmodules:
     """Return the spec of the block: Transformer Engine's layers with CUDA, megatron-core's local layers without.
 
     Args:
@@ -214,26 +225,32 @@ def block_spec(
             from `config`.
     """
     if HAVE_TE:
-        layer = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts,
-            moe_grouped_gemm=config.moe_grouped_gemm,
-            qk_layernorm=config.qk_layernorm,
-        )
-        return layer if noise is None else perturbed_spec(layer, noise)
-    plain = _local_layer(config)
+        block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        layers = block.layer_specs if noise is None else [perturbed_spec(layer, noise) for layer in block.layer_specs]
+        return dataclasses.replace(block, layer_specs=layers)
     operands = None if plan is None else operands_of(plan)
-    low = plain if operands is None else quantized_layer(plain, operands)
     kept = frozenset() if plan is None else plan.kept
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
-    layers = [plain if first + n in kept else low for n in range(get_num_layers_to_build(config, vp_stage=vp_stage))]
+    layers = []
+    for layer in range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage)):
+        plain = _local_layer(config, with_experts(config, layer))
+        layers.append(plain if operands is None or layer in kept else quantized_layer(plain, operands))
     if noise is not None:
         layers = [perturbed_spec(layer, noise) for layer in layers]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
-def _local_layer(config: TransformerConfig) -> ModuleSpec:
+def with_experts(config: TransformerConfig, layer: int) -> bool:
+    """Return whether a layer (from 0) has a mixture of experts, by megatron-core's configuration."""
+    frequency = config.moe_layer_freq
+    return config.num_moe_experts is not None and (not isinstance(frequency, list) or bool(frequency[layer]))
+
+
+def _local_layer(config: TransformerConfig, experts: bool) -> ModuleSpec:
     local = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+        num_experts=config.num_moe_experts if experts else None,
+        qk_layernorm=config.qk_layernorm,
+        normalization="RMSNorm",
     )
     attention = local.submodules.self_attention
     norms = {"q_layernorm": RMSNorm, "k_layernorm": RMSNorm} if config.qk_layernorm else {}

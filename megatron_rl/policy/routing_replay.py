@@ -21,7 +21,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.policy.packing import Microbatch, local_positions
 from megatron_rl.policy.parallel import Mesh
 from megatron_rl.types import Batch
-from megatron_rl.weights.families.family import ModelShape
+from megatron_rl.weights.families import ModelShape
 
 
 class RouterReplay:

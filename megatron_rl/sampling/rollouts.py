@@ -29,7 +29,7 @@ from megatron_rl.tasks import Task, prompts_for_step
 from megatron_rl.tasks.make_reward import make_reward
 from megatron_rl.tasks.reward import Response, Score
 from megatron_rl.types import Batch, Prompt, Trajectory
-from megatron_rl.weights.families import HFConfig, family_of
+from megatron_rl.weights.families import read_family
 from megatron_rl.weights.hf_folder import HFFolder
 
 _EVALUATED_TOGETHER = 8  # prompts whose responses are verified at the same time
@@ -64,7 +64,7 @@ def _routed(config: Config) -> RoutedShape | None:
         return None
     folder = HFFolder(config.model.path)
     where = str(folder.path / "config.json")
-    shape = family_of(folder.config, where).shape_from_config(HFConfig(folder.config, where))
+    _, shape = read_family(folder.config, where)
     if shape.experts is None:
         raise ConfigError(
             f"rollout.routing_replay: true replays the choice of experts, and {where} is of a dense model"

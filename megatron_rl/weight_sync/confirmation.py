@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from megatron_rl.engines.control import Traits
 from megatron_rl.engines.pool import EnginePool
 from megatron_rl.errors import EngineError
-from megatron_rl.weight_sync.expected_digests import ExpectedDigests, first_difference
-from megatron_rl.weights.families.family import DTYPES
+from megatron_rl.weight_sync.expected_digests import SERVED_DTYPES, ExpectedDigests, first_difference
 
 Digests = Mapping[str, str]
 
@@ -33,7 +32,7 @@ def has_expected_digests(traits: Traits) -> bool:
     They cannot on several ranks, on a GPU, or where the engine itself quantizes the weights.
     """
     return traits.embedded or (
-        traits.device == "cpu" and traits.ranks == 1 and not traits.quantized and traits.dtype in DTYPES
+        traits.device == "cpu" and traits.ranks == 1 and not traits.quantized and traits.dtype in SERVED_DTYPES
     )
 
 

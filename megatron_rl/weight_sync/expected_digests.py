@@ -12,7 +12,9 @@ from torch import Tensor
 
 from megatron_rl.protocol.buckets import Bucket
 from megatron_rl.weights.digest import tensor_digest
-from megatron_rl.weights.families.family import DTYPES
+
+# dtypes of parameters as servers name them.
+SERVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _ROWS = 64  # SGLang pads the vocabulary with zeros to a multiple of it
 _VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
@@ -40,7 +42,7 @@ class ExpectedDigests:
         self.digests: dict[str, str] = {}
         self.placed: dict[str, int] = {}
         self._plain = plain
-        self._fused = {name: FusedDigests(DTYPES[name]) for name in fused}
+        self._fused = {name: FusedDigests(SERVED_DTYPES[name]) for name in fused}
 
     def add_bucket(self, bucket: Bucket) -> None:
         """Add the tensors of a bucket, and note the bucket of each."""

@@ -13,7 +13,7 @@ from megatron_rl.weight_sync.confirmation import ScoreProbe, has_expected_digest
 from megatron_rl.weight_sync.expected_digests import ExpectedDigests
 from megatron_rl.weight_sync.transaction import Transaction, Version
 from megatron_rl.weight_sync.transports.transport import Transport, each
-from megatron_rl.weights.hf_folder import HFFolder
+from megatron_rl.weights.hf_folder import ModelFiles
 from megatron_rl.weights.quantized import is_finite
 
 
@@ -38,7 +38,7 @@ class WeightSync:
     def __init__(
         self,
         pool: EnginePool | None,
-        source: HFFolder,
+        source: ModelFiles,
         transport: Transport,
         *,
         mode: str = "retract",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megatron_rl.errors import CheckpointError
 from megatron_rl.weights.families import Family, ModelShape
-from megatron_rl.weights.name_table import Entry, entries, local_parameters
+from megatron_rl.weights.name_table import Entry, entries, local_tensors
 
 Holdings = tuple[int, dict[str, tuple[int, ...]]]
 """What a rank contributes: its tensor-parallel rank, and the local shape of each parameter it is to send."""
@@ -51,7 +51,7 @@ def export_weights(
     untyped = [name for entry in plan for name in entry.rule.hf if name not in dtypes]
     if untyped:
         raise CheckpointError(f"no dtype is given for tensor '{untyped[0]}' of the export")
-    parameters = {name: parameter for name, (_, parameter) in local_parameters(chunks, entries(family, shape)).items()}
+    parameters = {name: parameter for name, (_, parameter) in local_tensors(chunks, entries(family, shape)).items()}
     experts = {entry.mcore for entry in plan if entry.expert is not None}
     owners = _owners(
         plan, _exchange(parameters, experts, control), parallel_state.get_tensor_model_parallel_world_size()
@@ -60,7 +60,7 @@ def export_weights(
 
 
 def _exchange(
-    parameters: Mapping[str, nn.Parameter], experts: AbstractSet[str], control: dist.ProcessGroup | None
+    parameters: Mapping[str, Tensor], experts: AbstractSet[str], control: dist.ProcessGroup | None
 ) -> list[Holdings]:
     """Return what every rank sends, in rank order.
 
@@ -107,7 +107,7 @@ def _owners(plan: Sequence[Entry], holdings: Sequence[Holdings], tp_size: int) -
 
 def _stream(
     plan: Sequence[Entry],
-    parameters: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, Tensor],
     owners: Mapping[str, list[int]],
     dtypes: Mapping[str, torch.dtype],
 ) -> Iterator[tuple[str, Tensor | None]]:

@@ -6,7 +6,6 @@ Before any byte of data is used, the header of every safetensors file is checked
 import json
 import math
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +26,25 @@ class Reader(Protocol):
     """A function that reads `tensor.narrow(dim, start, stop - start)` of one stored tensor without reading the rest."""
 
     def __call__(self, start: int, stop: int, dim: int = 0) -> Tensor: ...
+
+
+class ModelFiles(Protocol):
+    """What a copy of a model is made from besides its weights: a folder, its configuration and its other files."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+    @property
+    def assets(self) -> list[Path]: ...
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]: ...
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 class HFFolder:
@@ -81,16 +99,15 @@ class HFFolder:
             stop: index after the last one of the slice.
             dim: dimension that is sliced.
         """
-        index = (*(slice(None) for _ in range(dim)), slice(start, stop))
+        return self.read_at(name, (*(slice(None) for _ in range(dim)), slice(start, stop)))
+
+    def read_at(self, name: str, index: tuple[int | slice, ...]) -> Tensor:
+        """Return `read(name)[index]`, reading only this part."""
         try:
-            rows: Tensor = self._handle(name).get_slice(name)[index]
-            return rows
+            part: Tensor = self._handle(name).get_slice(name)[index]
+            return part
         except SafetensorError as error:
             raise CheckpointError(f"tensor '{name}' in {self.tensors[name].file} cannot be read: {error}") from error
-
-    def reader(self, name: str) -> Reader:
-        """Return `read_rows` bound to one tensor."""
-        return partial(self.read_rows, name)
 
     def close(self) -> None:
         self._handles.clear()

@@ -5,7 +5,7 @@ this rank needs. `merge` rebuilds the Hugging Face tensors from the parameters o
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import ClassVar
@@ -168,7 +168,8 @@ class VocabParallel(Layout):
 class QKV(Layout):
     """q, k and v projections as mcore's linear_qkv: for each key-value group its query heads, then k, then v.
 
-    A rank holds whole groups.
+    A rank holds whole groups. If there are more ranks than groups, it holds an equal share of the rows, wherever they
+    begin: megatron-core gathers the rows of a group before it uses them.
 
     Attributes:
         heads: number of query heads.
@@ -189,18 +190,43 @@ class QKV(Layout):
 
     @property
     def units(self) -> dict[str, int]:
-        return {"num_attention_heads": self.heads, "num_key_value_heads": self.groups}
+        return {"num_attention_heads": self.heads}
+
+    def check(self, size: int) -> None:
+        super().check(size)
+        if self.groups % size and size % self.groups:
+            raise ConfigError(
+                f"parallel.tensor = {size} neither divides num_key_value_heads = {self.groups} of the model, nor is a "
+                "multiple of it"
+            )
+        rows = (self.heads + 2 * self.groups) * self.head_dim
+        if rows % size:
+            raise ConfigError(f"parallel.tensor = {size} does not divide the {rows} rows of queries, keys and values")
 
     def local_shape(self, size: int) -> Shape:
         return ((self.heads + 2 * self.groups) * self.head_dim // size, *self.inner)
 
     def read(self, sources: Sequence[Reader], rank: int, size: int) -> Tensor:
+        if self.groups % size:
+            rows = self.local_shape(size)[0]
+            return torch.cat([sources[part](start, stop) for part, start, stop in self.slices(rank * rows, rows)])
         groups = self.groups // size
         parts = []
         for source, shape in zip(sources, self.shapes, strict=True):
             rows = shape[0] // size
             parts.append(source(rank * rows, (rank + 1) * rows).reshape(groups, rows // groups, *self.inner))
         return torch.cat(parts, 1).reshape(self.local_shape(size))
+
+    def slices(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (part, start, stop) for rows `first` to `first + count` of linear_qkv: part 0 is q, 1 is k, 2 is v."""
+        queries = self.heads // self.groups * self.head_dim
+        at = 0
+        for group in range(self.groups):
+            for part, width in enumerate((queries, self.head_dim, self.head_dim)):
+                start, stop = max(at, first), min(at + width, first + count)
+                if start < stop:
+                    yield part, group * width + start - at, group * width + stop - at
+                at += width
 
     def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
         queries = self.heads // self.groups * self.head_dim

@@ -6,31 +6,26 @@ import torch
 from torch import nn
 
 from megatron_rl.errors import CheckpointError
-from megatron_rl.weights.families import Family, ModelShape
-from megatron_rl.weights.hf_folder import HFFolder
-from megatron_rl.weights.name_table import entries, local_parameters
+from megatron_rl.weights.hf_model import HFModel
+from megatron_rl.weights.name_table import entries, local_tensors
 
 
-def load_weights(
-    chunks: Sequence[nn.Module], folder: HFFolder, family: Family, shape: ModelShape, *, tp_rank: int, tp_size: int
-) -> None:
-    """Fill every parameter of every chunk from `folder`, cast to the parameter's dtype.
+def load_weights(chunks: Sequence[nn.Module], model: HFModel, *, tp_rank: int, tp_size: int) -> None:
+    """Fill every parameter of every chunk from a checked folder, cast to the parameter's dtype.
 
     No parameter keeps its initial value. Every error is raised before the first parameter changes. Call this function
     before the optimizer copies the parameters.
 
     Args:
         chunks: the model chunks of this rank, one per virtual pipeline stage.
-        folder: a folder that `check_folder` has checked.
-        family: the model's family, from `check_folder`.
-        shape: the model's shape, from `check_folder`.
+        model: the weights, from `check_folder`.
         tp_rank: tensor-parallel rank.
         tp_size: number of tensor-parallel ranks.
 
     Raises:
         CheckpointError: if a parameter has no rule, a rule has no parameter, or a local shape does not fit.
     """
-    held = local_parameters(chunks, entries(family, shape))
+    held = local_tensors(chunks, entries(model.family, model.shape))
     for name, (entry, parameter) in held.items():
         expected = entry.rule.layout.local_shape(entry.cut(tp_size))
         if tuple(parameter.shape) != expected:
@@ -41,6 +36,6 @@ def load_weights(
             )
     with torch.no_grad():
         for entry, parameter in held.values():
-            sources = [folder.reader(name) for name in entry.rule.hf]
+            sources = [model.reader(name) for name in entry.rule.hf]
             size = entry.cut(tp_size)
             parameter.copy_(entry.rule.layout.read(sources, tp_rank % size, size))

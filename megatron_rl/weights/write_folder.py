@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_rl.errors import CheckpointError
 from megatron_rl.weights.digest import tensor_digest
-from megatron_rl.weights.hf_folder import INDEX, MANIFEST, SINGLE, HFFolder
+from megatron_rl.weights.hf_folder import INDEX, MANIFEST, SINGLE, ModelFiles
 
 _QUANTIZATION_RECORD = "hf_quant_config.json"  # written by NVIDIA ModelOpt
 _VALUES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -30,7 +30,7 @@ _VALUES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def write_hf_folder(
     dest: Path | str,
     tensors: Iterable[tuple[str, Tensor]],
-    source: HFFolder,
+    source: ModelFiles,
     *,
     shard_bytes: int = 5 * 2**30,
     manifest_version: int | None = None,
@@ -165,7 +165,7 @@ def _name_shards(folder: Path, shards: list[list[str]], total_size: int) -> None
     )
 
 
-def _copy_assets(source: HFFolder, folder: Path, quantized: bool) -> None:
+def _copy_assets(source: ModelFiles, folder: Path, quantized: bool) -> None:
     for asset in source.assets:
         if asset.name == _QUANTIZATION_RECORD and not quantized:
             continue
@@ -174,7 +174,7 @@ def _copy_assets(source: HFFolder, folder: Path, quantized: bool) -> None:
 
 
 def _write_config(
-    source: HFFolder,
+    source: ModelFiles,
     folder: Path,
     written: Mapping[str, tuple[torch.dtype, int]],
     quantization: Mapping[str, Any] | None,

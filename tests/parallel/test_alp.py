@@ -36,10 +36,8 @@ def start_of_sigma():
 class PlainPerturbation:
     """The method on a transformers model: noise is added to the input of every layer, and torch differentiates it."""
 
-    noisy_rows = 4 * sum(LENGTHS)
-
     def attach(self, model):
-        self.seen = {}
+        self.seen, self.noisy_rows = {}, len(model.model.layers) * sum(LENGTHS)
         self.log_sigma = {f"layer {n}": start_of_sigma() for n in range(len(model.model.layers))}
         for n, layer in enumerate(model.model.layers):
             layer.register_forward_pre_hook(

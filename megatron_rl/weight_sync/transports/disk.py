@@ -17,7 +17,7 @@ from megatron_rl.files import try_lock
 from megatron_rl.protocol.payload import SHARED_MEMORY
 from megatron_rl.weight_sync.expected_digests import ExpectedDigests
 from megatron_rl.weight_sync.transports.transport import Stream, Transport, each
-from megatron_rl.weights.hf_folder import HFFolder
+from megatron_rl.weights.hf_folder import ModelFiles
 from megatron_rl.weights.write_folder import write_hf_folder
 
 _PREFIX = "megatron_rl-weights-"
@@ -31,7 +31,7 @@ class DiskTransport(Transport):
 
     def __init__(
         self,
-        source: HFFolder,
+        source: ModelFiles,
         staging: Path | None = None,
         keep: int = 2,
         quantization: Mapping[str, Any] | None = None,

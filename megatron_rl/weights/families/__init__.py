@@ -4,13 +4,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_rl.errors import ConfigError
-from megatron_rl.weights.families.family import Experts, Family, HFConfig, ModelShape, Rule
+from megatron_rl.weights.families.family import Family, Rule
+from megatron_rl.weights.families.hf_config import HFConfig
+from megatron_rl.weights.families.llama import LLAMA
+from megatron_rl.weights.families.mistral import MISTRAL
+from megatron_rl.weights.families.mixtral import MIXTRAL
+from megatron_rl.weights.families.qwen2 import QWEN2
 from megatron_rl.weights.families.qwen3 import QWEN3
 from megatron_rl.weights.families.qwen3_moe import QWEN3_MOE
+from megatron_rl.weights.families.shape import Experts, ModelShape
 
-__all__ = ["FAMILIES", "Experts", "Family", "HFConfig", "ModelShape", "Rule", "family_of"]
+__all__ = ["FAMILIES", "Experts", "Family", "HFConfig", "ModelShape", "Rule", "family_of", "read_family"]
 
-FAMILIES: tuple[Family, ...] = (QWEN3, QWEN3_MOE)
+FAMILIES: tuple[Family, ...] = (QWEN2, QWEN3, QWEN3_MOE, LLAMA, MISTRAL, MIXTRAL)
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
@@ -20,6 +26,8 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     """
     known = {architecture: family for family in FAMILIES for architecture in family.architectures}
     named = config.get("architectures")
+    if named is None and config.get("model_type") in {family.model_type for family in FAMILIES}:
+        return next(family for family in FAMILIES if family.model_type == config["model_type"])
     if not isinstance(named, list) or len(named) != 1:
         raise ConfigError(
             f"{where}: 'architectures' is {named!r}, exactly one name is needed; supported: {', '.join(sorted(known))}"
@@ -27,3 +35,20 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     if named[0] not in known:
         raise ConfigError(f"{where}: architecture '{named[0]}' is not supported; supported: {', '.join(sorted(known))}")
     return known[named[0]]
+
+
+def read_family(config: Mapping[str, Any], where: str) -> tuple[Family, ModelShape]:
+    """Return the family and the shape of a config.json.
+
+    Args:
+        config: the JSON object.
+        where: path of the file, for error messages.
+
+    Raises:
+        ConfigError: names the key, if the model is not supported.
+    """
+    family = family_of(config, where)
+    values = HFConfig(config, where, family.defaults)
+    shape = family.shape_from_config(values)
+    values.finish()
+    return family, shape

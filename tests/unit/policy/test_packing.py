@@ -212,21 +212,22 @@ def test_every_trained_position_is_scored_by_exactly_one_context_parallel_rank(b
             assert torch.equal(piece.positions[0], micro.positions[index])
 
 
-def visible(plan: AttentionPlan, rows: int, keys: int) -> torch.Tensor:
+def visible(plan: AttentionPlan, rows: int, keys: int, window: int | None) -> torch.Tensor:
     """Return which gathered key each local query may attend to, [rows, keys] bool."""
     seen = torch.zeros(rows, keys, dtype=torch.bool)
     for group in plan.groups:
         queries, columns = group.queries.view(group.count, group.rows), group.keys.view(group.count, group.columns)
-        mask = torch.ones(group.rows, group.columns, dtype=torch.bool).tril() if group.mask is None else group.mask
+        held = group.mask_of(window)
+        mask = torch.ones(group.rows, group.columns, dtype=torch.bool).tril() if held is None else held
         for q, k in zip(queries, columns, strict=True):
             assert not seen[q].any(), "a query is in two blocks"
             seen[q[:, None], k[None]] = mask
     return seen
 
 
-@given(batches, st.sampled_from([1, 2, 3]))
-def test_every_query_sees_its_own_past_and_nothing_else(batch, cp_size):
-    """By brute force, a query at stream position t sees the keys s <= t of its own sequence."""
+@given(batches, st.sampled_from([1, 2, 3]), st.sampled_from([None, 1, 2, 5, 100]))
+def test_every_query_sees_its_own_past_within_the_window_and_nothing_else(batch, cp_size, window):
+    """By brute force, a query at stream position t sees the keys t - window < s <= t of its own sequence."""
     budget = 2 * cp_size * 20
     micro = pack(batch, budget=budget, align=2 * cp_size, multiple=1)[0]
     cu = micro.cu_seqlens
@@ -236,9 +237,10 @@ def test_every_query_sees_its_own_past_and_nothing_else(batch, cp_size):
         index = zigzag_index(cu, cp_size, rank)
         plan = plan_attention(cu, cp_size, rank, CPU)
         past = gathered[None] <= index[:, None]
-        assert torch.equal(
-            visible(plan, len(index), budget), past & (sequence[gathered][None] == sequence[index][:, None])
-        )
+        if window is not None:
+            past &= gathered[None] > index[:, None] - window
+        seen = visible(plan, len(index), budget, window)
+        assert torch.equal(seen, past & (sequence[gathered][None] == sequence[index][:, None]))
         order = torch.cat([group.queries for group in plan.groups])
         assert torch.equal(order[plan.inverse], torch.arange(len(index)))
 

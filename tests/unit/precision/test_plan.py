@@ -15,6 +15,7 @@ from megatron_rl.precision.table import describe
 from megatron_rl.trainer.preflight import resolve_on_rank
 from megatron_rl.weights.families import ModelShape
 from megatron_rl.weights.families.qwen3 import QWEN3
+from megatron_rl.weights.families.rope import RopePlan
 from megatron_rl.weights.name_table import entries
 from tests.policies import embedded_plan
 
@@ -30,8 +31,8 @@ def shape(**changes: int) -> ModelShape:
         "num_layers": 4, "hidden_size": 512, "num_heads": 8, "num_kv_heads": 4, "head_dim": 128,
         "ffn_hidden_size": 1024, "vocab_size": 100, "max_position_embeddings": 64,
     } | changes  # fmt: skip
-    fixed = {"norm_eps": 1e-6, "rope_theta": 1e4, "qk_norm": True, "qkv_bias": False, "tied_embeddings": False}
-    return ModelShape(**fields, **fixed, dtype=torch.bfloat16)
+    fixed = {"norm_eps": 1e-6, "rope": RopePlan(1e4, 16), "qk_norm": True, "tied_embeddings": False}
+    return ModelShape(**fields, **fixed)
 
 
 TINY = shape(hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=32, ffn_hidden_size=256)

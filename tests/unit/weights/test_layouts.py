@@ -51,13 +51,14 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 @st.composite
 def layouts(draw: st.DrawFn) -> tuple[Layout, int]:
     size, a, b, c = draw(SIZES), draw(SMALL), draw(SMALL), draw(SMALL)
-    kind = draw(st.sampled_from(["replicated", "row", "vocab", "qkv", "qkv_bias", "gate_up"]))
+    kind = draw(st.sampled_from(["replicated", "row", "vocab", "qkv", "qkv_bias", "qkv_few_groups", "gate_up"]))
     groups = size * a
     return {
         "replicated": Replicated((a * b,)),
         "row": RowParallel((a, size * b), "columns"),
         "vocab": VocabParallel(draw(st.integers(1, 40)), b),
         "qkv": QKV(groups * b, groups, 2 * c, (a + c,)),
+        "qkv_few_groups": QKV(size * b, max(1, size // 2), 2 * c, (a + c,)),
         "qkv_bias": QKV(groups * b, groups, 2 * c, ()),
         "gate_up": GateUp(size * a, b),
     }[kind], size
@@ -118,8 +119,7 @@ def test_a_vocabulary_is_padded_with_zero_rows_that_are_never_merged() -> None:
 @pytest.mark.parametrize(
     ("layout", "size", "key", "nearest"),
     [
-        (QKV(16, 2, 8, (4,)), 4, "num_key_value_heads = 2", 2),
-        (QKV(12, 6, 8, (4,)), 4, "num_key_value_heads = 6", 3),
+        (QKV(6, 2, 8, (4,)), 4, "num_attention_heads = 6", 3),
         (GateUp(96, 8), 5, "intermediate_size = 96", 4),
         (RowParallel((8, 6), "width"), 4, "width = 6", 3),
     ],
@@ -128,6 +128,18 @@ def test_a_size_that_does_not_divide_is_refused_naming_the_key_and_the_nearest_t
     layout: Layout, size: int, key: str, nearest: int
 ) -> None:
     with pytest.raises(ConfigError, match=rf"parallel\.tensor = {size} .*{key}.* works is {nearest}$"):
+        layout.check(size)
+
+
+@pytest.mark.parametrize(
+    ("layout", "size", "words"),
+    [
+        (QKV(12, 6, 8, (4,)), 4, "= 4 neither divides num_key_value_heads = 6"),
+        (QKV(16, 1, 2, (4,)), 16, "= 16 does not divide the 36 rows"),
+    ],
+)
+def test_key_value_heads_that_ranks_cannot_share_are_refused(layout: Layout, size: int, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
         layout.check(size)
 
 

@@ -14,8 +14,8 @@ from megatron_rl.policy.device_port import pick_device
 from megatron_rl.policy.model import PolicyModel
 from megatron_rl.weights.export import export_weights
 from megatron_rl.weights.hf_folder import HFFolder
+from megatron_rl.weights.hf_model import check_folder
 from megatron_rl.weights.load_weights import load_weights
-from megatron_rl.weights.name_table import check_folder
 from tests.models import make_qwen3
 from tests.policies import build_planned_chunks
 
@@ -29,17 +29,17 @@ class Case:
     """One folder and a model built for it whose parameters are all NaN."""
 
     def __init__(self, path: Path, mesh: parallel.Mesh) -> None:
-        self.folder = HFFolder(path)
-        self.family, self.shape = check_folder(self.folder, tensor_parallel=1)
+        self.source = check_folder(HFFolder(path))
+        self.family, self.shape = self.source.family, self.source.shape
         self.model: PolicyModel = build_planned_chunks(make_config({"model": {"path": str(path)}}), self.shape, mesh)[0]
         for parameter in self.model.parameters():
             nn.init.constant_(parameter, float("nan"))
 
     def load(self, *chunks: nn.Module, tp_size: int = 1) -> None:
-        load_weights(chunks or [self.model], self.folder, self.family, self.shape, tp_rank=0, tp_size=tp_size)
+        load_weights(chunks or [self.model], self.source, tp_rank=0, tp_size=tp_size)
 
     def export(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor | None]]:
-        dtypes = {name: dtype or stored for name, stored in self.folder.dtypes.items()}
+        dtypes = {name: dtype or stored for name, stored in self.source.dtypes.items()}
         return export_weights([self.model], self.family, self.shape, dtypes=dtypes)
 
     def untouched(self) -> bool:
@@ -52,9 +52,9 @@ def case(qwen3: Path, mesh: parallel.Mesh) -> Case:
 
 
 def assert_identical(case: Case, exported: list[tuple[str, torch.Tensor | None]]) -> None:
-    assert sorted(name for name, _ in exported) == sorted(case.folder.tensors)
+    assert sorted(name for name, _ in exported) == sorted(case.source.tensors)
     for name, tensor in exported:
-        stored = case.folder.read(name)
+        stored = case.source.read(name)
         assert tensor is not None and tensor.dtype == stored.dtype and tensor.shape == stored.shape
         assert torch.equal(tensor.view(-1).view(torch.uint8), stored.view(-1).view(torch.uint8)), name
 
@@ -73,7 +73,7 @@ def test_loading_and_exporting_gives_the_stored_bytes(
 def test_an_export_in_another_dtype_is_the_cast_of_the_parameters(case: Case) -> None:
     case.load()
     for name, tensor in case.export(torch.bfloat16):
-        assert tensor is not None and torch.equal(tensor, case.folder.read(name).bfloat16())
+        assert tensor is not None and torch.equal(tensor, case.source.read(name).bfloat16())
 
 
 def test_an_export_shows_a_changed_parameter(case: Case) -> None:
@@ -81,7 +81,7 @@ def test_an_export_shows_a_changed_parameter(case: Case) -> None:
     with torch.no_grad():
         case.model.decoder.layers[1].mlp.linear_fc1.weight[96] += 1  # the first row of up, after 96 rows of gate
     changed = {
-        name: (tensor - case.folder.read(name)).nonzero() for name, tensor in case.export() if tensor is not None
+        name: (tensor - case.source.read(name)).nonzero() for name, tensor in case.export() if tensor is not None
     }
     assert {name: rows[:, 0].unique().tolist() for name, rows in changed.items() if len(rows)} == {
         "model.layers.1.mlp.up_proj.weight": [0]

@@ -14,10 +14,11 @@ from megatron_rl.policy import parallel
 from megatron_rl.policy.device_port import pick_device
 from megatron_rl.policy.expert_rules import check_experts
 from megatron_rl.weights.export import export_weights
-from megatron_rl.weights.families import Experts, HFConfig, family_of
+from megatron_rl.weights.families import Experts, read_family
 from megatron_rl.weights.hf_folder import HFFolder
+from megatron_rl.weights.hf_model import check_folder
 from megatron_rl.weights.load_weights import load_weights
-from megatron_rl.weights.name_table import check_folder, entries
+from megatron_rl.weights.name_table import entries
 from tests.policies import build_planned_chunks, embedded_plan
 
 
@@ -26,7 +27,7 @@ def config_of(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def shape_of(config: dict[str, Any]):
-    return family_of(config, "config.json").shape_from_config(HFConfig(config, "config.json"))
+    return read_family(config, "config.json")[1]
 
 
 def test_the_experts_are_read_from_the_config_of_transformers_4_and_of_5(qwen3_moe: Path) -> None:
@@ -39,13 +40,15 @@ def test_the_experts_are_read_from_the_config_of_transformers_4_and_of_5(qwen3_m
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"mlp_only_layers": [1]}, r"'mlp_only_layers' is \[1\]"),
-        ({"decoder_sparse_step": 2}, "'decoder_sparse_step' is 2"),
+        ({"mlp_only_layers": [4]}, r"'mlp_only_layers' is \[4\], a list of layers below 4"),
+        ({"mlp_only_layers": [0, 1, 2, 3]}, "no layer is left with experts"),
+        ({"decoder_sparse_step": 5}, "no layer is left with experts"),
+        ({"num_experts": 9}, "contradict each other"),
         ({"shared_expert_intermediate_size": 64}, "'shared_expert_intermediate_size' is 64"),
-        ({"num_experts_per_tok": 9}, "'num_experts_per_tok' = 9 exceeds 'num_experts' = 8"),
+        ({"num_experts_per_tok": 9}, "'num_experts_per_tok' = 9 exceeds the number of experts, 8"),
         ({"num_experts_per_tok": 1}, "every gate the constant 1"),
-        ({"norm_topk_prob": None}, "key 'norm_topk_prob' is missing"),
-        ({"moe_intermediate_size": None}, "key 'moe_intermediate_size' is missing"),
+        ({"norm_topk_prob": 1}, "'norm_topk_prob' is 1"),
+        ({"moe_intermediate_size": "48"}, "'moe_intermediate_size' is '48'"),
         ({"attention_bias": True}, "'attention_bias' is True"),
     ],
 )
@@ -58,12 +61,13 @@ def test_a_mixture_that_is_not_supported_is_refused_naming_the_key(
 
 def test_the_table_names_every_tensor_transformers_writes_once(qwen3_moe: Path) -> None:
     folder = HFFolder(qwen3_moe)
-    family, shape = check_folder(folder, tensor_parallel=2, expert_parallel=4)
-    assert sorted(name for entry in entries(family, shape) for name in entry.rule.hf) == sorted(folder.tensors)
+    model = check_folder(folder, tensor_parallel=2, expert_parallel=4)
+    names = [name for entry in entries(model.family, model.shape) for name in entry.rule.hf]
+    assert sorted(names) == sorted(folder.tensors) == sorted(model.tensors)
 
 
 def test_experts_that_cannot_be_spread_are_refused(qwen3: Path, qwen3_moe: Path) -> None:
-    with pytest.raises(ConfigError, match=r"parallel\.expert = 3 does not divide num_experts = 8"):
+    with pytest.raises(ConfigError, match=r"parallel\.expert = 3 does not divide the 8 experts"):
         check_folder(HFFolder(qwen3_moe), tensor_parallel=1, expert_parallel=3)
     with pytest.raises(ConfigError, match=r"parallel\.expert = 2 spreads experts, and .* is a dense model"):
         check_folder(HFFolder(qwen3), tensor_parallel=1, expert_parallel=2)
@@ -114,19 +118,19 @@ def test_a_dense_model_has_no_routing_to_replay(qwen3: Path, qwen3_moe: Path) ->
 class Case:
     def __init__(self, folder: Path) -> None:
         mesh = parallel.initialize(ParallelConfig(), pick_device("cpu"), seed=0)
-        self.folder = HFFolder(folder)
-        self.family, self.shape = check_folder(self.folder, tensor_parallel=1)
+        self.source = check_folder(HFFolder(folder))
+        self.shape = self.source.shape
         self.model = build_planned_chunks(make_config({"model": {"path": str(folder)}}), self.shape, mesh)[0]
 
     def load(self) -> None:
-        load_weights([self.model], self.folder, self.family, self.shape, tp_rank=0, tp_size=1)
+        load_weights([self.model], self.source, tp_rank=0, tp_size=1)
 
     def changed(self) -> set[str]:
         """Return the names whose exported bits differ from those of the folder."""
-        exported = export_weights([self.model], self.family, self.shape, dtypes=self.folder.dtypes)
+        exported = export_weights([self.model], self.source.family, self.shape, dtypes=self.source.dtypes)
         found = {name: tensor for name, tensor in exported if tensor is not None}
-        assert found.keys() == self.folder.tensors.keys()
-        return {name for name, tensor in found.items() if not torch.equal(tensor, self.folder.read(name))}
+        assert found.keys() == self.source.tensors.keys()
+        return {name for name, tensor in found.items() if not torch.equal(tensor, self.source.read(name))}
 
 
 def test_swapped_experts_are_seen_in_an_export(qwen3_moe: Path) -> None:
@@ -146,8 +150,8 @@ def test_every_expert_gets_the_tensors_of_its_own_index(qwen3_moe: Path) -> None
     case.load()
     for index, expert in enumerate(case.model.decoder.layers[3].mlp.experts.local_experts):
         gate, up = expert.linear_fc1.weight.chunk(2)
-        assert torch.equal(gate, case.folder.read(f"model.layers.3.mlp.experts.{index}.gate_proj.weight"))
-        assert torch.equal(up, case.folder.read(f"model.layers.3.mlp.experts.{index}.up_proj.weight"))
+        assert torch.equal(gate, case.source.read(f"model.layers.3.mlp.experts.{index}.gate_proj.weight"))
+        assert torch.equal(up, case.source.read(f"model.layers.3.mlp.experts.{index}.up_proj.weight"))
 
 
 def test_experts_under_the_names_of_grouped_products_load_and_export_alike(qwen3_moe: Path) -> None:

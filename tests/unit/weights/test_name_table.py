@@ -11,9 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_rl.errors import CheckpointError, ConfigError
-from megatron_rl.weights.families import HFConfig, ModelShape, family_of
+from megatron_rl.weights.families import ModelShape, family_of, read_family
+from megatron_rl.weights.families.rope import RopePlan
 from megatron_rl.weights.hf_folder import SINGLE, HFFolder
-from megatron_rl.weights.name_table import check_folder, entries
+from megatron_rl.weights.hf_model import check_folder
+from megatron_rl.weights.name_table import entries
+from tests.models import make_qwen3
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -35,7 +38,7 @@ CONFIG = {
 
 
 def shape_of(config: dict[str, Any]) -> ModelShape:
-    return family_of(config, "config.json").shape_from_config(HFConfig(config, "config.json"))
+    return read_family(config, "config.json")[1]
 
 
 @pytest.fixture
@@ -69,12 +72,10 @@ def test_the_shape_is_read_from_the_config_of_transformers_4_and_of_5() -> None:
         ffn_hidden_size=96,
         vocab_size=259,
         norm_eps=1e-6,
-        rope_theta=1e6,
+        rope=RopePlan(1e6, 16),
         qk_norm=True,
-        qkv_bias=False,
         tied_embeddings=True,
         max_position_embeddings=512,
-        dtype=torch.bfloat16,
     )
     four = {
         **CONFIG,
@@ -96,14 +97,15 @@ def test_the_shape_is_read_from_the_config_of_transformers_4_and_of_5() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0}}, "'yarn' RoPE"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear' RoPE"),
-        ({"use_sliding_window": True}, "'use_sliding_window' is True"),
-        ({"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "'sliding_attention'"),
+        ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "axial"}}, "'axial' RoPE"),
+        ({"layer_types": ["full_attention"] * 3 + ["linear_attention"]}, "'linear_attention'"),
+        ({"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "no 'sliding_window' is in use"),
+        ({"use_sliding_window": "yes"}, "'use_sliding_window' is 'yes'"),
         ({"attention_bias": True}, "'attention_bias' is True"),
         ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu'.*supported: 'silu'"),
         ({"num_key_value_heads": 3}, "'num_key_value_heads' = 3 does not divide 'num_attention_heads' = 8"),
-        ({"dtype": "int8"}, "'dtype'.*'int8'"),
+        ({"attention_multiplier": 2.0}, "'attention_multiplier' is 2.0, which this family does not know"),
+        ({"mlp_bias": True}, "'mlp_bias' is True, which this family does not know"),
         ({"hidden_size": "64"}, "'hidden_size' is '64'"),
         ({"rope_theta": True}, "'rope_theta' is True"),
         ({"tie_word_embeddings": 1}, "'tie_word_embeddings' is 1"),
@@ -114,14 +116,16 @@ def test_a_model_that_is_not_supported_is_refused_naming_the_key(changes: dict[s
         shape_of({**CONFIG, **changes})
 
 
-@pytest.mark.parametrize("key", sorted(set(CONFIG) - {"architectures", "attention_bias", "dtype", "hidden_act"}))
-def test_a_missing_key_is_named(key: str) -> None:
+@pytest.mark.parametrize(
+    "key", ["hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size"]
+)
+def test_a_missing_key_without_a_default_is_named(key: str) -> None:
     with pytest.raises(ConfigError, match=f"key '{key}' is missing"):
         shape_of({name: value for name, value in CONFIG.items() if name != key})
 
 
 @pytest.mark.parametrize(
-    "architectures", [["LlamaForCausalLM"], None, [], ["Qwen3ForCausalLM", "Other"], "Qwen3ForCausalLM"]
+    "architectures", [["GemmaForCausalLM"], None, [], ["Qwen3ForCausalLM", "Other"], "Qwen3ForCausalLM"]
 )
 def test_an_unknown_architecture_is_refused_listing_the_known(architectures: object) -> None:
     with pytest.raises(ConfigError, match="Qwen3ForCausalLM"):
@@ -131,47 +135,63 @@ def test_an_unknown_architecture_is_refused_listing_the_known(architectures: obj
 def test_the_table_names_every_tensor_transformers_writes_once(qwen3: Path, qwen3_tied: Path) -> None:
     for path in (qwen3, qwen3_tied):
         folder = HFFolder(path)
-        family, shape = check_folder(folder, tensor_parallel=1)
-        exported = [name for entry in entries(family, shape) if entry.rule.exported for name in entry.rule.hf]
+        model = check_folder(folder)
+        exported = [
+            name for entry in entries(model.family, model.shape) if entry.rule.exported for name in entry.rule.hf
+        ]
         assert sorted(exported) == sorted(folder.tensors)
 
 
-@pytest.mark.parametrize(("size", "key"), [(8, "num_key_value_heads = 4"), (3, "intermediate_size")])
-def test_a_tensor_parallel_size_the_model_cannot_have_is_refused(qwen3: Path, size: int, key: str) -> None:
-    with pytest.raises(ConfigError, match=r"parallel\.tensor = .*works is") as caught:
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        (3, r"does not divide intermediate_size.*works is|does not divide num_attention_heads.*works is"),
+        (16, "does not divide num_attention_heads = 8"),
+    ],
+)
+def test_a_tensor_parallel_size_the_model_cannot_have_is_refused(qwen3: Path, size: int, words: str) -> None:
+    with pytest.raises(ConfigError, match=rf"parallel\.tensor = {size} (?:{words})"):
         check_folder(HFFolder(qwen3), tensor_parallel=size)
-    assert (key in str(caught.value)) == (size == 8)
+
+
+def test_more_ranks_than_key_value_heads_share_them_and_never_unevenly(tmp_path: Path) -> None:
+    folder = HFFolder(
+        make_qwen3(tmp_path, tied=True, layers=1, num_attention_heads=12, num_key_value_heads=4, head_dim=24)
+    )
+    check_folder(folder, tensor_parallel=12)
+    with pytest.raises(ConfigError, match=r"= 6 neither divides num_key_value_heads = 4"):
+        check_folder(folder, tensor_parallel=6)
 
 
 def test_a_missing_tensor_is_named(copy: Path) -> None:
     edit_tensors(copy, lambda tensors: tensors.pop("model.layers.2.self_attn.k_proj.weight"))
     with pytest.raises(CheckpointError, match=r"no tensor 'model\.layers\.2\.self_attn\.k_proj\.weight'"):
-        check_folder(HFFolder(copy), tensor_parallel=1)
+        check_folder(HFFolder(copy))
 
 
 def test_an_unknown_tensor_is_named(copy: Path) -> None:
     edit_tensors(copy, lambda tensors: tensors.update({"model.layers.2.self_attn.q_proj.bias": torch.zeros(128)}))
     with pytest.raises(CheckpointError, match=r"'model\.layers\.2\.self_attn\.q_proj\.bias' .* not in the table"):
-        check_folder(HFFolder(copy), tensor_parallel=1)
+        check_folder(HFFolder(copy))
 
 
 def test_a_layer_too_many_is_an_unknown_tensor(copy: Path) -> None:
     edit_config(copy, num_hidden_layers=3, layer_types=["full_attention"] * 3)
     with pytest.raises(CheckpointError, match=r"'model\.layers\.3\..*with 3 layers"):
-        check_folder(HFFolder(copy), tensor_parallel=1)
+        check_folder(HFFolder(copy))
 
 
 def test_a_tensor_of_another_shape_is_named_with_both_shapes(copy: Path) -> None:
     edit_config(copy, intermediate_size=112)
     with pytest.raises(CheckpointError, match=r"gate_proj\.weight' .* has shape \[96, 64\].*asks for \[112, 64\]"):
-        check_folder(HFFolder(copy), tensor_parallel=1)
+        check_folder(HFFolder(copy))
 
 
 def test_a_quantized_tensor_is_refused(copy: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     edit_tensors(copy, lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)}))
     with pytest.raises(CheckpointError, match=r"up_proj\.weight' .* is float8_e4m3fn: .*quantized"):
-        check_folder(HFFolder(copy), tensor_parallel=1)
+        check_folder(HFFolder(copy))
 
 
 def test_rotary_frequencies_stored_as_buffers_are_ignored(copy: Path) -> None:
@@ -181,7 +201,7 @@ def test_rotary_frequencies_stored_as_buffers_are_ignored(copy: Path) -> None:
 
 def test_a_tied_model_may_store_its_output_layer_when_it_is_the_embedding(tied_copy: Path) -> None:
     edit_tensors(tied_copy, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
-    check_folder(HFFolder(tied_copy), tensor_parallel=1)
+    check_folder(HFFolder(tied_copy))
 
 
 def test_a_tied_model_with_another_output_layer_is_refused(tied_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,12 +210,12 @@ def test_a_tied_model_with_another_output_layer_is_refused(tied_copy: Path, monk
         tensors["lm_head.weight"][-1, -1] += 1
 
     edit_tensors(tied_copy, differ_in_the_last_row)
-    monkeypatch.setattr("megatron_rl.weights.name_table._COMPARE_BYTES", 1000)  # several blocks of rows
+    monkeypatch.setattr("megatron_rl.weights.hf_model._COMPARE_BYTES", 1000)  # several blocks of rows
     with pytest.raises(CheckpointError, match=r"'lm_head\.weight' .* tie_word_embeddings"):
-        check_folder(HFFolder(tied_copy), tensor_parallel=1)
+        check_folder(HFFolder(tied_copy))
 
 
 def test_an_untied_model_needs_its_output_layer(tied_copy: Path) -> None:
     edit_config(tied_copy, tie_word_embeddings=False)
     with pytest.raises(CheckpointError, match=r"no tensor 'lm_head\.weight'"):
-        check_folder(HFFolder(tied_copy), tensor_parallel=1)
+        check_folder(HFFolder(tied_copy))
