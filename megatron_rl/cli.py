@@ -58,9 +58,9 @@ def train(
     config = load_config(config_file, overrides, accept_old_keys=own_file)
     if not under_launcher():
         with one_thread():
-            preflight = _seam("trainer.preflight")
-            preflight.check_run_folder(config, resume=resume, accept_changed_code=accept_changed_code)
-            preflight.check(config)
+            check_run_folder = _seam("trainer.run_folder").check_run_folder
+            check_run_folder(config, resume=resume, accept_changed_code=accept_changed_code)
+            _seam("trainer.preflight").check(config)
         flags = {"--resume": resume, "--accept-changed-code": accept_changed_code}
         arguments = ["train", str(config_file), *(overrides or []), *(name for name, on in flags.items() if on)]
         forks_servers = config.rollout.engine == "embedded" and not config.rollout.urls
