@@ -4,6 +4,7 @@ import gc
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -34,7 +35,7 @@ from megatron_rl.trainer.trainer import Trainer
 from megatron_rl.weight_sync.make_sync import make_sync
 
 START_TIMEOUT_S = 300.0
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
@@ -178,13 +179,16 @@ def _note_stops(mesh: Mesh) -> list[int]:
     other ranks waiting.
     """
     noted: list[int] = []
-    if mesh.rank != 0:
-        for name in STOP_SIGNALS:  # rank 0 decides when every rank stops
-            signal.signal(name, signal.SIG_IGN)
-        return noted
-    for name in STOP_SIGNALS:
-        signal.signal(name, lambda number, _: noted.append(number))
+    handler = signal.SIG_IGN if mesh.rank != 0 else lambda number, _: noted.append(number)
+    _handle_stops(handler)  # rank 0 decides when every rank stops
     return noted
+
+
+def _handle_stops(handler: Any) -> None:
+    """Set the handler of every signal that requests a stop. nohup ignores SIGHUP, which must stay."""
+    for name in STOP_SIGNALS:
+        if name != signal.SIGHUP or signal.getsignal(name) != signal.SIG_IGN:
+            signal.signal(name, handler)
 
 
 def _open_lead(
@@ -198,8 +202,7 @@ def _open_lead(
     attribute_only: bool,
 ) -> Lead:
     """Connect to the engines, read the task and open the log. For rank 0. KeyboardInterrupt if a stop was requested."""
-    for name in STOP_SIGNALS:
-        signal.signal(name, signal.default_int_handler)
+    _handle_stops(signal.default_int_handler)
     if stops:
         raise KeyboardInterrupt
     if servers is not None:
@@ -229,6 +232,5 @@ def _open_lead(
     start_loggers(config, resume_from, log)
     progress = stack.enter_context(ProgressLine(config.run.name, config.run.steps, state.step, enabled=True))
     lead = Lead(rollouts, offloaded, log, SampleLog(config.run.folder, resume_from), progress)
-    for name in STOP_SIGNALS:
-        signal.signal(name, lead.stop_soon)
+    _handle_stops(lead.stop_soon)
     return lead
