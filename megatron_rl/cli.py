@@ -58,9 +58,9 @@ def train(
     config = load_config(config_file, overrides, accept_old_keys=own_file)
     if not under_launcher():
         with one_thread():
-            preflight = _seam("trainer.preflight")
-            preflight.check_run_folder(config, resume=resume, accept_changed_code=accept_changed_code)
-            preflight.check(config)
+            check_run_folder = _seam("trainer.run_folder").check_run_folder
+            check_run_folder(config, resume=resume, accept_changed_code=accept_changed_code)
+            _seam("trainer.preflight").check(config)
         flags = {"--resume": resume, "--accept-changed-code": accept_changed_code}
         arguments = ["train", str(config_file), *(overrides or []), *(name for name, on in flags.items() if on)]
         forks_servers = config.rollout.engine == "embedded" and not config.rollout.urls
@@ -91,7 +91,7 @@ def eval(
 def serve(
     model: Annotated[Path, typer.Option(help="Hugging Face folder")],
     host: Annotated[str, typer.Option(help="address to listen on; the server has no authentication")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port to listen on")] = 30000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="port to listen on")] = 30000,
     dtype: Annotated[str, typer.Option(help="dtype of the engine: fp32, bf16 or fp16")] = "fp32",
     quantization: Annotated[
         str, typer.Option(help="quantization of the weights: none, fp8_blockwise, fp8_blockwise_pow2 or int8")
@@ -105,12 +105,12 @@ def serve(
     first_last_bf16: Annotated[
         bool, typer.Option("--first-last-bf16", help="do not quantize the first and the last layer")
     ] = False,
-    threads: Annotated[int, typer.Option(help="number of torch threads; 0: torch's default")] = 0,
+    threads: Annotated[int, typer.Option(min=0, max=4096, help="number of torch threads; 0: torch's default")] = 0,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="every request is its own batch")] = False,
     weight_version: Annotated[str, typer.Option(help="version name of the loaded weights")] = "default",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    max_rows: Annotated[int, typer.Option(help="maximum number of samples decoded together")] = 512,
-    parent_pid: Annotated[int, typer.Option(help="end with this parent process; 0: keep running", hidden=True)] = 0,
+    max_rows: Annotated[int, typer.Option(min=1, help="maximum number of samples decoded together")] = 512,
+    parent_pid: Annotated[int, typer.Option(min=0, help="end with this parent; 0: keep running", hidden=True)] = 0,
 ) -> None:
     """Serve a model with the embedded engine over SGLang's HTTP contract. SGLang has its own `sglang.launch_server`."""
     options = _seam("protocol.server_options")
@@ -147,7 +147,7 @@ def attribute(
     ] = False,
     sampled_by: Annotated[
         int | None,
-        typer.Option(metavar="STEP", help="step of the kept checkpoint whose weights sample; default: the newest"),
+        typer.Option(min=0, metavar="STEP", help="step of the kept checkpoint that samples; default: the newest"),
     ] = None,
 ) -> None:
     """Report where the mismatch between trainer and engine comes from: kernels, precisions, weight sync, staleness."""
@@ -201,10 +201,10 @@ def warmup(
     config_file: ConfigFile,
     dest: Annotated[Path, typer.Option(help="Hugging Face folder to write")],
     overrides: Overrides = None,
-    target: Annotated[float, typer.Option(help="held-out pass rate at which to stop")] = 0.4,
-    error_rate: Annotated[float, typer.Option(help="share of demonstrations with one wrong digit")] = 0.0,
-    batch_size: Annotated[int, typer.Option(help="problems per update")] = 200,
-    max_updates: Annotated[int, typer.Option(help="number of updates after which to fail")] = 1000,
+    target: Annotated[float, typer.Option(min=0, max=1, help="held-out pass rate at which to stop")] = 0.4,
+    error_rate: Annotated[float, typer.Option(min=0, max=1, help="share of demonstrations with one wrong digit")] = 0.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="problems per update")] = 200,
+    max_updates: Annotated[int, typer.Option(min=1, help="number of updates after which to fail")] = 1000,
 ) -> None:
     """Train `model.path`, supervised, on the task's own solutions until it solves some of them."""
     config = load_config(config_file, overrides)

@@ -40,9 +40,17 @@ class PrecisionError(MegatronRLError):
     """A requested precision is not active, or the numbers left the finite range."""
 
 
+_LONGEST = 200  # characters of a value in a message
+
+
+def shorten(text: str) -> str:
+    """Return a text for a message: at most 200 characters, and how many there were."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
+
+
 def did_you_mean(given: Any, valid: Iterable[Any]) -> str:
     """Return "did you mean 'x'? valid: x, y" for an error message."""
     valid = list(valid)
-    near = difflib.get_close_matches(str(given), valid, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(str(given)[:_LONGEST], valid, n=1, cutoff=0.0)
     lead = f"did you mean '{near[0]}'? " if near else ""
     return f"{lead}valid: {', '.join(valid)}"

@@ -4,17 +4,20 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from megatron_rl.config.code_paths import resolve_code_paths
 from megatron_rl.config.old_keys import find_old_keys, rename_old_keys
+from megatron_rl.config.read_yaml import MAX_DEPTH, KeyPath, Places, read_file, read_value
 from megatron_rl.config.rules import check_rules
 from megatron_rl.config.schema import Config
-from megatron_rl.errors import ConfigError
+from megatron_rl.errors import ConfigError, shorten
+
+_MOST_PROBLEMS = 10  # of one message
+_LONGEST_KEY = 100  # characters that are compared with the names of keys
 
 
-# Keys whose values, text or a list of texts, may be import paths.
 def load_config(path: Path | str, overrides: list[str] | None = None, *, accept_old_keys: bool = False) -> Config:
     """Read YAML, apply dotted overrides such as `rollout.temperature=0.9`, and validate.
 
@@ -27,40 +30,41 @@ def load_config(path: Path | str, overrides: list[str] | None = None, *, accept_
         accept_old_keys: rename the keys of earlier versions. For the `config.yaml` that a run folder holds.
 
     Raises:
-        ConfigError: naming file:line and key path of the first problem.
+        ConfigError: naming file:line and key path of the first problems.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"no configuration file at {path}")
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    lines: dict[tuple[str, ...], str] = {}
-    tree = _plain(node, (), lines, str(path)) if node is not None else {}
+        found = path.is_file()
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise ConfigError(f"no configuration file can be read at {shorten(str(path))} ({error.strerror})") from error
+    if not found:
+        raise ConfigError(f"no configuration file at {path}")
+    places: Places = {}
+    tree = read_file(path, places)
+    tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: the top level must be a mapping of sections")
     if accept_old_keys:
         rename_old_keys(tree)
     resolve_code_paths(tree, path.parent)
     for override in overrides or []:
-        _apply(tree, override, lines)
+        _apply(tree, override, places)
     resolve_code_paths(tree, Path.cwd())
-    return make_config(tree, lines)
+    return make_config(tree, places)
 
 
-def make_config(tree: dict[str, Any], lines: dict[tuple[str, ...], str] | None = None) -> Config:
-    """Validate a nested mapping. `lines` maps key paths to file:line for the errors. Raises ConfigError."""
-    lines = lines or {}
+def make_config(tree: dict[str, Any], places: Places | None = None) -> Config:
+    """Validate a nested mapping. `places` has the place of each key path for the errors. Raises ConfigError."""
+    places = places or {}
     for old, new in find_old_keys(tree):
-        place = lines.get(old)
+        place = places.get(old)
         raise ConfigError(
             f"{f'{place}: ' if place else ''}key '{'.'.join(old)}' is now called '{'.'.join(new)}': rename it"
         )
     try:
         config = Config(**tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, lines)) from error
+        raise ConfigError(_explain(error, places)) from error
     check_rules(config)
     return config
 
@@ -76,56 +80,53 @@ def changed_keys(old: Config, new: Config) -> list[str]:
     ]
 
 
-def _plain(node: yaml.Node, at: tuple[str, ...], lines: dict[tuple[str, ...], str], file: str) -> Any:
-    """Return the value of a YAML node, and write the place of every key to `lines`."""
-    if not isinstance(node, yaml.MappingNode):
-        return yaml.safe_load(yaml.serialize(node))
-    out: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key = str(key_node.value)
-        place = f"{file}:{key_node.start_mark.line + 1}"
-        if key in out:
-            raise ConfigError(f"{place}: key '{'.'.join((*at, key))}' is given twice")
-        lines[(*at, key)] = place
-        out[key] = _plain(value_node, (*at, key), lines, file)
-    return out
-
-
-def _apply(tree: dict[str, Any], override: str, lines: dict[tuple[str, ...], str]) -> None:
+def _apply(tree: dict[str, Any], override: str, places: Places) -> None:
+    place = f"override '{shorten(override)}'"
     key, separator, value = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"override '{override}' must read section.key=value")
-    *sections, last = key.split(".")
+    *sections, last = path = tuple(key.split("."))
+    if not separator or not all(path):
+        raise ConfigError(f"{place} must read section.key=value")
+    if len(path) > MAX_DEPTH:
+        raise ConfigError(f"{place}: the key has {len(path)} parts; it has at most {MAX_DEPTH}")
     for section in sections:
-        tree = tree.setdefault(section, {})
+        if tree.get(section) is None:  # an empty section of the file
+            tree[section] = {}
+        tree = tree[section]
         if not isinstance(tree, dict):
-            raise ConfigError(f"override '{override}': '{section}' is not a section")
-    try:
-        tree[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override '{override}': the value is not valid YAML ({error})") from error
-    lines[(*sections, last)] = f"override '{override}'"
+            raise ConfigError(f"{place}: '{section}' is not a section")
+    tree[last] = read_value(value, place)
+    places[path] = place
 
 
-def _explain(error: ValidationError, lines: dict[tuple[str, ...], str]) -> str:
-    problems = []
-    for item in error.errors():
-        where = tuple(str(part) for part in item["loc"])
-        key = ".".join(where)
-        place = lines.get(where)
-        prefix = f"{place}: " if place else ""
-        if item["type"] == "extra_forbidden":
-            valid = list(_fields_at(where[:-1]))
-            near = difflib.get_close_matches(where[-1], valid, n=1, cutoff=0.0)
-            problems.append(f"{prefix}unknown key '{key}'; did you mean '{'.'.join((*where[:-1], *near))}'?")
-        elif item["type"] == "missing":
-            problems.append(f"key '{key}' is missing and has no default")
-        elif not where or item["type"] == "value_error":
-            message = str(item.get("ctx", {}).get("error", item["msg"]))
-            problems.append(f"{prefix}{key + ': ' if key else ''}{message}")
-        else:
-            problems.append(f"{prefix}'{key}' is {item['input']!r}: {item['msg']}")
-    return "; ".join(problems)
+def _explain(error: ValidationError, places: Places) -> str:
+    errors = error.errors(include_url=False)
+    problems = [_problem(item, places) for item in errors[:_MOST_PROBLEMS]]
+    more = len(errors) - len(problems)
+    return "; ".join(problems) + (f"; and {more} more problems" if more else "")
+
+
+def _problem(item: ErrorDetails, places: Places) -> str:
+    where = tuple(str(part) for part in item["loc"])
+    key = shorten(".".join(where))
+    place = _place(where, places)
+    prefix = f"{place}: " if place else ""
+    if item["type"] == "extra_forbidden":
+        valid = list(_fields_at(where[:-1]))
+        near = difflib.get_close_matches(where[-1][:_LONGEST_KEY], valid, n=1, cutoff=0.0)
+        return f"{prefix}unknown key '{key}'; did you mean '{'.'.join((*where[:-1], *near))}'?"
+    if item["type"] == "missing":
+        return f"{prefix}key '{key}' is missing and has no default"
+    if item["type"] == "value_error" or not where:
+        message = str(item.get("ctx", {}).get("error", item["msg"]))
+        return f"{prefix}{key + ': ' if key else ''}{message}"
+    if item["input"] is None:
+        return f"{prefix}'{key}' has no value: {item['msg']}; leave the key out for its default"
+    return f"{prefix}'{key}' is {shorten(repr(item['input']))}: {item['msg']}"
+
+
+def _place(where: KeyPath, places: Places) -> str | None:
+    """Return the place of a key, or of the nearest section around it that the user wrote."""
+    return next((places[where[:n]] for n in range(len(where), 0, -1) if where[:n] in places), None)
 
 
 def _fields_at(where: tuple[str, ...]) -> dict[str, Any]:

@@ -1,7 +1,112 @@
 """Rules between keys of a configuration that need only the configuration. Each raises ConfigError."""
 
-from megatron_rl.config.schema import Config
+from megatron_rl.config.schema import Config, SGLangConfig
 from megatron_rl.errors import ConfigError
+
+MOST_TRAJECTORIES = 1_000_000  # of one step, waiting versions included; they are Python objects of rank 0
+
+
+def _a_trajectory_fits_a_microbatch(config: Config) -> None:
+    """Check that the longest trajectory, padded for context parallelism, fits the micro-batch, which divides evenly."""
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    budget, parallel = config.optimizer.tokens_per_microbatch, config.parallel
+    align = 2 * parallel.context if parallel.context > 1 else 1
+    if -(-longest // align) * align > budget:
+        raise ConfigError(
+            f"optimizer.tokens_per_microbatch is {budget}, but one trajectory may "
+            f"have rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens: raise the former or "
+            "lower the latter"
+        )
+    unit = 2 * parallel.context * parallel.tensor
+    if budget % unit:
+        raise ConfigError(f"optimizer.tokens_per_microbatch must be a multiple of 2 x context x tensor = {unit}")
+
+
+def _every_update_has_a_prompt(config: Config) -> None:
+    """Check that no update is without a prompt."""
+    if config.optimizer.updates_per_step > config.rollout.prompts_per_step:
+        raise ConfigError(
+            "optimizer.updates_per_step exceeds rollout.prompts_per_step: an update needs at least one prompt"
+        )
+
+
+def _a_step_fits_memory(config: Config) -> None:
+    """Check that a step has a number of trajectories that one process can hold."""
+    rollout = config.rollout
+    versions = rollout.max_staleness + 1
+    count = rollout.prompts_per_step * rollout.samples_per_prompt * rollout.oversample * versions
+    if count > MOST_TRAJECTORIES:
+        raise ConfigError(
+            f"rollout.prompts_per_step x samples_per_prompt x oversample x (max_staleness + 1) = {count:.0f} "
+            f"trajectories may be held at once; at most {MOST_TRAJECTORIES} are possible: lower one of them"
+        )
+
+
+def _the_overlong_part_is_of_a_response(config: Config) -> None:
+    """Check that the lengths over which the reward falls are lengths of a response."""
+    if config.objective.overlong_buffer > config.rollout.max_new_tokens:
+        raise ConfigError(
+            "objective.overlong_buffer exceeds rollout.max_new_tokens: it is a part of the longest response"
+        )
+
+
+def _math_needs_data(config: Config) -> None:
+    """Check that the task that has no problems of its own has a file of them."""
+    if config.task.name == "math" and config.task.data is None:
+        raise ConfigError("task.data is required for task.name: math")
+
+
+def _an_output_fits_a_response(config: Config) -> None:
+    """Check that a response has a second turn, and room for an output of the tool."""
+    task, room = config.task, config.rollout.max_new_tokens
+    if task.name != "tool":
+        return
+    if task.max_turns < 2:
+        raise ConfigError("task.max_turns is 1, but task.name: tool needs a second turn, in which an output is read")
+    if task.tool_tokens >= room:
+        raise ConfigError(
+            f"task.tool_tokens is {task.tool_tokens}, but rollout.max_new_tokens, which a response has for "
+            f"all its turns and outputs, is {room}: lower the former or raise the latter"
+        )
+
+
+def _a_router_is_for_own_sglang_servers(config: Config) -> None:
+    """Check that a router has servers to route to, and drops nothing that the run needs."""
+    rollout = config.rollout
+    if not rollout.sglang.router:
+        return
+    if rollout.engine != "sglang":
+        raise ConfigError(
+            "rollout.sglang.router: true needs engine: sglang; requests to embedded servers are spread by the trainer"
+        )
+    if rollout.urls:
+        raise ConfigError(
+            "rollout.sglang.router: true starts a router for servers of our own, and rollout.urls names others: "
+            "leave out one"
+        )
+    if rollout.routing_replay:
+        raise ConfigError(
+            "rollout.routing_replay: true does not go with rollout.sglang.router: the router drops the request for "
+            "experts"
+        )
+
+
+def _keys_of_sglang_need_sglang(config: Config) -> None:
+    """Check that the options of SGLang's servers are given for SGLang's servers."""
+    rollout = config.rollout
+    if rollout.engine != "sglang" and rollout.sglang != SGLangConfig():
+        raise ConfigError(
+            "rollout.sglang.* is about servers of engine: sglang, and rollout.engine is embedded: leave it out, or "
+            "change engine"
+        )
+
+
+def _only_the_embedded_engine_is_deterministic(config: Config) -> None:
+    """Check that deterministic is asked of the engine that can promise it."""
+    if config.rollout.deterministic and config.rollout.engine == "sglang":
+        raise ConfigError(
+            "rollout.deterministic: true is a promise of engine: embedded; SGLang's samples depend on their batch"
+        )
 
 
 def _deterministic_takes_every_group(config: Config) -> None:
@@ -79,6 +184,15 @@ def _samples_are_of_the_step(config: Config) -> None:
 
 
 _RULES = (
+    _a_router_is_for_own_sglang_servers,
+    _keys_of_sglang_need_sglang,
+    _only_the_embedded_engine_is_deterministic,
+    _a_trajectory_fits_a_microbatch,
+    _every_update_has_a_prompt,
+    _a_step_fits_memory,
+    _the_overlong_part_is_of_a_response,
+    _math_needs_data,
+    _an_output_fits_a_response,
     _deterministic_takes_every_group,
     _replaced_groups_have_several_samples,
     _kept_caches_need_staleness,

@@ -4,31 +4,29 @@ A configuration is frozen and validated once, before any allocation.
 """
 
 import difflib
-import math
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from megatron_rl.errors import did_you_mean
+from megatron_rl.config.block import Block, check_names
+from megatron_rl.errors import did_you_mean, shorten
 from megatron_rl.plugins import is_import_path
 
 BUILT_IN_TASKS = ("arithmetic", "math", "tool")
+_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
 LOGGERS = ("tensorboard", "wandb")  # those of this package
 
 
-class _Block(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-
-class ModelConfig(_Block):
+class ModelConfig(Block):
     """The model to train."""
 
     path: Path = Field(description="Hugging Face folder: config.json, safetensors, tokenizer")
 
 
-class ParallelConfig(_Block):
+class ParallelConfig(Block):
     """Sizes of the trainer's parallel layout."""
 
     tensor: int = Field(1, ge=1, description="number of ranks that share every matrix of a layer")
@@ -62,7 +60,7 @@ class ParallelConfig(_Block):
         return self
 
 
-class PrecisionConfig(_Block):
+class PrecisionConfig(Block):
     """Number formats of the trainer and of the engines."""
 
     train: Literal["fp32", "bf16", "fp16"] = Field(
@@ -89,7 +87,7 @@ class PrecisionConfig(_Block):
     )
 
 
-class SGLangConfig(_Block):
+class SGLangConfig(Block):
     """How `sglang.launch_server` is started for rollout.engine: sglang."""
 
     python: Path = Field(
@@ -102,19 +100,23 @@ class SGLangConfig(_Block):
     args: tuple[str, ...] = Field((), description="additional arguments of sglang.launch_server, passed unchanged")
 
 
-class RolloutConfig(_Block):
+class RolloutConfig(Block):
     """Engines, sampling, and how weights reach the engines."""
 
     engine: Literal["embedded", "sglang"] = Field(
         "embedded", description="engine of the servers: the one of this package, or SGLang"
     )
-    servers: int = Field(1, ge=1, description="number of servers to start; ignored if urls is set")
+    servers: int = Field(1, ge=1, le=256, description="number of servers to start; ignored if urls is set")
     urls: tuple[str, ...] = Field((), description="running servers to use instead; a run never stops them")
-    prompts_per_step: int = Field(32, ge=1, description="number of prompts that a step trains on")
-    samples_per_prompt: int = Field(8, ge=1, description="number of responses to each prompt, which are one group")
+    prompts_per_step: int = Field(32, ge=1, le=1_000_000, description="number of prompts that a step trains on")
+    samples_per_prompt: int = Field(
+        8, ge=1, le=4096, description="number of responses to each prompt, which are one group"
+    )
     max_prompt_tokens: int = Field(256, ge=1, description="maximum length of a prompt, in tokens")
     max_new_tokens: int = Field(64, ge=1, description="maximum length of a response, tool output included, in tokens")
-    temperature: float = Field(1.0, gt=0, description="sampling temperature, in training and in sampled evaluations")
+    temperature: float = Field(
+        1.0, ge=1e-6, le=1000, description="sampling temperature, in training and in sampled evaluations"
+    )
     deterministic: bool = Field(False, description="same seed, same trajectories: every request is its own batch")
     record_logmu: bool = Field(
         False,
@@ -132,11 +134,12 @@ class RolloutConfig(_Block):
         description="how weights reach the engines: files in a folder, a broadcast, or shared memory on one machine",
     )
     bucket_mb: int = Field(
-        256, ge=1, description="size of one bucket of weights, in MiB; for transports distributed and tensor"
+        256, ge=1, le=65536, description="size of one bucket of weights, in MiB; for transports distributed and tensor"
     )
     max_staleness: int = Field(
         0,
         ge=0,
+        le=1000,
         description="maximum number of versions that sampling lags behind training; 0: strictly on-policy, no overlap",
     )
     update_mode: Literal["retract", "in_place", "abort"] = Field(
@@ -144,7 +147,9 @@ class RolloutConfig(_Block):
         description="running requests at a weight update; retract: recompute their cache; in_place: keep their cache; "
         "abort: end them and resume from the prefix",
     )
-    oversample: float = Field(1.0, ge=1, description="groups requested per group trained on; the slowest are discarded")
+    oversample: float = Field(
+        1.0, ge=1, le=100, description="groups requested per group trained on; the slowest are discarded"
+    )
     max_resampled_groups: int = Field(
         0,
         ge=0,
@@ -156,32 +161,8 @@ class RolloutConfig(_Block):
     )
     sglang: SGLangConfig = SGLangConfig()
 
-    @model_validator(mode="after")
-    def _engine_keeps_its_word(self) -> Self:
-        if self.sglang.router and self.engine != "sglang":
-            raise ValueError(
-                "sglang.router: true needs engine: sglang; requests to embedded servers are spread by the trainer"
-            )
-        if self.sglang.router and self.urls:
-            raise ValueError(
-                "sglang.router: true starts a router for servers of our own, and urls names others: leave out one"
-            )
-        if self.sglang.router and self.routing_replay:
-            raise ValueError(
-                "routing_replay: true does not go with sglang.router: the router drops the request for experts"
-            )
-        if self.engine != "sglang" and self.sglang.model_copy(update={"router": False}) != SGLangConfig():
-            raise ValueError(
-                "sglang.* is about servers of engine: sglang, and engine is embedded: leave it out, or change engine"
-            )
-        if self.deterministic and self.engine == "sglang":
-            raise ValueError(
-                "deterministic: true is a promise of engine: embedded; SGLang's samples depend on their batch"
-            )
-        return self
 
-
-class OptimizerConfig(_Block):
+class OptimizerConfig(Block):
     """The optimizer and the micro-batches of an update."""
 
     lr: float = Field(1.0e-6, gt=0, description="learning rate of Adam")
@@ -191,18 +172,18 @@ class OptimizerConfig(_Block):
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay (AdamW)")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
     beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
-    eps: float = Field(1.0e-8, gt=0, description="term added to the root of the second moment")
+    eps: float = Field(1.0e-8, gt=0, le=1, description="term added to the root of the second moment")
     warmup_updates: int = Field(0, ge=0, description="number of updates of linear learning-rate warm-up")
     distributed: bool = Field(False, description="shard the optimizer state over data-parallel ranks")
 
 
-class ObjectiveConfig(BaseModel):
+class ObjectiveConfig(Block):
     """The objective: its name, how advantages are computed from rewards, and the keys of that objective.
 
     `objectives.make_objective` checks these keys.
     """
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(extra="allow")
 
     name: str = Field("drpo", description="name of an objective, erpd, or your own: file.py:Class, package.mod:Class")
     advantage: Literal["mean", "grpo", "rloo", "dr_grpo", "whiten"] = Field(
@@ -214,12 +195,26 @@ class ObjectiveConfig(BaseModel):
         description="tokens before rollout.max_new_tokens over which the reward falls by up to 1; 0: no penalty",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _exponents_are_numbers(cls, data: Any) -> Any:
+        """Read 1e-3 as a number in the keys of the objective; to YAML 1.1 it is text without a point."""
+        return _with_numbers(data)
+
     def spec(self) -> dict[str, Any]:
         """Return the argument of `make_objective`: the name and the keys of that objective."""
         return {"name": self.name, **(self.model_extra or {})}
 
 
-class AlpConfig(_Block):
+def _with_numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_numbers(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(one) for one in value]
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+
+
+class AlpConfig(Block):
     """Adaptive layerwise perturbation (arXiv 2603.19470): learnable noise at every layer's input, in updates only."""
 
     enabled: bool = Field(False, description="perturb the policy in updates")
@@ -241,7 +236,7 @@ class AlpConfig(_Block):
     @field_validator("sigma_init")
     @classmethod
     def _positive(cls, value: float) -> float:
-        if not 0 < value < math.inf:
+        if value <= 0:
             raise ValueError(
                 f"it is {value}; it must be above 0, since its logarithm is learnt (no noise: enabled: false)"
             )
@@ -255,7 +250,7 @@ class AlpConfig(_Block):
         return value
 
 
-class TaskConfig(_Block):
+class TaskConfig(Block):
     """The task: its data, its reward, and the limits of its tool."""
 
     name: str = Field("arithmetic", description="arithmetic, math, tool, or your own: file.py:Class, package.mod:Class")
@@ -291,7 +286,9 @@ class TaskConfig(_Block):
     @classmethod
     def _names_a_task(cls, value: str) -> str:
         if value not in BUILT_IN_TASKS and not is_import_path(value):
-            raise ValueError(f"it is '{value}'; {did_you_mean(value, BUILT_IN_TASKS)}, or your own: file.py:Class")
+            raise ValueError(
+                f"it is '{shorten(value)}'; {did_you_mean(value, BUILT_IN_TASKS)}, or your own: file.py:Class"
+            )
         return value
 
     @field_validator("reward")
@@ -299,26 +296,26 @@ class TaskConfig(_Block):
     def _names_a_reward(cls, value: str | None) -> str | None:
         if value is not None and not is_import_path(value) and not value.startswith(("http://", "https://")):
             raise ValueError(
-                f"it is '{value}'; give file.py:function, package.module:function or http://host:port/path"
+                f"it is '{shorten(value)}'; give file.py:function, package.module:function or http://host:port/path"
             )
         return value
 
 
-class EvalConfig(_Block):
+class EvalConfig(Block):
     """Evaluation on held-out problems."""
 
     every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after the run")
     prompts: int = Field(0, ge=0, description="number of held-out problems per evaluation; 0: no evaluation")
-    samples: int = Field(4, ge=1, description="samples per problem for the sampled pass rate")
+    samples: int = Field(4, ge=1, le=4096, description="samples per problem for the sampled pass rate")
 
 
-class RunConfig(_Block):
+class RunConfig(Block):
     """The run: its folder, length, seed, checkpoints and device."""
 
-    name: str = Field("run", description="name of the run folder")
+    name: str = Field("run", min_length=1, description="name of the run folder, inside dir; a/b is b in folder a")
     dir: Path = Field(Path("runs"), description="folder that holds the run folder")
     steps: int = Field(60, ge=0, description="number of steps of the run")
-    seed: int = Field(0, description="seed of prompts, sampling and noise")
+    seed: int = Field(0, ge=-(2**62), le=2**62, description="seed of prompts, sampling and noise")
     save_every: int = Field(20, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(2, ge=1, description="number of checkpoints to keep")
     attribute_every: int = Field(
@@ -338,13 +335,26 @@ class RunConfig(_Block):
         "file.py:Name or package.module:Name",
     )
 
+    @field_validator("name")
+    @classmethod
+    def _lies_inside_dir(cls, value: str) -> str:
+        check_names(value)
+        parts = value.split("/")
+        if value.startswith("/") or ".." in parts or all(part in ("", ".") for part in parts):
+            raise ValueError(
+                f"it is '{shorten(value)}'; it names a folder inside run.dir: set run.dir for another place"
+            )
+        return value
+
     @field_validator("loggers")
     @classmethod
     def _known_loggers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for at, name in enumerate(value):
             if name not in LOGGERS and not is_import_path(name):
-                near = difflib.get_close_matches(name, LOGGERS, n=1, cutoff=0.0)[0]
-                raise ValueError(f"there is no logger '{name}'; did you mean '{near}'? Your own is file.py:Name")
+                near = difflib.get_close_matches(name[:100], LOGGERS, n=1, cutoff=0.0)[0]
+                raise ValueError(
+                    f"there is no logger '{shorten(name)}'; did you mean '{near}'? Your own is file.py:Name"
+                )
             if name in value[:at]:
                 raise ValueError(f"'{name}' is given twice")
         return value
@@ -355,7 +365,7 @@ class RunConfig(_Block):
         return self.dir / self.name
 
 
-class Config(_Block):
+class Config(Block):
     """The whole configuration: one field per section."""
 
     model: ModelConfig
@@ -368,42 +378,6 @@ class Config(_Block):
     task: TaskConfig = TaskConfig()
     eval: EvalConfig = EvalConfig()
     run: RunConfig = RunConfig()
-
-    @model_validator(mode="after")
-    def _budgets(self) -> Self:
-        longest = self.rollout.max_prompt_tokens + self.rollout.max_new_tokens
-        align = 2 * self.parallel.context if self.parallel.context > 1 else 1
-        if -(-longest // align) * align > self.optimizer.tokens_per_microbatch:
-            raise ValueError(
-                f"optimizer.tokens_per_microbatch is {self.optimizer.tokens_per_microbatch}, but one trajectory may "
-                f"have rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens: raise the former or "
-                "lower the latter"
-            )
-        unit = 2 * self.parallel.context * self.parallel.tensor
-        if self.optimizer.tokens_per_microbatch % unit:
-            raise ValueError(f"optimizer.tokens_per_microbatch must be a multiple of 2 x context x tensor = {unit}")
-        if self.optimizer.updates_per_step > self.rollout.prompts_per_step:
-            raise ValueError(
-                "optimizer.updates_per_step exceeds rollout.prompts_per_step: an update needs at least one prompt"
-            )
-        if self.objective.overlong_buffer > self.rollout.max_new_tokens:
-            raise ValueError(
-                "objective.overlong_buffer exceeds rollout.max_new_tokens: it is a part of the longest response"
-            )
-        if self.task.name == "math" and self.task.data is None:
-            raise ValueError("task.data is required for task.name: math")
-        if self.task.name == "tool":
-            self._tool_fits()
-        return self
-
-    def _tool_fits(self) -> None:
-        if self.task.max_turns < 2:
-            raise ValueError("task.max_turns is 1, but task.name: tool needs a second turn, in which an output is read")
-        if self.task.tool_tokens >= self.rollout.max_new_tokens:
-            raise ValueError(
-                f"task.tool_tokens is {self.task.tool_tokens}, but rollout.max_new_tokens, which a response has for "
-                f"all its turns and outputs, is {self.rollout.max_new_tokens}: lower the former or raise the latter"
-            )
 
     def dump(self) -> str:
         """Return the resolved configuration as YAML. Loading it again returns an equal Config."""

@@ -113,6 +113,7 @@ SECTIONS = (
             "trainer.metrics.update_record",
             ("loss", "loss, regularization terms included", ""),
             ("grad_norm", "L2 norm of the gradient before clipping", ""),
+            ("update/skipped", "updates whose gradient is 0, so the optimizer makes no step", _SHARE),
             ("entropy", "entropy of the policy, mean over trained tokens", _NATS),
             prefixes=_STAGES,
         )

@@ -7,7 +7,10 @@ from pathlib import Path
 from types import TracebackType
 
 from megatron_rl.engines.pool import EnginePool
+from megatron_rl.errors import ConfigError
 from megatron_rl.files import replace_file
+
+OFFLOADED_NAME = "engines_released.json"  # file of the run folder
 
 
 class OffloadedEngines:
@@ -25,8 +28,20 @@ class OffloadedEngines:
 
     @property
     def urls(self) -> list[str]:
-        """Engines that were offloaded and not resumed since."""
-        return list(json.loads(self.note.read_text(encoding="utf-8"))) if self.note.is_file() else []
+        """Engines that were offloaded and not resumed since. Raises ConfigError if the note is damaged."""
+        if not self.note.is_file():
+            return []
+        try:
+            urls = json.loads(self.note.read_bytes())
+            if isinstance(urls, list) and all(isinstance(url, str) for url in urls):
+                return urls
+            problem = "it is not a list of URLs"
+        except (ValueError, RecursionError) as error:
+            problem = str(error)
+        raise ConfigError(
+            f"{self.note} names the engines whose memory is released, and cannot be read ({problem}): start these "
+            "engines again and remove the file"
+        )
 
     def release(self, pool: EnginePool) -> None:
         """Release the memory of every engine of the pool. Raises EngineError if one refuses."""

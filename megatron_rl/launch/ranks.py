@@ -21,10 +21,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from megatron_rl.engines.processes.fork_server import ForkServer, may_fork_servers
+from megatron_rl.errors import ConfigError
 from megatron_rl.forking import has_one_thread, like_new
 from megatron_rl.launch.fork import ForkedRank, fork_rank
 from megatron_rl.supervise import kill_session
 
+MOST_RANKS = 1024  # on one machine
+_INTERRUPTED = 130
+_SAID = (2, _INTERRUPTED)  # exit codes of ranks that have printed why they end
 SAME_STOP_S = 1.0  # one request may arrive twice: `timeout` and schedulers signal a process, then its group
 # numpy's BLAS starts threads when it is imported, the tokenizers when they encode a batch.
 _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -65,7 +69,15 @@ def run_ranks(arguments: list[str], ranks: int, *, forks_servers: bool = False) 
         arguments: arguments of the command line.
         ranks: number of ranks.
         forks_servers: rank 0 starts embedded servers; they are forked if this process can fork.
+
+    Raises:
+        ConfigError: there are more ranks than one machine can have.
     """
+    if ranks > MOST_RANKS:
+        raise ConfigError(
+            f"parallel: tensor x pipeline x context x data = {ranks} ranks; one machine has at most {MOST_RANKS}: "
+            "lower them, or start the ranks with torchrun or srun"
+        )
     with one_thread():
         # It imports while this process does.
         server = ForkServer() if forks_servers and may_fork_servers() else None
@@ -126,13 +138,10 @@ def _wait(workers: Sequence[Worker], stops: list[float]) -> int:
     asked = False
     while True:
         codes = [worker.poll() for worker in workers]
-        failed = [code for code in codes if code]
-        if failed:
-            deadline = time.monotonic() + 5
-            while time.monotonic() < deadline and any(worker.poll() is None for worker in workers):
-                time.sleep(0.05)
-            killed = 130 if stops else 128 - failed[0]
-            return killed if failed[0] < 0 else failed[0]
+        if any(codes):
+            # A rank that was killed is the cause. In the same moment others may already have failed because of it.
+            failed = [(code > 0, rank) for rank, code in enumerate(codes) if code]
+            return _end_of_run(workers, min(failed)[1], stops)
         if all(code == 0 for code in codes):
             return 0
         if stops and not asked:
@@ -147,6 +156,35 @@ def _wait(workers: Sequence[Worker], stops: list[float]) -> int:
         if stops and stops[-1] - stops[0] > SAME_STOP_S:
             _end(workers, at_once=True)
         time.sleep(0.05)
+
+
+def _end_of_run(workers: Sequence[Worker], rank: int, stops: list[float]) -> int:
+    """Give the others 5 s after rank `rank` has failed, print which rank it was, and return the run's exit code."""
+    code = workers[rank].poll() or 0
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and any(worker.poll() is None for worker in workers):
+        time.sleep(0.05)
+    if code < 0 and stops:
+        return _INTERRUPTED
+    if code < 0 or (len(workers) > 1 and code not in _SAID):
+        with suppress(OSError):
+            print(_obituary(rank, workers[rank].pid, code), file=sys.stderr, flush=True)
+    return 128 - code if code < 0 else code
+
+
+def _obituary(rank: int, pid: int, code: int) -> str:
+    """Return the line that says how a rank ended. A negative code is a signal."""
+    if code > 0:
+        return f"rank {rank} (pid {pid}) failed first, with exit code {code}: other ranks end because of it"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:  # a real-time signal
+        name = f"signal {-code}"
+    hint = "; if nobody sent it, memory ran out (see dmesg)" if -code == signal.SIGKILL else ""
+    return (
+        f"rank {rank} (pid {pid}) was killed by {name}{hint}: the run ends, and errors of other ranks follow from "
+        "that; go on with --resume"
+    )
 
 
 def _end(workers: Sequence[Worker], *, at_once: bool) -> None:

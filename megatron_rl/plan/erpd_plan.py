@@ -4,9 +4,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from megatron_rl.errors import ConfigError, did_you_mean
+from megatron_rl.config.block import Block
+from megatron_rl.errors import ConfigError, did_you_mean, shorten
 from megatron_rl.objectives import OBJECTIVES, Objective, make_objective, objective_class
 from megatron_rl.objectives.erpd import ErpdMSE
 from megatron_rl.objectives.ratio import RatioObjective
@@ -22,11 +23,7 @@ _ENGINE = {
 }
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-
-class SignalPlan(_Part):
+class SignalPlan(Block):
     """One signal of stage 2: log pi_e - log pi_den, followed for `updates` optimizer updates.
 
     Attributes:
@@ -74,7 +71,7 @@ class SignalPlan(_Part):
         return int(number) if name == kind else None
 
 
-class ERPDPlan(_Part):
+class ERPDPlan(Block):
     """One round: `teacher_updates` of the teacher's objective on a fixed batch, then the signals, from pi_old again.
 
     Attributes:
@@ -258,4 +255,4 @@ def _explain(item: Any) -> str:
         return f"key '{key}' is missing and has no default"
     if item["type"] == "value_error":
         return f"{key}: {item.get('ctx', {}).get('error', item['msg'])}"
-    return f"'{key}' is {item['input']!r}: {item['msg']}"
+    return f"'{key}' is {shorten(repr(item['input']))}: {item['msg']}"

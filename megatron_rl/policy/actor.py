@@ -89,6 +89,9 @@ class Policy:
     def update(self, batch: Batch, objective: LossFunction, norm: LossNorm) -> UpdateStats:
         """Make one optimizer update on the whole batch. With ALP, new noise perturbs its forward pass at every update.
 
+        If the gradient is exactly 0, for example because no token is trained or every advantage is 0, the optimizer
+        makes no step: parameters, moments and warm-up stay as they are.
+
         Args:
             batch: the whole batch, equal on all ranks.
             objective: computes the loss of a micro-batch.
@@ -113,7 +116,8 @@ class Policy:
             self._put_scales(scales)
             raise
         lr = self.optimizer.lr
-        self.optimizer.step(gradients.norm)
+        if gradients.norm > 0:  # Adam's momentum would move the weights of a batch that teaches nothing
+            self.optimizer.step(gradients.norm)
         sigmas = gather_sigmas(self.mesh, self.models, self.shape.num_layers) if self.settings.alp else {}
         stats = gather_stats(self.mesh, batch, results, gradients, lr, sigmas)
         return stats if stats.metrics is None else replace(stats, metrics=stats.metrics | computed)

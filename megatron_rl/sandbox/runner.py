@@ -40,6 +40,7 @@ program["main"](request, int(sys.argv[1]))
 """
 FOLDER = "/work"  # working folder of the code inside a jail
 FILE_BYTES = 16 << 20
+MOST_CODE = 16 << 20  # characters of one block
 PROCESSES = 32  # threads of the code, plus the two processes around it
 MEMORY_EXIT = 86
 _START_S = 30.0  # seconds beyond the code's own time, for a jail to start on a busy machine
@@ -110,6 +111,9 @@ def run_block(way: Way, code: str, *, seconds: float, memory_mb: int, output_byt
         memory_mb: as in `Sandbox`.
         output_bytes: as in `Sandbox`.
     """
+    if len(code) > MOST_CODE:
+        text = f"the block has {len(code)} characters; at most {MOST_CODE} are run"
+        return Result(text, False, "error", 0.0)
     python = interpreter()
     request: dict[str, Any] = {
         "way": way,
@@ -196,7 +200,8 @@ class _Talk:
         assert process.stdin is not None and process.stdout is not None
         self._stdin, self._stdout, self._verdict_end = process.stdin, process.stdout.fileno(), verdict_end
         body = marshal.dumps(request)
-        self._unsent, self._most = b"%08d" % len(body) + body, output_bytes
+        # A view: without it, every write would copy the rest.
+        self._unsent, self._most = memoryview(b"%08d" % len(body) + body), output_bytes
         self._output, self._verdict = bytearray(), b""
         self._cut = self._over = False
         self._seconds, self._late = float(request["seconds"]), False
@@ -226,7 +231,7 @@ class _Talk:
             self._unsent = self._unsent[os.write(self._stdin.fileno(), self._unsent) :]
         except BrokenPipeError:
             return False
-        return bool(self._unsent)
+        return len(self._unsent) > 0
 
     def _hear(self) -> bool:
         """Read a part of the output. Return True if there may be more. End the jail if the output is over the bound."""

@@ -1,42 +1,41 @@
 """Bring-up: everything that a run owns is opened in order and closed in reverse order."""
 
 import gc
-import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from typing import Any
 
 from transformers import AutoTokenizer
 
 from megatron_rl.attribution.limits import check_gives_weights
-from megatron_rl.config import Config, changed_keys, load_config
+from megatron_rl.config import Config
 from megatron_rl.diagnostics.runlog import RunLog
 from megatron_rl.diagnostics.samples import SampleLog
-from megatron_rl.engines.offload import OffloadedEngines
+from megatron_rl.engines.offload import OFFLOADED_NAME, OffloadedEngines
 from megatron_rl.engines.pool import EnginePool
 from megatron_rl.engines.processes.own_servers import own_servers
 from megatron_rl.engines.processes.server_process import Servers
 from megatron_rl.engines.requirements import check_server, check_server_precision
 from megatron_rl.errors import ConfigError
-from megatron_rl.files import try_lock
-from megatron_rl.loggers import check_loggers, start_loggers
+from megatron_rl.loggers import start_loggers
 from megatron_rl.plan import RunPlan, print_plan
 from megatron_rl.policy.build import build_policy
 from megatron_rl.policy.checkpoint import Checkpoints
 from megatron_rl.policy.checkpoint_state import TrainState
 from megatron_rl.policy.parallel import Mesh, joined_mesh
 from megatron_rl.precision.plan import PrecisionPlan
-from megatron_rl.sampling.rollouts import Rollouts, rollouts_folder
+from megatron_rl.sampling.rollouts import Rollouts
 from megatron_rl.tasks import make_task
-from megatron_rl.trainer.code_record import write_code
 from megatron_rl.trainer.lead import Lead
-from megatron_rl.trainer.preflight import check_run_folder, resolve_on_rank
+from megatron_rl.trainer.preflight import resolve_on_rank
 from megatron_rl.trainer.progress import ProgressLine
+from megatron_rl.trainer.run_folder import prepare_run_folder
 from megatron_rl.trainer.trainer import Trainer
 from megatron_rl.weight_sync.make_sync import make_sync
 
 START_TIMEOUT_S = 300.0
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
@@ -63,12 +62,11 @@ def open_run(
         if mesh.rank == 0:
             print_plan(plan, config)
 
-        def prepare() -> None:
-            _prepare_folder(config, resume, stack, accept_changed_code=accept_changed_code or attribute_only)
-            if not attribute_only:
-                write_code(config)
-
-        mesh.on_lead(prepare)
+        mesh.on_lead(
+            lambda: prepare_run_folder(
+                config, stack, resume=resume, accept_changed_code=accept_changed_code, attribute_only=attribute_only
+            )
+        )
         servers = _start_servers(config, plan, mesh, stack)
         policy = build_policy(config, mesh, plan.precision, plan.noise)
         older = plan.algorithm.older_checkpoints
@@ -76,7 +74,7 @@ def open_run(
         stack.push(checkpoints.leave)
         if plan.algorithm.needs_reference:
             policy.keep_reference()
-        offloaded = OffloadedEngines(config.run.folder / "engines_released.json")
+        offloaded = OffloadedEngines(config.run.folder / OFFLOADED_NAME)
         if mesh.rank == 0 and config.rollout.urls:
             stack.push(offloaded.print_left)
         state = _load_state(config, checkpoints, mesh) if resume else TrainState(seed=config.run.seed)
@@ -114,31 +112,6 @@ def _load_state(config: Config, checkpoints: Checkpoints, mesh: Mesh) -> TrainSt
     if found is None and mesh.rank == 0:
         print("no usable checkpoint found: starting from the model folder", flush=True)
     return found or TrainState(seed=config.run.seed)
-
-
-def _prepare_folder(config: Config, resume: bool, stack: ExitStack, *, accept_changed_code: bool = False) -> None:
-    check_run_folder(config, resume=resume, accept_changed_code=accept_changed_code)
-    check_loggers(config.run.loggers)
-    folder = config.run.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = try_lock(folder / "in-use")
-    except OSError as error:
-        print(f"warning: {folder} cannot be locked ({error}): see to it that no other process works there", flush=True)
-    else:
-        if lock is None:
-            raise ConfigError(
-                f"{folder} is in use by another process: wait for it or end it, or choose another run.name"
-            )
-        stack.callback(lock.release)
-    if not resume:
-        shutil.rmtree(rollouts_folder(config), ignore_errors=True)
-    resolved = folder / "config.yaml"
-    if resume and resolved.is_file():
-        changed = changed_keys(load_config(resolved, accept_old_keys=True), config)
-        if changed:
-            print(f"resuming with other settings than the run had so far: {', '.join(changed)}", flush=True)
-    resolved.write_text(config.dump(), encoding="utf-8")
 
 
 def _start_servers(config: Config, plan: RunPlan, mesh: Mesh, stack: ExitStack) -> Servers | None:
@@ -206,13 +179,16 @@ def _note_stops(mesh: Mesh) -> list[int]:
     other ranks waiting.
     """
     noted: list[int] = []
-    if mesh.rank != 0:
-        for name in STOP_SIGNALS:  # rank 0 decides when every rank stops
-            signal.signal(name, signal.SIG_IGN)
-        return noted
-    for name in STOP_SIGNALS:
-        signal.signal(name, lambda number, _: noted.append(number))
+    handler = signal.SIG_IGN if mesh.rank != 0 else lambda number, _: noted.append(number)
+    _handle_stops(handler)  # rank 0 decides when every rank stops
     return noted
+
+
+def _handle_stops(handler: Any) -> None:
+    """Set the handler of every signal that requests a stop. nohup ignores SIGHUP, which must stay."""
+    for name in STOP_SIGNALS:
+        if name != signal.SIGHUP or signal.getsignal(name) != signal.SIG_IGN:
+            signal.signal(name, handler)
 
 
 def _open_lead(
@@ -226,8 +202,7 @@ def _open_lead(
     attribute_only: bool,
 ) -> Lead:
     """Connect to the engines, read the task and open the log. For rank 0. KeyboardInterrupt if a stop was requested."""
-    for name in STOP_SIGNALS:
-        signal.signal(name, signal.default_int_handler)
+    _handle_stops(signal.default_int_handler)
     if stops:
         raise KeyboardInterrupt
     if servers is not None:
@@ -257,6 +232,5 @@ def _open_lead(
     start_loggers(config, resume_from, log)
     progress = stack.enter_context(ProgressLine(config.run.name, config.run.steps, state.step, enabled=True))
     lead = Lead(rollouts, offloaded, log, SampleLog(config.run.folder, resume_from), progress)
-    for name in STOP_SIGNALS:
-        signal.signal(name, lead.stop_soon)
+    _handle_stops(lead.stop_soon)
     return lead

@@ -16,11 +16,15 @@ def check_code(config: Config) -> None:
     if not record.is_file():
         return
     try:
-        before = json.loads(record.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{record} is no JSON ({error}): remove it, or pass --accept-changed-code") from error
+        content = json.loads(record.read_bytes())
+        before = {key: entry["sha256"] for key, entry in content.items()}
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"{record} is no record of code ({problem}): remove it, or pass --accept-changed-code"
+        ) from error
     for key, digest in code_digests(config).items():
-        old = before.get(key, {}).get("sha256", digest)
+        old = before.get(key, digest)
         if old != digest:
             source = code_paths(config)[key].rpartition(":")[0]
             raise ConfigError(

@@ -182,6 +182,7 @@ def update_record(part: Batch, stats: UpdateStats) -> dict[str, float]:
     return {
         "loss": stats.loss,
         "grad_norm": stats.grad_norm,
+        "update/skipped": float(stats.grad_norm == 0),
         "lr": stats.lr,
         "entropy": float(stats.entropy[trained].mean(dtype=np.float64)) if trained.any() else 0.0,
         "tokens": float(trained.sum()),

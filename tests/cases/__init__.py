@@ -1,0 +1,1 @@
+"""Tables of inputs and the right outcome of each, one table per area."""

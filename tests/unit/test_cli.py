@@ -42,6 +42,31 @@ def test_an_unknown_command_is_a_usage_error(monkeypatch, capsys):
     assert code == 2 and "trian" in err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("serve", "--model", "m", "--port", "80000"),
+        ("serve", "--model", "m", "--port", "0"),
+        ("serve", "--model", "m", "--threads", "-1"),
+        ("serve", "--model", "m", "--max-rows", "0"),
+        ("attribute", "runs/x", "--prompts", "0"),
+        ("attribute", "runs/x", "--sampled-by", "-1"),
+        ("warmup", "c.yaml", "--dest", "d", "--target", "1.5"),
+        ("warmup", "c.yaml", "--dest", "d", "--error-rate", "-0.1"),
+        ("warmup", "c.yaml", "--dest", "d", "--batch-size", "0"),
+        ("warmup", "c.yaml", "--dest", "d", "--max-updates", "0"),
+    ],
+    ids=lambda arguments: " ".join(arguments[-2:]),
+)
+def test_a_number_out_of_its_range_is_a_usage_error(monkeypatch, capsys, arguments):
+    code, out, err = say(monkeypatch, capsys, *arguments)
+    words = " ".join(err.replace("│", " ").split())
+    assert (code, out) == (
+        2,
+        "",
+    ) and f"Invalid value for '{arguments[-2]}'" in words
+
+
 def test_a_mistake_is_one_paragraph_and_exit_code_2(monkeypatch, capsys, tmp_path):
     monkeypatch.delenv("RANK", raising=False)
     code, out, err = say(monkeypatch, capsys, "train", str(tmp_path / "none.yaml"))

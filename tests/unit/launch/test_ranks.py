@@ -1,6 +1,7 @@
 """How the ranks of one machine start, are told to stop, and end together: forked ones as new processes do."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from megatron_rl.errors import ConfigError
+from megatron_rl.launch.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[3]
 # A launcher whose ranks run a small script in place of the trainer. The script is `megatron_rl.__main__` for a fork,
@@ -162,6 +166,28 @@ def test_a_rank_that_fails_ends_the_others_and_gives_its_exit_code(launch):
 
 def test_a_rank_that_is_killed_gives_128_plus_the_signal(launch):
     assert launch("if rank == 0: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(100)", 2).end().code == 137
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGKILL", "SIGSEGV"])
+def test_the_last_line_names_the_rank_that_died_and_the_signal(launch, name):
+    script = f"if rank == 1: os.kill(os.getpid(), signal.{name})\ntime.sleep(1)\nsys.exit('rank 1 is gone')"
+    ended = launch(script, 3).end()
+    assert ended.code == 128 + getattr(signal, name)
+    assert re.fullmatch(rf"rank 1 \(pid \d+\) was killed by {name}.*; go on with --resume", ended.err.splitlines()[-1])
+    assert ended.err.count("rank 1 is gone") == 2
+
+
+def test_the_last_line_names_the_rank_that_failed_first_unless_it_said_why(launch):
+    script = "if rank == 1: sys.exit({})\ntime.sleep(1)\nsys.exit(4)"
+    assert re.fullmatch(
+        r"rank 1 \(pid \d+\) failed first, with exit code 7: .*\n", launch(script.format(7), 2).end().err
+    )
+    assert launch(script.format(2), 2).end().err == ""
+
+
+def test_more_ranks_than_a_machine_has_are_refused():
+    with pytest.raises(ConfigError, match="= 1000000 ranks; one machine has at most 1024"):
+        run_ranks(["train"], 1_000_000)
 
 
 def test_others_have_time_to_say_why_they_end(launch, tmp_path):

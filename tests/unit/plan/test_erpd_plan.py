@@ -114,3 +114,17 @@ def test_a_run_of_rounds_asks_the_engines_for_no_log_probabilities():
 def test_other_objectives_have_no_plan():
     config = make_config({"model": {"path": "m"}, "objective": {"name": "drpo"}})
     assert plan_algorithm(config).erpd is None and plan_algorithm(config).objective.name == "drpo"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"teacher_lr": float("inf")}, "'objective.teacher_lr' is inf"),
+        ({"floor": float("-inf")}, "'objective.floor' is -inf"),
+        ({"teacher_updates": 10**12}, r"objective\.teacher_updates: it is 1e\+12"),
+        ({"teacher_updates": True}, r"objective\.teacher_updates: it is true, not a number"),
+    ],
+)
+def test_the_limits_of_all_keys_hold_for_a_round(keys, message):
+    with pytest.raises(ConfigError, match=message):
+        make_plan({"name": "erpd", "teacher": {"name": "erpd_mse"}, **keys})

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from megatron_rl.sandbox import runner as sandbox_module
-from megatron_rl.sandbox.runner import FILE_BYTES, PROCESSES
+from megatron_rl.sandbox.runner import FILE_BYTES, MOST_CODE, PROCESSES
 from tests.unit.sandbox.conftest import FAULTS, HASTE, PATIENCE, SECONDS, jail_processes
 
 
@@ -86,6 +86,15 @@ for number in range(4):
     lines = sandbox.run(code).output.splitlines()
     assert lines[0] in ("File too large", "No space left on device")
     assert set(lines[1:]) == {"No space left on device"}
+
+
+def test_a_huge_block_is_a_failure_of_the_block_and_is_sent_in_linear_time(sandbox):
+    started = time.monotonic()
+    result = sandbox.run("#" * (MOST_CODE + 1))
+    assert (result.ok, result.reason) == (False, "error") and "at most 16777216" in result.output
+    assert time.monotonic() - started < 1
+    largest = sandbox.run("#" * (MOST_CODE - 20) + "\nprint('read')")
+    assert largest.output == "read\n" or largest.reason == "memory", largest
 
 
 def test_a_fork_bomb_makes_no_process(sandbox):

@@ -8,7 +8,7 @@ import pytest
 from megatron_rl.config import make_config
 from megatron_rl.errors import ConfigError
 from megatron_rl.trainer.code_record import check_code, write_code
-from megatron_rl.trainer.preflight import check_run_folder
+from megatron_rl.trainer.run_folder import check_run_folder
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from megatron_rl.policy.checkpoint_state import COMPLETE
 from megatron_rl.precision.machine import Machine
 from megatron_rl.sft import warm_up
 from megatron_rl.trainer.evaluate import evaluate_model
-from megatron_rl.trainer.preflight import check, check_run_folder, resolve_on_rank
+from megatron_rl.trainer.preflight import check, resolve_on_rank
+from megatron_rl.trainer.run_folder import check_run_folder
 from tests.e2e.models import make_arithmetic_model
 
 
@@ -147,7 +148,8 @@ def test_an_older_student_must_be_on_disk_unless_it_is_the_start_of_a_new_run(mo
 
 
 def test_what_is_checked_before_anything_starts_needs_no_megatron_core():
-    program = "import sys, megatron_rl.trainer.preflight; sys.exit('megatron.core' in sys.modules)"
+    modules = "megatron_rl.trainer.preflight, megatron_rl.trainer.run_folder"
+    program = f"import sys, {modules}; sys.exit('megatron.core' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0, (
         "a refusal takes seconds longer"
     )
