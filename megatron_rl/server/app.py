@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -216,8 +217,8 @@ def _add_updates(app: FastAPI, engine: Engine, workers: Workers) -> None:
         return _done(f"serving weight version {engine.weight_version}", weight_version=engine.weight_version)
 
     @app.post("/init_weights_update_group")
-    async def init_weights_update_group(body: JoinGroupBody) -> Response:
-        await workers.join(
+    async def init_weights_update_group(body: JoinGroupBody, request: Request) -> Response:
+        work = partial(
             updates.groups.join,
             body.group_name,
             body.master_address,
@@ -226,6 +227,14 @@ def _add_updates(app: FastAPI, engine: Engine, workers: Workers) -> None:
             world=body.world_size,
             backend=body.backend,
         )
+        joining, left = asyncio.ensure_future(workers.join(work)), asyncio.create_task(_client_left(request))
+        racing: set[asyncio.Future[Any]] = {joining, left}
+        await asyncio.wait(racing, return_when=asyncio.FIRST_COMPLETED)
+        if not joining.done():
+            joining.cancel()  # if it has not begun, it never will
+            return Response(status_code=499)
+        left.cancel()
+        await joining
         return _done()
 
     @app.post("/destroy_weights_update_group")

@@ -15,13 +15,13 @@ class Workers:
 
     - quick: calls that the engine's thread does between two tokens, and reading and writing of large bodies.
     - slow: calls that wait for weights, for another process or for running requests.
-    - join: joining an update group, one at a time, because it waits for a listener that may be mute.
+    - join: joining an update group, which waits for a listener that may be mute.
     """
 
     def __init__(self) -> None:
         self._quick = ThreadPoolExecutor(8, thread_name_prefix="quick")
         self._slow = ThreadPoolExecutor(8, thread_name_prefix="slow")
-        self._join = ThreadPoolExecutor(1, thread_name_prefix="join")
+        self._join = ThreadPoolExecutor(4, thread_name_prefix="join")
 
     async def quick(self, work: Callable[P, T], *args: P.args, **more: P.kwargs) -> T:
         """Return what a quick call returns."""

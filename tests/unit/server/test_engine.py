@@ -131,7 +131,9 @@ def test_without_a_seed_samples_differ_between_requests(engine: Engine) -> None:
 
 def test_likeliest_tokens_stay_with_their_positions_through_a_retraction(engine: Engine, folder: Path) -> None:
     futures = engine.submit([make_job(engine, [4, 5], Sampling(max_new_tokens=150), n=3, top_logprobs=4)])
-    while not engine._calls.call(lambda: engine._batcher.running is not None and engine._batcher.running.lengths.max() > 5):
+    while not engine._calls.call(
+        lambda: engine._batcher.running is not None and engine._batcher.running.lengths.max() > 5
+    ):
         assert not futures[0].done(), "it ended before anyone looked"
     engine.pause("retract")
     engine.resume()
