@@ -1,6 +1,8 @@
 """Control calls to one engine: SGLang's, and a few that only the embedded server has."""
 
 import asyncio
+import json
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,13 +10,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
+import numpy as np
 
+from megatron_rl.engines.http_call import Patience, call, put_off_error, says_later
 from megatron_rl.errors import EngineError
-from megatron_rl.protocol.generation import error_message
+from megatron_rl.protocol.generation import GenerationRequest, SamplingParams, error_message, generate_body
+from megatron_rl.protocol.responses import read_samples
 
 T = TypeVar("T")
 _RETRIES = 4
 _BACKOFF_S = 0.1  # doubled at every retry
+_LATER_S = 60.0  # time that a server may put a call off
+_MAX_BYTES = 1 << 28  # of a response; the checksums of all tensors are the longest one
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,26 +70,35 @@ class Controls(ABC):
             method: HTTP method.
         """
         answer = self._run(self._controlled(url, method, path, body, _RETRIES if repeat else 1))
+        try:
+            answer = json.loads(answer)
+        except (ValueError, RecursionError):
+            return {}  # SGLang responds to some control calls in plain text
         if isinstance(answer, dict) and answer.get("success") is False:
             raise EngineError(f"{url}{path} failed: {answer.get('message', answer)}")
         return answer
 
-    async def _controlled(self, url: str, method: str, path: str, body: dict[str, Any] | None, attempts: int) -> Any:
+    async def _controlled(self, url: str, method: str, path: str, body: dict[str, Any] | None, attempts: int) -> bytes:
         url = self._base_url(url)
-        for attempt in range(attempts):
+        later, attempt = Patience(_LATER_S), 0
+        while True:
             try:
-                response = await self._http.request(method, f"{url}{path}", json=body)
-                break
+                response = await call(self._http, method, f"{url}{path}", json=body, max_bytes=_MAX_BYTES)
             except httpx.TransportError as error:
-                if attempt + 1 == attempts or isinstance(error, httpx.ReadTimeout):  # slow work is not requested twice
+                attempt += 1
+                if attempt == attempts or isinstance(error, httpx.ReadTimeout):  # slow work is not requested twice
                     raise EngineError(f"{url}{path} does not answer: {type(error).__name__} {error}".strip()) from error
-                await asyncio.sleep(_BACKOFF_S * 2**attempt)
+                await asyncio.sleep(_BACKOFF_S * 2 ** (attempt - 1))
+                continue
+            except httpx.HTTPError as error:
+                raise EngineError(f"{url}{path} sent what is no HTTP response: {error}") from error
+            if not says_later(response):
+                break
+            if not await later.wait(response):
+                raise put_off_error(url, path, response, later.limit_s)
         if response.status_code != 200:
             raise refusal_error(url, path, response)
-        try:
-            return response.json()
-        except ValueError:
-            return {}  # SGLang answers some control calls in plain text
+        return response.content
 
     def pause(self, url: str, mode: str) -> None:
         """Pause generation.
@@ -213,23 +229,28 @@ class Controls(ABC):
         SGLang's names. `@rank` follows the name if the server has several ranks.
         """
         answer = self._control(url, "/weights_checker", {"action": "checksum"})
-        if isinstance(answer, dict) and answer.get("ranks"):
-            ranks = answer["ranks"]
-            mark = (lambda rank: f"@{rank}") if len(ranks) > 1 else (lambda rank: "")
-            return {
-                name + mark(i): digest for i, rank in enumerate(ranks) for name, digest in rank["checksums"].items()
-            }
-        return dict(_field(answer, "checksums", url))
+        ranks = answer.get("ranks") if isinstance(answer, dict) else None
+        if not ranks:
+            return _digests(_field(answer, "checksums", url), url)
+        if not isinstance(ranks, list):
+            raise EngineError(f"{url} reports the checksums of its ranks wrongly: {str(ranks)[:200]}")
+        mark = (lambda rank: f"@{rank}") if len(ranks) > 1 else (lambda rank: "")
+        return {
+            name + mark(i): digest
+            for i, rank in enumerate(ranks)
+            for name, digest in _digests(_field(rank, "checksums", url), url).items()
+        }
 
     def score(self, url: str, tokens: Sequence[int]) -> list[float]:
         """Return the log-probabilities of all tokens but the first, at temperature 1: N - 1 values for N tokens."""
-        sampling = {"max_new_tokens": 0, "temperature": 1.0}
-        body = {"input_ids": list(tokens), "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
-        answer = self._control(url, "/generate", body, repeat=False)
-        scored = _field(_field(answer, "meta_info", url), "input_token_logprobs", url)
-        if [entry[1] for entry in scored] != list(tokens) or any(entry[0] is None for entry in scored[1:]):
-            raise EngineError(f"{url} did not score the tokens it was given")
-        return [float(entry[0]) for entry in scored[1:]]
+        rid = f"score-{secrets.token_hex(8)}"
+        request = GenerationRequest(rid, list(tokens), 1, SamplingParams(0), score_prompt=True)
+        body = generate_body(request, rid) | {"input_ids": list(tokens)}
+        content = self._run(self._controlled(url, "POST", "/generate", body, 1))
+        (sample,) = read_samples(url, request, content)
+        if sample.prompt_logprobs is None or not np.isfinite(sample.prompt_logprobs).all():
+            raise EngineError(f"{url} gave the tokens scores that are not finite")
+        return [float(score) for score in sample.prompt_logprobs]
 
     def save_weights(self, url: str, folder: Path) -> None:
         """Write an embedded server's weights to `model.safetensors` in `folder`. Raises EngineError if it fails."""
@@ -239,14 +260,21 @@ class Controls(ABC):
 
     def info(self, url: str) -> dict[str, Any]:
         """Return /model_info of the server, together with /server_info if /model_info does not hold the precision."""
-        answer = dict(self._model_info(url))
-        return answer if "dtype" in answer else {**self._control(url, "/server_info", None, method="GET"), **answer}
+        found = _object(self._model_info(url), "/model_info", url)
+        if "dtype" in found:
+            return found
+        more = _object(self._control(url, "/server_info", None, method="GET"), "/server_info", url)
+        return {**more, **found}
 
     def traits(self, url: str) -> Traits:
         """Return the traits of an engine. Raises EngineError if the server does not report them."""
         found = self.info(url)
         embedded = found.get("engine") == "embedded"
-        ranks = 1 if embedded else int(_field(found, "tp_size", url)) * int(found.get("pp_size") or 1)
+        ranks = (
+            1
+            if embedded
+            else _count(found, "tp_size", url) * _count({"pp_size": found.get("pp_size") or 1}, "pp_size", url)
+        )
         device = str(found.get("device", "cpu") if embedded else _field(found, "device", url))
         dtype = str(_field(found, "dtype", url))
         return Traits(embedded, ranks, device, dtype, quantized=found.get("quantization") is not None)
@@ -286,7 +314,26 @@ def refusal_error(url: str, path: str, response: httpx.Response) -> EngineError:
     return EngineError(f"{url} has no {path} (404): name a server of `megatron-rl serve`{able} in rollout.urls")
 
 
-def _field(answer: Mapping[str, Any], name: str, url: str) -> Any:
+def _object(answer: Any, path: str, url: str) -> dict[str, Any]:
+    if not isinstance(answer, dict):
+        raise EngineError(f"{url}{path} is no JSON object: {str(answer)[:200]}")
+    return answer
+
+
+def _field(answer: Any, name: str, url: str) -> Any:
     if not isinstance(answer, Mapping) or name not in answer:
         raise EngineError(f"{url} does not name its '{name}': {str(answer)[:200]}")
     return answer[name]
+
+
+def _count(answer: dict[str, Any], name: str, url: str) -> int:
+    number = _field(answer, name, url)
+    if not isinstance(number, int) or number < 1:
+        raise EngineError(f"{url} reports '{name}' as {str(number)[:200]!r}, which is no number of processes")
+    return number
+
+
+def _digests(answer: Any, url: str) -> dict[str, str]:
+    if not isinstance(answer, dict) or not all(isinstance(digest, str) for digest in answer.values()):
+        raise EngineError(f"{url} reports its checksums wrongly: {str(answer)[:200]}")
+    return answer

@@ -6,13 +6,14 @@ from contextlib import suppress
 
 import httpx
 
+from megatron_rl.engines.http_call import ResponseTooLarge, call, says_later
 from megatron_rl.engines.pooled_engine import PooledEngine
 
 _log = logging.getLogger(__name__)
 
-HEALTH_S = 5.0  # time for an answer; SGLang's takes a second by itself
+HEALTH_S = 5.0  # time for a response; SGLang's takes a second by itself
 CONNECT_S = 1.0
-MISSES = 3  # checks in a row without an answer, after which a server counts as dead
+MISSES = 3  # checks in a row without a response, after which a server counts as dead
 
 
 async def check_health(
@@ -24,25 +25,26 @@ async def check_health(
         http: the client.
         engine: the engine. If it is paused, /model_info is requested instead of `path`.
         path: path of the request.
-        timeout_s: seconds for the answer; 0: `HEALTH_S`.
+        timeout_s: seconds for the response; 0: `HEALTH_S`.
 
     Returns:
-        True if the server is healthy; False if it reports an error or no process listens; None without an answer in
-        time.
+        True if the server is healthy, or limits requests; False if it reports an error or no process listens; None
+        without a response in time.
     """
     if engine.paused:  # SGLang's /health generates a token, and a paused engine generates none
         path = "/model_info"
+    timeout = httpx.Timeout(timeout_s or HEALTH_S, connect=CONNECT_S)
     try:
-        answer = await http.get(f"{engine.url}{path}", timeout=httpx.Timeout(timeout_s or HEALTH_S, connect=CONNECT_S))
-        return answer.status_code == 200
+        response = await call(http, "GET", f"{engine.url}{path}", timeout=timeout)
     except httpx.TimeoutException:
         return None
-    except httpx.HTTPError:
+    except (httpx.HTTPError, ResponseTooLarge):
         return False
+    return response.status_code == 200 or says_later(response)
 
 
 async def is_alive(http: httpx.AsyncClient, engine: PooledEngine, path: str = "/health") -> bool:
-    """Return whether a server is healthy. It is checked up to `MISSES` times, because a busy server may answer late.
+    """Return whether a server is healthy. It is checked up to `MISSES` times, because a busy server may respond late.
 
     Args:
         http: the client.
@@ -58,10 +60,9 @@ async def is_alive(http: httpx.AsyncClient, engine: PooledEngine, path: str = "/
 
 async def resume_paused(http: httpx.AsyncClient, engine: PooledEngine) -> None:
     """Resume a server that was left paused. A server that cannot be reached is ignored."""
-    with suppress(httpx.HTTPError):
-        await http.post(
-            f"{engine.url}/continue_generation", json={}, timeout=httpx.Timeout(HEALTH_S, connect=CONNECT_S)
-        )
+    with suppress(httpx.HTTPError, ResponseTooLarge):
+        timeout = httpx.Timeout(HEALTH_S, connect=CONNECT_S)
+        await call(http, "POST", f"{engine.url}/continue_generation", json={}, timeout=timeout)
 
 
 def log_unexpected_end(watch: "Future[None]") -> None:

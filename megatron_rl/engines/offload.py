@@ -45,7 +45,7 @@ class OffloadedEngines:
 
     def release(self, pool: EnginePool) -> None:
         """Release the memory of every engine of the pool. Raises EngineError if one refuses."""
-        pool.drop_dead()
+        pool.find_lost()
         for url in pool.live_urls:
             self._write([*self.urls, url])
             pool.release_memory(url)
@@ -59,7 +59,7 @@ class OffloadedEngines:
         offloaded = self.urls
         if not offloaded:
             return
-        pool.drop_dead()
+        pool.find_lost()
         for url in [url for url in pool.live_urls if url in offloaded]:
             if pool.memory(url) in ("released", None):
                 pool.resume_memory(url)

@@ -1,27 +1,37 @@
 """Engine pool: the trainer's client of the generation servers, over SGLang's HTTP contract.
 
-All requests run in one asyncio loop on a thread of the pool. `ask` is only for coroutines in this loop; `run` and
+All requests run in one asyncio loop on a thread of the pool. `sample` is only for coroutines in this loop; `run` and
 `start` put coroutines into it. All other methods are synchronous. A server that stops answering is lost, and its
-requests are redone on the other servers. Every request gets exactly one answer.
+requests are redone on the other servers, as is a request whose response is wrong. Every request gets exactly one
+result.
 """
 
 import asyncio
 import logging
 import threading
-import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import httpx
 
 from megatron_rl.engines.control import Controls, refusal_error
-from megatron_rl.engines.health import HEALTH_S, MISSES, check_health, is_alive, log_unexpected_end, resume_paused
+from megatron_rl.engines.health import HEALTH_S, log_unexpected_end
+from megatron_rl.engines.http_call import Patience, ResponseTooLarge, call, put_off_error, says_later
 from megatron_rl.engines.patient_transport import PatientTransport
-from megatron_rl.engines.pooled_engine import Dropped, EngineState, PooledEngine, Unanswered, cancel_if_lost, together
-from megatron_rl.engines.router import Router, router_lost
+from megatron_rl.engines.pooled_engine import (
+    EngineLost,
+    EngineState,
+    PooledEngine,
+    PutOff,
+    RequestFailed,
+    cancel_if_lost,
+    together,
+)
+from megatron_rl.engines.roster import Roster
 from megatron_rl.errors import EngineError, UserError
 from megatron_rl.protocol.generation import (
     GenerationRequest,
@@ -29,9 +39,9 @@ from megatron_rl.protocol.generation import (
     SamplingParams,
     error_message,
     generate_body,
-    read_samples,
     to_json,
 )
+from megatron_rl.protocol.responses import WrongResponse, max_response_bytes, read_samples
 from megatron_rl.supervise import raise_file_limit
 
 T = TypeVar("T")
@@ -40,13 +50,12 @@ _log = logging.getLogger(__name__)
 
 _RETRIES = 4
 _BACKOFF_S = 0.1  # doubled at every retry
-_RECOVER_S = 2.5  # time for the health check of a lost engine, made at every weight update
-_WATCH_S = 5.0  # between health checks of servers with unfinished requests
+_WRONG_RESPONSES = 3  # to one request, before that is an error
 _IN_FLIGHT = 256  # requests per server at once
-_QUARANTINE_S = 30.0  # time a request waits while every live engine is quarantined
 _OTHER_FILES = 256  # open files that are not requests: health checks, weight updates, logs, checkpoints
-_SMALL_ANSWER = 1 << 15  # bytes of an answer that is read in the loop itself
-_JSON = {"content-type": "application/json"}
+_SMALL = 1 << 15  # bytes of a response that is read in the loop itself
+_PATH = "/generate"
+_HEADERS = {"content-type": "application/json"}
 _THREADS = 32  # for `asyncio.to_thread` in the pool's loop: tools and verifiers mostly wait for processes
 
 
@@ -58,10 +67,30 @@ class _Cancelled(Exception):
     """GenerationInterrupted inside the loop. A KeyboardInterrupt there would end the asyncio loop itself."""
 
 
+class _Wrong:
+    """The engines that gave wrong responses to one request."""
+
+    def __init__(self) -> None:
+        self.engines: list[PooledEngine] = []
+
+    def add(self, engine: PooledEngine, error: WrongResponse) -> None:
+        """Record a wrong response. Raise an EngineError after `_WRONG_RESPONSES` of them."""
+        self.engines.append(engine)
+        if len(self.engines) >= _WRONG_RESPONSES:
+            raise EngineError(f"{error} (response {len(self.engines)} of as many that were wrong)") from error
+        _log.warning("%s: the request is redone", error)
+
+
 class EnginePool(Controls):
     """Generation over several servers, and control of each. Use it as a context manager or call `close`."""
 
-    def __init__(self, urls: Sequence[str], timeout_s: float = 600.0, router_url: str | None = None) -> None:
+    def __init__(
+        self,
+        urls: Sequence[str],
+        timeout_s: float = 600.0,
+        router_url: str | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
         """Start the pool's loop. The servers must run already.
 
         Args:
@@ -69,15 +98,16 @@ class EnginePool(Controls):
             timeout_s: limit in seconds for one generation request and for one weight update.
             router_url: an sglang-router through which all generation goes. If the router is lost, nothing is generated.
                 None: requests go to the servers directly.
+            vocab_size: number of tokens of the model; a response with another token is wrong. None: not checked.
         """
         if not urls:
             raise UserError("rollout.urls is empty: an engine pool needs at least one server")
-        self._engines = [PooledEngine(url.rstrip("/")) for url in dict.fromkeys(urls)]
-        self._timeout_s = timeout_s
+        self._timeout_s, self._vocab_size = timeout_s, vocab_size
         self._loop = asyncio.new_event_loop()
         self._loop.set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="engine-pool"))
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="engine-answers")
-        self._gate = asyncio.Semaphore(max(1, min(_IN_FLIGHT * len(self._engines), raise_file_limit() - _OTHER_FILES)))
+        in_flight = min(_IN_FLIGHT * len(set(urls)), raise_file_limit() - _OTHER_FILES)
+        self._gate = asyncio.Semaphore(max(1, in_flight))
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine-pool", daemon=True)
         self._thread.start()
         # Idle connections cost more than new ones: httpx walks all pairs of them, and a server may close them first.
@@ -88,11 +118,10 @@ class EnginePool(Controls):
             transport=PatientTransport(limits=limits),
             trust_env=False,
         )
-        self._router = Router(router_url, self._http) if router_url else None
-        self._front = PooledEngine(router_url) if router_url else None  # the router, to which requests are sent
+        self._roster = Roster(urls, self._http, router_url)
         self._calls: set[asyncio.Task[Any]] = set()
         self._interrupted: set[asyncio.Task[Any]] = set()
-        asyncio.run_coroutine_threadsafe(self._watch(), self._loop).add_done_callback(log_unexpected_end)
+        asyncio.run_coroutine_threadsafe(self._roster.watch(), self._loop).add_done_callback(log_unexpected_end)
 
     def __enter__(self) -> Self:
         return self
@@ -123,18 +152,18 @@ class EnginePool(Controls):
     @property
     def live_urls(self) -> tuple[str, ...]:
         """URLs of the engines that are not lost."""
-        return tuple(engine.url for engine in self._engines if engine.live)
+        return tuple(engine.url for engine in self._roster.live)
 
     @property
     def quarantined(self) -> dict[str, str]:
         """Engines that get no new request until a weight update succeeds, with the reason."""
-        quarantined = (engine for engine in self._engines if engine.state is EngineState.QUARANTINED)
+        quarantined = (engine for engine in self._roster.engines if engine.state is EngineState.QUARANTINED)
         return {engine.url: engine.quarantined_because for engine in quarantined}
 
     @property
     def lost(self) -> dict[str, str]:
         """Engines that are not used any more, with the reason."""
-        return {engine.url: engine.lost_because for engine in self._engines if not engine.live}
+        return {engine.url: engine.lost_because for engine in self._roster.engines if not engine.live}
 
     # Generation --------------------------------------------------------------------------------------------
 
@@ -152,10 +181,10 @@ class EnginePool(Controls):
             raise UserError(f"generation request ids must differ; '{max(rids, key=rids.count)}' is given twice")
         if not requests:
             return []
-        return self.run(together([self.ask(request) for request in requests]))
+        return self.run(together([self.sample(request) for request in requests]))
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine that awaits `ask` in the pool's loop. Return its result.
+        """Run a coroutine that awaits `sample` in the pool's loop. Return its result.
 
         Raises GenerationInterrupted after `interrupt`.
         """
@@ -193,58 +222,36 @@ class EnginePool(Controls):
             self._calls.discard(me)
             self._interrupted.discard(me)
 
-    async def ask(self, request: GenerationRequest) -> list[Sample]:
+    async def sample(self, request: GenerationRequest) -> list[Sample]:
         """Return the n samples of one request. Call it only in the pool's loop.
 
-        The request is redone on any live server until one answers. If the call is canceled, the engine is asked to
-        abort the request. Raises EngineError if a server refuses the request or no server is left.
+        The request is redone on any live server until one gives a right response. If the call is canceled, the engine
+        is asked to abort the request. Raises EngineError if a server refuses the request, if its responses stay wrong,
+        or if no server is left.
         """
         async with self._gate:
             failures = attempts = 0
+            later, wrong = Patience(self._timeout_s), _Wrong()
             while True:
-                engine = await self._routable()
+                engine = await self._roster.choose(wrong.engines)
                 attempts += 1
                 try:
                     return await self._attempt(engine, request, attempts - 1)
-                except Dropped:
+                except EngineLost:
                     continue
-                except Unanswered as error:
+                except PutOff as put_off:
+                    if not await later.wait(put_off.response):
+                        raise put_off_error(engine.url, _PATH, put_off.response, later.limit_s) from None
+                except WrongResponse as error:
+                    wrong.add(engine, error)
+                except RequestFailed as error:
                     failures += 1
-                    await self._suspect(engine, str(error))
+                    await self._roster.check_after_failure(engine, str(error))
                     if engine.live and failures > _RETRIES:
                         raise EngineError(
                             f"{engine.url} failed request '{request.rid}' {failures} times: {error}"
                         ) from error
                     await asyncio.sleep(_BACKOFF_S * 2 ** min(failures, 6) if engine.live else 0)
-
-    async def _routable(self) -> PooledEngine:
-        """Return the router or the least loaded routable engine. Wait while every live engine is quarantined."""
-        end = time.monotonic() + _QUARANTINE_S
-        while True:
-            live = [engine for engine in self._engines if engine.live]
-            if not live:
-                reasons = "; ".join(f"{url}: {reason}" for url, reason in self.lost.items())
-                raise EngineError(f"no engine is left ({reasons}): start them again and resume the run")
-            routed = [engine for engine in live if engine.routable]
-            if routed:
-                return await self._through_router(routed) or min(routed, key=lambda engine: engine.load)
-            if any(engine.paused for engine in live):  # a weight update is in progress
-                end = time.monotonic() + _QUARANTINE_S
-            if time.monotonic() > end:
-                reasons = "; ".join(f"{engine.url}: {engine.quarantined_because}" for engine in live)
-                mend = "the next weight update brings them back; a run that ends here can be resumed"
-                raise EngineError(f"no engine serves the committed weights ({reasons}): {mend}")
-            await asyncio.sleep(_BACKOFF_S)
-
-    async def _through_router(self, routed: Sequence[PooledEngine]) -> PooledEngine | None:
-        """Let the router send requests to exactly these engines and return it. Return None if there is no router."""
-        if self._router is None or self._front is None:
-            return None
-        if not self._front.live:
-            raise EngineError(router_lost(self._front.url, self._front.lost_because))
-        await self._router.route_to(engine.url for engine in routed)
-        self._front.version = min(engine.version for engine in routed)
-        return self._front
 
     async def _attempt(self, engine: PooledEngine, request: GenerationRequest, attempt: int) -> list[Sample]:
         # The server may still be aborting the first attempt, so a retry needs its own request id.
@@ -253,95 +260,72 @@ class EnginePool(Controls):
         engine.load += request.n
         try:
             async with asyncio.timeout(self._timeout_s):
-                answer = await cancel_if_lost(engine.dead, self._post(engine.url, "/generate", body))
+                content = await cancel_if_lost(engine.dead, self._post(engine.url, request, body))
         except TimeoutError:
             await self._abort(engine, rid)
             late = f"no answer to request '{request.rid}' within {self._timeout_s:g} s (rollout.timeout_s)"
-            if engine is not self._front:  # behind a router, a server hangs; `_suspect` finds it
-                self._drop(engine, late)
-            raise Unanswered(late) from None
-        except Dropped:  # the connection is closed, so no abort request is needed
+            if engine is not self._roster.front:  # behind a router, a server hangs; the check after a failure finds it
+                self._roster.mark_lost(engine, late)
+            raise RequestFailed(late) from None
+        except EngineLost:  # the connection is closed, so no abort request is needed
             raise
-        except (asyncio.CancelledError, Unanswered):
+        except (asyncio.CancelledError, RequestFailed, WrongResponse):
             await self._abort(engine, rid)
             raise
         finally:
             engine.load -= request.n
-        samples = await self._read(engine.url, request, answer)
+        samples = await self._read(engine.url, request, content, rid)
         oldest = min((int(v.min()) for sample in samples if len(v := sample.columns["versions"])), default=expected)
         if oldest < expected:
-            engine.quarantined_because = (
-                f"it answered with weight version {oldest} after version {expected}: it was restarted"
-            )
-            _log.warning("engine %s is %s: %s", engine.url, engine.state, engine.quarantined_because)
-            raise Unanswered(engine.quarantined_because)
+            why = f"it answered with weight version {oldest} after version {expected}: it was restarted"
+            self._roster.quarantine(engine, why)
+            raise RequestFailed(why)
         return samples
 
     async def _abort(self, engine: PooledEngine, rid: str) -> None:
         """Send the engine an abort request; do not wait long, because closing the connection has the same effect."""
-        for url in self.live_urls if engine is self._front else (engine.url,) if engine.live else ():
-            with suppress(httpx.HTTPError):
-                await self._http.post(f"{url}/abort_request", json={"rid": rid}, timeout=2.0)
+        urls = self.live_urls if engine is self._roster.front else (engine.url,) if engine.live else ()
+        for url in urls:
+            with suppress(httpx.HTTPError, ResponseTooLarge):
+                await call(self._http, "POST", f"{url}/abort_request", json={"rid": rid}, timeout=2.0)
 
-    async def _suspect(self, engine: PooledEngine, what: str) -> None:
-        """Check a server after an error. If it is not healthy, it is lost."""
-        if engine.live and not await is_alive(self._http, engine):
-            self._drop(engine, what)
-        elif engine is self._front:
-            await self._drop_dead("/health")  # the router reports that a server failed, but not which one
+    async def _post(self, url: str, request: GenerationRequest, body: bytes) -> bytes:
+        """Send the JSON of a generation request and return the body of the response.
 
-    async def _watch(self) -> None:
-        """Mark servers as lost that have unfinished requests and miss several health checks.
-
-        This is needed because a failed node closes no connection.
+        Raises:
+            EngineError: the server refuses the request (4xx).
+            PutOff: the server wants the request later.
+            WrongResponse: the response is too large or cannot be decompressed.
+            RequestFailed: another error; a retry may help.
         """
-        misses: dict[str, int] = {}
-        while True:
-            await asyncio.sleep(_WATCH_S)
-            front = [self._front] if self._front is not None else []
-            through = any(engine.load for engine in front)
-            busy = [engine for engine in [*front, *self._engines] if engine.live and (engine.load or through)]
-            try:
-                health = await asyncio.gather(*(check_health(self._http, engine) for engine in busy))
-            except EngineError as error:  # this machine could not open a connection: no engine is to blame
-                _log.warning("servers were not checked: %s", error)
-                continue
-            missed = [engine for engine, healthy in zip(busy, health, strict=True) if not healthy]
-            misses = {engine.url: misses.get(engine.url, 0) + 1 for engine in missed}
-            for engine in missed:
-                if misses[engine.url] == MISSES:
-                    self._drop(engine, f"{MISSES} health checks in a row failed")
-
-    def _drop(self, engine: PooledEngine, reason: str) -> None:
-        if engine.live:
-            engine.lost_because = reason or "dropped"
-            engine.dead.set()
-            _log.warning("engine %s is %s: %s", engine.url, engine.state, engine.lost_because)
-            if self._front is not None and self._front.live and engine is not self._front:
-                # The router does not report which requests this engine has, so all requests in the router are redone.
-                self._front.dead.set()
-                self._front.dead = asyncio.Event()
-
-    async def _post(self, url: str, path: str, body: bytes) -> bytes:
-        """Return the body of the response. Raises EngineError for a refusal (4xx), Unanswered if a retry may help."""
         try:
-            response = await self._http.post(f"{url}{path}", content=body, headers=_JSON)
+            response = await call(
+                self._http,
+                "POST",
+                f"{url}{_PATH}",
+                max_bytes=max_response_bytes(request),
+                content=body,
+                headers=_HEADERS,
+            )
+        except (ResponseTooLarge, httpx.DecodingError) as error:
+            raise WrongResponse(f"{url} answered request '{request.rid}' wrongly: {error}") from error
         except httpx.HTTPError as error:
-            raise Unanswered(f"{type(error).__name__} {error}".strip()) from error
+            raise RequestFailed(f"{type(error).__name__} {error}".strip()) from error
+        if says_later(response):
+            raise PutOff(response)
         if 400 <= response.status_code < 500:
-            raise refusal_error(url, path, response)
+            raise refusal_error(url, _PATH, response)
         if response.status_code != 200:
-            raise Unanswered(f"status {response.status_code}: {error_message(response)}")
+            raise RequestFailed(f"status {response.status_code}: {error_message(response)}")
         return response.content
 
-    async def _read(self, url: str, request: GenerationRequest, content: bytes) -> list[Sample]:
-        """Return the samples of an answer. A large one is read in a thread, so that the loop stays responsive.
+    async def _read(self, url: str, request: GenerationRequest, content: bytes, rid: str) -> list[Sample]:
+        """Return the samples of a response. A large one is read in a thread, so that the loop stays responsive.
 
         In one thread: several would spend as much time waiting for each other's interpreter lock as reading.
         """
-        if len(content) < _SMALL_ANSWER:
-            return read_samples(url, request, content)
-        return await self._loop.run_in_executor(self._reader, read_samples, url, request, content)
+        read = partial(read_samples, url, request, content, rid, self._vocab_size)
+        return read() if len(content) < _SMALL else await self._loop.run_in_executor(self._reader, read)
 
     # Control -----------------------------------------------------------------------------------------------
 
@@ -351,93 +335,57 @@ class EnginePool(Controls):
         `wake` also resumes servers that are paused: a trainer that was killed during a weight update leaves them
         paused.
         """
-        self._run(self._wait_healthy(timeout_s, wake))
+        self._run(self._roster.wait_healthy(timeout_s, wake))
 
-    async def _wait_healthy(self, timeout_s: float, wake: bool) -> None:
-        end = time.monotonic() + timeout_s
-        waiting = [engine for engine in self._engines if engine.live]
-        while True:
-            if wake:
-                await asyncio.gather(*(resume_paused(self._http, engine) for engine in waiting))
-            health = await asyncio.gather(*(check_health(self._http, engine) for engine in waiting))
-            waiting = [engine for engine, healthy in zip(waiting, health, strict=True) if not healthy]
-            if not waiting:
-                return
-            if time.monotonic() > end:
-                raise EngineError(f"no healthy server at {', '.join(e.url for e in waiting)} within {timeout_s:g} s")
-            await asyncio.sleep(0.1)
+    def find_lost(self) -> None:
+        """Mark every live server that does not respond as lost. This does not check that the others can generate."""
+        self._run(self._roster.find_lost("/model_info"))  # SGLang's /health would add a second to every weight update
 
-    def drop_dead(self) -> None:
-        """Mark every live server that does not answer as lost. This does not check that the others can generate."""
-        self._run(self._drop_dead("/model_info"))  # SGLang's /health would add a second to every weight update
-
-    async def _drop_dead(self, path: str) -> None:
-        live = [engine for engine in self._engines if engine.live]
-        health = await asyncio.gather(*(is_alive(self._http, engine, path) for engine in live))
-        for engine, healthy in zip(live, health, strict=True):
-            if not healthy:
-                self._drop(engine, "it does not answer")
-
-    def drop(self, url: str, reason: str) -> None:
+    def mark_lost(self, url: str, reason: str) -> None:
         """Mark an engine as lost: no request is sent to it any more."""
-        self._run(self._dropped(self._find(url), reason))
+        self._run(self._lose(self._roster.find(url), reason))
 
-    async def _dropped(self, engine: PooledEngine, reason: str) -> None:
-        self._drop(engine, reason)
+    async def _lose(self, engine: PooledEngine, reason: str) -> None:
+        self._roster.mark_lost(engine, reason)
 
     def pause(self, url: str, mode: str) -> None:
         """Mark an engine as paused, then pause it. `mode` is that of `Controls.pause`."""
-        self._run(self._set(self._find(url), paused=True))
+        self._run(self._set(self._roster.find(url), paused=True))
         super().pause(url, mode)
 
     def resume(self, url: str) -> None:
         """Resume generation, then mark the engine as not paused."""
         super().resume(url)
-        self._run(self._set(self._find(url), paused=False))
+        self._run(self._set(self._roster.find(url), paused=False))
 
     def release_memory(self, url: str) -> None:
         """Release the memory of an idle engine, then mark it as offloaded."""
         super().release_memory(url)
-        self._run(self._set(self._find(url), offloaded=True))
+        self._run(self._set(self._roster.find(url), offloaded=True))
 
     def resume_memory(self, url: str) -> None:
         """Let an engine allocate its memory again, then mark it as not offloaded."""
         super().resume_memory(url)
-        self._run(self._set(self._find(url), offloaded=False))
+        self._run(self._set(self._roster.find(url), offloaded=False))
 
     def quarantine(self, url: str, reason: str) -> None:
         """Send no new request to this engine until `admit`. It finishes the requests that it is generating."""
-        self._run(self._set(self._find(url), quarantined_because=reason))
+        self._run(self._set(self._roster.find(url), quarantined_because=reason))
 
     def admit(self, url: str, version: int) -> None:
         """Allow requests to an engine that serves `version`. An older version in a sample shows a restarted engine."""
-        self._run(self._set(self._find(url), quarantined_because="", version=version))
+        self._run(self._set(self._roster.find(url), quarantined_because="", version=version))
 
     def recover_lost(self) -> tuple[str, ...]:
         """Check the lost engines and quarantine those that are healthy again. Return their URLs."""
-        return self._run(self._recover_lost())
+        return self._run(self._roster.recover_lost())
 
     async def _set(self, engine: PooledEngine, **values: Any) -> None:
         for name, value in values.items():
             setattr(engine, name, value)
 
-    async def _recover_lost(self) -> tuple[str, ...]:
-        lost = [engine for engine in self._engines if not engine.live]
-        health = await asyncio.gather(*(check_health(self._http, engine, timeout_s=_RECOVER_S) for engine in lost))
-        back = [engine for engine, healthy in zip(lost, health, strict=True) if healthy]
-        for engine in back:
-            engine.quarantined_because, engine.lost_because = f"lost before ({engine.lost_because})", ""
-            engine.version, engine.offloaded, engine.dead = 0, False, asyncio.Event()
-        return tuple(engine.url for engine in back)
-
     def _base_url(self, url: str) -> str:
-        return self._find(url).url
-
-    def _find(self, url: str) -> PooledEngine:
-        for engine in self._engines:
-            if engine.url == url.rstrip("/"):
-                return engine
-        raise EngineError(f"{url} is not an engine of this pool: {', '.join(e.url for e in self._engines)}")
+        return self._roster.find(url).url
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         self._check_open(work)

@@ -1,10 +1,12 @@
-"""One engine of the pool: its state, and functions that wait for its answers."""
+"""One engine of the pool: its state, and functions that wait for its responses."""
 
 import asyncio
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeVar
+
+import httpx
 
 T = TypeVar("T")
 
@@ -72,15 +74,27 @@ class PooledEngine:
         return self.state not in (EngineState.LOST, EngineState.QUARANTINED)
 
 
-class Unanswered(Exception):
-    """A request got no answer, or a server error. It can be redone."""
+class RequestFailed(Exception):
+    """A request got no response, or a server error. It can be redone."""
 
 
-class Dropped(Unanswered):
+class EngineLost(RequestFailed):
     """The request was canceled because its engine is lost, or another engine behind the same router.
 
     No health check is needed.
     """
+
+
+class PutOff(Exception):
+    """The server asks for the request again later.
+
+    Attributes:
+        response: the response that says so.
+    """
+
+    def __init__(self, response: httpx.Response) -> None:
+        super().__init__(f"status {response.status_code}")
+        self.response = response
 
 
 async def together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
@@ -95,13 +109,13 @@ async def together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 async def cancel_if_lost(dead: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
-    """Return the result of `work`. Cancel it and raise Dropped once `dead` is set."""
+    """Return the result of `work`. Cancel it and raise EngineLost once `dead` is set."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(dead.wait())
     racing: set[asyncio.Future[Any]] = {task, gone}
     try:
         await asyncio.wait(racing, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise Dropped("the server was dropped")
+            raise EngineLost("the engine is lost")
         return task.result()
     finally:
         for one in (task, gone):

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from megatron_rl.engines.http_call import Patience, call, put_off_error, says_later
 from megatron_rl.errors import EngineError
 from megatron_rl.protocol.generation import error_message
 
@@ -56,19 +57,31 @@ class Router:
 
     async def _workers(self) -> dict[str, str]:
         """Return the router's servers: URL -> the router's id of it."""
-        answer = await self._call("GET", "/workers")
-        return {str(worker["url"]).rstrip("/"): str(worker["id"]) for worker in answer["workers"]}
+        listed = await self._call("GET", "/workers")
+        try:
+            return {str(worker["url"]).rstrip("/"): str(worker["id"]) for worker in listed["workers"]}
+        except (KeyError, TypeError) as error:
+            raise EngineError(f"sglang-router {self.url}/workers lists no servers: {str(listed)[:200]}") from error
 
     async def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        try:
-            response = await self._http.request(method, f"{self.url}{path}", json=body, timeout=10.0)
-        except httpx.HTTPError as error:
-            raise EngineError(router_lost(self.url, f"{type(error).__name__} {error}".strip())) from error
+        later = Patience(_CHANGE_S)
+        while True:
+            try:
+                response = await call(self._http, method, f"{self.url}{path}", json=body, timeout=10.0)
+            except httpx.HTTPError as error:
+                raise EngineError(router_lost(self.url, f"{type(error).__name__} {error}".strip())) from error
+            if not says_later(response):
+                break
+            if not await later.wait(response):
+                raise put_off_error(self.url, path, response, later.limit_s)
         if response.status_code not in (200, 202):
             raise EngineError(
                 f"sglang-router {self.url}{path} refused ({response.status_code}): {error_message(response)}"
             )
-        return response.json()
+        try:
+            return response.json()
+        except ValueError as error:
+            raise EngineError(f"sglang-router {self.url}{path} does not respond in JSON") from error
 
 
 def router_lost(url: str, reason: str) -> str:

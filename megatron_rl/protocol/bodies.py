@@ -4,7 +4,28 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+# What one request may ask for. A larger one would hold up all others.
+MAX_SAMPLES = 4096
+_MAX_STOPS = 1024
+_MAX_TENSORS = 1 << 20
+_MAX_DIMS = 16
+
+
+def _plain(text: str) -> str:
+    """Return the text. Raise ValueError if it can be no name of a file, or cannot be sent back."""
+    if "\0" in text:
+        raise ValueError("it holds a NUL character")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("it holds half of a character (a lone surrogate)")
+    return text
+
+
+# The length is checked first, so that the other checks are of a short text.
+_Name = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_plain)]
+_Path = Annotated[str, Field(min_length=1, max_length=4095), AfterValidator(_plain)]
+_TensorName = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
 class _Body(BaseModel):
@@ -25,13 +46,13 @@ class SamplingBody(_Body):
         sampling_seed: seed of the request.
     """
 
-    temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(-1, ge=-1)
-    max_new_tokens: int = Field(128, ge=0)
-    stop_token_ids: list[int] | None = None
+    temperature: float = Field(1.0, ge=0, le=1e6, allow_inf_nan=False)
+    top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
+    top_k: int = Field(-1, ge=-1, lt=1 << 31)
+    max_new_tokens: int = Field(128, ge=0, lt=1 << 31)
+    stop_token_ids: Annotated[list[int], Field(max_length=_MAX_STOPS)] | None = None
     ignore_eos: bool = False
-    n: int = Field(1, ge=1)
+    n: int = Field(1, ge=1, le=MAX_SAMPLES)
     sampling_seed: int | None = Field(None, ge=0, lt=1 << 64)
 
     @model_validator(mode="after")
@@ -53,6 +74,7 @@ class GenerateBody(_Body):
         logprob_start_len: first prompt position whose log-probability is reported; -1: none.
         top_logprobs_num: number of most likely tokens to report at every output position.
         return_routed_experts: report the experts chosen for every token of prompt and output except the last.
+        return_prompt_token_ids: repeat the prompt's tokens with every sample.
         stream: not supported.
         rid: request id; for several prompts also a list of the same length.
     """
@@ -60,11 +82,12 @@ class GenerateBody(_Body):
     input_ids: list[Any]
     sampling_params: dict[str, Any] | list[dict[str, Any]] = Field(default_factory=dict)
     return_logprob: bool = False
-    logprob_start_len: int = Field(-1, ge=-1)
+    logprob_start_len: int = Field(-1, ge=-1, lt=1 << 31)
     top_logprobs_num: int = Field(0, ge=0, le=64)
     return_routed_experts: bool = False
+    return_prompt_token_ids: bool = False
     stream: Literal[False] = False
-    rid: str | list[str] | None = None
+    rid: _Name | list[_Name] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "GenerateBody":
@@ -101,7 +124,7 @@ class EmptyBody(_Body):
 class AbortBody(_Body):
     """Body of /abort_request. Exactly one of the two fields must be given."""
 
-    rid: Annotated[str, Field(min_length=1)] | None = None
+    rid: _Name | None = None
     abort_all: bool = False
 
     @model_validator(mode="after")
@@ -121,8 +144,8 @@ class UpdateBody(_Body):
             returns 400 if it has changed the weights and could not flush.
     """
 
-    model_path: str = Field(min_length=1)
-    weight_version: str = Field(min_length=1)
+    model_path: _Path
+    weight_version: _Name
     flush_cache: bool = False
 
 
@@ -144,18 +167,24 @@ class JoinGroupBody(_Body):
         backend: backend of torch.distributed.
     """
 
-    master_address: str = Field(min_length=1)
+    master_address: _Name
     master_port: int = Field(ge=1, le=65535)
-    rank_offset: int = Field(ge=1)
-    world_size: int = Field(ge=2)
-    group_name: str = Field("weight_update_group", min_length=1)
+    rank_offset: int = Field(ge=1, lt=1 << 16)
+    world_size: int = Field(ge=2, le=1 << 16)
+    group_name: _Name = "weight_update_group"
     backend: Literal["nccl", "gloo"] = "nccl"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "JoinGroupBody":
+        if self.rank_offset >= self.world_size:
+            raise ValueError(f"rank_offset {self.rank_offset} is no rank of a group of {self.world_size}")
+        return self
 
 
 class LeaveGroupBody(_Body):
     """Body of /destroy_weights_update_group."""
 
-    group_name: str = Field("weight_update_group", min_length=1)
+    group_name: _Name = "weight_update_group"
 
 
 class _BucketBody(_Body):
@@ -170,7 +199,7 @@ class _BucketBody(_Body):
     """
 
     flush_cache: bool = True
-    weight_version: Annotated[str, Field(min_length=1)] | None = None
+    weight_version: _Name | None = None
     load_format: Literal["flattened_bucket"] | None = None
     abort_all_requests: Literal[False] = False
     selector: Literal["all", "target"] = "all"
@@ -188,10 +217,12 @@ class DistributedBody(_BucketBody):
         group_name: the group of the broadcast.
     """
 
-    names: list[str] = Field(min_length=1)
-    dtypes: list[str]
-    shapes: list[list[Annotated[int, Field(ge=0)]]]
-    group_name: str = Field("weight_update_group", min_length=1)
+    names: list[_TensorName] = Field(min_length=1, max_length=_MAX_TENSORS)
+    dtypes: list[Annotated[str, Field(max_length=32)]] = Field(max_length=_MAX_TENSORS)
+    shapes: list[Annotated[list[Annotated[int, Field(ge=0, lt=1 << 40)]], Field(max_length=_MAX_DIMS)]] = Field(
+        max_length=_MAX_TENSORS
+    )
+    group_name: _Name = "weight_update_group"
 
     @model_validator(mode="after")
     def _consistent(self) -> "DistributedBody":
@@ -199,7 +230,7 @@ class DistributedBody(_BucketBody):
             raise ValueError(
                 f"{len(self.names)} names, {len(self.dtypes)} dtypes and {len(self.shapes)} shapes do not match"
             )
-        unknown = [name for name in self.dtypes if not isinstance(getattr(torch, name, None), torch.dtype)]
+        unknown = [name for name in set(self.dtypes) if not isinstance(getattr(torch, name, None), torch.dtype)]
         if unknown:
             raise ValueError(f"dtype '{unknown[0]}' is unknown")
         return self
@@ -234,7 +265,7 @@ class MemoryBody(_Body):
 class SaveBody(_Body):
     """Body of /save_weights, which SGLang does not have; see `Engine.save_weights`."""
 
-    path: str = Field(min_length=1)
+    path: _Path
 
 
 class ChecksumBody(_Body):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import torch
@@ -51,6 +51,15 @@ _SPECIAL = {
 }
 _FLAT_ENTRY = ("sglang.srt.weight_sync.tensor_bucket", "FlattenedTensorMetadata")
 
+# Opcodes that no payload needs: they call a class without its constructor, or allocate as much as they say.
+_UNUSED = {
+    code[0]
+    for code in (
+        *(pickle.INST, pickle.OBJ, pickle.PERSID, pickle.BINPERSID, pickle.EXT1, pickle.EXT2, pickle.EXT4),
+        *(pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),
+    )
+}
+
 # Errors that unpickling may raise for bytes that `pack_payload` did not write.
 _MALFORMED = (
     *(ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, RuntimeError, OverflowError, MemoryError),
@@ -66,6 +75,9 @@ class FlatEntry:
     dtype: torch.dtype
     start_idx: int
     end_idx: int
+
+
+_FLAT_FIELDS = {"name": str, "shape": torch.Size, "dtype": torch.dtype, "start_idx": int, "end_idx": int}
 
 
 def shared_buffer(nbytes: int, device: torch.device) -> Tensor:
@@ -149,7 +161,30 @@ class _Pickler(ForkingPickler):
         return rebuild, (*arguments[:_DEVICE_ARGUMENT], uuid, *arguments[_DEVICE_ARGUMENT + 1 :])
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """Unpickler that makes tensors from handles, and changes nothing else in this process.
+
+    pickle's BUILD sets attributes of any object, also of a class or function that was looked up. Here only FlatEntry
+    has attributes to set. The C implementation cannot be restricted in this way.
+    """
+
+    stack: list[Any]
+    dispatch: ClassVar[dict[int, Any]] = {
+        code: load for code, load in pickle._Unpickler.dispatch.items() if code not in _UNUSED
+    }
+
+    def load_build(self) -> None:
+        """Set the attributes of a FlatEntry. Raise UnpicklingError for another object."""
+        state, entry = self.stack.pop(), self.stack[-1]
+        if type(entry) is not FlatEntry or type(state) is not dict:
+            raise pickle.UnpicklingError(f"attributes of a {type(entry).__name__} are not set by a payload")
+        for name, kind in _FLAT_FIELDS.items():
+            if not isinstance(state[name], kind):
+                raise pickle.UnpicklingError(f"{name} is a {type(state[name]).__name__}")
+            setattr(entry, name, state[name])
+
+    dispatch[pickle.BUILD[0]] = load_build
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == _FLAT_ENTRY:
             return FlatEntry

@@ -122,6 +122,9 @@ class ServerOptions:
         max_rows: samples decoded together.
         parent_pid: end with this parent process; 0: do not. Linux only.
         quantization: quantization of weights and inputs; None: none.
+
+    Raises:
+        UserError: a number is outside its range.
     """
 
     model: Path
@@ -135,6 +138,12 @@ class ServerOptions:
     max_rows: int = 512
     parent_pid: int = 0
     quantization: EngineQuantization | None = None
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("port", 0, 65535), ("threads", 0, 4096), ("max_rows", 1, 1 << 20)):
+            if not low <= getattr(self, name) <= high:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} {getattr(self, name)} is outside {low} to {high}")
 
     @property
     def arguments(self) -> Sequence[str]:

@@ -163,7 +163,7 @@ def sample_groups(
 
     def group(at: int) -> Coroutine[Any, Any, Group]:
         return sample_group(
-            pool.ask, prompts[at], settings, first_id=first_id + at * settings.samples, group=first_group + at
+            pool.sample, prompts[at], settings, first_id=first_id + at * settings.samples, group=first_group + at
         )
 
     async def all_groups() -> list[Group]:

@@ -27,7 +27,7 @@ _ATTEMPTS = 3  # attempts at one group before samples of a version that is not a
 class Pool(Protocol):
     """The part of EnginePool that a scheduler uses."""
 
-    async def ask(self, request: GenerationRequest) -> list[Sample]:
+    async def sample(self, request: GenerationRequest) -> list[Sample]:
         """Return the samples of one request. Called in the pool's loop."""
         ...
 
@@ -196,7 +196,7 @@ class Scheduler:
         check_prompts([prompt], self.source.longest_prompt)
         for _ in range(_ATTEMPTS):
             first_id = draw * self.settings.samples
-            group = await sample_group(self.pool.ask, prompt, self.settings, first_id=first_id, group=draw)
+            group = await sample_group(self.pool.sample, prompt, self.settings, first_id=first_id, group=draw)
             stale = self._stale(group, groups.number)
             if not stale:
                 break

@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
 
 from megatron_rl.errors import MegatronRLError
 from megatron_rl.protocol.bodies import (
@@ -33,36 +35,55 @@ from megatron_rl.protocol.generation import to_json
 from megatron_rl.protocol.payload import unpack_payload
 from megatron_rl.protocol.server_options import ServerOptions, describe_precision
 from megatron_rl.server.decode_batch import Job
-from megatron_rl.server.engine import Engine
+from megatron_rl.server.engine import Engine, JobFailed
+from megatron_rl.server.http_limits import BodyLimits, TimedProtocol
 from megatron_rl.server.requests import parse_jobs, response_entries
+from megatron_rl.server.workers import Workers
 from megatron_rl.supervise import die_with_parent, raise_file_limit
+
+_MANY = 1 << 14  # tokens of a response that is written in a thread
 
 
 def create_app(engine: Engine) -> FastAPI:
     """Return the HTTP application of a started engine. A bad request gets status 400 and an error naming the field."""
 
+    workers = Workers()
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(engine.stop)
+        workers.close()
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app.add_middleware(BodyLimits)
 
     @app.exception_handler(MegatronRLError)
     async def refused(_: Request, error: Exception) -> Response:
-        return _failure(str(error), 400 if engine.healthy else 503)
+        return _failure(str(error), 503 if not engine.healthy else 500 if isinstance(error, JobFailed) else 400)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         return _failure(explain(error.errors()), 400)
 
-    _add_generation(app, engine)
-    _add_control(app, engine)
+    @app.exception_handler(HTTPException)
+    async def unreadable(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return _failure(str(error.detail), error.status_code)
+
+    @app.exception_handler(Exception)
+    async def broken(_: Request, error: Exception) -> Response:
+        return _failure(f"a fault of the server: {type(error).__name__}: {str(error)[:300]}", 500)
+
+    _add_generation(app, engine, workers)
+    _add_control(app, engine, workers)
+    _add_updates(app, engine, workers)
     return app
 
 
 def _failure(message: str, status: int) -> Response:
+    message = message.encode("utf-8", "replace").decode()  # it may quote what cannot be sent
     return JSONResponse({"success": False, "message": message, "error": {"message": message}}, status)
 
 
@@ -70,7 +91,7 @@ def _done(message: str = "ok", **more: Any) -> Response:
     return JSONResponse({"success": True, "message": message, **more})
 
 
-def _add_generation(app: FastAPI, engine: Engine) -> None:
+def _add_generation(app: FastAPI, engine: Engine, workers: Workers) -> None:
     @app.get("/health")
     async def health() -> Response:
         if not engine.healthy:
@@ -97,18 +118,27 @@ def _add_generation(app: FastAPI, engine: Engine) -> None:
 
     @app.post("/generate")
     async def generate(body: GenerateBody, request: Request) -> Response:
-        jobs = parse_jobs(engine, body)
+        # Requests of a training step have one prompt. They are read here, because a thread would cost more.
+        jobs = await workers.quick(parse_jobs, engine, body) if body.batched else parse_jobs(engine, body)
         finished = asyncio.gather(*(asyncio.wrap_future(future) for future in engine.submit(jobs)))
         left = asyncio.create_task(_client_left(request))
         racing: set[asyncio.Future[Any]] = {finished, left}
         await asyncio.wait(racing, return_when=asyncio.FIRST_COMPLETED)
         if not finished.done():
-            await asyncio.to_thread(_abort, engine, jobs)
-            await finished
+            await workers.quick(engine.abort, {job.rid for job in jobs})
+            with suppress(JobFailed):
+                await finished
             return Response(status_code=499)
         left.cancel()
-        out = [answer for job in await finished for answer in response_entries(engine, job, body.return_logprob)]
-        return Response(to_json(out if body.batched or len(out) > 1 else out[0]), media_type="application/json")
+        done = await finished
+        tokens = sum(len(row.tokens) for job in done for row in job.rows)
+        content = _content(engine, done, body) if tokens < _MANY else await workers.quick(_content, engine, done, body)
+        return Response(content, media_type="application/json")
+
+
+def _content(engine: Engine, jobs: Sequence[Job], body: GenerateBody) -> bytes:
+    entries = [entry for job in jobs for entry in response_entries(engine, job, body)]
+    return to_json(entries if body.batched or len(entries) > 1 else entries[0])
 
 
 async def _client_left(request: Request) -> None:
@@ -116,86 +146,79 @@ async def _client_left(request: Request) -> None:
         pass
 
 
-def _abort(engine: Engine, jobs: list[Job]) -> None:
-    for job in jobs:
-        engine.abort(job.rid)
-
-
-def _add_control(app: FastAPI, engine: Engine) -> None:
+def _add_control(app: FastAPI, engine: Engine, workers: Workers) -> None:
     @app.post("/pause_generation")
     async def pause_generation(body: PauseBody) -> Response:
-        await asyncio.to_thread(engine.pause, body.mode)
+        await workers.quick(engine.pause, body.mode)
         return _done(f"paused ({body.mode})")
 
     @app.post("/continue_generation")
     async def continue_generation(body: EmptyBody | None = None) -> Response:
-        await asyncio.to_thread(engine.resume)
+        await workers.quick(engine.resume)
         return _done()
 
     @app.post("/abort_request")
     async def abort_request(body: AbortBody) -> Response:
-        ended = await asyncio.to_thread(engine.abort, body.rid)
+        ended = await workers.quick(engine.abort, None if body.rid is None else {body.rid})
         return _done(f"{ended} requests aborted", aborted=ended)
 
     @app.post("/flush_cache")
     async def flush_cache(body: EmptyBody | None = None) -> Response:
-        await asyncio.to_thread(engine.flush)
+        await workers.quick(engine.flush)
         return _done()
 
     @app.post("/update_weights_from_disk")
     async def update_weights_from_disk(body: UpdateBody) -> Response:
         if body.flush_cache:
-            await asyncio.to_thread(engine.flush)
-        await asyncio.to_thread(engine.update_from_disk, Path(body.model_path), body.weight_version)
+            await workers.quick(engine.flush)
+        await workers.slow(engine.update_from_disk, Path(body.model_path), body.weight_version)
         return _done(f"serving weight version {body.weight_version}", weight_version=body.weight_version)
-
-    _add_updates(app, engine)
 
     @app.post("/release_memory_occupation")
     async def release_memory_occupation(body: MemoryBody | None = None) -> Response:
         if body is None or body.weights:
-            await asyncio.to_thread(engine.release_memory)
+            await workers.quick(engine.release_memory)
         return _done()
 
     @app.post("/resume_memory_occupation")
     async def resume_memory_occupation(body: MemoryBody | None = None) -> Response:
         if body is None or body.weights:
-            await asyncio.to_thread(engine.resume_memory)
+            await workers.quick(engine.resume_memory)
         return _done()
 
     @app.post("/weights_checker")
     async def weights_checker(body: ChecksumBody) -> Response:
-        version, digests = await asyncio.to_thread(engine.checksums)
+        version, digests = await workers.quick(engine.checksums)
         return _done(weight_version=version, checksums=digests)
 
     @app.post("/save_weights")
     async def save_weights(body: SaveBody) -> Response:
-        version = await asyncio.to_thread(engine.save_weights, Path(body.path))
+        version = await workers.slow(engine.save_weights, Path(body.path))
         return _done(weight_version=version)
 
 
-def _add_updates(app: FastAPI, engine: Engine) -> None:
+def _add_updates(app: FastAPI, engine: Engine, workers: Workers) -> None:
     """Add the calls for weights in buckets. Unlike SGLang, the engine serves none of them before the update ends."""
     updates = engine.updates
 
     @app.post("/begin_weight_update")
     async def begin_weight_update(body: BeginUpdateBody | None = None) -> Response:
-        await asyncio.to_thread(updates.begin)
+        await workers.slow(updates.begin)
         return _done()
 
     @app.post("/end_weight_update")
     async def end_weight_update(body: EmptyBody | None = None) -> Response:
-        await asyncio.to_thread(updates.end)
+        await workers.slow(updates.end)
         return _done(f"serving weight version {engine.weight_version}", weight_version=engine.weight_version)
 
     @app.post("/abort_weight_update")
     async def abort_weight_update(body: EmptyBody | None = None) -> Response:
-        await asyncio.to_thread(updates.abort)
+        await workers.slow(updates.abort)
         return _done(f"serving weight version {engine.weight_version}", weight_version=engine.weight_version)
 
     @app.post("/init_weights_update_group")
-    async def init_weights_update_group(body: JoinGroupBody) -> Response:
-        await asyncio.to_thread(
+    async def init_weights_update_group(body: JoinGroupBody, request: Request) -> Response:
+        work = partial(
             updates.groups.join,
             body.group_name,
             body.master_address,
@@ -204,19 +227,27 @@ def _add_updates(app: FastAPI, engine: Engine) -> None:
             world=body.world_size,
             backend=body.backend,
         )
+        joining, left = asyncio.ensure_future(workers.join(work)), asyncio.create_task(_client_left(request))
+        racing: set[asyncio.Future[Any]] = {joining, left}
+        await asyncio.wait(racing, return_when=asyncio.FIRST_COMPLETED)
+        if not joining.done():
+            joining.cancel()  # if it has not begun, it never will
+            return Response(status_code=499)
+        left.cancel()
+        await joining
         return _done()
 
     @app.post("/destroy_weights_update_group")
     async def destroy_weights_update_group(body: LeaveGroupBody) -> Response:
-        await asyncio.to_thread(updates.groups.leave, body.group_name)
+        await workers.slow(updates.groups.leave, body.group_name)
         return _done()
 
     @app.post("/update_weights_from_distributed")
     async def update_weights_from_distributed(body: DistributedBody) -> Response:
         if body.flush_cache:
-            await asyncio.to_thread(engine.flush)
+            await workers.quick(engine.flush)
         flat = body.load_format == "flattened_bucket"
-        await asyncio.to_thread(
+        await workers.slow(
             updates.receive,
             body.group_name,
             body.names,
@@ -230,8 +261,12 @@ def _add_updates(app: FastAPI, engine: Engine) -> None:
     @app.post("/update_weights_from_tensor")
     async def update_weights_from_tensor(body: TensorBody) -> Response:
         if body.flush_cache:
-            await asyncio.to_thread(engine.flush)
-        await asyncio.to_thread(updates.load, unpack_payload(body.serialized_named_tensors[0]), body.weight_version)
+            await workers.quick(engine.flush)
+
+        def load() -> None:
+            updates.load(unpack_payload(body.serialized_named_tensors[0]), body.weight_version)
+
+        await workers.slow(load)
         return _done()
 
 
@@ -260,6 +295,8 @@ def run_server(options: ServerOptions) -> None:
         # If the server closes a kept-alive connection first, the client treats the server as failed.
         timeout_keep_alive=3600,
         timeout_graceful_shutdown=2,
+        http=TimedProtocol,
+        ws="none",
     )
     try:
         uvicorn.Server(config).run()

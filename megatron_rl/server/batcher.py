@@ -1,7 +1,7 @@
 """Continuous batching, without threads: waiting rows are prefilled together and join the one running batch."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,7 @@ class Batcher:
         version: version of the weights.
         device: device of the model.
         finished: called with each job whose last row has ended.
+        failed: called with each job that could not be computed, and the error.
         deterministic: every request is its own batch, which is never joined or compacted.
         max_rows: maximum number of rows decoded together.
         max_prefill_tokens: maximum number of tokens of several groups prefilled together, padding included.
@@ -37,6 +38,7 @@ class Batcher:
         version: str,
         device: torch.device,
         finished: Callable[[Job], None],
+        failed: Callable[[Job, Exception], None],
         *,
         deterministic: bool,
         max_rows: int,
@@ -46,7 +48,7 @@ class Batcher:
         self.deterministic, self.max_rows, self.max_prefill_tokens = deterministic, max_rows, max_prefill_tokens
         self.waiting: deque[list[SampleRow]] = deque()
         self.running: DecodeBatch | None = None
-        self._finished = finished
+        self._finished, self._failed = finished, failed
 
     def add(self, jobs: Sequence[Job]) -> None:
         self.waiting.extend(list(job.rows) for job in jobs)
@@ -59,8 +61,36 @@ class Batcher:
         return not self.deterministic and int(self.running.alive.sum()) + len(self.waiting[0]) <= self.max_rows
 
     def admit(self) -> None:
-        """Prefill waiting groups, sample their first token, and join them to the running batch."""
+        """Prefill waiting groups, sample their first token, and join them to the running batch.
+
+        If that fails, each group is tried alone, so that only the jobs that cause the error fail.
+        """
         groups = self._take_groups()
+        if self._try_to_join(groups) is None:
+            return
+        for group in groups:
+            left = [row for row in group if row.finish is None]
+            error = self._try_to_join([left]) if left else None
+            if error is not None:
+                self._failed(left[0].job, error)
+
+    def _try_to_join(self, groups: list[list[SampleRow]]) -> Exception | None:
+        """Join groups to the running batch. Return the error if that fails although the model can compute."""
+        try:
+            self._join(groups)
+        except Exception as error:  # noqa: BLE001 (whatever one job causes must not end the others)
+            self._check_model(error)
+            return error
+        return None
+
+    def _check_model(self, error: Exception) -> None:
+        """Raise `error` if the model cannot compute even one token: then no job can succeed."""
+        try:
+            self.weights.model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=self.device), use_cache=False)
+        except Exception:  # noqa: BLE001 (any error shows that the model is broken)
+            raise error from None
+
+    def _join(self, groups: list[list[SampleRow]]) -> None:
         rows = [row for group in groups for row in group]
         texts, text_of_row = _distinct_texts(rows)
         with record_experts(self.weights.model, any(row.job.routed for row in rows)) as choices:
@@ -90,9 +120,24 @@ class Batcher:
         self._keep(batch)
 
     def decode(self) -> None:
-        """Sample one token for every running row."""
+        """Sample one token for every running row.
+
+        If that fails, the job with the most rows fails, because it needs the most memory. The others start again from
+        the tokens that they have.
+        """
         batch = self.running
         assert batch is not None
+        try:
+            self._decode(batch)
+        except Exception as error:  # noqa: BLE001 (whatever one job causes must not end the others)
+            self._check_model(error)
+            live = [batch.rows[at].job for at in np.flatnonzero(batch.alive).tolist()]
+            largest = max(live, key=lambda job: job.left)
+            batch.alive[[row.job is largest for row in batch.rows]] = False
+            self.retract()
+            self._failed(largest, error)
+
+    def _decode(self, batch: DecodeBatch) -> None:
         inputs = batch.model_inputs(self.device)
         with record_experts(self.weights.model, batch.routed) as choices:
             logits_RTV = self.weights.model(**inputs, past_key_values=batch.cache, use_cache=True).logits
@@ -115,14 +160,18 @@ class Batcher:
             groups.setdefault(id(row.job), []).append(row)
         self.waiting.extendleft(reversed(groups.values()))
 
-    def abort(self, rid: str | None) -> int:
-        """End the rows of one request, or of all if `rid` is None. Return the number of requests ended."""
-        rows = [row for group in self.waiting for row in group if rid in (None, row.job.rid)]
-        self.waiting = deque(group for group in self.waiting if rid not in (None, group[0].job.rid))
+    def abort(self, rids: Collection[str] | None) -> int:
+        """End the rows of these requests, or of all if `rids` is None. Return the number of requests ended."""
+
+        def chosen(row: SampleRow) -> bool:
+            return rids is None or row.job.rid in rids
+
+        rows = [row for group in self.waiting if chosen(group[0]) for row in group]
+        self.waiting = deque(group for group in self.waiting if not chosen(group[0]))
         if self.running is not None:
             batch = self.running
             for at in np.flatnonzero(batch.alive).tolist():
-                if rid in (None, batch.rows[at].job.rid):
+                if chosen(batch.rows[at]):
                     batch.collect(at)
                     batch.alive[at] = False
                     rows.append(batch.rows[at])
@@ -228,9 +277,8 @@ class Batcher:
                 self._finish(row, {"type": "length", "length": len(row.tokens)})
 
     def _finish(self, row: SampleRow, reason: dict[str, Any]) -> None:
-        row.finish = reason
         row.close_span(self.version, len(row.tokens))
-        if row.job.done:
+        if row.job.end_row(row, reason):
             row.job.version = self.version
             self._finished(row.job)
 

@@ -107,6 +107,8 @@ class Job:
         rows: the samples.
         input_logprobs: log-probabilities of the prompt, if requested.
         version: version of the weights when the last row ended.
+        left: number of rows that have not ended.
+        stops: the stop tokens, ascending, int64.
     """
 
     rid: str
@@ -121,6 +123,8 @@ class Job:
     rows: list[SampleRow] = field(default_factory=list)
     input_logprobs: list[float | None] = field(default_factory=list)
     version: str = ""
+    left: int = 0
+    stops: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @classmethod
     def make(
@@ -149,11 +153,15 @@ class Job:
         keys = row_keys(seed, np.arange(n))
         job = cls(rid, np.fromiter(prompt, dtype=np.int64), n, sampling, keys, input_start, top_logprobs, routed)
         job.rows = [SampleRow(job, index) for index in range(n)]
+        job.left = n
+        job.stops = np.array(sorted(sampling.stop_token_ids), dtype=np.int64)
         return job
 
-    @property
-    def done(self) -> bool:
-        return all(row.finish is not None for row in self.rows)
+    def end_row(self, row: SampleRow, reason: dict[str, Any]) -> bool:
+        """End one of the rows. Return whether it was the last one."""
+        row.finish = reason
+        self.left -= 1
+        return not self.left
 
 
 class DecodeBatch:
@@ -195,10 +203,10 @@ class DecodeBatch:
         columns["top_logprobs"] = [row.job.top_logprobs for row in rows]
         for name, source in (("limit", "max_new_tokens"), ("temperature",) * 2, ("top_p",) * 2, ("top_k",) * 2):
             columns[name] = [getattr(row.job.sampling, source) for row in rows]
-        width = max((len(row.job.sampling.stop_token_ids) for row in rows), default=0)
+        width = max((len(row.job.stops) for row in rows), default=0)
         stops = np.full((len(rows), max(width, 1)), -1, dtype=np.int64)
         for at, row in enumerate(rows):
-            stops[at, : len(row.job.sampling.stop_token_ids)] = sorted(row.job.sampling.stop_token_ids)
+            stops[at, : len(row.job.stops)] = row.job.stops
         return cls(rows, cache, columns, stops)
 
     def __len__(self) -> int:

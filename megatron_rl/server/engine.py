@@ -4,16 +4,13 @@ One thread owns the model, the cache and all requests. Other threads pass work t
 """
 
 import logging
-import queue
-import secrets
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -24,13 +21,12 @@ from megatron_rl.errors import EngineError, UserError
 from megatron_rl.precision.plan import DTYPES
 from megatron_rl.protocol.server_options import EngineQuantization
 from megatron_rl.server.batcher import Batcher
-from megatron_rl.server.decode_batch import Job, Sampling
+from megatron_rl.server.call_queue import CallQueue
+from megatron_rl.server.decode_batch import Job
 from megatron_rl.server.model_weights import Weights, build_weights, eos_ids, read_config, read_weights, tied_names
-from megatron_rl.server.routed_experts import has_experts
 from megatron_rl.server.weight_updates import PendingUpdate, UpdateGroups, WeightUpdates
 from megatron_rl.weights.quantized import is_scale
 
-T = TypeVar("T")
 PauseMode = Literal["abort", "retract", "in_place"]
 _RELEASED = "the engine's memory is released: POST /resume_memory_occupation, then update its weights"
 _EMPTY = "the engine's memory was released and holds no weights yet: update them first"
@@ -38,6 +34,10 @@ _log = logging.getLogger(__name__)
 
 # The requests of one training step arrive one by one within milliseconds. To prefill them together is much cheaper.
 _QUIET_S, _OVERDUE_S = 0.002, 0.02
+
+
+class JobFailed(EngineError):
+    """One request could not be computed. The engine goes on."""
 
 
 class Engine:
@@ -104,11 +104,12 @@ class Engine:
             weight_version,
             self._device,
             self._deliver,
+            self._fail,
             deterministic=deterministic,
             max_rows=max_rows,
             max_prefill_tokens=max_prefill_tokens,
         )
-        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._calls = CallQueue(self._check_alive)
         self._swaps: deque[tuple[Weights, str, Future[tuple[Weights, str] | None]]] = deque()
         self.updates = WeightUpdates(self._begin_update, self._received, self._serve, UpdateGroups(self._device))
         self._lock = threading.Lock()
@@ -131,7 +132,7 @@ class Engine:
         """End the thread. Unfinished requests end as aborted."""
         self.updates.groups.leave_all()
         if self.healthy:
-            self._call(self._shut)
+            self._calls.call(self._shut)
         if self._thread.is_alive():
             self._thread.join()
 
@@ -145,70 +146,20 @@ class Engine:
         """Version of the weights that are served."""
         return self._batcher.version
 
-    def job(
-        self,
-        prompt: Sequence[int],
-        sampling: Sampling,
-        n: int = 1,
-        rid: str | None = None,
-        input_start: int | None = None,
-        top_logprobs: int = 0,
-        routed: bool = False,
-    ) -> Job:
-        """Check a request and return a job for it.
-
-        Args:
-            prompt: token ids, at least one.
-            sampling: how tokens are chosen. Without a seed, a random one is used.
-            n: number of samples.
-            rid: request id; None: a random one.
-            input_start: position of the first prompt token whose log-probability is reported; None: none is reported.
-            top_logprobs: number of most likely tokens reported at every output position.
-            routed: report the experts chosen for every token.
-
-        Raises:
-            UserError: names the field that the model cannot take.
-        """
-        if not prompt:
-            raise UserError("field 'input_ids': the prompt is empty")
-        for name, tokens in (("input_ids", prompt), ("sampling_params.stop_token_ids", sampling.stop_token_ids)):
-            bad = [token for token in tokens if not 0 <= token < self.vocab_size]
-            if bad:
-                raise UserError(f"field '{name}': token {bad[0]} is outside the vocabulary of {self.vocab_size}")
-        if len(prompt) + sampling.max_new_tokens > self.context:
-            raise UserError(
-                f"field 'sampling_params.max_new_tokens': {len(prompt)} prompt tokens + {sampling.max_new_tokens} new "
-                f"ones exceed the model's context of {self.context}"
-            )
-        if input_start is not None and not 0 <= input_start < len(prompt):
-            raise UserError(f"field 'logprob_start_len': {input_start} is outside the prompt of {len(prompt)} tokens")
-        if top_logprobs > self.vocab_size:
-            raise UserError(
-                f"field 'top_logprobs_num': {top_logprobs} is more than the vocabulary of {self.vocab_size}"
-            )
-        # A filter may leave fewer tokens with nonzero probability than requested. The others have no value to report.
-        if top_logprobs and (sampling.top_p < 1 or sampling.top_k > 0):
-            raise UserError(
-                "field 'top_logprobs_num' needs the whole distribution: send top_p 1 and top_k -1, or leave it out"
-            )
-        if routed and not has_experts(self.config):
-            raise UserError(
-                f"field 'return_routed_experts': the routers of a '{self.config.model_type}' model are not known"
-            )
-        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        return Job.make(rid or secrets.token_hex(16), prompt, n, sampling, seed, input_start, top_logprobs, routed)
-
     def submit(self, jobs: Sequence[Job]) -> list["Future[Job]"]:
         """Queue all jobs, or none if one is refused. Return a future for each, whose result is the finished job."""
         rids = [job.rid for job in jobs]
         with self._lock:
             self._check_alive()
             self._check_weights()
-            for at, rid in enumerate(rids):
-                if rid in self._jobs or rid in rids[:at]:
-                    raise UserError(f"field 'rid': request '{rid}' is already being served")
-            self._jobs.update(zip(rids, jobs, strict=True))
-        self._work.put(lambda: self._enqueue(jobs))
+            fresh = dict(zip(rids, jobs, strict=True))
+            served = next((rid for rid in rids if rid in self._jobs), None)
+            if served is None and len(fresh) < len(rids):
+                served = Counter(rids).most_common(1)[0][0]
+            if served is not None:
+                raise UserError(f"field 'rid': request '{served}' is already being served")
+            self._jobs.update(fresh)
+        self._calls.put(lambda: self._enqueue(jobs))
         return [job.future for job in jobs]
 
     def pause(self, mode: PauseMode) -> None:
@@ -217,25 +168,25 @@ class Engine:
         Mode "abort" ends all requests. "retract" puts them back into the queue and discards their cache. "in_place"
         keeps them with their cache.
         """
-        self._call(lambda: self._pause(mode))
+        self._calls.call(lambda: self._pause(mode))
 
     def resume(self) -> None:
         """Resume generation. An update that has ended can then no longer be undone."""
-        self._call(self._resume)
+        self._calls.call(self._resume)
         self.updates.settle()
 
-    def abort(self, rid: str | None = None) -> int:
-        """End one request, or all without `rid`. Partial outputs are kept. Return the number of ended requests."""
-        return self._call(lambda: self._batcher.abort(rid))
+    def abort(self, rids: Collection[str] | None = None) -> int:
+        """End these requests, or all of them. Partial outputs are kept. Return the number of ended requests."""
+        return self._calls.call(lambda: self._batcher.abort(rids))
 
     def flush(self) -> None:
         """Discard the cached keys and values. Raises EngineError while requests hold some."""
-        self._call(self._batcher.flush)
+        self._calls.call(self._batcher.flush)
 
     def checksums(self) -> tuple[str, dict[str, str]]:
         """Return the version served, and the digest of every tensor as it was received (before any cast), by name."""
         self._check_weights()
-        return self._call(lambda: (self._batcher.version, dict(self._batcher.weights.digests)))
+        return self._calls.call(lambda: (self._batcher.version, dict(self._batcher.weights.digests)))
 
     def save_weights(self, folder: Path) -> str:
         """Write the weights that the model computes with to `model.safetensors` in `folder`. Return the version served.
@@ -244,18 +195,18 @@ class Engine:
         shows what the engine made of it. Raises EngineError if the file cannot be written or the model has experts.
         """
         self._check_weights()
-        return self._call(lambda: self._save(folder))
+        return self._calls.call(lambda: self._save(folder))
 
     def release_memory(self) -> None:
         """Release the memory of the weights. Raises EngineError while requests are being served.
 
         Nothing is generated until `resume_memory` is called and new weights have arrived.
         """
-        self._call(self._release)
+        self._calls.call(self._release)
 
     def resume_memory(self) -> None:
         """Accept weights again; the engine serves after the next update. Does nothing if nothing was released."""
-        self._call(self._take_back)
+        self._calls.call(self._take_back)
 
     def update_from_disk(self, folder: Path, version: str) -> None:
         """Check the weights of `folder`, then serve them as `version`.
@@ -298,7 +249,7 @@ class Engine:
         Return the weights and version served before, if the engine is paused and held weights; else None.
         """
         swapped: Future[tuple[Weights, str] | None] = Future()
-        self._call(lambda: self._swaps.append((weights, version, swapped)))
+        self._calls.call(lambda: self._swaps.append((weights, version, swapped)))
         return swapped.result()
 
     # The thread --------------------------------------------------------------------------------------------
@@ -310,24 +261,6 @@ class Engine:
     def _check_alive(self) -> None:
         if not self.healthy:
             raise EngineError(f"the engine has stopped: {self.failure or 'it was shut down'}")
-
-    def _call(self, work: Callable[[], T]) -> T:
-        """Run `work` on the engine's thread, between two tokens."""
-        self._check_alive()
-        future: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(work())
-            except EngineError as error:
-                future.set_exception(error)
-
-        self._work.put(run)
-        while True:
-            with suppress(TimeoutError):
-                return future.result(timeout=1.0)
-            if not self._thread.is_alive() and not future.done():
-                self._check_alive()
 
     def _run(self) -> None:
         if self.threads:
@@ -363,10 +296,7 @@ class Engine:
         wait = None if idle and not self._swaps else 0.0
         if wait is None and self._batcher.waiting and not self.paused:
             wait = max(self._ready_at() - time.monotonic(), 0.0)
-        with suppress(queue.Empty):
-            self._work.get(block=wait != 0.0, timeout=wait)()
-            while True:
-                self._work.get_nowait()()
+        self._calls.run_queued(wait)
 
     def _enqueue(self, jobs: Sequence[Job]) -> None:
         self._last_arrival = time.monotonic()
@@ -394,10 +324,13 @@ class Engine:
             raise EngineError(
                 f"tensor {fused[0]} is held in one with others: a model with experts cannot be given back"
             )
+        file = folder / "model.safetensors"
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if file.exists() and not file.is_file():  # a pipe would block this process until somebody reads from it
+                raise EngineError(f"{file} is not a regular file: the weights are not written")
             tensors = {name: held[name].to("cpu", copy=True).contiguous() for name in self._shapes}
-            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+            save_file(tensors, file, metadata={"format": "pt"})
         except (OSError, SafetensorError) as error:
             raise EngineError(f"the weights cannot be written to {folder} ({error}): free space there") from error
         return self.weight_version
@@ -421,6 +354,15 @@ class Engine:
             self._jobs.pop(job.rid, None)
         if job.future.set_running_or_notify_cancel():
             job.future.set_result(job)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        """End one request with its error. The engine serves the others."""
+        _log.error("request '%s' failed", job.rid, exc_info=error)
+        with self._lock:
+            self._jobs.pop(job.rid, None)
+        if job.future.set_running_or_notify_cancel():
+            what = str(error).partition("\n")[0][:300]
+            job.future.set_exception(JobFailed(f"request '{job.rid}' failed: {type(error).__name__}: {what}"))
 
     def _shut(self) -> None:
         self._batcher.abort(None)

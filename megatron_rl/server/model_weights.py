@@ -171,11 +171,17 @@ def eos_ids(folder: Path, config: PreTrainedConfig, tokenizer: Any) -> frozenset
 
 
 def _read(folder: Path) -> dict[str, torch.Tensor]:
-    if not folder.is_dir():
-        raise CheckpointError(f"no folder of weights at {folder}")
-    files = sorted(folder.glob("*.safetensors"))
+    try:
+        if not folder.is_dir():
+            raise CheckpointError(f"no folder of weights at {folder}")
+        files = sorted(folder.glob("*.safetensors"))
+        special = [file for file in files if not file.is_file()]
+    except OSError as error:  # a name that is too long, or a folder that may not be read
+        raise CheckpointError(f"the folder of weights cannot be read ({error})") from error
     if not files:
         raise CheckpointError(f"no *.safetensors file in {folder}")
+    if special:  # a pipe would block this process until somebody writes to it
+        raise CheckpointError(f"{special[0]} is not a regular file")
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         try:

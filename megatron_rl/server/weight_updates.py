@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_rl.errors import EngineError
 from megatron_rl.protocol.buckets import TensorSlot, bucket_layout, views
-from megatron_rl.protocol.update_group import JOIN_S, UpdateGroup, connect_store
+from megatron_rl.protocol.update_group import JOIN_S, UpdateGroup, connect_store, first_line
 from megatron_rl.server.model_weights import Weights
 from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.quantized import is_scale
@@ -42,9 +42,11 @@ class PendingUpdate:
         Raises:
             EngineError: if a tensor is unknown, has another shape, or comes twice.
         """
-        for at, (name, shape) in enumerate(zip(names, shapes, strict=True)):
-            if name in self.tensors or name in names[:at]:
+        seen: set[str] = set()
+        for name, shape in zip(names, shapes, strict=True):
+            if name in self.tensors or name in seen:
                 raise EngineError(f"tensor {name} comes twice in one update")
+            seen.add(name)
             expected = self._shapes.get(name)
             if expected is None and name not in self._tied and not is_scale(name):
                 raise EngineError(f"tensor {name} is unknown to the model")
@@ -160,7 +162,10 @@ class UpdateGroups:
         """
         if self._buffer is None or self._buffer.numel() < nbytes:
             self._buffer = None
-            self._buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+            try:
+                self._buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+            except (RuntimeError, MemoryError, OverflowError) as error:
+                raise EngineError(f"no memory for {nbytes >> 20} MiB of tensors: {first_line(error)}") from error
         return self._buffer[:nbytes]
 
 

@@ -54,7 +54,7 @@ def attribute_step(trainer: Trainer, sampled: list[Tensor]) -> Attribution | Non
     try:
         found = _attribute(trainer, PROMPTS, sampled=sampled)
     except EngineError as error:  # only rank 0 sends requests; every rank raises the same error
-        left = trainer.on_lead(_drop_dead)
+        left = trainer.on_lead(_find_lost)
         trainer.print_line(
             f"mismatch after {trainer.state.step + 1} steps not attributed, {left} engine(s) left: {error}"
         )
@@ -100,9 +100,9 @@ def attribute_run(config: Config, *, prompts: int, layers: bool, sampled_by: int
                 console.print(sentence, highlight=False, soft_wrap=True)
 
 
-def _drop_dead(lead: Lead) -> int:
+def _find_lost(lead: Lead) -> int:
     """Mark engines that are not healthy as lost, and return the number of live engines."""
-    lead.pool.drop_dead()
+    lead.pool.find_lost()
     return len(lead.pool.live_urls)
 
 

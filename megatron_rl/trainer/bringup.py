@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from megatron_rl.attribution.limits import check_gives_weights
 from megatron_rl.config import Config
@@ -162,7 +162,8 @@ def open_rollouts(
             f"eval.prompts is {config.eval.prompts}, but the task holds out {len(task.held_out)} problems: "
             "lower it, or raise task.held_out or give a larger task.eval_data"
         )
-    with closing(task), EnginePool(urls, config.rollout.timeout_s, router) as pool:
+    vocab_size = AutoConfig.from_pretrained(config.model.path).get_text_config().vocab_size
+    with closing(task), EnginePool(urls, config.rollout.timeout_s, router, vocab_size) as pool:
         pool.wait_healthy(START_TIMEOUT_S, wake=updates)
         for url in pool.live_urls:
             info = pool.info(url)

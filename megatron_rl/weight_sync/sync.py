@@ -135,7 +135,7 @@ class WeightSync:
 
     def _read_traits(self, pool: EnginePool, version: int) -> dict[str, Traits]:
         """Return the traits of every live engine."""
-        pool.drop_dead()
+        pool.find_lost()
         urls = list(pool.live_urls)
         if not urls:
             raise EngineError(

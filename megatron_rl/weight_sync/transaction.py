@@ -125,7 +125,7 @@ class Transaction:
             url: f"it holds weight version {self._number} but cannot resume: {error}" for url, error in stuck.items()
         }
         for url, reason in lost.items():
-            engines.drop(url, reason)
+            engines.mark_lost(url, reason)
         if len(lost) == len(self._urls):
             raise EngineError("no engine is left: " + "; ".join(f"{url}: {reason}" for url, reason in lost.items()))
         return lost
@@ -204,7 +204,7 @@ class Transaction:
     def _roll_back(self) -> None:
         """Restore the old version on every engine where that is possible. The others are then in `_unrestored`."""
         engines = self._engines
-        engines.drop_dead()
+        engines.find_lost()
         alive = set(engines.live_urls)
         gone = {url: EngineError(f"{url} does not answer") for url in self._urls if url not in alive}
         self._transport.discard(engines, [url for url in self._urls if url in alive])
@@ -245,7 +245,7 @@ class Transaction:
             if url in quarantined:
                 engines.quarantine(url, f"weight version {self._number} failed: {error}")
             elif url in alive:
-                engines.drop(
+                engines.mark_lost(
                     url,
                     f"weight version {self._number} failed and the engine could not go back to the old version: "
                     f"{error}",

@@ -223,7 +223,7 @@ def test_control_calls_reach_the_server(pool: EnginePool, url: str, model: Qwen3
 
 
 def test_a_lost_server_that_answers_again_waits_for_its_weights(pool: EnginePool, url: str) -> None:
-    pool.drop(url, "it was restarted, say")
+    pool.mark_lost(url, "it was restarted, say")
     assert pool.recover_lost() == (url,) and pool.live_urls == (url,) and "restarted, say" in pool.quarantined[url]
     pool.admit(url, 0)
     assert one(pool).finish_reason == "length"
@@ -252,20 +252,20 @@ def test_a_server_that_is_slow_to_answer_is_not_taken_for_dead(
 
     with Proxy(url) as proxy, EnginePool([proxy.url]) as pool:
         proxy.tamper = tamper  # type: ignore[assignment]
-        pool.drop_dead()
+        pool.find_lost()
         assert len(looks) == 3 and pool.live_urls == (proxy.url,)
         looks.clear()
         slow[0] = 3
-        pool.drop_dead()
+        pool.find_lost()
         assert len(looks) == 3 and pool.live_urls == ()
     with EnginePool(["http://127.0.0.1:9"]) as pool:
         began = time.monotonic()
-        pool.drop_dead()
+        pool.find_lost()
         assert pool.live_urls == () and time.monotonic() - began < health.HEALTH_S
 
 
 def test_a_dropped_server_gets_no_request(pool: EnginePool, url: str) -> None:
-    pool.drop(url, "it serves other weights")
+    pool.mark_lost(url, "it serves other weights")
     with pytest.raises(EngineError, match="it serves other weights"):
         one(pool)
 

@@ -84,7 +84,7 @@ def test_without_its_router_the_pool_generates_nothing_and_names_it(
     pool: EnginePool, router: ServerProcess, url: str, other: EmbeddedServers
 ) -> None:
     """This test must be the last one of the module."""
-    pool.drop(other.urls[0], "it is gone")
+    pool.mark_lost(other.urls[0], "it is gone")
     pool.generate(requests(1))
     end_sessions([router.process])
     with pytest.raises(EngineError, match=rf"sglang-router at {router.url} is gone \(ConnectError.*router: false"):

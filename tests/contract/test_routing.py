@@ -130,7 +130,7 @@ def test_experts_of_another_model_are_refused(moe_url: str) -> None:
 
 def test_a_retracted_request_reports_every_token_once(moe_url: str, plain: Qwen3MoeForCausalLM, engine: str) -> None:
     with EnginePool([moe_url]) as pool, EnginePool([moe_url]) as operator:
-        running = pool.start(pool.ask(request("retracted", tokens=450)))
+        running = pool.start(pool.sample(request("retracted", tokens=450)))
         for _ in range(3):
             time.sleep(0.2)
             operator.pause(moe_url, "retract")
@@ -152,7 +152,7 @@ def test_the_experts_of_a_token_are_those_of_the_weights_that_sampled_it(
     other = make_moe(tmp_path / "hf", seed=1)
     settings = GroupSettings(0, 2, 450, 1.0, (), need_logmu=False, routed=SHAPE, updates=1)
     with EnginePool([moe_url]) as pool, httpx.Client(base_url=moe_url, trust_env=False) as client:
-        running = pool.start(sample_group(pool.ask, Prompt("p", "", PROMPT, ""), settings, first_id=0, group=0))
+        running = pool.start(sample_group(pool.sample, Prompt("p", "", PROMPT, ""), settings, first_id=0, group=0))
         until_running(client)
         time.sleep(0.1)  # so that some tokens are generated
         pool.pause(moe_url, mode)

@@ -33,12 +33,12 @@ def tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
 
 
 def draw(pool: EnginePool, settings: GroupSettings = LONG) -> Group:
-    return pool.run(sample_group(pool.ask, PROMPT, settings, first_id=0, group=0))
+    return pool.run(sample_group(pool.sample, PROMPT, settings, first_id=0, group=0))
 
 
 def draw_while(pool: EnginePool, act: Callable[[], None]) -> Group:
     """Return the group. `act` is called while it is generated."""
-    running = pool.start(sample_group(pool.ask, PROMPT, LONG, first_id=0, group=0))
+    running = pool.start(sample_group(pool.sample, PROMPT, LONG, first_id=0, group=0))
     with httpx.Client(base_url=pool.live_urls[0], trust_env=False) as client:
         until_running(client)
     time.sleep(0.05)  # so that some tokens are generated

@@ -61,8 +61,8 @@ class Recorded:
         self.pool = pool
         self.asked: list[tuple[GenerationRequest, list[Sample]]] = []
 
-    async def ask(self, request: GenerationRequest) -> list[Sample]:
-        samples = await self.pool.ask(request)
+    async def sample(self, request: GenerationRequest) -> list[Sample]:
+        samples = await self.pool.sample(request)
         self.asked.append((request, samples))
         return samples
 
@@ -70,7 +70,7 @@ class Recorded:
         settings = GroupSettings(
             seed, samples, max_new_tokens, 1.0, STOPS, need_logmu=True, environment=task, tokenizer=TOKENIZER
         )
-        return self.pool.run(sample_group(self.ask, PROMPT, settings, first_id=0, group=0)).trajectories
+        return self.pool.run(sample_group(self.sample, PROMPT, settings, first_id=0, group=0)).trajectories
 
 
 @pytest.fixture

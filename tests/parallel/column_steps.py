@@ -8,7 +8,8 @@ import orjson
 import torch
 
 from megatron_rl.objectives import LossInputs, LossNorm, LossOutputs
-from megatron_rl.protocol.generation import GenerationRequest, Sample, SamplingParams, read_samples
+from megatron_rl.protocol.generation import GenerationRequest, Sample, SamplingParams
+from megatron_rl.protocol.responses import read_samples
 from megatron_rl.sampling.batch import make_batch
 from megatron_rl.sampling.group import Group
 from megatron_rl.sampling.journal import GroupJournal
@@ -34,6 +35,8 @@ def sampled(trajectory: int, start: int, tokens: int) -> Sample:
     """Return what the client reads from an engine's answer: the tokens of a turn that starts at a position."""
     ids = [(7 * trajectory + at) % 250 for at in range(start, start + tokens)]
     meta = {
+        "id": "r",
+        "prompt_tokens": 2,
         "finish_reason": {"type": "stop"},
         "weight_versions": [{"version": "1", "start": 0, "end": tokens}],
         "output_token_logprobs": [[-5.0, token, None] for token in ids],

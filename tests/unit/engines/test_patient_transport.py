@@ -1,11 +1,16 @@
 """A shortage of this process's own open files delays a request; it is not blamed on the engine."""
 
+import errno
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
+
+from megatron_rl.engines.patient_transport import local_shortage
 
 ROOT = Path(__file__).resolve().parents[3]
 # The process has no free file: one request waits until files are free, another gives up.
@@ -73,3 +78,23 @@ def test_a_request_waits_for_a_free_file_and_then_names_this_machine():
     assert found["waited"] and found["status"] == 200
     assert "this machine cannot open another connection (Too many open files)" in found["error"]
     assert "ulimit -n" in found["error"]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.EADDRNOTAVAIL, "no port"), "Cannot assign requested address"),
+        (socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"), "name resolution"),
+        (RuntimeError("can't start new thread"), "can't start new thread"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), None),
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), None),
+        (RuntimeError("another one"), None),
+    ],
+    ids=str,
+)
+def test_a_shortage_of_this_machine_is_told_from_a_fault_of_the_engine(error: Exception, words: str | None) -> None:
+    """httpx raises its own error from that of the operating system."""
+    raised = httpx.ConnectError("All connection attempts failed")
+    raised.__cause__ = error
+    found = local_shortage(raised)
+    assert found is None if words is None else found is not None and words in found[0] and found[1]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing import reductions
 
 from megatron_rl.errors import EngineError
 from megatron_rl.protocol.payload import SHARED_MEMORY, pack_payload, shared_buffer, unpack_payload
@@ -119,6 +120,28 @@ def test_what_holds_no_tensors_is_refused(content: bytes) -> None:
         unpack_payload(encoded(content))
     with pytest.raises(EngineError, match="hold no named tensors of this machine"):
         unpack_payload("no base64!")
+
+
+@pytest.mark.parametrize(
+    ("looked_up", "attribute"),
+    [
+        (torch.UntypedStorage, "_new_shared_filename_cpu"),
+        (torch.Tensor, "view"),
+        (torch.nn.Parameter, "data"),
+        (reductions.rebuild_tensor, "__code__"),
+        (reductions.rebuild_storage_filename, "__defaults__"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_payload_cannot_change_what_it_looks_up(looked_up: Any, attribute: str) -> None:
+    before = getattr(looked_up, attribute)
+    name = f"c{looked_up.__module__}\n{looked_up.__name__}\n".encode()
+    for state in (b"(N}(V%s\ncbuiltins\ndict\nut" % attribute.encode(), b"}(V%s\nNu" % attribute.encode()):
+        with pytest.raises(EngineError, match="are not set by a payload"):
+            unpack_payload(encoded(name + state + b"b."))
+    assert getattr(looked_up, attribute) is before
+    shared = shared_buffer(8, torch.device("cpu"))
+    assert unpack_payload(pack_payload([("a", shared)]))[0][0] == "a"
 
 
 def test_a_buffer_that_shared_memory_has_no_room_for_is_refused_before_any_of_it_is_touched(

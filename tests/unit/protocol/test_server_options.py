@@ -45,3 +45,11 @@ def test_the_arguments_of_a_server_are_read_back_as_its_options(monkeypatch: pyt
         result = CliRunner().invoke(cli.app, list(given.arguments))
         assert result.exit_code == 0, result.output
     assert started == [options, ServerOptions(Path("/model"))]
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("port", 80_000), ("port", -1), ("threads", -1), ("threads", 10**6), ("max_rows", 0)]
+)
+def test_a_number_outside_its_range_is_refused_naming_the_option(name: str, number: int) -> None:
+    with pytest.raises(UserError, match=rf"--{name.replace('_', '-')} {number} is outside"):
+        ServerOptions(Path("model"), **{name: number})

@@ -33,7 +33,7 @@ class ScriptedPool:
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
 
-    async def ask(self, request: GenerationRequest) -> list[Sample]:
+    async def sample(self, request: GenerationRequest) -> list[Sample]:
         """Return the samples of a request."""
         self.asked.append(request)
         try:

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from megatron_rl.errors import CheckpointError, EngineError, UserError
-from megatron_rl.server.decode_batch import Job, Sampling
-from megatron_rl.server.engine import Engine
+from megatron_rl.server.decode_batch import DecodeBatch, Job, Sampling
+from megatron_rl.server.engine import Engine, JobFailed
+from megatron_rl.server.requests import make_job
 from megatron_rl.weights.digest import tensor_digest
 
 SIZES = {
@@ -50,7 +51,7 @@ def engine(folder: Path) -> Iterator[Engine]:
 def run(
     engine: Engine, prompts: list[list[int]] = PROMPTS, n: int = 3, tokens: int = 40, seed: int | None = 1
 ) -> list[Job]:
-    jobs = [engine.job(prompt, Sampling(max_new_tokens=tokens, seed=seed), n) for prompt in prompts]
+    jobs = [make_job(engine, prompt, Sampling(max_new_tokens=tokens, seed=seed), n) for prompt in prompts]
     return [future.result(60) for future in engine.submit(jobs)]
 
 
@@ -129,8 +130,10 @@ def test_without_a_seed_samples_differ_between_requests(engine: Engine) -> None:
 
 
 def test_likeliest_tokens_stay_with_their_positions_through_a_retraction(engine: Engine, folder: Path) -> None:
-    futures = engine.submit([engine.job([4, 5], Sampling(max_new_tokens=150), n=3, top_logprobs=4)])
-    while not engine._call(lambda: engine._batcher.running is not None and engine._batcher.running.lengths.max() > 5):
+    futures = engine.submit([make_job(engine, [4, 5], Sampling(max_new_tokens=150), n=3, top_logprobs=4)])
+    while not engine._calls.call(
+        lambda: engine._batcher.running is not None and engine._batcher.running.lengths.max() > 5
+    ):
         assert not futures[0].done(), "it ended before anyone looked"
     engine.pause("retract")
     engine.resume()
@@ -145,28 +148,69 @@ def test_likeliest_tokens_stay_with_their_positions_through_a_retraction(engine:
 
 
 def test_more_likeliest_tokens_than_the_vocabulary_has_are_refused(engine: Engine) -> None:
-    assert engine.job([4], Sampling(), top_logprobs=90).top_logprobs == 90
+    assert make_job(engine, [4], Sampling(), top_logprobs=90).top_logprobs == 90
     with pytest.raises(UserError, match=r"top_logprobs_num.*91.*vocabulary of 90"):
-        engine.job([4], Sampling(), top_logprobs=91)
+        make_job(engine, [4], Sampling(), top_logprobs=91)
 
 
 def test_requests_still_running_at_the_end_are_aborted(folder: Path) -> None:
     engine = Engine(folder).start()
     engine.pause("in_place")
-    futures = engine.submit([engine.job([4, 5], Sampling(max_new_tokens=200))])
+    futures = engine.submit([make_job(engine, [4, 5], Sampling(max_new_tokens=200))])
     engine.stop()
     assert futures[0].result(1).rows[0].finish["type"] == "abort"
     with pytest.raises(EngineError, match="shut down"):
-        engine.submit([engine.job([4, 5], Sampling())])
+        engine.submit([make_job(engine, [4, 5], Sampling())])
 
 
-def test_a_crash_of_the_engines_thread_reaches_everybody_who_waits(folder: Path) -> None:
+def spoiled(engine: Engine, n: int = 1) -> Job:
+    """Return a job whose prompt the model cannot take. No request can have it, because `make_job` refuses it."""
+    job = make_job(engine, [4, 5], Sampling(max_new_tokens=3), n)
+    job.prompt = job.prompt + 1000
+    return job
+
+
+def test_an_error_of_one_job_is_that_jobs(engine: Engine) -> None:
+    """The jobs are prefilled together, so the first attempt at all of them fails."""
+    alone = outputs(run(engine, [[4, 5]])[0])
+    engine.pause("in_place")
+    jobs = [make_job(engine, [4, 5], Sampling(max_new_tokens=40, seed=1), 3), spoiled(engine, 2)]
+    futures = engine.submit(jobs)
+    futures += engine.submit([make_job(engine, [6], Sampling(max_new_tokens=0), 2)])
+    engine.resume()
+    with pytest.raises(JobFailed, match=f"request '{jobs[1].rid}' failed: IndexError: index out of range"):
+        futures[1].result(20)
+    assert outputs(futures[0].result(20)) == alone and futures[2].result(20).rows[0].tokens == []
+    assert engine.healthy and outputs(run(engine, [[4, 5]])[0]) == alone
+
+
+def test_when_decoding_fails_the_largest_job_fails_and_the_others_go_on(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An allocation that fails for more than four rows stands for memory that is used up."""
+    alone = outputs(run(engine, [[4, 5]])[0])
+    advance = DecodeBatch.advance
+
+    def short_of_memory(batch: DecodeBatch, logits: torch.Tensor) -> object:
+        if len(batch) > 4 and int(batch.lengths.max()) > 5:
+            raise MemoryError("no room")
+        return advance(batch, logits)
+
+    monkeypatch.setattr(DecodeBatch, "advance", short_of_memory)
+    engine.pause("in_place")
+    small = engine.submit([make_job(engine, [4, 5], Sampling(max_new_tokens=40, seed=1), 3)])
+    large = engine.submit([make_job(engine, [7], Sampling(max_new_tokens=200, seed=1), 6)])
+    engine.resume()
+    with pytest.raises(JobFailed, match="MemoryError: no room"):
+        large[0].result(20)
+    assert outputs(small[0].result(20)) == alone
+
+
+def test_a_model_that_cannot_compute_ends_the_engine_and_everybody_who_waits_learns_it(folder: Path) -> None:
     engine = Engine(folder).start()
     engine.pause("in_place")
-    futures = engine.submit([engine.job([4, 5], Sampling(max_new_tokens=100))])
-    job = engine.job([4, 5], Sampling(max_new_tokens=3))
-    job.prompt = job.prompt + 1000  # after `engine.job` has checked the tokens
-    futures += engine.submit([job])
+    futures = engine.submit([make_job(engine, [4, 5], Sampling(max_new_tokens=100)) for _ in range(2)])
+    del engine._batcher.weights.model.model.embed_tokens
     engine.resume()
     done, _ = wait(futures, 20)
     assert len(done) == 2
@@ -175,6 +219,12 @@ def test_a_crash_of_the_engines_thread_reaches_everybody_who_waits(folder: Path)
     assert not engine.healthy
     with pytest.raises(EngineError, match="has stopped"):
         engine.pause("abort")
+
+
+def test_an_error_of_a_control_call_is_its_callers(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="null byte"):
+        engine.save_weights(Path("/tmp/a\0b"))
+    assert engine.healthy and len(run(engine, [[4]])) == 1
 
 
 def test_logits_that_overflow_end_the_sample_with_a_fault(folder: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from megatron_rl.precision.formats import fake_quantize, quantize
 from megatron_rl.protocol.server_options import EngineQuantization
 from megatron_rl.server.decode_batch import Sampling
 from megatron_rl.server.engine import Engine
+from megatron_rl.server.requests import make_job
 from megatron_rl.weights.hf_folder import HFFolder
 from megatron_rl.weights.quantized import WireTensors, quantization_config
 from megatron_rl.weights.write_folder import write_hf_folder
@@ -75,7 +76,7 @@ def flat_quantized(x: Tensor, fmt: str) -> Tensor:
 
 def greedy(engine: Engine, tokens: int = 12) -> tuple[list[int], Tensor]:
     sampling = Sampling(max_new_tokens=tokens, seed=1)
-    row = engine.submit([engine.job(PROMPT, sampling)])[0].result(60).rows[0]
+    row = engine.submit([make_job(engine, PROMPT, sampling)])[0].result(60).rows[0]
     return row.tokens, torch.tensor(row.logprobs)
 
 

@@ -14,8 +14,8 @@ from megatron_rl.protocol.generation import (
     Sample,
     SamplingParams,
     generate_body,
-    read_samples,
 )
+from megatron_rl.protocol.responses import read_samples
 from megatron_rl.sampling.group import check_samples
 
 URL = "http://engine"
@@ -29,8 +29,10 @@ def read(request: GenerationRequest, answered: Any) -> list[Sample]:
 
 def answer(tops: list[list[list[Any]]] | None, tokens: tuple[int, ...] = (7, 9)) -> dict[str, Any]:
     meta = {
+        "id": "r",
+        "prompt_tokens": 2,
         "output_token_logprobs": [[-0.5, token, None] for token in tokens],
-        "finish_reason": {"type": "length", "length": len(tokens)},
+        "finish_reason": {"type": "length" if tokens else "abort"},
         "weight_version": "3",
         "weight_versions": [{"version": "3", "start": 0, "end": len(tokens)}],
     }
@@ -116,7 +118,7 @@ SCORED = GenerationRequest("r", (1, 2, 5), 1, SamplingParams(0), score_prompt=Tr
 
 def scored(entries: list[list[Any]]) -> dict[str, Any]:
     made = answer(None, ())
-    made["meta_info"]["input_token_logprobs"] = entries
+    made["meta_info"] |= {"input_token_logprobs": entries, "prompt_tokens": 3, "finish_reason": {"type": "length"}}
     return made
 
 
