@@ -15,11 +15,13 @@ import sys
 import threading
 import time
 import weakref
+from typing import Any
 
 READY = b"ready\n"
 START_LIMIT_S = 120.0
 LIBRARY_LIMIT_S = 2
 MEMORY_LIMIT_BYTES = 4 << 30
+IRRATIONAL_TOLERANCE = 1e-6
 
 
 class Grader:
@@ -104,8 +106,33 @@ def _read_line(process: subprocess.Popen[bytes], limit_s: float) -> bytes:
 
 def _judge(gold: str, answer: str) -> bool:
     # math-verify finds the answer by its box. It returns [] or False for its own failures and timeouts.
-    expected, given = (parse(f"\\boxed{{{text}}}", parsing_timeout=LIBRARY_LIMIT_S) for text in (gold, answer))
-    return bool(expected and given and verify(expected, given, timeout_seconds=LIBRARY_LIMIT_S))
+    parsed = [parse(f"\\boxed{{{text}}}", extraction, parsing_timeout=LIBRARY_LIMIT_S) for text in (gold, answer)]
+    if not all(parsed):
+        return False
+    expected, given = ([_exact(found) for found in side] for side in parsed)
+    numbers = [side[0] for side in (expected, given) if getattr(side[0], "is_number", False)]
+    try:
+        if len(numbers) == 2:
+            return bool(timeout(LIBRARY_LIMIT_S)(_same_number)(*numbers))
+    except (TimeoutException, ArithmeticError, TypeError, ValueError):
+        return False
+    return bool(verify(expected, given, timeout_seconds=LIBRARY_LIMIT_S))
+
+
+def _exact(found: Any) -> Any:
+    """Return an expression with its decimals as fractions, so that two of them are equal only if they are the same."""
+    floats = found.atoms(sympy.Float) if isinstance(found, sympy.Basic) else ()
+    return found.xreplace({number: sympy.Rational(str(number)) for number in floats}) if floats else found
+
+
+def _same_number(gold: Any, answer: Any) -> bool:
+    """Return whether two constant expressions are equal; if one is irrational, within 1e-6 of its size."""
+    difference = sympy.simplify(gold.doit() - answer.doit())
+    if difference == 0:
+        return True
+    if not difference.is_finite or (difference.is_rational and gold.doit().is_rational):
+        return False
+    return bool(abs(difference.evalf(30)) <= IRRATIONAL_TOLERANCE * abs(gold.evalf(30)))
 
 
 def _serve() -> None:
@@ -121,6 +148,18 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
-    from math_verify import parse, verify  # here, because only this process compares answers; the import takes 0.3 s
+    # Here, because only this process compares answers, and the imports take 0.3 s.
+    import sympy
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+    from math_verify.errors import TimeoutException
+    from math_verify.parser import NormalizationConfig
+    from math_verify.utils import timeout
+
+    # The library's default takes the variables of `2ab` for a unit. `answers` reads units.
+    plain = NormalizationConfig(True, False, True, True, "all", False)  # only units is not the default
+    extraction = [
+        LatexExtractionConfig(try_extract_without_anchor=True, boxed_match_priority=50, normalization_config=plain),
+        ExprExtractionConfig(try_extract_without_anchor=True),
+    ]
 
     _serve()

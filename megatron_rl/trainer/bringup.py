@@ -6,8 +6,6 @@ import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 
-from transformers import AutoTokenizer
-
 from megatron_rl.attribution.limits import check_gives_weights
 from megatron_rl.config import Config, changed_keys, load_config
 from megatron_rl.diagnostics.runlog import RunLog
@@ -28,6 +26,7 @@ from megatron_rl.policy.parallel import Mesh, joined_mesh
 from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.sampling.rollouts import Rollouts, rollouts_folder
 from megatron_rl.tasks import make_task
+from megatron_rl.tasks.templates import load_tokenizer
 from megatron_rl.trainer.code_record import write_code
 from megatron_rl.trainer.lead import Lead
 from megatron_rl.trainer.preflight import check_run_folder, resolve_on_rank
@@ -182,7 +181,7 @@ def open_rollouts(
         offloads: engines must be able to release their memory.
     """
     urls, router = (config.rollout.urls, None) if servers is None else (servers.urls, servers.router_url)
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    tokenizer = load_tokenizer(config.model.path)
     task = make_task(config.task, tokenizer, seed=config.run.seed, max_prompt_tokens=config.rollout.max_prompt_tokens)
     if config.eval.prompts > len(task.held_out):
         raise ConfigError(
