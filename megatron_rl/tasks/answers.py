@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, Protocol
 
-from megatron_rl.tasks.final_answer import without_label
+from megatron_rl.tasks.final_answer import LONGEST_ANSWER, without_label
 from megatron_rl.tasks.numbers_in_text import Amount, read_amount, split_unit
 
 Kind = Literal["number", "choice", "word", "text", "formula"]
-LONGEST_ANSWER = 2000  # characters; a longer answer is wrong, a longer ground truth is refused
 MOST_WORDS = 40
 
 _CHARACTERS = str.maketrans(
@@ -237,6 +236,8 @@ def _is_formula_for_number(text: str) -> bool:
     if "=" in text or _HUGE_POWER.search(text) or _HEDGES.search(text) or re.search(r"\b(?:or|and)\b|[,;]", text):
         return False
     if re.search(r"(?<![_^{\w.])[0-9.]+\s+[0-9]", text):
+        return False
+    if "\\" not in text and not any(character.isdigit() for character in text):
         return False
     words = _LETTERS.findall(_COMMAND.sub(" ", text))
     return all(word.casefold() in _FUNCTIONS or word in ("e", "i") for word in words)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 MARK = "####"
+LONGEST_ANSWER = 2000  # characters; a longer answer is wrong, a longer ground truth is refused
 # Tags between which models think. The last has one pair of characters in every model of its family.
 _THOUGHT_TAGS = (
     (r"<(?:think|thinking|thought|reasoning)>", r"</(?:think|thinking|thought|reasoning)>"),
@@ -33,6 +34,9 @@ _BOXES = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])[ \t]*")
 _BARE_BOX = re.compile(r"(?:(?!\\\)|\\\])[^$\n])*")  # what a box without braces reaches to
 _BETWEEN_BOXES = re.compile(r"[\s$.;]*(?:\\text\{)?\s*(,|or|and|,\s*or|,\s*and)?\s*\}?[\s$]*")
 _OTHER_VALUE = re.compile(r"[\s$*]*\bor\b[^\n]*[0-9\\][^\n]*")
+_WIDEST_GAP = 40  # characters between boxes that belong together
+_BRACES = re.compile(r"\\?[{}]")
+_FILLED = re.compile(r"\S")
 _PLACEHOLDERS = frozenset(("", "...", "…", "\\ldots", "\\dots", "answer", "your answer", "final answer"))
 
 _DECORATION = "*_`~ \t#"
@@ -133,28 +137,35 @@ def without_label(text: str) -> str:
 
 def _marked(text: str) -> Iterator[Found]:
     for mark in _MARKS.finditer(text):
-        end = _line_end(text, mark.end())
-        line = without_label(text[mark.end() : end].strip(_DECORATION))
-        if not line.strip(_DECORATION):
-            following = re.compile(r"\s*([^\n]*)").match(text, end)
-            assert following is not None
-            if not following[1].startswith(MARK):
-                line, end = following[1], following.end()
-        yield Found(mark.start(), end, line.strip())
+        line, end = _line_at(text, mark.end())
+        if not line:
+            begin = _FILLED.search(text, end)
+            if begin is not None and not text.startswith(MARK, begin.start()):
+                line, end = _line_at(text, begin.start())
+        yield Found(mark.start(), end, line)
 
 
-def _line_end(text: str, at: int) -> int:
+def _line_at(text: str, at: int) -> tuple[str, int]:
+    """Return the rest of a line without decoration and label, and where it ends."""
     end = text.find("\n", at)
-    return len(text) if end < 0 else end
+    end = len(text) if end < 0 else end
+    line = text[at:end].strip()
+    if len(line) > LONGEST_ANSWER:
+        return line, end
+    bare = without_label(line.strip(_DECORATION))
+    return bare.strip() if bare.strip(_DECORATION) else "", end
 
 
 def _boxed(text: str) -> list[Found]:
     """Return the boxes of a text, those that belong together joined."""
     boxes: list[Found] = []
-    for match in _BOXES.finditer(text):
-        box = _box_at(text, match)
+    matches = list(_BOXES.finditer(text))
+    closing = _closing_braces(text) if matches else {}
+    for match in matches:
+        box = _box_at(text, match, closing)
         last = boxes[-1] if boxes else None
-        between = None if last is None else _BETWEEN_BOXES.fullmatch(text, last.end, box.start)
+        near = last is not None and box.start - last.end <= _WIDEST_GAP
+        between = _BETWEEN_BOXES.fullmatch(text, last.end, box.start) if last is not None and near else None
         if last is not None and last.text and box.text and between is not None and between[1]:
             boxes[-1] = Found(last.start, box.end, f"{last.text} {between[1]} {box.text}")
         else:
@@ -166,19 +177,27 @@ def _boxed(text: str) -> list[Found]:
     return boxes
 
 
-def _box_at(text: str, match: re.Match[str]) -> Found:
+def _closing_braces(text: str) -> dict[int, int]:
+    """Return the position of the closing brace of every opening one that is closed."""
+    closing: dict[int, int] = {}
+    opened: list[int] = []
+    for brace in _BRACES.finditer(text):
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif brace[0] == "}" and opened:
+            closing[opened.pop()] = brace.start()
+    return closing
+
+
+def _box_at(text: str, match: re.Match[str], closing: dict[int, int]) -> Found:
     begin = match.end()
     if text[begin : begin + 1] != "{":
         bare = _BARE_BOX.match(text, begin)
         assert bare is not None
         return Found(match.start(), bare.end(), bare[0].strip())
-    depth = 0
-    for brace in re.compile(r"\\?[{}]").finditer(text, begin):
-        if len(brace[0]) == 1:
-            depth += 1 if brace[0] == "{" else -1
-        if depth == 0:
-            return Found(match.start(), brace.end(), text[begin + 1 : brace.start()].strip())
-    return Found(match.start(), len(text), None)
+    if begin not in closing:
+        return Found(match.start(), len(text), None)
+    return Found(match.start(), closing[begin] + 1, text[begin + 1 : closing[begin]].strip())
 
 
 def _is_idle(answer: str, truth: str) -> bool:

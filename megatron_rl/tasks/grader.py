@@ -1,8 +1,8 @@
 """Comparison of two mathematical answers by math-verify, in a separate process.
 
-The library's time limit is a signal. It works only in a main thread, and does not interrupt a calculation as large as
-9^(9^9). A separate process has a main thread and can be killed when it is stuck. When it runs out of memory, the
-trainer continues. Requests and verdicts are JSON lines on its pipes.
+A time limit inside a process is a signal. It works only in a main thread, and does not interrupt a calculation as
+large as 9^(9^9). A separate process has a main thread and can be killed when it is stuck. When it runs out of memory,
+the trainer continues. Requests and verdicts are JSON lines on its pipes.
 """
 
 import json
@@ -10,6 +10,7 @@ import logging
 import os
 import resource
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ from typing import Any
 
 READY = b"ready\n"
 START_LIMIT_S = 120.0
-LIBRARY_LIMIT_S = 2
+CPU_LIMIT_S = 3
 MEMORY_LIMIT_BYTES = 4 << 30
 IRRATIONAL_TOLERANCE = 1e-6
 
@@ -60,6 +61,11 @@ class Grader:
             if verdict not in (b"true\n", b"false\n"):
                 _stop_all(self._alive)
             return verdict == b"true\n"
+
+    @property
+    def runs(self) -> bool:
+        """True if the process has been started and not closed."""
+        return bool(self._alive)
 
     def close(self) -> None:
         with self._lock:
@@ -105,18 +111,31 @@ def _read_line(process: subprocess.Popen[bytes], limit_s: float) -> bytes:
 
 
 def _judge(gold: str, answer: str) -> bool:
-    # math-verify finds the answer by its box. It returns [] or False for its own failures and timeouts.
-    parsed = [parse(f"\\boxed{{{text}}}", extraction, parsing_timeout=LIBRARY_LIMIT_S) for text in (gold, answer)]
+    """Return whether two formulas are equal; False also if they cannot be read, or within the limit of CPU time."""
+
+    def stop(signum: int, frame: object) -> None:
+        raise TimeoutException
+
+    # The library's own limit is wall-clock time, in which a busy machine may not even read an easy formula.
+    signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, CPU_LIMIT_S, 0.1)  # again and again: parsers catch exceptions
+    try:
+        return _equal(gold, answer)
+    except (TimeoutException, ArithmeticError, TypeError, ValueError):
+        return False
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+def _equal(gold: str, answer: str) -> bool:
+    # math-verify finds the answer by its box. It returns [] or False for its own failures.
+    parsed = [parse(f"\\boxed{{{text}}}", extraction, parsing_timeout=None) for text in (gold, answer)]
     if not all(parsed):
         return False
     expected, given = ([_exact(found) for found in side] for side in parsed)
-    numbers = [side[0] for side in (expected, given) if getattr(side[0], "is_number", False)]
-    try:
-        if len(numbers) == 2:
-            return bool(timeout(LIBRARY_LIMIT_S)(_same_number)(*numbers))
-    except (TimeoutException, ArithmeticError, TypeError, ValueError):
-        return False
-    return bool(verify(expected, given, timeout_seconds=LIBRARY_LIMIT_S))
+    if all(getattr(side[0], "is_number", False) for side in (expected, given)):
+        return _same_number(expected[0], given[0])
+    return bool(verify(expected, given, timeout_seconds=None))
 
 
 def _exact(found: Any) -> Any:
@@ -153,7 +172,6 @@ if __name__ == "__main__":
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
     from math_verify.errors import TimeoutException
     from math_verify.parser import NormalizationConfig
-    from math_verify.utils import timeout
 
     # The library's default takes the variables of `2ab` for a unit. `answers` reads units.
     plain = NormalizationConfig(True, False, True, True, "all", False)  # only units is not the default

@@ -14,7 +14,7 @@ from megatron_rl.tasks.final_answer import MARK, count_boxes, ends_in_thought, g
 from megatron_rl.tasks.grader import Grader
 from megatron_rl.tasks.rows import MISSING, find_column, prompt_cell, read_rows, text_cell
 from megatron_rl.tasks.task import Task, check_spelled, encode_plain
-from megatron_rl.tasks.templates import begins_in_thought, render_chats
+from megatron_rl.tasks.templates import render_chats
 from megatron_rl.types import Prompt
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class MathTask(Task):
             raise ConfigError("task.data is required for task.name: math")
         self._tokenizer = tokenizer
         self._grader = Grader()
-        self._thinking = begins_in_thought(tokenizer)
+        self._thinking: set[tuple[int, ...]] = set()  # prompts that end inside a thought
         rows = self._read(config.data, config, tokenizer, max_prompt_tokens, instructions)
         if config.eval_data is not None:
             held_out = self._read(config.eval_data, config, tokenizer, max_prompt_tokens, instructions)
@@ -74,26 +74,23 @@ class MathTask(Task):
 
     def verify(self, prompt: Prompt, response: str) -> float:
         """Return 1.0 if the final answer of the response equals the ground truth, else 0.0."""
-        return float(self._is_right(prompt, strip_end(self._tokenizer, response), self._begins_in_thought(prompt)))
+        answer = self._answer(prompt, strip_end(self._tokenizer, response))
+        return float(answer is not None and same_answer(read_answer(prompt.answer), answer, self._grader))
 
     def answers(self, prompt: Prompt, response: str) -> bool:
-        """Return whether a response gives an answer, right or wrong."""
-        thinking = self._begins_in_thought(prompt)
-        return response_answer(response, thinking=thinking, truth=prompt.answer) is not None
+        """Return whether a response, without end-of-turn tokens, gives an answer, right or wrong."""
+        return self._answer(prompt, response) is not None
 
-    def _begins_in_thought(self, prompt: Prompt) -> bool:
-        return self._thinking or (not prompt.messages and ends_in_thought(prompt.text))
-
-    def _is_right(self, prompt: Prompt, response: str, thinking: bool = False) -> bool:
-        answer = response_answer(response, thinking=thinking, truth=prompt.answer)
-        return answer is not None and same_answer(read_answer(prompt.answer), answer, self._grader)
+    def _answer(self, prompt: Prompt, response: str) -> str | None:
+        return response_answer(response, thinking=prompt.tokens in self._thinking, truth=prompt.answer)
 
     def solution(self, prompt: Prompt) -> str:
         if not prompt.answer:
             raise UserError(
                 f"prompt '{prompt.id}' has no answer in its data row, so there is no solution to learn from"
             )
-        return f"{MARK} {prompt.answer}"
+        ended = "</think>\n\n" if prompt.tokens in self._thinking else ""
+        return f"{ended}{MARK} {prompt.answer}"
 
     def close(self) -> None:
         self._grader.close()
@@ -107,11 +104,12 @@ class MathTask(Task):
         instructions: str,
     ) -> list[Prompt]:
         """Return the prompts of a file, of which every ground truth verifies itself, and add a line to the summary."""
-        prompts = _load(path, config, tokenizer, max_prompt_tokens, instructions)
+        prompts, thinking = _load(path, config, tokenizer, max_prompt_tokens, instructions)
+        self._thinking |= thinking
         if config.reward is not None:
             return prompts
         for prompt in prompts:
-            if not self._is_right(prompt, self.solution(prompt)):
+            if not self.verify(prompt, self.solution(prompt)):
                 raise UserError(
                     f"{path}:{prompt.id.rpartition(':')[2]}: the ground truth {reprlib.repr(prompt.answer)} does not "
                     "verify itself: it reads as a heading or label; correct or remove the row"
@@ -123,7 +121,8 @@ class MathTask(Task):
 
 def _load(
     path: Path, config: TaskConfig, tokenizer: "PreTrainedTokenizerFast", max_prompt_tokens: int, instructions: str
-) -> list[Prompt]:
+) -> tuple[list[Prompt], set[tuple[int, ...]]]:
+    """Return the prompts of a file, and the tokens of those that end inside a thought."""
     rows = list(read_rows(path))
     if not rows:
         raise UserError(f"{path} has no rows")
@@ -131,7 +130,7 @@ def _load(
     asked = [prompt_cell(place, row, config.prompt_column, "task.prompt_column") for place, row in rows]
     answers = [_answer(place, row, config) for place, row in rows]
     _check_characters(asked, places, tokenizer, max_prompt_tokens)
-    encoded = _encode(tokenizer, asked, instructions, places)
+    texts, encoded = _encode(tokenizer, asked, instructions, places)
     long = [at for at, tokens in enumerate(encoded) if len(tokens) > max_prompt_tokens]
     if long:
         longest = max(len(encoded[at]) for at in long)
@@ -140,7 +139,7 @@ def _load(
             f"{max_prompt_tokens}; {len(long)} of {len(places)} prompts are too long: "
             f"raise rollout.max_prompt_tokens to {longest} or remove them"
         )
-    return [
+    prompts = [
         Prompt(
             id=f"{path.name}:{place.rpartition(':')[2]}",
             text=_last_text(prompt),
@@ -151,6 +150,7 @@ def _load(
         )
         for (place, row), prompt, tokens, answer in zip(rows, asked, encoded, answers, strict=True)
     ]
+    return prompts, {tokens for text, tokens in zip(texts, encoded, strict=True) if ends_in_thought(text)}
 
 
 def _last_text(prompt: str | tuple[dict[str, Any], ...]) -> str:
@@ -213,13 +213,14 @@ def _encode(
     asked: Sequence[str | tuple[dict[str, Any], ...]],
     instructions: str,
     places: list[str],
-) -> list[tuple[int, ...]]:
-    """Return the tokens of every prompt, with the instructions at the end of its last message."""
+) -> tuple[list[str], list[tuple[int, ...]]]:
+    """Return the text and the tokens of every prompt, with the instructions at the end of its last message."""
     if tokenizer.chat_template is None:
         for place, prompt in zip(places, asked, strict=True):
             if not isinstance(prompt, str):
                 raise ConfigError(f"{place}: the prompt is chat messages, and the tokenizer has no chat template")
-        return encode_plain(tokenizer, [f"{prompt}{instructions}\n" for prompt in asked])
+        texts = [f"{prompt}{instructions}\n" for prompt in asked]
+        return texts, encode_plain(tokenizer, texts)
     chats = []
     for prompt in asked:
         *before, last = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
@@ -229,4 +230,4 @@ def _encode(
     encoded = [tuple(row) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     for text, tokens in zip(texts, encoded, strict=True):
         check_spelled(tokenizer, text, tokens)
-    return encoded
+    return texts, encoded

@@ -76,10 +76,8 @@ _UNIT_AT_END = re.compile(
 _BESIDE = re.compile(r"[\w\s.,;:!?'\"’“”()\[\]/%°&@-]*")
 _LEAD = re.compile(r"[\w\s.,;:'\"’“”(\[-]*?(?:[:=≈~]|\\approx|\\Rightarrow|⇒|→|=>|->)?\s*")
 _ORDINAL = re.compile(r"(?<=[0-9])\s*\^?\s*\{?\s*(?:st|[nr]d|th)\b\s*\}?")
-_ARITHMETIC = re.compile(
-    r"[-0-9.,+*/^(){}\s×÷]+|[-0-9.,+*/^(){}\s]*(?:\\(?:times|div|cdot|frac|left|right)[^A-Za-z]*)+"
-)
-_NAMES = re.compile(r"(?:[A-Za-z]|(?:[^\W\d_]{2,}[ '’:,]*)+)\s*")
+_ARITHMETIC = re.compile(r"[-0-9.+*/^(){}\s×÷]+|[-0-9.+*/^(){}\s]*(?:\\(?:times|div|cdot|frac|left|right)[^A-Za-z]*)+")
+_NAMES = re.compile(r"(?:[A-Za-z]|(?:[^\W\d_]{2,}+[ '’:,]*+)++)\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +114,8 @@ def read_amount(text: str) -> Amount | None:
     text = _ORDINAL.sub("", text)
     left, equals, right = text.rpartition("=")
     if equals and not text.endswith(">") and not right.startswith(">"):
-        if _NAMES.fullmatch(left) is None and (_NUMBER.fullmatch(left.strip()) or not _ARITHMETIC.fullmatch(left)):
+        named = not left.strip() or _NAMES.fullmatch(left) is not None
+        if not named and (_NUMBER.fullmatch(left.strip()) or not _ARITHMETIC.fullmatch(left)):
             return None
         if not _CHANGING_BEFORE.isdisjoint(_words(left)):
             return None

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.tasks.end_tokens import end_texts
-from megatron_rl.tasks.final_answer import ends_in_thought
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Chat = Sequence[Mapping[str, Any]]
-_PROBE = "megatronrlquestion"
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -52,13 +50,6 @@ def render_chats(tokenizer: "PreTrainedTokenizerBase", chats: Sequence[Chat], pl
     return texts
 
 
-def begins_in_thought(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Return whether the chat template opens a thought for the model, so that responses begin inside one."""
-    if tokenizer.chat_template is None:
-        return False
-    return ends_in_thought(_render(tokenizer, [{"role": "user", "content": _PROBE}], "a first message"))
-
-
 def between_turns(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
     """Return what the chat template writes before and after a user's message between two turns of the assistant.
 
@@ -66,7 +57,7 @@ def between_turns(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
     the template does not render such a conversation.
     """
     turn, message = "megatronrlturn", "megatronrlmessage"
-    roles = (("user", _PROBE), ("assistant", turn), ("user", message))
+    roles = (("user", "question"), ("assistant", turn), ("user", message))
     chat = _render(tokenizer, [{"role": role, "content": content} for role, content in roles], "a second message")
     if chat.count(turn) != 1 or chat.count(message) != 1 or chat.index(turn) > chat.index(message):
         raise ConfigError(f"{_named(tokenizer)} does not render a user's message after an assistant's turn")

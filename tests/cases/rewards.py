@@ -108,6 +108,7 @@ REWARDS = [
     Reward("72", "#### She has 72 clips", True),
     Reward("72", "#### Total = 72 clips", True),
     Reward("72", "\\boxed{x = 72}", True),
+    Reward("72", "#### = 72", True),
     Reward("72", "#### 40 + 32 = 72", True),
     Reward("72", "#### 72!", True, MARKDOWN),
     Reward("120", "\\boxed{5!}", True),

@@ -1,6 +1,7 @@
 """The table of rewards: each response is paid or refused, and each ground truth read or refused, as it says."""
 
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -77,3 +78,19 @@ def test_a_prompt_that_opens_a_thought_has_no_answer_before_the_thought_ends(tmp
     task = make_task(config, tokenizer, seed=0, max_prompt_tokens=100)
     assert task.verify(task.train[0], "maybe \\boxed{5}, let me") == 0.0
     assert task.verify(task.train[0], "maybe \\boxed{6}</think> \\boxed{5}") == 1.0
+    assert task.verify(task.train[0], task.solution(task.train[0])) == 1.0
+
+
+PARTS = ["\\boxed{", "\\boxed{5} ", "####", "#### 5\n", "<think>", "</think>", "a", "a ", "5 ", "1,", "*", "_a", "`"]
+PARTS += ["{", "\\text{", "=", "a=", "\\frac{1}{", " ", "$", "\\boxed{5}" + " " * 500, "#### answer" + " " * 500, "x^"]
+
+
+@pytest.mark.parametrize("part", PARTS, ids=repr)
+def test_a_response_of_one_part_repeated_is_judged_in_time(part: str) -> None:
+    never = SimpleNamespace(equal=lambda gold, answer: False)
+    begun = time.perf_counter()
+    for whole in (part * (50_000 // len(part)), f"#### {part * (1900 // len(part))}1 = 5"):
+        answer = response_answer(whole)
+        for truth in ("5", "\\sqrt{2}", "word"):
+            same_answer(read_answer(truth), answer or "", never)
+    assert time.perf_counter() - begun < 3
