@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
@@ -18,9 +18,10 @@ from megatron_rl.plan import print_plan
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.build import build_policy
 from megatron_rl.policy.parallel import joined_mesh
-from megatron_rl.sampling.rollouts import stop_token_ids
 from megatron_rl.tasks import make_task
+from megatron_rl.tasks.end_tokens import turn_end_id
 from megatron_rl.tasks.task import Turn
+from megatron_rl.tasks.templates import load_tokenizer
 from megatron_rl.trainer.preflight import resolve_on_rank
 from megatron_rl.trainer.progress import ProgressLine
 from megatron_rl.types import Batch, Prompt
@@ -128,11 +129,11 @@ def warm_up(
         if mesh.rank == 0:
             print_plan(plan, config)
         policy = build_policy(config, mesh, plan.precision, plan.noise)
-        tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        tokenizer = load_tokenizer(config.model.path)
         task = make_task(
             config.task, tokenizer, seed=config.run.seed, max_prompt_tokens=config.rollout.max_prompt_tokens
         )
-        end = stop_token_ids(config.model.path)[0]
+        end = turn_end_id(config.model.path, tokenizer)
         rng = np.random.default_rng(config.run.seed)
         right = [task.demonstration(p) for p in task.train]
         wrong = [with_wrong_digit(solution, rng) for solution in right] if error_rate else right

@@ -19,6 +19,7 @@ from megatron_rl.engines.pool import EnginePool, GenerationRequest, Sample, Samp
 from megatron_rl.errors import EngineError, UserError
 from megatron_rl.protocol.generation import RoutedShape
 from megatron_rl.sampling.trajectory_builder import Observed, ToolUse, TrajectoryBuilder
+from megatron_rl.tasks.end_tokens import decode_turns
 from megatron_rl.types import COLUMNS, Prompt, TokenIds, Trajectory
 
 Ask = Callable[[GenerationRequest], Awaitable[list[Sample]]]
@@ -238,7 +239,7 @@ async def _observe(
     The turn starts at token position `begun`. If the observation leaves no token for another turn, the response ends.
     """
     assert settings.environment is not None and settings.tokenizer is not None
-    text = settings.tokenizer.decode(response.tokens(begun), skip_special_tokens=True)
+    (text,) = decode_turns(settings.tokenizer, [response.tokens(begun)], settings.stop_token_ids)
     observed = await asyncio.to_thread(settings.environment.observe, prompt, text, last=last)
     response.count(observed)
     if observed.void:

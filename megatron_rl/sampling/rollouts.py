@@ -26,6 +26,7 @@ from megatron_rl.sampling.scheduler import Bounds, Scheduler, Source
 from megatron_rl.sampling.shown_samples import Kept, decode_samples, keep_samples
 from megatron_rl.sampling.step_groups import PromptDraws
 from megatron_rl.tasks import Task, prompts_for_step
+from megatron_rl.tasks.end_tokens import decode_turns, stop_token_ids
 from megatron_rl.tasks.make_reward import make_reward
 from megatron_rl.tasks.reward import Response, Score
 from megatron_rl.types import Batch, Prompt, Trajectory
@@ -35,24 +36,6 @@ from megatron_rl.weights.hf_folder import HFFolder
 _EVALUATED_TOGETHER = 8  # prompts whose responses are verified at the same time
 
 Timer = Callable[[str], AbstractContextManager[None]]
-
-
-def stop_token_ids(folder: Path) -> tuple[int, ...]:
-    """Return the `eos_token_id` values of generation_config.json and config.json.
-
-    Raise ConfigError if neither file has one.
-    """
-    found: set[int] = set()
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        if path.is_file():
-            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            found.update([value] if isinstance(value, int) else value or [])
-    if not found:
-        raise ConfigError(
-            f"{folder} names no eos_token_id in generation_config.json or config.json: responses could never end"
-        )
-    return tuple(sorted(found))
 
 
 def _routed(config: Config) -> RoutedShape | None:
@@ -264,7 +247,7 @@ class Rollouts:
         Trajectories must be grouped by prompt, in the order of `prompts`.
         """
         turns = [t.last_turn for t in trajectories]
-        texts = self.tokenizer.batch_decode(turns, skip_special_tokens=True)
+        texts = decode_turns(self.tokenizer, turns, self.stop)
         responses = [Response(text, turn) for text, turn in zip(texts, turns, strict=True)]
         samples = len(trajectories) // len(prompts)
         groups = [responses[at : at + samples] for at in range(0, len(responses), samples)]

@@ -8,7 +8,8 @@ import numpy as np
 
 from megatron_rl.config import TaskConfig
 from megatron_rl.errors import ConfigError
-from megatron_rl.tasks.task import Task, encode_plain, strip_end
+from megatron_rl.tasks.end_tokens import strip_end
+from megatron_rl.tasks.task import Task, encode_plain
 from megatron_rl.types import Prompt
 
 if TYPE_CHECKING:

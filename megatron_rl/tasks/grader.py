@@ -1,8 +1,8 @@
 """Comparison of two mathematical answers by math-verify, in a separate process.
 
-The library's time limit is a signal. It works only in a main thread, and does not interrupt a calculation as large as
-9^(9^9). A separate process has a main thread and can be killed when it is stuck. When it runs out of memory, the
-trainer continues. Requests and verdicts are JSON lines on its pipes.
+A time limit inside a process is a signal. It works only in a main thread, and does not interrupt a calculation as
+large as 9^(9^9). A separate process has a main thread and can be killed when it is stuck. When it runs out of memory,
+the trainer continues. Requests and verdicts are JSON lines on its pipes.
 """
 
 import json
@@ -10,16 +10,19 @@ import logging
 import os
 import resource
 import select
+import signal
 import subprocess
 import sys
 import threading
 import time
 import weakref
+from typing import Any
 
 READY = b"ready\n"
 START_LIMIT_S = 120.0
-LIBRARY_LIMIT_S = 2
+CPU_LIMIT_S = 3
 MEMORY_LIMIT_BYTES = 4 << 30
+IRRATIONAL_TOLERANCE = 1e-6
 
 
 class Grader:
@@ -58,6 +61,11 @@ class Grader:
             if verdict not in (b"true\n", b"false\n"):
                 _stop_all(self._alive)
             return verdict == b"true\n"
+
+    @property
+    def runs(self) -> bool:
+        """True if the process has been started and not closed."""
+        return bool(self._alive)
 
     def close(self) -> None:
         with self._lock:
@@ -103,9 +111,47 @@ def _read_line(process: subprocess.Popen[bytes], limit_s: float) -> bytes:
 
 
 def _judge(gold: str, answer: str) -> bool:
-    # math-verify finds the answer by its box. It returns [] or False for its own failures and timeouts.
-    expected, given = (parse(f"\\boxed{{{text}}}", parsing_timeout=LIBRARY_LIMIT_S) for text in (gold, answer))
-    return bool(expected and given and verify(expected, given, timeout_seconds=LIBRARY_LIMIT_S))
+    """Return whether two formulas are equal; False also if they cannot be read, or within the limit of CPU time."""
+
+    def stop(signum: int, frame: object) -> None:
+        raise TimeoutException
+
+    # The library's own limit is wall-clock time, in which a busy machine may not even read an easy formula.
+    signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, CPU_LIMIT_S, 0.1)  # again and again: parsers catch exceptions
+    try:
+        return _equal(gold, answer)
+    except (TimeoutException, ArithmeticError, TypeError, ValueError):
+        return False
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+def _equal(gold: str, answer: str) -> bool:
+    # math-verify finds the answer by its box. It returns [] or False for its own failures.
+    parsed = [parse(f"\\boxed{{{text}}}", extraction, parsing_timeout=None) for text in (gold, answer)]
+    if not all(parsed):
+        return False
+    expected, given = ([_exact(found) for found in side] for side in parsed)
+    if all(getattr(side[0], "is_number", False) for side in (expected, given)):
+        return _same_number(expected[0], given[0])
+    return bool(verify(expected, given, timeout_seconds=None))
+
+
+def _exact(found: Any) -> Any:
+    """Return an expression with its decimals as fractions, so that two of them are equal only if they are the same."""
+    floats = found.atoms(sympy.Float) if isinstance(found, sympy.Basic) else ()
+    return found.xreplace({number: sympy.Rational(str(number)) for number in floats}) if floats else found
+
+
+def _same_number(gold: Any, answer: Any) -> bool:
+    """Return whether two constant expressions are equal; if one is irrational, within 1e-6 of its size."""
+    difference = sympy.simplify(gold.doit() - answer.doit())
+    if difference == 0:
+        return True
+    if not difference.is_finite or (difference.is_rational and gold.doit().is_rational):
+        return False
+    return bool(abs(difference.evalf(30)) <= IRRATIONAL_TOLERANCE * abs(gold.evalf(30)))
 
 
 def _serve() -> None:
@@ -121,6 +167,17 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
-    from math_verify import parse, verify  # here, because only this process compares answers; the import takes 0.3 s
+    # Here, because only this process compares answers, and the imports take 0.3 s.
+    import sympy
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+    from math_verify.errors import TimeoutException
+    from math_verify.parser import NormalizationConfig
+
+    # The library's default takes the variables of `2ab` for a unit. `answers` reads units.
+    plain = NormalizationConfig(True, False, True, True, "all", False)  # only units is not the default
+    extraction = [
+        LatexExtractionConfig(try_extract_without_anchor=True, boxed_match_priority=50, normalization_config=plain),
+        ExprExtractionConfig(try_extract_without_anchor=True),
+    ]
 
     _serve()

@@ -1,5 +1,6 @@
 """Interface of a task: prompts to train on, held-out prompts, and a verifier of responses."""
 
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,12 +56,14 @@ class Task(ABC):
         train: problems to train on, fixed once the task is built.
         held_out: problems to evaluate on, also fixed. `train` and `held_out` share no problem.
         max_turns: turns of the model in one response, with an `observe` after each.
+        summary: what was read, in one line for the user; "" if there is nothing to say.
     """
 
     Options: ClassVar[type[BaseModel] | None] = None
     train: Sequence[Prompt]
     held_out: Sequence[Prompt]
     max_turns: int = 1
+    summary: str = ""
 
     @abstractmethod
     def verify(self, prompt: Prompt, response: str) -> float:
@@ -132,20 +135,15 @@ def encode_plain(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list
     """
     encoded = [tuple(row) for row in tokenizer(texts)["input_ids"]]
     for text, tokens in zip(texts, encoded, strict=True):
-        if not tokens:
-            raise ConfigError(f"the tokenizer makes no token of {text!r}")
+        check_spelled(tokenizer, text, tokens)
         if tokens[-1] == tokenizer.eos_token_id:
             raise ConfigError(f"the tokenizer appends {tokenizer.eos_token!r} to prompts; turn its add_eos_token off")
-        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokens:
-            raise ConfigError(f"the tokenizer cannot spell {text!r}: it contains {tokenizer.unk_token!r}")
     return encoded
 
 
-def strip_end(tokenizer: "PreTrainedTokenizerFast", response: str) -> str:
-    """Return the response without white space at its ends and without end-of-sequence or padding tokens after it."""
-    ends = [token for token in (tokenizer.eos_token, tokenizer.pad_token) if token]
-    response = response.strip()
-    while any(response.endswith(end) for end in ends):
-        for end in ends:
-            response = response.removesuffix(end).rstrip()
-    return response
+def check_spelled(tokenizer: "PreTrainedTokenizerFast", text: str, tokens: tuple[int, ...]) -> None:
+    """Raise ConfigError if the tokenizer makes no token of a text or cannot spell it."""
+    if not tokens:
+        raise ConfigError(f"the tokenizer makes no token of {reprlib.repr(text)}")
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokens:
+        raise ConfigError(f"the tokenizer cannot spell {reprlib.repr(text)}: it contains {tokenizer.unk_token!r}")

@@ -11,9 +11,14 @@ from megatron_rl.config import TaskConfig
 from megatron_rl.errors import ConfigError
 from megatron_rl.sandbox.runner import Result, Sandbox
 from megatron_rl.sandbox.select import allow_unsafe, find_jail
+from megatron_rl.tasks.answers import plain_answer
 from megatron_rl.tasks.arithmetic import Problems
-from megatron_rl.tasks.math import MathTask, response_answer
-from megatron_rl.tasks.task import Observation, Task, Turn, strip_end
+from megatron_rl.tasks.end_tokens import strip_end
+from megatron_rl.tasks.final_answer import response_answer
+from megatron_rl.tasks.math import MathTask
+from megatron_rl.tasks.numbers_in_text import read_amount
+from megatron_rl.tasks.task import Observation, Task, Turn
+from megatron_rl.tasks.templates import between_turns
 from megatron_rl.types import Prompt
 
 if TYPE_CHECKING:
@@ -100,7 +105,9 @@ class ToolTask(Task):
         text = without_code(strip_end(self._tokenizer, response))
         if self._math is not None:
             return self._math.verify(prompt, text)
-        return float(response_answer(text) == prompt.answer)
+        answer = response_answer(text)
+        given = None if answer is None else read_amount(plain_answer(answer))
+        return float(given is not None and given.value == int(prompt.answer))
 
     def observe(self, prompt: Prompt, turn: str, *, last: bool) -> Observation:
         """Run the call of a turn and return its output; see `Task.observe`. A call in the last turn is not void.
@@ -110,7 +117,9 @@ class ToolTask(Task):
         turn = strip_end(self._tokenizer, turn)
         code = extract_call(turn)
         if code is None:
-            return Observation(void=response_answer(without_code(turn)) is None)
+            text = without_code(turn)
+            answered = response_answer(text) is not None if self._math is None else self._math.answers(prompt, text)
+            return Observation(void=not answered)
         if last:
             return Observation()
         result = self._sandbox.run(code)
@@ -176,20 +185,3 @@ def extract_call(turn: str) -> str | None:
 def without_code(text: str) -> str:
     """Return the text without its fenced blocks. A block that is never closed reaches to the end."""
     return _ANY_BLOCK.sub("\n", text)
-
-
-def between_turns(tokenizer: "PreTrainedTokenizerFast") -> tuple[str, str]:
-    """Return what the chat template writes before and after a user's message between two turns of the assistant.
-
-    The end-of-sequence token of the first turn is not included, because the model has written it. Raises ConfigError if
-    the template does not render such a conversation.
-    """
-    turn, message = "megatronrlturn", "megatronrlmessage"
-    roles = (("user", "question"), ("assistant", turn), ("user", message))
-    chat = tokenizer.apply_chat_template(
-        [{"role": role, "content": content} for role, content in roles], add_generation_prompt=True, tokenize=False
-    )
-    if chat.count(turn) != 1 or chat.count(message) != 1 or chat.index(turn) > chat.index(message):
-        raise ConfigError("the tokenizer's chat template does not render a user's message after an assistant's turn")
-    before, _, after = chat.partition(turn)[2].partition(message)
-    return before.removeprefix(tokenizer.eos_token or ""), after

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from megatron_rl.attribution.limits import check_gives_weights
 from megatron_rl.config import Config
@@ -27,6 +27,7 @@ from megatron_rl.policy.parallel import Mesh, joined_mesh
 from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.sampling.rollouts import Rollouts
 from megatron_rl.tasks import make_task
+from megatron_rl.tasks.templates import load_tokenizer
 from megatron_rl.trainer.lead import Lead
 from megatron_rl.trainer.preflight import resolve_on_rank
 from megatron_rl.trainer.progress import ProgressLine
@@ -155,7 +156,7 @@ def open_rollouts(
         offloads: engines must be able to release their memory.
     """
     urls, router = (config.rollout.urls, None) if servers is None else (servers.urls, servers.router_url)
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    tokenizer = load_tokenizer(config.model.path)
     task = make_task(config.task, tokenizer, seed=config.run.seed, max_prompt_tokens=config.rollout.max_prompt_tokens)
     if config.eval.prompts > len(task.held_out):
         raise ConfigError(

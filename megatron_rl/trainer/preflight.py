@@ -2,16 +2,15 @@
 
 from contextlib import closing
 
-from transformers import AutoTokenizer
-
 from megatron_rl.attribution.limits import check_replayable
 from megatron_rl.config import Config
 from megatron_rl.errors import MegatronRLError
 from megatron_rl.loggers import check_loggers
 from megatron_rl.plan import RunPlan, resolve_run
-from megatron_rl.sampling.rollouts import stop_token_ids
 from megatron_rl.tasks import make_task
+from megatron_rl.tasks.end_tokens import stop_token_ids
 from megatron_rl.tasks.make_reward import make_reward
+from megatron_rl.tasks.templates import load_tokenizer
 
 
 def check(config: Config) -> RunPlan:
@@ -27,11 +26,13 @@ def check(config: Config) -> RunPlan:
 
 
 def check_task(config: Config) -> None:
-    """Check the task, its data and its reward. Raise ConfigError or UserError."""
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    """Check the task, its data and its reward, and print what was read. Raise ConfigError or UserError."""
+    tokenizer = load_tokenizer(config.model.path)
     longest = config.rollout.max_prompt_tokens
     with closing(make_task(config.task, tokenizer, seed=config.run.seed, max_prompt_tokens=longest)) as task:
         make_reward(config.task, task).close()
+        if task.summary:
+            print(task.summary, flush=True)
 
 
 def resolve_on_rank(config: Config, *, attributes: bool = False) -> RunPlan:

@@ -1,1 +1,1 @@
-"""Tables of inputs and the right outcome of each, one table per area."""
+"""Tables of cases: an input, the right outcome, and where there is one the public report of the fault."""
