@@ -9,7 +9,8 @@ from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError, MegatronRLError
 from megatron_rl.loggers import check_loggers
 from megatron_rl.plan import RunPlan, plan_algorithm, resolve_run
-from megatron_rl.policy.checkpoint_state import find_defect, newest_valid
+from megatron_rl.policy.checkpoint_files import find_defect
+from megatron_rl.policy.checkpoint_state import newest_valid
 from megatron_rl.sampling.rollouts import stop_token_ids
 from megatron_rl.tasks import make_task
 from megatron_rl.tasks.make_reward import make_reward
