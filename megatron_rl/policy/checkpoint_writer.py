@@ -40,12 +40,15 @@ _FORMAT, _VERSION = "torch_dist", 1
 class _Reports:
     """What the writer processes of one save report to the process that forked them.
 
-    It is anonymous memory that they share. `put` and `get_nowait` are the methods of a queue that megatron-core uses.
+    It is anonymous memory that they share, and a pipe. `put` and `get_nowait` are the methods of a queue that
+    megatron-core uses.
     """
 
     def __init__(self) -> None:
         self._results = io.FileIO(os.memfd_create("checkpoint-results"), "w+")
-        self._files = io.FileIO(os.memfd_create("checkpoint-files"), "w+")
+        # A pipe does not mix short writes of several processes. They share the position in a file, and lose some.
+        self._files, self._add = (io.FileIO(end, mode) for end, mode in zip(os.pipe(), "rw", strict=True))
+        os.set_blocking(self._files.fileno(), False)
 
     def put(self, results: Any) -> None:
         """Report megatron-core's results. Called once, in a forked process."""
@@ -61,8 +64,8 @@ class _Reports:
         return pickle.loads(content)
 
     def add_file(self, name: str, size: int, digest: str) -> None:
-        """Report a file that is complete. Called in several forked processes; one short write is not interleaved."""
-        os.write(self._files.fileno(), json.dumps([name, size, digest]).encode() + b"\n")
+        """Report a file that is complete. Called in several forked processes."""
+        self._add.write(json.dumps([name, size, digest]).encode() + b"\n")
 
     def add_failure(self, reason: str) -> None:
         """Report why a file is not written. torch raises another error then, which does not tell."""
@@ -70,8 +73,7 @@ class _Reports:
 
     def files(self) -> tuple[dict[str, tuple[int, str]], str | None]:
         """Return the bytes and the digest of each reported file, by name, and the first failure."""
-        self._files.seek(0)
-        lines = [json.loads(line) for line in self._files.readall().splitlines()]
+        lines = [json.loads(line) for line in (self._files.readall() or b"").splitlines()]
         files = {name: (size, digest) for name, size, digest in lines if name}
         return files, next((reason for name, _, reason in lines if not name), None)
 
@@ -79,6 +81,7 @@ class _Reports:
         """Release the memory."""
         self._results.close()
         self._files.close()
+        self._add.close()
 
 
 class _DigestingFile(io.BufferedWriter):
@@ -94,7 +97,7 @@ class _DigestingFile(io.BufferedWriter):
         try:
             count = super().write(content)
         except OSError as error:
-            self._reports.add_failure(_reason(error))
+            self._reports.add_failure(_reason(error)[:200])
             raise
         self._size += count
         return count
