@@ -1,5 +1,6 @@
 """Files that survive a crash: replaced as a whole, appended durably, locked by one process at a time."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,18 @@ def append_file(path: Path, content: bytes) -> None:
 def _sync(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Return when the names in a folder are on disk: a synced file can still lose its name. Raises OSError."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that keep names by themselves
+            raise
+    finally:
+        os.close(folder)
 
 
 def try_lock(path: Path) -> FileLock | None:

@@ -1,58 +1,35 @@
-"""Training checkpoints: sharded by megatron-core, loaded only if complete, the newest valid one first.
+"""Training checkpoints: sharded by megatron-core, loaded only if complete and undamaged, the newest one first.
 
 A checkpoint is written into `step_000020.partial`. It is renamed when every rank's part is on disk and `complete.json`
-lists each file with its size. A checkpoint without this list, or with files that differ from it, is never loaded. The
-next older one is loaded instead, and a message gives the reason.
+lists each file with its size and digest. A checkpoint without this list, or with files that differ from it, is never
+loaded. The next older one is loaded instead, and a message gives the reason.
 """
 
 import hashlib
-import json
-import multiprocessing
-import pickle
 import shutil
-from collections.abc import Iterable
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from torch.distributed.checkpoint import CheckpointException
 
 from megatron_rl.errors import CheckpointError
-from megatron_rl.files import replace_file
+from megatron_rl.files import sync_folder
 from megatron_rl.policy.actor import Policy
-from megatron_rl.policy.checkpoint_state import COMPLETE, PARTIAL, TrainState, find_defect, newest_valid
+from megatron_rl.policy.checkpoint_files import PARTIAL, FileList, check_digests, find_defect, read_list, shares
+from megatron_rl.policy.checkpoint_reader import Unreadable, inspect, read_content
+from megatron_rl.policy.checkpoint_state import TrainState, candidates
+from megatron_rl.policy.checkpoint_writer import Save
 from megatron_rl.weights.digest import tensor_digest
 
-
-class _ReportQueue:
-    """The queue in which megatron-core's writer processes report, with the methods that it uses.
-
-    A manager process holds the reports, because they may exceed a pipe. It gets bytes and does not import torch.
-    megatron-core's own manager does, for seconds of every first save, on every rank.
-    """
-
-    def __init__(self) -> None:
-        self._queue = multiprocessing.get_context("spawn").Manager().Queue()
-
-    def put(self, report: Any) -> None:
-        self._queue.put(pickle.dumps(report))
-
-    def get_nowait(self) -> Any:
-        return pickle.loads(self._queue.get_nowait())
-
-
-def _prepare_report_queue() -> None:
-    """Give megatron-core this process's report queue, if it has none yet."""
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = _ReportQueue()
+T = TypeVar("T")
 
 
 class Checkpoints:
@@ -85,7 +62,7 @@ class Checkpoints:
         return self.folder / f"step_{number:06d}"
 
     def has(self, number: int) -> bool:
-        """Return True if checkpoint `number` is complete on disk. Collective."""
+        """Return True if checkpoint `number` is complete on disk, by names and sizes. Collective."""
         return self.policy.mesh.on_lead(lambda: find_defect(self.path(number)) is None)
 
     def save(self, state: TrainState, *, wait: bool = False) -> None:
@@ -93,27 +70,18 @@ class Checkpoints:
         self.finish(wait=True)
         final = self.path(state.number)
         partial = final.with_name(final.name + PARTIAL)
-        if self.policy.mesh.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self.policy.mesh.barrier()
-        _prepare_report_queue()
-        request = dist_checkpointing.save(self._content(state), str(partial), async_sharded_save=True)
-        request.add_finalize_fn(lambda: self._complete(partial, final))
-        self.queue.schedule_async_request(request)
+        self.policy.mesh.on_lead(lambda: _make_empty(partial))
+        save = Save(self._content(state), partial, self.policy.mesh)
+        save.request.add_finalize_fn(lambda: save.complete(lambda: self._publish(partial, final)))
+        self.queue.schedule_async_request(save.request)
         self.finish(wait=wait)
 
     def finish(self, *, wait: bool) -> None:
         """Complete a save whose files are on disk. With `wait`, block until they are. Collective.
 
-        Raises CheckpointError if the files cannot be written.
+        Raises CheckpointError, on every rank, if the files cannot be written.
         """
-        try:
-            self.queue.maybe_finalize_async_calls(blocking=wait)
-        except (CheckpointException, OSError) as error:
-            raise CheckpointError(
-                f"the checkpoint in {self.folder} cannot be written ({error}): free space there"
-            ) from error
+        self.queue.maybe_finalize_async_calls(blocking=wait)
 
     def close(self) -> None:
         self.finish(wait=True)
@@ -130,44 +98,134 @@ class Checkpoints:
             self.close()
 
     def load_newest(self) -> TrainState | None:
-        """Restore the newest valid checkpoint into the policy. Return None if the folder holds none."""
-        mesh = self.policy.mesh
-        found, skipped = mesh.broadcast(newest_valid(self.folder) if mesh.rank == 0 else None)
-        if mesh.rank == 0:
-            for name, reason in skipped:
-                print(f"checkpoint {name} is not usable ({reason}); trying an older one", flush=True)
-        return None if found is None else self._load(found)
+        """Restore the newest valid checkpoint into the policy. Return None if the folder holds none. Collective.
+
+        Raises:
+            CheckpointError: a valid checkpoint belongs to another model, or the policy was changed by checkpoints that
+                then turned out to be damaged, and no other one is valid.
+        """
+        half_read: list[str] = []
+        for folder, reason in self.policy.mesh.on_lead(lambda: candidates(self.folder)):
+            found = reason
+            if found is None:
+                try:
+                    verified = self._verify(folder)
+                    half_read.append(folder.name)
+                    return self._load(folder, verified)
+                except Unreadable as error:
+                    found = str(error)
+            self._say(f"checkpoint {folder.name} is not usable ({found}); trying an older one")
+        if half_read:
+            self.policy.mesh.raise_everywhere(
+                CheckpointError(
+                    f"no checkpoint in {self.folder} can be read, and {half_read[-1]} has overwritten a part of the "
+                    "weights: remove that folder, then --resume"
+                )
+            )
+        return None
 
     def load(self, number: int) -> TrainState:
-        """Restore checkpoint `number` into the policy. Raise CheckpointError if it is not complete."""
-        return self._load(self._whole(number))
+        """Restore checkpoint `number` into the policy. Raise CheckpointError if it is not valid. Collective."""
+        return self._needed(number, self._load)
 
     def load_weights(self, number: int) -> None:
         """Load only the model weights of checkpoint `number`, for scoring.
 
         The optimizer state does not change. Load a whole checkpoint before an update.
         """
-        folder = self._whole(number)
-        content, _, lacking = _read(self._models(), folder)
-        if lacking:
-            raise CheckpointError(f"{folder} holds other weights than this model: '{min(lacking)}' is missing there")
-        self._restore_models(content)
+        self._needed(number, self._load_weights)
 
-    def _whole(self, number: int) -> Path:
+    def _needed(self, number: int, load: Callable[[Path, bool], T]) -> T:
+        """Return `load(folder, verified)` of checkpoint `number`. Raise CheckpointError if it is not valid."""
         folder = self.path(number)
         reason = self.policy.mesh.on_lead(lambda: find_defect(folder))
-        if reason is not None:
-            self.policy.mesh.raise_everywhere(
-                CheckpointError(f"checkpoint {folder} is needed and not usable: {reason}")
+        try:
+            if reason is None:
+                return load(folder, self._verify(folder))
+        except Unreadable as error:
+            reason = str(error)
+        self.policy.mesh.raise_everywhere(
+            CheckpointError(
+                f"checkpoint {folder} is needed and not usable: {reason}; restore it from a copy, or remove the folder "
+                "and resume from an older one"
             )
-        return folder
+        )
+        raise AssertionError  # the line above raises
+
+    def _verify(self, folder: Path) -> bool:
+        """Compare the files of a checkpoint with their digests, each rank a share of them. Collective.
+
+        Return False if the checkpoint was written without digests. Raise Unreadable, on every rank, for damage.
+        """
+        mesh, name = self.policy.mesh, folder.name
+        listed = self._together(lambda: _readable_list(folder))
+        if listed.digests is None:
+            self._say(f"checkpoint {name} was written without digests: its content is not verified")
+        else:
+            began = time.perf_counter()
+            own = check_digests(folder, listed, shares(listed.sizes, mesh.world)[mesh.rank])
+            checks = mesh.broadcast(mesh.gather(own))
+            damage = [reason for check in checks for _, reason in check.damage]
+            if damage:
+                more = f", and {len(damage) - 1} more files" if len(damage) > 1 else ""
+                raise Unreadable(damage[0] + more)
+            size, seconds = sum(check.nbytes for check in checks) / 1e9, time.perf_counter() - began
+            self._say(
+                f"checkpoint {name}: {len(listed.sizes)} files equal their digests "
+                f"({size:.3g} GB, {size / seconds:.2g} GB/s)"
+            )
+        old = self._together(lambda: inspect(folder))
+        if old:
+            self._say(
+                f"checkpoint {name} names the norm before the experts as older versions did: {old} entries are renamed "
+                "while loading"
+            )
+        return listed.digests is not None
+
+    def _together(self, work: Callable[[], T]) -> T:
+        """Return `work()` of this rank. Raise the first rank's Unreadable or CheckpointError on every rank."""
+        value, failure = None, None
+        try:
+            value = work()
+        except (Unreadable, CheckpointError) as error:
+            failure = error
+        failures = self.policy.mesh.broadcast(self.policy.mesh.gather(failure))
+        self.policy.mesh.raise_everywhere(next((found for found in failures if found is not None), None))
+        return value  # type: ignore[return-value]
+
+    def _say(self, line: str) -> None:
+        if self.policy.mesh.rank == 0:
+            print(line, flush=True)
+
+    def _load_weights(self, folder: Path, verified: bool) -> None:
+        def read() -> dict[str, Any]:
+            content, _, lacking = read_content(self._models(), folder, verified=verified)
+            if lacking:
+                raise CheckpointError(
+                    f"{folder} holds other weights than this model: '{min(lacking)}' is missing there"
+                )
+            return content
+
+        self._restore_models(self._together(read))
 
     def _restore_models(self, content: dict[str, Any]) -> None:
         for i, model in enumerate(self.policy.models):
             model.load_state_dict(content[f"model{i}"])
 
-    def _load(self, folder: Path) -> TrainState:
-        content, *differing = _read(self._content(TrainState(), loading=True), folder)
+    def _load(self, folder: Path, verified: bool) -> TrainState:
+        content, state = self._together(lambda: self._read(folder, verified))
+        self._restore_models(content)
+        self.policy.optimizer.load_state_dict(content["optimizer"])
+        if "rng" in content:
+            torch.set_rng_state(content["rng"]["torch"])
+            get_cuda_rng_tracker().set_states(content["rng"]["tracker"])
+        self.policy.optimizer.updates = state.updates
+        return state
+
+    def _read(self, folder: Path, verified: bool) -> tuple[dict[str, Any], TrainState]:
+        """Return the content and the state of a checkpoint. Raise CheckpointError if it is of another model."""
+        template = self._content(TrainState(), loading=True)
+        content, *differing = read_content(template, folder, verified=verified)
         # Random states belong to one number of ranks. A run with another number of ranks starts with its own states.
         foreign = sorted(key for keys in differing for key in keys if not key.startswith("rng_of_"))
         if foreign:
@@ -175,14 +233,10 @@ class Checkpoints:
                 f"{folder} cannot be loaded into this model and layout: {len(foreign)} entries are on one side only, "
                 f"'{foreign[0]}' among them; resume with the model and optimizer settings of the run"
             )
-        self._restore_models(content)
-        self.policy.optimizer.load_state_dict(content["optimizer"])
-        if "rng" in content:
-            torch.set_rng_state(content["rng"]["torch"])
-            get_cuda_rng_tracker().set_states(content["rng"]["tracker"])
-        state = TrainState(**content["state"])
-        self.policy.optimizer.updates = state.updates
-        return state
+        state = content.get("state")
+        if not isinstance(state, dict) or not state.keys() <= {field.name for field in fields(TrainState)}:
+            raise Unreadable("common.pt does not hold the state of a run")
+        return content, TrainState(**state)
 
     def _models(self) -> dict[str, Any]:
         return {
@@ -202,15 +256,14 @@ class Checkpoints:
         content["rng"] = ShardedObject(f"rng_of_{mesh.world}", rng, (mesh.world,), (mesh.rank,), replica_id=0)
         return content
 
-    def _complete(self, partial: Path, final: Path) -> None:
-        if self.policy.mesh.rank != 0:
-            return
-        files = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
-        note = partial / COMPLETE
-        replace_file(note, json.dumps({"files": files}, indent=1).encode())
+    def _publish(self, partial: Path, final: Path) -> None:
+        """Give a complete checkpoint its final name, and remove old and half-written ones. For rank 0."""
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
+        sync_folder(self.folder)
+        for left in self.folder.glob(f"step_*{PARTIAL}"):  # of a run that was killed
+            shutil.rmtree(left)
         pinned = {self.path(number) for number in self.pinned}
         for old in sorted(self.folder.glob("step_??????"))[: -self.keep]:
             if old not in pinned:
@@ -241,9 +294,16 @@ def _metadata() -> dict[str, Any]:
     }
 
 
-def _read(template: dict[str, Any], folder: Path) -> tuple[Any, set[str], set[str]]:
-    """Return `template` filled from `folder`, the keys that only `folder` has, and those that only `template` has."""
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
     try:
-        return dist_checkpointing.load(template, str(folder), strict=StrictHandling.RETURN_ALL)
-    except (KeyError, ValueError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
-        raise CheckpointError(f"{folder} cannot be loaded into this model and layout: {error}") from error
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {folder} cannot be written: {error.strerror}") from error
+
+
+def _readable_list(folder: Path) -> FileList:
+    try:
+        return read_list(folder)
+    except (OSError, ValueError) as error:
+        raise Unreadable(str(error)) from error

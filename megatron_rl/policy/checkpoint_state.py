@@ -1,11 +1,9 @@
 """State of checkpoints that can be read without a tensor. This module imports quickly, for tools that only inspect."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-COMPLETE = "complete.json"
-PARTIAL = ".partial"  # suffix of a checkpoint that is not complete yet
+from megatron_rl.policy.checkpoint_files import PARTIAL, find_defect
 
 
 @dataclass(frozen=True)
@@ -40,32 +38,27 @@ class TrainState:
         return self.stage_updates if self.stage else self.step
 
 
+def candidates(folder: Path) -> list[tuple[Path, str | None]]:
+    """Return the checkpoints of a folder, newest first, each with the reason why it is not usable, or None.
+
+    Only names and sizes are compared. Whoever loads a checkpoint also compares the digests of its files.
+    """
+    return [(path, find_defect(path) or _unnamed(path)) for path in sorted(folder.glob("step_*"), reverse=True)]
+
+
+def _unnamed(folder: Path) -> str | None:
+    """Return the reason against a folder that has not got its final name. A lookup by number would not find it."""
+    return "half-written: it was not renamed any more" if folder.suffix == PARTIAL else None
+
+
 def newest_valid(folder: Path) -> tuple[Path | None, list[tuple[str, str]]]:
-    """Return the newest checkpoint with all files complete, and (name, reason) of newer ones that were skipped."""
+    """Return the newest checkpoint with all files complete, and (name, reason) of newer ones that were skipped.
+
+    Only names and sizes are compared.
+    """
     skipped: list[tuple[str, str]] = []
-    for candidate in sorted(folder.glob("step_*"), reverse=True):
-        reason = find_defect(candidate)
-        if reason is None and candidate.suffix == PARTIAL:  # a lookup by number would not find this folder
-            reason = "half-written: it was not renamed any more"
+    for candidate, reason in candidates(folder):
         if reason is None:
             return candidate, skipped
         skipped.append((candidate.name, reason))
     return None, skipped
-
-
-def find_defect(folder: Path) -> str | None:
-    """Return None for a complete checkpoint, else the reason in words."""
-    note = folder / COMPLETE
-    if not note.is_file():
-        return f"half-written: no {COMPLETE}"
-    try:
-        files = json.loads(note.read_text(encoding="utf-8"))["files"]
-    except (json.JSONDecodeError, KeyError):
-        return f"{COMPLETE} is damaged"
-    for name, size in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-    return None

@@ -17,7 +17,8 @@ from megatron_rl.config.code_paths import code_digests
 from megatron_rl.diagnostics.samples import ShownSample
 from megatron_rl.engines.pool import EnginePool
 from megatron_rl.errors import ConfigError
-from megatron_rl.policy.checkpoint_state import PARTIAL, TrainState, newest_valid
+from megatron_rl.policy.checkpoint_files import PARTIAL
+from megatron_rl.policy.checkpoint_state import TrainState, newest_valid
 from megatron_rl.protocol.generation import RoutedShape
 from megatron_rl.sampling.batch import make_batch
 from megatron_rl.sampling.group import Group, GroupSettings, sample_groups

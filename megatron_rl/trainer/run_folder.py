@@ -14,7 +14,8 @@ from megatron_rl.errors import ConfigError
 from megatron_rl.files import try_lock
 from megatron_rl.loggers import check_loggers
 from megatron_rl.plan import plan_algorithm
-from megatron_rl.policy.checkpoint_state import find_defect, newest_valid
+from megatron_rl.policy.checkpoint_files import find_defect
+from megatron_rl.policy.checkpoint_state import newest_valid
 from megatron_rl.sampling.rollouts import rollouts_folder
 from megatron_rl.trainer.code_record import CODE_FILE, check_code, write_code
 

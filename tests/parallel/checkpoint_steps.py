@@ -6,12 +6,16 @@ The common arguments are described in `tests.parallel.steps`. `folder` holds the
 import contextlib
 import functools
 import io
+import resource
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -21,6 +25,7 @@ from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.checkpoint import Checkpoints, parameter_digest
 from megatron_rl.policy.checkpoint_state import TrainState
 from megatron_rl.types import Batch
+from tests.cases.checkpoints import CASES
 from tests.parallel.steps import OBJECTIVE, exported, make_batch, make_policy
 
 
@@ -120,6 +125,83 @@ def _writers_wait_for(gate: Path) -> Iterator[None]:
         yield
     finally:
         filesystem_async._write_item = write_item
+
+
+def what_a_save_leaves(model: Path, layout: dict[str, Any], folder: Path, temporary: Path) -> dict[str, Any]:
+    """Save a checkpoint. Return what lies in the temporary folder while files are written and after it, and the
+    number of processes that still run then."""
+    gate, kept = folder.with_name("gate"), tempfile.tempdir
+    tempfile.tempdir = str(temporary)
+    try:
+        checkpoints = Checkpoints(folder, make_policy(model, layout), keep=2)
+        before = len(psutil.Process().children())
+        with _writers_wait_for(gate):
+            checkpoints.save(TrainState(step=1))
+        meanwhile = sorted(temporary.iterdir())
+        checkpoints.policy.mesh.barrier()
+        gate.touch()
+        checkpoints.close()
+        children = len(psutil.Process().children()) - before
+        return {"while writing": meanwhile, "children": children, "after": sorted(temporary.iterdir())}
+    finally:
+        tempfile.tempdir = kept
+
+
+def save_on_a_full_disk(model: Path, layout: dict[str, Any], folder: Path) -> tuple[str, bool, list[str]]:
+    """Save a checkpoint whose shards do not fit, then the next one. Return the error, whether it says that every rank
+    has it, and what lies in the folder at the end."""
+    checkpoints = Checkpoints(folder, make_policy(model, layout), keep=2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # like a disk quota: a write fails halfway
+    try:
+        checkpoints.save(TrainState(step=1), wait=True)
+    except CheckpointError as error:
+        message, everywhere = str(error), error.everywhere
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    checkpoints.save(TrainState(step=2), wait=True)
+    checkpoints.close()
+    return message, everywhere, sorted(path.name for path in folder.iterdir())
+
+
+def save_two(model: Path, layout: dict[str, Any], folder: Path) -> list[dict[str, str]]:
+    """Save checkpoints 1 and 2 asynchronously, with other weights. Return the digests of the weights in each."""
+    policy = make_policy(model, layout)
+    digests = []
+    with Checkpoints(folder, policy, keep=2) as checkpoints:
+        for step in (1, 2):
+            with torch.no_grad():
+                for parameter in policy.models[0].parameters():
+                    parameter.mul_(1.5)
+            checkpoints.save(TrainState(step=step, version=step))
+            digests.append(parameter_digest(policy))
+    return digests
+
+
+def resume_after(
+    model: Path, layout: dict[str, Any], saved: Path, case: str, scratch: Path
+) -> list[tuple[str, int | str, str, dict[str, str]]]:
+    """Damage a copy of checkpoint 2 as a case of the table says, once for each of its files, and load the newest one.
+
+    Return for each copy the damaged file, the step of the loaded state or the error, what was printed, and the digests
+    of the weights after it.
+    """
+    policy, found = make_policy(model, layout), []
+    for number, name in enumerate(CASES[case].files(saved / "step_000002")):
+        folder = scratch / f"{case}-{number}"
+        if policy.mesh.rank == 0:
+            shutil.copytree(saved, folder)
+            CASES[case].damage(folder / "step_000002" / name)
+        policy.mesh.barrier()
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), Checkpoints(folder, policy, keep=2) as checkpoints:
+            try:
+                state = checkpoints.load_newest()
+                outcome = -1 if state is None else state.step
+            except CheckpointError as error:
+                outcome = str(error)
+        found.append((name, outcome, said.getvalue(), parameter_digest(policy)))
+    return found
 
 
 def start_again(model: Path, layout: dict[str, Any], folder: Path, **sections: Any) -> dict[str, Any]:

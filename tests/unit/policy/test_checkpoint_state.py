@@ -1,16 +1,18 @@
 """A checkpoint counts as complete only if all its files are complete and its folder has its final name."""
 
-import json
 from pathlib import Path
 
-from megatron_rl.policy.checkpoint_state import COMPLETE, newest_valid
+from megatron_rl.policy.checkpoint_files import NEEDED
+from megatron_rl.policy.checkpoint_state import newest_valid
+from tests.cases.checkpoints import listed_again
 
 
 def checkpoint(folder: Path, name: str) -> Path:
     path = folder / name
     path.mkdir()
-    (path / "part").write_bytes(b"12345")
-    (path / COMPLETE).write_text(json.dumps({"files": {"part": 5}}))
+    for needed in (*NEEDED, "part"):
+        (path / needed).write_bytes(b"12345")
+    listed_again(path)
     return path
 
 

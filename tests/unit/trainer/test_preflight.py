@@ -11,12 +11,13 @@ from megatron_rl.attribution.limits import check_gives_weights
 from megatron_rl.config import Config, make_config
 from megatron_rl.errors import CheckpointError, ConfigError, PrecisionError, UserError
 from megatron_rl.plan import run_plan
-from megatron_rl.policy.checkpoint_state import COMPLETE
+from megatron_rl.policy.checkpoint_files import NEEDED
 from megatron_rl.precision.machine import Machine
 from megatron_rl.sft import warm_up
 from megatron_rl.trainer.evaluate import evaluate_model
 from megatron_rl.trainer.preflight import check, resolve_on_rank
 from megatron_rl.trainer.run_folder import check_run_folder
+from tests.cases.checkpoints import listed_again
 from tests.e2e.models import make_arithmetic_model
 
 
@@ -141,7 +142,9 @@ def test_an_older_student_must_be_on_disk_unless_it_is_the_start_of_a_new_run(mo
             check_run_folder(settings(2), resume=resume)
     newest = tmp_path / "rounds" / "checkpoints" / "step_000002"
     newest.mkdir(parents=True)
-    (newest / COMPLETE).write_text('{"files": {}}')
+    for name in NEEDED:
+        (newest / name).touch()
+    listed_again(newest)
     check_run_folder(settings(2), resume=True)
     with pytest.raises(ConfigError, match="student@0"):
         check_run_folder(settings(0), resume=True)

@@ -1,0 +1,256 @@
+"""Writing of a checkpoint: each writer process makes the digest of its file from the bytes that it writes.
+
+megatron-core's `FileSystemWriterAsync` forks one process per file. What these processes report travels through memory
+without a name. It needs no manager process and no folder in TMPDIR, so nothing stays behind if a process is killed.
+"""
+
+import io
+import json
+import logging
+import os
+import pickle
+import queue
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.base import (
+    SaveCommonStrategy,
+    StrategyAction,
+    register_default_strategy,
+)
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+from megatron_rl.errors import CheckpointError
+from megatron_rl.files import replace_file, sync_folder
+from megatron_rl.policy.checkpoint_files import NEEDED, FileList, file_digest
+from megatron_rl.policy.parallel import Mesh
+
+_FORMAT, _VERSION = "torch_dist", 1
+
+
+class _Reports:
+    """What the writer processes of one save report to the process that forked them.
+
+    It is anonymous memory that they share, and a pipe. `put` and `get_nowait` are the methods of a queue that
+    megatron-core uses.
+    """
+
+    def __init__(self) -> None:
+        self._results = io.FileIO(os.memfd_create("checkpoint-results"), "w+")
+        # A pipe does not mix short writes of several processes. They share the position in a file, and lose some.
+        self._files, self._add = (io.FileIO(end, mode) for end, mode in zip(os.pipe(), "rw", strict=True))
+        os.set_blocking(self._files.fileno(), False)
+
+    def put(self, results: Any) -> None:
+        """Report megatron-core's results. Called once, in a forked process."""
+        with os.fdopen(os.dup(self._results.fileno()), "wb") as file:
+            pickle.dump(results, file)
+
+    def get_nowait(self) -> Any:
+        """Return the results, after the process that reports them has ended. Raise queue.Empty without any."""
+        self._results.seek(0)
+        content = self._results.readall()
+        if not content:
+            raise queue.Empty
+        return pickle.loads(content)
+
+    def add_file(self, name: str, size: int, digest: str) -> None:
+        """Report a file that is complete. Called in several forked processes."""
+        self._add.write(json.dumps([name, size, digest]).encode() + b"\n")
+
+    def add_failure(self, reason: str) -> None:
+        """Report why a file is not written. torch raises another error then, which does not tell."""
+        self.add_file("", 0, reason)
+
+    def files(self) -> tuple[dict[str, tuple[int, str]], str | None]:
+        """Return the bytes and the digest of each reported file, by name, and the first failure."""
+        lines = [json.loads(line) for line in (self._files.readall() or b"").splitlines()]
+        files = {name: (size, digest) for name, size, digest in lines if name}
+        return files, next((reason for name, _, reason in lines if not name), None)
+
+    def close(self) -> None:
+        """Release the memory."""
+        self._results.close()
+        self._files.close()
+        self._add.close()
+
+
+class _DigestingFile(io.BufferedWriter):
+    """A new file that reports the digest of everything that was written, once it is closed without an error."""
+
+    def __init__(self, reports: _Reports, path: str, mode: str) -> None:
+        super().__init__(io.FileIO(path, mode.replace("b", "")))
+        self._reports, self._path = reports, path
+        self._digest, self._size = xxhash.xxh3_128(), 0
+
+    def write(self, content: Any) -> int:
+        self._digest.update(content)
+        try:
+            count = super().write(content)
+        except OSError as error:
+            self._reports.add_failure(_reason(error)[:200])
+            raise
+        self._size += count
+        return count
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        super().close()
+        self._reports.add_file(os.path.basename(self._path), self._size, self._digest.hexdigest())
+
+
+def _write_digesting(write: Callable[..., None], reports: _Reports, *arguments: Any) -> None:
+    """Run megatron-core's `write` with files that report their digests. Called in a forked process.
+
+    megatron-core opens its files with the built-in `open`. A name in its module comes before a built-in name.
+    """
+    filesystem_async.logger.setLevel(logging.CRITICAL)  # this process reports its errors
+    filesystem_async.open = partial(_DigestingFile, reports)
+    write(*arguments)
+
+
+class _Strategy(TorchDistSaveShardedStrategy):
+    """megatron-core's strategy for one save, with the digests of the files, and without its own end of the save.
+
+    In megatron-core's end, a full disk is an error on rank 0 alone, and the other ranks wait for it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(_FORMAT, _VERSION)
+        self.reports = _Reports()
+        self.writer: Any = None
+        self.metadata: Any = None
+
+    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> AsyncRequest:
+        filesystem_async._results_queue = self.reports  # else megatron-core starts a manager process
+        return super().async_save(sharded_state_dict, checkpoint_dir)
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> AsyncRequest:
+        self.writer, self.metadata = writer, save_state_dict_ret[1]
+        write, preload, arguments = writer.get_save_function_and_args()
+        if write is not None:
+            write = partial(_write_digesting, write, self.reports)
+        return AsyncRequest(write, arguments, [], preload_fn=preload)
+
+
+class _CommonStrategy(SaveCommonStrategy):
+    """Keeps the common state as bytes. Rank 0 writes it at the end of the save, where every rank gets its error."""
+
+    content = b""
+
+    def save_common(self, common_state_dict: Any, checkpoint_dir: Any) -> None:
+        buffer = io.BytesIO()
+        torch.save(common_state_dict, buffer)
+        self.content = buffer.getvalue()
+
+    def save_sharded_objects(self, sharded_objects_state_dict: Any, checkpoint_dir: Any) -> None:
+        raise NotImplementedError("the strategy of the shards saves them")
+
+
+_common = _CommonStrategy("torch", 1)
+register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, _common)
+
+
+class Save:
+    """One asynchronous save of this rank's part of a checkpoint, into a new folder. Collective.
+
+    Args:
+        content: sharded and common state.
+        folder: an empty folder.
+        mesh: this rank's position.
+    """
+
+    def __init__(self, content: dict[str, Any], folder: Path, mesh: Mesh) -> None:
+        self.folder, self.mesh = folder, mesh
+        self._strategy = _Strategy()
+        request = dist_checkpointing.save(
+            content, str(folder), sharded_strategy=self._strategy, async_sharded_save=True
+        )
+        self._common = _common.content
+        self.request: AsyncRequest = request._replace(finalize_fns=[])
+
+    def complete(self, publish: Callable[[], None]) -> None:
+        """Complete the save after the writer processes of every rank have ended. Collective.
+
+        Args:
+            publish: gives the folder its final name; called on rank 0 when everything is on disk.
+
+        Raises:
+            CheckpointError: a file cannot be written; on every rank.
+        """
+        strategy = self._strategy
+        results = strategy.writer.retrieve_write_results()
+        files, failure = strategy.reports.files()
+        if not isinstance(results, list):
+            failure, results = failure or _reason(results[0]), []
+        gathered = self.mesh.gather((failure, results, files))
+        strategy.reports.close()
+        strategy.writer.write_buckets = None  # the copies of this rank's tensors
+
+        def finish() -> None:
+            for rank, (failure, *_) in enumerate(gathered):
+                if failure is not None:
+                    raise self._cannot_write(f"rank {rank}: {failure}")
+            try:
+                self._write_rest([results for _, results, _ in gathered], [files for *_, files in gathered])
+                publish()
+            except OSError as error:
+                raise self._cannot_write(_reason(error)) from error
+
+        self.mesh.on_lead(finish)
+
+    def _cannot_write(self, reason: str) -> CheckpointError:
+        return CheckpointError(
+            f"checkpoint {self.folder} cannot be written ({reason}): free space there or choose another run.dir; "
+            "--resume goes on from the checkpoint before"
+        )
+
+    def _write_rest(self, results: list[Any], reported: list[dict[str, tuple[int, str]]]) -> None:
+        """Write what rank 0 alone writes, and last the list of all files.
+
+        Args:
+            results: megatron-core's results, by rank.
+            reported: bytes and digests of the shards, by rank and name.
+        """
+        shards = {name: written for of_rank in reported for name, written in of_rank.items()}
+        self._strategy.writer.finish(self._strategy.metadata, results)
+        replace_file(self.folder / COMMON_STATE_FNAME, self._common)
+        save_config(CheckpointingConfig(_FORMAT, _VERSION, "torch", 1), str(self.folder))
+        named = {result.storage_data.relative_path for of_rank in results for result in of_rank}
+        if named != shards.keys():
+            raise CheckpointError(
+                f"megatron-core wrote {sorted(named)} to {self.folder}, but reported {sorted(shards)}"
+            )
+        sizes, digests = {}, {}
+        for name in sorted({*shards, *NEEDED}):
+            path = self.folder / name
+            sizes[name], digests[name] = shards.get(name) or (path.stat().st_size, file_digest(path, sync=True))
+            if path.stat().st_size != sizes[name]:
+                raise CheckpointError(
+                    f"{path} has {path.stat().st_size} bytes on disk, but {sizes[name]} were written: check the file "
+                    "system"
+                )
+        sync_folder(self.folder)
+        FileList(sizes, digests).write(self.folder)
+
+
+def _reason(error: BaseException) -> str:
+    """Return in one line why files were not written. megatron-core wraps what a writer process raised."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    said = str(error).strip().split("\n")[0]
+    if "results_queue" in said:
+        return "the process that writes its files ended without a word, perhaps killed for lack of memory"
+    return said or type(error).__name__
