@@ -255,7 +255,7 @@ def _local_layer(config: TransformerConfig, experts: bool) -> ModuleSpec:
     attention = local.submodules.self_attention
     norms = {"q_layernorm": RMSNorm, "k_layernorm": RMSNorm} if config.qk_layernorm else {}
     keys = dict(local.submodules.sharded_state_dict_keys_map)
-    if config.num_moe_experts is not None:
+    if experts:
         # The norm before experts has a key of its own in Transformer Engine's layers and in Megatron-LM's checkpoints.
         # megatron-core's map of local layers is for dense ones, where the norm belongs to the first product.
         del keys["pre_mlp_layernorm."]

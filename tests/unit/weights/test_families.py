@@ -12,6 +12,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from megatron_rl.config import ParallelConfig, make_config
+from megatron_rl.convert.logits import packed_logits
 from megatron_rl.policy import parallel
 from megatron_rl.policy.device_port import pick_device
 from megatron_rl.weights.export import export_weights
@@ -20,7 +21,6 @@ from megatron_rl.weights.hf_folder import SINGLE, HFFolder
 from megatron_rl.weights.hf_model import HFModel, check_folder
 from megatron_rl.weights.load_weights import load_weights
 from tests.families import FAMILIES_AT_TOY_SIZE, MIXTURES, make_family
-from tests.logits import packed_logits
 from tests.policies import build_planned_chunks
 
 TOKENS = torch.randint(0, 259, (48,), generator=torch.Generator().manual_seed(1))
