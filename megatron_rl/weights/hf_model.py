@@ -168,9 +168,12 @@ def _check_tensor(folder: HFFolder, name: str, form: StoredForm, expected: tuple
 
 def _check_codes(folder: HFFolder, form: BlockFP8) -> None:
     codes, scales = folder.tensors[form.name], folder.tensors[form.scales]
+    if codes.dtype != torch.float8_e4m3fn or len(codes.shape) != 2:
+        raise CheckpointError(
+            f"tensor '{form.name}' in {codes.file} has scales, but is {codes.dtype} {list(codes.shape)} and no "
+            "matrix of FP8 codes"
+        )
     tiles = tuple(-(-size // tile) for size, tile in zip(codes.shape, form.tile, strict=True))
-    if codes.dtype != torch.float8_e4m3fn:
-        raise CheckpointError(f"tensor '{form.name}' in {codes.file} has scales, but is {codes.dtype} and no FP8 code")
     if scales.shape not in (tiles, ()):
         raise CheckpointError(
             f"tensor '{form.scales}' in {scales.file} has shape {list(scales.shape)}, but {list(codes.shape)} codes in "
