@@ -29,6 +29,7 @@ from megatron_rl.errors import CheckpointError
 from megatron_rl.weights.families import ModelShape
 from megatron_rl.weights.megatron_keys import extra_state_key, megatron_place
 from megatron_rl.weights.name_table import Entry
+from megatron_rl.weights.quantized import is_finite
 
 METADATA_JSON = {
     "sharded_backend": "torch_dist",
@@ -245,7 +246,7 @@ class _Planner(SavePlanner):
         return parameter.to(write_item.tensor_data.properties.dtype)
 
     def _record(self, name: str, entry: Entry, tensor: Tensor) -> None:
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise CheckpointError(f"tensor '{name}' of {self._source.path} has values that are NaN or infinite")
         content = as_bytes(tensor)
         self._add(len(content))

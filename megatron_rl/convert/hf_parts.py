@@ -14,6 +14,7 @@ from megatron_rl.convert.sources import WeightSource
 from megatron_rl.errors import CheckpointError
 from megatron_rl.weights.hf_folder import INDEX, SINGLE
 from megatron_rl.weights.name_table import Entry
+from megatron_rl.weights.quantized import is_finite
 from megatron_rl.weights.safetensors_header import DTYPE_NAMES, TensorInfo
 
 ALIGNMENT = 8  # bytes; data begins at a multiple of it, as the library writes it
@@ -87,7 +88,7 @@ def shard_part(shard: Shard, source: WeightSource, dtypes: Mapping[str, torch.dt
             file.write(header_bytes(written))
             for entry in shard.entries:
                 for name, tensor in zip(entry.rule.hf, source.read(entry), strict=True):
-                    if not bool(torch.isfinite(tensor).all()):
+                    if not is_finite(tensor):
                         raise CheckpointError(f"tensor '{name}' of {source.path} has values that are NaN or infinite")
                     cast = tensor.to(dtypes[name])
                     content = as_bytes(cast)
