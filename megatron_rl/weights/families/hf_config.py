@@ -10,7 +10,6 @@ from megatron_rl.weights.families.rope import RopePlan, read_scaling
 # Keys that change nothing about a model's parameters or its forward pass in a trainer.
 _WITHOUT_EFFECT = frozenset(
     {
-        "attention_dropout",
         "max_window_layers",
         "moe_aux_loss_coeff",
         "original_max_position_embeddings",
@@ -156,7 +155,8 @@ class HFConfig:
         for key, value in self.values.items():
             known = key in self._read or key in _WITHOUT_EFFECT or self._defaults.get(key, ...) == value
             neutral = value in (None, False, 0, [], {}, "") or (value == 1 and ("scal" in key or "mult" in key))
-            if not known and not neutral and _SENSITIVE.search(key):
+            # Nothing is dropped in training here, so dropout has no effect.
+            if not known and not neutral and "drop" not in key and _SENSITIVE.search(key):
                 raise ConfigError(
                     f"{self.where}: '{key}' is {value!r}, which this family does not know: it may change what the "
                     "model computes. Remove the key if it has no meaning for this model"
