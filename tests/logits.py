@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from megatron_rl.policy.attention import PackedStream, plan_attention
 from megatron_rl.policy.model import PolicyModel
-from megatron_rl.policy.modules import PackedStream, plan_attention
 
 
 @torch.no_grad()

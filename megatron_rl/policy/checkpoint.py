@@ -29,6 +29,7 @@ from megatron_rl.errors import CheckpointError
 from megatron_rl.files import replace_file
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.checkpoint_state import COMPLETE, PARTIAL, TrainState, find_defect, newest_valid
+from megatron_rl.policy.routing_replay import weight_buffers
 from megatron_rl.weights.digest import tensor_digest
 
 
@@ -225,7 +226,7 @@ def parameter_digest(policy: Policy) -> dict[str, str]:
     """
     digest = hashlib.sha256()
     for i, model in enumerate(policy.models):
-        for name, parameter in model.named_parameters():
+        for name, parameter in (*model.named_parameters(), *weight_buffers(model)):
             digest.update(f"{i} {name} {tensor_digest(parameter)} ".encode())
     mesh = policy.mesh
     digests = mesh.broadcast(mesh.gather(digest.hexdigest()))

@@ -165,6 +165,13 @@ def prepare_experts(model: nn.Module) -> None:
             parameter.allreduce = False
 
 
+def weight_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers of a chunk that hold weights of the model, by name: the correction biases of routers."""
+    for name, buffer in model.named_buffers():
+        if name.endswith(".expert_bias"):
+            yield name, buffer
+
+
 def _take_rows(layer: Any, args: Any, kwargs: dict[str, Any]) -> None:
     routing: Tensor | None = getattr(kwargs.get("packed_seq_params"), "routing", None)
     layer.mlp.router.router_replay.rows = None if routing is None else routing[:, layer.layer_number - 1]

@@ -165,6 +165,39 @@ class VocabParallel(Layout):
 
 
 @dataclass(frozen=True)
+class HeadRows(Layout):
+    """One tensor whose rows belong to heads, in their order. A rank holds those of an equal share of the heads.
+
+    Attributes:
+        heads: number of heads.
+        rows: rows of each head.
+        inner: the shape after the rows: (columns,) for weights and () for one number per row.
+    """
+
+    heads: int
+    rows: int
+    inner: Shape
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        return ((self.heads * self.rows, *self.inner),)
+
+    @property
+    def units(self) -> dict[str, int]:
+        return {"num_attention_heads": self.heads}
+
+    def local_shape(self, size: int) -> Shape:
+        return (self.heads * self.rows // size, *self.inner)
+
+    def read(self, sources: Sequence[Reader], rank: int, size: int) -> Tensor:
+        part = self.local_shape(size)[0]
+        return sources[0](rank * part, (rank + 1) * part)
+
+    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (torch.cat(list(shards)),)
+
+
+@dataclass(frozen=True)
 class QKV(Layout):
     """q, k and v projections as mcore's linear_qkv: for each key-value group its query heads, then k, then v.
 

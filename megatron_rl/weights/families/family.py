@@ -68,6 +68,8 @@ class Family:
         shape_from_config: returns the ModelShape of a config.json. Raises ConfigError for anything unsupported.
         rules: returns the name table of a shape, in export order.
         ignored: name endings of Hugging Face buffers that hold no weights.
+        carried: returns the beginnings of the names of tensors that a folder may hold and that the trainer does not
+            use. They are copied into written folders.
     """
 
     architectures: tuple[str, ...]
@@ -76,3 +78,4 @@ class Family:
     rules: Callable[[ModelShape], tuple[Rule, ...]]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    carried: Callable[[ModelShape], tuple[str, ...]] = lambda shape: ()

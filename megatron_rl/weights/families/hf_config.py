@@ -11,6 +11,7 @@ from megatron_rl.weights.families.rope import RopePlan, read_scaling
 _WITHOUT_EFFECT = frozenset(
     {
         "attention_dropout",
+        "aux_loss_alpha",
         "max_window_layers",
         "moe_aux_loss_coeff",
         "original_max_position_embeddings",
@@ -61,6 +62,19 @@ class HFConfig:
             kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
             raise ConfigError(f"{self.where}: '{key}' is {value!r}, {kind} is needed")
         return value
+
+    def either(self, *keys: str) -> int:
+        """Return the integer of a key with several names, of which transformers may write any.
+
+        Raises:
+            ConfigError: if two of them are present with different values.
+        """
+        stated = {key: self.integer(key, least=0) for key in keys if self.values.get(key) is not None}
+        if len(set(stated.values())) > 1:
+            pairs = " and ".join(f"'{key}' = {value}" for key, value in stated.items())
+            raise ConfigError(f"{self.where}: {pairs} contradict each other")
+        self._read.update(keys)
+        return next(iter(stated.values())) if stated else self.integer(keys[0], least=0)
 
     def number(self, key: str) -> float:
         return self._as_number(key, self._required(key))
