@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_rl.config import Config
@@ -17,6 +18,13 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+_ACTIVATIONS: dict[str, dict[str, Any]] = {
+    "silu": {"activation_func": F.silu},
+    # (up + 1) * gate * sigmoid(1.702 * gate), both clamped
+    "gpt_oss": {"activation_func": quick_gelu, "activation_func_clamp_value": 7.0, "glu_linear_offset": 1.0},
 }
 
 
@@ -49,10 +57,12 @@ def transformer_config(config: Config, shape: ModelShape, precision: PrecisionPl
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_eps,
         gated_linear_unit=True,
-        add_bias_linear=False,
+        # This gives biases to the projection of attention's output, to routers and to experts.
+        add_bias_linear=shape.out_bias,
         add_qkv_bias=shape.qkv_bias,
         qk_layernorm=shape.qk_norm or shape.latent is not None,
-        activation_func=F.silu,
+        **_ACTIVATIONS[shape.activation],
+        softmax_type="learnable" if shape.sinks else "vanilla",
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,

@@ -14,6 +14,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
 )
 from megatron.core.post_training.modelopt.layers import Linear
+from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -63,6 +64,18 @@ class OutputNorm:
         """Return the normalized output. The linear has no bias."""
         output, _ = super().forward(*args, **kwargs)  # type: ignore[misc]
         return self.output_norm(output), None
+
+
+class ExpertOutput(RowParallelLinear):
+    """The second linear of an expert with biases.
+
+    megatron-core adds the bias to the output in place. autograd forbids this for what its communication returns.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the output, in memory of its own, and the bias."""
+        output, bias = super().forward(*args, **kwargs)
+        return output.clone(), bias
 
 
 @functools.cache
@@ -115,6 +128,10 @@ def _local_layer(config: TransformerConfig, experts: bool) -> ModuleSpec:
     grouped = config.qk_layernorm and not config.multi_latent_attention
     norms = {"q_layernorm": RMSNorm, "k_layernorm": RMSNorm} if grouped else {}
     layer = _replaced(local, "self_attention", core_attention=PackedAttention, **norms)
+    if experts and config.add_bias_linear:
+        spec = layer.submodules.mlp.submodules.experts
+        linears = dataclasses.replace(spec.submodules, linear_fc2=ExpertOutput)
+        layer = _replaced(layer, "mlp", experts=dataclasses.replace(spec, submodules=linears))
     parts = dataclasses.replace(layer.submodules, input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm)
     return dataclasses.replace(layer, submodules=parts)
 

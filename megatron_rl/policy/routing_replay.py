@@ -163,6 +163,8 @@ def prepare_experts(model: nn.Module) -> None:
         layer.mlp.register_forward_hook(_forget_probs)
         for parameter in layer.mlp.experts.parameters():
             parameter.allreduce = False
+            # megatron-core marks the biases of experts as if every tensor-parallel rank had the same experts.
+            parameter.sequence_parallel = False
 
 
 def weight_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

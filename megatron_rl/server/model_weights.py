@@ -337,7 +337,8 @@ def _build(
                 config=own,
                 state_dict=tensors,
                 dtype=dtype,
-                attn_implementation="sdpa",
+                # gpt-oss has no such implementation, because of its sinks.
+                attn_implementation="sdpa" if model_class._supports_sdpa else "eager",
                 output_loading_info=True,
             )
     except RuntimeError as error:

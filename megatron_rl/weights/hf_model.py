@@ -96,9 +96,14 @@ class HFModel:
         info = self.tensors[name]
         return self._forms[name].read(0, info.shape[0]).to(info.dtype)
 
-    def reader(self, name: str) -> Reader:
-        """Return `read_rows` bound to one tensor."""
-        return partial(self.read_rows, name)
+    def readers(self, entry: Entry) -> list[Reader]:
+        """Return the readers of an entry's Hugging Face tensors. Of a stacked one they read the expert's part."""
+        if entry.rule.stacked and entry.expert is not None:
+            return [partial(self._read_expert, name, entry.expert) for name in entry.rule.hf]
+        return [partial(self.read_rows, name) for name in entry.rule.hf]
+
+    def _read_expert(self, name: str, expert: int, start: int, stop: int, dim: int = 0) -> Tensor:
+        return self.folder.read_at(name, (expert, *(slice(None) for _ in range(dim)), slice(start, stop)))
 
     def carried(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the stored tensors that are not trained and belong into a copy of the model.
@@ -140,7 +145,9 @@ def check_folder(folder: HFFolder, *, tensor_parallel: int = 1, expert_parallel:
         entry.rule.layout.check(tensor_parallel)
     forms: dict[str, StoredForm] = {}
     for entry in plan:
-        for index, (name, expected) in enumerate(zip(entry.rule.hf, entry.rule.layout.shapes, strict=True)):
+        if entry.rule.stacked and entry.expert:
+            continue  # the first expert's entry has the same tensors
+        for index, (name, expected) in enumerate(zip(entry.rule.hf, entry.stored_shapes(shape), strict=True)):
             forms[name] = _find_form(folder, entry, index, tile, shape.tied_embeddings)
             _check_tensor(folder, name, forms[name], expected)
     model = HFModel(folder, family, shape, forms, tile)

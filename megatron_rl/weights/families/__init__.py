@@ -6,8 +6,10 @@ from typing import Any
 from megatron_rl.errors import ConfigError
 from megatron_rl.weights.families.deepseek_v3 import DEEPSEEK_V3
 from megatron_rl.weights.families.family import Family, Rule
+from megatron_rl.weights.families.glm4 import GLM4
 from megatron_rl.weights.families.glm4_moe import GLM4_MOE
 from megatron_rl.weights.families.glm4_moe_lite import GLM4_MOE_LITE
+from megatron_rl.weights.families.gpt_oss import GPT_OSS
 from megatron_rl.weights.families.hf_config import HFConfig
 from megatron_rl.weights.families.llama import LLAMA
 from megatron_rl.weights.families.mistral import MISTRAL
@@ -32,7 +34,19 @@ __all__ = [
     "read_family",
 ]
 
-FAMILIES: tuple[Family, ...] = (QWEN2, QWEN3, QWEN3_MOE, LLAMA, MISTRAL, MIXTRAL, GLM4_MOE, DEEPSEEK_V3, GLM4_MOE_LITE)
+FAMILIES: tuple[Family, ...] = (
+    QWEN2,
+    QWEN3,
+    QWEN3_MOE,
+    LLAMA,
+    MISTRAL,
+    MIXTRAL,
+    GLM4,
+    GLM4_MOE,
+    GLM4_MOE_LITE,
+    DEEPSEEK_V3,
+    GPT_OSS,
+)
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:

@@ -26,6 +26,7 @@ class Rule:
         other: for each of `hf`, its name in folders that transformers 5 writes in its own format. For an expert it is
             the tensor of all experts of the layer; tensors with the same name lie one below the other in it.
         buffer: it is a buffer, which is neither trained nor cast.
+        stacked: the one Hugging Face tensor holds those of all experts of a layer: [experts, *shape of the layout].
     """
 
     mcore: str
@@ -36,6 +37,7 @@ class Rule:
     layers: Literal["all", "dense", "experts"] = "all"
     other: tuple[str, ...] | None = None
     buffer: bool = False
+    stacked: bool = False
 
     @property
     def stage(self) -> Literal["first", "layer", "last"]:

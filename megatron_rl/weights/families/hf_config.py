@@ -134,16 +134,17 @@ class HFConfig:
         scaling = read_scaling(kind, rest, self.integer("max_position_embeddings"), f"{self.where}: '{place}'")
         return RopePlan(base, dim, scaling)
 
-    def windows(self, layers: int, width: int | None) -> tuple[int | None, ...]:
-        """Return the attention window of each layer, from `layer_types` or, without it, `width` in every layer.
+    def windows(self, layers: int, width: int | None, usual: list[str] | None = None) -> tuple[int | None, ...]:
+        """Return the attention window of each layer, from `layer_types`.
 
         Args:
             layers: number of layers.
             width: keys that a query of a layer with a window sees; None: no layer has one.
+            usual: `layer_types` if the key is absent; None: every layer has a window if there is a width.
         """
         kinds = self.get("layer_types")
         if kinds is None:
-            kinds = ["full_attention" if width is None else "sliding_attention"] * layers
+            kinds = usual or ["full_attention" if width is None else "sliding_attention"] * layers
         if not isinstance(kinds, Sequence) or isinstance(kinds, str) or len(kinds) != layers:
             raise ConfigError(
                 f"{self.where}: 'layer_types' is {kinds!r}, one word for each of {layers} layers is needed"

@@ -82,6 +82,14 @@ def with_plain_scores(shape: ModelShape) -> ModelShape:
     return replace(shape, rope=replace(shape.rope, scaling=replace(shape.rope.scaling, mscale_all_dim=0.0)))
 
 
+def with_rope_in_halves(shape: ModelShape) -> ModelShape:
+    return replace(shape, rope=replace(shape.rope, interleaved=False))
+
+
+def with_plain_activation(shape: ModelShape) -> ModelShape:
+    return replace(shape, activation="silu")
+
+
 def with_experts(**changes: Any) -> Callable[[ModelShape], ModelShape]:
     return lambda shape: replace(shape, experts=replace(shape.experts, **changes))
 
@@ -98,7 +106,11 @@ def with_the_epsilon_of_other_norms(shape: ModelShape) -> ModelShape:
         ("llama3", with_plain_rope),
         ("qwen3_yarn", with_plain_rope),
         ("qwen3_linear", with_plain_rope),
+        ("glm4", with_rope_in_halves),
         ("glm4_moe", with_experts(scaling=1.0)),
+        ("gpt_oss", without_windows),
+        ("gpt_oss", with_plain_rope),
+        ("gpt_oss", with_plain_activation),
         ("deepseek_v3", with_plain_rope),
         ("deepseek_v3", with_plain_scores),
         ("deepseek_v3", with_experts(groups=1)),
@@ -123,7 +135,18 @@ def test_a_router_without_its_correction_bias_has_other_logits(
     assert (packed_logits(chunk, TOKENS) - expected_logits(folders[name])).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("part", ["softmax_offset", "router.bias", "linear_fc1.bias", "linear_fc2.bias"])
+def test_every_small_part_of_gpt_oss_changes_the_logits(
+    part: str, folders: dict[str, Path], mesh: parallel.Mesh
+) -> None:
+    chunk = built(check_folder(HFFolder(folders["gpt_oss"])), mesh)
+    for name, parameter in chunk.named_parameters():
+        if name.endswith(part):
+            nn.init.constant_(parameter, -100.0 if part == "softmax_offset" else 0.0)
+    assert (packed_logits(chunk, TOKENS) - expected_logits(folders["gpt_oss"])).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in MIXTURES if name != "gpt_oss"])
 def test_experts_that_are_stacked_in_the_folder_load_alike(
     name: str, folders: dict[str, Path], mesh: parallel.Mesh, tmp_path: Path
 ) -> None:
