@@ -9,7 +9,6 @@ import io
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_rl.convert.hf_parts import as_bytes
+from megatron_rl.convert.hf_parts import as_bytes, grouped
 from megatron_rl.convert.parts import Part, Record
 from megatron_rl.convert.sources import WeightSource
 from megatron_rl.errors import CheckpointError
@@ -56,23 +55,15 @@ class DistFile:
         return f"__{self.number}_0.distcp"
 
 
-def plan_files(entries: Iterable[Entry], sizes: Callable[[Entry], int], limit: int) -> list[DistFile]:
-    """Distribute parameters over files of at most `limit` bytes, or of one parameter that is larger.
+def plan_files(units: Iterable[tuple[Entry, ...]], sizes: Callable[[Entry], int], limit: int) -> list[DistFile]:
+    """Distribute parameters over files of at most `limit` bytes, or of one unit that is larger.
 
     Args:
-        entries: the parameters, in order.
+        units: the parameters, in order; those of one unit stay together.
         sizes: returns the bytes of a parameter.
         limit: largest size of a file, in bytes.
     """
-    groups: list[list[Entry]] = [[]]
-    held = 0
-    for entry in entries:
-        if groups[-1] and held + sizes(entry) > limit:
-            groups.append([])
-            held = 0
-        groups[-1].append(entry)
-        held += sizes(entry)
-    return [DistFile(number, tuple(group)) for number, group in enumerate(groups)]
+    return [DistFile(number, tuple(group)) for number, group in enumerate(grouped(units, sizes, limit))]
 
 
 def file_part(file: DistFile, source: WeightSource, dtype: torch.dtype | None) -> Part:
@@ -197,6 +188,7 @@ class _Planner(SavePlanner):
     ) -> None:
         self._file, self._source, self._dtype, self._add = file, source, dtype, add
         self._held: dict[MetadataIndex, tuple[Entry, tuple[int, ...]]] = {}
+        self._hashes: dict[str, Any] = {}
         self.records: dict[str, Record] = {}
 
     def set_up_planner(self, *_: Any, **__: Any) -> None:
@@ -250,16 +242,13 @@ class _Planner(SavePlanner):
             raise CheckpointError(f"tensor '{name}' of {self._source.path} has values that are NaN or infinite")
         content = as_bytes(tensor)
         self._add(len(content))
+        # The parts of a stacked tensor come in the order of its experts, as torch's writer asks for them.
+        self._hashes.setdefault(name, hashlib.sha256()).update(content)
         self.records[name] = {
-            "shape": list(tensor.shape),
+            "shape": list(self._source.tensors[name].shape),
             "dtype": str(tensor.dtype).removeprefix("torch."),
-            "sha256": hashlib.sha256(content).hexdigest(),
+            "sha256": self._hashes[name].hexdigest(),
             "from": self._source.origin(entry),
         }
         if self._dtype is not None and self._dtype != tensor.dtype and not entry.rule.buffer:
             self.records[name]["cast_to"] = str(self._dtype).removeprefix("torch.")
-
-
-def nbytes_of(shape: Sequence[int], dtype: torch.dtype) -> int:
-    """Return the bytes of a tensor."""
-    return prod(shape) * dtype.itemsize

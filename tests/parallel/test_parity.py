@@ -61,8 +61,10 @@ def reference_step(folder, perturbation=None):
     norm = torch.sqrt(sum((g.double() ** 2).sum() for g in grads.values())).item()
     for p in named.values():
         p.grad.mul_(min(1.0, OPTIMIZER["grad_clip"] / (norm + 1e-6)))
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
+    # The biases of all experts of a layer may be one matrix. They are vectors all the same.
+    vector = {name: p.ndim == 1 or name.endswith("_bias") for name, p in model.named_parameters()}
+    matrices = [p for name, p in model.named_parameters() if not vector[name]]
+    vectors = [p for name, p in model.named_parameters() if vector[name]]
     torch.optim.AdamW(
         [
             {"params": matrices, "weight_decay": OPTIMIZER["weight_decay"]},
