@@ -14,6 +14,8 @@ CASES = {
     "qwen2": {"tensor": 2, "sequence": True},
     "mixtral": {"expert": 2, "tensor": 2, "sequence": True},
     "qwen3_moe_dense_layer": {"expert": 2, "data": 2},
+    "gpt_oss": {"expert": 2, "data": 2},
+    "deepseek_v3": {"expert": 2, "tensor": 2, "sequence": True},
 }
 
 
