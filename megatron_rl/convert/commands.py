@@ -58,6 +58,7 @@ def convert_to_hf(
     out: Out,
     like: LikeFolder = None,
     dtype: Dtype = "keep",
+    quantize: Annotated[str, typer.Option(help="none, fp8_blockwise or fp8_blockwise_pow2")] = "none",
     jobs: Jobs = 0,
     shard_size: ShardSize = 5.0,
     dry_run: DryRun = False,
@@ -66,7 +67,7 @@ def convert_to_hf(
     """Write a Hugging Face folder from a torch_dist checkpoint, a run folder, or a folder in another form or dtype."""
     from megatron_rl.convert.convert import to_hf  # torch's checkpoints take seconds to import
 
-    to_hf(source, out, like, _options(jobs, shard_size, dtype, dry_run, restart))
+    to_hf(source, out, like, _options(jobs, shard_size, dtype, dry_run, restart, quantize))
 
 
 @app.command("reshard")
@@ -117,12 +118,12 @@ def verify(
         raise typer.Exit(1)
 
 
-def _options(jobs: int, shard_size: float, dtype: str, dry_run: bool, restart: bool) -> Any:
+def _options(jobs: int, shard_size: float, dtype: str, dry_run: bool, restart: bool, quantize: str = "none") -> Any:
     from megatron_rl.convert.convert import Options, parse_dtype  # torch's checkpoints take seconds to import
 
     if jobs < 0 or shard_size <= 0:
         raise UserError(f"--jobs is {jobs} and --shard-size {shard_size}: both must be positive")
-    return Options(jobs or _cores(), int(shard_size * 1e9), parse_dtype(dtype), restart, dry_run)
+    return Options(jobs or _cores(), int(shard_size * 1e9), parse_dtype(dtype), quantize, restart, dry_run)
 
 
 def _cores() -> int:

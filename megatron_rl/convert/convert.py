@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import megatron_rl
+from megatron_rl.convert.codes import Coder
 from megatron_rl.convert.dist_parts import file_part, plan_files, write_index
 from megatron_rl.convert.hf_parts import carried_part, index_text, plan_shards, shard_name, shard_part
 from megatron_rl.convert.kinds import TRACKER
@@ -38,6 +39,7 @@ class Options:
         jobs: processes on this machine.
         shard_bytes: largest size of an output file, in bytes.
         dtype: dtype of the written tensors; None: the source's, or that of the `like` folder.
+        quantize: `none`, or the format in which a Hugging Face folder has its matrices.
         restart: remove an unfinished conversion instead of going on with it.
         dry_run: check and print the plan, and write nothing.
     """
@@ -45,6 +47,7 @@ class Options:
     jobs: int = 1
     shard_bytes: int = 5 << 30
     dtype: torch.dtype | None = None
+    quantize: str = "none"
     restart: bool = False
     dry_run: bool = False
 
@@ -79,25 +82,31 @@ def to_hf(source_path: Path, out: Path, like: Path | None, options: Options) -> 
         return sum(prod(shape) * dtypes[name].itemsize for name, shape in shapes)
 
     shards = plan_shards(source.units(), written, options.shard_bytes, more)
-    parts = [shard_part(shard, source, dtypes) for shard in shards]
-    places = {name: shard.file for shard in shards for name in shard.names}
+    coder = None if options.quantize == "none" else Coder(options.quantize, source)
+    parts = [shard_part(shard, source, dtypes, coder) for shard in shards]
     if carrier is not None and more:
         parts.append(carried_part(shard_name(len(shards), len(shards) + 1), carrier))
-        places |= dict.fromkeys(carrier.carried_tensors, parts[-1].file)
-        sizes |= {name: info.nbytes for name, info in carrier.carried_tensors.items()}
+    places = {name: part.file for part in parts for name in part.names}
     names = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()})
-    plan = {"to": "hf", "dtypes": names, "shards": [part.file for part in parts], "like": str(template.path)}
+    plan = {
+        "to": "hf",
+        "dtypes": names,
+        "quantize": options.quantize,
+        "shards": [part.file for part in parts],
+        "like": str(template.path),
+    }
 
     def finish(folder: Path, records: Sequence[Record]) -> None:
         if len(parts) > 1:
-            name, text = index_text(places, sum(sizes.values()))
+            name, text = index_text(places, sum(part.nbytes for part in parts))
             (folder / name).write_text(text, encoding="utf-8")
         carried, dropped = _carry(template, folder)
         config = {key: value for key, value in template.config.items() if key != "quantization_config"}
         main = max(set(dtypes.values()), key=lambda dtype: sum(sizes[name] for name in dtypes if dtypes[name] == dtype))
         keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
         named = dict.fromkeys(keys, str(main).removeprefix("torch."))
-        (folder / "config.json").write_text(json.dumps(config | named, indent=2) + "\n", encoding="utf-8")
+        added = {} if coder is None else {"quantization_config": coder.config(source.tensors)}
+        (folder / "config.json").write_text(json.dumps(config | named | added, indent=2) + "\n", encoding="utf-8")
         dropped += [f"{name} (tensor)" for name in (carrier.unused if carrier else ()) if name not in places]
         _write_manifest(folder, source, plan, records, carried, dropped)
 

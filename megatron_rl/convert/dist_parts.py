@@ -91,7 +91,8 @@ def file_part(file: DistFile, source: WeightSource, dtype: torch.dtype | None) -
         ]
         return {"tensors": planner.records, "places": places}
 
-    return Part(file.file, sum(source.nbytes(entry) for entry in file.entries), write)
+    names = tuple(dict.fromkeys(name for entry in file.entries for name in entry.rule.hf))
+    return Part(file.file, sum(source.nbytes(entry) for entry in file.entries), names, write)
 
 
 def _place(result: WriteResult) -> tuple[int, int]:

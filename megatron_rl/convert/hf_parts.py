@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_rl.convert.codes import Coder
 from megatron_rl.convert.parts import Part, Record
 from megatron_rl.convert.sources import WeightSource
 from megatron_rl.errors import CheckpointError
@@ -87,22 +88,30 @@ def grouped(units: Iterable[tuple[Entry, ...]], sizes: Callable[[Entry], int], l
     return groups
 
 
-def shard_part(shard: Shard, source: WeightSource, dtypes: Mapping[str, torch.dtype]) -> Part:
+def shard_part(
+    shard: Shard, source: WeightSource, dtypes: Mapping[str, torch.dtype], coder: Coder | None = None
+) -> Part:
     """Return the part that writes a shard.
 
     Args:
         shard: the shard.
         source: the weights.
-        dtypes: dtype of each written tensor.
+        dtypes: dtype of each written tensor that is not coded.
+        coder: writes matrices as codes and scales; None: all tensors are plain.
     """
-    written = {name: TensorInfo(source.tensors[name].shape, dtypes[name], source.path) for name in shard.names}
+    written: dict[str, TensorInfo] = {}
+    for name in shard.names:
+        plain = TensorInfo(source.tensors[name].shape, dtypes[name], source.path)
+        written |= {name: plain} if coder is None or not coder.coded(name) else coder.infos(name)
 
     def tensors() -> Iterator[Piece]:
         for entry in shard.entries:
             for name, tensor in zip(entry.rule.hf, source.read(entry), strict=True):
                 if not is_finite(tensor):
                     raise CheckpointError(f"tensor '{name}' of {source.path} has values that are NaN or infinite")
-                yield name, tensor, source.origin(entry)
+                coded = coder is not None and coder.coded(name)
+                for part, values in coder.encode(name, tensor) if coder is not None and coded else ((name, tensor),):
+                    yield part, values, source.origin(entry)
 
     return _part(shard.file, written, tensors)
 
@@ -143,7 +152,7 @@ def _part(file: str, written: Mapping[str, TensorInfo], pieces: Callable[[], Ite
                     records[name]["cast_from"] = str(tensor.dtype).removeprefix("torch.")
         return {"tensors": records}
 
-    return Part(file, sum(info.nbytes for info in written.values()), write)
+    return Part(file, sum(info.nbytes for info in written.values()), tuple(written), write)
 
 
 def header_bytes(tensors: Mapping[str, TensorInfo]) -> bytes:

@@ -34,12 +34,14 @@ class Part:
     Attributes:
         file: its name.
         nbytes: its size, about.
+        names: the tensors in it.
         write: writes the file to a path and returns its record for the manifest, JSON values only. It calls its second
             argument with the bytes of each tensor that it has written.
     """
 
     file: str
     nbytes: int
+    names: tuple[str, ...]
     write: Callable[[Path, Callable[[int], None]], Record]
 
 

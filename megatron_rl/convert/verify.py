@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.convert.hf_parts import as_bytes
-from megatron_rl.convert.sources import HFSource, WeightSource, open_source
+from megatron_rl.convert.sources import WeightSource, open_source
 from megatron_rl.errors import CheckpointError, UserError
-from megatron_rl.weights.hf_folder import MANIFEST
+from megatron_rl.weights.hf_folder import MANIFEST, HFFolder
 from megatron_rl.weights.name_table import Entry
 
 
@@ -54,14 +54,16 @@ def verify_manifest(path: Path, like: Path | None, jobs: int) -> Verdict:
             f"{path}: {len(casts)} tensors were cast while they were converted, '{casts[0]}' among them, and the "
             "manifest states the source's bytes: compare with the source, `verify A B`"
         )
-    to_hf = manifest["plan"].get("to") == "hf"
-    source = open_source(path, None if to_hf else like or Path(manifest["source"]["path"]))
+    if manifest["plan"].get("to") == "hf":
+        folder = HFFolder(path)
+        names, found = folder.tensors.keys(), _stored_digests(folder, jobs)
+    else:
+        source = open_source(path, like or Path(manifest["source"]["path"]))
+        names, found = source.tensors.keys(), _digests(source, jobs)
     verdict = Verdict()
-    carried = source.model.carried() if isinstance(source, HFSource) else ()
-    known = source.tensors.keys() | {name for name, _ in carried}
-    for name in sorted(stated.keys() ^ known):
+    for name in sorted(stated.keys() ^ names):
         verdict.differences.append(f"{name}: only in {'the manifest' if name in stated else path}")
-    for name, nbytes, digest in _digests(source, jobs):
+    for name, nbytes, digest in found:
         verdict.compared, verdict.nbytes = verdict.compared + 1, verdict.nbytes + nbytes
         entry = stated.get(name)
         if entry is not None and entry["sha256"] != digest:
@@ -124,3 +126,16 @@ def _digests(source: WeightSource, jobs: int) -> Iterator[tuple[str, int, str]]:
         for start in range(0, len(todo), 2 * jobs):  # not all at once: each holds its tensors
             for found in pool.map(of, todo[start : start + 2 * jobs]):
                 yield from found
+
+
+def _stored_digests(folder: HFFolder, jobs: int) -> Iterator[tuple[str, int, str]]:
+    """Yield name, bytes and SHA-256 of every stored tensor, whatever it means."""
+
+    def of(name: str) -> tuple[str, int, str]:
+        content = as_bytes(folder.read(name))
+        return name, len(content), hashlib.sha256(content).hexdigest()
+
+    names = list(folder.tensors)
+    with ThreadPoolExecutor(jobs) as pool:
+        for start in range(0, len(names), 2 * jobs):
+            yield from pool.map(of, names[start : start + 2 * jobs])

@@ -21,6 +21,8 @@ from megatron_rl.convert.convert import Options, to_hf, to_megatron
 from megatron_rl.convert.inspect import inspect_checkpoint
 from megatron_rl.convert.verify import verify_manifest, verify_pair
 from megatron_rl.errors import CheckpointError, MegatronRLError, UserError
+from megatron_rl.precision.formats import quantize
+from megatron_rl.precision.plan import WIRE
 from megatron_rl.weights.hf_folder import INDEX, MANIFEST, SINGLE
 from tests.families import FAMILIES_AT_TOY_SIZE, make_family
 
@@ -210,6 +212,25 @@ def test_block_fp8_weights_are_dequantized_by_slices(models: dict[str, Path], tm
     assert inspect_checkpoint(source).quantization == "fp8"
 
 
+@pytest.mark.parametrize("name", ["fp8_blockwise", "fp8_blockwise_pow2"])
+def test_codes_are_the_engines_own_and_come_through_untouched(
+    name: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    to_hf(models["llama3"], tmp_path / "fp8", None, Options(quantize=name))
+    codes, plain = tensors_of(tmp_path / "fp8"), tensors_of(models["llama3"])
+    key = "model.layers.1.mlp.down_proj.weight"
+    wanted = quantize(plain[key], WIRE[name])
+    assert torch.equal(codes[key].view(torch.uint8), wanted.codes.view(torch.uint8))
+    assert torch.equal(codes[f"{key}_scale_inv"], wanted.scale_inv)
+    assert torch.equal(codes["model.embed_tokens.weight"], plain["model.embed_tokens.weight"])
+    assert json.loads((tmp_path / "fp8" / "config.json").read_text())["quantization_config"]["quant_method"] == "fp8"
+    assert verify_manifest(tmp_path / "fp8", None, 2).same
+    to_hf(tmp_path / "fp8", tmp_path / "again", None, Options(quantize=name))
+    again = tensors_of(tmp_path / "again")
+    assert again.keys() == codes.keys()
+    assert all(torch.equal(again[one].view(torch.uint8), codes[one].view(torch.uint8)) for one in codes)
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -257,6 +278,7 @@ def test_a_changed_bit_and_a_missing_tensor_are_differences(model: Path, tmp_pat
         (["to-hf", "{megatron}", "{out}", "--like", "{llama}"], "has no tensor|asks for"),
         (["to-hf", "{full}", "{out}"], "holds no checkpoint"),
         (["to-hf", "{model}", "{out}", "--dtype", "int4"], "--dtype is 'int4'"),
+        (["to-hf", "{model}", "{out}", "--quantize", "nf4"], "--quantize is 'nf4'"),
         (["to-megatron", "{model}", "{out}", "--jobs", "-1"], "must be positive"),
         (["verify", "{model}"], "has no manifest.json"),
     ],
