@@ -31,7 +31,7 @@ class Coder:
     def __init__(self, name: str, source: WeightSource) -> None:
         if name not in FORMATS:
             raise UserError(f"--quantize is '{name}'; valid: none, {', '.join(FORMATS)}")
-        precision = PrecisionConfig(train="bf16", rollout=name)  # type: ignore[arg-type]
+        precision = PrecisionConfig(train="bf16", rollout=name)
         self._plan = resolve(precision, source.shape.num_layers, engine="embedded", device="cpu")
         self._format, self._source = find_format(self._plan.wire), source
 
