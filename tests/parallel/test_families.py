@@ -6,6 +6,8 @@ import pytest
 from megatron_rl.weights.hf_folder import HFFolder
 from tests.families import DENSE, FAMILIES_AT_TOY_SIZE, MIXTURES, make_family
 from tests.parallel.test_alp import PlainPerturbation, assert_same_perturbed_step
+from tests.parallel.test_checkpoint import round_trip as save_and_load
+from tests.parallel.test_checkpoint import same_bits
 from tests.parallel.test_moe import per_expert
 from tests.parallel.test_parity import assert_same_step, reference_step
 from tests.parallel.test_weights import check as check_round_trip
@@ -99,3 +101,12 @@ def test_a_window_that_is_one_key_too_wide_fails_the_same_comparison(two_ranks, 
 def test_two_ranks_give_the_stored_bytes_back(two_ranks, toys, name):
     layout = {"expert": 2, "tensor": 2, "sequence": True} if name in MIXTURES else {"tensor": 2}
     check_round_trip(two_ranks, toys(name)[0], layout)
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "gpt_oss"])
+def test_a_checkpoint_of_a_family_continues_bit_for_bit(two_ranks, toys, tmp_path, name):
+    arguments = {"layout": {"expert": 2, "tensor": 2, "sequence": True}, "precision": {"train": "bf16"}}
+    saved, loaded = save_and_load(two_ranks, toys(name)[0], tmp_path, arguments, arguments)
+    assert same_bits(loaded["weights"], saved["weights"])
+    assert not same_bits(loaded["next"]["weights"], loaded["weights"])
+    assert same_bits(loaded["next"]["weights"], saved["next"]["weights"])

@@ -19,6 +19,7 @@ from megatron_rl.weights.families.qwen3 import QWEN3
 from megatron_rl.weights.families.qwen3_moe import QWEN3_MOE
 from megatron_rl.weights.families.rope import RopePlan, Yarn
 from megatron_rl.weights.families.shape import Experts, Latent, ModelShape
+from megatron_rl.weights.families.unsupported import reason
 
 __all__ = [
     "FAMILIES",
@@ -63,7 +64,11 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
             f"{where}: 'architectures' is {named!r}, exactly one name is needed; supported: {', '.join(sorted(known))}"
         )
     if named[0] not in known:
-        raise ConfigError(f"{where}: architecture '{named[0]}' is not supported; supported: {', '.join(sorted(known))}")
+        why = reason(str(named[0]))
+        raise ConfigError(
+            f"{where}: architecture '{named[0]}' is not supported{'' if why is None else f', because {why}'}; "
+            f"supported: {', '.join(sorted(known))}"
+        )
     return known[named[0]]
 
 
