@@ -24,7 +24,7 @@ app = typer.Typer(help="Convert, inspect and verify checkpoints.", no_args_is_he
 
 
 @app.command("inspect")
-def inspect(
+def inspect_command(
     path: Annotated[Path, typer.Argument(help="folder of a checkpoint")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     tensors: Annotated[str, typer.Option(help="also list tensors with such names, as '*.layers.0.*'")] = "",
@@ -71,7 +71,7 @@ def convert_to_hf(
 
 
 @app.command("reshard")
-def reshard(source: Source) -> None:
+def reshard_command(source: Source) -> None:
     """Say how a checkpoint loads under another layout."""
     report = inspect_checkpoint(source)
     if report.refused:
@@ -87,7 +87,7 @@ def reshard(source: Source) -> None:
 
 
 @app.command("verify")
-def verify(
+def verify_command(
     a: Annotated[Path, typer.Argument(metavar="A", help="folder of a checkpoint")],
     b: Annotated[Path | None, typer.Argument(metavar="[B]", help="another, to compare it with")] = None,
     like: LikeFolder = None,
@@ -109,7 +109,7 @@ def verify(
     print(f"{verdict.compared} tensors compared, {len(verdict.differences)} differ ({rate:.2f} GB/s)")
     same = verdict.same
     if logits:
-        from megatron_rl.convert.logits import compare_logits  # builds two models: torch and megatron-core
+        from megatron_rl.convert.compare_logits import compare_logits  # builds two models: torch and megatron-core
 
         found = compare_logits(a, logits)
         print(found.line())

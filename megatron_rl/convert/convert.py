@@ -19,7 +19,7 @@ from megatron_rl.convert.dist_parts import file_part, plan_files, write_index
 from megatron_rl.convert.hf_parts import carried_part, index_text, plan_shards, shard_name, shard_part
 from megatron_rl.convert.kinds import TRACKER
 from megatron_rl.convert.parts import Destination, Part, Record, finished, run_parts
-from megatron_rl.convert.progress import Progress
+from megatron_rl.convert.progress_bar import Progress
 from megatron_rl.convert.sources import HFSource, Like, WeightSource, open_source
 from megatron_rl.errors import CheckpointError, UserError
 from megatron_rl.weights.hf_folder import INDEX, MANIFEST

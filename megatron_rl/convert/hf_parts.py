@@ -29,7 +29,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardFile:
     """One shard: whole tensors, in order.
 
     Attributes:
@@ -48,7 +48,7 @@ class Shard:
 
 def plan_shards(
     units: Sequence[tuple[Entry, ...]], sizes: Callable[[Entry], int], limit: int, more: int
-) -> list[Shard]:
+) -> list[ShardFile]:
     """Distribute parameters over shards of at most `limit` bytes, or of one unit that is larger.
 
     Args:
@@ -59,8 +59,8 @@ def plan_shards(
     """
     groups = grouped(units, sizes, limit)
     if len(groups) + more == 1:
-        return [Shard(SINGLE, tuple(groups[0]))]
-    return [Shard(shard_name(number, len(groups) + more), tuple(group)) for number, group in enumerate(groups)]
+        return [ShardFile(SINGLE, tuple(groups[0]))]
+    return [ShardFile(shard_name(number, len(groups) + more), tuple(group)) for number, group in enumerate(groups)]
 
 
 def shard_name(number: int, count: int) -> str:
@@ -89,7 +89,7 @@ def grouped(units: Iterable[tuple[Entry, ...]], sizes: Callable[[Entry], int], l
 
 
 def shard_part(
-    shard: Shard, source: WeightSource, dtypes: Mapping[str, torch.dtype], coder: Coder | None = None
+    shard: ShardFile, source: WeightSource, dtypes: Mapping[str, torch.dtype], coder: Coder | None = None
 ) -> Part:
     """Return the part that writes a shard.
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.convert.progress import Progress
+from megatron_rl.convert.progress_bar import Progress
 from megatron_rl.errors import CheckpointError, UserError
 from megatron_rl.files import append_file, replace_file, sync_folder, try_lock
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from megatron_rl.convert.logits import compare_logits
+from megatron_rl.convert.compare_logits import compare_logits
 from megatron_rl.errors import ConfigError
 from megatron_rl.weights import families
 from tests.families import SIZES, randomize

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from megatron_rl.config import ParallelConfig, make_config
-from megatron_rl.convert.logits import packed_logits
+from megatron_rl.convert.compare_logits import packed_logits
 from megatron_rl.policy import parallel
 from megatron_rl.policy.device_port import pick_device
 from megatron_rl.policy.routing_replay import weight_buffers
