@@ -165,6 +165,9 @@ def prepare_experts(model: nn.Module) -> None:
             parameter.allreduce = False
             # megatron-core marks the biases of experts as if every tensor-parallel rank had the same experts.
             parameter.sequence_parallel = False
+            # The norm of the gradients counts other parameters on the first tensor-parallel rank alone. Then ranks
+            # would clip the gradients by different norms. The weights of experts have this mark already.
+            parameter.tensor_model_parallel = True
 
 
 def weight_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
