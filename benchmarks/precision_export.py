@@ -87,7 +87,7 @@ def measure(path: Path, dtype: str, repeat: int) -> list[dict[str, Any]]:
         plan = resolve(
             config.precision.model_copy(update={"rollout": rollout}), shape.num_layers, engine="embedded", device="cpu"
         )
-        dtypes = export_dtypes(plan, folder.tensors)
+        dtypes = export_dtypes(plan, source)
         runs = []
         for _ in range(repeat):
             runs.append(peak_above(WireTensors(export_weights(chunks, family, shape, dtypes=dtypes), plan)))

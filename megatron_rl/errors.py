@@ -54,3 +54,8 @@ def did_you_mean(given: Any, valid: Iterable[Any]) -> str:
     near = difflib.get_close_matches(str(given)[:_LONGEST], valid, n=1, cutoff=0.0)
     lead = f"did you mean '{near[0]}'? " if near else ""
     return f"{lead}valid: {', '.join(valid)}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, at most 300 characters; its type's name if the text is empty."""
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__

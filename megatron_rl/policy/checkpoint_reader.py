@@ -17,8 +17,8 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, metadata
 from torch.distributed.checkpoint._nested_dict import set_element
 
-from megatron_rl.errors import CheckpointError
-from megatron_rl.weights.dist_index import METADATA, Unreadable, first_line, read_metadata
+from megatron_rl.errors import CheckpointError, first_line
+from megatron_rl.weights.dist_index import METADATA, Unreadable, read_metadata
 
 
 @lru_cache(maxsize=1)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from megatron_rl.errors import EngineError
+from megatron_rl.errors import EngineError, first_line
 
 JOIN_S = 60.0  # seconds in which all members must join
 
@@ -115,8 +115,3 @@ def local_address_for(url: str) -> str:
             return str(probe.getsockname()[0])
     except OSError as error:
         raise EngineError(f"{url}: no route to this engine ({error})") from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, at most 300 characters."""
-    return str(error).strip().partition("\n")[0][:300]

@@ -10,9 +10,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from megatron_rl.errors import EngineError
+from megatron_rl.errors import EngineError, first_line
 from megatron_rl.protocol.buckets import TensorSlot, bucket_layout, views
-from megatron_rl.protocol.update_group import JOIN_S, UpdateGroup, connect_store, first_line
+from megatron_rl.protocol.update_group import JOIN_S, UpdateGroup, connect_store
 from megatron_rl.server.model_weights import Weights
 from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.quantized import is_scale

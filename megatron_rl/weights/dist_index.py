@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import filesystem, metadata, planner
 
+from megatron_rl.errors import first_line
+
 METADATA = ".metadata"
 _CLASSES = {
     (known.__module__, known.__qualname__): known
@@ -126,8 +128,3 @@ def _renamed(found: metadata.Metadata) -> tuple[metadata.Metadata, int]:
             replace(index, fqn=new.get(index.fqn, index.fqn)): place for index, place in found.storage_data.items()
         }
     return found, len(new)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, cut to 300 characters."""
-    return str(error).strip().split("\n")[0][:300] or type(error).__name__
