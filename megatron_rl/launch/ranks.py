@@ -1,6 +1,6 @@
 """Start the ranks of one run on this machine, and end all of them with the first that ends badly.
 
-On a cluster `srun` or `torchrun` starts the ranks. Then RANK is set and this module is not used.
+On a cluster `srun` or `torchrun` starts the ranks. Then this module starts none.
 
 Without CUDA, a launcher with a single thread imports the training stack and forks the ranks. Otherwise every rank is
 a new process that imports the stack itself: neither CUDA nor a second thread survives a fork.
@@ -24,6 +24,7 @@ from megatron_rl.engines.processes.fork_server import ForkServer, may_fork_serve
 from megatron_rl.errors import ConfigError
 from megatron_rl.forking import has_one_thread, like_new
 from megatron_rl.launch.fork import ForkedRank, fork_rank
+from megatron_rl.launch.slurm_env import join_slurm_step
 from megatron_rl.supervise import kill_session
 
 MOST_RANKS = 1024  # on one machine
@@ -46,8 +47,11 @@ Worker = subprocess.Popen[bytes] | ForkedRank
 
 
 def under_launcher() -> bool:
-    """Return True inside a rank, started by this module, by torchrun, or by srun with RANK exported."""
-    return "RANK" in os.environ
+    """Return True inside a rank, started by this module, by torchrun, or as one of several tasks of srun.
+
+    Under srun, RANK and the other variables of a rank are set first. Raises ConfigError if they cannot be.
+    """
+    return "RANK" in os.environ or join_slurm_step()
 
 
 @contextmanager

@@ -153,7 +153,7 @@ class SGLangServers(Servers):
 
     def environment(self) -> dict[str, str]:
         """Return the environment of the servers."""
-        return _environment(self._device)
+        return environment_of_servers() | server_environment(self._device)
 
     def check(self) -> None:
         """Raise EngineError if the interpreter of `rollout.sglang.python` does not exist."""
@@ -209,7 +209,7 @@ def start_router(urls: Sequence[str], log: Path, settings: SGLangConfig, device:
         flags += ["--policy", "round_robin", "--disable-retries", "--prometheus-port", str(free_port())]
         return _guarded(settings, "sglang_router.launch_router", flags)
 
-    return ServerProcess("sglang-router", command, log, _environment(device))
+    return ServerProcess("sglang-router", command, log, environment_of_servers() | server_environment(device))
 
 
 def _guarded(settings: SGLangConfig, module: str, flags: list[str]) -> list[str]:
@@ -218,12 +218,13 @@ def _guarded(settings: SGLangConfig, module: str, flags: list[str]) -> list[str]
     return [*guard, str(settings.python.absolute()), "-m", module, *flags]
 
 
-def _environment(device: str) -> dict[str, str]:
+def server_environment(device: str) -> dict[str, str]:
+    """Return the variables that a server needs in addition to those of its parent."""
     # A request for several samples cannot be aborted by its id. SGLang ends it when it detects the disconnection.
-    env = {"SGLANG_REQUEST_STATE_WAIT_TIMEOUT": "1"} | environment_of_servers()
+    env = {"SGLANG_REQUEST_STATE_WAIT_TIMEOUT": "1"}
     if device == "cpu":
         env |= _CPU_ENVIRONMENT
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_CPU_SITE), env.get("PYTHONPATH")]))
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_CPU_SITE), os.environ.get("PYTHONPATH")]))
     return env
 
 
