@@ -11,6 +11,7 @@ import typer
 
 from megatron_rl.config import load_config
 from megatron_rl.errors import ConfigError, MegatronRLError, UserError
+from megatron_rl.launch.commands import launch_app
 from megatron_rl.launch.ranks import one_thread, run_ranks, under_launcher
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.add_typer(launch_app, name="launch", no_args_is_help=True)
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see configs/")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="dotted overrides")]
 

@@ -7,7 +7,7 @@ from megatron_rl.errors import ConfigError
 from megatron_rl.launch.conductor.decide import TRAINER
 from megatron_rl.launch.profile import Profile
 
-Mode = Literal["colocated", "split", "het"]
+Mode = Literal["colocated", "split", "het", "local"]
 MODES: tuple[Mode, ...] = ("colocated", "split", "het")
 
 

@@ -25,7 +25,7 @@ def render_job(profile: Profile, layout: JobLayout, *, name: str, folder: Path, 
         logs: folder for sbatch's own log; it must exist when the job starts.
         array: number of tasks; 0: no array.
     """
-    groups = [_group_options(profile, layout, number) for number in range(len(layout.groups))]
+    groups = [group_options(profile, layout, number) for number in range(len(layout.groups))]
     log = logs / ("sbatch-%A_%a.log" if array else "sbatch-%j.log")
     first = [
         f"--job-name={name}",
@@ -52,7 +52,7 @@ def render_job(profile: Profile, layout: JobLayout, *, name: str, folder: Path, 
     )
 
 
-def _group_options(p: Profile, layout: JobLayout, number: int) -> list[str]:
+def group_options(p: Profile, layout: JobLayout, number: int) -> list[str]:
     """Return the options of one group. Not all options of a first group hold for the second, so both have all."""
     second = number == 1
     gpus = p.rollout.gpus_per_node if second and p.rollout.gpus_per_node is not None else p.gpus_per_node

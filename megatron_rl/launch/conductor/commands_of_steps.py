@@ -53,7 +53,18 @@ def srun_command(job: Mapping[str, Any], role: Mapping[str, Any], filled: Filled
     words += ["--kill-on-bad-exit=1"] if role["kind"] == "trainer" else []
     words += ["-o", os.path.join(filled.logs, name + "-%N-%t.log")]
     words += container_flags(job["container"], name, filled)
-    return words + wrap_command(job["container"], fill_words(role["command"], name, filled))
+    return words + task_command(job, name, filled.logs, fill_words(role["command"], name, filled))
+
+
+def task_command(job: Mapping[str, Any], role: str, logs: str, command: List[str]) -> List[str]:
+    """Return the command of a task: `run_task` around the role's command.
+
+    It runs on the host, except with pyxis, which puts the whole task into the container.
+    """
+    pyxis = job["container"]["backend"] == "pyxis"
+    python = job["python"] if pyxis else job["host_python"]
+    task = [python, "-E", "-s", job["code"], "task", logs, role]
+    return wrap_command(job["container"], task + command) if pyxis else task + wrap_command(job["container"], command)
 
 
 def container_flags(container: Mapping[str, Any], role: str, filled: Filled) -> List[str]:

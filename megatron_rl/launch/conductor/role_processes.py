@@ -3,7 +3,9 @@
 import os
 import signal
 import subprocess
-from typing import Any, Dict, List, Mapping, Optional
+import sys
+import threading
+from typing import IO, Any, Dict, List, Mapping, Optional
 
 from megatron_rl.launch.conductor.commands_of_steps import Filled, fill_words, srun_command, step_environment
 from megatron_rl.launch.conductor.slurm_commands import call_slurm, steps_of_job
@@ -27,9 +29,17 @@ class RoleProcesses:
             command, log = fill_words(role["command"], name, filled), os.path.join(filled.logs, name + ".log")
         env = step_environment(os.environ, self._job, role, own)
         with open(log, "ab") as out:
-            self._processes[name] = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out if self._key else subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=env,
+                start_new_session=True,
             )
+        self._processes[name] = process
+        if process.stdout is not None:
+            threading.Thread(target=_copy_output, args=(process.stdout, log), daemon=True).start()
 
     def ended(self) -> Dict[str, int]:
         """Return the exit codes of roles that have ended since the last call; 128 + n for signal n."""
@@ -70,6 +80,16 @@ class RoleProcesses:
                 process.send_signal(number)
         except OSError:  # it has ended meanwhile
             pass
+
+
+def _copy_output(source: IO[bytes], log: str) -> None:
+    """Copy the output of a role on this machine to its log and to the terminal, until it ends."""
+    with open(log, "ab") as out:
+        for line in iter(source.readline, b""):
+            out.write(line)
+            out.flush()
+            sys.stdout.buffer.write(line)
+            sys.stdout.flush()
 
 
 def find_logs(folder: str, role: str) -> List[str]:

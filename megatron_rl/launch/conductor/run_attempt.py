@@ -14,6 +14,7 @@ from megatron_rl.launch.conductor.port_block import FIRST_ENGINE, MASTER
 from megatron_rl.launch.conductor.role_processes import RoleProcesses, find_logs, last_lines
 from megatron_rl.launch.conductor.run_files import RunFiles
 from megatron_rl.launch.conductor.run_preflight import Preflight
+from megatron_rl.launch.conductor.run_task import first_bad_task
 from megatron_rl.launch.conductor.slurm_commands import end_of_job
 
 LOOK_S, HEALTH_S, BEAT_S, DEADLINE_S = 0.25, 1.0, 10.0, 60.0  # seconds between two looks of each kind
@@ -62,11 +63,19 @@ class AttemptRunner:
             time.sleep(LOOK_S)
         return self.state
 
+    def give_up(self) -> None:
+        """Kill what still runs, after an error of the conductor's own."""
+        for name in sorted(self.state.alive):
+            self._processes.kill(name)
+        self.state = self.state._replace(phase="over", first_bad=(TRAINER, 1))
+
     def suspects(self) -> Tuple[str, ...]:
-        """Return the node of the role that failed first, if it ran on one node: the others may have no part in it."""
+        """Return the node on which a role failed first: that of the task that ended first, or the role's only node."""
         if self.state.first_bad is None or not self._place.key:
             return ()
-        hosts = self._place.of_role(self._roles[self.state.first_bad[0]])
+        role = self.state.first_bad[0]
+        task = first_bad_task(self._files.logs, role)
+        hosts = self._place.of_role(self._roles[role]) if task is None else (str(task["host"]),)
         return hosts if len(hosts) == 1 else ()
 
     def _happened(self, event: Event) -> None:
@@ -79,7 +88,10 @@ class AttemptRunner:
         now = time.time()
         events = [Event("signal", text=name, now=now) for name in self._take_signals()]
         for name, code in sorted(self._processes.ended().items(), key=lambda pair: (pair[0] != TRAINER, pair[0])):
-            say("%s ended with exit code %d" % (name, code))
+            task = first_bad_task(self._files.logs, name) if code else None
+            code = code if task is None else int(task["code"])
+            where = "" if task is None else " (task %d on %s)" % (task["rank"], task["host"])
+            say("%s ended with exit code %d%s" % (name, code, where))
             events.append(Event("ended", name, code, self._own_stop(name), now=now))
         stop = read_json(self._files.control("stop"))
         if stop is not None and not self.state.reason:
@@ -101,9 +113,12 @@ class AttemptRunner:
         return taken
 
     def _own_stop(self, name: str) -> str:
-        """Return why the trainer stopped by itself after saving; empty for other roles and other ends."""
+        """Return `deadline` if the trainer saved and stopped by itself before the end of the allocation, else nothing.
+
+        Any other stop that nobody asked for is a failure: srun also sends TERM to rank 0 when another rank has died.
+        """
         stopped = read_json(self._files.control("stopped.json")) if name == TRAINER else None
-        return str(stopped.get("reason", "")) if stopped is not None else ""
+        return "deadline" if stopped is not None and stopped.get("reason") == "deadline" else ""
 
     def _due(self, name: str, period: float) -> bool:
         now = time.monotonic()
@@ -166,7 +181,10 @@ class AttemptRunner:
         """Print the end of the log of the role that failed first."""
         hosts = ", ".join(self._place.of_role(self._roles[action.role]))
         say("%s failed first%s (on %s)" % (action.role, ": " + action.text if action.text else "", hosts))
-        for path in find_logs(self._files.logs, action.role):
+        task = first_bad_task(self._files.logs, action.role)
+        first = "" if task is None else "-%s-%d.log" % (task["host"], task["rank"])
+        paths = find_logs(self._files.logs, action.role)
+        for path in sorted(paths, key=lambda path: not (first and path.endswith(first)))[:2]:
             lines = last_lines(path, SHOWN_LINES)
             if lines:
                 say("the end of %s:\n    %s" % (path, "\n    ".join(lines)))

@@ -10,11 +10,13 @@ import time
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from megatron_rl.launch.conductor.control_files import newest_checkpoint, read_json, write_json
-from megatron_rl.launch.conductor.decide import GAVE_UP, STOPPED, TRAINER, Attempt, Facts, Rules, Verdict, judge
+from megatron_rl.launch.conductor.decide import GAVE_UP, STOPPED, Facts, Rules, Verdict, judge
 from megatron_rl.launch.conductor.nodelist import expand_hosts
 from megatron_rl.launch.conductor.probe import run_probe
 from megatron_rl.launch.conductor.run_attempt import AttemptRunner, Place, say
 from megatron_rl.launch.conductor.run_files import RunFiles
+from megatron_rl.launch.conductor.run_preflight import Preflight
+from megatron_rl.launch.conductor.run_task import run_task
 from megatron_rl.launch.conductor.slurm_commands import (
     job_key,
     job_state,
@@ -31,6 +33,10 @@ def run_conductor(arguments: Sequence[str]) -> int:
     if arguments[0] == "probe":
         run_probe(arguments[1])
         return 0
+    if arguments[0] == "task":
+        return run_task(arguments[1], arguments[2], arguments[3:])
+    if arguments[0] == "preflight":
+        return _only_preflight(_read_job(arguments[1], os.environ))
     signals: List[str] = []
     _note_signals(signals)
     _raise_open_files()
@@ -40,6 +46,14 @@ def run_conductor(arguments: Sequence[str]) -> int:
         code = _run_once(job, place, signals)
         if code is not None:
             return code
+
+
+def _only_preflight(job: Mapping[str, Any]) -> int:
+    """Look at the nodes of this allocation. Return 0 if none is refused, else 1."""
+    files = RunFiles(job["run"], job["submission"])
+    os.makedirs(files.logs, exist_ok=True)
+    refused = Preflight(job, _groups(job, os.environ), files, say).run()
+    return 1 if refused else 0
 
 
 def _note_signals(signals: List[str]) -> None:
@@ -87,11 +101,12 @@ def _run_once(job: Mapping[str, Any], place: Place, signals: List[str]) -> Optio
     say("attempt %d of %s, job %s on %s" % (files.number, job["run"], place.key or "local", ", ".join(place.hosts)))
     runner = AttemptRunner(job, place, files, signals)
     try:
-        state = runner.run()
+        runner.run()
     except OSError as error:  # a host without an address, a folder that went away
         say("the attempt cannot run: %s" % error)
-        state = runner.state._replace(first_bad=(TRAINER, 1))
-    return _after_end(job, place, files, runner, state)
+        runner.give_up()
+    del signals[:]  # of this attempt
+    return _after_end(job, place, files, runner, signals)
 
 
 def _before_start(job: Mapping[str, Any], files: RunFiles) -> Optional[Verdict]:
@@ -107,8 +122,9 @@ def _before_start(job: Mapping[str, Any], files: RunFiles) -> Optional[Verdict]:
 
 
 def _after_end(
-    job: Mapping[str, Any], place: Place, files: RunFiles, runner: AttemptRunner, state: Attempt
+    job: Mapping[str, Any], place: Place, files: RunFiles, runner: AttemptRunner, signals: List[str]
 ) -> Optional[int]:
+    state = runner.state
     checkpoint = newest_checkpoint(job["run"])
     stopped = read_json(files.control("stopped.json"))
     suspects = runner.suspects()
@@ -138,10 +154,19 @@ def _after_end(
             "suspects": list(suspects),
         }
     )
-    return _carry_out(job, place, files, verdict)
+    return _carry_out(job, place, files, verdict, signals)
 
 
-def _carry_out(job: Mapping[str, Any], place: Place, files: RunFiles, verdict: Verdict) -> Optional[int]:
+def _await_end(signals: List[str]) -> None:
+    """Wait until Slurm ends this job to requeue it: an exit before that would be the end of the job."""
+    deadline = time.monotonic() + _WAIT_FOR_REQUEUE_S
+    while "TERM" not in signals and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def _carry_out(
+    job: Mapping[str, Any], place: Place, files: RunFiles, verdict: Verdict, signals: List[str]
+) -> Optional[int]:
     if verdict.what in ("exit", "leave"):
         return _exit(files, verdict, place)
     say(verdict.why)
@@ -151,7 +176,7 @@ def _carry_out(job: Mapping[str, Any], place: Place, files: RunFiles, verdict: V
         answer = requeue_job(place.key)
         if answer.code == 0:
             say("requeued")
-            time.sleep(_WAIT_FOR_REQUEUE_S)  # Slurm ends this process
+            _await_end(signals)
             return GAVE_UP
         say("scontrol requeue failed (%s): submitting again" % answer.out.strip())
     return _resubmit(job, place, files, verdict)

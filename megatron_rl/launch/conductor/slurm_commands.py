@@ -97,8 +97,15 @@ def lost_nodes(nodes: Sequence[str]) -> List[str]:
 
 
 def requeue_job(key: str) -> SlurmReply:
-    """Requeue the job in which this process runs: Slurm then ends it and starts it again."""
-    return call_slurm(["scontrol", "requeue", key], 3)
+    """Requeue the job in which this process runs: Slurm then ends it and starts it again.
+
+    Slurm ends every process of the job, scontrol among them. So scontrol may fail although the job is requeued; then
+    the job is not RUNNING any more.
+    """
+    reply = call_slurm(["scontrol", "requeue", key])
+    if reply.code and job_state(key) not in ("RUNNING", ""):
+        return SlurmReply(0, reply.out)
+    return reply
 
 
 def clean_environment(env: Mapping[str, str]) -> Dict[str, str]:
