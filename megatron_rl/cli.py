@@ -237,6 +237,17 @@ def quickstart(
     _seam("quickstart").run_quickstart(folder, config_dir)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+    rich_help_panel="Commands",
+)
+def convert(context: typer.Context) -> None:
+    """Convert, inspect and verify checkpoints. See `megatron-rl convert --help`."""
+    verbs = _seam("convert.commands").app
+    sys.exit(verbs(context.args, prog_name="megatron-rl convert", standalone_mode=False) or 0)
+
+
 def _seam(module: str) -> Any:
     """Import a heavy module of this package. Commands import such modules only through this function."""
     return importlib.import_module(f"megatron_rl.{module}")

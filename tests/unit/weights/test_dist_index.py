@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import metadata
 
-from megatron_rl.policy.checkpoint_reader import Unreadable, read_metadata
+from megatron_rl.weights.dist_index import Unreadable, read_metadata
 
 
 def index(path: Path, content: bytes) -> Path:
