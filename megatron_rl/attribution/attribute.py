@@ -26,7 +26,7 @@ from megatron_rl.diagnostics.score_chain import (
     sync_verdict,
 )
 from megatron_rl.engines.pool import EnginePool, GenerationRequest, SamplingParams
-from megatron_rl.errors import CheckpointError, EngineError
+from megatron_rl.errors import CheckpointError, EngineError, StorageError
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.temperature import at_temperature_one
 from megatron_rl.precision.formats import fake_quantize
@@ -296,7 +296,7 @@ def _write_sent(policy: Policy, plan: PrecisionPlan, folder: Path) -> None:
         try:
             write_hf_folder(folder, ((name, tensor) for name, tensor in stream if tensor is not None), policy.source)
         except OSError as error:
-            raise CheckpointError(f"{folder} cannot be written ({error}): free space there") from error
+            raise StorageError(f"{folder} cannot be written ({error}): free space there") from error
 
     failure: CheckpointError | None = None
     if policy.mesh.rank == 0:

@@ -129,6 +129,9 @@ class RolloutConfig(Block):
     timeout_s: float = Field(
         600.0, gt=0, description="time limit of a generation request and of each call of a weight update, in seconds"
     )
+    start_timeout_s: float = Field(
+        300.0, gt=0, description="time limit for engines to become healthy at the start of a run, in seconds"
+    )
     transport: Literal["disk", "distributed", "tensor"] = Field(
         "disk",
         description="how weights reach the engines: files in a folder, a broadcast, or shared memory on one machine",
@@ -318,6 +321,12 @@ class RunConfig(Block):
     seed: int = Field(0, ge=-(2**62), le=2**62, description="seed of prompts, sampling and noise")
     save_every: int = Field(20, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(2, ge=1, description="number of checkpoints to keep")
+    deadline_margin_s: float = Field(
+        60.0,
+        ge=0,
+        description="time that must be left, after the next step and its checkpoint, before the deadline that a "
+        "launcher wrote; in seconds",
+    )
     attribute_every: int = Field(
         0,
         ge=0,

@@ -39,7 +39,7 @@ from megatron_rl.server.engine import Engine, JobFailed
 from megatron_rl.server.http_limits import BodyLimits, TimedProtocol
 from megatron_rl.server.requests import parse_jobs, response_entries
 from megatron_rl.server.workers import Workers
-from megatron_rl.supervise import die_with_parent, raise_file_limit
+from megatron_rl.supervise import block_stops, die_with_parent, raise_file_limit
 
 _MANY = 1 << 14  # tokens of a response that is written in a thread
 
@@ -275,6 +275,7 @@ def run_server(options: ServerOptions) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     raise_file_limit()
     if options.parent_pid:
+        block_stops()  # the run that started this server ends it
         die_with_parent(options.parent_pid)
     engine = Engine(
         options.model,

@@ -1,6 +1,7 @@
 """Embedded servers as processes of this machine."""
 
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ class EmbeddedServers(Servers):
     """Embedded servers, one process each."""
 
     noun = "embedded server"
+    stop_signal = signal.SIGKILL
 
     @property
     def forks(self) -> bool:  # type: ignore[override]

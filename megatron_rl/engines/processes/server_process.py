@@ -2,12 +2,13 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -17,8 +18,8 @@ import httpx
 import psutil
 
 from megatron_rl.engines.processes.fork_server import VARIABLE, ForkedServer, fork_command
-from megatron_rl.errors import EngineError
-from megatron_rl.supervise import end_sessions
+from megatron_rl.errors import EngineError, ExitCode
+from megatron_rl.supervise import end_sessions, stops_blocked
 
 _TAIL_BYTES = 4000
 _STARTS = 3  # another process may take a free port before the server binds it
@@ -33,7 +34,14 @@ class ServerProcess:
     """A process that listens on a port of loopback and answers /health."""
 
     def __init__(
-        self, name: str, command: Callable[[int], list[str]], log: Path, env: dict[str, str], *, forks: bool = False
+        self,
+        name: str,
+        command: Callable[[int], list[str]],
+        log: Path,
+        env: dict[str, str],
+        *,
+        forks: bool = False,
+        sees_stops: bool = True,
     ) -> None:
         """Start the process.
 
@@ -43,8 +51,9 @@ class ServerProcess:
             log: file to which its output is appended.
             env: its environment.
             forks: the command is `python -m megatron_rl ...`, and the run's fork server starts it.
+            sees_stops: SIGTERM and the other signals that ask for a stop reach it.
         """
-        self.name, self.log, self._forks = name, log, forks
+        self.name, self.log, self._forks, self._sees_stops = name, log, forks, sees_stops
         self._command, self._env, self._starts = command, env, 0
         self._spawn()
 
@@ -58,14 +67,15 @@ class ServerProcess:
             if self._forks:
                 self.process = fork_command(command[3:], self.port, self._env, self.log)
                 return
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                env=self._env,
-                start_new_session=True,
-            )
+            with nullcontext() if self._sees_stops else stops_blocked():
+                self.process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                    env=self._env,
+                    start_new_session=True,
+                )
 
     @property
     def url(self) -> str:
@@ -88,7 +98,10 @@ class ServerProcess:
             if code is not None and _PORT_TAKEN.search(tail) and self._starts < _STARTS:
                 self._spawn()
             elif code is not None:
-                raise EngineError(f"{self.name} ended with code {code} at its start; {self.log} ends:\n{tail}")
+                error = EngineError(f"{self.name} ended with code {code} at its start; {self.log} ends:\n{tail}")
+                if code == ExitCode.USER:  # an embedded server that says so ends the same way each time
+                    error.exit_code = ExitCode.USER
+                raise error
             elif time.monotonic() > deadline:
                 raise EngineError(f"{self.name} was not healthy within {timeout_s:g} s; {self.log} ends:\n{tail}")
             else:
@@ -127,6 +140,7 @@ class Servers(ABC):
 
     noun = "server"
     forks = False  # whether the run's fork server starts them
+    stop_signal = signal.SIGTERM  # ends a server; SIGKILL if the signals that ask for a stop are kept from it
 
     def __init__(self, log_dir: Path | str, count: int, start_timeout_s: float) -> None:
         self.log_dir, self.count, self.start_timeout_s = Path(log_dir), count, start_timeout_s
@@ -181,7 +195,8 @@ class Servers(ABC):
             log = self.log_dir / f"server-{index}.log"
             command = partial(self.command, index)
             name, env = f"{self.noun} {index}", self.environment()
-            self._servers.append(ServerProcess(name, command, log, env, forks=self.forks))
+            sees_stops = self.stop_signal != signal.SIGKILL
+            self._servers.append(ServerProcess(name, command, log, env, forks=self.forks, sees_stops=sees_stops))
         return self
 
     def wait_healthy(self) -> Self:
@@ -199,9 +214,12 @@ class Servers(ABC):
         return self
 
     def stop(self) -> None:
-        """Stop all servers with SIGTERM, then SIGKILL after a grace time. Return when all have ended. Idempotent."""
+        """Stop all servers with `stop_signal`, then SIGKILL after a grace time. Return when all have ended.
+
+        Idempotent.
+        """
         servers, self._servers = self._servers, []
-        end_sessions([server.process for server in servers])
+        end_sessions([server.process for server in servers], number=self.stop_signal)
 
 
 def environment_of_servers() -> dict[str, str]:

@@ -21,7 +21,7 @@ from megatron_rl.engines.processes.server_process import (
     environment_of_servers,
     free_port,
 )
-from megatron_rl.errors import CheckpointError, ConfigError, EngineError
+from megatron_rl.errors import ConfigError, EngineError, StorageError
 from megatron_rl.precision.plan import DTYPES, PrecisionPlan
 from megatron_rl.supervise import end_sessions
 from megatron_rl.weights.hf_folder import HFFolder
@@ -245,6 +245,4 @@ def write_as_sent(model_dir: Path, plan: PrecisionPlan, dest: Path) -> None:
     try:
         write_hf_folder(dest, sent, source, quantization=quantization_config(plan, source.tensors))
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{dest} cannot be written ({error}): free space there or choose another run.dir"
-        ) from error
+        raise StorageError(f"{dest} cannot be written ({error}): free space there or choose another run.dir") from error

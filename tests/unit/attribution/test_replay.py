@@ -36,6 +36,8 @@ from megatron_rl.tasks import make_task
 from megatron_rl.trainer.attribution import attribute_step
 from megatron_rl.trainer.lead import Lead
 from megatron_rl.trainer.progress import ProgressLine
+from megatron_rl.trainer.run_control import RunControl
+from megatron_rl.trainer.stops import Stops
 from megatron_rl.trainer.trainer import Trainer
 from megatron_rl.types import Prompt
 from megatron_rl.weight_sync.sync import WeightSync
@@ -265,10 +267,13 @@ def in_run(pair: Pair, pool: EnginePool) -> Iterator[Trainer]:
     task = make_task(TaskConfig(max_operand=12, held_out=5), tokenizer, seed=0, max_prompt_tokens=8)
     rollouts = Rollouts(config, task, tokenizer, pool, need_logmu=True)
     with RunLog(config.run.folder) as log, ProgressLine("test", 1, 0, enabled=True) as progress:
-        lead = Lead(rollouts, OffloadedEngines(config.run.folder / "note"), log, SampleLog(config.run.folder), progress)
+        stops = Stops(RunControl(config.run.folder), 0.0)
+        note = OffloadedEngines(config.run.folder / "note")
+        lead = Lead(rollouts, note, log, SampleLog(config.run.folder), progress, stops)
         checkpoints = Checkpoints(config.run.folder / "checkpoints", policy, 1)
         yield Trainer(config, resolve_run(config), policy.mesh, policy, checkpoints, pair.sync, lead, TrainState())
         checkpoints.close()
+        stops.close()
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["the one that samples", "another"])
