@@ -96,7 +96,7 @@ def train(
             _seam("trainer.preflight").check(config)
         flags = {"--resume": resume, "--resume=auto": resume_auto, "--accept-changed-code": accept_changed_code}
         arguments = ["train", str(config_file), *(overrides or []), *(name for name, on in flags.items() if on)]
-        forks_servers = config.rollout.engine == "embedded" and not config.rollout.urls
+        forks_servers = config.rollout.engine == "embedded" and config.rollout.own_servers
         sys.exit(run_ranks(arguments, config.parallel.world_size, forks_servers=forks_servers))
     open_run = _seam("trainer.bringup").open_run
     resumes = None if resume_auto else resume
@@ -135,7 +135,9 @@ def eval(
 @app.command()
 def serve(
     model: Annotated[Path, typer.Option(help="Hugging Face folder")],
-    host: Annotated[str, typer.Option(help="address to listen on; the server has no authentication")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="address to listen on; other than loopback with --api-key-file")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="port to listen on")] = 30000,
     dtype: Annotated[str, typer.Option(help="dtype of the engine: fp32, bf16 or fp16")] = "fp32",
     quantization: Annotated[
@@ -155,6 +157,15 @@ def serve(
     weight_version: Annotated[str, typer.Option(help="version name of the loaded weights")] = "default",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     max_rows: Annotated[int, typer.Option(min=1, help="maximum number of samples decoded together")] = 512,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="file (mode 600) with a key that every request must carry, but /health")
+    ] = None,
+    ready_file: Annotated[
+        Path | None, typer.Option(help="file to write once the server responds (JSON: url, pid, host, version)")
+    ] = None,
+    save_dir: Annotated[
+        list[Path] | None, typer.Option(help="folder below which /save_weights may write; may be repeated")
+    ] = None,
     parent_pid: Annotated[int, typer.Option(min=0, help="end with this parent; 0: keep running", hidden=True)] = 0,
 ) -> None:
     """Serve a model with the embedded engine over SGLang's HTTP contract. SGLang has its own `sglang.launch_server`."""
@@ -173,6 +184,9 @@ def serve(
             max_rows=max_rows,
             parent_pid=parent_pid,
             quantization=quantized,
+            api_key_file=api_key_file,
+            ready_file=ready_file,
+            save_dirs=tuple(save_dir or ()),
         )
     )
 

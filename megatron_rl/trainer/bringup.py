@@ -16,6 +16,7 @@ from megatron_rl.engines.offload import OFFLOADED_NAME, OffloadedEngines
 from megatron_rl.engines.pool import EnginePool
 from megatron_rl.engines.processes.own_servers import own_servers
 from megatron_rl.engines.processes.server_process import Servers
+from megatron_rl.engines.registry import Registry
 from megatron_rl.engines.requirements import check_server, check_server_precision
 from megatron_rl.errors import ConfigError
 from megatron_rl.loggers import start_loggers
@@ -25,6 +26,7 @@ from megatron_rl.policy.checkpoint import Checkpoints
 from megatron_rl.policy.checkpoint_state import TrainState
 from megatron_rl.policy.parallel import Mesh, joined_mesh
 from megatron_rl.precision.plan import PrecisionPlan
+from megatron_rl.protocol.api_key import key_headers, read_key
 from megatron_rl.sampling.rollouts import Rollouts
 from megatron_rl.supervise import STOP_SIGNALS
 from megatron_rl.tasks import make_task
@@ -83,7 +85,7 @@ def open_run(
         if plan.algorithm.needs_reference:
             policy.keep_reference()
         offloaded = OffloadedEngines(config.run.folder / OFFLOADED_NAME)
-        if mesh.rank == 0 and config.rollout.urls:
+        if mesh.rank == 0 and not config.rollout.own_servers:
             stack.push(offloaded.print_left)
         state = _load_state(config, checkpoints, mesh) if resumes else TrainState(seed=config.run.seed)
         leads: list[Lead] = []
@@ -150,7 +152,7 @@ def _load_state(config: Config, checkpoints: Checkpoints, mesh: Mesh) -> TrainSt
 def _start_servers(config: Config, plan: RunPlan, mesh: Mesh, stack: ExitStack) -> Servers | None:
     """Launch this run's own engines on rank 0 first, so that they load while the policy is built. Collective.
 
-    Returns None on the other ranks, and on every rank if `rollout.urls` names the engines.
+    Returns None on the other ranks, and on every rank if `rollout.urls` or `urls_dir` names the engines.
     """
     launched: list[Servers] = []
 
@@ -162,7 +164,7 @@ def _start_servers(config: Config, plan: RunPlan, mesh: Mesh, stack: ExitStack) 
         stack.callback(servers.stop)
         launched.append(servers.launch())
 
-    if not config.rollout.urls:
+    if config.rollout.own_servers:
         mesh.on_lead(launch)
     return launched[0] if launched else None
 
@@ -183,13 +185,17 @@ def open_rollouts(
     Args:
         config: the resolved configuration.
         precision: the resolved precision plan.
-        servers: engines that this process launched; None: those of `rollout.urls`.
+        servers: engines that this process launched; None: those of `rollout.urls` or `urls_dir`.
         need_logmu: engines report log-probabilities of the tokens they sample.
         topk: number of most likely tokens that engines report at every position.
         updates: this process changes the engines' weights; engines that were left paused are resumed.
         offloads: engines must be able to release their memory.
     """
-    urls, router = (config.rollout.urls, None) if servers is None else (servers.urls, servers.router_url)
+    rollout = config.rollout
+    registry = None if rollout.urls_dir is None else Registry(rollout.urls_dir)
+    key = None if rollout.api_key_file is None else read_key(rollout.api_key_file)
+    if servers is not None:
+        key = servers.api_key
     tokenizer = load_tokenizer(config.model.path)
     task = make_task(config.task, tokenizer, seed=config.run.seed, max_prompt_tokens=config.rollout.max_prompt_tokens)
     if config.eval.prompts > len(task.held_out):
@@ -198,12 +204,20 @@ def open_rollouts(
             "lower it, or raise task.held_out or give a larger task.eval_data"
         )
     vocab_size = AutoConfig.from_pretrained(config.model.path).get_text_config().vocab_size
-    with closing(task), EnginePool(urls, config.rollout.timeout_s, router, vocab_size) as pool:
-        pool.wait_healthy(config.rollout.start_timeout_s, wake=updates)
-        for url in pool.live_urls:
+    urls, router = (rollout.urls, None) if servers is None else (servers.urls, servers.router_url)
+    if registry is not None:
+        urls = tuple(registry.wait(rollout.servers, rollout.start_timeout_s, key_headers(key)))
+    with closing(task), EnginePool(urls, rollout.timeout_s, router, vocab_size, key, registry) as pool:
+
+        def check(url: str) -> None:
             info = pool.info(url)
             check_server(url, info, config, updates=updates, offloads=offloads)
             check_server_precision(url, info, config.precision, dequantized=precision.dequantized)
+
+        pool.wait_healthy(rollout.start_timeout_s, wake=updates)
+        for url in pool.live_urls:
+            check(url)
+        pool.check = check
         with closing(Rollouts(config, task, tokenizer, pool, need_logmu, topk)) as rollouts:
             yield rollouts
 
@@ -257,7 +271,7 @@ def _open_lead(
     )
     if attribute_only or config.run.attribute_every:
         for url in rollouts.pool.live_urls:
-            check_gives_weights(url, rollouts.pool.info(url))
+            check_gives_weights(url, rollouts.pool.info(url), config.run.folder / "attribution")
     if servers is None:
         offloaded.resume(rollouts.pool)
     else:

@@ -20,7 +20,7 @@ def evaluate_model(config: Config) -> dict[str, float]:
     check_task(config)
     with ExitStack() as stack:
         servers = None
-        if not config.rollout.urls:
+        if config.rollout.own_servers:
             limit_s = config.rollout.start_timeout_s
             servers = stack.enter_context(own_servers(config, plan.precision, plan.machine.device, limit_s))
         rollouts = stack.enter_context(open_rollouts(config, plan.precision, servers))

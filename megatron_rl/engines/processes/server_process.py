@@ -19,6 +19,7 @@ import psutil
 
 from megatron_rl.engines.processes.fork_server import VARIABLE, ForkedServer, fork_command
 from megatron_rl.errors import EngineError, ExitCode
+from megatron_rl.protocol.api_key import new_key, write_private
 from megatron_rl.supervise import end_sessions, stops_blocked
 
 _TAIL_BYTES = 4000
@@ -142,9 +143,15 @@ class Servers(ABC):
     forks = False  # whether the run's fork server starts them
     stop_signal = signal.SIGTERM  # ends a server; SIGKILL if the signals that ask for a stop are kept from it
 
-    def __init__(self, log_dir: Path | str, count: int, start_timeout_s: float) -> None:
+    def __init__(self, log_dir: Path | str, count: int, start_timeout_s: float, *, keyed: bool = False) -> None:
         self.log_dir, self.count, self.start_timeout_s = Path(log_dir), count, start_timeout_s
+        self.keyed = keyed  # the servers want a random key
+        self.api_key: str | None = None
         self._servers: list[ServerProcess] = []
+
+    def prepare(self) -> None:
+        """Write what the servers read at their start."""
+        return
 
     def check(self) -> None:
         """Raise EngineError for an error that can be found before a server is started."""
@@ -172,6 +179,11 @@ class Servers(ABC):
         return tuple(server.url for server in self._servers)
 
     @property
+    def key_file(self) -> Path:
+        """File of the key that the servers want, if they want one."""
+        return self.log_dir.absolute() / "api-key"
+
+    @property
     def router_url(self) -> str | None:
         """URL of the router through which generation goes instead of to `urls`; None without a router."""
         return None
@@ -191,6 +203,10 @@ class Servers(ABC):
             raise EngineError(f"the {self.noun}s were started already")
         self.check()
         self.log_dir.mkdir(parents=True, exist_ok=True)
+        if self.keyed:
+            self.api_key = new_key()
+            write_private(self.key_file, self.api_key)
+        self.prepare()
         for index in range(self.count):
             log = self.log_dir / f"server-{index}.log"
             command = partial(self.command, index)
