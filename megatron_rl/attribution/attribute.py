@@ -123,6 +123,7 @@ def draw_probe(
     stop_token_ids: Sequence[int],
     seed: int,
     version: int,
+    api_key: str | None = None,
 ) -> AttributionProbe:
     """Have one engine sample a response to each prompt and score it again. For rank 0.
 
@@ -133,11 +134,12 @@ def draw_probe(
         stop_token_ids: tokens that end a response.
         seed: seed of the samples.
         version: weight version that the engine must serve.
+        api_key: key that the engine wants; None: it wants none.
 
     Raises:
         EngineError: the engine samples under another version, or cannot score what it sampled.
     """
-    with EnginePool([url], rollout.timeout_s) as pool:
+    with EnginePool([url], rollout.timeout_s, api_key=api_key) as pool:
         sampled = sample_groups(
             pool,
             prompts,

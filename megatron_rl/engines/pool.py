@@ -108,7 +108,7 @@ class EnginePool(Controls):
         """
         if not urls:
             raise UserError("rollout.urls is empty: an engine pool needs at least one server")
-        self._timeout_s, self._vocab_size = timeout_s, vocab_size
+        self._timeout_s, self._vocab_size, self.api_key = timeout_s, vocab_size, api_key
         self._loop = asyncio.new_event_loop()
         self._loop.set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="engine-pool"))
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="engine-answers")
