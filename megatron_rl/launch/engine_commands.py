@@ -1,5 +1,6 @@
 """Commands of the roles of a job, from the configuration. The conductor fills in hosts and ports."""
 
+from pathlib import Path
 from typing import Any
 
 from megatron_rl.config import Config
@@ -20,7 +21,7 @@ def check_model(config: Config) -> None:
     )
 
 
-def engine_command(config: Config, python: str, gpus: int, local: int) -> list[str]:
+def engine_command(config: Config, python: str, gpus: int, local: int, key: Path) -> list[str]:
     """Return the command of an engine, with @HOST@ and @PORT@ for its address.
 
     Args:
@@ -28,17 +29,18 @@ def engine_command(config: Config, python: str, gpus: int, local: int) -> list[s
         python: the interpreter with megatron-rl.
         gpus: GPUs of the node; 0: the engine computes on CPUs.
         local: number of the engine on its node.
+        key: file with the key that requests must carry.
 
     Raises:
         ConfigError: the engine needs something that the launcher does not do.
     """
     device = "cuda" if gpus and config.run.device != "cpu" else "cpu"
     if config.rollout.engine == "embedded":
-        return _embedded_command(config, python, device)
-    return _sglang_command(config, device, local)
+        return _embedded_command(config, python, device, key)
+    return _sglang_command(config, device, local, key)
 
 
-def _embedded_command(config: Config, python: str, device: str) -> list[str]:
+def _embedded_command(config: Config, python: str, device: str, key: Path) -> list[str]:
     options = ServerOptions(
         config.model.path,
         host="@HOST@",
@@ -46,6 +48,7 @@ def _embedded_command(config: Config, python: str, device: str) -> list[str]:
         dtype=compute_dtype(config.precision),
         deterministic=config.rollout.deterministic,
         device=device,
+        api_key_file=key,
         quantization=EngineQuantization.of(config.precision),
     )
     arguments = list(options.arguments)
@@ -53,7 +56,7 @@ def _embedded_command(config: Config, python: str, device: str) -> list[str]:
     return [python, "-m", "megatron_rl", *arguments]
 
 
-def _sglang_command(config: Config, device: str, local: int) -> list[str]:
+def _sglang_command(config: Config, device: str, local: int, key: Path) -> list[str]:
     rollout = config.rollout
     _, shape = read_family(HFFolder(config.model.path).config, str(config.model.path))
     plan = resolve(config.precision, shape.num_layers, engine="sglang", device=device)
@@ -74,9 +77,15 @@ def _sglang_command(config: Config, device: str, local: int) -> list[str]:
     )
     words = [str(rollout.sglang.python), "-m", "sglang.launch_server", "--model-path", str(config.model.path), *flags]
     words += ["--host", "@HOST@", "--port", "@PORT@", "--weight-version", "default"]
+    words += ["--config", str(sglang_key_file(key))]  # a key on the command line could be read by all users
     if device == "cuda":
         words += ["--base-gpu-id", str(rollout.sglang.first_gpu + local * rollout.sglang.tensor)]
     return words
+
+
+def sglang_key_file(key: Path) -> Path:
+    """Return the file of options that gives SGLang the key of a file."""
+    return key.with_name(f"{key.name}.yaml")
 
 
 def engine_environment(config: Config, gpus: int) -> dict[str, str]:

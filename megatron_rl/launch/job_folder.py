@@ -16,9 +16,11 @@ from megatron_rl.launch.conductor.commands_of_steps import Filled, srun_command
 from megatron_rl.launch.conductor.control_files import remove, write_json
 from megatron_rl.launch.conductor.decide import TRAINER
 from megatron_rl.launch.conductor.run_files import OF_AN_ATTEMPT
+from megatron_rl.launch.engine_commands import sglang_key_file
 from megatron_rl.launch.layout import JobLayout, Role
 from megatron_rl.launch.profile import Profile, dump_profile
 from megatron_rl.launch.render import gpu_options
+from megatron_rl.protocol.api_key import new_key, write_private
 
 _PACKAGE = Path(megatron_rl.__file__).parent
 _SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
@@ -60,8 +62,13 @@ def trainer_command(python: str, run: Path, *, engines: bool) -> list[str]:
         run: the run folder.
         engines: the job starts engines, whose addresses the conductor fills in.
     """
-    urls = ["rollout.urls=@URLS@"] if engines else []
+    urls = ["rollout.urls=@URLS@", f"rollout.api_key_file={key_file(run)}"] if engines else []
     return [python, "-m", "megatron_rl", "train", str(run / "launch" / "config.yaml"), *urls, "--resume=auto"]
+
+
+def key_file(run: Path) -> Path:
+    """Return the file of a run with the key of its engines."""
+    return run / "launch" / "api-key"
 
 
 def job_json(parts: JobParts, script: Path, submit: Path) -> dict[str, Any]:
@@ -172,6 +179,10 @@ def write_run_files(parts: JobParts, job: Mapping[str, Any]) -> None:
         (launch / "env.txt").write_text(_describe_environment(parts.profile), encoding="utf-8")
         (launch / "git.txt").write_text(f"{git_revision()}\n", encoding="utf-8")
         (launch / "git.diff").write_text(_git("diff", "HEAD"), encoding="utf-8")
+        key = new_key()
+        write_private(key_file(parts.run), key)
+        if parts.config.rollout.engine == "sglang":
+            write_private(sglang_key_file(key_file(parts.run)), f"api-key: {key}")
         write_json(str(launch / "job.json"), job)
     except OSError as error:
         raise ConfigError(f"the run folder {parts.run} cannot be written ({error}): choose another run.dir") from error

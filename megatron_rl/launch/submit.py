@@ -30,6 +30,7 @@ from megatron_rl.launch.job_folder import (
     copy_conductor,
     forget_earlier,
     job_json,
+    key_file,
     steps_text,
     trainer_command,
     write_run_files,
@@ -141,7 +142,8 @@ def _parts(request: Request, profile: Profile, overrides: list[str]) -> JobParts
     profile = profile.model_copy(update={"python": python})
     layout = _layout(config, mode, request.nodes, profile)
     commands: dict[str, Sequence[str]] = {
-        role.name: engine_command(config, python, role.gpus, role.local) for role in layout.engines
+        role.name: engine_command(config, python, role.gpus, role.local, key_file(config.run.folder))
+        for role in layout.engines
     }
     commands[TRAINER] = trainer_command(python, config.run.folder, engines=True)
     gpus = max((role.gpus for role in layout.engines), default=0)
@@ -183,8 +185,8 @@ def _with_transport(config: Config, mode: str) -> Config:
 
 def _check_config(config: Config, profile: Profile, *, resume: bool) -> None:
     """Check what a job would find out only after it has waited for its nodes."""
-    if config.rollout.urls:
-        raise ConfigError("rollout.urls: the launcher starts the engines itself; remove the key")
+    if not config.rollout.own_servers:
+        raise ConfigError("rollout.urls, rollout.urls_dir: the launcher starts the engines itself; remove the key")
     folder = config.run.folder
     if any(letter in str(folder) for letter in '"\\\n'):
         raise ConfigError(f"run.dir, run.name: {folder} has a quote, a backslash or a line break: rename it")
