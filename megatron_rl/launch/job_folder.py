@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -160,8 +161,18 @@ def steps_text(job: Mapping[str, Any]) -> str:
     lines = []
     for role in job["roles"]:
         words = srun_command(job, role, filled)
-        lines += [f"# {role['name']}", " \\\n    ".join(words), ""]
+        lines += [f"# {role['name']}", _wrap(words), ""]
     return "\n".join(lines)
+
+
+def _wrap(words: Sequence[str]) -> str:
+    """Return a command as lines that a shell joins again."""
+    lines = [words[0]]
+    for word in map(shlex.quote, words[1:]):
+        if len(lines[-1]) + len(word) > 100:
+            lines.append("   ")
+        lines[-1] += f" {word}"
+    return " \\\n".join(lines)
 
 
 def write_run_files(parts: JobParts, job: Mapping[str, Any]) -> None:
