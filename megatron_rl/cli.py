@@ -4,14 +4,18 @@ import importlib
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from megatron_rl.config import load_config
-from megatron_rl.errors import ConfigError, MegatronRLError, UserError
+from megatron_rl.config import Config, load_config
+from megatron_rl.errors import ConfigError, ExitCode, MegatronRLError, UserError, exit_code, is_lost_peer
+from megatron_rl.launch.commands import launch_app
 from megatron_rl.launch.ranks import one_thread, run_ranks, under_launcher
+from megatron_rl.supervise import ignore_stops
 
 app = typer.Typer(
     name="megatron-rl",
@@ -20,31 +24,58 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.add_typer(launch_app, name="launch", no_args_is_help=True)
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see configs/")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="dotted overrides")]
 
 
 def main() -> None:
-    """Run the command line. A MegatronRLError is printed as one paragraph with exit code 2; Ctrl-C exits with 130."""
+    """Run the command line. The exit code is an `ExitCode`; a MegatronRLError is printed as one paragraph."""
     try:
         app()
     except MegatronRLError as error:
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or not error.everywhere:
-            where = "" if rank == "0" else f"rank {rank}: "
-            print(f"{where}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        if os.environ.get("RANK", "0") == "0" or not error.everywhere:
+            _say_error(f"{type(error).__name__}: {error}")
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        if under_launcher():
+            ignore_stops()  # a launcher that ends all ranks when one has ended must not change the code of rank 0
+        sys.exit(ExitCode.INTERRUPTED)
+    except Exception as error:
+        code = exit_code(error)
+        if code == ExitCode.CRASH:
+            raise
+        traceback.print_exc()
+        if is_lost_peer(error):
+            _say_error("another rank of the run is gone, and this one ends because of it; go on with --resume")
+        sys.exit(code)
 
 
-@app.command()
+def _say_error(text: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    print(f"{'' if rank == '0' else f'rank {rank}: '}{text}", file=sys.stderr, flush=True)
+
+
+class _TrainCommand(TyperCommand):
+    """`--resume` is a flag; `--resume=auto` is another one, because a flag takes no value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, ["--resume-auto" if arg == "--resume=auto" else arg for arg in args])
+
+
+@app.command(cls=_TrainCommand)
 def train(
     config_file: ConfigFile,
     overrides: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="continue from the newest valid checkpoint of the run folder")
+        bool,
+        typer.Option(
+            "--resume",
+            help="continue from the newest valid checkpoint of the run folder; --resume=auto: do so if the folder "
+            "holds a run of this configuration, else start; a run that is done ends at once",
+        ),
     ] = False,
+    resume_auto: Annotated[bool, typer.Option("--resume-auto", hidden=True)] = False,
     accept_changed_code: Annotated[
         bool,
         typer.Option(
@@ -54,27 +85,43 @@ def train(
 ) -> None:
     """Train a policy by reinforcement learning. Starts one process per rank unless a launcher already did."""
     # The configuration in a run folder may come from a version with other key names.
-    own_file = resume and config_file.with_name("log.jsonl").is_file()
+    own_file = (resume or resume_auto) and config_file.with_name("log.jsonl").is_file()
     config = load_config(config_file, overrides, accept_old_keys=own_file)
+    if resume_auto and _is_done(config):
+        return
     if not under_launcher():
         with one_thread():
-            check_run_folder = _seam("trainer.run_folder").check_run_folder
-            check_run_folder(config, resume=resume, accept_changed_code=accept_changed_code)
+            folder = _seam("trainer.run_folder")
+            resumes = resume or (resume_auto and folder.holds_same_run(config))
+            accepts = accept_changed_code and (resumes or not resume_auto)
+            folder.check_run_folder(config, resume=resumes, accept_changed_code=accepts)
             _seam("trainer.preflight").check(config)
-        flags = {"--resume": resume, "--accept-changed-code": accept_changed_code}
+        flags = {"--resume": resume, "--resume=auto": resume_auto, "--accept-changed-code": accept_changed_code}
         arguments = ["train", str(config_file), *(overrides or []), *(name for name, on in flags.items() if on)]
-        forks_servers = config.rollout.engine == "embedded" and not config.rollout.urls
+        forks_servers = config.rollout.engine == "embedded" and config.rollout.own_servers
         sys.exit(run_ranks(arguments, config.parallel.world_size, forks_servers=forks_servers))
-    with _seam("trainer.bringup").open_run(config, resume=resume, accept_changed_code=accept_changed_code) as trainer:
+    open_run = _seam("trainer.bringup").open_run
+    resumes = None if resume_auto else resume
+    with open_run(config, resume=resumes, accept_changed_code=accept_changed_code) as trainer:
         algorithm = _seam("algorithms").make_algorithm(trainer.plan.algorithm)
         hooks = _seam("trainer.attribution").attribution_hooks(config)
         try:
             _seam("trainer.loop").train(trainer, algorithm, hooks)
         except KeyboardInterrupt:
-            trainer.save(wait=True)
-            if trainer.mesh.rank == 0:
-                print(f"stopped after {trainer.state.step} steps; go on with --resume", file=sys.stderr, flush=True)
+            trainer.stop()
             raise
+
+
+def _is_done(config: Config) -> bool:
+    """Return whether the run folder holds this run, done and exported. Rank 0 says so."""
+    if not _seam("trainer.run_folder").holds_same_run(config):
+        return False
+    steps = _seam("trainer.run_control").RunControl(config.run.folder).done_steps()
+    if steps is None or steps < config.run.steps:
+        return False
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{config.run.folder} is done: {steps} steps, exported", flush=True)
+    return True
 
 
 @app.command()
@@ -90,7 +137,9 @@ def eval(
 @app.command()
 def serve(
     model: Annotated[Path, typer.Option(help="Hugging Face folder")],
-    host: Annotated[str, typer.Option(help="address to listen on; the server has no authentication")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="address to listen on; other than loopback with --api-key-file")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="port to listen on")] = 30000,
     dtype: Annotated[str, typer.Option(help="dtype of the engine: fp32, bf16 or fp16")] = "fp32",
     quantization: Annotated[
@@ -110,6 +159,15 @@ def serve(
     weight_version: Annotated[str, typer.Option(help="version name of the loaded weights")] = "default",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     max_rows: Annotated[int, typer.Option(min=1, help="maximum number of samples decoded together")] = 512,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="file (mode 600) with a key that every request must carry, but /health")
+    ] = None,
+    ready_file: Annotated[
+        Path | None, typer.Option(help="file to write once the server responds (JSON: url, pid, host, version)")
+    ] = None,
+    save_dir: Annotated[
+        list[Path] | None, typer.Option(help="folder below which /save_weights may write; may be repeated")
+    ] = None,
     parent_pid: Annotated[int, typer.Option(min=0, help="end with this parent; 0: keep running", hidden=True)] = 0,
 ) -> None:
     """Serve a model with the embedded engine over SGLang's HTTP contract. SGLang has its own `sglang.launch_server`."""
@@ -128,6 +186,9 @@ def serve(
             max_rows=max_rows,
             parent_pid=parent_pid,
             quantization=quantized,
+            api_key_file=api_key_file,
+            ready_file=ready_file,
+            save_dirs=tuple(save_dir or ()),
         )
     )
 

@@ -1,13 +1,33 @@
-"""The exceptions of the project: one base class and five kinds of error.
+"""The exceptions of the project, and the exit codes of all its commands.
 
 A message says what is wrong, where (file:line, key path, tensor name) and how to fix it. The command line prints
-the message of these errors in one paragraph and exits with status 2. Any other exception is a bug and shows its
-traceback.
+the message of these errors in one paragraph. Any other exception is a bug and shows its traceback.
 """
 
 import difflib
+import errno
 from collections.abc import Iterable
+from enum import IntEnum
 from typing import Any
+
+
+class ExitCode(IntEnum):
+    """How a command ended. Whoever starts it decides by this code whether to start it again.
+
+    DONE: it did what was asked.
+    CRASH: a bug, or a comparison that was asked for found a difference.
+    USER: an error that the same command meets again: a bad key, bad data, a missing file.
+    RETRY: an error that may go away: a lost engine or rank, a full disk. A run can be resumed.
+    INTERRUPTED: a stop was requested. A run has saved its last whole step and can be resumed.
+
+    A command that a signal n ended has 128 + n.
+    """
+
+    DONE = 0
+    CRASH = 1
+    USER = 2
+    RETRY = 75
+    INTERRUPTED = 130
 
 
 class MegatronRLError(Exception):
@@ -15,9 +35,11 @@ class MegatronRLError(Exception):
 
     Attributes:
         everywhere: True if the same error is raised on all ranks, so that only one rank prints it.
+        exit_code: exit code of a command that this error ends.
     """
 
     everywhere = False
+    exit_code = ExitCode.USER
 
 
 class UserError(MegatronRLError):
@@ -32,12 +54,40 @@ class CheckpointError(MegatronRLError):
     """A checkpoint or weight file is missing, truncated, of the wrong shape, or does not match the model."""
 
 
+class StorageError(CheckpointError):
+    """A file of a run cannot be written or read at present: a full disk, a lost mount."""
+
+    exit_code = ExitCode.RETRY
+
+
 class EngineError(MegatronRLError):
     """A rollout engine is unreachable, refused a request, or holds weights other than the expected ones."""
+
+    exit_code = ExitCode.RETRY
 
 
 class PrecisionError(MegatronRLError):
     """A requested precision is not active, or the numbers left the finite range."""
+
+
+_NO_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
+_LOST_PEER = ("DistBackendError", "DistNetworkError", "DistStoreError")  # classes of torch.distributed
+
+
+def exit_code(error: BaseException) -> ExitCode:
+    """Return the exit code of a command that an error ends."""
+    if isinstance(error, MegatronRLError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return ExitCode.INTERRUPTED
+    gone = is_lost_peer(error) or (isinstance(error, OSError) and error.errno in _NO_STORAGE)
+    return ExitCode.RETRY if gone else ExitCode.CRASH
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Return whether an error says that another rank of the run is gone or does not answer."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return isinstance(error, RuntimeError) and ("/gloo/" in str(error) or not names.isdisjoint(_LOST_PEER))
 
 
 _LONGEST = 200  # characters of a value in a message

@@ -9,7 +9,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-_INTERRUPTED = 130
+from megatron_rl.errors import ExitCode
 
 
 def has_one_thread() -> bool:
@@ -56,7 +56,7 @@ def report_error(error: BaseException) -> int:
     """Print the traceback of an error that nothing handled. Return the exit code."""
     if not isinstance(error, SystemExit):
         sys.excepthook(type(error), error, error.__traceback__)
-        return _INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+        return ExitCode.INTERRUPTED if isinstance(error, KeyboardInterrupt) else ExitCode.CRASH
     if error.code is None or isinstance(error.code, int):
         return error.code or 0
     print(error.code, file=sys.stderr)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_rl.config import load_config
 from megatron_rl.diagnostics.runlog import read_log
-from megatron_rl.errors import UserError
+from megatron_rl.errors import ExitCode, UserError
 from megatron_rl.launch.ranks import run_ranks
 from megatron_rl.report import write_report
 from megatron_rl.tiny_model import make_tiny_model
@@ -59,7 +59,7 @@ def run_quickstart(folder: Path, config_dir: Path) -> None:
 
 def _ranks(arguments: list[str], count: int) -> None:
     code = run_ranks(arguments, count)
-    if code == 130:
+    if code == ExitCode.INTERRUPTED:
         raise KeyboardInterrupt
     if code:
         raise UserError(f"`megatron-rl {arguments[0]}` ended with code {code}; its message is above")

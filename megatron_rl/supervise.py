@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 from megatron_rl.errors import UserError
 
+# They ask a run to stop. A scheduler sends them to every process of a job, and rank 0 alone decides what follows.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 _GRACE_S = 5.0
 
@@ -33,6 +35,27 @@ class Leader(Protocol):
     def send_signal(self, number: int, /) -> None:
         """Send a signal, if it runs."""
         ...
+
+
+def block_stops() -> None:
+    """Block the signals that ask for a stop, in this thread and in everything that it starts from now on."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def ignore_stops() -> None:
+    """Ignore the signals that ask for a stop, in all threads of this process, also while its interpreter ends."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def stops_blocked() -> Iterator[None]:
+    """Let processes that are started inside never see a signal that asks for a stop: the run needs them to the end."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def die_with_parent(parent_pid: int) -> None:
@@ -56,16 +79,17 @@ def kill_session(leader: int) -> None:
         os.killpg(leader, signal.SIGKILL)
 
 
-def end_sessions(leaders: Sequence[Leader], grace_s: float = _GRACE_S) -> None:
+def end_sessions(leaders: Sequence[Leader], grace_s: float = _GRACE_S, number: int = signal.SIGTERM) -> None:
     """End processes that lead their own sessions, and every other process of these sessions.
 
     Args:
-        leaders: processes that get SIGTERM.
+        leaders: processes that get the signal.
         grace_s: seconds for all of them to end; then their sessions are killed.
+        number: the signal.
     """
     for process in leaders:
         if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(number)
     deadline = time.monotonic() + grace_s
     for process in leaders:
         with suppress(subprocess.TimeoutExpired):

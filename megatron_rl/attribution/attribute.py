@@ -26,7 +26,7 @@ from megatron_rl.diagnostics.score_chain import (
     sync_verdict,
 )
 from megatron_rl.engines.pool import EnginePool, GenerationRequest, SamplingParams
-from megatron_rl.errors import CheckpointError, EngineError
+from megatron_rl.errors import CheckpointError, EngineError, StorageError
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.temperature import at_temperature_one
 from megatron_rl.precision.formats import fake_quantize
@@ -123,6 +123,7 @@ def draw_probe(
     stop_token_ids: Sequence[int],
     seed: int,
     version: int,
+    api_key: str | None = None,
 ) -> AttributionProbe:
     """Have one engine sample a response to each prompt and score it again. For rank 0.
 
@@ -133,11 +134,12 @@ def draw_probe(
         stop_token_ids: tokens that end a response.
         seed: seed of the samples.
         version: weight version that the engine must serve.
+        api_key: key that the engine wants; None: it wants none.
 
     Raises:
         EngineError: the engine samples under another version, or cannot score what it sampled.
     """
-    with EnginePool([url], rollout.timeout_s) as pool:
+    with EnginePool([url], rollout.timeout_s, api_key=api_key) as pool:
         sampled = sample_groups(
             pool,
             prompts,
@@ -296,7 +298,7 @@ def _write_sent(policy: Policy, plan: PrecisionPlan, folder: Path) -> None:
         try:
             write_hf_folder(folder, ((name, tensor) for name, tensor in stream if tensor is not None), policy.source)
         except OSError as error:
-            raise CheckpointError(f"{folder} cannot be written ({error}): free space there") from error
+            raise StorageError(f"{folder} cannot be written ({error}): free space there") from error
 
     failure: CheckpointError | None = None
     if policy.mesh.rank == 0:

@@ -1,6 +1,7 @@
 """Checks that a mismatch can be attributed, before anything is computed."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from megatron_rl.errors import ConfigError, PrecisionError
@@ -21,11 +22,25 @@ def check_replayable(plan: PrecisionPlan, machine: Machine | None = None) -> Non
         )
 
 
-def check_gives_weights(url: str, info: Mapping[str, Any]) -> None:
-    """Raise ConfigError for an engine that cannot return its weights. `info` is its report, from `EnginePool.info`."""
+def check_gives_weights(url: str, info: Mapping[str, Any], folder: Path) -> None:
+    """Check that an engine can return its weights.
+
+    Args:
+        url: URL of the engine.
+        info: its report, from `EnginePool.info`.
+        folder: the folder in which it would write them.
+
+    Raises:
+        ConfigError: it is not an embedded server, or it may not write there.
+    """
     if info.get("engine") != "embedded":
         raise ConfigError(
             f"the mismatch cannot be attributed with the engine at {url}: it is not an embedded server and cannot give "
             "back the weights it holds; name servers of `megatron-rl serve` in rollout.urls, or set "
             "run.attribute_every: 0"
+        )
+    if not any(folder.absolute().is_relative_to(allowed) for allowed in info.get("save_dirs", ())):
+        raise ConfigError(
+            f"the mismatch cannot be attributed with the engine at {url}: it may not write its weights to "
+            f"{folder.absolute()}; start it with --save-dir {folder.absolute()}, or set run.attribute_every: 0"
         )

@@ -79,15 +79,27 @@ def _a_router_is_for_own_sglang_servers(config: Config) -> None:
         raise ConfigError(
             "rollout.sglang.router: true needs engine: sglang; requests to embedded servers are spread by the trainer"
         )
-    if rollout.urls:
+    if not rollout.own_servers:
         raise ConfigError(
-            "rollout.sglang.router: true starts a router for servers of our own, and rollout.urls names others: "
-            "leave out one"
+            "rollout.sglang.router: true starts a router for servers of our own, and rollout.urls or urls_dir names "
+            "others: leave out one"
         )
     if rollout.routing_replay:
         raise ConfigError(
             "rollout.routing_replay: true does not go with rollout.sglang.router: the router drops the request for "
             "experts"
+        )
+
+
+def _engines_are_named_in_one_way(config: Config) -> None:
+    """Check that engines are named by URL or by a folder, and that a key is for engines that others have started."""
+    rollout = config.rollout
+    if rollout.urls and rollout.urls_dir is not None:
+        raise ConfigError("rollout.urls and rollout.urls_dir both name the engines: leave out one")
+    if rollout.own_servers and rollout.api_key_file is not None:
+        raise ConfigError(
+            "rollout.api_key_file is the key of the engines of rollout.urls or urls_dir; own servers get one by "
+            "themselves: leave it out, or name the engines"
         )
 
 
@@ -184,6 +196,7 @@ def _samples_are_of_the_step(config: Config) -> None:
 
 
 _RULES = (
+    _engines_are_named_in_one_way,
     _a_router_is_for_own_sglang_servers,
     _keys_of_sglang_need_sglang,
     _only_the_embedded_engine_is_deterministic,

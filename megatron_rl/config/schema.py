@@ -106,8 +106,21 @@ class RolloutConfig(Block):
     engine: Literal["embedded", "sglang"] = Field(
         "embedded", description="engine of the servers: the one of this package, or SGLang"
     )
-    servers: int = Field(1, ge=1, le=256, description="number of servers to start; ignored if urls is set")
+    servers: int = Field(
+        1,
+        ge=1,
+        le=256,
+        description="number of servers to start; with urls_dir: to wait for at the start; ignored if urls is set",
+    )
     urls: tuple[str, ...] = Field((), description="running servers to use instead; a run never stops them")
+    urls_dir: Path | None = Field(
+        None,
+        description="folder of the ready files of servers to use instead (`serve --ready-file`); they may come and go",
+    )
+    api_key_file: Path | None = Field(
+        None,
+        description="file (mode 600) with the API key that the servers of urls or urls_dir want; unset: none",
+    )
     prompts_per_step: int = Field(32, ge=1, le=1_000_000, description="number of prompts that a step trains on")
     samples_per_prompt: int = Field(
         8, ge=1, le=4096, description="number of responses to each prompt, which are one group"
@@ -128,6 +141,9 @@ class RolloutConfig(Block):
     )
     timeout_s: float = Field(
         600.0, gt=0, description="time limit of a generation request and of each call of a weight update, in seconds"
+    )
+    start_timeout_s: float = Field(
+        300.0, gt=0, description="time limit for engines to become healthy at the start of a run, in seconds"
     )
     transport: Literal["disk", "distributed", "tensor"] = Field(
         "disk",
@@ -160,6 +176,11 @@ class RolloutConfig(Block):
         description="mixture of experts: the trainer routes every token to the experts that the engine chose (R3)",
     )
     sglang: SGLangConfig = SGLangConfig()
+
+    @property
+    def own_servers(self) -> bool:
+        """Whether the run starts its own servers."""
+        return not self.urls and self.urls_dir is None
 
 
 class OptimizerConfig(Block):
@@ -318,6 +339,12 @@ class RunConfig(Block):
     seed: int = Field(0, ge=-(2**62), le=2**62, description="seed of prompts, sampling and noise")
     save_every: int = Field(20, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(2, ge=1, description="number of checkpoints to keep")
+    deadline_margin_s: float = Field(
+        60.0,
+        ge=0,
+        description="time that must be left, after the next step and its checkpoint, before the deadline that a "
+        "launcher wrote; in seconds",
+    )
     attribute_every: int = Field(
         0,
         ge=0,

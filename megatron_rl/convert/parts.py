@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.convert.progress_bar import Progress
-from megatron_rl.errors import CheckpointError, UserError
+from megatron_rl.errors import CheckpointError, StorageError, UserError
 from megatron_rl.files import append_file, replace_file, sync_folder, try_lock
 
 PLAN, DONE, LOCK = "plan.json", "done.jsonl", "lock"
@@ -88,7 +88,7 @@ class Destination:
         done = sum(record["nbytes"] for record in finished(self.partial).values()) if not restart else 0
         needed, free = int((nbytes - done) * 1.02) + _MARGIN, shutil.disk_usage(place).free
         if free < needed:
-            raise CheckpointError(f"{self.out} needs {needed} bytes, and {free} are free on its disk: free space there")
+            raise StorageError(f"{self.out} needs {needed} bytes, and {free} are free on its disk: free space there")
 
     @property
     def digest(self) -> str:
@@ -218,7 +218,7 @@ def _write(part: Part, partial: Path, add: Callable[[int], None]) -> Record:
         sync_folder(partial)
     except OSError as error:
         free = shutil.disk_usage(partial).free
-        raise CheckpointError(f"{final} cannot be written ({error}): {free} bytes are free there") from error
+        raise StorageError(f"{final} cannot be written ({error}): {free} bytes are free there") from error
     return {"file": part.file, "nbytes": size, **record}
 
 

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,11 +24,15 @@ class RunLog:
     """Append-only log of one run. A second RunLog on the same folder continues it.
 
     `resume_from` is the first step that will run again. Records from this step on are moved to `log.dropped.jsonl`. So
-    is a last line that is incomplete because the previous process died. Nothing is deleted.
+    is a last line that is incomplete because the previous process died. Nothing is deleted. `guard` is called before
+    anything is written; it raises if this process may not write.
     """
 
-    def __init__(self, folder: Path | str, resume_from: int | None = None) -> None:
-        folder = Path(folder)
+    def __init__(
+        self, folder: Path | str, resume_from: int | None = None, guard: Callable[[], None] = lambda: None
+    ) -> None:
+        folder, self._guard = Path(folder), guard
+        guard()
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / LOG_NAME
         cut_back(self.path, lambda record: _stays(record, resume_from))
@@ -52,6 +56,7 @@ class RunLog:
         step = row.get("step")
         if not isinstance(step, int) or isinstance(step, bool):
             raise UserError(f"a log record needs an integer 'step', got {step!r}")
+        self._guard()
         self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())

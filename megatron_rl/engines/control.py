@@ -308,6 +308,11 @@ def refusal_error(url: str, path: str, response: httpx.Response) -> EngineError:
         path: path of the call.
         response: the response.
     """
+    if response.status_code in (401, 403):
+        return EngineError(
+            f"{url} wants another API key ({response.status_code}): set rollout.api_key_file to the file with the key "
+            "that this engine was started with"
+        )
     if response.status_code != 404:
         return EngineError(f"{url}{path} refused the request ({response.status_code}): {error_message(response)}")
     able = "" if path in ("/save_weights", "/abort_weight_update") else ", or an SGLang of a version that has it"

@@ -9,7 +9,7 @@ result.
 import asyncio
 import logging
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -31,8 +31,10 @@ from megatron_rl.engines.pooled_engine import (
     cancel_if_lost,
     together,
 )
+from megatron_rl.engines.registry import Registry
 from megatron_rl.engines.roster import Roster
-from megatron_rl.errors import EngineError, UserError
+from megatron_rl.errors import EngineError, MegatronRLError, UserError
+from megatron_rl.protocol.api_key import key_headers
 from megatron_rl.protocol.generation import (
     GenerationRequest,
     Sample,
@@ -90,6 +92,8 @@ class EnginePool(Controls):
         timeout_s: float = 600.0,
         router_url: str | None = None,
         vocab_size: int | None = None,
+        api_key: str | None = None,
+        registry: Registry | None = None,
     ) -> None:
         """Start the pool's loop. The servers must run already.
 
@@ -99,14 +103,17 @@ class EnginePool(Controls):
             router_url: an sglang-router through which all generation goes. If the router is lost, nothing is generated.
                 None: requests go to the servers directly.
             vocab_size: number of tokens of the model; a response with another token is wrong. None: not checked.
+            api_key: key that the servers want; None: they want none.
+            registry: where engines that come later register; None: there are only these.
         """
         if not urls:
             raise UserError("rollout.urls is empty: an engine pool needs at least one server")
-        self._timeout_s, self._vocab_size = timeout_s, vocab_size
+        self._timeout_s, self._vocab_size, self.api_key = timeout_s, vocab_size, api_key
         self._loop = asyncio.new_event_loop()
         self._loop.set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="engine-pool"))
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="engine-answers")
-        in_flight = min(_IN_FLIGHT * len(set(urls)), raise_file_limit() - _OTHER_FILES)
+        most = raise_file_limit() - _OTHER_FILES
+        in_flight = most if registry is not None else min(_IN_FLIGHT * len(set(urls)), most)
         self._gate = asyncio.Semaphore(max(1, in_flight))
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine-pool", daemon=True)
         self._thread.start()
@@ -117,11 +124,15 @@ class EnginePool(Controls):
             timeout=httpx.Timeout(timeout_s, connect=HEALTH_S),
             transport=PatientTransport(limits=limits),
             trust_env=False,
+            headers=key_headers(api_key),
         )
         self._roster = Roster(urls, self._http, router_url)
         self._calls: set[asyncio.Task[Any]] = set()
         self._interrupted: set[asyncio.Task[Any]] = set()
         asyncio.run_coroutine_threadsafe(self._roster.watch(), self._loop).add_done_callback(log_unexpected_end)
+        if registry is not None:
+            self.start(registry.watch(self._roster)).add_done_callback(log_unexpected_end)
+        self.check: Callable[[str], None] = lambda url: None  # raises if an engine that comes back is not of use
 
     def __enter__(self) -> Self:
         return self
@@ -377,8 +388,33 @@ class EnginePool(Controls):
         self._run(self._set(self._roster.find(url), quarantined_because="", version=version))
 
     def recover_lost(self) -> tuple[str, ...]:
-        """Check the lost engines and quarantine those that are healthy again. Return their URLs."""
-        return self._run(self._roster.recover_lost())
+        """Check the lost engines and quarantine those that are healthy again and of use. Return their URLs.
+
+        They take part in the next weight update.
+        """
+        return tuple(url for url in self._run(self._roster.recover_lost()) if self._is_of_use(url))
+
+    def _is_of_use(self, url: str) -> bool:
+        try:
+            self.check(url)
+        except MegatronRLError as error:
+            self.mark_lost(url, str(error))
+            return False
+        return True
+
+    def expect(self, url: str, why: str) -> None:
+        """Let the next weight update look for a new engine at this URL."""
+        self._run(self._expect(url, why))
+
+    async def _expect(self, url: str, why: str) -> None:
+        self._roster.expect(url, why)
+
+    def retire(self, url: str, why: str) -> None:
+        """Do not look for an engine at this URL any more."""
+        self._run(self._retire(url, why))
+
+    async def _retire(self, url: str, why: str) -> None:
+        self._roster.retire(url, why)
 
     async def _set(self, engine: PooledEngine, **values: Any) -> None:
         for name, value in values.items():

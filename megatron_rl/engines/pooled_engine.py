@@ -40,6 +40,7 @@ class PooledEngine:
         paused: generation is paused for a weight update.
         offloaded: its memory is released.
         version: oldest weight version that it may report; an older one shows that it was restarted.
+        retired: it has left and does not come back under this URL, so it is not checked any more.
         dead: set when it is lost, so that its requests are redone elsewhere.
     """
 
@@ -50,6 +51,7 @@ class PooledEngine:
     paused: bool = False
     offloaded: bool = False
     version: int = 0
+    retired: bool = False
     dead: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property

@@ -99,6 +99,23 @@ class Roster:
                 self.front.dead.set()
                 self.front.dead = asyncio.Event()
 
+    def expect(self, url: str, why: str) -> None:
+        """Let the next weight update look for an engine at this URL. One that is there now is lost."""
+        known = next((engine for engine in self.engines if engine.url == url), None)
+        if known is None:
+            known = PooledEngine(url, lost_because=why)
+            self.engines.append(known)
+            _log.warning("engine %s is awaited at the next weight update: %s", url, why)
+        known.retired = False
+        self.mark_lost(known, why)
+
+    def retire(self, url: str, why: str) -> None:
+        """Use the engine at this URL no more, until it is expected again."""
+        engine = next((engine for engine in self.engines if engine.url == url), None)
+        if engine is not None:
+            self.mark_lost(engine, why)
+            engine.retired = True
+
     def quarantine(self, engine: PooledEngine, reason: str) -> None:
         """Send no new request to an engine until a weight update succeeds."""
         engine.quarantined_because = reason
@@ -158,6 +175,7 @@ class Roster:
 
     async def recover_lost(self) -> tuple[str, ...]:
         """Check the lost engines and quarantine those that are healthy again. Return their URLs."""
+        self.engines = [engine for engine in self.engines if not engine.retired]
         lost = [engine for engine in self.engines if not engine.live]
         health = await asyncio.gather(*(check_health(self._http, engine, timeout_s=_RECOVER_S) for engine in lost))
         back = [engine for engine, healthy in zip(lost, health, strict=True) if healthy]

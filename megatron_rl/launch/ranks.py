@@ -1,6 +1,6 @@
 """Start the ranks of one run on this machine, and end all of them with the first that ends badly.
 
-On a cluster `srun` or `torchrun` starts the ranks. Then RANK is set and this module is not used.
+On a cluster `srun` or `torchrun` starts the ranks. Then this module starts none.
 
 Without CUDA, a launcher with a single thread imports the training stack and forks the ranks. Otherwise every rank is
 a new process that imports the stack itself: neither CUDA nor a second thread survives a fork.
@@ -21,14 +21,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from megatron_rl.engines.processes.fork_server import ForkServer, may_fork_servers
-from megatron_rl.errors import ConfigError
+from megatron_rl.errors import ConfigError, ExitCode
 from megatron_rl.forking import has_one_thread, like_new
 from megatron_rl.launch.fork import ForkedRank, fork_rank
-from megatron_rl.supervise import kill_session
+from megatron_rl.launch.slurm_env import join_slurm_step
+from megatron_rl.supervise import kill_session, stops_blocked
 
 MOST_RANKS = 1024  # on one machine
-_INTERRUPTED = 130
-_SAID = (2, _INTERRUPTED)  # exit codes of ranks that have printed why they end
+_SAID = (ExitCode.USER, ExitCode.RETRY, ExitCode.INTERRUPTED)  # exit codes of ranks that have printed why they end
+_LAST_WORDS_S = 5.0  # time for the others to print why they end
+_CLOSE_S = 60.0  # time for rank 0 to end its engines after a stop
 SAME_STOP_S = 1.0  # one request may arrive twice: `timeout` and schedulers signal a process, then its group
 # numpy's BLAS starts threads when it is imported, the tokenizers when they encode a batch.
 _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -46,8 +48,11 @@ Worker = subprocess.Popen[bytes] | ForkedRank
 
 
 def under_launcher() -> bool:
-    """Return True inside a rank, started by this module, by torchrun, or by srun with RANK exported."""
-    return "RANK" in os.environ
+    """Return True inside a rank, started by this module, by torchrun, or as one of several tasks of srun.
+
+    Under srun, RANK and the other variables of a rank are set first. Raises ConfigError if they cannot be.
+    """
+    return "RANK" in os.environ or join_slurm_step()
 
 
 @contextmanager
@@ -91,12 +96,13 @@ def run_ranks(arguments: list[str], ranks: int, *, forks_servers: bool = False) 
     default = "1" if ranks > 1 else str(os.cpu_count() or 1)
     shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", default)
     stops: list[float] = []
-    asking = [signal.SIGINT, signal.SIGTERM]
+    asking = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup sets SIG_IGN, which must stay
         asking.append(signal.SIGHUP)
     previous = {number: signal.signal(number, lambda *_: stops.append(time.monotonic())) for number in asking}
     workers: list[Worker] = []
-    watch = subprocess.Popen([sys.executable, "-I", "-c", _WATCH], stdin=subprocess.PIPE, start_new_session=True)
+    with stops_blocked():
+        watch = subprocess.Popen([sys.executable, "-I", "-c", _WATCH], stdin=subprocess.PIPE, start_new_session=True)
     pids = watch.stdin.fileno()  # type: ignore[union-attr]  # stdin is a pipe
     try:
         for rank in range(ranks):
@@ -132,8 +138,8 @@ def _prepare_fork() -> Callable[[], None] | None:
 def _wait(workers: Sequence[Worker], stops: list[float]) -> int:
     """Wait for all workers. Return the exit code of the run.
 
-    When one fails, the others have 5 s to print why. `stops` are the times at which a stop was requested. They are
-    handled here, because a signal handler may have interrupted anything.
+    When one fails, the others have some seconds to print why. `stops` are the times at which a stop was requested. They
+    are handled here, because a signal handler may have interrupted anything.
     """
     asked = False
     while True:
@@ -159,13 +165,16 @@ def _wait(workers: Sequence[Worker], stops: list[float]) -> int:
 
 
 def _end_of_run(workers: Sequence[Worker], rank: int, stops: list[float]) -> int:
-    """Give the others 5 s after rank `rank` has failed, print which rank it was, and return the run's exit code."""
+    """Give the others time after rank `rank` has ended, print which rank failed, and return the run's exit code."""
     code = workers[rank].poll() or 0
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline and any(worker.poll() is None for worker in workers):
-        time.sleep(0.05)
+    for limit_s, waited_for in ((_LAST_WORDS_S, workers), (_CLOSE_S, workers[:1])):
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline and any(worker.poll() is None for worker in waited_for):
+            time.sleep(0.05)
+        if code != ExitCode.INTERRUPTED:  # after a stop, rank 0 leaves last
+            break
     if code < 0 and stops:
-        return _INTERRUPTED
+        return ExitCode.INTERRUPTED
     if code < 0 or (len(workers) > 1 and code not in _SAID):
         with suppress(OSError):
             print(_obituary(rank, workers[rank].pid, code), file=sys.stderr, flush=True)

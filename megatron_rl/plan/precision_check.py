@@ -40,7 +40,7 @@ def check_precision(config: Config, family: Family, shape: ModelShape, machine: 
         num_layers=shape.num_layers,
         computed=computed,
         engine=config.rollout.engine,
-        foreign=bool(config.rollout.urls),
+        foreign=not config.rollout.own_servers,
     )
 
 

@@ -58,6 +58,7 @@ class RunPlan:
         layout = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
         ranks = f"{parallel.world_size} ranks ({layout})" if layout else "1 rank"
         engines = f"{len(rollout.urls)} given" if rollout.urls else f"{rollout.servers} of its own"
+        engines = engines if rollout.urls_dir is None else f"those of {rollout.urls_dir}"
         noise = "" if self.noise is None else f", perturbed by ALP from sigma {self.noise.sigma_init:g}"
         return [
             f"objective: {config.objective.name}{noise}; engines report {', '.join(columns)}",
@@ -80,7 +81,7 @@ def resolve_run(config: Config) -> RunPlan:
     _check_sizes(config, shape)
     noise = layer_noise(config.alp, shape.num_layers)
     report = check_precision(config, model.family, shape, machine)
-    if not config.rollout.urls:
+    if config.rollout.own_servers:
         own_servers(config, report.plan, machine.device, 0.0, offloads=algorithm.offloads_engines).check()
         check_transport(config, machine.device)
     if config.run.attribute_every:

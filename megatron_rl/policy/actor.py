@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
-from megatron_rl.errors import CheckpointError, PrecisionError, UserError
+from megatron_rl.errors import CheckpointError, PrecisionError, StorageError, UserError
 from megatron_rl.objectives import LossInputs, LossNorm, LossOutputs
 from megatron_rl.policy.loss_denominator import global_norm
 from megatron_rl.policy.model import PolicyModel
@@ -253,7 +253,7 @@ class Policy:
                 trained = ((name, t) for name, t in tensors if t is not None)
                 write_hf_folder(dest, chain(trained, self.source.carried()), self.source)
             except OSError as error:
-                failure = CheckpointError(f"{dest} cannot be written ({error}): free space or choose another place")
+                failure = StorageError(f"{dest} cannot be written ({error}): free space or choose another place")
             except CheckpointError as error:
                 failure = error
         for _ in tensors:  # the export is collective: every rank must run it to its end, also after a failure

@@ -8,6 +8,7 @@ loaded. The next older one is loaded instead, and a message gives the reason.
 import hashlib
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -20,7 +21,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from megatron_rl.errors import CheckpointError
+from megatron_rl.errors import CheckpointError, StorageError
 from megatron_rl.files import sync_folder
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.checkpoint_files import PARTIAL, FileList, check_digests, find_defect, read_list, shares
@@ -43,10 +44,25 @@ class Checkpoints:
         policy: the policy that is saved and restored.
         keep: how many of the newest checkpoints stay on disk.
         pinned: numbers of checkpoints that also stay on disk.
+        guard: called on rank 0 before anything is written or removed; it raises if this process may not.
+
+    Attributes:
+        saved: number of the newest checkpoint that this process has begun to save; None: none yet.
+        save_s: seconds that the last saves took until their files were on disk. On rank 0.
     """
 
-    def __init__(self, folder: Path, policy: Policy, keep: int, pinned: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        policy: Policy,
+        keep: int,
+        pinned: Iterable[int] = (),
+        guard: Callable[[], None] = lambda: None,
+    ) -> None:
         self.folder, self.policy, self.keep, self.pinned = folder, policy, keep, frozenset(pinned)
+        self.guard = guard
+        self.saved: int | None = None
+        self.save_s: deque[float] = deque(maxlen=100)
         # The persistent writer of megatron-core 0.16.1 divides by the number of CUDA devices. A new writer per save
         # works everywhere.
         self.queue = AsyncCallsQueue(persistent=False)
@@ -71,9 +87,11 @@ class Checkpoints:
         self.finish(wait=True)
         final = self.path(state.number)
         partial = final.with_name(final.name + PARTIAL)
-        self.policy.mesh.on_lead(lambda: _make_empty(partial))
+        began = time.time()
+        self.policy.mesh.on_lead(lambda: self._begin(partial))
         save = Save(self._content(state), partial, self.policy.mesh)
-        save.request.add_finalize_fn(lambda: save.complete(lambda: self._publish(partial, final)))
+        save.request.add_finalize_fn(lambda: save.complete(lambda: self._publish(partial, final, began)))
+        self.saved = state.number
         self.queue.schedule_async_request(save.request)
         self.finish(wait=wait)
 
@@ -257,8 +275,19 @@ class Checkpoints:
         content["rng"] = ShardedObject(f"rng_of_{mesh.world}", rng, (mesh.world,), (mesh.rank,), replica_id=0)
         return content
 
-    def _publish(self, partial: Path, final: Path) -> None:
-        """Give a complete checkpoint its final name, and remove old and half-written ones. For rank 0."""
+    def _begin(self, partial: Path) -> None:
+        self.guard()
+        _make_empty(partial)
+
+    def _publish(self, partial: Path, final: Path, began: float) -> None:
+        """Give a complete checkpoint its final name, and remove old and half-written ones. For rank 0.
+
+        `began` is the unix time at which the save began.
+        """
+        self.guard()
+        # The files may have been on disk long before the step ended in which this is called.
+        written = max(path.stat().st_mtime for path in partial.iterdir())
+        self.save_s.append(min(max(written - began, 0.0), time.time() - began))
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
@@ -300,7 +329,7 @@ def _make_empty(folder: Path) -> None:
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise CheckpointError(f"checkpoint {folder} cannot be written: {error.strerror}") from error
+        raise StorageError(f"checkpoint {folder} cannot be written: {error.strerror}") from error
 
 
 def _readable_list(folder: Path) -> FileList:

@@ -29,10 +29,11 @@ from megatron.core.dist_checkpointing.strategies.base import (
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from megatron_rl.errors import CheckpointError
+from megatron_rl.errors import CheckpointError, StorageError
 from megatron_rl.files import replace_file, sync_folder
 from megatron_rl.policy.checkpoint_files import NEEDED, FileList, file_digest
 from megatron_rl.policy.parallel import Mesh
+from megatron_rl.supervise import block_stops
 
 _FORMAT, _VERSION = "torch_dist", 1
 
@@ -114,6 +115,7 @@ def _write_digesting(write: Callable[..., None], reports: _Reports, *arguments: 
 
     megatron-core opens its files with the built-in `open`. A name in its module comes before a built-in name.
     """
+    block_stops()
     filesystem_async.logger.setLevel(logging.CRITICAL)  # this process reports its errors
     filesystem_async.open = partial(_DigestingFile, reports)
     write(*arguments)
@@ -209,8 +211,8 @@ class Save:
 
         self.mesh.on_lead(finish)
 
-    def _cannot_write(self, reason: str) -> CheckpointError:
-        return CheckpointError(
+    def _cannot_write(self, reason: str) -> StorageError:
+        return StorageError(
             f"checkpoint {self.folder} cannot be written ({reason}): free space there or choose another run.dir; "
             "--resume goes on from the checkpoint before"
         )
@@ -236,7 +238,7 @@ class Save:
             path = self.folder / name
             sizes[name], digests[name] = shards.get(name) or (path.stat().st_size, file_digest(path, sync=True))
             if path.stat().st_size != sizes[name]:
-                raise CheckpointError(
+                raise StorageError(
                     f"{path} has {path.stat().st_size} bytes on disk, but {sizes[name]} were written: check the file "
                     "system"
                 )

@@ -88,7 +88,9 @@ def pick_device(requested: str) -> torch.device:
             "run.device is cuda, but torch sees no CUDA device: set run.device to cpu or auto, or repair the driver"
         )
     if requested != "cpu" and torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        # A launcher may show every rank one GPU alone; that GPU is number 0 for each of them.
+        index = 0 if torch.cuda.device_count() == 1 else int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
         return device
     if torch.cuda.is_available():

@@ -1,8 +1,9 @@
 """Process groups: one torch.distributed world, divided into megatron-core's groups."""
 
 import os
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,6 +19,8 @@ from megatron_rl.errors import ConfigError, MegatronRLError
 from megatron_rl.policy.device_port import pick_device
 
 T = TypeVar("T")
+_LEAVE_S = 10.0  # time for the other ranks to close what they own
+_EXIT_S = 1.0  # time for their interpreters to end
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,17 @@ def shutdown() -> None:
     _control = None
 
 
+def _let_others_leave(mesh: Mesh) -> None:
+    """Let rank 0 leave last after a stop. A launcher may end every rank as soon as one has ended with a code."""
+    store = distributed_c10d._get_default_store()
+    if mesh.rank != 0:
+        store.set(f"left/{mesh.rank}", "")
+    elif mesh.world > 1:
+        with suppress(RuntimeError):  # a rank that is gone leaves no word
+            store.wait([f"left/{rank}" for rank in range(1, mesh.world)], timedelta(seconds=_LEAVE_S))
+        time.sleep(_EXIT_S)
+
+
 @contextmanager
 def joined_mesh(config: Config) -> Iterator[Mesh]:
     """Pick the device, join the world and divide it into the configured layout; leave it afterwards. Collective.
@@ -192,5 +206,8 @@ def joined_mesh(config: Config) -> Iterator[Mesh]:
     mesh = initialize(config.parallel, device, config.run.seed)
     try:
         yield mesh
+    except KeyboardInterrupt:
+        _let_others_leave(mesh)
+        raise
     finally:
         shutdown()

@@ -112,7 +112,7 @@ class ServerOptions:
 
     Attributes:
         model: Hugging Face folder.
-        host: address to listen on; the server has no authentication.
+        host: address to listen on; one that is not loopback needs a key.
         port: port to listen on.
         dtype: dtype of weights that are not quantized and of activations: fp32, bf16 or fp16.
         threads: torch threads; 0: torch's choice.
@@ -122,6 +122,9 @@ class ServerOptions:
         max_rows: samples decoded together.
         parent_pid: end with this parent process; 0: do not. Linux only.
         quantization: quantization of weights and inputs; None: none.
+        api_key_file: file with the key that every request must carry, but `/health`; None: no key.
+        ready_file: file that is written once the server responds; None: none.
+        save_dirs: folders below which `/save_weights` may write.
 
     Raises:
         UserError: a number is outside its range.
@@ -138,6 +141,9 @@ class ServerOptions:
     max_rows: int = 512
     parent_pid: int = 0
     quantization: EngineQuantization | None = None
+    api_key_file: Path | None = None
+    ready_file: Path | None = None
+    save_dirs: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         for name, low, high in (("port", 0, 65535), ("threads", 0, 4096), ("max_rows", 1, 1 << 20)):
@@ -151,5 +157,10 @@ class ServerOptions:
         arguments = ["serve", "--model", str(self.model)]
         for name in ("host", "port", "dtype", "threads", "weight_version", "device", "max_rows", "parent_pid"):
             arguments += [f"--{name.replace('_', '-')}", str(getattr(self, name))]
+        for name in ("api_key_file", "ready_file"):
+            path = getattr(self, name)
+            arguments += [] if path is None else [f"--{name.replace('_', '-')}", str(path)]
+        for folder in self.save_dirs:
+            arguments += ["--save-dir", str(folder)]
         arguments += ["--deterministic"] if self.deterministic else []
         return arguments + (self.quantization.flags if self.quantization else [])

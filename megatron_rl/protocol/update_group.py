@@ -14,6 +14,7 @@ from torch.distributed import distributed_c10d
 
 from megatron_rl.errors import EngineError, first_line
 
+_WAITING = 1024  # connections that wait to be accepted
 JOIN_S = 60.0  # seconds in which all members must join
 
 
@@ -79,9 +80,29 @@ class UpdateGroup:
             dist.destroy_process_group(group)
 
 
-def create_store(timeout_s: float) -> dist.TCPStore:
-    """Return the store where a group meets, on a free port of all interfaces of this machine."""
-    return dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=timeout_s), wait_for_workers=False)
+def create_store(timeout_s: float, address: str = "127.0.0.1") -> dist.TCPStore:
+    """Return the store where a group meets, on a free port of one address of this machine.
+
+    A store listens on all interfaces by itself, and knows no authentication.
+
+    Args:
+        timeout_s: time limit in seconds.
+        address: address of this machine.
+
+    Raises:
+        EngineError: nothing can listen on the address.
+    """
+    limit = timedelta(seconds=timeout_s)
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.bind(place)
+        listener.listen(_WAITING)
+    except OSError as error:
+        raise EngineError(f"no update group can meet on {address} of this machine ({error})") from error
+    port = listener.getsockname()[1]
+    # The store owns the socket from now on.
+    return dist.TCPStore(address, port, None, True, limit, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def connect_store(address: str, port: int, world: int, timeout_s: float) -> dist.TCPStore:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -14,7 +15,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from megatron_rl.errors import MegatronRLError
+from megatron_rl.errors import MegatronRLError, UserError
+from megatron_rl.protocol.api_key import is_loopback, read_key
 from megatron_rl.protocol.bodies import (
     AbortBody,
     BeginUpdateBody,
@@ -33,18 +35,20 @@ from megatron_rl.protocol.bodies import (
 )
 from megatron_rl.protocol.generation import to_json
 from megatron_rl.protocol.payload import unpack_payload
+from megatron_rl.protocol.ready_file import WILDCARDS, remove_ready_file, write_ready_file
 from megatron_rl.protocol.server_options import ServerOptions, describe_precision
+from megatron_rl.server.access import Access, RequireKey
 from megatron_rl.server.decode_batch import Job
 from megatron_rl.server.engine import Engine, JobFailed
 from megatron_rl.server.http_limits import BodyLimits, TimedProtocol
 from megatron_rl.server.requests import parse_jobs, response_entries
 from megatron_rl.server.workers import Workers
-from megatron_rl.supervise import die_with_parent, raise_file_limit
+from megatron_rl.supervise import block_stops, die_with_parent, raise_file_limit
 
 _MANY = 1 << 14  # tokens of a response that is written in a thread
 
 
-def create_app(engine: Engine) -> FastAPI:
+def create_app(engine: Engine, access: Access = Access()) -> FastAPI:  # noqa: B008  (frozen)
     """Return the HTTP application of a started engine. A bad request gets status 400 and an error naming the field."""
 
     workers = Workers()
@@ -57,6 +61,8 @@ def create_app(engine: Engine) -> FastAPI:
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.add_middleware(BodyLimits)
+    if access.key is not None:
+        app.add_middleware(RequireKey, key=access.key)
 
     @app.exception_handler(MegatronRLError)
     async def refused(_: Request, error: Exception) -> Response:
@@ -76,8 +82,8 @@ def create_app(engine: Engine) -> FastAPI:
     async def broken(_: Request, error: Exception) -> Response:
         return _failure(f"a fault of the server: {type(error).__name__}: {str(error)[:300]}", 500)
 
-    _add_generation(app, engine, workers)
-    _add_control(app, engine, workers)
+    _add_generation(app, engine, workers, access)
+    _add_control(app, engine, workers, access)
     _add_updates(app, engine, workers)
     return app
 
@@ -91,7 +97,7 @@ def _done(message: str = "ok", **more: Any) -> Response:
     return JSONResponse({"success": True, "message": message, **more})
 
 
-def _add_generation(app: FastAPI, engine: Engine, workers: Workers) -> None:
+def _add_generation(app: FastAPI, engine: Engine, workers: Workers, access: Access) -> None:
     @app.get("/health")
     async def health() -> Response:
         if not engine.healthy:
@@ -113,6 +119,7 @@ def _add_generation(app: FastAPI, engine: Engine, workers: Workers) -> None:
                 "deterministic": engine.deterministic,
                 "paused": engine.paused,
                 "memory": engine.memory,
+                "save_dirs": [str(folder.absolute()) for folder in access.save_dirs],
             }
         )
 
@@ -146,7 +153,7 @@ async def _client_left(request: Request) -> None:
         pass
 
 
-def _add_control(app: FastAPI, engine: Engine, workers: Workers) -> None:
+def _add_control(app: FastAPI, engine: Engine, workers: Workers, access: Access) -> None:
     @app.post("/pause_generation")
     async def pause_generation(body: PauseBody) -> Response:
         await workers.quick(engine.pause, body.mode)
@@ -193,7 +200,7 @@ def _add_control(app: FastAPI, engine: Engine, workers: Workers) -> None:
 
     @app.post("/save_weights")
     async def save_weights(body: SaveBody) -> Response:
-        version = await workers.slow(engine.save_weights, Path(body.path))
+        version = await workers.slow(lambda: engine.save_weights(access.check_place(Path(body.path))))
         return _done(weight_version=version)
 
 
@@ -271,10 +278,16 @@ def _add_updates(app: FastAPI, engine: Engine, workers: Workers) -> None:
 
 
 def run_server(options: ServerOptions) -> None:
-    """Load the model and serve it until SIGTERM or SIGINT. Requests that still run then end as aborted."""
+    """Load the model and serve it until SIGTERM or SIGINT. Requests that still run then end as aborted.
+
+    Raises UserError if everybody on a network could use the server.
+    """
+    access = Access(None if options.api_key_file is None else read_key(options.api_key_file), options.save_dirs)
+    _check_address(options.host, access)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     raise_file_limit()
     if options.parent_pid:
+        block_stops()  # the run that started this server ends it
         die_with_parent(options.parent_pid)
     engine = Engine(
         options.model,
@@ -287,7 +300,7 @@ def run_server(options: ServerOptions) -> None:
         engine_quantization=options.quantization,
     ).start()
     config = uvicorn.Config(
-        create_app(engine),
+        create_app(engine, access),
         host=options.host,
         port=options.port,
         log_level="warning",
@@ -299,6 +312,34 @@ def run_server(options: ServerOptions) -> None:
         ws="none",
     )
     try:
-        uvicorn.Server(config).run()
+        _Server(config, options).run()
     finally:
         engine.stop()
+
+
+def _check_address(host: str, access: Access) -> None:
+    if not is_loopback(host) and access.key is None:
+        raise UserError(
+            f"--host {host} can be reached from other machines, and whoever reaches the server may change its weights: "
+            "give a key with --api-key-file, and the same file to the run as rollout.api_key_file"
+        )
+    if host in WILDCARDS:
+        print(f"warning: --host {host} listens on all interfaces; name one address", file=sys.stderr, flush=True)
+
+
+class _Server(uvicorn.Server):
+    """Writes the ready file once requests are accepted, and removes it when they are not accepted any more."""
+
+    def __init__(self, config: uvicorn.Config, options: ServerOptions) -> None:
+        super().__init__(config)
+        self._options = options
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        if self._options.ready_file is not None and not self.should_exit:
+            write_ready_file(self._options.ready_file, self._options.host, self._options.port)
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        if self._options.ready_file is not None:
+            remove_ready_file(self._options.ready_file)
+        await super().shutdown(sockets)

@@ -123,6 +123,7 @@ def _attribute(trainer: Trainer, prompts: int, *, sampled: list[Tensor] | None, 
             stop_token_ids=rollouts.stop,
             seed=config.run.seed + _SEED + state.step,
             version=state.version,
+            api_key=pool.api_key,
         )
 
     probe = trainer.on_lead(draw)

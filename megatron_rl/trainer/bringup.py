@@ -16,6 +16,7 @@ from megatron_rl.engines.offload import OFFLOADED_NAME, OffloadedEngines
 from megatron_rl.engines.pool import EnginePool
 from megatron_rl.engines.processes.own_servers import own_servers
 from megatron_rl.engines.processes.server_process import Servers
+from megatron_rl.engines.registry import Registry
 from megatron_rl.engines.requirements import check_server, check_server_precision
 from megatron_rl.errors import ConfigError
 from megatron_rl.loggers import start_loggers
@@ -25,29 +26,30 @@ from megatron_rl.policy.checkpoint import Checkpoints
 from megatron_rl.policy.checkpoint_state import TrainState
 from megatron_rl.policy.parallel import Mesh, joined_mesh
 from megatron_rl.precision.plan import PrecisionPlan
+from megatron_rl.protocol.api_key import key_headers, read_key
 from megatron_rl.sampling.rollouts import Rollouts
+from megatron_rl.supervise import STOP_SIGNALS
 from megatron_rl.tasks import make_task
 from megatron_rl.tasks.templates import load_tokenizer
 from megatron_rl.trainer.lead import Lead
 from megatron_rl.trainer.preflight import resolve_on_rank
 from megatron_rl.trainer.progress import ProgressLine
-from megatron_rl.trainer.run_folder import prepare_run_folder
+from megatron_rl.trainer.run_control import RunControl
+from megatron_rl.trainer.run_folder import holds_same_run, prepare_run_folder
+from megatron_rl.trainer.stops import Stops
 from megatron_rl.trainer.trainer import Trainer
 from megatron_rl.weight_sync.make_sync import make_sync
-
-START_TIMEOUT_S = 300.0
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
 def open_run(
-    config: Config, *, resume: bool, accept_changed_code: bool = False, attribute_only: bool = False
+    config: Config, *, resume: bool | None, accept_changed_code: bool = False, attribute_only: bool = False
 ) -> Iterator[Trainer]:
     """Open a run on this rank, and close everything it owns afterwards, also after an error. Collective.
 
     Args:
         config: the resolved configuration.
-        resume: continue from the newest usable checkpoint of the run folder.
+        resume: continue from the newest usable checkpoint of the run folder; None: if the folder holds a run.
         accept_changed_code: resume also if the user's own code has changed.
         attribute_only: the run takes no step, so the log keeps its records of later steps, and the user's own code is
             neither compared nor recorded.
@@ -59,30 +61,44 @@ def open_run(
     plan = resolve_on_rank(config, attributes=attribute_only)
     with ExitStack() as stack:
         mesh = stack.enter_context(joined_mesh(config))
-        stops = _note_stops(mesh)
+        noted = _note_stops(mesh)
         if mesh.rank == 0:
             print_plan(plan, config)
 
-        mesh.on_lead(
-            lambda: prepare_run_folder(
-                config, stack, resume=resume, accept_changed_code=accept_changed_code, attribute_only=attribute_only
+        def prepare() -> bool:
+            resumes = holds_same_run(config) if resume is None else resume
+            accepts = accept_changed_code and (resumes or resume is not None)
+            prepare_run_folder(
+                config, stack, resume=resumes, accept_changed_code=accepts, attribute_only=attribute_only
             )
-        )
+            return resumes
+
+        resumes = mesh.on_lead(prepare)
+        control = RunControl(config.run.folder)
+        stops = _watch_control(config, control, mesh, stack, attribute_only=attribute_only)
         servers = _start_servers(config, plan, mesh, stack)
         policy = build_policy(config, mesh, plan.precision, plan.noise)
         older = plan.algorithm.older_checkpoints
-        checkpoints = Checkpoints(config.run.folder / "checkpoints", policy, config.run.keep, older)
+        guard = control.check_attempt
+        checkpoints = Checkpoints(config.run.folder / "checkpoints", policy, config.run.keep, older, guard)
         stack.push(checkpoints.leave)
         if plan.algorithm.needs_reference:
             policy.keep_reference()
         offloaded = OffloadedEngines(config.run.folder / OFFLOADED_NAME)
-        if mesh.rank == 0 and config.rollout.urls:
+        if mesh.rank == 0 and not config.rollout.own_servers:
             stack.push(offloaded.print_left)
-        state = _load_state(config, checkpoints, mesh) if resume else TrainState(seed=config.run.seed)
+        state = _load_state(config, checkpoints, mesh) if resumes else TrainState(seed=config.run.seed)
         leads: list[Lead] = []
 
         def open_lead() -> None:
-            leads.append(_open_lead(config, plan, state, servers, offloaded, stack, stops, attribute_only))
+            assert stops is not None
+            stops.save_s = checkpoints.save_s
+            try:
+                leads.append(_open_lead(config, plan, state, servers, offloaded, stack, noted, stops, attribute_only))
+            except KeyboardInterrupt:
+                if not attribute_only:
+                    control.write_stopped(state.step, stops.reason)
+                raise
 
         mesh.on_lead(open_lead)
         lead = leads[0] if leads else None
@@ -90,6 +106,24 @@ def open_run(
         stack.callback(sync.close)
         stack.enter_context(_long_lived_objects())
         yield Trainer(config, plan, mesh, policy, checkpoints, sync, lead, state)
+
+
+def _watch_control(
+    config: Config, control: RunControl, mesh: Mesh, stack: ExitStack, *, attribute_only: bool
+) -> Stops | None:
+    """Begin this attempt in the control folder and watch it on rank 0. Return None on the other ranks. Collective."""
+    watches: list[Stops] = []
+
+    def watch() -> None:
+        if attribute_only:
+            control.check_attempt()
+        else:
+            control.begin()
+        watches.append(Stops(control, config.run.deadline_margin_s))
+        stack.callback(watches[0].close)
+
+    mesh.on_lead(watch)
+    return watches[0] if watches else None
 
 
 @contextmanager
@@ -118,17 +152,19 @@ def _load_state(config: Config, checkpoints: Checkpoints, mesh: Mesh) -> TrainSt
 def _start_servers(config: Config, plan: RunPlan, mesh: Mesh, stack: ExitStack) -> Servers | None:
     """Launch this run's own engines on rank 0 first, so that they load while the policy is built. Collective.
 
-    Returns None on the other ranks, and on every rank if `rollout.urls` names the engines.
+    Returns None on the other ranks, and on every rank if `rollout.urls` or `urls_dir` names the engines.
     """
     launched: list[Servers] = []
 
     def launch() -> None:
         offloads = plan.algorithm.offloads_engines
-        servers = own_servers(config, plan.precision, mesh.device.type, START_TIMEOUT_S, offloads=offloads)
+        servers = own_servers(
+            config, plan.precision, mesh.device.type, config.rollout.start_timeout_s, offloads=offloads
+        )
         stack.callback(servers.stop)
         launched.append(servers.launch())
 
-    if not config.rollout.urls:
+    if config.rollout.own_servers:
         mesh.on_lead(launch)
     return launched[0] if launched else None
 
@@ -149,13 +185,17 @@ def open_rollouts(
     Args:
         config: the resolved configuration.
         precision: the resolved precision plan.
-        servers: engines that this process launched; None: those of `rollout.urls`.
+        servers: engines that this process launched; None: those of `rollout.urls` or `urls_dir`.
         need_logmu: engines report log-probabilities of the tokens they sample.
         topk: number of most likely tokens that engines report at every position.
         updates: this process changes the engines' weights; engines that were left paused are resumed.
         offloads: engines must be able to release their memory.
     """
-    urls, router = (config.rollout.urls, None) if servers is None else (servers.urls, servers.router_url)
+    rollout = config.rollout
+    registry = None if rollout.urls_dir is None else Registry(rollout.urls_dir)
+    key = None if rollout.api_key_file is None else read_key(rollout.api_key_file)
+    if servers is not None:
+        key = servers.api_key
     tokenizer = load_tokenizer(config.model.path)
     task = make_task(config.task, tokenizer, seed=config.run.seed, max_prompt_tokens=config.rollout.max_prompt_tokens)
     if config.eval.prompts > len(task.held_out):
@@ -164,12 +204,20 @@ def open_rollouts(
             "lower it, or raise task.held_out or give a larger task.eval_data"
         )
     vocab_size = AutoConfig.from_pretrained(config.model.path).get_text_config().vocab_size
-    with closing(task), EnginePool(urls, config.rollout.timeout_s, router, vocab_size) as pool:
-        pool.wait_healthy(START_TIMEOUT_S, wake=updates)
-        for url in pool.live_urls:
+    urls, router = (rollout.urls, None) if servers is None else (servers.urls, servers.router_url)
+    if registry is not None:
+        urls = tuple(registry.wait(rollout.servers, rollout.start_timeout_s, key_headers(key)))
+    with closing(task), EnginePool(urls, rollout.timeout_s, router, vocab_size, key, registry) as pool:
+
+        def check(url: str) -> None:
             info = pool.info(url)
             check_server(url, info, config, updates=updates, offloads=offloads)
             check_server_precision(url, info, config.precision, dequantized=precision.dequantized)
+
+        pool.wait_healthy(rollout.start_timeout_s, wake=updates)
+        for url in pool.live_urls:
+            check(url)
+        pool.check = check
         with closing(Rollouts(config, task, tokenizer, pool, need_logmu, topk)) as rollouts:
             yield rollouts
 
@@ -200,12 +248,13 @@ def _open_lead(
     servers: Servers | None,
     offloaded: OffloadedEngines,
     stack: ExitStack,
-    stops: list[int],
+    noted: list[int],
+    stops: Stops,
     attribute_only: bool,
 ) -> Lead:
     """Connect to the engines, read the task and open the log. For rank 0. KeyboardInterrupt if a stop was requested."""
     _handle_stops(signal.default_int_handler)
-    if stops:
+    if noted:
         raise KeyboardInterrupt
     if servers is not None:
         servers.wait_healthy()
@@ -222,7 +271,7 @@ def _open_lead(
     )
     if attribute_only or config.run.attribute_every:
         for url in rollouts.pool.live_urls:
-            check_gives_weights(url, rollouts.pool.info(url))
+            check_gives_weights(url, rollouts.pool.info(url), config.run.folder / "attribution")
     if servers is None:
         offloaded.resume(rollouts.pool)
     else:
@@ -230,9 +279,9 @@ def _open_lead(
     if not attribute_only and (found := rollouts.begin(state)):
         print(found, flush=True)
     resume_from = None if attribute_only else state.step
-    log = stack.enter_context(RunLog(config.run.folder, resume_from))
+    log = stack.enter_context(RunLog(config.run.folder, resume_from, stops.control.check_attempt))
     start_loggers(config, resume_from, log)
     progress = stack.enter_context(ProgressLine(config.run.name, config.run.steps, state.step, enabled=True))
-    lead = Lead(rollouts, offloaded, log, SampleLog(config.run.folder, resume_from), progress)
+    lead = Lead(rollouts, offloaded, log, SampleLog(config.run.folder, resume_from), progress, stops)
     _handle_stops(lead.stop_soon)
     return lead

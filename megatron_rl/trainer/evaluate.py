@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from megatron_rl.config import Config
 from megatron_rl.engines.processes.own_servers import own_servers
 from megatron_rl.errors import ConfigError
-from megatron_rl.trainer.bringup import START_TIMEOUT_S, open_rollouts
+from megatron_rl.trainer.bringup import open_rollouts
 from megatron_rl.trainer.preflight import check_task, resolve_on_rank
 
 
@@ -20,8 +20,9 @@ def evaluate_model(config: Config) -> dict[str, float]:
     check_task(config)
     with ExitStack() as stack:
         servers = None
-        if not config.rollout.urls:
-            servers = stack.enter_context(own_servers(config, plan.precision, plan.machine.device, START_TIMEOUT_S))
+        if config.rollout.own_servers:
+            limit_s = config.rollout.start_timeout_s
+            servers = stack.enter_context(own_servers(config, plan.precision, plan.machine.device, limit_s))
         rollouts = stack.enter_context(open_rollouts(config, plan.precision, servers))
         rates = rollouts.evaluate(0)
     for name, rate in rates.items():

@@ -11,6 +11,7 @@ from megatron_rl.sampling.rollouts import Rollouts
 from megatron_rl.trainer.learned import Learned
 from megatron_rl.trainer.metrics import Stopwatch
 from megatron_rl.trainer.progress import ProgressLine
+from megatron_rl.trainer.stops import Stops
 
 
 @dataclass
@@ -23,7 +24,8 @@ class Lead:
         log: the run log.
         samples: the file of samples.
         progress: the live line.
-        interrupted: whether the user requested a stop.
+        stops: requests to stop.
+        interrupted: whether a stop at the next safe point was requested.
     """
 
     rollouts: Rollouts
@@ -31,6 +33,7 @@ class Lead:
     log: RunLog
     samples: SampleLog
     progress: ProgressLine
+    stops: Stops
     interrupted: bool = False
     _warned: bool = field(default=False, init=False)
 

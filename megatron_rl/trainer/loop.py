@@ -29,13 +29,14 @@ def train(trainer: Trainer, algorithm: Algorithm, hooks: Sequence[StepHook] = ()
         hooks: extra work inside every step.
 
     Raises:
-        KeyboardInterrupt: on every rank, if the user requested a stop; `trainer.state` is then the last whole step.
+        KeyboardInterrupt: on every rank, if a stop was requested; `trainer.state` is then the last whole step.
     """
     config = trainer.config
     trainer.publish(trainer.state.version)
     if trainer.state.step == 0:
         trainer.evaluate()
     while trainer.state.step < config.run.steps:
+        trainer.stop_if_due()
         step, version, watch = trainer.state.step, trainer.state.version, Stopwatch()
         for hook in hooks:
             hook.before_step(trainer)

@@ -18,12 +18,18 @@ from megatron_rl.policy.checkpoint_files import find_defect
 from megatron_rl.policy.checkpoint_state import newest_valid
 from megatron_rl.sampling.rollouts import rollouts_folder
 from megatron_rl.trainer.code_record import CODE_FILE, check_code, write_code
+from megatron_rl.trainer.run_control import CONTROL_NAME
 
 CONFIG_NAME = "config.yaml"
 LOCK_NAME = "in-use"
+# Keys that a run may change between two attempts: where it computes and how long, not what.
+_PLACES = {
+    "rollout": ("servers", "urls", "urls_dir", "weights_dir", "timeout_s", "start_timeout_s", "api_key_file"),
+    "run": ("dir", "name", "steps", "save_every", "keep", "deadline_margin_s", "loggers", "show_samples"),
+}
 _RECORDS = (LOG_NAME, "log.dropped.jsonl", SAMPLES_NAME, "samples.dropped.jsonl")
 FILES = (CONFIG_NAME, *_RECORDS, CODE_FILE, OFFLOADED_NAME, LOCK_NAME)
-FOLDERS = ("checkpoints", "rollouts", "attribution", "servers", "tb", "hf", "report")
+FOLDERS = (CONTROL_NAME, "checkpoints", "rollouts", "attribution", "servers", "tb", "hf", "report")
 
 
 def check_run_folder(config: Config, *, resume: bool, accept_changed_code: bool = False) -> None:
@@ -97,6 +103,32 @@ def _check_content(folder: Path) -> None:
     if (folder / LOG_NAME).is_file():
         read_log(folder)
     _earlier_config(folder)
+
+
+def holds_same_run(config: Config) -> bool:
+    """Return whether the run folder holds a run, of the same configuration.
+
+    Keys that say where a run computes and how long, not what, may differ.
+
+    Raises:
+        ConfigError: the folder holds a run of another configuration.
+    """
+    folder = config.run.folder
+    if not (folder / LOG_NAME).is_file():
+        return False
+    earlier = _earlier_config(folder)
+    changed = [] if earlier is None else [text for text in changed_keys(earlier, config) if not _is_of_place(text)]
+    if changed:
+        raise ConfigError(
+            f"{folder} holds a run of another configuration ({', '.join(changed)}): pass --resume to go on with it "
+            "all the same, or choose another run.name"
+        )
+    return True
+
+
+def _is_of_place(change: str) -> bool:
+    section, key = change.partition(":")[0].split(".")
+    return section == "parallel" or key in _PLACES.get(section, ())
 
 
 def _earlier_config(folder: Path) -> Config | None:

@@ -1,11 +1,12 @@
 """The trainer: state and steps of one run, on every rank."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from megatron_rl.config import Config
-from megatron_rl.errors import UserError
+from megatron_rl.errors import EngineError, UserError
 from megatron_rl.plan import RunPlan
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.checkpoint import Checkpoints
@@ -56,6 +57,15 @@ class Trainer:
 
         return self.mesh.on_lead(run)
 
+    def stop_if_due(self) -> None:
+        """Raise KeyboardInterrupt on every rank if the run must stop before its next step."""
+
+        def check(lead: Lead) -> None:
+            if lead.stops.due_before_step() or lead.interrupted:
+                raise KeyboardInterrupt
+
+        self.on_lead(check)
+
     def collect(self, watch: Stopwatch) -> Batch:
         """Return the batch of the next step. Raises KeyboardInterrupt when a stop was requested."""
 
@@ -67,9 +77,16 @@ class Trainer:
         return self._sampled(collect)
 
     def _sampled(self, sample: Callable[[Lead], T]) -> T:
-        """Run `sample` on rank 0. If data or reward fail there, keep the steps that were done, then raise."""
+        """Run `sample` on rank 0. If data or reward fail there, keep the steps that were done, then raise.
+
+        Raises KeyboardInterrupt if engines fail after a stop was requested: its signal may have reached them, too.
+        """
         try:
             return self.on_lead(sample)
+        except EngineError:
+            if self.interrupted():
+                raise KeyboardInterrupt from None
+            raise
         except UserError:
             if self.state.step:
                 self.ensure_saved()
@@ -135,8 +152,20 @@ class Trainer:
             self.save(wait=True)
 
     def export(self) -> None:
-        """Write the policy as a complete Hugging Face folder, `hf/` in the run folder."""
+        """Write the policy as a complete Hugging Face folder, `hf/` in the run folder. The run is then done."""
+        self.on_lead(lambda lead: lead.stops.control.check_attempt())
         self.policy.save_hf(self.config.run.folder / "hf")
+        self.on_lead(lambda lead: lead.stops.control.write_done(self.state.step))
+
+    def stop(self) -> None:
+        """Save the last whole step, and record in the control folder that and why the run stopped."""
+        self.checkpoints.finish(wait=True)
+        if self.checkpoints.saved != self.state.step:
+            self.save(wait=True)
+        self.on_lead(lambda lead: lead.stops.control.write_stopped(self.state.step, lead.stops.reason))
+        self.mesh.barrier()
+        if self.lead is not None:
+            print(f"stopped after {self.state.step} steps; go on with --resume", file=sys.stderr, flush=True)
 
     def interrupted(self) -> bool:
         """Return whether a stop was requested, on every rank."""

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_rl.errors import CheckpointError
+from megatron_rl.errors import CheckpointError, StorageError
 from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.hf_folder import INDEX, MANIFEST, SINGLE, ModelFiles
 
@@ -127,7 +127,7 @@ def _write_shards(
             save_file(shard, file, metadata={"format": "pt"})
         except (SafetensorError, OSError) as error:
             wanted, free = sum(tensor.nbytes for tensor in shard.values()), shutil.disk_usage(folder).free
-            raise CheckpointError(
+            raise StorageError(
                 f"a shard of {wanted} bytes cannot be written to {folder.parent} ({error}): {free} bytes are free there"
             ) from error
         shards.append(list(shard))

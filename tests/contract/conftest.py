@@ -100,7 +100,7 @@ def engine(request: pytest.FixtureRequest) -> str:
 def start_servers(engine: str, model_dir: Path, logs: Path, count: int = 1) -> Servers:
     """Return servers of the given kind in fp32, not yet healthy. Enter the context or call `wait_healthy`."""
     if engine == "embedded":
-        return EmbeddedServers(model_dir, logs, count, threads=1)
+        return EmbeddedServers(model_dir, logs, count, threads=1, save_dirs=(Path("/"),))
     flags = server_flags(resolve(PrecisionConfig(), 2, engine="sglang", device="cpu"), SGLANG, device="cpu")
     return SGLangServers(model_dir, logs, flags, SGLANG, count)
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -78,8 +77,7 @@ def servers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[l
     yield started
     for server in started:
         if server.process.poll() is None:
-            server.process.send_signal(signal.SIGTERM)
-            server.process.wait(30)
+            server.kill()
 
 
 @pytest.fixture

@@ -98,7 +98,7 @@ def test_a_run_without_any_server_left_ends_with_one_clear_error(start, small_ru
     for server in servers:
         server.kill()
     result = command.wait(timeout=60)
-    assert result.code == 2, result.all
+    assert result.code == 75, result.all
     assert "Traceback" not in result.err
     errors = [line for line in result.err.splitlines() if line.startswith("EngineError: ")]
     assert len(errors) == 1 and result.err.rstrip().endswith(errors[0])

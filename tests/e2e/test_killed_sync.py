@@ -119,7 +119,9 @@ def test_a_trainer_killed_inside_a_weight_update(
 def sglang_url(small_run: Path, tmp_path: Path) -> Iterator[str]:
     """The URL of an SGLang server that the run did not start."""
     config = load_config(small_run, [*SGLANG, "run.name=servers", f"run.dir={tmp_path}"])
-    with own_servers(config, resolve(config.precision, 2, engine="sglang", device="cpu"), "cpu", 300) as servers:
+    servers = own_servers(config, resolve(config.precision, 2, engine="sglang", device="cpu"), "cpu", 300)
+    servers.keyed = False  # the test sends requests of its own
+    with servers:
         yield servers.urls[0]
 
 

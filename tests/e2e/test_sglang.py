@@ -94,7 +94,7 @@ def test_behind_a_router_a_run_goes_on_without_a_server_and_ends_clearly_without
         if "sglang_router.launch_router" in process.cmdline():
             process.kill()
     result = command.wait(timeout=400)
-    assert result.code == 2 and "Traceback" not in result.err, result.all
+    assert result.code == 75 and "Traceback" not in result.err, result.all
     assert result.err.count(f"engine {url} is lost") == 1, result.err
     assert "sglang-router at " in result.err.splitlines()[-1] and "router: false" in result.err.splitlines()[-1]
     assert_whole_steps(run_folder, len(records(run_folder)))

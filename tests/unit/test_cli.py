@@ -1,12 +1,13 @@
 """The command line lists its commands, and refuses bad input in one paragraph."""
 
+import errno
 import subprocess
 import sys
 
 import pytest
 
 from megatron_rl import cli
-from megatron_rl.errors import ConfigError
+from megatron_rl.errors import ConfigError, EngineError
 
 COMMANDS = {"train", "eval", "serve", "report", "doctor", "config"}
 
@@ -112,10 +113,34 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         cli.main()
 
 
-@pytest.mark.parametrize(("error", "code"), [(ConfigError("no"), 2), (KeyboardInterrupt(), 130)])
-def test_exit_codes_tell_a_mistake_from_ctrl_c(monkeypatch, capsys, error, code):
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("no"), 2),
+        (EngineError("no"), 75),
+        (OSError(errno.ENOSPC, "full"), 75),
+        (RuntimeError("gloo/gloo/transport/tcp/pair.cc"), 75),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=repr,
+)
+def test_exit_codes_tell_what_may_go_away_from_a_mistake(monkeypatch, capsys, error, code):
     def refuse(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(cli, "load_config", refuse)
     assert say(monkeypatch, capsys, "train", "x.yaml")[0] == code
+
+
+def test_resume_is_a_flag_and_resume_auto_another(monkeypatch, capsys):
+    seen = []
+
+    def load(path, overrides, **_: object) -> None:
+        seen.append((str(path), overrides))
+        raise ConfigError("stop")
+
+    monkeypatch.setattr(cli, "load_config", load)
+    for flag in ("--resume", "--resume=auto"):
+        say(monkeypatch, capsys, "train", flag, "x.yaml", "run.steps=5")
+    assert seen == [("x.yaml", ["run.steps=5"])] * 2
+    assert say(monkeypatch, capsys, "train", "--resume=yes", "x.yaml")[0] == 2 and len(seen) == 2

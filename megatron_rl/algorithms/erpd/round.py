@@ -108,8 +108,9 @@ class _Round:
         self.bare = batch
         keep = trainer.config.run.keep
         pinned = (*plan.kept, plan.teacher_updates)
-        self.teacher = Checkpoints(self.folder.path / TEACHER, self.policy, keep, pinned)
-        self.student = Checkpoints(self.folder.path / STUDENT, self.policy, keep)
+        guard = trainer.checkpoints.guard
+        self.teacher = Checkpoints(self.folder.path / TEACHER, self.policy, keep, pinned, guard)
+        self.student = Checkpoints(self.folder.path / STUDENT, self.policy, keep, guard=guard)
 
     def learn(self) -> RoundRecords:
         """Run both stages and return their results."""

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from megatron_rl.errors import CheckpointError
+from megatron_rl.errors import CheckpointError, StorageError
 from megatron_rl.files import append_file, replace_file
 from megatron_rl.types import Batch
 
@@ -138,5 +138,5 @@ class RoundFolder:
             raise _unwritable(self.path / name, error) from error
 
 
-def _unwritable(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"{path} cannot be written ({error}): free space there")
+def _unwritable(path: Path, error: OSError) -> StorageError:
+    return StorageError(f"{path} cannot be written ({error}): free space there")

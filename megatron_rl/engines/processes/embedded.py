@@ -1,6 +1,7 @@
 """Embedded servers as processes of this machine."""
 
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ class EmbeddedServers(Servers):
     """Embedded servers, one process each."""
 
     noun = "embedded server"
+    stop_signal = signal.SIGKILL
 
     @property
     def forks(self) -> bool:  # type: ignore[override]
@@ -33,6 +35,9 @@ class EmbeddedServers(Servers):
         weight_version: str = "0",
         start_timeout_s: float = 300.0,
         engine_quantization: EngineQuantization | None = None,
+        *,
+        keyed: bool = False,
+        save_dirs: tuple[Path, ...] = (),
     ) -> None:
         """Set the options of the servers; `start` starts them.
 
@@ -47,8 +52,10 @@ class EmbeddedServers(Servers):
             weight_version: version of the weights as loaded.
             start_timeout_s: seconds until a server must be healthy.
             engine_quantization: quantization of weights and inputs; None: none.
+            keyed: the servers want a random key.
+            save_dirs: folders below which the servers may write their weights.
         """
-        super().__init__(log_dir, count, start_timeout_s)
+        super().__init__(log_dir, count, start_timeout_s, keyed=keyed)
         self._options = ServerOptions(
             Path(model_dir).absolute(),
             dtype=dtype,
@@ -56,6 +63,8 @@ class EmbeddedServers(Servers):
             deterministic=deterministic,
             weight_version=weight_version,
             quantization=engine_quantization,
+            api_key_file=self.key_file if keyed else None,
+            save_dirs=tuple(folder.absolute() for folder in save_dirs),
         )
 
     def command(self, index: int, port: int) -> list[str]:

@@ -27,7 +27,7 @@ from megatron_rl.forking import (
     report_error,
     run_as_command,
 )
-from megatron_rl.supervise import kill_session
+from megatron_rl.supervise import block_stops, kill_session
 
 # In the environment of ranks: file descriptor of the socket, and pid of the fork server.
 VARIABLE = "MEGATRON_RL_FORK_SERVER"
@@ -143,6 +143,7 @@ def _become_server(connection: socket.socket, others: socket.socket, launcher: i
     try:
         others.close()
         os.setsid()  # Ctrl-C reaches the launcher only
+        block_stops()
         _die_with_parent()
         name_process("mrl-fork-server")
         if os.getppid() == launcher:

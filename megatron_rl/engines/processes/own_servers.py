@@ -30,6 +30,8 @@ def own_servers(
             deterministic=rollout.deterministic,
             start_timeout_s=start_timeout_s,
             engine_quantization=EngineQuantization.of(config.precision),
+            keyed=True,
+            save_dirs=(config.run.folder / "attribution",),
         )
     return SGLangServers(
         config.model.path,
@@ -47,4 +49,5 @@ def own_servers(
         device=device,
         start_timeout_s=start_timeout_s,
         quantized=plan if plan.rolls_out_low else None,
+        keyed=True,
     )

@@ -2,12 +2,13 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -17,8 +18,9 @@ import httpx
 import psutil
 
 from megatron_rl.engines.processes.fork_server import VARIABLE, ForkedServer, fork_command
-from megatron_rl.errors import EngineError
-from megatron_rl.supervise import end_sessions
+from megatron_rl.errors import EngineError, ExitCode
+from megatron_rl.protocol.api_key import new_key, write_private
+from megatron_rl.supervise import end_sessions, stops_blocked
 
 _TAIL_BYTES = 4000
 _STARTS = 3  # another process may take a free port before the server binds it
@@ -33,7 +35,14 @@ class ServerProcess:
     """A process that listens on a port of loopback and answers /health."""
 
     def __init__(
-        self, name: str, command: Callable[[int], list[str]], log: Path, env: dict[str, str], *, forks: bool = False
+        self,
+        name: str,
+        command: Callable[[int], list[str]],
+        log: Path,
+        env: dict[str, str],
+        *,
+        forks: bool = False,
+        sees_stops: bool = True,
     ) -> None:
         """Start the process.
 
@@ -43,8 +52,9 @@ class ServerProcess:
             log: file to which its output is appended.
             env: its environment.
             forks: the command is `python -m megatron_rl ...`, and the run's fork server starts it.
+            sees_stops: SIGTERM and the other signals that ask for a stop reach it.
         """
-        self.name, self.log, self._forks = name, log, forks
+        self.name, self.log, self._forks, self._sees_stops = name, log, forks, sees_stops
         self._command, self._env, self._starts = command, env, 0
         self._spawn()
 
@@ -58,14 +68,15 @@ class ServerProcess:
             if self._forks:
                 self.process = fork_command(command[3:], self.port, self._env, self.log)
                 return
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                env=self._env,
-                start_new_session=True,
-            )
+            with nullcontext() if self._sees_stops else stops_blocked():
+                self.process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                    env=self._env,
+                    start_new_session=True,
+                )
 
     @property
     def url(self) -> str:
@@ -88,7 +99,10 @@ class ServerProcess:
             if code is not None and _PORT_TAKEN.search(tail) and self._starts < _STARTS:
                 self._spawn()
             elif code is not None:
-                raise EngineError(f"{self.name} ended with code {code} at its start; {self.log} ends:\n{tail}")
+                error = EngineError(f"{self.name} ended with code {code} at its start; {self.log} ends:\n{tail}")
+                if code == ExitCode.USER:  # an embedded server that says so ends the same way each time
+                    error.exit_code = ExitCode.USER
+                raise error
             elif time.monotonic() > deadline:
                 raise EngineError(f"{self.name} was not healthy within {timeout_s:g} s; {self.log} ends:\n{tail}")
             else:
@@ -127,10 +141,17 @@ class Servers(ABC):
 
     noun = "server"
     forks = False  # whether the run's fork server starts them
+    stop_signal = signal.SIGTERM  # ends a server; SIGKILL if the signals that ask for a stop are kept from it
 
-    def __init__(self, log_dir: Path | str, count: int, start_timeout_s: float) -> None:
+    def __init__(self, log_dir: Path | str, count: int, start_timeout_s: float, *, keyed: bool = False) -> None:
         self.log_dir, self.count, self.start_timeout_s = Path(log_dir), count, start_timeout_s
+        self.keyed = keyed  # the servers want a random key
+        self.api_key: str | None = None
         self._servers: list[ServerProcess] = []
+
+    def prepare(self) -> None:
+        """Write what the servers read at their start."""
+        return
 
     def check(self) -> None:
         """Raise EngineError for an error that can be found before a server is started."""
@@ -158,6 +179,11 @@ class Servers(ABC):
         return tuple(server.url for server in self._servers)
 
     @property
+    def key_file(self) -> Path:
+        """File of the key that the servers want, if they want one."""
+        return self.log_dir.absolute() / "api-key"
+
+    @property
     def router_url(self) -> str | None:
         """URL of the router through which generation goes instead of to `urls`; None without a router."""
         return None
@@ -177,11 +203,16 @@ class Servers(ABC):
             raise EngineError(f"the {self.noun}s were started already")
         self.check()
         self.log_dir.mkdir(parents=True, exist_ok=True)
+        if self.keyed:
+            self.api_key = new_key()
+            write_private(self.key_file, self.api_key)
+        self.prepare()
         for index in range(self.count):
             log = self.log_dir / f"server-{index}.log"
             command = partial(self.command, index)
             name, env = f"{self.noun} {index}", self.environment()
-            self._servers.append(ServerProcess(name, command, log, env, forks=self.forks))
+            sees_stops = self.stop_signal != signal.SIGKILL
+            self._servers.append(ServerProcess(name, command, log, env, forks=self.forks, sees_stops=sees_stops))
         return self
 
     def wait_healthy(self) -> Self:
@@ -199,9 +230,12 @@ class Servers(ABC):
         return self
 
     def stop(self) -> None:
-        """Stop all servers with SIGTERM, then SIGKILL after a grace time. Return when all have ended. Idempotent."""
+        """Stop all servers with `stop_signal`, then SIGKILL after a grace time. Return when all have ended.
+
+        Idempotent.
+        """
         servers, self._servers = self._servers, []
-        end_sessions([server.process for server in servers])
+        end_sessions([server.process for server in servers], number=self.stop_signal)
 
 
 def environment_of_servers() -> dict[str, str]:

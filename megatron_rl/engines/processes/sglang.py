@@ -21,8 +21,9 @@ from megatron_rl.engines.processes.server_process import (
     environment_of_servers,
     free_port,
 )
-from megatron_rl.errors import CheckpointError, ConfigError, EngineError
+from megatron_rl.errors import ConfigError, EngineError, StorageError
 from megatron_rl.precision.plan import DTYPES, PrecisionPlan
+from megatron_rl.protocol.api_key import write_private
 from megatron_rl.supervise import end_sessions
 from megatron_rl.weights.hf_folder import HFFolder
 from megatron_rl.weights.hf_model import check_folder
@@ -52,10 +53,14 @@ _FROM_KEYS = {
     "--mem-fraction-static": "rollout.sglang.mem_fraction",
     "--enable-memory-saver": "objective.name",
     "--enable-return-routed-experts": "rollout.routing_replay",
+    "--api-key": "the run",
     "--host": "rollout.urls",
     "--port": "rollout.urls",
     "--weight-version": "the weight updates",
 }
+
+# Arguments with which a server has no key: SGLang reads one file of options, and its several tokenizers know no key.
+_WITHOUT_KEY = ("--config", "--tokenizer-worker-num")
 
 
 def server_flags(
@@ -115,6 +120,8 @@ class SGLangServers(Servers):
         weight_version: str = "0",
         start_timeout_s: float = 300.0,
         quantized: PrecisionPlan | None = None,
+        *,
+        keyed: bool = False,
     ) -> None:
         """Set the options of the servers; `start` starts them.
 
@@ -131,10 +138,14 @@ class SGLangServers(Servers):
                 (`start/` in the log folder, removed by `stop`) that holds the weights that the trainer would send:
                 SGLang's own quantization at load has one scale per channel, not per block. None: they start from
                 `model_dir`.
+            keyed: the servers want a random key, unless a router or an argument of `settings` cannot have one.
         """
-        super().__init__(log_dir, count, start_timeout_s)
+        given = {argument.partition("=")[0] for argument in settings.args}
+        keyed = keyed and not settings.router and given.isdisjoint(_WITHOUT_KEY)
+        super().__init__(log_dir, count, start_timeout_s, keyed=keyed)
         self._model, self._plan = Path(model_dir).absolute(), quantized
         self._copy = self.log_dir.absolute() / "start"
+        self._key_options = self.log_dir.absolute() / "api-key.yaml"
         self._flags = [*flags, "--weight-version", weight_version]
         self._settings, self._device = settings, device
         self._router: ServerProcess | None = None
@@ -148,13 +159,14 @@ class SGLangServers(Servers):
         """Return the command line of server `index` on `port`. On GPUs, each server gets `tensor` GPUs, in order."""
         model = self._model if self._plan is None else self._copy
         flags = ["--model-path", str(model), *self._flags, "--host", "127.0.0.1", "--port", str(port)]
+        flags += ["--config", str(self._key_options)] if self.keyed else []
         if self._device != "cpu":
             flags += ["--base-gpu-id", str(self._settings.first_gpu + index * self._settings.tensor)]
         return _guarded(self._settings, "sglang.launch_server", flags)
 
     def environment(self) -> dict[str, str]:
         """Return the environment of the servers."""
-        return _environment(self._device)
+        return environment_of_servers() | server_environment(self._device)
 
     def check(self) -> None:
         """Raise EngineError if the interpreter of `rollout.sglang.python` does not exist."""
@@ -165,12 +177,12 @@ class SGLangServers(Servers):
                 "interpreter of an environment that holds sglang"
             )
 
-    def launch(self) -> Self:
-        """Start the processes without waiting for them. With quantized weights, write the start folder first."""
-        self.check()
+    def prepare(self) -> None:
+        """Write the file with the key and, with quantized weights, the start folder."""
+        if self.keyed:  # every user of the machine can read a command line
+            write_private(self._key_options, f"api-key: {self.api_key}")
         if self._plan is not None:
             write_as_sent(self._model, self._plan, self._copy)
-        return super().launch()
 
     def wait_healthy(self) -> Self:
         """Wait until the servers are healthy, then start the router and wait for it. On an error, all are stopped."""
@@ -210,7 +222,7 @@ def start_router(urls: Sequence[str], log: Path, settings: SGLangConfig, device:
         flags += ["--policy", "round_robin", "--disable-retries", "--prometheus-port", str(free_port())]
         return _guarded(settings, "sglang_router.launch_router", flags)
 
-    return ServerProcess("sglang-router", command, log, _environment(device))
+    return ServerProcess("sglang-router", command, log, environment_of_servers() | server_environment(device))
 
 
 def _guarded(settings: SGLangConfig, module: str, flags: list[str]) -> list[str]:
@@ -219,12 +231,13 @@ def _guarded(settings: SGLangConfig, module: str, flags: list[str]) -> list[str]
     return [*guard, str(settings.python.absolute()), "-m", module, *flags]
 
 
-def _environment(device: str) -> dict[str, str]:
+def server_environment(device: str) -> dict[str, str]:
+    """Return the variables that a server needs in addition to those of its parent."""
     # A request for several samples cannot be aborted by its id. SGLang ends it when it detects the disconnection.
-    env = {"SGLANG_REQUEST_STATE_WAIT_TIMEOUT": "1"} | environment_of_servers()
+    env = {"SGLANG_REQUEST_STATE_WAIT_TIMEOUT": "1"}
     if device == "cpu":
         env |= _CPU_ENVIRONMENT
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_CPU_SITE), env.get("PYTHONPATH")]))
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_CPU_SITE), os.environ.get("PYTHONPATH")]))
     return env
 
 
@@ -246,6 +259,4 @@ def write_as_sent(model_dir: Path, plan: PrecisionPlan, dest: Path) -> None:
     try:
         write_hf_folder(dest, sent, source, quantization=quantization_config(plan, source.tensors))
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{dest} cannot be written ({error}): free space there or choose another run.dir"
-        ) from error
+        raise StorageError(f"{dest} cannot be written ({error}): free space there or choose another run.dir") from error

@@ -27,6 +27,8 @@ def run_guarded(parent_pid: int, command: list[str]) -> int:
     """
     stops: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stops.append(number))
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):  # for the trainer alone; the command inherits this
+        signal.signal(number, signal.SIG_IGN)
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     if libc is not None:
         libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)  # processes whose parent has ended become children of this process

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from megatron_rl.engines.pool import EnginePool
-from megatron_rl.errors import CheckpointError, EngineError, UserError
+from megatron_rl.errors import EngineError, StorageError, UserError
 from megatron_rl.files import try_lock
 from megatron_rl.protocol.payload import SHARED_MEMORY
 from megatron_rl.weight_sync.expected_digests import ExpectedDigests
@@ -65,7 +65,7 @@ class DiskTransport(Transport):
             expected: gets the digests of the version.
 
         Raises:
-            CheckpointError: if the folder cannot be written.
+            StorageError: if the folder cannot be written.
         """
         if self._staging is None:
             self._private = self._staging = _private_folder(self._source.nbytes * (self._keep + 1))
@@ -77,7 +77,7 @@ class DiskTransport(Transport):
                 folder, seen, self._source, manifest_version=version, quantization=self._quantization
             )
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(
+            raise StorageError(
                 f"weight version {version} cannot be written to {folder} ({error}): "
                 "free space there or choose another staging folder"
             ) from error

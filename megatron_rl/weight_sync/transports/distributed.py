@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_rl.engines.pool import EnginePool
 from megatron_rl.errors import EngineError
+from megatron_rl.protocol.api_key import is_loopback
 from megatron_rl.protocol.buckets import Bucket
 from megatron_rl.protocol.update_group import JOIN_S, UpdateGroup, create_store, local_address_for
 from megatron_rl.weight_sync.transports.transport import BucketTransport, each
@@ -48,12 +49,13 @@ class DistributedTransport(BucketTransport):
         self._leave(engines, [url for url in self._members if url in ranks])  # the other engines have ended
         self._name, self._members = f"weights-{secrets.token_hex(8)}", dict(ranks)
         backend = "nccl" if self._device.type == "cuda" else "gloo"
-        store, world = create_store(JOIN_S), 1 + sum(ranks.values())
+        address = _meeting_place({local_address_for(url) for url in ranks})
+        store, world = create_store(JOIN_S, address), 1 + sum(ranks.values())
         first = dict(zip(ranks, _first_ranks(ranks), strict=True))
 
         def invite(url: str) -> None:
             place = {"rank": first[url], "world": world, "name": self._name, "backend": backend}
-            engines.join_update_group(url, local_address_for(url), store.port, **place)  # type: ignore[arg-type]
+            engines.join_update_group(url, address, store.port, **place)  # type: ignore[arg-type]
 
         def join() -> UpdateGroup:
             timeout_s = max(self._timeout_s, JOIN_S)
@@ -99,6 +101,20 @@ class DistributedTransport(BucketTransport):
             # An error is ignored: the engine may have left already.
             each(list(urls), lambda url: engines.leave_update_group(url, self._name))
         self._name, self._members = "", {}
+
+
+def _meeting_place(addresses: set[str]) -> str:
+    """Return the address of this machine on which all engines can meet.
+
+    An engine of this machine also reaches the address that others reach. Raises EngineError if there are several.
+    """
+    beyond = sorted(address for address in addresses if not is_loopback(address))
+    if len(beyond) > 1:
+        raise EngineError(
+            f"engines reach this machine at several addresses ({', '.join(beyond)}), and an update group meets at one: "
+            "give them URLs in one network, or set rollout.transport: disk"
+        )
+    return beyond[0] if beyond else sorted(addresses)[0]
 
 
 def _first_ranks(ranks: Mapping[str, int]) -> list[int]:

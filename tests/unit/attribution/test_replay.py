@@ -1,7 +1,5 @@
 """Attribution names the faults that a test places between a real policy and a real engine behind HTTP."""
 
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -11,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import uvicorn
 from fastapi import FastAPI
 
 from megatron_rl.attribution.attribute import Attribution, attribute, draw_probe
@@ -30,12 +27,15 @@ from megatron_rl.policy.device_port import pick_device
 from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.protocol.server_options import EngineQuantization
 from megatron_rl.sampling.rollouts import Rollouts
+from megatron_rl.server.access import Access
 from megatron_rl.server.app import create_app
 from megatron_rl.server.engine import Engine
 from megatron_rl.tasks import make_task
 from megatron_rl.trainer.attribution import attribute_step
 from megatron_rl.trainer.lead import Lead
 from megatron_rl.trainer.progress import ProgressLine
+from megatron_rl.trainer.run_control import RunControl
+from megatron_rl.trainer.stops import Stops
 from megatron_rl.trainer.trainer import Trainer
 from megatron_rl.types import Prompt
 from megatron_rl.weight_sync.sync import WeightSync
@@ -43,6 +43,7 @@ from megatron_rl.weights.quantized import quantization_config
 from tests.disk_sync import disk_sync
 from tests.models import make_qwen3
 from tests.policies import build_planned_policy, embedded_plan
+from tests.serving import serving
 from tests.unit.tasks.char_tokenizer import char_tokenizer
 
 FP32 = {"train": "fp32", "rollout": "fp32"}
@@ -86,21 +87,6 @@ class Pair:
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
 
 
-@contextmanager
-def serving(app: FastAPI) -> Iterator[str]:
-    """Yield the URL of a server that serves `app`."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_qwen3(tmp_path_factory.mktemp("model"), tied=False, vocab=64)
@@ -129,7 +115,9 @@ def paired(model: Path, tmp_path: Path) -> Iterator[Callable[..., Pair]]:
             engine = Engine(
                 model, plan.engine, threads=1, deterministic=True, engine_quantization=engine_quantization
             ).start()
-            pool = stack.enter_context(EnginePool([stack.enter_context(serving(create_app(engine)))], 60))
+            pool = stack.enter_context(
+                EnginePool([stack.enter_context(serving(create_app(engine, Access(save_dirs=(tmp_path,)))))], 60)
+            )
             quantization = quantization_config(plan, policy.source.tensors)
             sync = disk_sync(pool, policy.source, tmp_path / "staging", group=mesh.control, quantization=quantization)
             if publish:
@@ -219,7 +207,10 @@ def test_scales_that_were_exported_twice_too_large_are_named_though_every_digest
 def test_every_engine_is_looked_at_not_only_the_one_that_is_replayed(paired):
     pair = paired(FP32, publish=False)
     other = Engine(pair.engine.model_dir, "fp32", threads=1).start()
-    with serving(create_app(other)) as url, EnginePool([*pair.pool.live_urls, url], 60) as both:
+    with (
+        serving(create_app(other, Access(save_dirs=(pair.folder,)))) as url,
+        EnginePool([*pair.pool.live_urls, url], 60) as both,
+    ):
         disk_sync(both, pair.policy.source, pair.folder / "other").push(pair.policy.export(pair.plan), 1)
         with torch.inference_mode():
             other._batcher.weights.model.get_parameter("model.norm.weight")[0] += 1
@@ -265,10 +256,13 @@ def in_run(pair: Pair, pool: EnginePool) -> Iterator[Trainer]:
     task = make_task(TaskConfig(max_operand=12, held_out=5), tokenizer, seed=0, max_prompt_tokens=8)
     rollouts = Rollouts(config, task, tokenizer, pool, need_logmu=True)
     with RunLog(config.run.folder) as log, ProgressLine("test", 1, 0, enabled=True) as progress:
-        lead = Lead(rollouts, OffloadedEngines(config.run.folder / "note"), log, SampleLog(config.run.folder), progress)
+        stops = Stops(RunControl(config.run.folder), 0.0)
+        note = OffloadedEngines(config.run.folder / "note")
+        lead = Lead(rollouts, note, log, SampleLog(config.run.folder), progress, stops)
         checkpoints = Checkpoints(config.run.folder / "checkpoints", policy, 1)
         yield Trainer(config, resolve_run(config), policy.mesh, policy, checkpoints, pair.sync, lead, TrainState())
         checkpoints.close()
+        stops.close()
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["the one that samples", "another"])

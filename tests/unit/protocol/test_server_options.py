@@ -38,6 +38,9 @@ def test_the_arguments_of_a_server_are_read_back_as_its_options(monkeypatch: pyt
         max_rows=3,
         parent_pid=4,
         quantization=EngineQuantization("fp8_blockwise", "fp8", True, "fp32"),
+        api_key_file=Path("/key"),
+        ready_file=Path("/ready.json"),
+        save_dirs=(Path("/a"), Path("/b c")),
     )
     started: list[ServerOptions] = []
     monkeypatch.setattr(app, "run_server", started.append)

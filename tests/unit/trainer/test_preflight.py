@@ -74,9 +74,9 @@ def test_an_attribution_that_could_never_be_made_is_refused_before_the_run_and_o
 
 
 def test_an_engine_that_cannot_give_its_weights_back_is_refused_by_address_where_they_are_asked_for():
-    check_gives_weights("http://ours", {"engine": "embedded"})
+    check_gives_weights("http://ours", {"engine": "embedded", "save_dirs": ["/runs"]}, Path("/runs/a/attribution"))
     with pytest.raises(ConfigError, match=r"http://theirs: .*megatron-rl serve.*run\.attribute_every: 0"):
-        check_gives_weights("http://theirs", {"dtype": "bfloat16", "quantization": "fp8"})
+        check_gives_weights("http://theirs", {"dtype": "bfloat16", "quantization": "fp8"}, Path("/runs"))
 
 
 def test_a_warm_up_is_refused_a_precision_that_cannot_run_before_it_starts(model, tmp_path):

@@ -1,0 +1,255 @@
+"""Jobs on a virtual cluster of four nodes: placement, failures, requeues. The roles are stand-ins that obey files."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megatron_rl.errors import ConfigError
+from megatron_rl.launch.conductor.nodelist import expand_hosts
+from megatron_rl.launch.preflight_job import run_preflight
+from megatron_rl.launch.status import cancel_run, read_status, status_lines
+from tests.slurm.virtual_cluster import HERE, FakeRun, wait_for
+
+pytestmark = pytest.mark.slurm
+
+
+def first_lines(fake_run: FakeRun, pattern: str) -> list[str]:
+    return [path.read_text().splitlines()[0] for path in sorted((fake_run.run / "logs" / "latest").glob(pattern))]
+
+
+def test_a_split_job_from_another_folder(fake_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    settings = ["ranks_per_node=2", "cpus_per_task=1"]
+    assert fake_run.submit(wait=True, settings=settings, overrides=["parallel.data=2"]) == 0, fake_run.log()
+    assert fake_run.control("done.json")["step"] == 3
+    ranks = first_lines(fake_run, "trainer-node*.log")
+    assert [line.split(",")[0] for line in ranks] == [f"rank {r} on node{n}" for r, n in enumerate((1, 1, 2, 2))]
+    assert all(line.endswith("node1") for line in ranks)  # MASTER_ADDR
+    engines = first_lines(fake_run, "engine-?-node*.log")
+    assert ["node3" in engines[0], "node4" in engines[1]] == [True, True]
+    (attempt,) = fake_run.attempts()
+    assert attempt["nodes"] == ["node1", "node2", "node3", "node4"] and attempt["why"] == "the run is done"
+    assert "the run is done: exit code 0" in capsys.readouterr().out
+
+
+def test_a_het_job_puts_engines_into_its_second_group(fake_run):
+    fake_run.settings = ["rollout.gpus_per_node=4"]
+    fake_run.submit(mode="het")
+    assert fake_run.result()["code"] == 0, fake_run.log()
+    assert [line.split(",")[0] for line in first_lines(fake_run, "trainer-node*.log")] == [
+        "rank 0 on node1",
+        "rank 1 on node2",
+    ]
+    assert len(first_lines(fake_run, "engine-?-node[34]-0.log")) == 2
+    facts = json.loads((fake_run.run / "logs" / "latest" / "preflight.json").read_text())
+    assert {one["host"]: one["gpus"]["given"] for one in facts} == {"node1": 8, "node2": 8, "node3": 4, "node4": 4}
+
+
+def test_the_trainer_waits_for_healthy_engines(fake_run):
+    fake_run.wish(sick_node4="")
+    fake_run.submit(settings=["start_timeout_s=4", "requeue.max=0"])
+    result = fake_run.result()
+    assert result["code"] == 75 and "engine-1" in result["why"]
+    log = fake_run.log()
+    assert "engine-1 failed first: it was not healthy after 4 s (on node4)" in log and "serving on node4" in log
+    assert not first_lines(fake_run, "trainer-*") and "starting trainer" not in log
+
+
+@pytest.mark.parametrize(
+    ("wish", "culprit", "node"),
+    [
+        ({"die_node4_1": "7"}, "engine-1", "node4"),
+        ({"die_trainer_1": "139 1"}, "trainer", "node1, node2"),
+    ],
+    ids=["engine", "rank 1"],
+)
+def test_a_role_that_dies_ends_the_others_and_the_job_is_tried_again(fake_run, wish, culprit, node):
+    fake_run.wish(steps=12, **wish)
+    fake_run.submit()
+    assert fake_run.result()["code"] == 0, fake_run.log()
+    first, second = fake_run.attempts()
+    assert first["why"].startswith(f"{culprit} ended with exit code") and first["verdict"] == "requeue"
+    assert f"{culprit} failed first (on {node})" in fake_run.log() and "dies as wished" in fake_run.log()
+    assert second["why"] == "the run is done" and first["job"] == second["job"]
+    assert (fake_run.run / "logs" / "attempt-1").is_dir() and os.readlink(
+        fake_run.run / "logs" / "latest"
+    ) == "attempt-2"
+    lines = list(status_lines(read_status(fake_run.run)))
+    assert any("attempt 1" in line and culprit in line for line in lines) and "done" in lines[0]
+
+
+def test_a_run_without_progress_is_given_up(fake_run):
+    fake_run.wish(never_save=1, die_trainer_1="1 0", die_trainer_2="1 0", die_trainer_3="1 0")
+    fake_run.submit()
+    result = fake_run.result()
+    assert result["code"] == 75 and "given up after 2 attempts without a new checkpoint" in result["why"]
+    assert len(fake_run.attempts()) == 2
+
+
+def test_the_users_error_is_never_tried_again(fake_run):
+    fake_run.wish(die_trainer_1="2")
+    assert fake_run.submit(wait=True) == 2
+    assert len(fake_run.attempts()) == 1 and "only you can mend" in fake_run.result()["why"]
+
+
+def test_a_requeue_after_success_does_nothing(fake_run):
+    fake_run.submit()
+    fake_run.result()
+    wait_for(lambda: not fake_run.cluster.ask("squeue", "-h"), "the end of the job")
+    fake_run.cluster.ask("scontrol", "requeue", fake_run.job)
+    wait_for(lambda: "the run is done already: exit code 0" in fake_run.log(), "the second start")
+    assert len(fake_run.attempts()) == 1
+
+
+def test_usr1_saves_and_the_job_goes_on_after_a_requeue(fake_run):
+    fake_run.wish(steps=40)
+    fake_run.submit()
+    fake_run.until_step(5)
+    fake_run.cluster.ask("scancel", "--batch", "--signal=USR1", fake_run.job)
+    wait_for(lambda: len(fake_run.attempts()) == 2, "the second attempt")
+    first = fake_run.attempts()[0]
+    assert first["why"] == "stopped and saved (deadline); tried again" and first["newest"] >= 5
+    fake_run.wish(steps=first["newest"] + 2)
+    assert fake_run.result()["code"] == 0, fake_run.log()
+    steps = fake_run.steps()
+    assert steps == list(range(1, first["newest"] + 3))  # none is missing, none is made twice
+
+
+def test_cancel_with_save_writes_a_checkpoint_and_ends(fake_run):
+    fake_run.wish(steps=1000)
+    fake_run.submit()
+    fake_run.until_step(3)
+    said = cancel_run(fake_run.run, save=True, patience_s=30)
+    step = int(said.removeprefix("saved at step ").removesuffix(", and stopped"))
+    assert step >= 3 and (fake_run.run / "checkpoints" / f"step_{step:06d}" / "complete.json").exists()
+    result = fake_run.result()
+    assert (result["code"], result["why"]) == (130, "stopped on request")
+    wait_for(lambda: not fake_run.cluster.ask("squeue", "-h"), "the end of the job")
+
+
+def test_a_cancelled_job_is_never_requeued(fake_run):
+    fake_run.wish(steps=1000)
+    fake_run.submit()
+    fake_run.until_step(3)
+    fake_run.cluster.ask("scancel", fake_run.job)
+    wait_for(lambda: not fake_run.cluster.ask("squeue", "-h"), "the end of the job")
+    time.sleep(6)  # a requeued job would start after 3 s
+    assert not fake_run.cluster.ask("squeue", "-h") and len(fake_run.attempts()) == 1
+    assert "State=CANCELLED" in fake_run.cluster.ask("scontrol", "show", "job", fake_run.job)
+
+
+def test_an_array_has_a_run_for_each_file(fake_run, tmp_path):
+    (tmp_path / "sweep").mkdir()
+    for name, rate in (("low", 1.0e-6), ("high", 1.0e-5)):
+        (tmp_path / "sweep" / f"{name}.yaml").write_text(f"optimizer: {{lr: {rate}}}\n")
+    fake_run.submit(array=tmp_path / "sweep", settings=["array_limit=1"])
+    runs = [FakeRun.at(fake_run, f"run/{name}") for name in ("high", "low")]
+    assert [run.result()["code"] for run in runs] == [0, 0]
+    assert {run.attempts()[0]["job"].partition("_")[2] for run in runs} == {"0", "1"}
+    assert "lr: 1.0e-05" in (runs[0].run / "launch" / "config.yaml").read_text()
+
+
+def test_test_only_asks_slurm_and_submits_nothing(fake_run, capsys):
+    assert fake_run.submit(test_only=True) == 0
+    assert fake_run.submit(test_only=True, nodes=9) == 2
+    assert "Requested node configuration is not available" in capsys.readouterr().out
+    assert not fake_run.cluster.ask("squeue", "-h") and not (fake_run.run / "launch" / "submit.json").exists()
+
+
+def test_a_second_job_in_the_same_folder_is_refused(fake_run):
+    fake_run.wish(steps=1000)
+    fake_run.submit()
+    with pytest.raises(ConfigError, match=rf"job {fake_run.job} is [A-Z]+ and works in .*launch cancel"):
+        fake_run.submit()
+
+
+def test_preflight_names_the_sabotaged_node_and_the_job_goes_on_without_it(fake_run):
+    cluster, hosts = fake_run.cluster, fake_run.cluster.folder / "hosts-node3"
+    honest = hosts.read_text()
+    fake_run.run.joinpath("control").mkdir(parents=True)
+    scratch = fake_run.folder / "scratch"
+    scratch.mkdir()
+    try:
+        hosts.write_text(
+            honest.replace(next(line for line in honest.splitlines() if "node1" in line), "127.0.1.1 node1")
+        )
+        cluster.inside("node3", "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(fake_run.run / "control"))
+        cluster.inside("node3", "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(scratch))
+        fake_run.submit(settings=[f"scratch={scratch}"], overrides=["parallel.tensor=1"], nodes=3)
+        wait_for(lambda: "submitted again as job" in fake_run.log(), "a second job")
+        log = fake_run.log()
+        assert "3 nodes, 1 refused" in log and "; tried again without node3" in log
+        for words in ("takes node1 for itself", f"run folder {fake_run.run} is not shared", f"{scratch} has 0.00"):
+            assert any("refused node3" in line and words in line for line in log.splitlines()), words
+        assert fake_run.result()["code"] == 0, log
+        assert [one["nodes"] for one in fake_run.attempts()] == [
+            ["node1", "node2", "node3"],
+            ["node1", "node2", "node4"],
+        ]
+    finally:
+        hosts.write_text(honest)
+        for folder in (fake_run.run / "control", scratch):
+            cluster.inside("node3", "umount", str(folder))
+
+
+def test_busy_ports_are_avoided(fake_run):
+    fake_run.settings = ["ports=[21000, 21040]"]
+    listener = "import socket, sys; s = [socket.create_server(('', p)) for p in range(21010, 21014)]; sys.stdin.read()"
+    fake_run.submit(dry_run=True)
+    pid = (fake_run.cluster.folder / "pids" / "slurmd-node3.pid").read_text().strip()
+    holder = subprocess.Popen(["nsenter", "-t", pid, "-n", sys.executable, "-c", listener], stdin=subprocess.PIPE)
+    try:
+        fake_run.submit()
+        assert fake_run.result()["code"] == 0, fake_run.log()
+    finally:
+        holder.communicate()
+
+
+def test_the_preflight_command_names_a_node(fake_run, capfd):
+    assert run_preflight("virtual", [f"python={HERE / 'fake_python'}"], 4, fake_run.folder) == 0
+    fake_run.cluster.inside("node2", "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/dev/shm")
+    try:
+        assert run_preflight("virtual", [f"python={HERE / 'fake_python'}"], 4, fake_run.folder) == 1
+    finally:
+        fake_run.cluster.inside("node2", "umount", "/dev/shm")
+    out = capfd.readouterr().out
+    assert "4 nodes, 0 refused" in out and "refused node2: /dev/shm has 0.00105 GB free, 0.01 are required" in out
+
+
+def test_tasks_of_srun_are_ranks_of_one_world(cluster):
+    code = "import os; from megatron_rl.launch.ranks import under_launcher as u; print(u(), *(os.environ[n] for n in "
+    code += "('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'GLOO_SOCKET_IFNAME')))"
+    lines = cluster.ask("srun", "-N2", "-n3", "--distribution=block", sys.executable, "-c", code).splitlines()
+    assert sorted(lines) == [
+        "True 0 0 3 2 node1 eth0",
+        "True 1 1 3 2 node1 eth0",
+        "True 2 0 3 1 node1 eth0",
+    ]
+
+
+@pytest.mark.parametrize("text", ["node[1-3,7],m5-[01-02]", "r[1-2]c[08-10]", "a,b[3]"])
+def test_host_lists_are_those_of_slurm(cluster, text):
+    assert expand_hosts(text) == cluster.ask("scontrol", "show", "hostnames", text).split()
+
+
+def test_a_killed_node_is_replaced_by_a_requeue(fake_run):
+    fake_run.wish(steps=300)
+    fake_run.submit()
+    fake_run.until_step(3)
+    fake_run.cluster.node("kill", "node4")
+    try:
+        job = fake_run.job
+        wait_for(lambda: fake_run.cluster.ask("squeue", "-h", "-j", job, "-o", "%T") == "PENDING", "a requeue", 50)
+        fake_run.cluster.node("start", "node4")
+        wait_for(lambda: len(fake_run.attempts()) == 2, "the second attempt")
+    finally:
+        fake_run.cluster.node("start", "node4")
+    saved = fake_run.attempts()[1]["checkpoint"]
+    assert saved >= 3
+    fake_run.wish(steps=saved + 3)
+    assert fake_run.result()["code"] == 0, fake_run.log()
+    assert fake_run.attempts()[0]["job"] == fake_run.attempts()[1]["job"]
