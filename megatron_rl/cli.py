@@ -303,7 +303,7 @@ def quickstart(
 )
 def convert(context: typer.Context) -> None:
     """Convert, inspect and verify checkpoints. See `megatron-rl convert --help`."""
-    verbs = _seam("convert.commands").app
+    verbs = _seam("convert.verbs").app
     sys.exit(verbs(context.args, prog_name="megatron-rl convert", standalone_mode=False) or 0)
 
 

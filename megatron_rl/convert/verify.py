@@ -16,7 +16,7 @@ from megatron_rl.weights.name_table import Entry
 
 
 @dataclass
-class Verdict:
+class Comparison:
     """What a comparison found.
 
     Attributes:
@@ -35,7 +35,7 @@ class Verdict:
         return not self.differences
 
 
-def verify_manifest(path: Path, like: Path | None, jobs: int) -> Verdict:
+def verify_manifest(path: Path, like: Path | None, jobs: int) -> Comparison:
     """Compare every tensor of a converted checkpoint with the SHA-256 that its manifest states.
 
     Args:
@@ -60,7 +60,7 @@ def verify_manifest(path: Path, like: Path | None, jobs: int) -> Verdict:
     else:
         source = open_source(path, like or Path(manifest["source"]["path"]))
         names, found = source.tensors.keys(), _digests(source, jobs)
-    verdict = Verdict()
+    verdict = Comparison()
     for name in sorted(stated.keys() ^ names):
         verdict.differences.append(f"{name}: only in {'the manifest' if name in stated else path}")
     for name, nbytes, digest in found:
@@ -71,7 +71,7 @@ def verify_manifest(path: Path, like: Path | None, jobs: int) -> Verdict:
     return verdict
 
 
-def verify_pair(a: Path, b: Path, like: Path | None, jobs: int) -> Verdict:
+def verify_pair(a: Path, b: Path, like: Path | None, jobs: int) -> Comparison:
     """Compare two checkpoints tensor by tensor, under Hugging Face names. Kinds may differ; bytes must not.
 
     Args:
@@ -81,7 +81,7 @@ def verify_pair(a: Path, b: Path, like: Path | None, jobs: int) -> Verdict:
         jobs: tensors that are hashed at a time.
     """
     first, second = (open_source(path, like or other) for path, other in ((a, b), (b, a)))
-    verdict = Verdict()
+    verdict = Comparison()
     for name in sorted(first.tensors.keys() ^ second.tensors.keys()):
         verdict.differences.append(f"{name}: only in {a if name in first.tensors else b}")
     for name in sorted(first.tensors.keys() & second.tensors.keys()):

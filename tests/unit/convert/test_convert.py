@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from megatron_rl.convert import parts
-from megatron_rl.convert.commands import app
 from megatron_rl.convert.convert import Options, to_hf, to_megatron
 from megatron_rl.convert.inspect import inspect_checkpoint
+from megatron_rl.convert.verbs import app
 from megatron_rl.convert.verify import verify_manifest, verify_pair
 from megatron_rl.errors import CheckpointError, MegatronRLError, UserError
 from megatron_rl.precision.formats import quantize

@@ -173,8 +173,8 @@ def test_bad_input_is_refused_before_anything_is_submitted(config, name):
 
 
 def test_an_unknown_profile_names_the_others():
-    with pytest.raises(ConfigError, match=r"no profile 'gneric'; did you mean 'generic'\? valid: apptainer, generic"):
-        submit_job(Request(Path("x"), [], "gneric"))
+    with pytest.raises(ConfigError, match=r"no profile 'generik'; did you mean 'generic'\? valid: apptainer, generic"):
+        submit_job(Request(Path("x"), [], "generik"))
 
 
 def test_a_run_that_is_done_is_not_started_again(config):
