@@ -25,13 +25,14 @@ sglang:
 quickstart: install
 	$(BIN)/megatron-rl quickstart
 
-# All tests, one after the other: servers, ranks and runs use all cores, and the sandbox's tests count processes.
-test: install
-	$(PYTEST)
+# All tests. Those that start a process run one after the other: servers, ranks and runs use all cores, and the
+# sandbox's tests count processes.
+test: test-fast
+	$(PYTEST) -m "not fast"
 
 # Unit tests that start no process.
 test-fast: install
-	$(PYTEST) $(IN_LANES) tests/unit -m "not process"
+	$(PYTEST) $(IN_LANES) tests/unit -m fast
 
 # All tests, and tests/durations.md: seconds of each folder, and the slowest tests.
 durations: install

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent
 # Unit tests that start a process.
 _PROCESS = (
     "unit/alp/test_kernels.py",
+    "unit/convert/",
     "unit/diagnostics/test_runlog.py",
     "unit/engines/test_fork_server.py",
     "unit/engines/test_patient_transport.py",
@@ -22,8 +23,10 @@ _PROCESS = (
     "unit/policy/test_device_port.py",
     "unit/protocol/test_payload.py",
     "unit/sandbox/",
+    "unit/tasks/test_verifier_benchmark.py",
     "unit/test_cli.py",
     "unit/trainer/test_preflight.py",
+    "unit/weights/test_model_folder_cases.py",
 )
 _SHARED = ("contract/", "parallel/")  # one server of each kind, one group of ranks of each size
 _ORDER = ("contract/", "parallel/", "e2e/", "unit/", "gpu/")
@@ -48,6 +51,8 @@ def add_markers(item: pytest.Item) -> None:
             item.add_marker(name)
     if place.startswith(_PROCESS):
         item.add_marker("process")
+    elif place.startswith("unit/"):
+        item.add_marker("fast")
     if place == "e2e/test_sglang.py" or "sglang" in _words(item):
         item.add_marker("sglang")
         item.add_marker("slow")
