@@ -79,7 +79,9 @@ class _Reports:
         return files, next((reason for name, _, reason in lines if not name), None)
 
     def close(self) -> None:
-        """Release the memory."""
+        """Release the memory. megatron-core, which holds the reports in a module, gets none for its next save."""
+        if filesystem_async._results_queue is self:
+            filesystem_async._results_queue = None
         self._results.close()
         self._files.close()
         self._add.close()
