@@ -141,7 +141,10 @@ def test_what_sglang_would_do_otherwise_than_asked_is_refused(device: str, preci
     ("rollout", "words"),
     [
         ({"sglang": {"router": True}}, "needs engine: sglang"),
-        ({"engine": "sglang", "sglang": {"router": True}, "urls": ["http://a"]}, "rollout.urls or urls_dir names others"),
+        (
+            {"engine": "sglang", "sglang": {"router": True}, "urls": ["http://a"]},
+            "or urls_dir names others",
+        ),
         ({"engine": "sglang", "sglang": {"router": True}, "routing_replay": True}, "drops the request for experts"),
         ({"engine": "sglang", "deterministic": True}, "a promise of engine: embedded"),
     ],
