@@ -29,6 +29,7 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48, "num_experts": 8, "norm_topk_prob": True}
+OSS_YARN = {**YARN, "rope_theta": 150000.0, "factor": 32.0, "original_max_position_embeddings": 64, "truncate": False}
 
 # name -> (model type, keys of its configuration)
 DENSE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -37,13 +38,38 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("llama", {"rope_parameters": LLAMA3}),
     "llama_tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 8}),
     "mistral": ("mistral", {"sliding_window": 16}),
+    "glm4": ("glm4", {"attention_bias": True}),
     "qwen3_yarn": ("qwen3", {"rope_parameters": YARN}),
     "qwen3_linear": ("qwen3", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}),
     "qwen3_dynamic": ("qwen3", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}),
 }
+SIGMOID = {"n_routed_experts": 8, "moe_intermediate_size": 32, "first_k_dense_replace": 1, "num_experts_per_tok": 2}
+LATENT = {
+    **SIGMOID,
+    "num_key_value_heads": 8,
+    "head_dim": 8,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 24,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 4,
+}
+GROUPED = {"q_lora_rank": 24, "n_group": 4, "topk_group": 2}
+UNGROUPED = {"n_group": 1, "topk_group": 1}
+YARN_MSCALE = {**YARN, "factor": 40.0, "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 1.0}
+
 MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe_dense_layer": ("qwen3_moe", {**EXPERTS, "mlp_only_layers": [0], "head_dim": 16}),
+    "glm4_moe": ("glm4_moe", {**SIGMOID, "use_qk_norm": True, "attention_bias": True, "routed_scaling_factor": 2.5}),
+    "gpt_oss": (
+        "gpt_oss",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16, "rope_parameters": OSS_YARN},
+    ),
+    "deepseek_v3": ("deepseek_v3", {**LATENT, **GROUPED, "rope_parameters": YARN_MSCALE}),
+    "moonlight": ("deepseek_v3", {**LATENT, **UNGROUPED, "q_lora_rank": None, "rms_norm_eps": 1e-3}),
+    "glm4_moe_lite": ("glm4_moe_lite", {**LATENT, "q_lora_rank": 24, "num_experts_per_tok": 2}),
 }
 FAMILIES_AT_TOY_SIZE = DENSE | MIXTURES
 

@@ -251,7 +251,7 @@ def served_weights(policy: Policy, plan: PrecisionPlan) -> Iterator[tuple[str, T
     that quantizes for the transfer, because that code is to be checked.
     """
     dtype = torch.float32 if plan.quantizes_inputs else DTYPES[plan.engine]
-    dtypes = export_dtypes(plan, policy.source.tensors)
+    dtypes = export_dtypes(plan, policy.source)
     for name, tensor in export_weights(
         policy.models, policy.family, policy.shape, dtypes=dtypes, control=policy.mesh.control
     ):

@@ -69,10 +69,8 @@ def engine_products(policy: Policy, weights: HFModel, plan: PrecisionPlan, *, qu
     before = [(linear, vars(linear).get("_forward_impl")) for _, linear in found]
     try:
         for _, linear in found:
-            rule = of_parameter[id(linear.weight)].rule
-            read = rule.layout.read(
-                [weights.reader(name) for name in rule.hf], policy.mesh.tp_rank, policy.mesh.tp_size
-            )
+            entry = of_parameter[id(linear.weight)]
+            read = entry.rule.layout.read(weights.readers(entry), policy.mesh.tp_rank, policy.mesh.tp_size)
             vars(linear)["_forward_impl"] = _product(read.to(policy.mesh.device, torch.float32), fmt)
         yield
     finally:

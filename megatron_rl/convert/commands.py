@@ -24,7 +24,7 @@ app = typer.Typer(help="Convert, inspect and verify checkpoints.", no_args_is_he
 
 
 @app.command("inspect")
-def inspect(
+def inspect_command(
     path: Annotated[Path, typer.Argument(help="folder of a checkpoint")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     tensors: Annotated[str, typer.Option(help="also list tensors with such names, as '*.layers.0.*'")] = "",
@@ -58,6 +58,7 @@ def convert_to_hf(
     out: Out,
     like: LikeFolder = None,
     dtype: Dtype = "keep",
+    quantize: Annotated[str, typer.Option(help="none, fp8_blockwise or fp8_blockwise_pow2")] = "none",
     jobs: Jobs = 0,
     shard_size: ShardSize = 5.0,
     dry_run: DryRun = False,
@@ -66,11 +67,11 @@ def convert_to_hf(
     """Write a Hugging Face folder from a torch_dist checkpoint, a run folder, or a folder in another form or dtype."""
     from megatron_rl.convert.convert import to_hf  # torch's checkpoints take seconds to import
 
-    to_hf(source, out, like, _options(jobs, shard_size, dtype, dry_run, restart))
+    to_hf(source, out, like, _options(jobs, shard_size, dtype, dry_run, restart, quantize))
 
 
 @app.command("reshard")
-def reshard(source: Source) -> None:
+def reshard_command(source: Source) -> None:
     """Say how a checkpoint loads under another layout."""
     report = inspect_checkpoint(source)
     if report.refused:
@@ -86,7 +87,7 @@ def reshard(source: Source) -> None:
 
 
 @app.command("verify")
-def verify(
+def verify_command(
     a: Annotated[Path, typer.Argument(metavar="A", help="folder of a checkpoint")],
     b: Annotated[Path | None, typer.Argument(metavar="[B]", help="another, to compare it with")] = None,
     like: LikeFolder = None,
@@ -108,7 +109,7 @@ def verify(
     print(f"{verdict.compared} tensors compared, {len(verdict.differences)} differ ({rate:.2f} GB/s)")
     same = verdict.same
     if logits:
-        from megatron_rl.convert.logits import compare_logits  # builds two models: torch and megatron-core
+        from megatron_rl.convert.compare_logits import compare_logits  # builds two models: torch and megatron-core
 
         found = compare_logits(a, logits)
         print(found.line())
@@ -117,12 +118,12 @@ def verify(
         raise typer.Exit(1)
 
 
-def _options(jobs: int, shard_size: float, dtype: str, dry_run: bool, restart: bool) -> Any:
+def _options(jobs: int, shard_size: float, dtype: str, dry_run: bool, restart: bool, quantize: str = "none") -> Any:
     from megatron_rl.convert.convert import Options, parse_dtype  # torch's checkpoints take seconds to import
 
     if jobs < 0 or shard_size <= 0:
         raise UserError(f"--jobs is {jobs} and --shard-size {shard_size}: both must be positive")
-    return Options(jobs or _cores(), int(shard_size * 1e9), parse_dtype(dtype), restart, dry_run)
+    return Options(jobs or _cores(), int(shard_size * 1e9), parse_dtype(dtype), quantize, restart, dry_run)
 
 
 def _cores() -> int:

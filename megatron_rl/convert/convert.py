@@ -7,20 +7,24 @@ import shutil
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import megatron_rl
+from megatron_rl.convert.codes import Coder
 from megatron_rl.convert.dist_parts import file_part, plan_files, write_index
-from megatron_rl.convert.hf_parts import index_text, plan_shards, shard_part
+from megatron_rl.convert.hf_parts import carried_part, index_text, plan_shards, shard_name, shard_part
 from megatron_rl.convert.kinds import TRACKER
 from megatron_rl.convert.parts import Destination, Part, Record, finished, run_parts
-from megatron_rl.convert.progress import Progress
+from megatron_rl.convert.progress_bar import Progress
 from megatron_rl.convert.sources import HFSource, Like, WeightSource, open_source
 from megatron_rl.errors import CheckpointError, UserError
 from megatron_rl.weights.hf_folder import INDEX, MANIFEST
+from megatron_rl.weights.hf_model import HFModel, check_folder
+from megatron_rl.weights.name_table import Entry
 
 FORMAT = 2  # of manifest.json; 1 is that of the folders that engines are sent
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.distcp", ".git", ".cache")
@@ -35,6 +39,7 @@ class Options:
         jobs: processes on this machine.
         shard_bytes: largest size of an output file, in bytes.
         dtype: dtype of the written tensors; None: the source's, or that of the `like` folder.
+        quantize: `none`, or the format in which a Hugging Face folder has its matrices.
         restart: remove an unfinished conversion instead of going on with it.
         dry_run: check and print the plan, and write nothing.
     """
@@ -42,6 +47,7 @@ class Options:
     jobs: int = 1
     shard_bytes: int = 5 << 30
     dtype: torch.dtype | None = None
+    quantize: str = "none"
     restart: bool = False
     dry_run: bool = False
 
@@ -68,22 +74,40 @@ def to_hf(source_path: Path, out: Path, like: Path | None, options: Options) -> 
         for name, dtype in ((name, template.dtype(name, dtype)) for name, dtype in stored.items())
     }
     sizes = {name: info.nbytes // info.dtype.itemsize * dtypes[name].itemsize for name, info in source.tensors.items()}
-    shards = plan_shards(source.entries, lambda entry: sum(sizes[name] for name in entry.rule.hf), options.shard_bytes)
-    parts = [shard_part(shard, source, dtypes) for shard in shards]
+    carrier = _carrier(source, template)
+    more = int(carrier is not None and bool(carrier.carried_tensors))
+
+    def written(entry: Entry) -> int:
+        shapes = zip(entry.rule.hf, entry.rule.layout.shapes, strict=True)
+        return sum(prod(shape) * dtypes[name].itemsize for name, shape in shapes)
+
+    shards = plan_shards(source.units(), written, options.shard_bytes, more)
+    coder = None if options.quantize == "none" else Coder(options.quantize, source)
+    parts = [shard_part(shard, source, dtypes, coder) for shard in shards]
+    if carrier is not None and more:
+        parts.append(carried_part(shard_name(len(shards), len(shards) + 1), carrier))
+    places = {name: part.file for part in parts for name in part.names}
     names = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()})
-    plan = {"to": "hf", "dtypes": names, "shards": [shard.file for shard in shards], "like": str(template.path)}
+    plan = {
+        "to": "hf",
+        "dtypes": names,
+        "quantize": options.quantize,
+        "shards": [part.file for part in parts],
+        "like": str(template.path),
+    }
 
     def finish(folder: Path, records: Sequence[Record]) -> None:
-        index = index_text(shards, sizes)
-        if index is not None:
-            (folder / index[0]).write_text(index[1], encoding="utf-8")
+        if len(parts) > 1:
+            name, text = index_text(places, sum(part.nbytes for part in parts))
+            (folder / name).write_text(text, encoding="utf-8")
         carried, dropped = _carry(template, folder)
         config = {key: value for key, value in template.config.items() if key != "quantization_config"}
-        main = max(set(dtypes.values()), key=lambda dtype: sum(sizes[name] for name in sizes if dtypes[name] == dtype))
+        main = max(set(dtypes.values()), key=lambda dtype: sum(sizes[name] for name in dtypes if dtypes[name] == dtype))
         keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
         named = dict.fromkeys(keys, str(main).removeprefix("torch."))
-        (folder / "config.json").write_text(json.dumps(config | named, indent=2) + "\n", encoding="utf-8")
-        dropped += [f"{name} (tensor)" for name in (source.model.unused if isinstance(source, HFSource) else ())]
+        added = {} if coder is None else {"quantization_config": coder.config(source.tensors)}
+        (folder / "config.json").write_text(json.dumps(config | named | added, indent=2) + "\n", encoding="utf-8")
+        dropped += [f"{name} (tensor)" for name in (carrier.unused if carrier else ()) if name not in places]
         _write_manifest(folder, source, plan, records, carried, dropped)
 
     destination = Destination(out, _plan(source, plan))
@@ -102,7 +126,7 @@ def to_megatron(source_path: Path, out: Path, options: Options) -> None:
         MegatronRLError: before a byte is written, if the conversion cannot be done.
     """
     source = open_source(source_path, None)
-    files = plan_files(source.entries, source.nbytes, options.shard_bytes)
+    files = plan_files(source.units(), source.nbytes, options.shard_bytes)
     parts = [file_part(file, source, options.dtype) for file in files]
     dtype = None if options.dtype is None else str(options.dtype).removeprefix("torch.")
     plan = {"to": "torch_dist", "dtype": dtype, "files": [file.file for file in files]}
@@ -119,6 +143,13 @@ def to_megatron(source_path: Path, out: Path, options: Options) -> None:
         _write_manifest(folder, source, plan, records, [], [])
 
     _convert(source, Destination(out, _plan(source, plan)), parts, options, finish, sources=[source_path])
+
+
+def _carrier(source: WeightSource, template: Like) -> HFModel | None:
+    """Return the folder whose tensors that are not trained are copied, such as layers of multi-token prediction."""
+    if isinstance(source, HFSource):
+        return source.model
+    return None if template.folder is None else check_folder(template.folder)
 
 
 def _plan(source: WeightSource, plan: dict[str, Any]) -> dict[str, Any]:

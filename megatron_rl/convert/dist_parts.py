@@ -9,7 +9,6 @@ import io
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,14 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_rl.convert.hf_parts import as_bytes
+from megatron_rl.convert.hf_parts import as_bytes, grouped
 from megatron_rl.convert.parts import Part, Record
 from megatron_rl.convert.sources import WeightSource
 from megatron_rl.errors import CheckpointError
 from megatron_rl.weights.families import ModelShape
 from megatron_rl.weights.megatron_keys import extra_state_key, megatron_place
 from megatron_rl.weights.name_table import Entry
+from megatron_rl.weights.quantized import is_finite
 
 METADATA_JSON = {
     "sharded_backend": "torch_dist",
@@ -55,23 +55,15 @@ class DistFile:
         return f"__{self.number}_0.distcp"
 
 
-def plan_files(entries: Iterable[Entry], sizes: Callable[[Entry], int], limit: int) -> list[DistFile]:
-    """Distribute parameters over files of at most `limit` bytes, or of one parameter that is larger.
+def plan_files(units: Iterable[tuple[Entry, ...]], sizes: Callable[[Entry], int], limit: int) -> list[DistFile]:
+    """Distribute parameters over files of at most `limit` bytes, or of one unit that is larger.
 
     Args:
-        entries: the parameters, in order.
+        units: the parameters, in order; those of one unit stay together.
         sizes: returns the bytes of a parameter.
         limit: largest size of a file, in bytes.
     """
-    groups: list[list[Entry]] = [[]]
-    held = 0
-    for entry in entries:
-        if groups[-1] and held + sizes(entry) > limit:
-            groups.append([])
-            held = 0
-        groups[-1].append(entry)
-        held += sizes(entry)
-    return [DistFile(number, tuple(group)) for number, group in enumerate(groups)]
+    return [DistFile(number, tuple(group)) for number, group in enumerate(grouped(units, sizes, limit))]
 
 
 def file_part(file: DistFile, source: WeightSource, dtype: torch.dtype | None) -> Part:
@@ -99,7 +91,8 @@ def file_part(file: DistFile, source: WeightSource, dtype: torch.dtype | None) -
         ]
         return {"tensors": planner.records, "places": places}
 
-    return Part(file.file, sum(source.nbytes(entry) for entry in file.entries), write)
+    names = tuple(dict.fromkeys(name for entry in file.entries for name in entry.rule.hf))
+    return Part(file.file, sum(source.nbytes(entry) for entry in file.entries), names, write)
 
 
 def _place(result: WriteResult) -> tuple[int, int]:
@@ -196,6 +189,7 @@ class _Planner(SavePlanner):
     ) -> None:
         self._file, self._source, self._dtype, self._add = file, source, dtype, add
         self._held: dict[MetadataIndex, tuple[Entry, tuple[int, ...]]] = {}
+        self._hashes: dict[str, Any] = {}
         self.records: dict[str, Record] = {}
 
     def set_up_planner(self, *_: Any, **__: Any) -> None:
@@ -245,20 +239,17 @@ class _Planner(SavePlanner):
         return parameter.to(write_item.tensor_data.properties.dtype)
 
     def _record(self, name: str, entry: Entry, tensor: Tensor) -> None:
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise CheckpointError(f"tensor '{name}' of {self._source.path} has values that are NaN or infinite")
         content = as_bytes(tensor)
         self._add(len(content))
+        # The parts of a stacked tensor come in the order of its experts, as torch's writer asks for them.
+        self._hashes.setdefault(name, hashlib.sha256()).update(content)
         self.records[name] = {
-            "shape": list(tensor.shape),
+            "shape": list(self._source.tensors[name].shape),
             "dtype": str(tensor.dtype).removeprefix("torch."),
-            "sha256": hashlib.sha256(content).hexdigest(),
+            "sha256": self._hashes[name].hexdigest(),
             "from": self._source.origin(entry),
         }
         if self._dtype is not None and self._dtype != tensor.dtype and not entry.rule.buffer:
             self.records[name]["cast_to"] = str(self._dtype).removeprefix("torch.")
-
-
-def nbytes_of(shape: Sequence[int], dtype: torch.dtype) -> int:
-    """Return the bytes of a tensor."""
-    return prod(shape) * dtype.itemsize

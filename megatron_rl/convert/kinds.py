@@ -29,7 +29,7 @@ _MENDS = {
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundCheckpoint:
     """What `find_kind` found.
 
     Attributes:
@@ -48,7 +48,7 @@ class Found:
         return _MENDS.get(self.kind, "")
 
 
-def find_kind(path: Path) -> Found:
+def find_kind(path: Path) -> FoundCheckpoint:
     """Return the kind of checkpoint in a folder. A run folder and a Megatron root lead to their newest checkpoint.
 
     Raises:
@@ -62,7 +62,7 @@ def find_kind(path: Path) -> Found:
         steps = sorted(step for step in (path / "checkpoints").glob("step_*") if (step / "complete.json").is_file())
         if not steps:
             raise CheckpointError(f"{path} is a run folder without a complete checkpoint")
-        return Found(Kind.TORCH_DIST, steps[-1])
+        return FoundCheckpoint(Kind.TORCH_DIST, steps[-1])
     for kind, present in (
         (Kind.UNFINISHED, (path / "plan.json").is_file() and path.suffix == ".partial"),
         (Kind.TORCH_DIST, (path / ".metadata").is_file()),
@@ -73,14 +73,14 @@ def find_kind(path: Path) -> Found:
         (Kind.HUGGING_FACE, (path / "config.json").is_file()),
     ):
         if present:
-            return Found(kind, path)
+            return FoundCheckpoint(kind, path)
     raise CheckpointError(
         f"{path} holds no checkpoint: neither config.json with safetensors files, nor .metadata of torch_dist, nor "
         f"{TRACKER}"
     )
 
 
-def _of_tracker(root: Path) -> Found:
+def _of_tracker(root: Path) -> FoundCheckpoint:
     text = (root / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
     folder = root / "release" if text == "release" else root / f"iter_{int(text):07d}" if text.isdigit() else None
     if folder is None:
@@ -88,4 +88,4 @@ def _of_tracker(root: Path) -> Found:
     if not folder.is_dir():
         raise CheckpointError(f"{root / TRACKER} names {folder.name}, which does not exist: the copy is incomplete")
     kind = Kind.TORCH_DIST if (folder / ".metadata").is_file() else Kind.LEGACY
-    return Found(kind, folder, text)
+    return FoundCheckpoint(kind, folder, text)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.convert.progress import Progress
+from megatron_rl.convert.progress_bar import Progress
 from megatron_rl.errors import CheckpointError, StorageError, UserError
 from megatron_rl.files import append_file, replace_file, sync_folder, try_lock
 
@@ -34,12 +34,14 @@ class Part:
     Attributes:
         file: its name.
         nbytes: its size, about.
+        names: the tensors in it.
         write: writes the file to a path and returns its record for the manifest, JSON values only. It calls its second
             argument with the bytes of each tensor that it has written.
     """
 
     file: str
     nbytes: int
+    names: tuple[str, ...]
     write: Callable[[Path, Callable[[int], None]], Record]
 
 

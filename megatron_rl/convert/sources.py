@@ -4,6 +4,8 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ class WeightSource(ABC):
 
     @abstractmethod
     def read(self, entry: Entry) -> tuple[Tensor, ...]:
-        """Return the Hugging Face tensors of a parameter, in the dtypes of `tensors`."""
+        """Return the Hugging Face tensors of a parameter, in the dtypes of `tensors`. Of stacked ones, its part."""
 
     @abstractmethod
     def origin(self, entry: Entry) -> list[str]:
@@ -50,8 +52,13 @@ class WeightSource(ABC):
         return [entry for entry in entries(self.family, self.shape) if entry.rule.exported]
 
     def nbytes(self, entry: Entry) -> int:
-        """Return the bytes of a parameter's Hugging Face tensors."""
-        return sum(self.tensors[name].nbytes for name in entry.rule.hf)
+        """Return the bytes of a parameter's Hugging Face tensors, or of its part of them."""
+        shapes = zip(entry.rule.hf, entry.rule.layout.shapes, strict=True)
+        return sum(prod(shape) * self.tensors[name].dtype.itemsize for name, shape in shapes)
+
+    def units(self) -> list[tuple[Entry, ...]]:
+        """Return the parameters in groups that share Hugging Face tensors: all experts of a stacked one, or one."""
+        return [tuple(group) for _, group in groupby(self.entries, key=lambda entry: entry.rule.hf)]
 
 
 class HFSource(WeightSource):
@@ -63,7 +70,8 @@ class HFSource(WeightSource):
         self.tensors = self.model.tensors
 
     def read(self, entry: Entry) -> tuple[Tensor, ...]:
-        return tuple(self.model.read(name) for name in entry.rule.hf)
+        parts = zip(entry.rule.hf, self.model.readers(entry), entry.rule.layout.shapes, strict=True)
+        return tuple(reader(0, shape[0]).to(self.tensors[name].dtype) for name, reader, shape in parts)
 
     def origin(self, entry: Entry) -> list[str]:
         return sorted({stored for name in entry.rule.hf for stored in self.model.stored_as(name)})
@@ -104,7 +112,7 @@ class MegatronSource(WeightSource):
                 f"tensor '{key}' of {self.path} has shape {list(stored.shape)}, but {self._where} asks for "
                 f"{list(expected)}: the checkpoint is of another model"
             )
-        for name, shape in zip(entry.rule.hf, entry.rule.layout.shapes, strict=True):
+        for name, shape in zip(entry.rule.hf, entry.stored_shapes(self.shape), strict=True):
             self.tensors[name] = TensorInfo(shape, stored.dtype, self.path)
 
     def read(self, entry: Entry) -> tuple[Tensor, ...]:

@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from megatron_rl.convert.hf_parts import as_bytes
 from megatron_rl.convert.sources import WeightSource, open_source
 from megatron_rl.errors import CheckpointError, UserError
-from megatron_rl.weights.hf_folder import MANIFEST
+from megatron_rl.weights.hf_folder import MANIFEST, HFFolder
 from megatron_rl.weights.name_table import Entry
 
 
@@ -56,13 +54,17 @@ def verify_manifest(path: Path, like: Path | None, jobs: int) -> Verdict:
             f"{path}: {len(casts)} tensors were cast while they were converted, '{casts[0]}' among them, and the "
             "manifest states the source's bytes: compare with the source, `verify A B`"
         )
-    to_hf = manifest["plan"].get("to") == "hf"
-    source = open_source(path, None if to_hf else like or Path(manifest["source"]["path"]))
+    if manifest["plan"].get("to") == "hf":
+        folder = HFFolder(path)
+        names, found = folder.tensors.keys(), _stored_digests(folder, jobs)
+    else:
+        source = open_source(path, like or Path(manifest["source"]["path"]))
+        names, found = source.tensors.keys(), _digests(source, jobs)
     verdict = Verdict()
-    for name in sorted(stated.keys() ^ source.tensors.keys()):
+    for name in sorted(stated.keys() ^ names):
         verdict.differences.append(f"{name}: only in {'the manifest' if name in stated else path}")
-    for name, tensor, digest in _digests(source, jobs):
-        _count(verdict, tensor)
+    for name, nbytes, digest in found:
+        verdict.compared, verdict.nbytes = verdict.compared + 1, verdict.nbytes + nbytes
         entry = stated.get(name)
         if entry is not None and entry["sha256"] != digest:
             verdict.differences.append(f"{name}: SHA-256 {digest[:12]}, the manifest states {entry['sha256'][:12]}")
@@ -89,16 +91,11 @@ def verify_pair(a: Path, b: Path, like: Path | None, jobs: int) -> Verdict:
                 f"{name}: {list(mine.shape)} {mine.dtype} in {a}, {list(other.shape)} {other.dtype} in {b}"
             )
     digests = {name: digest for name, _, digest in _digests(second, jobs)}
-    for name, tensor, digest in _digests(first, jobs):
-        _count(verdict, tensor)
+    for name, nbytes, digest in _digests(first, jobs):
+        verdict.compared, verdict.nbytes = verdict.compared + 1, verdict.nbytes + nbytes
         if digests.get(name, digest) != digest and not any(line.startswith(f"{name}:") for line in verdict.differences):
             verdict.differences.append(f"{name}: values differ")
     return verdict
-
-
-def _count(verdict: Verdict, tensor: Tensor) -> None:
-    verdict.compared += 1
-    verdict.nbytes += tensor.nbytes
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -114,17 +111,31 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def _digests(source: WeightSource, jobs: int) -> Iterator[tuple[str, Tensor, str]]:
-    """Yield name, tensor and SHA-256 of every tensor. Hashing releases the interpreter's lock."""
+def _digests(source: WeightSource, jobs: int) -> Iterator[tuple[str, int, str]]:
+    """Yield name, bytes and SHA-256 of every tensor. Hashing releases the interpreter's lock."""
 
-    def of(entry: Entry) -> list[tuple[str, Tensor, str]]:
-        return [
-            (name, tensor, hashlib.sha256(as_bytes(tensor)).hexdigest())
-            for name, tensor in zip(entry.rule.hf, source.read(entry), strict=True)
-        ]
+    def of(unit: tuple[Entry, ...]) -> list[tuple[str, int, str]]:
+        hashes = {name: hashlib.sha256() for name in unit[0].rule.hf}
+        for entry in unit:
+            for name, tensor in zip(entry.rule.hf, source.read(entry), strict=True):
+                hashes[name].update(as_bytes(tensor))
+        return [(name, source.tensors[name].nbytes, found.hexdigest()) for name, found in hashes.items()]
 
-    todo = source.entries
+    todo = source.units()
     with ThreadPoolExecutor(jobs) as pool:
         for start in range(0, len(todo), 2 * jobs):  # not all at once: each holds its tensors
             for found in pool.map(of, todo[start : start + 2 * jobs]):
                 yield from found
+
+
+def _stored_digests(folder: HFFolder, jobs: int) -> Iterator[tuple[str, int, str]]:
+    """Yield name, bytes and SHA-256 of every stored tensor, whatever it means."""
+
+    def of(name: str) -> tuple[str, int, str]:
+        content = as_bytes(folder.read(name))
+        return name, len(content), hashlib.sha256(content).hexdigest()
+
+    names = list(folder.tensors)
+    with ThreadPoolExecutor(jobs) as pool:
+        for start in range(0, len(names), 2 * jobs):
+            yield from pool.map(of, names[start : start + 2 * jobs])

@@ -12,6 +12,7 @@ from megatron_rl.errors import ConfigError
 from megatron_rl.plan.algorithm_plan import AlgorithmPlan, plan_algorithm
 from megatron_rl.plan.precision_check import check_precision
 from megatron_rl.policy.expert_rules import check_experts
+from megatron_rl.policy.shape_rules import check_shape
 from megatron_rl.precision.machine import Machine, this_machine
 from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.precision.plan_checks import PlanReport
@@ -76,6 +77,7 @@ def resolve_run(config: Config) -> RunPlan:
     model = check_folder(HFFolder(config.model.path), **sizes)
     shape = model.shape
     check_experts(config, shape)
+    check_shape(config, shape)
     _check_sizes(config, shape)
     noise = layer_noise(config.alp, shape.num_layers)
     report = check_precision(config, model.family, shape, machine)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from megatron_rl.policy.optimizer import PolicyOptimizer
 from megatron_rl.policy.packing import Microbatch
 from megatron_rl.policy.parallel import Mesh
 from megatron_rl.policy.quantized_products import ProductMonitor
-from megatron_rl.policy.routing_replay import RoutingReplay
+from megatron_rl.policy.routing_replay import RoutingReplay, weight_buffers
 from megatron_rl.policy.schedule import Loss, NoiseSource, Schedule, Scores
 from megatron_rl.policy.update_stats import UpdateStats, gather_columns, gather_sigmas, gather_stats
 from megatron_rl.precision.plan import PrecisionPlan
@@ -219,9 +220,10 @@ class Policy:
             other.copy_(present)
 
     def _weights(self) -> Iterator[torch.Tensor]:
-        """Yield every tensor that scores depend on, without a copy: parameters, then delayed scales."""
+        """Yield every tensor that scores depend on, without a copy: parameters, weights in buffers, delayed scales."""
         for model in self.models:
             yield from (parameter.data for parameter in model.parameters())
+            yield from (buffer for _, buffer in weight_buffers(model))
         yield from self.products.scale_tensors()
 
     # Export ------------------------------------------------------------------------------------------------
@@ -235,17 +237,21 @@ class Policy:
             plan: decides how the tensors are sent to engines; None: they are in the dtypes of the source folder.
             dequantized: as in `WireTensors`.
         """
-        dtypes = self.source.dtypes if plan is None else export_dtypes(plan, self.source.tensors)
+        dtypes = self.source.dtypes if plan is None else export_dtypes(plan, self.source)
         stream = export_weights(self.models, self.family, self.shape, dtypes=dtypes, control=self.mesh.control)
         return stream if plan is None else WireTensors(stream, plan, dequantized=dequantized)
 
     def save_hf(self, dest: Path) -> None:
-        """Write a Hugging Face folder, complete or not at all. Raises CheckpointError on every rank on failure."""
+        """Write a Hugging Face folder, complete or not at all. Raises CheckpointError on every rank on failure.
+
+        What the source holds and the trainer does not train (`HFModel.carried`) is in the folder, unchanged.
+        """
         tensors = self.export()
         failure: CheckpointError | None = None
         if self.mesh.rank == 0:
             try:
-                write_hf_folder(dest, ((name, t) for name, t in tensors if t is not None), self.source)
+                trained = ((name, t) for name, t in tensors if t is not None)
+                write_hf_folder(dest, chain(trained, self.source.carried()), self.source)
             except OSError as error:
                 failure = StorageError(f"{dest} cannot be written ({error}): free space or choose another place")
             except CheckpointError as error:

@@ -5,17 +5,18 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rl.alp.layer_noise import LayerNoise
 from megatron_rl.config import Config
 from megatron_rl.policy.actor import Policy, PolicySettings
 from megatron_rl.policy.loss_denominator import finalize_gradients
-from megatron_rl.policy.model import build_chunks, find_bad_weights
+from megatron_rl.policy.model import PolicyModel, build_chunks, find_bad_weights
 from megatron_rl.policy.modules import HAVE_TE
 from megatron_rl.policy.optimizer import PolicyOptimizer
 from megatron_rl.policy.parallel import Mesh
 from megatron_rl.policy.quantized_products import ProductMonitor
-from megatron_rl.policy.routing_replay import RoutingReplay
+from megatron_rl.policy.routing_replay import RoutingReplay, weight_buffers
 from megatron_rl.precision.plan import DTYPES, PrecisionPlan
 from megatron_rl.weights.hf_folder import HFFolder
 from megatron_rl.weights.hf_model import check_folder
@@ -45,7 +46,7 @@ def build_policy(config: Config, mesh: Mesh, precision: PrecisionPlan, noise: La
     failures = mesh.gather(find_bad_weights(models, config))
     mesh.raise_everywhere(mesh.broadcast(next(filter(None, failures), None)))
     dtype, tf_config = DTYPES[config.precision.train], models[0].config
-    wrapped: list[Any] = list(models) if dtype == torch.float32 else [Float16Module(tf_config, m) for m in models]
+    wrapped: list[Any] = list(models) if dtype == torch.float32 else [_in_16_bits(tf_config, m) for m in models]
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.optimizer.distributed,
@@ -65,3 +66,15 @@ def build_policy(config: Config, mesh: Mesh, precision: PrecisionPlan, noise: La
         noise_is_sharded=config.parallel.sequence and config.alp.layers != "logits",
     )
     return Policy(settings, mesh, source, models, chunks, optimizer, products, routing)
+
+
+def _in_16_bits(tf_config: TransformerConfig, model: PolicyModel) -> Float16Module:
+    """Return a chunk whose parameters are cast. Buffers that hold weights keep their values in fp32.
+
+    megatron-core would round them and then store the rounded values in fp32.
+    """
+    kept = {name: buffer.clone() for name, buffer in weight_buffers(model)}
+    wrapped = Float16Module(tf_config, model)
+    for name, buffer in weight_buffers(model):
+        buffer.data = kept[name]
+    return wrapped

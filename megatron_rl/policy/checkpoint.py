@@ -28,6 +28,7 @@ from megatron_rl.policy.checkpoint_files import PARTIAL, FileList, check_digests
 from megatron_rl.policy.checkpoint_reader import Unreadable, inspect, read_content
 from megatron_rl.policy.checkpoint_state import TrainState, candidates
 from megatron_rl.policy.checkpoint_writer import Save
+from megatron_rl.policy.routing_replay import weight_buffers
 from megatron_rl.weights.digest import tensor_digest
 
 T = TypeVar("T")
@@ -307,7 +308,7 @@ def parameter_digest(policy: Policy) -> dict[str, str]:
     """
     digest = hashlib.sha256()
     for i, model in enumerate(policy.models):
-        for name, parameter in model.named_parameters():
+        for name, parameter in (*model.named_parameters(), *weight_buffers(model)):
             digest.update(f"{i} {name} {tensor_digest(parameter)} ".encode())
     mesh = policy.mesh
     digests = mesh.broadcast(mesh.gather(digest.hexdigest()))

@@ -112,6 +112,9 @@ def install_cpu_port() -> None:
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
     dispatcher.maybe_move_tensor_to_cpu = _as_host_value
+    # It takes a stand-in for Transformer Engine's class for the class itself.
+    latent: Any = importlib.import_module("megatron.core.transformer.multi_latent_attention")
+    latent.HAVE_TE = False
     for name, path in TENSOR_METHOD_SITES:
         owner: Any = importlib.import_module(name)
         *parents, attribute = path.split(".")

@@ -14,6 +14,11 @@ def check_experts(config: Config, shape: ModelShape) -> None:
                 f"and {config.model.path} is a dense model: set it to false"
             )
         return
+    if config.rollout.routing_replay and shape.experts.dense_layers:
+        raise ConfigError(
+            "rollout.routing_replay: true needs experts in every layer, because engines report none for layers without "
+            f"experts, and {config.model.path} has such layers: set it to false"
+        )
     if config.parallel.tensor > 1 and not config.parallel.sequence:
         raise ConfigError(
             f"parallel.tensor = {config.parallel.tensor} with experts needs parallel.sequence: true: "

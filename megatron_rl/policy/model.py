@@ -3,35 +3,28 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rl.alp.layer_noise import LayerNoise
 from megatron_rl.alp.logits import LogitPerturbation
 from megatron_rl.config import Config
 from megatron_rl.errors import CheckpointError, ConfigError, PrecisionError
+from megatron_rl.policy.core_config import transformer_config
 from megatron_rl.policy.expert_rules import check_experts
 from megatron_rl.policy.logprobs import token_scores
-from megatron_rl.policy.modules import HAVE_TE, block_spec
+from megatron_rl.policy.modules import block_spec
 from megatron_rl.policy.packing import Shard
 from megatron_rl.policy.parallel import Mesh
-from megatron_rl.policy.quantized_products import transformer_engine_recipe
 from megatron_rl.policy.routing_replay import prepare_experts
-from megatron_rl.precision.plan import DTYPES, PrecisionPlan
-from megatron_rl.weights.families import Experts, ModelShape
+from megatron_rl.policy.shape_rules import check_shape
+from megatron_rl.precision.plan import PrecisionPlan
+from megatron_rl.weights.families import ModelShape
 from megatron_rl.weights.layouts import padded_vocab
-
-RECOMPUTE: dict[str, dict[str, Any]] = {
-    "none": {},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-}
 
 
 class PolicyModel(GPTModel):
@@ -98,121 +91,6 @@ class PolicyModel(GPTModel):
         )
 
 
-def transformer_config(config: Config, shape: ModelShape, precision: PrecisionPlan) -> TransformerConfig:
-    """Return megatron-core's configuration of this model under this layout.
-
-    Weights always come from a checkpoint, so the initializers do nothing. Parameters are still marked as tensor
-    parallel, which would not happen with `perform_initialization=False`.
-
-    Args:
-        config: the resolved configuration.
-        shape: shape of the model.
-        precision: the resolved precision plan.
-    """
-    parallel = config.parallel
-    stages = parallel.pipeline * parallel.virtual_pipeline
-    if shape.num_layers % stages:
-        raise ConfigError(
-            f"parallel.pipeline x parallel.virtual_pipeline = {stages} does not divide {shape.num_layers} layers"
-        )
-    dtype, factor = DTYPES[config.precision.train], shape.rope.attention_factor
-    return TransformerConfig(
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        num_attention_heads=shape.num_heads,
-        num_query_groups=shape.num_kv_heads,
-        kv_channels=shape.head_dim,
-        ffn_hidden_size=shape.ffn_hidden_size,
-        normalization="RMSNorm",
-        layernorm_epsilon=shape.norm_eps,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=shape.qkv_bias,
-        qk_layernorm=shape.qk_norm,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        attention_softmax_in_fp32=True,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
-        init_method=_from_checkpoint,
-        output_layer_init_method=_from_checkpoint,
-        embedding_init_method=_from_checkpoint,
-        use_cpu_initialization=False,
-        persist_layer_norm=HAVE_TE,
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
-        # RoPE's factor on cosines and sines multiplies queries and keys, so twice the scores.
-        softmax_scale=None if factor == 1 else factor**2 / shape.head_dim**0.5,
-        **_windows(shape),
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        context_parallel_size=parallel.context,
-        sequence_parallel=parallel.sequence,
-        # With virtual stages the default point-to-point mode gives wrong gradients without any error.
-        overlap_p2p_comm=parallel.virtual_pipeline > 1,
-        batch_p2p_comm=parallel.virtual_pipeline == 1,
-        batch_p2p_sync=torch.cuda.is_available(),
-        # The loss is already divided by the global denominator: gradients are plain sums over micro-batches and ranks.
-        calculate_per_token_loss=True,
-        **RECOMPUTE[parallel.recompute],
-        **({} if shape.experts is None else _mixture(shape.experts, shape.num_layers, parallel.expert)),
-        **(transformer_engine_recipe(config, precision) if HAVE_TE else {}),
-    )
-
-
-def _from_checkpoint(_: torch.Tensor) -> None:
-    """Leave the parameter as it is: its values come from a checkpoint."""
-
-
-def _windows(shape: ModelShape) -> dict[str, Any]:
-    """Return megatron-core's settings of windows. A window of w keys holds a query's own key and w - 1 before."""
-    widths = {width for width in shape.windows if width is not None}
-    if not widths:
-        return {}
-    if len(widths) > 1:
-        raise ConfigError(f"the model's layers have windows of {sorted(widths)} keys: only one width is supported")
-    return {
-        "window_size": (widths.pop() - 1, 0),
-        "window_attn_skip_freq": [int(width is not None) for width in shape.windows],
-    }
-
-
-def _mixture(experts: Experts, num_layers: int, expert_parallel: int) -> dict[str, Any]:
-    """Return megatron-core's settings of a router and its experts.
-
-    No load-balancing loss is used, because it would be part of every objective.
-
-    Args:
-        experts: the mixture of experts.
-        num_layers: number of layers.
-        expert_parallel: number of expert-parallel ranks.
-    """
-    dense = experts.dense_layers
-    return {
-        **({"moe_layer_freq": [int(layer not in dense) for layer in range(num_layers)]} if dense else {}),
-        "num_moe_experts": experts.count,
-        "moe_ffn_hidden_size": experts.ffn_hidden_size,
-        "moe_router_topk": experts.per_token,
-        # The softmax runs over all experts before the choice, or over the chosen experts after it.
-        "moe_router_pre_softmax": not experts.norm_topk_prob,
-        "moe_router_score_function": "softmax",
-        "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": 0.0,
-        "moe_token_dispatcher_type": "alltoall",
-        "moe_grouped_gemm": HAVE_TE,
-        "expert_model_parallel_size": expert_parallel,
-        "expert_tensor_parallel_size": 1,
-    }
-
-
 def build_chunks(
     config: Config, shape: ModelShape, mesh: Mesh, precision: PrecisionPlan, noise: LayerNoise | None
 ) -> list[PolicyModel]:
@@ -229,6 +107,7 @@ def build_chunks(
         ConfigError: the layout does not fit the model.
     """
     check_experts(config, shape)
+    check_shape(config, shape)
     tf_config = transformer_config(config, shape, precision)
     vocab_rows = padded_vocab(shape.vocab_size, mesh.tp_size)
     if vocab_rows - shape.vocab_size >= vocab_rows // mesh.tp_size:
@@ -242,7 +121,7 @@ def build_chunks(
     for stage in stages:
         chunk = PolicyModel(
             config=tf_config,
-            transformer_layer_spec=block_spec(tf_config, vp_stage=stage, noise=noise, plan=precision),
+            transformer_layer_spec=block_spec(tf_config, shape, vp_stage=stage, noise=noise, plan=precision),
             vocab_size=vocab_rows,
             max_sequence_length=config.optimizer.tokens_per_microbatch,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
@@ -258,15 +137,22 @@ def build_chunks(
             fp32_head=config.precision.fp32_lm_head,
         )
         prepare_experts(chunk)
-        chunk.rotary_pos_emb.inv_freq = shape.rope.frequencies(shape.max_position_embeddings)
+        _set_frequencies(chunk, shape)
         chunks.append(chunk.to(mesh.device))
     return chunks
+
+
+def _set_frequencies(chunk: PolicyModel, shape: ModelShape) -> None:
+    """Give a chunk the frequencies of RoPE of its shape. With latent attention every layer has its own copy."""
+    latent = shape.latent is not None
+    for owner in [layer.self_attention for layer in chunk.decoder.layers] if latent else [chunk]:
+        owner.rotary_pos_emb.inv_freq = shape.rope.frequencies(shape.max_position_embeddings)
 
 
 def find_bad_weights(models: list[PolicyModel], config: Config) -> CheckpointError | PrecisionError | None:
     """Return the error for loaded weights of this rank that are not finite, or that float16 cannot hold, or None."""
     for model in models:
-        for name, parameter in model.named_parameters():
+        for name, parameter in (*model.named_parameters(), *model.named_buffers()):
             if torch.isfinite(parameter).all():
                 continue
             where = f"'{name}' of {config.model.path}"

@@ -14,7 +14,7 @@ import torch
 
 from megatron_rl.alp.noise import NoiseRows
 from megatron_rl.errors import UserError
-from megatron_rl.policy.modules import PackedStream, plan_attention
+from megatron_rl.policy.attention import PackedStream, plan_attention
 from megatron_rl.types import COLUMNS, Batch, Column
 
 PADDING_SEGMENT = 128  # padding is cut into short sequences: the attention cost of a long one is quadratic

@@ -163,6 +163,18 @@ def prepare_experts(model: nn.Module) -> None:
         layer.mlp.register_forward_hook(_forget_probs)
         for parameter in layer.mlp.experts.parameters():
             parameter.allreduce = False
+            # megatron-core marks the biases of experts as if every tensor-parallel rank had the same experts.
+            parameter.sequence_parallel = False
+            # The norm of the gradients counts other parameters on the first tensor-parallel rank alone. Then ranks
+            # would clip the gradients by different norms. The weights of experts have this mark already.
+            parameter.tensor_model_parallel = True
+
+
+def weight_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers of a chunk that hold weights of the model, by name: the correction biases of routers."""
+    for name, buffer in model.named_buffers():
+        if name.endswith(".expert_bias"):
+            yield name, buffer
 
 
 def _take_rows(layer: Any, args: Any, kwargs: dict[str, Any]) -> None:

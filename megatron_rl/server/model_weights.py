@@ -2,7 +2,9 @@
 
 import copy
 import json
+import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +75,8 @@ def read_weights(
     Raises:
         CheckpointError: names the file or the tensor.
     """
-    tensors = _read(folder)
+    unread = ignored_names(config)
+    tensors = {name: tensor for name, tensor in _read(folder).items() if unread is None or not unread.match(name)}
     stated = _stated_quantization(folder)
     _check_quantized(folder, tensors, stated, plan)
     digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
@@ -125,7 +128,11 @@ def build_weights(
     values = tensors if plan is None else _quantized_values(where, tensors, plan, dtype, coded=coded)
     _check_values(where, values, dtype)
     _check_tied(where, values, tied)
-    served = {name: tensor.to(device=device, dtype=dtype, copy=copies) for name, tensor in values.items()}
+    exact = _kept_in_fp32(config)
+    served = {
+        name: tensor.to(device=device, dtype=torch.float32 if exact(name) else dtype, copy=copies)
+        for name, tensor in values.items()
+    }
     emulated = plan is not None and plan.quantizes_inputs
     # transformers keeps the experts of a layer in one parameter that has none of their names. Such a model cannot copy
     # `like`: it is built from its tensors each time.
@@ -201,6 +208,23 @@ def tied_names(config: PreTrainedConfig) -> dict[str, str]:
         return {}
     keys = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._tied_weights_keys
     return dict(keys) if isinstance(keys, dict) else {}
+
+
+def _kept_in_fp32(config: PreTrainedConfig) -> Callable[[str], bool]:
+    """Return which tensors a model computes with in float32 whatever its dtype is, by transformers' own list.
+
+    transformers itself would only store the values that were rounded before.
+    """
+    words = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._keep_in_fp32_modules_strict or ()
+    return lambda name: any(word in name.split(".") for word in words)
+
+
+def ignored_names(config: PreTrainedConfig) -> re.Pattern[str] | None:
+    """Return which tensors of a folder the model does not load, such as layers for multi-token prediction."""
+    patterns = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._keys_to_ignore_on_load_unexpected or ()
+    layers = config.num_hidden_layers
+    later = [rf"model\.layers\.{layers + n}\." for n in range(getattr(config, "num_nextn_predict_layers", 0) or 0)]
+    return re.compile("|".join([*patterns, *later])) if patterns or later else None
 
 
 def _stated_quantization(folder: Path) -> dict[str, Any] | None:
@@ -319,7 +343,8 @@ def _build(
                 config=own,
                 state_dict=tensors,
                 dtype=dtype,
-                attn_implementation="sdpa",
+                # gpt-oss has no such implementation, because of its sinks.
+                attn_implementation="sdpa" if model_class._supports_sdpa else "eager",
                 output_loading_info=True,
             )
     except RuntimeError as error:

@@ -34,7 +34,8 @@ def export_weights(
     appear once. A tensor may share memory with a parameter: use it before the next update.
 
     Only one replica takes part: data- and context-parallel rank 0, and for experts expert-data-parallel rank 0. Peak
-    extra memory: one whole mcore parameter on the rank that merges it, and one Hugging Face tensor on rank 0.
+    extra memory: one whole mcore parameter on the rank that merges it, and one Hugging Face tensor on rank 0. If this
+    tensor is stacked, it holds all experts of a layer.
 
     Args:
         chunks: the model chunks of this rank, one per virtual pipeline stage.
@@ -56,7 +57,7 @@ def export_weights(
     owners = _owners(
         plan, _exchange(parameters, experts, control), parallel_state.get_tensor_model_parallel_world_size()
     )
-    return _stream(plan, parameters, owners, dtypes)
+    return _stream(plan, parameters, owners, dtypes, 0 if shape.experts is None else shape.experts.count)
 
 
 def _exchange(
@@ -110,9 +111,11 @@ def _stream(
     parameters: Mapping[str, Tensor],
     owners: Mapping[str, list[int]],
     dtypes: Mapping[str, torch.dtype],
+    experts: int,
 ) -> Iterator[tuple[str, Tensor | None]]:
     rank = dist.get_rank()
     device = next(iter(parameters.values())).device
+    whole: Tensor | None = None  # a tensor of several experts, on rank 0
     for entry in plan:
         group = owners[entry.mcore]
         merged: tuple[Tensor, ...] | None = None
@@ -128,7 +131,16 @@ def _stream(
             elif rank == 0:
                 tensor = torch.empty(full, dtype=dtype, device=device)
                 dist.recv(_bytes(tensor), src=group[0])
-            yield name, tensor if rank == 0 else None
+            if not entry.rule.stacked:
+                yield name, tensor if rank == 0 else None
+                continue
+            assert entry.expert is not None
+            if rank == 0 and tensor is not None:
+                whole = tensor.new_empty(experts, *full) if whole is None else whole
+                whole[entry.expert] = tensor
+            if entry.expert == experts - 1:  # entries of one tensor follow each other, in the order of the experts
+                yield name, whole
+                whole = None
 
 
 def _merge(entry: Entry, shard: Tensor, group: Sequence[int]) -> tuple[Tensor, ...] | None:

@@ -4,7 +4,7 @@ Whatever form a folder stores them in: experts that are stacked, codes with scal
 embedding.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,28 @@ class HFModel:
         shape: the model's shape.
         tensors: name in the family's table -> shape, dtype and file. Codes count as bfloat16: their values are written
             as such.
+        buffers: those of them that are neither trained nor cast.
         unused: stored tensors that the trainer does not use, such as the layers of multi-token prediction.
     """
 
-    def __init__(self, folder: HFFolder, family: Family, shape: ModelShape, forms: Mapping[str, StoredForm]) -> None:
+    def __init__(
+        self,
+        folder: HFFolder,
+        family: Family,
+        shape: ModelShape,
+        forms: Mapping[str, StoredForm],
+        tile: tuple[int, int] | None,
+    ) -> None:
         self.folder, self.family, self.shape, self._forms = folder, family, shape, forms
         self.tensors: dict[str, TensorInfo] = {name: form.info for name, form in forms.items()}
+        self.buffers = frozenset(
+            name for entry in entries(family, shape) if entry.rule.buffer for name in entry.rule.hf
+        )
         used = {stored for form in forms.values() for stored in form.stored}
         self.unused: tuple[str, ...] = tuple(name for name in folder.tensors if name not in used)
+        prefixes = family.carried(shape)
+        names = [name for name in self.unused if name.startswith(prefixes) and not name.endswith(_SCALES)]
+        self._carried = {name: _form_of(folder, name, tile) for name in names}
 
     @property
     def path(self) -> Path:
@@ -82,9 +96,28 @@ class HFModel:
         info = self.tensors[name]
         return self._forms[name].read(0, info.shape[0]).to(info.dtype)
 
-    def reader(self, name: str) -> Reader:
-        """Return `read_rows` bound to one tensor."""
-        return partial(self.read_rows, name)
+    def readers(self, entry: Entry) -> list[Reader]:
+        """Return the readers of an entry's Hugging Face tensors. Of a stacked one they read the expert's part."""
+        if entry.rule.stacked and entry.expert is not None:
+            return [partial(self._read_expert, name, entry.expert) for name in entry.rule.hf]
+        return [partial(self.read_rows, name) for name in entry.rule.hf]
+
+    def _read_expert(self, name: str, expert: int, start: int, stop: int, dim: int = 0) -> Tensor:
+        return self.folder.read_at(name, (expert, *(slice(None) for _ in range(dim)), slice(start, stop)))
+
+    @property
+    def carried_tensors(self) -> dict[str, TensorInfo]:
+        """Shape and dtype of the tensors that `carried` yields."""
+        return {name: form.info for name, form in self._carried.items()}
+
+    def carried(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the stored tensors that are not trained and belong into a copy of the model.
+
+        They are unchanged, except that FP8 codes are dequantized to bfloat16, as those of trained tensors are.
+        """
+        for name, form in self._carried.items():
+            plain = isinstance(form, PlainTensor)
+            yield name, self.folder.read(name) if plain else form.read(0, form.info.shape[0]).to(form.info.dtype)
 
     def stored_as(self, name: str) -> tuple[str, ...]:
         """Return the names of the stored tensors that a tensor of the table is read from."""
@@ -117,12 +150,15 @@ def check_folder(folder: HFFolder, *, tensor_parallel: int = 1, expert_parallel:
         entry.rule.layout.check(tensor_parallel)
     forms: dict[str, StoredForm] = {}
     for entry in plan:
-        for index, (name, expected) in enumerate(zip(entry.rule.hf, entry.rule.layout.shapes, strict=True)):
+        if entry.rule.stacked and entry.expert:
+            continue  # the first expert's entry has the same tensors
+        for index, (name, expected) in enumerate(zip(entry.rule.hf, entry.stored_shapes(shape), strict=True)):
             forms[name] = _find_form(folder, entry, index, tile, shape.tied_embeddings)
             _check_tensor(folder, name, forms[name], expected)
-    model = HFModel(folder, family, shape, forms)
+    model = HFModel(folder, family, shape, forms, tile)
     for name in model.unused:
-        _check_unused(folder, name, family, shape)
+        if not name.startswith(family.carried(shape)):
+            _check_unused(folder, name, family, shape)
     return model
 
 
@@ -130,9 +166,7 @@ def _find_form(folder: HFFolder, entry: Entry, index: int, tile: tuple[int, int]
     """Return the form in which a folder stores one tensor of an entry. Raise CheckpointError if it has none."""
     name = entry.rule.hf[index]
     if name in folder.tensors:
-        if tile is not None and f"{name}{_SCALES}" in folder.tensors:
-            return BlockFP8(folder, name, f"{name}{_SCALES}", tile)
-        return PlainTensor(folder, name)
+        return _form_of(folder, name, tile)
     if tied and name == _EMBEDDING and _HEAD in folder.tensors:
         return PlainTensor(folder, _HEAD)
     other = None if entry.rule.other is None else entry.rule.other[index]
@@ -146,6 +180,11 @@ def _find_form(folder: HFFolder, entry: Entry, index: int, tile: tuple[int, int]
     raise CheckpointError(
         f"{folder.path} has no tensor '{name}', which its config.json asks for (shape {expected}){mend}"
     )
+
+
+def _form_of(folder: HFFolder, name: str, tile: tuple[int, int] | None) -> StoredForm:
+    scales = f"{name}{_SCALES}"
+    return BlockFP8(folder, name, scales, tile) if tile and scales in folder.tensors else PlainTensor(folder, name)
 
 
 def _check_tensor(folder: HFFolder, name: str, form: StoredForm, expected: tuple[int, ...]) -> None:
@@ -168,9 +207,12 @@ def _check_tensor(folder: HFFolder, name: str, form: StoredForm, expected: tuple
 
 def _check_codes(folder: HFFolder, form: BlockFP8) -> None:
     codes, scales = folder.tensors[form.name], folder.tensors[form.scales]
+    if codes.dtype != torch.float8_e4m3fn or len(codes.shape) != 2:
+        raise CheckpointError(
+            f"tensor '{form.name}' in {codes.file} has scales, but is {codes.dtype} {list(codes.shape)} and no "
+            "matrix of FP8 codes"
+        )
     tiles = tuple(-(-size // tile) for size, tile in zip(codes.shape, form.tile, strict=True))
-    if codes.dtype != torch.float8_e4m3fn:
-        raise CheckpointError(f"tensor '{form.name}' in {codes.file} has scales, but is {codes.dtype} and no FP8 code")
     if scales.shape not in (tiles, ()):
         raise CheckpointError(
             f"tensor '{form.scales}' in {scales.file} has shape {list(scales.shape)}, but {list(codes.shape)} codes in "

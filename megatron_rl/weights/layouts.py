@@ -165,6 +165,39 @@ class VocabParallel(Layout):
 
 
 @dataclass(frozen=True)
+class HeadRows(Layout):
+    """One tensor whose rows belong to heads, in their order. A rank holds those of an equal share of the heads.
+
+    Attributes:
+        heads: number of heads.
+        rows: rows of each head.
+        inner: the shape after the rows: (columns,) for weights and () for one number per row.
+    """
+
+    heads: int
+    rows: int
+    inner: Shape
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        return ((self.heads * self.rows, *self.inner),)
+
+    @property
+    def units(self) -> dict[str, int]:
+        return {"num_attention_heads": self.heads}
+
+    def local_shape(self, size: int) -> Shape:
+        return (self.heads * self.rows // size, *self.inner)
+
+    def read(self, sources: Sequence[Reader], rank: int, size: int) -> Tensor:
+        part = self.local_shape(size)[0]
+        return sources[0](rank * part, (rank + 1) * part)
+
+    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (torch.cat(list(shards)),)
+
+
+@dataclass(frozen=True)
 class QKV(Layout):
     """q, k and v projections as mcore's linear_qkv: for each key-value group its query heads, then k, then v.
 
@@ -233,6 +266,98 @@ class QKV(Layout):
         grouped = torch.cat(list(shards)).reshape(self.groups, queries + 2 * self.head_dim, *self.inner)
         parts = grouped.split([queries, self.head_dim, self.head_dim], 1)
         return tuple(part.reshape(shape).contiguous() for part, shape in zip(parts, self.shapes, strict=True))
+
+
+@dataclass(frozen=True)
+class FusedGateUp(Layout):
+    """Gate and up projections that are one Hugging Face matrix, gate rows first, as mcore's gated linear_fc1."""
+
+    ffn_hidden_size: int
+    hidden_size: int
+    key: str = "intermediate_size"
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        return ((2 * self.ffn_hidden_size, self.hidden_size),)
+
+    @property
+    def units(self) -> dict[str, int]:
+        return {self.key: self.ffn_hidden_size}
+
+    def local_shape(self, size: int) -> Shape:
+        return (2 * self.ffn_hidden_size // size, self.hidden_size)
+
+    def read(self, sources: Sequence[Reader], rank: int, size: int) -> Tensor:
+        rows = self.ffn_hidden_size // size
+        starts = (rank * rows, self.ffn_hidden_size + rank * rows)
+        return torch.cat([sources[0](start, start + rows) for start in starts])
+
+    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        halves = [shard.chunk(2) for shard in shards]
+        return (torch.cat([gate for gate, _ in halves] + [up for _, up in halves]),)
+
+
+@dataclass(frozen=True)
+class WholeLayout(Layout):
+    """A layout of experts, which tensor parallelism does not cut. Only its Hugging Face form differs from mcore's."""
+
+    def local_shape(self, size: int) -> Shape:
+        assert size == 1, "experts are whole on their rank"
+        return self.whole_shape
+
+    @property
+    @abstractmethod
+    def whole_shape(self) -> Shape:
+        """Shape of the parameter."""
+
+
+@dataclass(frozen=True)
+class InterleavedGateUp(WholeLayout):
+    """Gate and up projections of one expert whose columns alternate in one transposed tensor, as gpt-oss has them.
+
+    Attributes:
+        ffn_hidden_size: width of the expert.
+        inner: the shape before the columns: (hidden,) for weights and () for biases.
+    """
+
+    ffn_hidden_size: int
+    inner: Shape
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        return ((*self.inner, 2 * self.ffn_hidden_size),)
+
+    @property
+    def whole_shape(self) -> Shape:
+        return (2 * self.ffn_hidden_size, *self.inner)
+
+    def read(self, sources: Sequence[Reader], rank: int, size: int) -> Tensor:
+        rows = sources[0](0, self.shapes[0][0]).movedim(-1, 0)
+        return torch.cat([rows[0::2], rows[1::2]])
+
+    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (torch.stack(shards[0].chunk(2), 1).flatten(0, 1).movedim(0, -1).contiguous(),)
+
+
+@dataclass(frozen=True)
+class Transposed(WholeLayout):
+    """One matrix of an expert that Hugging Face stores transposed."""
+
+    shape: Shape
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        return (self.shape,)
+
+    @property
+    def whole_shape(self) -> Shape:
+        return self.shape[::-1]
+
+    def read(self, sources: Sequence[Reader], rank: int, size: int) -> Tensor:
+        return sources[0](0, self.shape[0]).T.contiguous()
+
+    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (shards[0].T.contiguous(),)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,6 @@ def load_weights(chunks: Sequence[nn.Module], model: HFModel, *, tp_rank: int, t
             )
     with torch.no_grad():
         for entry, parameter in held.values():
-            sources = [model.reader(name) for name in entry.rule.hf]
+            sources = model.readers(entry)
             size = entry.cut(tp_size)
             parameter.copy_(entry.rule.layout.read(sources, tp_rank % size, size))

@@ -15,6 +15,11 @@ _LAYER = re.compile(r"decoder\.layers\.\d+\.(.+)")
 _LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.\d+\.")
 _PRODUCT = re.compile(r"(.*\.linear_\w+)\.weight")
 EXTRA_STATE = "._extra_state/"
+# Transformer Engine's latent attention keeps the norms of the narrow vectors in the products that follow.
+LATENT_NORMS = {
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,8 @@ def megatron_place(entry: Entry, shape: ModelShape) -> MegatronPlace:
     matched = _LAYER.fullmatch(name)
     assert matched is not None, name
     rest = _LOCAL_EXPERT.sub("mlp.experts.experts.", matched[1])
+    for norm, key in LATENT_NORMS.items() if shape.latent is not None else ():
+        rest = rest.replace(norm, key)
     index, counts = [], []
     if is_homogeneous(shape):
         index.append(entry.layer)

@@ -13,7 +13,7 @@ from megatron_rl.weights.families import Family, ModelShape, Rule
 
 # The index of an expert in the name of a layer's parameter: `local_experts.3.linear_fc1.weight`, or with Transformer
 # Engine `linear_fc1.weight3`.
-_EXPERT = re.compile(r"(mlp\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)(|\..*)")
+_EXPERT = re.compile(r"(mlp\.experts\.(?:local_experts\.|linear_fc[12]\.(?:weight|bias)))(\d+)(|\..*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,12 @@ class Entry:
     @property
     def mcore(self) -> str:
         return self.rule.mcore
+
+    def stored_shapes(self, shape: ModelShape) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes of the Hugging Face tensors of the entry."""
+        if not self.rule.stacked or shape.experts is None:
+            return self.rule.layout.shapes
+        return tuple((shape.experts.count, *part) for part in self.rule.layout.shapes)
 
     def cut(self, tensor_parallel: int) -> int:
         """Return how many ranks hold a shard of the parameter. This is 1 for an expert: it is whole on its rank."""

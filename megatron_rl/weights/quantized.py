@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_rl.errors import CheckpointError
 from megatron_rl.precision.formats import Format, Quantized, find_format, quantize
 from megatron_rl.precision.plan import DTYPES, PrecisionPlan
+from megatron_rl.weights.hf_model import HFModel
 
 _SCALE = {"fp8_128x128_e4m3": "_scale_inv", "fp8_128x128_e4m3_pow2": "_scale_inv", "int8_channel": "_scale"}
 _SUFFIXES = tuple(sorted(set(_SCALE.values())))
@@ -30,12 +31,19 @@ _FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_pro
 Stream = Iterable[tuple[str, Tensor | None]]
 
 
-def export_dtypes(plan: PrecisionPlan, names: Iterable[str]) -> dict[str, torch.dtype]:
-    """Return the dtype in which `export_weights` gathers each tensor.
+def export_dtypes(plan: PrecisionPlan, source: HFModel) -> dict[str, torch.dtype]:
+    """Return the dtype in which `export_weights` gathers each tensor of a model for the engines.
 
-    A tensor that will be quantized is gathered in the trainer's own dtype, every other one in the engine's.
+    A tensor that will be quantized is gathered in the trainer's own dtype, and every other one in the engine's. A
+    buffer keeps its stored dtype: 16 bits would change which experts a router chooses.
     """
-    return {name: DTYPES[plan.train if _coded(plan, name) else plan.engine] for name in names}
+
+    def of(name: str) -> torch.dtype:
+        if name in source.buffers:
+            return source.tensors[name].dtype
+        return DTYPES[plan.train if _coded(plan, name) else plan.engine]
+
+    return {name: of(name) for name in source.tensors}
 
 
 class WireTensors(Iterator[tuple[str, Tensor | None]]):

@@ -61,8 +61,10 @@ def reference_step(folder, perturbation=None):
     norm = torch.sqrt(sum((g.double() ** 2).sum() for g in grads.values())).item()
     for p in named.values():
         p.grad.mul_(min(1.0, OPTIMIZER["grad_clip"] / (norm + 1e-6)))
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
+    # The biases of all experts of a layer may be one matrix. They are vectors all the same.
+    vector = {name: p.ndim == 1 or name.endswith("_bias") for name, p in model.named_parameters()}
+    matrices = [p for name, p in model.named_parameters() if not vector[name]]
+    vectors = [p for name, p in model.named_parameters() if vector[name]]
     torch.optim.AdamW(
         [
             {"params": matrices, "weight_decay": OPTIMIZER["weight_decay"]},
@@ -98,14 +100,15 @@ def worst(a, b):
     return max((float(np.abs(a[k] - b[k]).max() / (np.abs(b[k]).max() + 1e-12)), k) for k in b)
 
 
-def assert_same_step(result, reference):
+def assert_same_step(result, reference, rounding=1e-5):
+    """Compare two steps. `rounding` bounds the weights: Adam magnifies the rounding of gradients near its eps."""
     assert abs(result["loss"] - reference["loss"]) <= 1e-6 * max(1.0, abs(reference["loss"]))
     np.testing.assert_allclose(result["logp"], reference["logp"], atol=1e-5)
     np.testing.assert_allclose(result["entropy"], reference["entropy"], atol=2e-5)
     assert worst(result["grads"], reference["grads"]) < (1e-5,)
     assert abs(result["grad_norm"] / reference["grad_norm"] - 1) < 1e-5
     assert reference["grad_norm"] > OPTIMIZER["grad_clip"], "the clip must be active for this test to say anything"
-    assert worst(result["weights"], reference["weights"]) < (1e-5,)
+    assert worst(result["weights"], reference["weights"]) < (rounding,)
     assert result["replicas_differ"] == 0.0
 
 

@@ -61,7 +61,7 @@ def quantized_export(model: Path, layout: dict[str, Any], precision: dict[str, A
     chunks = build_planned_chunks(config, shape, mesh)
     load_weights(chunks, source, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size)
     plan = embedded_plan(config.precision, shape.num_layers)
-    stream = export_weights(chunks, family, shape, dtypes=export_dtypes(plan, source.tensors), control=mesh.control)
+    stream = export_weights(chunks, family, shape, dtypes=export_dtypes(plan, source), control=mesh.control)
     return {name: tensor_digest(tensor) for name, tensor in WireTensors(stream, plan) if tensor is not None}
 
 

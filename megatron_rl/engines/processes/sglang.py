@@ -26,6 +26,7 @@ from megatron_rl.precision.plan import DTYPES, PrecisionPlan
 from megatron_rl.protocol.api_key import write_private
 from megatron_rl.supervise import end_sessions
 from megatron_rl.weights.hf_folder import HFFolder
+from megatron_rl.weights.hf_model import check_folder
 from megatron_rl.weights.quantized import WireTensors, export_dtypes, quantization_config
 from megatron_rl.weights.write_folder import write_hf_folder
 
@@ -250,8 +251,8 @@ def write_as_sent(model_dir: Path, plan: PrecisionPlan, dest: Path) -> None:
     Raises:
         CheckpointError: as from `HFFolder`, `WireTensors` and `write_hf_folder`, or if there is no free space.
     """
-    source = HFFolder(model_dir)
-    dtypes = export_dtypes(plan, source.tensors)
+    source = check_folder(HFFolder(model_dir))
+    dtypes = export_dtypes(plan, source)
     stream = ((name, source.read(name).to(dtypes[name])) for name in source.tensors)
     sent = ((name, tensor) for name, tensor in WireTensors(stream, plan) if tensor is not None)
     try:

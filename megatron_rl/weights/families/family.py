@@ -26,6 +26,7 @@ class Rule:
         other: for each of `hf`, its name in folders that transformers 5 writes in its own format. For an expert it is
             the tensor of all experts of the layer; tensors with the same name lie one below the other in it.
         buffer: it is a buffer, which is neither trained nor cast.
+        stacked: the one Hugging Face tensor holds those of all experts of a layer: [experts, *shape of the layout].
     """
 
     mcore: str
@@ -36,6 +37,7 @@ class Rule:
     layers: Literal["all", "dense", "experts"] = "all"
     other: tuple[str, ...] | None = None
     buffer: bool = False
+    stacked: bool = False
 
     @property
     def stage(self) -> Literal["first", "layer", "last"]:
@@ -68,6 +70,8 @@ class Family:
         shape_from_config: returns the ModelShape of a config.json. Raises ConfigError for anything unsupported.
         rules: returns the name table of a shape, in export order.
         ignored: name endings of Hugging Face buffers that hold no weights.
+        carried: returns the beginnings of the names of tensors that a folder may hold and that the trainer does not
+            use. They are copied into written folders.
     """
 
     architectures: tuple[str, ...]
@@ -76,3 +80,4 @@ class Family:
     rules: Callable[[ModelShape], tuple[Rule, ...]]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    carried: Callable[[ModelShape], tuple[str, ...]] = lambda shape: ()

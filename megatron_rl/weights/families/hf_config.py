@@ -10,7 +10,7 @@ from megatron_rl.weights.families.rope import RopePlan, read_scaling
 # Keys that change nothing about a model's parameters or its forward pass in a trainer.
 _WITHOUT_EFFECT = frozenset(
     {
-        "attention_dropout",
+        "aux_loss_alpha",
         "max_window_layers",
         "moe_aux_loss_coeff",
         "original_max_position_embeddings",
@@ -61,6 +61,19 @@ class HFConfig:
             kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
             raise ConfigError(f"{self.where}: '{key}' is {value!r}, {kind} is needed")
         return value
+
+    def either(self, *keys: str) -> int:
+        """Return the integer of a key with several names, of which transformers may write any.
+
+        Raises:
+            ConfigError: if two of them are present with different values.
+        """
+        stated = {key: self.integer(key, least=0) for key in keys if self.values.get(key) is not None}
+        if len(set(stated.values())) > 1:
+            pairs = " and ".join(f"'{key}' = {value}" for key, value in stated.items())
+            raise ConfigError(f"{self.where}: {pairs} contradict each other")
+        self._read.update(keys)
+        return next(iter(stated.values())) if stated else self.integer(keys[0], least=0)
 
     def number(self, key: str) -> float:
         return self._as_number(key, self._required(key))
@@ -120,16 +133,17 @@ class HFConfig:
         scaling = read_scaling(kind, rest, self.integer("max_position_embeddings"), f"{self.where}: '{place}'")
         return RopePlan(base, dim, scaling)
 
-    def windows(self, layers: int, width: int | None) -> tuple[int | None, ...]:
-        """Return the attention window of each layer, from `layer_types` or, without it, `width` in every layer.
+    def windows(self, layers: int, width: int | None, usual: list[str] | None = None) -> tuple[int | None, ...]:
+        """Return the attention window of each layer, from `layer_types`.
 
         Args:
             layers: number of layers.
             width: keys that a query of a layer with a window sees; None: no layer has one.
+            usual: `layer_types` if the key is absent; None: every layer has a window if there is a width.
         """
         kinds = self.get("layer_types")
         if kinds is None:
-            kinds = ["full_attention" if width is None else "sliding_attention"] * layers
+            kinds = usual or ["full_attention" if width is None else "sliding_attention"] * layers
         if not isinstance(kinds, Sequence) or isinstance(kinds, str) or len(kinds) != layers:
             raise ConfigError(
                 f"{self.where}: 'layer_types' is {kinds!r}, one word for each of {layers} layers is needed"
@@ -156,7 +170,8 @@ class HFConfig:
         for key, value in self.values.items():
             known = key in self._read or key in _WITHOUT_EFFECT or self._defaults.get(key, ...) == value
             neutral = value in (None, False, 0, [], {}, "") or (value == 1 and ("scal" in key or "mult" in key))
-            if not known and not neutral and _SENSITIVE.search(key):
+            # Nothing is dropped in training here, so dropout has no effect.
+            if not known and not neutral and "drop" not in key and _SENSITIVE.search(key):
                 raise ConfigError(
                     f"{self.where}: '{key}' is {value!r}, which this family does not know: it may change what the "
                     "model computes. Remove the key if it has no meaning for this model"

@@ -42,7 +42,8 @@ def _shape(config: HFConfig) -> ModelShape:
     head_dim = derived_head_dim(config)
     window = config.integer("sliding_window") if config.boolean("use_sliding_window") else None
     experts = Experts(
-        count=_count(config),
+        # transformers 5 has an alias for its own name of this key and may write either name.
+        count=config.either("num_experts", "num_local_experts"),
         per_token=config.integer("num_experts_per_tok"),
         ffn_hidden_size=config.integer("moe_intermediate_size"),
         norm_topk_prob=config.boolean("norm_topk_prob"),
@@ -56,16 +57,6 @@ def _shape(config: HFConfig) -> ModelShape:
         windows=config.windows(config.integer("num_hidden_layers"), window),
         experts=check_choice(experts, config.where),
     )
-
-
-def _count(config: HFConfig) -> int:
-    # transformers 5 has an alias for its own name of this key and may write either name.
-    counts = [config.integer(key) for key in ("num_experts", "num_local_experts") if config.values.get(key) is not None]
-    if len(set(counts)) > 1:
-        raise ConfigError(
-            f"{config.where}: 'num_experts' = {counts[0]} and 'num_local_experts' = {counts[1]} contradict each other"
-        )
-    return counts[0] if counts else config.integer("num_experts")
 
 
 def _dense_layers(config: HFConfig) -> frozenset[int]:

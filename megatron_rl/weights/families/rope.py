@@ -95,7 +95,10 @@ class Llama3:
 
 @dataclass(frozen=True, slots=True)
 class Yarn:
-    """Each frequency is interpolated by how often it turns within the original length (arXiv 2309.00071)."""
+    """Each frequency is interpolated by how often it turns within the original length (arXiv 2309.00071).
+
+    With latent attention, `mscale_all_dim` also scales the scores.
+    """
 
     factor: float
     original: int
@@ -103,6 +106,7 @@ class Yarn:
     beta_slow: float
     truncate: bool
     attention_factor: float
+    mscale_all_dim: float = 0.0
 
     def frequencies(self, theta: float, dim: int, length: int) -> Tensor:
         base = theta ** (torch.arange(0, dim, 2).to(torch.float) / dim)
@@ -249,7 +253,7 @@ def _yarn(values: _Values, max_positions: int) -> Scaling:
     else:
         attention = yarn_mscale(factor, 1.0)
     fast, slow = values.number("beta_fast", 32), values.number("beta_slow", 1)
-    return Yarn(factor, original, fast, slow, values.boolean("truncate", True), attention)
+    return Yarn(factor, original, fast, slow, values.boolean("truncate", True), attention, all_dim or 0.0)
 
 
 def yarn_mscale(factor: float, scale: float) -> float:

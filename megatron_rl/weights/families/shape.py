@@ -23,6 +23,7 @@ class Experts:
         groups_per_token: groups that a token may go to.
         scaling: factor on the gates.
         shared_width: width of the feed-forward network that every token passes besides its experts; 0: none.
+        biases: the router and the projections of the experts have biases.
     """
 
     count: int
@@ -36,6 +37,28 @@ class Experts:
     groups_per_token: int = 1
     scaling: float = 1.0
     shared_width: int = 0
+    biases: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """Multi-head latent attention: keys and values of all heads come from one narrow vector per token.
+
+    Attributes:
+        query_rank: width of the vector that queries come from; None: they come from the residual stream.
+        key_value_rank: width of the vector that keys and values come from.
+        plain_dim: dimensions of a query or key that positions do not turn.
+        rotary_dim: dimensions of a query or key that positions turn; all heads share those of the key.
+        value_dim: width of one head's values.
+        norm_eps: epsilon of the norms of the narrow vectors.
+    """
+
+    query_rank: int | None
+    key_value_rank: int
+    plain_dim: int
+    rotary_dim: int
+    value_dim: int
+    norm_eps: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +85,8 @@ class ModelShape:
         activation: `silu`, or gpt-oss' clamped gated activation.
         output_norms: norms follow the attention and the feed-forward network, before their results are added.
         experts: the mixture of experts; None for a dense model.
+        latent: sizes of latent attention; None for grouped-query attention. `head_dim` is then the width of queries.
+        mtp_layers: layers for multi-token prediction that a folder may hold after the last layer. They are not trained.
     """
 
     num_layers: int
@@ -83,6 +108,8 @@ class ModelShape:
     activation: Literal["silu", "gpt_oss"] = "silu"
     output_norms: bool = False
     experts: Experts | None = None
+    latent: Latent | None = None
+    mtp_layers: int = 0
 
     def has_experts(self, layer: int) -> bool:
         """Return whether a layer (from 0) has a mixture of experts."""

@@ -18,16 +18,17 @@ def common_shape(config: HFConfig, head_dim: int, **parts: Any) -> ModelShape:
     Args:
         config: values of config.json.
         head_dim: width of one head.
-        parts: the shape's other fields, among them `rope`.
+        parts: the shape's other fields, among them `rope`, and `num_kv_heads` if no key of its own says it.
     """
     config.demand("hidden_act", ("silu",))
     heads, groups = "num_attention_heads", "num_key_value_heads"
+    # The first models had as many key-value heads as query heads, and no key for it.
+    own_groups = parts.pop("num_kv_heads", None) or config.integer(heads if config.get(groups) is None else groups)
     shape = ModelShape(
         num_layers=config.integer("num_hidden_layers"),
         hidden_size=config.integer("hidden_size"),
         num_heads=config.integer(heads),
-        # The first models had as many key-value heads as query heads, and no key for it.
-        num_kv_heads=config.integer(heads if config.get(groups) is None else groups),
+        num_kv_heads=own_groups,
         head_dim=head_dim,
         ffn_hidden_size=config.integer("intermediate_size"),
         vocab_size=config.integer("vocab_size"),
@@ -128,7 +129,7 @@ def mixture(
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
     key: str = "moe_intermediate_size",
 ) -> tuple[Rule, ...]:
-    """Return the rules of a router and its experts, and of the norm before them.
+    """Return the rules of a router, its experts and its shared experts, and of the norm before them.
 
     Args:
         s: shape of the model.
@@ -156,6 +157,7 @@ def mixture(
             layers="experts",
             other=(HF + "mlp.gate.weight",),
         ),
+        *(_correction(s.experts.count, hf) if s.experts.correction_bias else ()),
         Rule(
             local + "linear_fc1.weight",
             (gate, up),
@@ -172,6 +174,25 @@ def mixture(
             layers="experts",
             other=(HF + "mlp.experts.down_proj",),
         ),
+        *(_shared(s, hf) if s.experts.shared_width else ()),
+    )
+
+
+def _correction(experts: int, hf: str) -> tuple[Rule, ...]:
+    names = MCORE + "mlp.router.expert_bias", (hf + "gate.e_score_correction_bias",)
+    return (Rule(*names, Replicated((experts,)), layers="experts", buffer=True),)
+
+
+def _shared(s: ModelShape, hf: str) -> tuple[Rule, ...]:
+    """Return the rules of the network that every token passes. Tensor parallelism cuts it, unlike the experts."""
+    assert s.experts is not None
+    width, key = s.experts.shared_width, "moe_intermediate_size * n_shared_experts"
+    gate, up, down = (f"{hf}shared_experts.{part}_proj.weight" for part in ("gate", "up", "down"))
+    here = MCORE + "mlp.shared_experts."
+    down_layout = RowParallel((s.hidden_size, width), key)
+    return (
+        Rule(here + "linear_fc1.weight", (gate, up), GateUp(width, s.hidden_size, key), layers="experts"),
+        Rule(here + "linear_fc2.weight", (down,), down_layout, layers="experts"),
     )
 
 

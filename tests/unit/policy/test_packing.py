@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rl.errors import UserError
-from megatron_rl.policy.modules import AttentionPlan, plan_attention
+from megatron_rl.policy.attention import AttentionPlan, plan_attention
 from megatron_rl.policy.packing import local_positions, pack, shard, to_device, zigzag_index
 from megatron_rl.types import Batch
 

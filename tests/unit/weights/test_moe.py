@@ -108,6 +108,12 @@ def test_what_does_not_go_with_experts_is_refused(
     check_experts(config, shape_of(config_of(qwen3)))
 
 
+def test_dense_layers_among_experts_have_no_routing_to_replay(qwen3_moe: Path) -> None:
+    config = make_config({"model": {"path": str(qwen3_moe)}, "rollout": {"routing_replay": True}})
+    with pytest.raises(ConfigError, match="needs experts in every layer"):
+        check_experts(config, shape_of(config_of(qwen3_moe, mlp_only_layers=[0])))
+
+
 def test_a_dense_model_has_no_routing_to_replay(qwen3: Path, qwen3_moe: Path) -> None:
     config = make_config({"model": {"path": str(qwen3)}, "rollout": {"routing_replay": True}})
     with pytest.raises(ConfigError, match=r"rollout\.routing_replay: true .* is a dense model"):

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 from megatron_rl.config import make_config
 from megatron_rl.errors import UserError
 from megatron_rl.policy import parallel
+from megatron_rl.policy.attention import PackedStream, plan_attention
 from megatron_rl.policy.device_port import pick_device
 from megatron_rl.policy.model import PolicyModel, build_chunks
-from megatron_rl.policy.modules import PackedStream, plan_attention
 from megatron_rl.precision.plan import resolve
 from megatron_rl.weights.hf_folder import HFFolder
 from megatron_rl.weights.hf_model import check_folder
