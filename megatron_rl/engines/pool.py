@@ -9,6 +9,7 @@ result.
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -133,6 +134,8 @@ class EnginePool(Controls):
         if registry is not None:
             self.start(registry.watch(self._roster)).add_done_callback(log_unexpected_end)
         self.check: Callable[[str], None] = lambda url: None  # raises if an engine that comes back is not of use
+        self.more_may_come: Callable[[], bool] = lambda: registry is not None
+        self.patience_s = 0.0  # time that a weight update waits for an engine if none is left
 
     def __enter__(self) -> Self:
         return self
@@ -390,9 +393,19 @@ class EnginePool(Controls):
     def recover_lost(self) -> tuple[str, ...]:
         """Check the lost engines and quarantine those that are healthy again and of use. Return their URLs.
 
-        They take part in the next weight update.
+        They take part in the next weight update. If no engine is left and one may come, wait for it.
         """
-        return tuple(url for url in self._run(self._roster.recover_lost()) if self._is_of_use(url))
+        end = time.monotonic() + self.patience_s
+        while True:
+            back = tuple(url for url in self._run(self._roster.recover_lost()) if self._is_of_use(url))
+            if self.live_urls or not self.more_may_come() or time.monotonic() > end:
+                return back
+            time.sleep(_BACKOFF_S)
+
+    @property
+    def has_offloaded(self) -> bool:
+        """Whether the memory of an engine is released."""
+        return any(engine.offloaded for engine in self._roster.live)
 
     def _is_of_use(self, url: str) -> bool:
         try:

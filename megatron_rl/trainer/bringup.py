@@ -15,6 +15,7 @@ from megatron_rl.diagnostics.samples import SampleLog
 from megatron_rl.engines.offload import OFFLOADED_NAME, OffloadedEngines
 from megatron_rl.engines.pool import EnginePool
 from megatron_rl.engines.processes.own_servers import own_servers
+from megatron_rl.engines.processes.revival import Revival
 from megatron_rl.engines.processes.server_process import Servers
 from megatron_rl.engines.registry import Registry
 from megatron_rl.engines.requirements import check_server, check_server_precision
@@ -217,7 +218,7 @@ def open_rollouts(
         pool.wait_healthy(rollout.start_timeout_s, wake=updates)
         for url in pool.live_urls:
             check(url)
-        pool.check = check
+        pool.check, pool.patience_s = check, rollout.start_timeout_s
         with closing(Rollouts(config, task, tokenizer, pool, need_logmu, topk)) as rollouts:
             yield rollouts
 
@@ -269,6 +270,8 @@ def _open_lead(
             offloads=plan.algorithm.offloads_engines,
         )
     )
+    if servers is not None:
+        stack.enter_context(closing(Revival(servers, rollouts.pool)))
     if attribute_only or config.run.attribute_every:
         for url in rollouts.pool.live_urls:
             check_gives_weights(url, rollouts.pool.info(url), config.run.folder / "attribution")

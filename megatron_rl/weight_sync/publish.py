@@ -23,7 +23,7 @@ def publish_weights(policy: Policy, sync: WeightSync, precision: PrecisionPlan |
         CheckpointError: if the weights are not finite or cannot be written.
     """
     mesh = policy.mesh
-    mesh.on_lead(lambda: sync.engines.recover_lost())  # noqa: PLW0108  (only rank 0 has engines)
+    mesh.on_lead(lambda: sync.forget(sync.engines.recover_lost()))
     repaired = False
     while True:
         before = mesh.on_lead(lambda: sync.engines.live_urls)

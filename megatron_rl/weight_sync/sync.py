@@ -113,6 +113,11 @@ class WeightSync:
         """Release the resources of the transport. The engines keep serving from memory."""
         self._transport.close(self._pool)
 
+    def forget(self, urls: Iterable[str]) -> None:
+        """Ask these engines for their traits again: another process may be there now."""
+        for url in urls:
+            self._traits.pop(url, None)
+
     @property
     def engines(self) -> EnginePool:
         """The engine pool. Raises UserError on ranks other than 0."""

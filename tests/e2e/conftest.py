@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from megatron_rl import cli as command_line
+from megatron_rl.protocol.api_key import key_headers
 from tests.e2e.command import RANK_VARIABLES, Command, Result
 from tests.e2e.models import make_arithmetic_model
 
@@ -72,10 +73,11 @@ def finished_run(arithmetic_model: Path, tmp_path_factory: pytest.TempPathFactor
         server.end()
 
 
-def version_of(url: str) -> str:
-    """Return the weight version of a server, or "" if it does not respond."""
+def version_of(url: str, key: str | None = None) -> str:
+    """Return the weight version of a server, or "" if it does not respond. `key` is its API key."""
     try:
-        return str(httpx.get(f"{url}/model_info", trust_env=False, timeout=5).json()["weight_version"])
+        response = httpx.get(f"{url}/model_info", headers=key_headers(key), trust_env=False, timeout=5)
+        return str(response.json()["weight_version"])
     except httpx.HTTPError:
         return ""
 

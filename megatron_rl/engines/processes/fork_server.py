@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ _POLL_S = 0.05
 _CLIENT_S = 0.5  # between checks that the process that asked for a server still lives
 _END_S = 5.0
 _PR_SET_PDEATHSIG = 1
+_asking = threading.Lock()  # a response belongs to the request before it
 
 
 class ForkServer:
@@ -124,16 +126,17 @@ def _connect() -> socket.socket:
 
 def _ask(connection: socket.socket, request: dict[str, Any]) -> Any:
     """Send a request and return the response. A fork server that has ended has ended its servers: code -SIGKILL."""
-    try:
-        connection.sendall(json.dumps(request).encode() + b"\n")
-        answer = b""
-        while not answer.endswith(b"\n"):
-            part = connection.recv(1 << 16)
-            if not part:
-                return -signal.SIGKILL
-            answer += part
-    except OSError:
-        return -signal.SIGKILL
+    with _asking:
+        try:
+            connection.sendall(json.dumps(request).encode() + b"\n")
+            answer = b""
+            while not answer.endswith(b"\n"):
+                part = connection.recv(1 << 16)
+                if not part:
+                    return -signal.SIGKILL
+                answer += part
+        except OSError:
+            return -signal.SIGKILL
     return json.loads(answer)
 
 

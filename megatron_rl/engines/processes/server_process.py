@@ -20,7 +20,7 @@ import psutil
 from megatron_rl.engines.processes.fork_server import VARIABLE, ForkedServer, fork_command
 from megatron_rl.errors import EngineError, ExitCode
 from megatron_rl.protocol.api_key import new_key, write_private
-from megatron_rl.supervise import end_sessions, stops_blocked
+from megatron_rl.supervise import end_sessions, kill_session, stops_blocked
 
 _TAIL_BYTES = 4000
 _STARTS = 3  # another process may take a free port before the server binds it
@@ -93,7 +93,7 @@ class ServerProcess:
         Raises:
             EngineError: with the end of the log, if the process ends or the deadline passes.
         """
-        while not self._healthy():
+        while not self.is_healthy():
             code = self.process.poll()
             tail = self._tail()
             if code is not None and _PORT_TAKEN.search(tail) and self._starts < _STARTS:
@@ -108,7 +108,15 @@ class ServerProcess:
             else:
                 time.sleep(0.1)
 
-    def _healthy(self) -> bool:
+    def restart(self) -> None:
+        """Start the process once more, on another port. Kill it if it still runs. Return without waiting for it."""
+        if self.process.poll() is None:
+            kill_session(self.process.pid)
+            self.process.wait()
+        self._spawn()
+
+    def is_healthy(self) -> bool:
+        """Return whether this process listens on its port and answers /health."""
         if not self._listens():
             return False
         try:
@@ -187,6 +195,10 @@ class Servers(ABC):
     def router_url(self) -> str | None:
         """URL of the router through which generation goes instead of to `urls`; None without a router."""
         return None
+
+    def process(self, index: int) -> ServerProcess:
+        """Return the process of a server that was started."""
+        return self._servers[index]
 
     @property
     def pids(self) -> tuple[int, ...]:

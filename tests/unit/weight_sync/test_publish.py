@@ -25,7 +25,7 @@ def publish(*outcomes: tuple[list[str], list[str]] | None) -> int:
         raise error
 
     mesh = SimpleNamespace(rank=0, on_lead=lambda call: call(), raise_everywhere=raise_everywhere)
-    sync = SimpleNamespace(push=push, engines=pool)
+    sync = SimpleNamespace(push=push, engines=pool, forget=lambda urls: None)
     policy = SimpleNamespace(export=lambda plan: iter(()), mesh=mesh)
     publish_weights(policy, sync, None, 5)  # type: ignore[arg-type]
     assert set(pushed) == {5}
