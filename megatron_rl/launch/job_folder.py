@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -160,8 +161,18 @@ def steps_text(job: Mapping[str, Any]) -> str:
     lines = []
     for role in job["roles"]:
         words = srun_command(job, role, filled)
-        lines += [f"# {role['name']}", " \\\n    ".join(words), ""]
+        lines += [f"# {role['name']}", _wrap(words), ""]
     return "\n".join(lines)
+
+
+def _wrap(words: Sequence[str]) -> str:
+    """Return a command as lines that a shell joins again, one for every option with its values."""
+    lines = [words[0]]
+    for word in words[1:]:
+        if word.startswith("-"):
+            lines.append("   ")
+        lines[-1] += f" {shlex.quote(word)}"
+    return " \\\n".join(lines)
 
 
 def write_run_files(parts: JobParts, job: Mapping[str, Any]) -> None:

@@ -156,6 +156,14 @@ class Profile(Block):
                 raise ValueError(f"{name}: it is '{shorten(value)}'; it must be one word")
         return self
 
+    @model_validator(mode="after")
+    def _has_cpus(self) -> Self:
+        if not self.exclusive and not self.cpus_per_task and self.ranks > 1:
+            raise ValueError(
+                f"cpus_per_task: a node holds {self.ranks} ranks, and without exclusive it would get one CPU: set it"
+            )
+        return self
+
     @property
     def ranks(self) -> int:
         """Ranks that a node of the trainer holds."""

@@ -23,11 +23,11 @@ def first_lines(fake_run: FakeRun, pattern: str) -> list[str]:
 
 def test_a_split_job_from_another_folder(fake_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert fake_run.submit(wait=True) == 0
-    assert fake_run.result()["code"] == 0, fake_run.log()
+    settings = ["ranks_per_node=2", "cpus_per_task=1"]
+    assert fake_run.submit(wait=True, settings=settings, overrides=["parallel.data=2"]) == 0, fake_run.log()
     assert fake_run.control("done.json")["step"] == 3
     ranks = first_lines(fake_run, "trainer-node*.log")
-    assert [line.split(",")[0] for line in ranks] == ["rank 0 on node1", "rank 1 on node2"]
+    assert [line.split(",")[0] for line in ranks] == [f"rank {r} on node{n}" for r, n in enumerate((1, 1, 2, 2))]
     assert all(line.endswith("node1") for line in ranks)  # MASTER_ADDR
     engines = first_lines(fake_run, "engine-?-node*.log")
     assert ["node3" in engines[0], "node4" in engines[1]] == [True, True]

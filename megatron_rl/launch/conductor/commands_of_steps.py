@@ -40,12 +40,13 @@ def fill_words(words: List[str], role: str, filled: Filled) -> List[str]:
 def srun_command(job: Mapping[str, Any], role: Mapping[str, Any], filled: Filled) -> List[str]:
     """Return the srun command of a role.
 
-    `-N` and `-n` are always given, because srun otherwise takes counts from the job. `--export=ALL` is needed, because
-    srun otherwise passes on only the variables that sbatch was told to pass.
+    All counts are given, because srun otherwise takes them from the job, and may fill the first node. `--export=ALL` is
+    needed, because srun otherwise passes on only the variables that sbatch was told to pass.
     """
     name = role["name"]
     words = ["srun", "--export=ALL", "--mpi=none", "--unbuffered", "--wait=0", "-J", name]
-    words += ["-N", str(role["nodes"]), "-n", str(role["tasks"]), "--relative=%d" % role["first_node"]]
+    words += ["-N", str(role["nodes"]), "-n", str(role["tasks"])]
+    words += ["--ntasks-per-node=%d" % (role["tasks"] // role["nodes"]), "--relative=%d" % role["first_node"]]
     words += ["--het-group=%d" % role["group"]] if job["mode"] == "het" else []
     words += ["--cpus-per-task=%d" % role["cpus"]] if role["cpus"] else []
     words += role["gpu_flags"]
