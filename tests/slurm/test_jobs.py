@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -24,22 +23,44 @@ def first_lines(fake_run: FakeRun, pattern: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def tried_again(cluster, model, tmp_path_factory):
-    """Runs that fail, submitted together because each waits for Slurm most of the time."""
-    names = ("engine", "rank", "stuck")
-    runs = {name: FakeRun(cluster, tmp_path_factory.mktemp("again") / "runs", model) for name in names}
+def batch(cluster, model, tmp_path_factory):
+    """Runs on two or three nodes, submitted together because each waits for Slurm most of the time."""
+    names = ("asked", "cancelled", "engine", "rank", "stuck", "mistake")
+    runs = {name: FakeRun(cluster, tmp_path_factory.mktemp("batch") / "runs", model) for name in names}
+    runs["asked"].wish(steps=1000)
+    runs["cancelled"].wish(steps=1000)
     runs["engine"].wish(steps=12, die_engine_0_1="7")
     runs["rank"].wish(steps=12, die_trainer_1="139 1")
     runs["stuck"].wish(never_save=1, die_trainer_1="1 0", die_trainer_2="1 0", die_trainer_3="1 0")
+    runs["mistake"].wish(die_trainer_1="2")
     for name, run in runs.items():
         run.submit(overrides=["parallel.tensor=2"] if name == "rank" else [])
     return runs
 
 
+def test_scancel_ends_a_job(batch, cluster):
+    run = batch["cancelled"]
+    run.until_step(3)
+    cluster.ask("scancel", run.job)
+    wait_for(lambda: not cluster.ask("squeue", "-h", "-j", run.job), "the end of the job")
+
+
+def test_usr1_saves_and_the_job_goes_on_after_a_requeue(batch, cluster):
+    run = batch["asked"]
+    run.until_step(5)
+    cluster.ask("scancel", "--batch", "--signal=USR1", run.job)
+    wait_for(lambda: run.attempts()[0].get("newest"), "the end of the attempt")
+    first = run.attempts()[0]
+    assert first["why"] == "stopped and saved (deadline); tried again" and first["newest"] >= 5
+    run.wish(steps=first["newest"] + 2)
+    assert run.result(90)["code"] == 0, run.log()
+    assert run.steps() == list(range(1, first["newest"] + 3))  # none is missing, none is made twice
+
+
 @pytest.mark.parametrize(("name", "culprit"), [("engine", "engine-0"), ("rank", "trainer")])
-def test_a_role_that_dies_ends_the_others_and_the_job_is_tried_again(tried_again, name, culprit):
-    run = tried_again[name]
-    assert run.result(60)["code"] == 0, run.log()
+def test_a_role_that_dies_ends_the_others_and_the_job_is_tried_again(batch, name, culprit):
+    run = batch[name]
+    assert run.result(90)["code"] == 0, run.log()
     first, second = run.attempts()
     code = "7" if name == "engine" else "139 (SIGSEGV)"
     assert first["why"] == f"{culprit} ended with exit code {code}; tried again" and first["verdict"] == "requeue"
@@ -50,10 +71,24 @@ def test_a_role_that_dies_ends_the_others_and_the_job_is_tried_again(tried_again
     assert "done" in lines[0] and any("attempt 1" in line and culprit in line for line in lines)
 
 
-def test_a_run_without_progress_is_given_up(tried_again):
-    result = tried_again["stuck"].result(60)
+def test_a_run_without_progress_is_given_up(batch):
+    result = batch["stuck"].result(90)
     assert result["code"] == 75 and "given up after 2 attempts without a new checkpoint" in result["why"]
-    assert len(tried_again["stuck"].attempts()) == 2
+    assert len(batch["stuck"].attempts()) == 2
+
+
+def test_the_users_error_is_never_tried_again(batch):
+    result = batch["mistake"].result(90)
+    assert result["code"] == 2 and "only you can mend" in result["why"]
+    assert len(batch["mistake"].attempts()) == 1
+
+
+def test_a_cancelled_job_is_never_requeued(batch, cluster):
+    """The other runs were requeued meanwhile, so this one had the time for it."""
+    run = batch["cancelled"]
+    assert len(run.attempts()) == 1 and run.control("result.json") is None
+    assert not cluster.ask("squeue", "-h", "-j", run.job)
+    assert "State=CANCELLED" in cluster.ask("scontrol", "show", "job", run.job)
 
 
 def test_a_split_job_from_another_folder(fake_run, tmp_path, monkeypatch, capsys):
@@ -96,12 +131,6 @@ def test_the_trainer_waits_for_healthy_engines(fake_run):
     assert not first_lines(fake_run, "trainer-*") and "starting trainer" not in log
 
 
-def test_the_users_error_is_never_tried_again(fake_run):
-    fake_run.wish(die_trainer_1="2")
-    assert fake_run.submit(wait=True) == 2
-    assert len(fake_run.attempts()) == 1 and "only you can mend" in fake_run.result()["why"]
-
-
 def test_a_requeue_after_success_does_nothing(fake_run):
     fake_run.submit()
     fake_run.result()
@@ -109,20 +138,6 @@ def test_a_requeue_after_success_does_nothing(fake_run):
     fake_run.cluster.ask("scontrol", "requeue", fake_run.job)
     wait_for(lambda: "the run is done already: exit code 0" in fake_run.log(), "the second start")
     assert len(fake_run.attempts()) == 1
-
-
-def test_usr1_saves_and_the_job_goes_on_after_a_requeue(fake_run):
-    fake_run.wish(steps=40)
-    fake_run.submit()
-    fake_run.until_step(5)
-    fake_run.cluster.ask("scancel", "--batch", "--signal=USR1", fake_run.job)
-    wait_for(lambda: len(fake_run.attempts()) == 2, "the second attempt")
-    first = fake_run.attempts()[0]
-    assert first["why"] == "stopped and saved (deadline); tried again" and first["newest"] >= 5
-    fake_run.wish(steps=first["newest"] + 2)
-    assert fake_run.result()["code"] == 0, fake_run.log()
-    steps = fake_run.steps()
-    assert steps == list(range(1, first["newest"] + 3))  # none is missing, none is made twice
 
 
 def test_cancel_with_save_writes_a_checkpoint_and_ends(fake_run):
@@ -137,22 +152,11 @@ def test_cancel_with_save_writes_a_checkpoint_and_ends(fake_run):
     wait_for(lambda: not fake_run.cluster.ask("squeue", "-h"), "the end of the job")
 
 
-def test_a_cancelled_job_is_never_requeued(fake_run):
-    fake_run.wish(steps=1000)
-    fake_run.submit()
-    fake_run.until_step(3)
-    fake_run.cluster.ask("scancel", fake_run.job)
-    wait_for(lambda: not fake_run.cluster.ask("squeue", "-h"), "the end of the job")
-    time.sleep(6)  # a requeued job would start after 3 s
-    assert not fake_run.cluster.ask("squeue", "-h") and len(fake_run.attempts()) == 1
-    assert "State=CANCELLED" in fake_run.cluster.ask("scontrol", "show", "job", fake_run.job)
-
-
 def test_an_array_has_a_run_for_each_file(fake_run, tmp_path):
     (tmp_path / "sweep").mkdir()
     for name, rate in (("low", 1.0e-6), ("high", 1.0e-5)):
         (tmp_path / "sweep" / f"{name}.yaml").write_text(f"optimizer: {{lr: {rate}}}\n")
-    fake_run.submit(array=tmp_path / "sweep", settings=["array_limit=1"])
+    fake_run.submit(array=tmp_path / "sweep", settings=["array_limit=2"])
     runs = [FakeRun.at(fake_run, f"run/{name}") for name in ("high", "low")]
     assert [run.result()["code"] for run in runs] == [0, 0]
     assert {run.attempts()[0]["job"].partition("_")[2] for run in runs} == {"0", "1"}
