@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 
 from megatron_rl.config import Config, load_config
 from megatron_rl.errors import ConfigError, ExitCode, MegatronRLError, UserError, exit_code, is_lost_peer
-from megatron_rl.launch.commands import launch_app
+from megatron_rl.launch.launch_commands import launch_app
 from megatron_rl.launch.ranks import one_thread, run_ranks, under_launcher
 from megatron_rl.supervise import ignore_stops
 

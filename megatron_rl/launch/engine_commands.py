@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.config import Config
+from pydantic import BaseModel
+
+from megatron_rl.config import Config, SGLangConfig
 from megatron_rl.engines.processes.sglang import server_environment, server_flags
 from megatron_rl.errors import ConfigError
 from megatron_rl.plan.algorithm_plan import plan_algorithm
@@ -96,15 +98,20 @@ def engine_environment(config: Config, gpus: int) -> dict[str, str]:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """Return the configuration with every path absolute: a job runs in another folder."""
+    """Return the configuration with every path absolute: a job runs in another folder.
+
+    Keys of SGLang stay as they are with another engine, where they may not be set.
+    """
 
     def absolute(block: Any) -> Any:
         changed = {}
         for name in type(block).model_fields:
             value = getattr(block, name)
-            if hasattr(type(value), "model_fields"):
+            if isinstance(value, SGLangConfig) and config.rollout.engine != "sglang":
+                continue
+            if isinstance(value, BaseModel):
                 changed[name] = absolute(value)
-            elif hasattr(value, "absolute"):
+            elif isinstance(value, Path):
                 changed[name] = value.absolute()
         return block.model_copy(update=changed)
 

@@ -166,12 +166,12 @@ def steps_text(job: Mapping[str, Any]) -> str:
 
 
 def _wrap(words: Sequence[str]) -> str:
-    """Return a command as lines that a shell joins again."""
+    """Return a command as lines that a shell joins again, one for every option with its values."""
     lines = [words[0]]
-    for word in map(shlex.quote, words[1:]):
-        if len(lines[-1]) + len(word) > 100:
+    for word in words[1:]:
+        if word.startswith("-"):
             lines.append("   ")
-        lines[-1] += f" {word}"
+        lines[-1] += f" {shlex.quote(word)}"
     return " \\\n".join(lines)
 
 

@@ -168,7 +168,7 @@ def _with_transport(config: Config, mode: str) -> Config:
     rollout = config.rollout
     if mode == "colocated":
         return config
-    if "transport" not in rollout.model_fields_set:
+    if "transport" not in rollout.model_fields_set and rollout.weights_dir is None:
         print("rollout.transport: distributed, because engines run on other nodes")
         return config.model_copy(update={"rollout": rollout.model_copy(update={"transport": "distributed"})})
     if rollout.transport == "tensor":

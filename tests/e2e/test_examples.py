@@ -120,5 +120,8 @@ def test_an_installed_wheel_runs_an_example_outside_of_the_checkout(examples, tm
     where = run(python, folder, "-c", "import megatron_rl; print(megatron_rl.__file__)")
     assert Path(where.strip()).is_relative_to(tmp_path / "env"), where
     run(python, folder, "../make_model.py", "model")
+    job = ["launch", "slurm", "config.yaml", "--profile", "generic", "--dry-run", "--set", f"host_python={python}"]
+    rendered = run(tmp_path / "env" / "bin" / "megatron-rl", folder, *job)
+    assert f"exec {python} -E -s {folder}/runs/your_reward/launch/code" in rendered
     run(tmp_path / "env" / "bin" / "megatron-rl", folder, "train", "config.yaml", *TOY)
     assert [step["step"] for step in records(folder / "runs" / "your_reward")] == [0, 1]

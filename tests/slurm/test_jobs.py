@@ -4,27 +4,99 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.launch.conductor.nodelist import expand_hosts
+from megatron_rl.launch.conductor.port_block import pick_block
 from megatron_rl.launch.preflight_job import run_preflight
 from megatron_rl.launch.status import cancel_run, read_status, status_lines
 from tests.slurm.virtual_cluster import HERE, FakeRun, wait_for
 
 pytestmark = pytest.mark.slurm
+FOUR_NODES = ["parallel.tensor=2", "rollout.servers=2"]
 
 
 def first_lines(fake_run: FakeRun, pattern: str) -> list[str]:
     return [path.read_text().splitlines()[0] for path in sorted((fake_run.run / "logs" / "latest").glob(pattern))]
 
 
+@pytest.fixture(scope="module")
+def batch(cluster, model, tmp_path_factory):
+    """Runs on two or three nodes, submitted together because each waits for Slurm most of the time."""
+    names = ("asked", "cancelled", "engine", "rank", "stuck", "mistake")
+    runs = {name: FakeRun(cluster, tmp_path_factory.mktemp("batch") / "runs", model) for name in names}
+    runs["asked"].wish(steps=1000)
+    runs["cancelled"].wish(steps=1000)
+    runs["engine"].wish(steps=12, die_engine_0_1="7")
+    runs["rank"].wish(steps=12, die_trainer_1="139 1")
+    runs["stuck"].wish(never_save=1, die_trainer_1="1 0", die_trainer_2="1 0", die_trainer_3="1 0")
+    runs["mistake"].wish(die_trainer_1="2")
+    for name, run in runs.items():
+        run.submit(overrides=["parallel.tensor=2"] if name == "rank" else [])
+    return runs
+
+
+def test_scancel_ends_a_job(batch, cluster):
+    run = batch["cancelled"]
+    run.until_step(3)
+    cluster.ask("scancel", run.job)
+    wait_for(lambda: not cluster.ask("squeue", "-h", "-j", run.job), "the end of the job")
+
+
+def test_usr1_saves_and_the_job_goes_on_after_a_requeue(batch, cluster):
+    run = batch["asked"]
+    run.until_step(5)
+    cluster.ask("scancel", "--batch", "--signal=USR1", run.job)
+    wait_for(lambda: run.attempts()[0].get("newest"), "the end of the attempt")
+    first = run.attempts()[0]
+    assert first["why"] == "stopped and saved (deadline); tried again" and first["newest"] >= 5
+    run.wish(steps=first["newest"] + 2)
+    assert run.result(90)["code"] == 0, run.log()
+    assert run.steps() == list(range(1, first["newest"] + 3))  # none is missing, none is made twice
+
+
+@pytest.mark.parametrize(("name", "culprit"), [("engine", "engine-0"), ("rank", "trainer")])
+def test_a_role_that_dies_ends_the_others_and_the_job_is_tried_again(batch, name, culprit):
+    run = batch[name]
+    assert run.result(90)["code"] == 0, run.log()
+    first, second = run.attempts()
+    code = "7" if name == "engine" else "139 (SIGSEGV)"
+    assert first["why"] == f"{culprit} ended with exit code {code}; tried again" and first["verdict"] == "requeue"
+    assert f"{culprit} failed first (on " in run.log() and "dies as wished" in run.log()
+    assert second["why"] == "the run is done" and first["job"] == second["job"]
+    assert os.readlink(run.run / "logs" / "latest") == "attempt-2" and (run.run / "logs" / "attempt-1").is_dir()
+    lines = list(status_lines(read_status(run.run)))
+    assert "done" in lines[0] and any("attempt 1" in line and culprit in line for line in lines)
+
+
+def test_a_run_without_progress_is_given_up(batch):
+    result = batch["stuck"].result(90)
+    assert result["code"] == 75 and "given up after 2 attempts without a new checkpoint" in result["why"]
+    assert len(batch["stuck"].attempts()) == 2
+
+
+def test_the_users_error_is_never_tried_again(batch):
+    result = batch["mistake"].result(90)
+    assert result["code"] == 2 and "only you can mend" in result["why"]
+    assert len(batch["mistake"].attempts()) == 1
+
+
+def test_a_cancelled_job_is_never_requeued(batch, cluster):
+    """The other runs were requeued meanwhile, so this one had the time for it."""
+    run = batch["cancelled"]
+    assert len(run.attempts()) == 1 and run.control("result.json") is None
+    assert not cluster.ask("squeue", "-h", "-j", run.job)
+    assert "State=CANCELLED" in cluster.ask("scontrol", "show", "job", run.job)
+
+
 def test_a_split_job_from_another_folder(fake_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     settings = ["ranks_per_node=2", "cpus_per_task=1"]
-    assert fake_run.submit(wait=True, settings=settings, overrides=["parallel.data=2"]) == 0, fake_run.log()
+    assert fake_run.submit(wait=True, settings=settings, overrides=[*FOUR_NODES, "parallel.data=2"]) == 0, (
+        fake_run.log()
+    )
     assert fake_run.control("done.json")["step"] == 3
     ranks = first_lines(fake_run, "trainer-node*.log")
     assert [line.split(",")[0] for line in ranks] == [f"rank {r} on node{n}" for r, n in enumerate((1, 1, 2, 2))]
@@ -38,7 +110,7 @@ def test_a_split_job_from_another_folder(fake_run, tmp_path, monkeypatch, capsys
 
 def test_a_het_job_puts_engines_into_its_second_group(fake_run):
     fake_run.settings = ["rollout.gpus_per_node=4"]
-    fake_run.submit(mode="het")
+    fake_run.submit(mode="het", overrides=FOUR_NODES)
     assert fake_run.result()["code"] == 0, fake_run.log()
     assert [line.split(",")[0] for line in first_lines(fake_run, "trainer-node*.log")] == [
         "rank 0 on node1",
@@ -50,50 +122,13 @@ def test_a_het_job_puts_engines_into_its_second_group(fake_run):
 
 
 def test_the_trainer_waits_for_healthy_engines(fake_run):
-    fake_run.wish(sick_node4="")
+    fake_run.wish(sick_engine_0="")
     fake_run.submit(settings=["start_timeout_s=4", "requeue.max=0"])
     result = fake_run.result()
-    assert result["code"] == 75 and "engine-1" in result["why"]
+    assert result["code"] == 75 and "engine-0" in result["why"]
     log = fake_run.log()
-    assert "engine-1 failed first: it was not healthy after 4 s (on node4)" in log and "serving on node4" in log
+    assert "engine-0 failed first: it was not healthy after 4 s (on node2)" in log and "serving on node2" in log
     assert not first_lines(fake_run, "trainer-*") and "starting trainer" not in log
-
-
-@pytest.mark.parametrize(
-    ("wish", "culprit", "node"),
-    [
-        ({"die_node4_1": "7"}, "engine-1", "node4"),
-        ({"die_trainer_1": "139 1"}, "trainer", "node1, node2"),
-    ],
-    ids=["engine", "rank 1"],
-)
-def test_a_role_that_dies_ends_the_others_and_the_job_is_tried_again(fake_run, wish, culprit, node):
-    fake_run.wish(steps=12, **wish)
-    fake_run.submit()
-    assert fake_run.result()["code"] == 0, fake_run.log()
-    first, second = fake_run.attempts()
-    assert first["why"].startswith(f"{culprit} ended with exit code") and first["verdict"] == "requeue"
-    assert f"{culprit} failed first (on {node})" in fake_run.log() and "dies as wished" in fake_run.log()
-    assert second["why"] == "the run is done" and first["job"] == second["job"]
-    assert (fake_run.run / "logs" / "attempt-1").is_dir() and os.readlink(
-        fake_run.run / "logs" / "latest"
-    ) == "attempt-2"
-    lines = list(status_lines(read_status(fake_run.run)))
-    assert any("attempt 1" in line and culprit in line for line in lines) and "done" in lines[0]
-
-
-def test_a_run_without_progress_is_given_up(fake_run):
-    fake_run.wish(never_save=1, die_trainer_1="1 0", die_trainer_2="1 0", die_trainer_3="1 0")
-    fake_run.submit()
-    result = fake_run.result()
-    assert result["code"] == 75 and "given up after 2 attempts without a new checkpoint" in result["why"]
-    assert len(fake_run.attempts()) == 2
-
-
-def test_the_users_error_is_never_tried_again(fake_run):
-    fake_run.wish(die_trainer_1="2")
-    assert fake_run.submit(wait=True) == 2
-    assert len(fake_run.attempts()) == 1 and "only you can mend" in fake_run.result()["why"]
 
 
 def test_a_requeue_after_success_does_nothing(fake_run):
@@ -103,20 +138,6 @@ def test_a_requeue_after_success_does_nothing(fake_run):
     fake_run.cluster.ask("scontrol", "requeue", fake_run.job)
     wait_for(lambda: "the run is done already: exit code 0" in fake_run.log(), "the second start")
     assert len(fake_run.attempts()) == 1
-
-
-def test_usr1_saves_and_the_job_goes_on_after_a_requeue(fake_run):
-    fake_run.wish(steps=40)
-    fake_run.submit()
-    fake_run.until_step(5)
-    fake_run.cluster.ask("scancel", "--batch", "--signal=USR1", fake_run.job)
-    wait_for(lambda: len(fake_run.attempts()) == 2, "the second attempt")
-    first = fake_run.attempts()[0]
-    assert first["why"] == "stopped and saved (deadline); tried again" and first["newest"] >= 5
-    fake_run.wish(steps=first["newest"] + 2)
-    assert fake_run.result()["code"] == 0, fake_run.log()
-    steps = fake_run.steps()
-    assert steps == list(range(1, first["newest"] + 3))  # none is missing, none is made twice
 
 
 def test_cancel_with_save_writes_a_checkpoint_and_ends(fake_run):
@@ -131,22 +152,11 @@ def test_cancel_with_save_writes_a_checkpoint_and_ends(fake_run):
     wait_for(lambda: not fake_run.cluster.ask("squeue", "-h"), "the end of the job")
 
 
-def test_a_cancelled_job_is_never_requeued(fake_run):
-    fake_run.wish(steps=1000)
-    fake_run.submit()
-    fake_run.until_step(3)
-    fake_run.cluster.ask("scancel", fake_run.job)
-    wait_for(lambda: not fake_run.cluster.ask("squeue", "-h"), "the end of the job")
-    time.sleep(6)  # a requeued job would start after 3 s
-    assert not fake_run.cluster.ask("squeue", "-h") and len(fake_run.attempts()) == 1
-    assert "State=CANCELLED" in fake_run.cluster.ask("scontrol", "show", "job", fake_run.job)
-
-
 def test_an_array_has_a_run_for_each_file(fake_run, tmp_path):
     (tmp_path / "sweep").mkdir()
     for name, rate in (("low", 1.0e-6), ("high", 1.0e-5)):
         (tmp_path / "sweep" / f"{name}.yaml").write_text(f"optimizer: {{lr: {rate}}}\n")
-    fake_run.submit(array=tmp_path / "sweep", settings=["array_limit=1"])
+    fake_run.submit(array=tmp_path / "sweep", settings=["array_limit=2"])
     runs = [FakeRun.at(fake_run, f"run/{name}") for name in ("high", "low")]
     assert [run.result()["code"] for run in runs] == [0, 0]
     assert {run.attempts()[0]["job"].partition("_")[2] for run in runs} == {"0", "1"}
@@ -179,7 +189,7 @@ def test_preflight_names_the_sabotaged_node_and_the_job_goes_on_without_it(fake_
         )
         cluster.inside("node3", "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(fake_run.run / "control"))
         cluster.inside("node3", "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(scratch))
-        fake_run.submit(settings=[f"scratch={scratch}"], overrides=["parallel.tensor=1"], nodes=3)
+        fake_run.submit(settings=[f"scratch={scratch}"], nodes=3)
         wait_for(lambda: "submitted again as job" in fake_run.log(), "a second job")
         log = fake_run.log()
         assert "3 nodes, 1 refused" in log and "; tried again without node3" in log
@@ -197,16 +207,17 @@ def test_preflight_names_the_sabotaged_node_and_the_job_goes_on_without_it(fake_
 
 
 def test_busy_ports_are_avoided(fake_run):
-    fake_run.settings = ["ports=[21000, 21040]"]
-    listener = "import socket, sys; s = [socket.create_server(('', p)) for p in range(21010, 21014)]; sys.stdin.read()"
-    fake_run.submit(dry_run=True)
-    pid = (fake_run.cluster.folder / "pids" / "slurmd-node3.pid").read_text().strip()
+    """The engine's port is 10 above the first of the block. All but the lowest possible one are taken."""
+    listener = "import socket, sys; s = [socket.create_server(('', p)) for p in range(21011, 21022)]; sys.stdin.read()"
+    pid = (fake_run.cluster.folder / "pids" / "slurmd-node2.pid").read_text().strip()
     holder = subprocess.Popen(["nsenter", "-t", pid, "-n", sys.executable, "-c", listener], stdin=subprocess.PIPE)
     try:
-        fake_run.submit()
+        fake_run.submit(settings=["ports=[21000, 21022]"])
         assert fake_run.result()["code"] == 0, fake_run.log()
     finally:
         holder.communicate()
+    first = pick_block(int(fake_run.job), 1, 11, (21000, 21022))
+    assert (f"ports from {first} are in use on node2" in fake_run.log()) == (first != 21000)
 
 
 def test_the_preflight_command_names_a_node(fake_run, capfd):
@@ -240,14 +251,14 @@ def test_a_killed_node_is_replaced_by_a_requeue(fake_run):
     fake_run.wish(steps=300)
     fake_run.submit()
     fake_run.until_step(3)
-    fake_run.cluster.node("kill", "node4")
+    fake_run.cluster.node("kill", "node2")
     try:
         job = fake_run.job
         wait_for(lambda: fake_run.cluster.ask("squeue", "-h", "-j", job, "-o", "%T") == "PENDING", "a requeue", 50)
-        fake_run.cluster.node("start", "node4")
+        fake_run.cluster.node("start", "node2")
         wait_for(lambda: len(fake_run.attempts()) == 2, "the second attempt")
     finally:
-        fake_run.cluster.node("start", "node4")
+        fake_run.cluster.node("start", "node2")
     saved = fake_run.attempts()[1]["checkpoint"]
     assert saved >= 3
     fake_run.wish(steps=saved + 3)

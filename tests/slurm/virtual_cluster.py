@@ -64,7 +64,7 @@ def wait_for(condition: Callable[[], Any], what: str, patience: float = 30.0) ->
 
 @dataclass
 class FakeRun:
-    """A run whose roles are stand-ins. Wishes say what they do."""
+    """A run whose roles are stand-ins, by default on two nodes. Wishes say what they do."""
 
     cluster: VirtualCluster
     folder: Path
@@ -75,7 +75,7 @@ class FakeRun:
     def __post_init__(self) -> None:
         self.wishes.mkdir(parents=True)
         self.config.write_text(
-            f"model: {{path: {self.model}}}\nparallel: {{tensor: 2}}\nrollout: {{servers: 2}}\n"
+            f"model: {{path: {self.model}}}\n"
             f"task: {{name: arithmetic}}\nrun: {{dir: {self.folder}, name: {self.name}, steps: 3}}\n"
         )
 
@@ -84,6 +84,13 @@ class FakeRun:
         """Return the run of another name in the same folder, which somebody else submits."""
         made = object.__new__(cls)
         made.__dict__.update(other.__dict__, name=name)
+        return made
+
+    @classmethod
+    def real(cls, cluster: VirtualCluster, folder: Path, name: str) -> "FakeRun":
+        """Return a run whose roles are the product's own, which somebody else configures and submits."""
+        made = object.__new__(cls)
+        made.__dict__.update(cluster=cluster, folder=folder, name=name)
         return made
 
     @property

@@ -40,8 +40,8 @@ def fill_words(words: List[str], role: str, filled: Filled) -> List[str]:
 def srun_command(job: Mapping[str, Any], role: Mapping[str, Any], filled: Filled) -> List[str]:
     """Return the srun command of a role.
 
-    All counts are given, because srun otherwise takes them from the job, and may fill the first node. `--export=ALL`
-    is needed, because srun otherwise passes on only the variables that sbatch was told to pass.
+    All counts are given, because srun otherwise takes them from the job, and may fill the first node. `--export=ALL` is
+    needed, because srun otherwise passes on only the variables that sbatch was told to pass.
     """
     name = role["name"]
     words = ["srun", "--export=ALL", "--mpi=none", "--unbuffered", "--wait=0", "-J", name]

@@ -244,7 +244,7 @@ def _judge_by_state(facts: Facts, why: str) -> Verdict:
     if not facts.state:
         return Verdict("leave", GAVE_UP, "%s; not requeued, because Slurm does not tell the state of the job" % why)
     if facts.state != "RUNNING":
-        return Verdict("leave", STOPPED, "%s; not requeued, because the job is %s" % (why, facts.state))
+        return Verdict("leave", STOPPED, "%s; left to Slurm, for which the job is %s" % (why, facts.state))
     exclude = tuple(sorted(set(facts.refused) | set(facts.failed_twice)))
     if exclude:
         return Verdict("resubmit", GAVE_UP, "%s; tried again without %s" % (why, ", ".join(exclude)), exclude)

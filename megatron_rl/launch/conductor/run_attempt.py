@@ -159,6 +159,7 @@ class AttemptRunner:
         hosts = self._place.of_role(role)
         own = dict(self._preflight.interface_of(hosts))
         own["MEGATRON_RL_ATTEMPT"] = str(self._files.number)
+        own["MEGATRON_RL_ROLE"] = action.role
         own["OMP_NUM_THREADS"] = str(max(1, role["cpus"]))
         if role["kind"] == "trainer" and self._place.key:
             own["MASTER_ADDR"] = hosts[0]

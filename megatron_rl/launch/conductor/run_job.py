@@ -203,7 +203,7 @@ def _resubmit(job: Mapping[str, Any], place: Place, files: RunFiles, verdict: Ve
 def _exit(files: RunFiles, verdict: Verdict, place: Place) -> int:
     """Write the result for commands that wait for it. A job that Slurm starts again has no result yet."""
     say("%s: exit code %d" % (verdict.why, verdict.code))
-    if verdict.what == "exit" or verdict.code == STOPPED:
+    if verdict.what == "exit":
         result = {"code": verdict.code, "why": verdict.why, "attempt": files.number, "job": place.key}
         write_json(files.control("result.json"), result)
     return verdict.code

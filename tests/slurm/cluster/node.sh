@@ -10,6 +10,7 @@ export SLURM_CONF=$dir/slurm.conf MRL_VIRTUAL_CLUSTER=$dir
 
 start() {
     local node=$1 number=${1#node} ns=$id-$1
+    ! pgrep -F "$dir/pids/slurmd-$node.pid" slurmd >/dev/null 2>&1 || return 0
     mkdir -p "$dir/spool/$node" "$dir/private/$node"
     [ -e "$dir/hosts-$node" ] || cp "$dir/hosts" "$dir/hosts-$node"
     if [ ! -e "/run/netns/$ns" ]; then

@@ -38,7 +38,7 @@ for i in $(seq "$nodes"); do
     lines+="NodeName=node$i CPUs=16 RealMemory=65536 Gres=gpu:8 NodeAddr=$net.$i NodeHostname=node$i State=UNKNOWN"$'\n'
 done
 text=$(<"$here/slurm.conf.in")
-for pair in "HOST=$host" "ADDRESS=$net.254" "DIR=$dir" "NODES=$lines"; do
+for pair in "HOST=$host" "ADDRESS=$net.254" "PORT=$((17000 + 2 * number))" "DIR=$dir" "NODES=$lines"; do
     text=${text//@${pair%%=*}@/${pair#*=}}
 done
 printf '%s\n' "$text" >"$dir/slurm.conf"

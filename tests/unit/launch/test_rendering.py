@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_rl.config import load_config
 from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.launch.conductor.control_files import write_json
 from megatron_rl.launch.profile import load_profile, profile_names
@@ -119,6 +120,25 @@ def test_the_record_of_a_submission_holds_no_secret(config, monkeypatch):
     assert (folder / "api-key").stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.parametrize("engine", ["sglang", "embedded"])
+def test_the_job_reads_the_configuration_that_was_submitted(config, engine, tmp_path, monkeypatch):
+    tree = yaml.safe_load(config.read_text())
+    tree["rollout"] = {"engine": engine} | ({"weights_dir": "weights"} if engine == "embedded" else {})
+    tree["run"]["dir"] = "runs"
+    config.write_text(yaml.safe_dump(tree))
+    monkeypatch.chdir(tmp_path)
+    folder = render(config)
+    words = (folder / "steps.txt").read_text().split("megatron_rl train ")[1].split()
+    overrides = [word for word in words if word.startswith("rollout.api_key_file=")]
+    monkeypatch.chdir("/")
+    read = load_config(folder / "config.yaml", ['rollout.urls=["http://a:1"]', *overrides])
+    assert read.run.folder == tmp_path / "runs" / "golden" and read.rollout.api_key_file == folder / "api-key"
+    if engine == "embedded":
+        assert (read.rollout.transport, read.rollout.weights_dir) == ("disk", tmp_path / "weights")
+    else:
+        assert (read.rollout.transport, read.rollout.weights_dir) == ("distributed", None)
+
+
 def test_the_copy_of_the_conductor_runs_without_the_package(config):
     folder = render(config)
     command = ["/usr/bin/python3", "-E", "-s", str(folder / "code"), "task", str(folder), "x", "true"]
@@ -173,8 +193,8 @@ def test_bad_input_is_refused_before_anything_is_submitted(config, name):
 
 
 def test_an_unknown_profile_names_the_others():
-    with pytest.raises(ConfigError, match=r"no profile 'generik'; did you mean 'generic'\? valid: apptainer, generic"):
-        submit_job(Request(Path("x"), [], "generik"))
+    with pytest.raises(ConfigError, match=r"no profile 'genericc'; did you mean 'generic'\? valid: apptainer, generic"):
+        submit_job(Request(Path("x"), [], "genericc"))
 
 
 def test_a_run_that_is_done_is_not_started_again(config):
