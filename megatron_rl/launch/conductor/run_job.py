@@ -10,7 +10,7 @@ import time
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from megatron_rl.launch.conductor.control_files import newest_checkpoint, read_json, write_json
-from megatron_rl.launch.conductor.decide import GAVE_UP, STOPPED, Facts, Rules, JobVerdict, judge
+from megatron_rl.launch.conductor.decide import GAVE_UP, STOPPED, Facts, JobVerdict, Rules, judge
 from megatron_rl.launch.conductor.nodelist import expand_hosts
 from megatron_rl.launch.conductor.probe import run_probe
 from megatron_rl.launch.conductor.run_attempt import AttemptRunner, Place, say

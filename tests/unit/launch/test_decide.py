@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_rl.launch.conductor.decide import Attempt, Event, Facts, Rules, JobVerdict, decide, judge
+from megatron_rl.launch.conductor.decide import Attempt, Event, Facts, JobVerdict, Rules, decide, judge
 
 RULES = Rules(engines=("engine-0", "engine-1"), start_timeout=60, margin=100)
 
