@@ -211,7 +211,7 @@ class Facts(NamedTuple):
     failed_twice: Tuple[str, ...] = ()
 
 
-class Verdict(NamedTuple):
+class JobVerdict(NamedTuple):
     """What happens to the job: exit, requeue, resubmit without some nodes, or leave it to Slurm."""
 
     what: str
@@ -220,7 +220,7 @@ class Verdict(NamedTuple):
     exclude: Tuple[str, ...] = ()
 
 
-def judge(rules: Rules, facts: Facts) -> Verdict:
+def judge(rules: Rules, facts: Facts) -> JobVerdict:
     """Return what happens to the job after an attempt."""
     final = _judge_final(facts)
     if final is not None:
@@ -228,46 +228,46 @@ def judge(rules: Rules, facts: Facts) -> Verdict:
     kind, why = _kind_of_end(facts)
     code = facts.trainer_code if facts.trainer_code is not None and facts.trainer_code > 0 else 1
     if kind not in rules.requeue_on:
-        return Verdict("exit", code, "%s; the profile does not requeue after that" % why)
+        return JobVerdict("exit", code, "%s; the profile does not requeue after that" % why)
     if facts.attempts > rules.most_requeues:
-        return Verdict("exit", GAVE_UP, "%s; given up after %d attempts" % (why, facts.attempts))
+        return JobVerdict("exit", GAVE_UP, "%s; given up after %d attempts" % (why, facts.attempts))
     if kind != "preempted" and facts.without_progress >= rules.most_without_progress:
         n = facts.without_progress
-        return Verdict("exit", GAVE_UP, "%s; given up after %d attempts without a new checkpoint" % (why, n))
+        return JobVerdict("exit", GAVE_UP, "%s; given up after %d attempts without a new checkpoint" % (why, n))
     return _judge_by_state(facts, why)
 
 
-def _judge_by_state(facts: Facts, why: str) -> Verdict:
+def _judge_by_state(facts: Facts, why: str) -> JobVerdict:
     """Only a job that Slurm still calls running is requeued: a requeue would resurrect one that was cancelled."""
     if facts.state == "PREEMPTED":
-        return Verdict("leave", GAVE_UP, "%s; Slurm requeues the job" % why)
+        return JobVerdict("leave", GAVE_UP, "%s; Slurm requeues the job" % why)
     if not facts.state:
-        return Verdict("leave", GAVE_UP, "%s; not requeued, because Slurm does not tell the state of the job" % why)
+        return JobVerdict("leave", GAVE_UP, "%s; not requeued, because Slurm does not tell the state of the job" % why)
     if facts.state != "RUNNING":
-        return Verdict("leave", STOPPED, "%s; left to Slurm, for which the job is %s" % (why, facts.state))
+        return JobVerdict("leave", STOPPED, "%s; left to Slurm, for which the job is %s" % (why, facts.state))
     exclude = tuple(sorted(set(facts.refused) | set(facts.failed_twice)))
     if exclude:
-        return Verdict("resubmit", GAVE_UP, "%s; tried again without %s" % (why, ", ".join(exclude)), exclude)
-    return Verdict("requeue", GAVE_UP, "%s; tried again" % why)
+        return JobVerdict("resubmit", GAVE_UP, "%s; tried again without %s" % (why, ", ".join(exclude)), exclude)
+    return JobVerdict("requeue", GAVE_UP, "%s; tried again" % why)
 
 
-def _judge_final(facts: Facts) -> Optional[Verdict]:
+def _judge_final(facts: Facts) -> Optional[JobVerdict]:
     """Return the verdict of an end after which nothing is tried again; None for others."""
     if facts.done:
-        return Verdict("exit", 0, "the run is done")
+        return JobVerdict("exit", 0, "the run is done")
     if facts.cancelled:
-        return Verdict("exit", STOPPED, "the run was cancelled")
+        return JobVerdict("exit", STOPPED, "the run was cancelled")
     if facts.refused and set(facts.refused) >= set(facts.nodes):
-        return Verdict("exit", USER_ERROR, "preflight refused every node")
+        return JobVerdict("exit", USER_ERROR, "preflight refused every node")
     mistake = TRAINER if facts.trainer_code == USER_ERROR else ""
     if facts.first_bad is not None and facts.first_bad[1] == USER_ERROR:
         mistake = facts.first_bad[0]
     if mistake:
-        return Verdict("exit", USER_ERROR, "%s ended with an error that only you can mend" % mistake)
+        return JobVerdict("exit", USER_ERROR, "%s ended with an error that only you can mend" % mistake)
     if facts.reason in ("user", "cancel"):
-        return Verdict("exit", STOPPED, "stopped on request")
+        return JobVerdict("exit", STOPPED, "stopped on request")
     if facts.trainer_code == 0 and not facts.stopped and facts.first_bad is None:
-        return Verdict("exit", 1, "the trainer ended without a result: it has written no done.json")
+        return JobVerdict("exit", 1, "the trainer ended without a result: it has written no done.json")
     return None
 
 

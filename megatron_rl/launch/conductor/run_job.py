@@ -10,7 +10,7 @@ import time
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from megatron_rl.launch.conductor.control_files import newest_checkpoint, read_json, write_json
-from megatron_rl.launch.conductor.decide import GAVE_UP, STOPPED, Facts, Rules, Verdict, judge
+from megatron_rl.launch.conductor.decide import GAVE_UP, STOPPED, Facts, JobVerdict, Rules, judge
 from megatron_rl.launch.conductor.nodelist import expand_hosts
 from megatron_rl.launch.conductor.probe import run_probe
 from megatron_rl.launch.conductor.run_attempt import AttemptRunner, Place, say
@@ -109,15 +109,15 @@ def _run_once(job: Mapping[str, Any], place: Place, signals: List[str]) -> Optio
     return _after_end(job, place, files, runner, signals)
 
 
-def _before_start(job: Mapping[str, Any], files: RunFiles) -> Optional[Verdict]:
+def _before_start(job: Mapping[str, Any], files: RunFiles) -> Optional[JobVerdict]:
     """Return the verdict of an attempt that must not start, because Slurm also requeues by itself; None: start."""
     if read_json(files.control("done.json")) is not None:
-        return Verdict("exit", 0, "the run is done already")
+        return JobVerdict("exit", 0, "the run is done already")
     if os.path.exists(files.control("cancel")):
-        return Verdict("exit", STOPPED, "the run was cancelled")
+        return JobVerdict("exit", STOPPED, "the run was cancelled")
     most = job["rules"]["most_requeues"] + 1
     if files.attempts > most:
-        return Verdict("exit", GAVE_UP, "given up after %d attempts" % (files.attempts - 1))
+        return JobVerdict("exit", GAVE_UP, "given up after %d attempts" % (files.attempts - 1))
     return None
 
 
@@ -165,7 +165,7 @@ def _await_end(signals: List[str]) -> None:
 
 
 def _carry_out(
-    job: Mapping[str, Any], place: Place, files: RunFiles, verdict: Verdict, signals: List[str]
+    job: Mapping[str, Any], place: Place, files: RunFiles, verdict: JobVerdict, signals: List[str]
 ) -> Optional[int]:
     if verdict.what in ("exit", "leave"):
         return _exit(files, verdict, place)
@@ -182,7 +182,7 @@ def _carry_out(
     return _resubmit(job, place, files, verdict)
 
 
-def _resubmit(job: Mapping[str, Any], place: Place, files: RunFiles, verdict: Verdict) -> int:
+def _resubmit(job: Mapping[str, Any], place: Place, files: RunFiles, verdict: JobVerdict) -> int:
     """Submit the job file again, to start after this job. Options of a waiting job cannot be changed from inside it."""
     excluded = ",".join([name for name in (job["exclude"],) if name] + list(verdict.exclude))
     options = ["--dependency=afterany:" + place.key]
@@ -192,7 +192,7 @@ def _resubmit(job: Mapping[str, Any], place: Place, files: RunFiles, verdict: Ve
     answer = resubmit_job(job["script"], options)
     if answer.code:
         why = "%s; but sbatch refused it (%s)" % (verdict.why, answer.out.strip())
-        return _exit(files, Verdict("exit", GAVE_UP, why), place)
+        return _exit(files, JobVerdict("exit", GAVE_UP, why), place)
     say("submitted again as job %s" % answer.out)
     record = read_json(job["submit"]) or {}
     record["jobs"] = list(record.get("jobs", [])) + [answer.out]
@@ -200,7 +200,7 @@ def _resubmit(job: Mapping[str, Any], place: Place, files: RunFiles, verdict: Ve
     return verdict.code
 
 
-def _exit(files: RunFiles, verdict: Verdict, place: Place) -> int:
+def _exit(files: RunFiles, verdict: JobVerdict, place: Place) -> int:
     """Write the result for commands that wait for it. A job that Slurm starts again has no result yet."""
     say("%s: exit code %d" % (verdict.why, verdict.code))
     if verdict.what == "exit":

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_rl.launch.conductor.decide import Attempt, Event, Facts, Rules, Verdict, decide, judge
+from megatron_rl.launch.conductor.decide import Attempt, Event, Facts, JobVerdict, Rules, decide, judge
 
 RULES = Rules(engines=("engine-0", "engine-1"), start_timeout=60, margin=100)
 
@@ -198,4 +198,4 @@ def test_the_words_name_what_happened() -> None:
         "engine-1 ended with exit code 137 (SIGKILL: out of memory, or killed); tried again"
     )
     assert judge(RULES, CRASH._replace(attempts=21)).why == "trainer ended with exit code 1; given up after 21 attempts"
-    assert isinstance(judge(RULES, SAVED), Verdict)
+    assert isinstance(judge(RULES, SAVED), JobVerdict)
