@@ -11,7 +11,7 @@ from megatron_rl.alp.layer_noise import LayerNoise
 from megatron_rl.config import Config
 from megatron_rl.policy.actor import Policy, PolicySettings
 from megatron_rl.policy.loss_denominator import finalize_gradients
-from megatron_rl.policy.model import PolicyModel, build_chunks, find_bad_weights
+from megatron_rl.policy.model import PolicyModel, build_chunks
 from megatron_rl.policy.modules import HAVE_TE
 from megatron_rl.policy.optimizer import PolicyOptimizer
 from megatron_rl.policy.parallel import Mesh
@@ -20,7 +20,7 @@ from megatron_rl.policy.routing_replay import RoutingReplay, weight_buffers
 from megatron_rl.precision.plan import DTYPES, PrecisionPlan
 from megatron_rl.weights.hf_folder import HFFolder
 from megatron_rl.weights.hf_model import check_folder
-from megatron_rl.weights.load_weights import load_weights
+from megatron_rl.weights.load_weights import find_bad_weights, load_weights
 
 
 def build_policy(config: Config, mesh: Mesh, precision: PrecisionPlan, noise: LayerNoise | None) -> Policy:
@@ -43,7 +43,7 @@ def build_policy(config: Config, mesh: Mesh, precision: PrecisionPlan, noise: La
     load_weights(models, source, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size)
     products = ProductMonitor(precision, models, mesh, HAVE_TE)
     routing = RoutingReplay(config, shape, models, mesh)
-    failures = mesh.gather(find_bad_weights(models, config))
+    failures = mesh.gather(find_bad_weights(models, source))
     mesh.raise_everywhere(mesh.broadcast(next(filter(None, failures), None)))
     dtype, tf_config = DTYPES[config.precision.train], models[0].config
     wrapped: list[Any] = list(models) if dtype == torch.float32 else [_in_16_bits(tf_config, m) for m in models]

@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron_rl.alp.layer_noise import LayerNoise
 from megatron_rl.alp.logits import LogitPerturbation
 from megatron_rl.config import Config
-from megatron_rl.errors import CheckpointError, ConfigError, PrecisionError
+from megatron_rl.errors import ConfigError
 from megatron_rl.policy.core_config import transformer_config
 from megatron_rl.policy.expert_rules import check_experts
 from megatron_rl.policy.logprobs import token_scores
@@ -147,18 +147,3 @@ def _set_frequencies(chunk: PolicyModel, shape: ModelShape) -> None:
     latent = shape.latent is not None
     for owner in [layer.self_attention for layer in chunk.decoder.layers] if latent else [chunk]:
         owner.rotary_pos_emb.inv_freq = shape.rope.frequencies(shape.max_position_embeddings)
-
-
-def find_bad_weights(models: list[PolicyModel], config: Config) -> CheckpointError | PrecisionError | None:
-    """Return the error for loaded weights of this rank that are not finite, or that float16 cannot hold, or None."""
-    for model in models:
-        for name, parameter in (*model.named_parameters(), *model.named_buffers()):
-            if torch.isfinite(parameter).all():
-                continue
-            where = f"'{name}' of {config.model.path}"
-            if parameter.dtype == torch.float16 and not torch.isnan(parameter).any():
-                return PrecisionError(
-                    f"{where} has values that float16 cannot hold: set precision.train to bf16 or fp32"
-                )
-            return CheckpointError(f"{where} has values that are NaN or infinite: the weights are damaged, fetch them")
-    return None

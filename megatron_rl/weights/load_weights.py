@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from megatron_rl.errors import CheckpointError
+from megatron_rl.errors import CheckpointError, PrecisionError
 from megatron_rl.weights.hf_model import HFModel
 from megatron_rl.weights.name_table import entries, local_tensors
 
@@ -39,3 +39,15 @@ def load_weights(chunks: Sequence[nn.Module], model: HFModel, *, tp_rank: int, t
             sources = model.readers(entry)
             size = entry.cut(tp_size)
             parameter.copy_(entry.rule.layout.read(sources, tp_rank % size, size))
+
+
+def find_bad_weights(models: Sequence[nn.Module], source: HFModel) -> CheckpointError | PrecisionError | None:
+    """Return the error for loaded weights of this rank that are not finite, or that float16 cannot hold, or None."""
+    for entry, tensor in local_tensors(models, entries(source.family, source.shape)).values():
+        if torch.isfinite(tensor).all():
+            continue
+        where = f"tensor {' or '.join(entry.rule.hf)} of {source.path}"
+        if tensor.dtype == torch.float16 and not torch.isnan(tensor).any():
+            return PrecisionError(f"{where} has values that float16 cannot hold: set precision.train to bf16 or fp32")
+        return CheckpointError(f"{where} has values that are NaN or infinite: the weights are damaged, fetch them")
+    return None
