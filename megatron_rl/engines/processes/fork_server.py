@@ -7,6 +7,7 @@ server ends when launcher and rank 0 have ended, and its servers end with it.
 
 import ctypes
 import importlib
+import itertools
 import json
 import os
 import select
@@ -37,7 +38,8 @@ _POLL_S = 0.05
 _CLIENT_S = 0.5  # between checks that the process that asked for a server still lives
 _END_S = 5.0
 _PR_SET_PDEATHSIG = 1
-_asking = threading.Lock()  # a response belongs to the request before it
+_asking = threading.Lock()  # one request at a time
+_numbers = itertools.count()
 
 
 class ForkServer:
@@ -125,19 +127,28 @@ def _connect() -> socket.socket:
 
 
 def _ask(connection: socket.socket, request: dict[str, Any]) -> Any:
-    """Send a request and return the response. A fork server that has ended has ended its servers: code -SIGKILL."""
+    """Send a request and return the response. A fork server that has ended has ended its servers: code -SIGKILL.
+
+    Responses carry the number of their request. An interrupted call leaves a response behind, which the next one skips.
+    """
     with _asking:
+        number = next(_numbers)
         try:
-            connection.sendall(json.dumps(request).encode() + b"\n")
-            answer = b""
-            while not answer.endswith(b"\n"):
+            connection.sendall(json.dumps({**request, "number": number}).encode() + b"\n")
+            held = b""
+            while True:
+                line, ended, held = held.partition(b"\n")
+                if ended:
+                    response = json.loads(line)
+                    if response["number"] == number:
+                        return response["value"]
+                    continue
                 part = connection.recv(1 << 16)
                 if not part:
                     return -signal.SIGKILL
-                answer += part
+                held = line + part
         except OSError:
             return -signal.SIGKILL
-    return json.loads(answer)
 
 
 def _become_server(connection: socket.socket, others: socket.socket, launcher: int, modules: Sequence[str]) -> NoReturn:
@@ -180,7 +191,9 @@ class _Loop:
                     break
                 *lines, pending = (pending + part).split(b"\n")
                 for line in lines:
-                    self.connection.sendall(json.dumps(self._respond(json.loads(line))).encode() + b"\n")
+                    request = json.loads(line)
+                    response = {"number": request["number"], "value": self._respond(request)}
+                    self.connection.sendall(json.dumps(response).encode() + b"\n")
             self._reap()
             for server, client in list(self.running.items()):
                 if not _lives(client):
