@@ -43,7 +43,7 @@ for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):  #
     slow.send_signal(number)
 time.sleep(0.2)
 # What a call leaves behind that Ctrl-C interrupts before it reads its response.
-slow._connection.sendall(json.dumps({"forks": True, "number": -1}).encode() + b"\n")
+slow._connection.sendall(json.dumps({"forks": True, "number": -1}).encode() + b"\\n")
 found["heard"] = slow.poll()
 slow.send_signal(signal.SIGKILL)
 found["killed"] = slow.wait(60)
