@@ -237,7 +237,7 @@ def test_weights_beyond_the_range_of_float16_are_refused_by_name(tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     policy_of(folder, "bf16")
     with pytest.raises(
-        PrecisionError, match=r"'decoder.layers.2.mlp.linear_fc2.weight' of .*large has values that float16"
+        PrecisionError, match=r"tensor model.layers.2.mlp.down_proj.weight of .*large has values that float16"
     ):
         policy_of(folder, "fp16")
 
