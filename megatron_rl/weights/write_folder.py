@@ -127,8 +127,10 @@ def _write_shards(
             save_file(shard, file, metadata={"format": "pt"})
         except (SafetensorError, OSError) as error:
             wanted, free = sum(tensor.nbytes for tensor in shard.values()), shutil.disk_usage(folder).free
+            place = folder.with_name(folder.name.removeprefix(".").partition(".writing-")[0])
             raise StorageError(
-                f"a shard of {wanted} bytes cannot be written to {folder.parent} ({error}): {free} bytes are free there"
+                f"a shard of {wanted} bytes cannot be written to {place} ({error}): {free} bytes are free there; "
+                "free space there, or choose another place"
             ) from error
         shards.append(list(shard))
         shard.clear()

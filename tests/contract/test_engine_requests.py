@@ -5,8 +5,6 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -82,38 +80,6 @@ def test_a_pipe_in_place_of_a_file_of_weights_is_refused(
     answer = post(api, path, key, timeout=20)
     assert answer.status_code == 400 and "is not a regular file" in error_message(answer)
     assert_serves(api)
-
-
-@pytest.fixture
-def mute() -> Iterator[int]:
-    """Yield the port of a listener that accepts connections and never responds."""
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        yield silent.getsockname()[1]
-
-
-def test_joins_that_hang_hold_up_no_other_call(api: httpx.Client, embedded_only: None, mute: int) -> None:
-    join = {"master_address": "127.0.0.1", "master_port": mute, "rank_offset": 1, "world_size": 2, "backend": "gloo"}
-
-    def hang(at: int) -> None:
-        with (
-            httpx.Client(base_url=api.base_url, trust_env=False, timeout=2.0) as client,
-            pytest.raises(httpx.ReadTimeout),
-        ):
-            client.post("/init_weights_update_group", json={**join, "group_name": f"g{at}"})
-
-    with ThreadPoolExecutor(8) as threads:
-        hanging = [threads.submit(hang, at) for at in range(8)]
-        time.sleep(0.5)
-        for path, body in (
-            ("/pause_generation", {"mode": "abort"}),
-            ("/continue_generation", {}),
-            ("/abort_request", {"abort_all": True}),
-            ("/weights_checker", {"action": "checksum"}),
-        ):
-            assert post(api, path, body, timeout=10).status_code == 200
-        assert_serves(api)
-        for future in hanging:
-            future.result()
 
 
 JUNK = st.recursive(

@@ -107,7 +107,9 @@ def test_engine_tokens_go_back_as_they_came_although_their_text_has_other_tokens
         before = [token for tokens in written[:number] for token in (*tokens, *said)]
         assert tuple(request.prompt_tokens) == (*PROMPT.tokens, *before)
         assert request.sampling.max_new_tokens == 100 - len(before)
-    assert task.heard == [TOKENIZER.decode(tokens, skip_special_tokens=True) for tokens in written]
+    # The task gets the text without the tokens at which sampling stops.
+    texts = [[token for token in tokens if token not in STOPS] for tokens in written]
+    assert task.heard == [TOKENIZER.decode(tokens, skip_special_tokens=True) for tokens in texts]
     want = logp_of(model, list(PROMPT.tokens), list(trajectory.response_tokens))
     got, mask = (torch.from_numpy(trajectory.columns[name]) for name in ("logmu", "mask"))
     torch.testing.assert_close(got, want * mask, atol=1e-4, rtol=0)
