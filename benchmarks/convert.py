@@ -3,7 +3,7 @@
 Writes a random Llama of about SIZE GB (bfloat16), then in each round, in random order: `cp` with a sync, the conversion
 to torch_dist, and the conversion back, with JOBS processes. Each runs as a process of its own, whose peak memory counts
 (`ru_maxrss` of it and its children, so the largest single process). Then `verify` against `sha256sum`, and `inspect` of
-a folder with 163 shards. Ratios are medians of rounds.
+a folder of many shards, whose number is printed. Ratios are medians of rounds.
 
     python benchmarks/convert.py [--size 2.5] [--rounds 3] [--jobs 2] [--folder DIR]
 """

@@ -12,7 +12,7 @@ from typing import Any
 
 
 class ExitCode(IntEnum):
-    """How a command ended. Whoever starts it decides by this code whether to start it again.
+    """How a command ended. The program that started it decides by this code whether to start it again.
 
     DONE: it did what was asked.
     CRASH: a bug, or a comparison that was asked for found a difference.
@@ -85,7 +85,7 @@ def exit_code(error: BaseException) -> ExitCode:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Return whether an error says that another rank of the run is gone or does not answer."""
+    """Return whether an error says that another rank of the run is gone or does not respond."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return isinstance(error, RuntimeError) and ("/gloo/" in str(error) or not names.isdisjoint(_LOST_PEER))
 

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_rl.errors import CheckpointError
+from megatron_rl.errors import CheckpointError, first_line
 from megatron_rl.weights.dist_index import Unreadable, read_metadata
 from megatron_rl.weights.safetensors_header import TensorInfo
 
@@ -71,8 +71,7 @@ class DistReader:
             self._reader.read_data(LoadPlan(items), _Into(target))
         # Damage shows as nearly any error of the unpickler, the zip reader or the file system.
         except Exception as error:
-            reason = str(error).strip().split("\n")[0][:200]
-            raise CheckpointError(f"tensor '{key}' of {self.path} cannot be read: {reason}") from error
+            raise CheckpointError(f"tensor '{key}' of {self.path} cannot be read: {first_line(error)}") from error
         return target.reshape(tuple(shape))
 
 

@@ -45,7 +45,7 @@ class Traits:
 
 
 class Controls(ABC):
-    """Control calls. Each raises EngineError, with the server's message, if the server refuses or does not answer."""
+    """Control calls. Each raises EngineError, with the server's message, if the server refuses or does not respond."""
 
     _http: httpx.AsyncClient
 
@@ -131,7 +131,7 @@ class Controls(ABC):
     def update_weights_from_disk(self, url: str, folder: Path, version: int) -> None:
         """Load the weights in `folder` and serve them as `version`.
 
-        The cache is not flushed. If requests hold a part of it, SGLang would answer 400 although the new weights are
+        The cache is not flushed. If requests hold a part of it, SGLang would return 400 although the new weights are
         loaded.
 
         Args:

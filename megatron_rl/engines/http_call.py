@@ -1,4 +1,4 @@
-"""One HTTP request to a server of the pool: the size of its response is bounded, and "later" is told from "no"."""
+"""One HTTP request to a server of the pool: the size of its response is bounded, and "later" is no refusal."""
 
 import asyncio
 import time

@@ -23,7 +23,7 @@ _PAUSE_S = 0.05
 
 
 def local_shortage(error: BaseException | None) -> tuple[str, str] | None:
-    """Return what this machine lacks, and how to mend it, if that is the cause of an error. Return None otherwise."""
+    """Return what this machine lacks, and how to provide it, if that caused an error. Return None otherwise."""
     while error is not None:
         if isinstance(error, socket.gaierror):
             if error.errno in _LOOKUPS:

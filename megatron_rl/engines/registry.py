@@ -30,7 +30,7 @@ class Registry:
         self._refused: set[str] = set()  # files that were named in a warning
 
     def read(self) -> dict[str, Any]:
-        """Return URL -> what tells one process there from the next one. A file that names no URL is left out."""
+        """Return URL -> identity of the process there. A file that names no URL is left out."""
         found: dict[str, Any] = {}
         for path in sorted(self.folder.glob("*.json")):
             try:
@@ -71,7 +71,7 @@ class Registry:
                 time.sleep(_POLL_S)
 
     async def watch(self, roster: Roster) -> None:
-        """Tell the roster which engines came and went. Never returns. For the pool's loop."""
+        """Add engines that came to the roster, and remove those that went. Never returns. For the pool's loop."""
         known = {engine.url: None for engine in roster.engines}
         while True:
             found = await asyncio.to_thread(self.read)

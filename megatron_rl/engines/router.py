@@ -31,7 +31,7 @@ class Router:
     async def route_to(self, urls: Iterable[str]) -> None:
         """Set the router's servers and wait until the change has taken effect.
 
-        Raises EngineError if the router does not answer or does not change.
+        Raises EngineError if the router does not respond or does not change.
         """
         wanted = frozenset(urls)
         async with self._changing:
@@ -85,7 +85,7 @@ class Router:
 
 
 def router_lost(url: str, reason: str) -> str:
-    """Return the error message for a router that does not answer. No request bypasses the router."""
+    """Return the error message for a router that does not respond. No request bypasses the router."""
     return (
         f"sglang-router at {url} is gone ({reason}): see router.log, and resume the run, or resume it with "
         "rollout.sglang.router: false"

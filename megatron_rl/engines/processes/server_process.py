@@ -32,7 +32,7 @@ _OF_THE_TRAINER = {VARIABLE, "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SI
 
 
 class ServerProcess:
-    """A process that listens on a port of loopback and answers /health."""
+    """A process that listens on a port of loopback and responds to /health."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class ServerProcess:
         return f"http://127.0.0.1:{self.port}"
 
     def await_health(self, timeout_s: float, deadline: float) -> None:
-        """Wait until the server answers /health. Start it again on another port if its port is taken.
+        """Wait until the server responds to /health. Start it again on another port if its port is taken.
 
         Args:
             timeout_s: the time limit in seconds, for the error message.
@@ -116,7 +116,7 @@ class ServerProcess:
         self._spawn()
 
     def is_healthy(self) -> bool:
-        """Return whether this process listens on its port and answers /health."""
+        """Return whether this process listens on its port and responds to /health."""
         if not self._listens():
             return False
         try:

@@ -41,7 +41,7 @@ def srun_command(job: Mapping[str, Any], role: Mapping[str, Any], filled: Filled
     """Return the srun command of a role.
 
     All counts are given, because srun otherwise takes them from the job, and may fill the first node. `--export=ALL` is
-    needed, because srun otherwise passes on only the variables that sbatch was told to pass.
+    needed, because srun otherwise passes on only the variables that sbatch passes.
     """
     name = role["name"]
     words = ["srun", "--export=ALL", "--mpi=none", "--unbuffered", "--wait=0", "-J", name]

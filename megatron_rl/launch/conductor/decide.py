@@ -140,7 +140,7 @@ def _on_stop(rules: Rules, attempt: Attempt, event: Event) -> Step:
 
 
 def _ask(attempt: Attempt, reason: str, now: float) -> Step:
-    """Tell the trainer to save and stop; without a trainer, end at once."""
+    """Ask the trainer to save and stop; without a trainer, end at once."""
     if attempt.phase == "training":
         attempt = attempt._replace(phase="stopping", reason=reason, asked=now)
         return attempt, [Action("write_stop", text=reason)]

@@ -1,4 +1,4 @@
-"""One attempt: the shell around `decide`, which starts roles, looks at them, and tells what happened."""
+"""One attempt: the shell around `decide`, which starts roles, checks them, and reports what happened."""
 
 import os
 import socket
@@ -218,7 +218,7 @@ def say(text: str) -> None:
 
 
 def is_healthy(url: str) -> bool:
-    """Return whether a server answers /health with 200 within 2 s."""
+    """Return whether a server returns 200 for /health within 2 s."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy does not know the nodes
     try:
         with opener.open(url + "/health", timeout=2) as answer:
