@@ -47,7 +47,7 @@ class Members(Controls):
         return {engine.url: engine.lost_because for engine in self._roster.engines if not engine.live}
 
     def wait_healthy(self, timeout_s: float, *, wake: bool = False) -> None:
-        """Wait until every live server responds to /health. Raises EngineError naming those that do not within `timeout_s`.
+        """Wait until every live server is healthy. Raise EngineError naming those that are not within `timeout_s`.
 
         `wake` also resumes servers that are paused: a trainer that was killed during a weight update leaves them
         paused.
