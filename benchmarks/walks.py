@@ -8,7 +8,7 @@ The rule. A hand-over is a call of a function in one file of the package by a fu
 the nearest function of the package on the stack, so calls through torch, megatron-core, asyncio and transformers count.
 A nested function, a lambda or a comprehension counts as the function around it. Each pair (caller, callee) counts once.
 Properties and special methods count; the `__init__` that a dataclass generates is in no file and does not. A function
-that starts a thread, an asyncio task or an HTTP answer has no caller on its stack. It is counted apart, as an entry.
+that starts a thread, an asyncio task or an HTTP response has no caller on its stack. It is counted apart, as an entry.
 The walk stands for the code that makes its calls in a run (`trainer/loop.py`, `policy/build.py`): its own calls count,
 but it is no file of the package. Prints a table.
 
