@@ -110,6 +110,9 @@ def to_hf(source_path: Path, out: Path, like: Path | None, options: Options) -> 
         dropped += [f"{name} (tensor)" for name in (carrier.unused if carrier else ()) if name not in places]
         _write_manifest(folder, source, plan, records, carried, dropped)
 
+    casts = [name for name, dtype in stored.items() if dtypes[name] != dtype]
+    if casts and _share()[0] == 0:
+        print(f"{len(casts)} tensors are cast, '{casts[0]}' from {stored[casts[0]]} to {dtypes[casts[0]]} among them")
     destination = Destination(out, _plan(source, plan))
     _convert(source, destination, parts, options, finish, sources=[source_path, template.path])
 

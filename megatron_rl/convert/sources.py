@@ -1,6 +1,7 @@
 """What is converted: the weights of a model, one parameter of its name table at a time."""
 
 import json
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 from megatron_rl.convert.dist_reader import DistReader
 from megatron_rl.convert.kinds import Kind, find_kind
 from megatron_rl.errors import CheckpointError, UserError
+from megatron_rl.policy.checkpoint_files import COMPLETE, check_digests, find_defect, read_list
 from megatron_rl.weights.families import Family, ModelShape, read_family
 from megatron_rl.weights.hf_folder import HFFolder
 from megatron_rl.weights.hf_model import HFModel, check_folder
@@ -176,4 +178,25 @@ def open_source(path: Path, like: Path | None) -> WeightSource:
         raise CheckpointError(f"{path} is {found.kind.value}, which cannot be read: {found.mend}")
     if like is None:
         raise UserError(f"{path} holds Megatron's weights without the model's configuration: give --like HF_FOLDER")
+    _check_files(found.folder)
     return MegatronSource(found.folder, Like.open(like).config, str(like / "config.json"))
+
+
+def _check_files(folder: Path) -> None:
+    """Compare the files of a training checkpoint with their digests. Checkpoints of other writers have none.
+
+    Raises:
+        CheckpointError: names the file that is damaged.
+    """
+    if not (folder / COMPLETE).is_file():
+        return
+    defect = find_defect(folder)
+    if defect is None:
+        listed = read_list(folder)
+        if listed.digests is None:
+            print(f"{folder} was written without digests: its content is not verified", file=sys.stderr)
+            return
+        damage = check_digests(folder, listed, listed.sizes).damage
+        defect = damage[0][1] if damage else None
+    if defect is not None:
+        raise CheckpointError(f"{folder} is not usable: {defect}; restore it from a copy, or convert an older one")

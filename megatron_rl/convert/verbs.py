@@ -99,7 +99,7 @@ def verify_command(
     """Compare every tensor of A with its manifest, or with B. The exit code is 1 if anything differs."""
     from megatron_rl.convert.verify import verify_manifest, verify_pair  # torch's checkpoints take seconds to import
 
-    began, workers = time.perf_counter(), jobs or _cores()
+    began, workers = time.perf_counter(), _processes(jobs)
     verdict = verify_manifest(a, like, workers) if b is None else verify_pair(a, b, like, workers)
     for line in verdict.differences[:20]:
         print(f"differs: {line}")
@@ -121,10 +121,13 @@ def verify_command(
 def _options(jobs: int, shard_size: float, dtype: str, dry_run: bool, restart: bool, quantize: str = "none") -> Any:
     from megatron_rl.convert.convert import Options, parse_dtype  # torch's checkpoints take seconds to import
 
-    if jobs < 0 or shard_size <= 0:
-        raise UserError(f"--jobs is {jobs} and --shard-size {shard_size}: both must be positive")
-    return Options(jobs or _cores(), int(shard_size * 1e9), parse_dtype(dtype), quantize, restart, dry_run)
+    if shard_size <= 0:
+        raise UserError(f"--shard-size is {shard_size}: it must be positive")
+    return Options(_processes(jobs), int(shard_size * 1e9), parse_dtype(dtype), quantize, restart, dry_run)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
+def _processes(jobs: int) -> int:
+    """Return the number of processes that `--jobs` asks for."""
+    if jobs < 0:
+        raise UserError(f"--jobs is {jobs}: it must be positive, or 0 for one on each core")
+    return jobs or len(os.sched_getaffinity(0))

@@ -5,6 +5,7 @@ import pytest
 from megatron_rl.convert.convert import Options, to_hf, to_megatron
 from megatron_rl.convert.inspect import inspect_checkpoint
 from megatron_rl.convert.verify import verify_pair
+from megatron_rl.errors import CheckpointError
 from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.hf_folder import HFFolder
 from tests.families import make_family
@@ -52,3 +53,10 @@ def test_a_training_checkpoint_becomes_a_folder(two_ranks, tmp_path):
     assert report.optimizer and report.nbytes > 2 * report.parameters * 4
     to_hf(step, tmp_path / "hf", model, SMALL)
     assert verify_pair(tmp_path / "hf", model, None, 1).same
+    shard = next(step.glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 3] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"is not usable: {shard.name} is damaged: its content has changed"):
+        to_hf(step, tmp_path / "damaged", model, SMALL)
+    assert not (tmp_path / "damaged").exists()

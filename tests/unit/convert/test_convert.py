@@ -279,7 +279,9 @@ def test_a_changed_bit_and_a_missing_tensor_are_differences(model: Path, tmp_pat
         (["to-hf", "{full}", "{out}"], "holds no checkpoint"),
         (["to-hf", "{model}", "{out}", "--dtype", "int4"], "--dtype is 'int4'"),
         (["to-hf", "{model}", "{out}", "--quantize", "nf4"], "--quantize is 'nf4'"),
-        (["to-megatron", "{model}", "{out}", "--jobs", "-1"], "must be positive"),
+        (["to-megatron", "{model}", "{out}", "--jobs", "-1"], "--jobs is -1: it must be positive"),
+        (["to-megatron", "{model}", "{out}", "--shard-size", "0"], "--shard-size is 0.0: it must be positive"),
+        (["verify", "{model}", "--jobs", "-1"], "--jobs is -1: it must be positive"),
         (["verify", "{model}"], "has no manifest.json"),
     ],
 )
