@@ -13,11 +13,12 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from megatron_rl.config import ParallelConfig, make_config
 from megatron_rl.convert.compare_logits import packed_logits
+from megatron_rl.errors import ConfigError
 from megatron_rl.policy import parallel
 from megatron_rl.policy.device_port import pick_device
 from megatron_rl.policy.routing_replay import weight_buffers
 from megatron_rl.weights.export import export_weights
-from megatron_rl.weights.families import FAMILIES, ModelShape
+from megatron_rl.weights.families import FAMILIES, ModelShape, read_family
 from megatron_rl.weights.hf_folder import SINGLE, HFFolder
 from megatron_rl.weights.hf_model import HFModel, check_folder
 from megatron_rl.weights.load_weights import load_weights
@@ -166,4 +167,11 @@ def test_defaults_of_absent_keys_are_those_of_transformers(family: Any) -> None:
         if key == "sliding_window" and held is None:  # transformers clears it where `use_sliding_window` is false
             held = type(theirs).sliding_window
         assert (held or []) == (value or []), key
-    assert theirs.rope_parameters["rope_theta"] in (10000.0, 1000000.0, 150000.0)
+    stated = theirs.to_dict() | {"architectures": list(family.architectures)}
+    stated = {key: value for key, value in stated.items() if key not in ("rope_parameters", "rope_scaling")}
+    if family.model_type == "gpt_oss":
+        with pytest.raises(ConfigError, match="gpt-oss is trained with YaRN"):
+            read_family(stated, "config.json")
+        return
+    shape = read_family({"head_dim": 128} | stated, "config.json")[1]  # GLM-4.5's class has none that fits its heads
+    assert shape.rope.theta == theirs.rope_parameters["rope_theta"]
