@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 
 from megatron_rl.config import Config, load_config
 from megatron_rl.errors import ConfigError, ExitCode, MegatronRLError, UserError, exit_code, is_lost_peer
+from megatron_rl.forking import write_whole_lines
 from megatron_rl.launch.launch_commands import launch_app
 from megatron_rl.launch.ranks import one_thread, run_ranks, under_launcher
 from megatron_rl.supervise import ignore_stops
@@ -31,6 +32,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VAL
 
 def main() -> None:
     """Run the command line. The exit code is an `ExitCode`; a MegatronRLError is printed as one paragraph."""
+    write_whole_lines()
     try:
         app()
     except MegatronRLError as error:

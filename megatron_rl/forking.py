@@ -1,6 +1,7 @@
 """Forked processes that run a command of this package as a new process would, without importing anything again."""
 
 import atexit
+import io
 import os
 import random
 import runpy
@@ -61,6 +62,16 @@ def report_error(error: BaseException) -> int:
         return error.code or 0
     print(error.code, file=sys.stderr)
     return 1
+
+
+def write_whole_lines() -> None:
+    """Write every line of standard output and error with one system call.
+
+    With PYTHONUNBUFFERED a line and its end are written apart, so that lines of several ranks mix.
+    """
+    for stream in (sys.__stdout__, sys.__stderr__):
+        if isinstance(stream, io.TextIOWrapper):  # it is None in a process without a terminal
+            stream.reconfigure(line_buffering=True, write_through=False)
 
 
 def flush_output() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.lanes import LaneScheduling, add_markers, in_lane_order
 from tests.models import make_qwen3, make_qwen3_moe
-from tests.parallel.group import RankGroup
+from tests.parallel.group import RANK_VARIABLES, RankGroup
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -45,6 +45,14 @@ def _no_policies_left() -> Iterator[None]:
     """Collect the policies of a file after it: they hold each other, and with them the threads of process groups."""
     yield
     gc.collect()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_rank_variables_left() -> Iterator[None]:
+    """Check that a file leaves no RANK or the like behind: what is started later would take itself for a rank."""
+    before = {name: os.environ.get(name) for name in RANK_VARIABLES}
+    yield
+    assert {name: os.environ.get(name) for name in RANK_VARIABLES} == before
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ _PROCESS = (
     "unit/sandbox/",
     "unit/tasks/test_verifier_benchmark.py",
     "unit/test_cli.py",
+    "unit/test_forking.py",
     "unit/trainer/test_preflight.py",
     "unit/weights/test_model_folder_cases.py",
 )

@@ -106,7 +106,9 @@ _control: dist.ProcessGroup | None = None
 
 
 def initialize(config: ParallelConfig, device: torch.device, seed: int) -> Mesh:
-    """Join the world of RANK/WORLD_SIZE/MASTER_ADDR/MASTER_PORT (one rank alone if unset) and divide it into groups.
+    """Join the world of RANK/WORLD_SIZE/MASTER_ADDR/MASTER_PORT and divide it into groups.
+
+    A world of one rank, also without these variables, needs no address, and sets no variable for later processes.
 
     A process may call this again with another layout. The old groups are destroyed first.
 
@@ -120,9 +122,10 @@ def initialize(config: ParallelConfig, device: torch.device, seed: int) -> Mesh:
     """
     global _control
     if not dist.is_initialized():
-        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
-            os.environ.setdefault(name, value)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        alone = (os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")) == ("0", "1")
+        options: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30), **options)
         _control = dist.new_group(backend="gloo", timeout=timedelta(hours=6))
     world = dist.get_world_size()
     if world != config.world_size:

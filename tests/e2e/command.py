@@ -19,13 +19,13 @@ import torch
 from megatron_rl.diagnostics import read_log
 from megatron_rl.diagnostics.log_keys import is_declared
 from tests.e2e.zygote import ForkedCommand, Zygote
+from tests.parallel.group import RANK_VARIABLES
 
 ROOT = Path(__file__).resolve().parents[2]
 TAG = "MEGATRON_RL_TEST_COMMAND"
 FORKED = ("attribute", "eval", "serve", "train", "warmup")
 CAN_FORK = sys.platform.startswith("linux") and not torch.cuda.is_available()
 PROMPTS = 8  # per step of the small run
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)

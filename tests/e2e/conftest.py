@@ -12,7 +12,7 @@ import pytest
 
 from megatron_rl import cli as command_line
 from megatron_rl.protocol.api_key import key_headers
-from tests.e2e.command import RANK_VARIABLES, Command, Result
+from tests.e2e.command import Command, Result
 from tests.e2e.models import make_arithmetic_model
 
 SMALL_RUN = """\
@@ -129,8 +129,6 @@ def refused(monkeypatch, capfd, tmp_path) -> Callable[..., Result]:
 
     def refused(*arguments: object) -> Result:
         monkeypatch.chdir(tmp_path)
-        for name in RANK_VARIABLES:  # this process may have been a rank before
-            monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(sys, "argv", ["megatron-rl", *map(str, arguments)])
         started = time.monotonic()
         with pytest.raises(SystemExit) as ended:

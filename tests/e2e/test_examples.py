@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.report import write_report
-from tests.e2e.command import RANK_VARIABLES, ROOT, Command, records
+from tests.e2e.command import ROOT, Command, records
 from tests.e2e.test_sglang import PYTHON
 
 EXAMPLES = ROOT / "examples"
@@ -31,7 +31,7 @@ def examples(tmp_path: Path) -> Path:
 
 def run(python: Path | str, folder: Path, *arguments: str, path: str | None = None) -> str:
     """Run a command of this interpreter in a folder, and return its output. `path` is PYTHONPATH."""
-    env = {name: value for name, value in os.environ.items() if name not in (*RANK_VARIABLES, "PYTHONPATH")}
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     env |= {"OMP_NUM_THREADS": "1", **({} if path is None else {"PYTHONPATH": path})}
     done = subprocess.run(
         [str(python), *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=600, check=False

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 STUCK = signal.SIGUSR1
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Of one rank. A deleted policy leaves some gloo groups behind, and each of their threads wakes up a hundred times a
 # second. With a thousand of them, two cores do little else.
 THREADS = 250

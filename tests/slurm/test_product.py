@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_rl.launch.submit import Request, submit_job
-from tests.e2e.command import RANK_VARIABLES, records
+from tests.e2e.command import records
 from tests.e2e.models import make_arithmetic_model
 from tests.slurm.conftest import ROOT
 from tests.slurm.virtual_cluster import FakeRun, wait_for
@@ -46,8 +46,7 @@ def until_record(run: FakeRun, step: int) -> None:
 
 
 def test_a_run_that_loses_nodes_equals_one_that_does_not(cluster, tmp_path):
-    env = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     model = make_arithmetic_model(tmp_path / "model")
     command = [sys.executable, "-m", "megatron_rl", "launch", "local", str(write_config(tmp_path, "alone", model))]
     alone = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.DEVNULL)

@@ -15,6 +15,9 @@ from megatron_rl.launch.submit import Request, submit_job
 
 HERE = Path(__file__).parent
 NODES = 4
+# A slow machine may take longer for an answer than Slurm's own limit. Questions are then asked again.
+_TRIES, _REPEATABLE = 5, ("scontrol", "sinfo", "squeue")
+_BUSY = ("Socket timed out", "Unable to contact slurm controller")
 
 
 class VirtualCluster:
@@ -40,13 +43,23 @@ class VirtualCluster:
         subprocess.run(["nsenter", "-t", pid, "-n", "-m", *command], check=True)
 
     def ask(self, *command: str) -> str:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-        return done.stdout.strip()
+        """Return the output of a command. Fail with what it said if it fails."""
+        for _ in range(_TRIES):
+            done = self.attempt(*command)
+            if done.returncode == 0:
+                return done.stdout.strip()
+            if command[0] not in _REPEATABLE or not any(words in done.stderr for words in _BUSY):
+                break
+        raise AssertionError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+
+    def attempt(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """Run a command that may fail."""
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
     def until_idle(self) -> None:
         """Cancel what runs, and wait until all nodes are free."""
         for job in self.ask("squeue", "-h", "-o", "%A").split():
-            self.ask("scancel", job)
+            self.attempt("scancel", job)  # it fails where the job has just ended
         wait_for(lambda: not self.ask("squeue", "-h"), "no job is left")
         wait_for(
             lambda: self.ask("sinfo", "-h", "-N", "-p", "batch", "-o", "%t") == "\n".join(["idle"] * NODES), "idle"
