@@ -307,7 +307,10 @@ def test_the_preflight_command_names_a_node(fake_run, capfd):
 def test_preflight_with_bandwidth_names_the_node_with_a_slow_link(fake_run, capfd):
     settings = [f"python={sys.executable}", "min_bandwidth_gb_s=0.02"]
     shape = ["qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "40mbit", "burst", "32kb", "latency", "100ms"]
-    fake_run.cluster.inside("node3", "tc", *shape)
+    try:
+        fake_run.cluster.inside("node3", "tc", *shape)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"this kernel cannot slow a link down: {error}")
     try:
         assert run_preflight("virtual", settings, 3, fake_run.folder, bandwidth_mb=2) == 1
     finally:
