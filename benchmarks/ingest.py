@@ -43,7 +43,7 @@ def canned_answer(tokens: int) -> bytes:
         ids = rng.integers(0, 151_000, tokens).tolist()
         scores = (-rng.exponential(1.0, tokens)).astype(np.float32).tolist()
         meta = {
-            "id": "r",
+            "id": "0" * 32,  # one that SGLang makes up belongs to any request
             "finish_reason": {"type": "length", "length": tokens},
             "prompt_tokens": len(PROMPT.tokens),
             "completion_tokens": tokens,
@@ -62,7 +62,11 @@ def serve(pipe: Connection, engines: int, answer: bytes, seconds: float) -> None
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
     async def one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = await reader.readuntil(b"\r\n\r\n")
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+        except (asyncio.IncompleteReadError, ConnectionError):  # the client has given up
+            writer.close()
+            return
         length = next((int(line[15:]) for line in head.lower().split(b"\r\n") if line[:15] == b"content-length:"), 0)
         await reader.readexactly(length)
         body = answer if head.startswith(b"POST") else b"{}"
@@ -117,7 +121,7 @@ def our_batch(pool: EnginePool, groups: int, tokens: int) -> None:
     settings = GroupSettings(0, SAMPLES, tokens, 1.0, (), need_logmu=True)
 
     async def sample() -> list[Trajectory]:
-        works = [sample_group(pool.ask, PROMPT, settings, first_id=SAMPLES * g, group=g) for g in range(groups)]
+        works = [sample_group(pool.sample, PROMPT, settings, first_id=SAMPLES * g, group=g) for g in range(groups)]
         return [t.with_reward(0.0) for group in await together(works) for t in group.trajectories]
 
     batch = make_batch(pool.run(sample()), "grpo")
@@ -142,10 +146,10 @@ def per_token(tokens: int, groups: int, repeat: int) -> dict[str, float]:
 
 
 def rate(engines: int, requests: int, seconds: float = 0.0) -> float:
-    """Return requests per second of `requests` requests for one short sample, all asked at once."""
+    """Return requests per second of `requests` requests for one short sample, all sent at once."""
     entry = json.dumps(json.loads(canned_answer(4))[0]).encode()
     sampling = SamplingParams(max_new_tokens=4)
-    asked = [GenerationRequest(f"r{at}", (1, 2, 3), 1, sampling) for at in range(requests)]
+    asked = [GenerationRequest(f"r{at}", PROMPT.tokens, 1, sampling) for at in range(requests)]
     with stubs(engines, entry, seconds) as urls, EnginePool(urls, timeout_s=120) as pool:
         start = time.perf_counter()
         samples = pool.generate(asked)

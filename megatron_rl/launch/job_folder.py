@@ -99,7 +99,7 @@ def job_json(parts: JobParts, script: Path, submit: Path) -> dict[str, Any]:
         "versions": {"megatron_rl": megatron_rl.__version__, "git": git_revision()},
         "exclude": p.exclude,
         "ports": list(p.ports),
-        "env": _environment_of_roles(p),
+        "env": environment_of_roles(p),
         "container": container,
         "roles": [_role(role, parts) for role in layout.roles],
         "rules": {
@@ -109,6 +109,7 @@ def job_json(parts: JobParts, script: Path, submit: Path) -> dict[str, Any]:
             "most_requeues": p.requeue.max,
             "most_without_progress": p.requeue.max_without_progress,
             "requeue_on": list(p.requeue.on),
+            "least_engines": p.min_engines if p.on_engine_loss == "continue" else 0,
         },
         "preflight": {"scratch": str(p.scratch), "min_free_gb": p.min_free_gb, "min_shm_gb": p.min_shm_gb},
     }
@@ -125,7 +126,7 @@ def _role(role: Role, parts: JobParts) -> dict[str, Any]:
     }
 
 
-def _environment_of_roles(p: Profile) -> dict[str, str]:
+def environment_of_roles(p: Profile) -> dict[str, str]:
     """Return the profile's variables; roles in this environment import the package from where the command did."""
     if p.container.backend != "none":
         return dict(p.env)
@@ -219,7 +220,7 @@ def copy_conductor(folder: Path) -> None:
 
 def _describe_environment(p: Profile) -> str:
     """Return the variables that the job sets or takes from the shell. Secrets are masked."""
-    found = {**{name: os.environ.get(name, "<not set>") for name in p.pass_env}, **_environment_of_roles(p)}
+    found = {**{name: os.environ.get(name, "<not set>") for name in p.pass_env}, **environment_of_roles(p)}
     return "".join(f"{name}={mask(name, value)}\n" for name, value in sorted(found.items()))
 
 

@@ -125,9 +125,13 @@ def launch_preflight(
     settings: _Settings = None,
     nodes: Annotated[int, typer.Option(min=1, help="number of nodes")] = 1,
     folder: Annotated[Path | None, typer.Option(help="a folder that the nodes share; default: the profile's")] = None,
+    bandwidth: Annotated[
+        int, typer.Option(metavar="MIB", min=0, max=4096, help="also measure with messages of this size, such as 64")
+    ] = 0,
 ) -> None:
     """Look at nodes of a cluster: clocks, disks, GPUs, versions, ports, names, and the shared folder."""
-    sys.exit(_import("preflight_job").run_preflight(profile, settings or [], nodes, folder))
+    run = _import("preflight_job").run_preflight
+    sys.exit(run(profile, settings or [], nodes, folder, bandwidth_mb=bandwidth))
 
 
 def _import(module: str) -> Any:

@@ -91,8 +91,15 @@ class Profile(Block):
     scratch: Path = Field(Path("/tmp"), description="folder of each node for temporary files")
     min_free_gb: float = Field(1.0, ge=0, description="free space that preflight requires in scratch and run folder")
     min_shm_gb: float = Field(1.0, ge=0, description="free space that preflight requires in /dev/shm")
+    min_bandwidth_gb_s: float = Field(0.0, ge=0, description="preflight --bandwidth: fewest GB/s between two nodes")
     ports: tuple[int, int] = Field((20000, 32767), description="first and last port that jobs may use")
     preflight: Literal["off", "facts"] = Field("facts", description="what is checked on the nodes before a start")
+    on_engine_loss: Literal["requeue", "continue"] = Field(
+        "requeue", description="an engine ends while the trainer runs: try the job again, or train with the others"
+    )
+    min_engines: int = Field(
+        1, ge=1, le=4096, description="with on_engine_loss: continue, the fewest that must be left"
+    )
     rollout: RolloutProfile = RolloutProfile()
     container: ContainerProfile = ContainerProfile()
     requeue: RequeueProfile = RequeueProfile()

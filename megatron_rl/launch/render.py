@@ -36,6 +36,8 @@ def render_job(profile: Profile, layout: JobLayout, *, name: str, folder: Path, 
         f"--export={','.join((*PASSED, *profile.pass_env))}",
         f"--signal=B:USR1@{profile.signal_margin_s}",
     ]
+    if profile.on_engine_loss == "continue":
+        first.append("--no-kill")  # else Slurm ends the job with the first node that it loses
     if array:
         first.append(f"--array=0-{array - 1}%{min(array, profile.array_limit)}")
     groups[0] = first + groups[0]

@@ -23,6 +23,7 @@ from megatron_rl.launch.conductor.slurm_commands import call_slurm
 from megatron_rl.launch.conductor.slurm_states import read_state
 
 _LOG_TAIL = 1 << 16  # bytes of the run log that are read for the last step
+_SILENT_S = 120  # the conductor writes a sign of life every 10 s
 _FIELDS = ("state", "reason", "elapsed", "limit", "nodes")
 
 
@@ -135,6 +136,9 @@ def status_lines(status: dict[str, Any]) -> Iterator[str]:
         yield f"  newest checkpoint: step {status['checkpoint']}"
     if status["seconds_to_deadline"] is not None and status["result"] is None:
         yield f"  {status['seconds_to_deadline']} s to the end of the allocation"
+    silent = status["conductor_silent_s"]
+    if silent is not None and silent > _SILENT_S and slurm.get("state") == "RUNNING":
+        yield f"  warning: the conductor has said nothing for {silent} s; if its node is lost, cancel the job"
     for one in status["attempts"]:
         ended = f"{one['why']}" if "why" in one else "runs, or was ended by Slurm"
         yield f"  attempt {one['attempt']} on {', '.join(one.get('nodes', ()))}: {ended}"

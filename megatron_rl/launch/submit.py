@@ -160,7 +160,13 @@ def _layout(config: Config, mode: Any, nodes: int | None, profile: Profile) -> J
     if rollout.engine == "sglang" and profile.gpus_per_node:
         gpus = rollout.sglang.tensor
     check_tensor_groups(config.parallel.tensor, profile)
-    return make_layout(mode, config.parallel.world_size, rollout.servers, gpus, nodes, profile)
+    layout = make_layout(mode, config.parallel.world_size, rollout.servers, gpus, nodes, profile)
+    if profile.on_engine_loss == "continue" and profile.min_engines > len(layout.engines):
+        raise ConfigError(
+            f"min_engines is {profile.min_engines}, but the job has {len(layout.engines)} engines: lower it, or raise "
+            "rollout.servers"
+        )
+    return layout
 
 
 def _with_transport(config: Config, mode: str) -> Config:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -11,7 +12,8 @@ from megatron_rl.errors import ConfigError
 from megatron_rl.launch.conductor.nodelist import expand_hosts
 from megatron_rl.launch.conductor.port_block import pick_block
 from megatron_rl.launch.preflight_job import run_preflight
-from megatron_rl.launch.status import cancel_run, read_status, status_lines
+from megatron_rl.launch.status import attach_command, cancel_run, read_status, status_lines
+from tests.slurm.conftest import ROOT
 from tests.slurm.virtual_cluster import HERE, FakeRun, wait_for
 
 pytestmark = pytest.mark.slurm
@@ -25,16 +27,26 @@ def first_lines(fake_run: FakeRun, pattern: str) -> list[str]:
 @pytest.fixture(scope="module")
 def batch(cluster, model, tmp_path_factory):
     """Runs on two or three nodes, submitted together because each waits for Slurm most of the time."""
-    names = ("asked", "cancelled", "engine", "rank", "stuck", "mistake")
+    names = ("asked", "cancelled", "short", "engine", "rank", "stuck", "mistake", "next", "never")
     runs = {name: FakeRun(cluster, tmp_path_factory.mktemp("batch") / "runs", model) for name in names}
     runs["asked"].wish(steps=1000)
     runs["cancelled"].wish(steps=1000)
+    runs["short"].wish(steps=1000)
     runs["engine"].wish(steps=12, die_engine_0_1="7")
     runs["rank"].wish(steps=12, die_trainer_1="139 1")
     runs["stuck"].wish(never_save=1, die_trainer_1="1 0", die_trainer_2="1 0", die_trainer_3="1 0")
     runs["mistake"].wish(die_trainer_1="2")
+    options = {
+        "rank": {"overrides": ["parallel.tensor=2"]},
+        "short": {"settings": ['time="00:01:00"', "signal_margin_s=50"]},
+        "next": {"after": "rank"},
+        "never": {"after": "mistake"},
+    }
     for name, run in runs.items():
-        run.submit(overrides=["parallel.tensor=2"] if name == "rank" else [])
+        own = options.get(name, {})
+        if "after" in own:
+            own["after"] = f"{runs[own['after']].job}:afterok"
+        run.submit(**own)
     return runs
 
 
@@ -55,6 +67,16 @@ def test_usr1_saves_and_the_job_goes_on_after_a_requeue(batch, cluster):
     run.wish(steps=first["newest"] + 2)
     assert run.result(90)["code"] == 0, run.log()
     assert run.steps() == list(range(1, first["newest"] + 3))  # none is missing, none is made twice
+
+
+def test_a_job_stops_before_its_time_is_up_and_goes_on_after_a_requeue(batch):
+    """Nobody asks: the conductor knows when the allocation ends."""
+    run = batch["short"]
+    first = wait_for(lambda: run.attempts() and run.attempts()[0].get("newest") and run.attempts()[0], "a stop", 90)
+    assert first["why"] == "stopped and saved (deadline); tried again" and first["end"] - first["time"] < 50
+    run.wish(steps=first["newest"] + 2)
+    assert run.result(90)["code"] == 0, run.log()
+    assert run.steps() == list(range(1, first["newest"] + 3))
 
 
 @pytest.mark.parametrize(("name", "culprit"), [("engine", "engine-0"), ("rank", "trainer")])
@@ -81,6 +103,16 @@ def test_the_users_error_is_never_tried_again(batch):
     result = batch["mistake"].result(90)
     assert result["code"] == 2 and "only you can mend" in result["why"]
     assert len(batch["mistake"].attempts()) == 1
+
+
+def test_a_job_after_another_waits_for_its_success(batch, cluster):
+    """That other job was requeued meanwhile."""
+    assert batch["next"].result(90)["code"] == 0
+    rank, after = batch["rank"], batch["next"]
+    assert after.attempts()[0]["time"] > rank.attempts()[-1]["end"] and len(rank.attempts()) == 2
+    never = batch["never"]
+    wait_for(lambda: not cluster.ask("squeue", "-h", "-j", never.job), "the end of the job")
+    assert "State=CANCELLED" in cluster.ask("scontrol", "show", "job", never.job) and not never.attempts()
 
 
 def test_a_cancelled_job_is_never_requeued(batch, cluster):
@@ -170,6 +202,46 @@ def test_test_only_asks_slurm_and_submits_nothing(fake_run, capsys):
     assert not fake_run.cluster.ask("squeue", "-h") and not (fake_run.run / "launch" / "submit.json").exists()
 
 
+def test_attach_opens_a_shell_on_a_node_of_the_job(fake_run):
+    fake_run.wish(steps=1000)
+    fake_run.submit()
+    fake_run.until_step(1)
+    command = shlex.join(attach_command(fake_run.run, "node2"))
+    typed = "echo on $(hostname) in job $SLURM_JOB_ID\nexit\n"
+    terminal = ["script", "-qec", command, "/dev/null"]
+    done = subprocess.run(terminal, input=typed, capture_output=True, text=True, timeout=30, check=False)
+    assert f"on node2 in job {fake_run.job}" in done.stdout, done
+
+
+def test_training_goes_on_without_a_lost_engine(fake_run):
+    fake_run.wish(steps=1000)
+    fake_run.submit(settings=["on_engine_loss=continue"], overrides=["rollout.servers=2"])
+    fake_run.until_step(3)
+    fake_run.cluster.node("kill", "node3")
+    try:
+        wait_for(lambda: "training goes on with 1 of 2 engines" in fake_run.log(), "the loss of the engine", 50)
+        fake_run.wish(steps=fake_run.steps()[-1] + 5)
+        assert fake_run.result()["code"] == 0, fake_run.log()
+        assert "engine-1 is lost (on node3)" in fake_run.log() and len(fake_run.attempts()) == 1
+    finally:
+        fake_run.cluster.node("start", "node3")
+
+
+def test_a_preempted_job_saves_and_comes_back(fake_run):
+    cluster = fake_run.cluster
+    fake_run.wish(steps=1000)
+    fake_run.submit()
+    fake_run.until_step(3)
+    cluster.ask(
+        "sbatch", "-p", "high", "-w", "node1,node2", "--gpus-per-node=8", "-o", "/dev/null", "--wrap", "sleep 1"
+    )
+    wait_for(lambda: len(fake_run.attempts()) == 2, "the second attempt", 60)
+    first, second = fake_run.attempts()
+    assert second["checkpoint"] >= 3 and first["job"] == second["job"]
+    fake_run.wish(steps=second["checkpoint"] + 3)
+    assert fake_run.result()["code"] == 0, fake_run.log()
+
+
 def test_a_second_job_in_the_same_folder_is_refused(fake_run):
     fake_run.wish(steps=1000)
     fake_run.submit()
@@ -183,17 +255,21 @@ def test_preflight_names_the_sabotaged_node_and_the_job_goes_on_without_it(fake_
     fake_run.run.joinpath("control").mkdir(parents=True)
     scratch = fake_run.folder / "scratch"
     scratch.mkdir()
+    code = ROOT / "megatron_rl" / "__init__.py"
+    (fake_run.folder / "other.py").write_text(code.read_text() + "# an older checkout\n")
     try:
         hosts.write_text(
             honest.replace(next(line for line in honest.splitlines() if "node1" in line), "127.0.1.1 node1")
         )
         cluster.inside("node3", "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(fake_run.run / "control"))
         cluster.inside("node3", "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(scratch))
+        cluster.inside("node3", "mount", "--bind", str(fake_run.folder / "other.py"), str(code))
         fake_run.submit(settings=[f"scratch={scratch}"], nodes=3)
         wait_for(lambda: "submitted again as job" in fake_run.log(), "a second job")
         log = fake_run.log()
         assert "3 nodes, 1 refused" in log and "; tried again without node3" in log
-        for words in ("takes node1 for itself", f"run folder {fake_run.run} is not shared", f"{scratch} has 0.00"):
+        words_of_faults = ("takes node1 for itself", f"run folder {fake_run.run} is not shared", f"{scratch} has 0.00")
+        for words in (*words_of_faults, "its megatron_rl differs from that of most nodes"):
             assert any("refused node3" in line and words in line for line in log.splitlines()), words
         assert fake_run.result()["code"] == 0, log
         assert [one["nodes"] for one in fake_run.attempts()] == [
@@ -202,7 +278,7 @@ def test_preflight_names_the_sabotaged_node_and_the_job_goes_on_without_it(fake_
         ]
     finally:
         hosts.write_text(honest)
-        for folder in (fake_run.run / "control", scratch):
+        for folder in (fake_run.run / "control", scratch, code):
             cluster.inside("node3", "umount", str(folder))
 
 
@@ -229,6 +305,21 @@ def test_the_preflight_command_names_a_node(fake_run, capfd):
         fake_run.cluster.inside("node2", "umount", "/dev/shm")
     out = capfd.readouterr().out
     assert "4 nodes, 0 refused" in out and "refused node2: /dev/shm has 0.00105 GB free, 0.01 are required" in out
+
+
+def test_preflight_with_bandwidth_names_the_node_with_a_slow_link(fake_run, capfd):
+    settings = [f"python={sys.executable}", "min_bandwidth_gb_s=0.02"]
+    shape = ["qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "40mbit", "burst", "32kb", "latency", "100ms"]
+    try:
+        fake_run.cluster.inside("node3", "tc", *shape)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"this kernel cannot slow a link down: {error}")
+    try:
+        assert run_preflight("virtual", settings, 3, fake_run.folder, bandwidth_mb=2) == 1
+    finally:
+        fake_run.cluster.inside("node3", "tc", "qdisc", "del", "dev", "eth0", "root")
+    out = capfd.readouterr().out
+    assert "bandwidth: 3 pairs" in out and "refused node3: at most 0.0" in out and out.count("bandwidth: refused") == 1
 
 
 def test_tasks_of_srun_are_ranks_of_one_world(cluster):

@@ -18,6 +18,7 @@ class Rules(NamedTuple):
     most_requeues: int = 20
     most_without_progress: int = 2
     requeue_on: Tuple[str, ...] = ("deadline", "preempted", "node_fail", "crash")
+    least_engines: int = 0  # with which training goes on after others have ended; 0: it needs all
 
 
 class Attempt(NamedTuple):
@@ -50,7 +51,7 @@ class Event(NamedTuple):
 
 
 class Action(NamedTuple):
-    """Something to do: preflight, start, write_stop, term, kill, show, finish."""
+    """Something to do: preflight, start, write_stop, term, kill, show, note, finish."""
 
     kind: str
     role: str = ""
@@ -111,6 +112,13 @@ def _on_ended(rules: Rules, attempt: Attempt, event: Event) -> Step:
     good = event.role == TRAINER and (event.code == 0 or attempt.reason)
     if good:
         return _end_all(attempt, event.now)
+    left = len(attempt.alive - {TRAINER})
+    if rules.least_engines and TRAINER in attempt.alive:
+        if left >= rules.least_engines:
+            text = "training goes on with %d of %d engines" % (left, len(rules.engines))
+            return attempt, [Action("note", event.role, text)]
+        text = "%d engines are left, at least %d are required" % (left, rules.least_engines)
+        return _fail(attempt, event.role, event.code or 1, text, event.now)
     # An engine must not end while the trainer runs, so its exit code 0 is bad, too.
     return _fail(attempt, event.role, event.code or 1, "", event.now)
 

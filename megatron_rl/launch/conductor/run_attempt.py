@@ -190,6 +190,10 @@ class AttemptRunner:
             if lines:
                 say("the end of %s:\n    %s" % (path, "\n    ".join(lines)))
 
+    def _note(self, action: Action) -> None:
+        hosts = ", ".join(self._place.of_role(self._roles[action.role]))
+        say("%s is lost (on %s): %s" % (action.role, hosts, action.text))
+
     def _term(self, action: Action) -> None:
         self._processes.term(action.role)
 
@@ -207,6 +211,7 @@ _ACTIONS: Dict[str, Callable[["AttemptRunner", Action], None]] = {
     "term": AttemptRunner._term,
     "kill": AttemptRunner._kill,
     "show": AttemptRunner._show,
+    "note": AttemptRunner._note,
     "finish": AttemptRunner._finish,
 }
 

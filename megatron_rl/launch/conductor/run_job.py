@@ -15,7 +15,7 @@ from megatron_rl.launch.conductor.nodelist import expand_hosts
 from megatron_rl.launch.conductor.probe import run_probe
 from megatron_rl.launch.conductor.run_attempt import AttemptRunner, Place, say
 from megatron_rl.launch.conductor.run_files import RunFiles
-from megatron_rl.launch.conductor.run_preflight import Preflight
+from megatron_rl.launch.conductor.run_preflight import Preflight, run_bandwidth
 from megatron_rl.launch.conductor.run_task import run_task
 from megatron_rl.launch.conductor.slurm_commands import (
     job_key,
@@ -49,11 +49,13 @@ def run_conductor(arguments: Sequence[str]) -> int:
 
 
 def _only_preflight(job: Mapping[str, Any]) -> int:
-    """Look at the nodes of this allocation. Return 0 if none is refused, else 1."""
+    """Look at the nodes of this allocation, and measure bandwidth if asked to. Return 0 if none is refused."""
     files = RunFiles(job["run"], job["submission"])
     os.makedirs(files.logs, exist_ok=True)
     refused = Preflight(job, _groups(job, os.environ), files, say).run()
-    return 1 if refused else 0
+    if refused or not job["bandwidth"]:
+        return 1 if refused else 0
+    return run_bandwidth(job, files, say)
 
 
 def _note_signals(signals: List[str]) -> None:

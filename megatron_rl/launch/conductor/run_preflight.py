@@ -6,14 +6,14 @@ import time
 import uuid
 from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
 
-from megatron_rl.launch.conductor.commands_of_steps import step_environment, wrap_command
+from megatron_rl.launch.conductor.commands_of_steps import Filled, srun_command, step_environment, wrap_command
 from megatron_rl.launch.conductor.control_files import write_json
 from megatron_rl.launch.conductor.port_block import FIRST_ENGINE, block_ports, next_block, pick_block
 from megatron_rl.launch.conductor.probe import Problem, find_problems, parse_facts
-from megatron_rl.launch.conductor.role_processes import number_of
+from megatron_rl.launch.conductor.role_processes import find_logs, last_lines, number_of
 from megatron_rl.launch.conductor.run_files import RunFiles
 
-_TIMEOUT_S, _BLOCKS = 180, 3
+_TIMEOUT_S, _BANDWIDTH_S, _BLOCKS = 180, 900, 3
 
 
 class Preflight:
@@ -116,6 +116,33 @@ class Preflight:
         for role, port in zip(self._engines, block[2:]):
             found.setdefault(self._groups[role["group"]][role["first_node"]], []).append(port)
         return found
+
+
+def run_bandwidth(job: Mapping[str, Any], files: RunFiles, say: Callable[[str], None]) -> int:
+    """Measure bandwidth between the nodes of an allocation. Return 0, or 1 if a node is too slow or this fails.
+
+    Args:
+        job: the job, whose only role is on all nodes and has the command.
+        files: the run's files.
+        say: where to say what was found.
+    """
+    role = job["roles"][0]
+    command = srun_command(job, role, Filled(files.number, files.logs, {}, {}, os.environ.get("SLURM_JOB_ID", "")))
+    log = os.path.join(files.logs, role["name"] + ".srun.log")
+    with open(log, "ab") as out:
+        env = step_environment(os.environ, job, role, {})
+        try:
+            code = subprocess.run(
+                command, check=False, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, timeout=_BANDWIDTH_S
+            ).returncode
+        except subprocess.TimeoutExpired:
+            say("bandwidth: no result after %d s" % _BANDWIDTH_S)
+            code = 1
+    lines = [line for path in find_logs(files.logs, role["name"]) for line in last_lines(path, 100)]
+    reported = [line for line in lines if line.startswith("bandwidth: ")]
+    for line in reported or lines:
+        say(line)
+    return 1 if code else 0
 
 
 def write_text(path: str, text: str) -> None:

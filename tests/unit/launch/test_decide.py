@@ -58,6 +58,26 @@ def test_an_engine_that_ends_ends_the_others(code: int) -> None:
     assert attempt.first_bad == ("engine-1", code or 1)
 
 
+def test_training_may_go_on_without_an_engine_down_to_the_fewest() -> None:
+    rules = RULES._replace(least_engines=1)
+    one = (*RUNNING, Event("ended", "engine-1", 137))
+    attempt, said = play(*one, rules=rules)
+    assert said[4:] == ["note engine-1 training goes on with 1 of 2 engines"] and attempt.first_bad is None
+    attempt, said = play(*one, Event("ended", "engine-0", 1), rules=rules)
+    assert said[5:] == ["show engine-0 0 engines are left, at least 1 are required", "term trainer"]
+    assert attempt.first_bad == ("engine-0", 1)
+    attempt, said = play(*one, Event("ended", "trainer", 0), Event("ended", "engine-0", 143), rules=rules)
+    assert said[5:] == ["term engine-0", "finish"] and attempt.first_bad is None
+    two = RULES._replace(least_engines=2)
+    assert play(*one, rules=two)[1][4:] == [
+        "show engine-1 1 engines are left, at least 2 are required",
+        "term engine-0",
+        "term trainer",
+    ]
+    early = play(*START, Event("ended", "engine-0", 1), rules=rules)[1]  # no trainer runs yet
+    assert early[3:] == ["show engine-0", "term engine-1"]
+
+
 def test_an_engine_that_ends_before_the_trainer_starts_ends_the_others() -> None:
     assert play(*START, Event("ended", "engine-0", 1))[1][3:] == ["show engine-0", "term engine-1"]
 

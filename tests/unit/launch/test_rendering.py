@@ -100,6 +100,15 @@ def test_an_array_is_rendered_as_before(config, model, tmp_path):
     assert [Path(task).parents[1].name for task in tasks] == ["seed0", "seed1", "seed2"]
 
 
+def test_a_job_that_goes_on_without_an_engine_outlives_its_node(config):
+    folder = render(config, ["on_engine_loss=continue", "min_engines=2", "sbatch={}"])
+    assert "#SBATCH --no-kill\n" in (folder / "job.sbatch").read_text()
+    assert json.loads((folder / "job.json").read_text())["rules"]["least_engines"] == 2
+    folder = render(config, ["sbatch={}"])
+    assert "no-kill" not in (folder / "job.sbatch").read_text()
+    assert json.loads((folder / "job.json").read_text())["rules"]["least_engines"] == 0
+
+
 def test_a_dry_run_needs_no_slurm_and_leaves_a_running_job_alone(config, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     folder = render(config)
@@ -178,6 +187,12 @@ BAD = {
     "array": ({"array": Path("/nowhere")}, [], [], "--array: /nowhere is no folder with .yaml files"),
     "array of het jobs": ({"array": Path("/"), "mode": "het"}, [], [], "Slurm has no arrays of het jobs"),
     "router": ({}, [], ["rollout.sglang.router=true"], "the launcher starts no router"),
+    "engines left": (
+        {},
+        ["on_engine_loss=continue", "min_engines=3"],
+        [],
+        "min_engines is 3, but the job has 2 engines",
+    ),
     "quote": ({}, [], ["run.name='a\"b'"], "has a quote, a backslash or a line break"),
 }
 
