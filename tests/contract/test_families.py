@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from megatron_rl.server.app import Access, create_app
 from megatron_rl.server.engine import Engine
+from tests.contract.conftest import start_servers, without_sglang
 from tests.families import make_family
 from tests.parallel.group import RankGroup
 from tests.serving import serving
@@ -22,6 +25,12 @@ EMBEDDED: Mapping[str, dict[str, Any]] = {
     "deepseek_v3": EXPERTS,
     "gpt_oss": EXPERTS,
 }
+# Layout and further keys. Three servers, because each takes half a minute: other families were tried by hand.
+SGLANG_FAMILIES: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "qwen2": (TWO_RANKS, {"head_dim": 8}),
+    "llama3": (TWO_RANKS, {}),
+    "glm4_moe": (EXPERTS, {}),
+}
 
 
 def assert_served(group: RankGroup, model: Path, layout: dict[str, Any], url: str, staging: Path) -> None:
@@ -34,6 +43,14 @@ def assert_served(group: RankGroup, model: Path, layout: dict[str, Any], url: st
     assert ahead > 0.05, "the engine has the weights before the update"
 
 
+def write_byte_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of bytes: transformers reads those of a few families with a class that knows no words."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: 1 + at for at, letter in enumerate(letters)} | {"<eos>": 0}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+
+
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_two_ranks_update_an_embedded_engine_of_a_family(two_ranks: RankGroup, name: str, tmp_path: Path) -> None:
     model = make_family(tmp_path / "model", name)
@@ -42,3 +59,15 @@ def test_two_ranks_update_an_embedded_engine_of_a_family(two_ranks: RankGroup, n
         stack.callback(engine.stop)
         url = stack.enter_context(serving(create_app(engine, Access(save_dirs=(tmp_path,)))))
         assert_served(two_ranks, model, EMBEDDED[name], url, tmp_path / "staging")
+
+
+@without_sglang
+@pytest.mark.sglang
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SGLANG_FAMILIES)
+def test_two_ranks_update_an_sglang_server_of_a_family(two_ranks: RankGroup, name: str, tmp_path: Path) -> None:
+    layout, keys = SGLANG_FAMILIES[name]
+    model = make_family(tmp_path / "model", name, **keys)
+    write_byte_tokenizer(model)
+    with start_servers("sglang", model, tmp_path / "logs") as servers:
+        assert_served(two_ranks, model, layout, servers.urls[0], tmp_path / "staging")
