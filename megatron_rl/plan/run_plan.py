@@ -10,6 +10,7 @@ from megatron_rl.config import Config
 from megatron_rl.engines.processes.own_servers import own_servers
 from megatron_rl.errors import ConfigError
 from megatron_rl.plan.algorithm_plan import AlgorithmPlan, plan_algorithm
+from megatron_rl.plan.engine_check import check_engine
 from megatron_rl.plan.precision_check import check_precision
 from megatron_rl.policy.expert_rules import check_experts
 from megatron_rl.policy.shape_rules import check_shape
@@ -79,6 +80,7 @@ def resolve_run(config: Config) -> RunPlan:
     check_experts(config, shape)
     check_shape(config, shape)
     _check_sizes(config, shape)
+    check_engine(config, model.family, shape)
     noise = layer_noise(config.alp, shape.num_layers)
     report = check_precision(config, model.family, shape, machine)
     if config.rollout.own_servers:

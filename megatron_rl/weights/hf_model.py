@@ -4,7 +4,7 @@ Whatever form a folder stores them in: experts that are stacked, codes with scal
 embedding.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,14 +45,13 @@ class HFModel:
         folder: HFFolder,
         family: Family,
         shape: ModelShape,
+        plan: Iterable[Entry],
         forms: Mapping[str, StoredForm],
         tile: tuple[int, int] | None,
     ) -> None:
         self.folder, self.family, self.shape, self._forms = folder, family, shape, forms
         self.tensors: dict[str, TensorInfo] = {name: form.info for name, form in forms.items()}
-        self.buffers = frozenset(
-            name for entry in entries(family, shape) if entry.rule.buffer for name in entry.rule.hf
-        )
+        self.buffers = frozenset(name for entry in plan if entry.rule.buffer for name in entry.rule.hf)
         used = {stored for form in forms.values() for stored in form.stored}
         self.unused: tuple[str, ...] = tuple(name for name in folder.tensors if name not in used)
         prefixes = family.carried(shape)
@@ -155,7 +154,7 @@ def check_folder(folder: HFFolder, *, tensor_parallel: int = 1, expert_parallel:
         for index, (name, expected) in enumerate(zip(entry.rule.hf, entry.stored_shapes(shape), strict=True)):
             forms[name] = _find_form(folder, entry, index, tile, shape.tied_embeddings)
             _check_tensor(folder, name, forms[name], expected)
-    model = HFModel(folder, family, shape, forms, tile)
+    model = HFModel(folder, family, shape, plan, forms, tile)
     for name in model.unused:
         if not name.startswith(family.carried(shape)):
             _check_unused(folder, name, family, shape)
@@ -193,11 +192,12 @@ def _check_tensor(folder: HFFolder, name: str, form: StoredForm, expected: tuple
         raise CheckpointError(
             f"tensor '{name}' in {info.file} has shape {list(info.shape)}, but config.json asks for {list(expected)}"
         )
+    if isinstance(form, BlockFP8):
+        _check_codes(folder, form)
+        return
     for stored in form.stored:
         dtype = folder.tensors[stored].dtype
-        if isinstance(form, BlockFP8):
-            _check_codes(folder, form)
-        elif dtype not in _WEIGHT_DTYPES:
+        if dtype not in _WEIGHT_DTYPES:
             word = str(dtype).removeprefix("torch.")
             raise CheckpointError(
                 f"tensor '{stored}' in {info.file} is {word}: only float32, bfloat16 and float16 weights are trained; "

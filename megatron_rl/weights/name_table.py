@@ -92,20 +92,24 @@ def local_tensors(chunks: Sequence[nn.Module], plan: Sequence[Entry]) -> dict[st
 
 
 def _in_layer(rule: Rule, layer: int, shape: ModelShape) -> Iterator[Entry]:
-    experts = range(shape.experts.count) if rule.per_expert and shape.experts is not None else (None,)
-    for expert in experts:
+    filled = _fill(rule, "{layer}", layer)
+    if not rule.per_expert or shape.experts is None:
+        yield Entry(filled, layer)
+        return
+    for expert in range(shape.experts.count):
+        yield Entry(_fill(filled, "{expert}", expert), layer, expert)
 
-        def fill(name: str, expert: int | None = expert) -> str:
-            return name.replace("{layer}", str(layer)).replace("{expert}", str(expert))
 
-        filled = replace(
-            rule,
-            mcore=fill(rule.mcore),
-            hf=tuple(fill(name) for name in rule.hf),
-            fused=None if rule.fused is None else fill(rule.fused),
-            other=None if rule.other is None else tuple(fill(name) for name in rule.other),
-        )
-        yield Entry(filled, layer, expert)
+def _fill(rule: Rule, place: str, number: int) -> Rule:
+    """Return the rule with a number in its names. Large models have 60,000 experts, so this counts."""
+    text = str(number)
+    return replace(
+        rule,
+        mcore=rule.mcore.replace(place, text),
+        hf=tuple([name.replace(place, text) for name in rule.hf]),
+        fused=rule.fused and rule.fused.replace(place, text),
+        other=rule.other and tuple([name.replace(place, text) for name in rule.other]),
+    )
 
 
 def _unwrap(chunk: nn.Module) -> Any:

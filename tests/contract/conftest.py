@@ -41,12 +41,12 @@ from megatron_rl.weights.digest import tensor_digest
 VOCAB = 300
 EOS = 1
 SGLANG = SGLangConfig(python=Path(__file__).parents[2] / ".venv-sglang/bin/python")
-_without_sglang = pytest.mark.skipif(not SGLANG.python.exists(), reason="no .venv-sglang here: `make sglang` makes it")
+without_sglang = pytest.mark.skipif(not SGLANG.python.exists(), reason="no .venv-sglang here: `make sglang` makes it")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "engine" in metafunc.fixturenames:
-        engines = ["embedded", pytest.param("sglang", marks=_without_sglang)]
+        engines = ["embedded", pytest.param("sglang", marks=without_sglang)]
         wanted = {"embedded_only": engines[:1], "sglang_only": engines[1:]}
         promised = next((wanted[name] for name in wanted if name in metafunc.fixturenames), engines)
         metafunc.parametrize("engine", promised, indirect=True, scope="package")
