@@ -46,7 +46,7 @@ def _words(item: pytest.Item) -> list[str]:
 def add_markers(item: pytest.Item) -> None:
     """Mark a test by its folder and parameters."""
     place = _place(item)
-    for folder, name in (("gpu/", "gpu"), ("parallel/", "parallel"), ("e2e/", "slow")):
+    for folder, name in (("gpu/", "gpu"), ("parallel/", "parallel"), ("te_cpu/", "parallel"), ("e2e/", "slow")):
         if place.startswith(folder):
             item.add_marker(name)
     if place.startswith(_PROCESS):
