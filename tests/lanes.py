@@ -18,6 +18,7 @@ _PROCESS = (
     "unit/engines/test_fork_server.py",
     "unit/engines/test_patient_transport.py",
     "unit/engines/test_sglang.py",
+    "unit/engines/test_sglang_arguments.py",
     "unit/launch/",
     "unit/loggers/test_wandb_logger.py",
     "unit/policy/test_device_port.py",
