@@ -6,7 +6,6 @@ shares one scale between ranks. Blocks are those of the whole tensor if the cut 
 codes of the gathered input, so the input is gathered only once.
 """
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +23,7 @@ from megatron_rl.errors import CheckpointError, PrecisionError
 from megatron_rl.precision.delayed import LinearScales
 from megatron_rl.precision.formats import quantize
 from megatron_rl.precision.products import Operands, QuantizedProducts, Scales, forward_product
+from megatron_rl.precision.spec_parts import parts_of, with_parts
 
 # Log name -> (module of the layer, linear in that module).
 LINEARS = {
@@ -129,11 +129,10 @@ def quantized_layer(layer: ModuleSpec, operands: Operands) -> ModuleSpec:
     """Return the spec of a local TransformerLayer whose four linears have quantized products."""
     parts = dict(vars(layer.submodules))
     for part, name in LINEARS.values():
-        spec = parts[part]
-        plain = getattr(spec.submodules, name)
+        plain = getattr(parts_of(parts[part]), name)
         linear = ModuleSpec(module=_QUANTIZED[plain], params={"operands": operands})
-        parts[part] = dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, **{name: linear}))
-    return dataclasses.replace(layer, submodules=dataclasses.replace(layer.submodules, **parts))
+        parts[part] = with_parts(parts[part], **{name: linear})
+    return with_parts(layer, **parts)
 
 
 def linears(block: Any) -> Iterator[tuple[int, str, Any]]:
