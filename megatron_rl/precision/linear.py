@@ -61,14 +61,17 @@ class QuantizedLinear(torch.nn.Module):
         tp_group: Any,
         grad_output_buffer: Any = None,
         wgrad_deferral_limit: Any = None,
+        gtp_remat_size: int = 1,
     ) -> Tensor:
         """Return the output [T, 1, N] in the dtype of the input.
 
         `input` is [t, 1, K]. Under sequence parallelism t counts only the rows of this rank. The other parameters are
         those of megatron-core's linears.
         """
-        if gradient_accumulation_fusion or grad_output_buffer is not None:
-            raise PrecisionError("quantized linears neither fuse nor defer weight gradients: turn those options off")
+        if gradient_accumulation_fusion or grad_output_buffer is not None or gtp_remat_size > 1:
+            raise PrecisionError(
+                "quantized linears neither fuse nor defer weight gradients, nor gather weights: turn those options off"
+            )
         if sequence_parallel:
             input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
         elif allreduce_dgrad:
