@@ -1,5 +1,6 @@
 # Two commands set everything up: `make quickstart` and `make test`. Each creates .venv when it is missing.
 # `make sglang` adds .venv-sglang, which holds SGLang's servers; where it exists, tests run against them too.
+# `make te-cpu` adds .te-cpu, Transformer Engine's Python, for tests/te_cpu.
 PYTHON ?= python3
 VENV ?= .venv
 SGLANG_VENV ?= .venv-sglang
@@ -9,18 +10,33 @@ TORCH_INDEX ?=
 TORCH := torch==2.13.0
 INSTALL := PYTHON="$(PYTHON)" TORCH="$(TORCH)" TORCH_INDEX="$(TORCH_INDEX)" sh requirements/install.sh
 
+FOLDER := VENV="$(VENV)" sh requirements/folder.sh
+NEWEST := PYTHONPATH="$(CURDIR)/.mcore-newest"
+
 # Lanes of tests that run at the same time.
 LANES ?= 2
 PYTEST := $(BIN)/python -m pytest
 IN_LANES := -n $(LANES) --dist loadscope --no-loadscope-reorder
 
-.PHONY: install sglang quickstart test test-fast durations lint format benchmark walks rooms reference clean
+.PHONY: install sglang te-cpu newest-core mcore-ends quickstart test test-fast durations lint format benchmark walks rooms reference clean
 
 install:
 	@VENV="$(VENV)" PINS=requirements/cpu.txt $(INSTALL)
 
 sglang:
 	@VENV="$(SGLANG_VENV)" PINS=requirements/sglang.txt $(INSTALL)
+
+te-cpu: install
+	@FOLDER=.te-cpu PINS=requirements/te-cpu.txt $(FOLDER)
+
+# Named cases with the newest megatron-core that is allowed; `make test` has the oldest.
+newest-core: install
+	@FOLDER=.mcore-newest PINS=requirements/newest-core.txt $(FOLDER)
+	$(NEWEST) $(PYTEST) @tests/newest_core.txt
+
+# All tests with both.
+mcore-ends: test newest-core
+	$(NEWEST) $(PYTEST)
 
 quickstart: install
 	$(BIN)/megatron-rl quickstart

@@ -18,6 +18,7 @@ _PROCESS = (
     "unit/engines/test_fork_server.py",
     "unit/engines/test_patient_transport.py",
     "unit/engines/test_sglang.py",
+    "unit/engines/test_sglang_arguments.py",
     "unit/launch/",
     "unit/loggers/test_wandb_logger.py",
     "unit/policy/test_device_port.py",
@@ -47,7 +48,7 @@ def _words(item: pytest.Item) -> list[str]:
 def add_markers(item: pytest.Item) -> None:
     """Mark a test by its folder and parameters."""
     place = _place(item)
-    for folder, name in (("gpu/", "gpu"), ("parallel/", "parallel"), ("e2e/", "slow")):
+    for folder, name in (("gpu/", "gpu"), ("parallel/", "parallel"), ("te_cpu/", "parallel"), ("e2e/", "slow")):
         if place.startswith(folder):
             item.add_marker(name)
     if place.startswith(_PROCESS):

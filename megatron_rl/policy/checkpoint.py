@@ -6,6 +6,7 @@ loaded. The next older one is loaded instead, and a message gives the reason.
 """
 
 import hashlib
+import re
 import shutil
 import time
 from collections import deque
@@ -32,6 +33,9 @@ from megatron_rl.policy.routing_replay import weight_buffers
 from megatron_rl.weights.digest import tensor_digest
 
 T = TypeVar("T")
+# Entries that one side alone may have. Random states belong to one number of ranks: a run with another number starts
+# with its own. Transformer Engine's norms have an extra state, which is empty, because a norm quantizes nothing.
+_OWN = re.compile(r"rng_of_\d+|.*norm\._extra_state(/|$)")
 
 
 class Checkpoints:
@@ -219,6 +223,7 @@ class Checkpoints:
     def _load_weights(self, folder: Path, verified: bool) -> None:
         def read() -> dict[str, Any]:
             content, _, lacking = read_content(self._models(), folder, verified=verified)
+            lacking = {key for key in lacking if not _OWN.match(key)}
             if lacking:
                 raise CheckpointError(
                     f"{folder} holds other weights than this model: '{min(lacking)}' is missing there"
@@ -229,7 +234,8 @@ class Checkpoints:
 
     def _restore_models(self, content: dict[str, Any]) -> None:
         for i, model in enumerate(self.policy.models):
-            model.load_state_dict(content[f"model{i}"])
+            empty = {name: state for name, state in model.state_dict().items() if _OWN.match(name)}
+            model.load_state_dict(empty | content[f"model{i}"])
 
     def _load(self, folder: Path, verified: bool) -> TrainState:
         content, state = self._together(lambda: self._read(folder, verified))
@@ -245,8 +251,7 @@ class Checkpoints:
         """Return the content and the state of a checkpoint. Raise CheckpointError if it is of another model."""
         template = self._content(TrainState(), loading=True)
         content, *differing = read_content(template, folder, verified=verified)
-        # Random states belong to one number of ranks. A run with another number of ranks starts with its own states.
-        foreign = sorted(key for keys in differing for key in keys if not key.startswith("rng_of_"))
+        foreign = sorted(key for keys in differing for key in keys if not _OWN.match(key))
         if foreign:
             raise CheckpointError(
                 f"{folder} cannot be loaded into this model and layout: {len(foreign)} entries are on one side only, "

@@ -1,6 +1,7 @@
 """Reading of a checkpoint by megatron-core, with readers through which no file can run code."""
 
 import io
+import json
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException, maybe_load_config
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingException
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.validation import StrictHandling
@@ -18,7 +19,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader, 
 from torch.distributed.checkpoint._nested_dict import set_element
 
 from megatron_rl.errors import CheckpointError, first_line
-from megatron_rl.weights.dist_index import METADATA, Unreadable, read_metadata
+from megatron_rl.weights.dist_index import METADATA, METADATA_JSON, Unreadable, read_metadata
 
 
 @lru_cache(maxsize=1)
@@ -62,7 +63,7 @@ def _install_readers() -> None:
         setattr(torch_strategies, name, ours)
 
 
-def _reader_of(checkpoint_dir: str | Path, cache_metadata: bool = False) -> _Reader:
+def _reader_of(checkpoint_dir: str | Path, *_: Any, **__: Any) -> _Reader:
     return _Reader(checkpoint_dir)
 
 
@@ -76,9 +77,10 @@ def inspect(folder: Path) -> int:
     """
     _, old = _current_metadata(folder)
     _try(COMMON_STATE_FNAME, lambda: torch.load(folder / COMMON_STATE_FNAME, map_location="cpu", weights_only=True))
-    config = _try("metadata.json", lambda: maybe_load_config(str(folder)))
-    if config is None or (config.sharded_backend, config.common_backend) != ("torch_dist", "torch"):
-        raise Unreadable("metadata.json is damaged: it does not name the format torch_dist")
+    config = _try(CONFIG_FNAME, lambda: json.loads((folder / CONFIG_FNAME).read_bytes()))
+    backends = ("sharded_backend", "common_backend")
+    if not isinstance(config, dict) or any(config.get(key) != METADATA_JSON[key] for key in backends):
+        raise Unreadable(f"{CONFIG_FNAME} is damaged: it does not name the format torch_dist")
     return old
 
 

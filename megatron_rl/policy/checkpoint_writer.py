@@ -17,25 +17,20 @@ from typing import Any
 
 import torch
 import xxhash
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.base import (
-    SaveCommonStrategy,
-    StrategyAction,
-    register_default_strategy,
-)
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_rl.errors import CheckpointError, StorageError
 from megatron_rl.files import replace_file, sync_folder
 from megatron_rl.policy.checkpoint_files import NEEDED, FileList, file_digest
+from megatron_rl.policy.core_versions import ASYNC_SAVE
 from megatron_rl.policy.parallel import Mesh
 from megatron_rl.supervise import block_stops
-
-_FORMAT, _VERSION = "torch_dist", 1
+from megatron_rl.weights.dist_index import METADATA_JSON
 
 
 class _Reports:
@@ -130,39 +125,21 @@ class _Strategy(TorchDistSaveShardedStrategy):
     """
 
     def __init__(self) -> None:
-        super().__init__(_FORMAT, _VERSION)
+        super().__init__(METADATA_JSON["sharded_backend"], METADATA_JSON["sharded_backend_version"])
         self.reports = _Reports()
         self.writer: Any = None
         self.metadata: Any = None
 
-    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> AsyncRequest:
+    def async_save(self, *arguments: Any, **options: Any) -> AsyncRequest:
         filesystem_async._results_queue = self.reports  # else megatron-core starts a manager process
-        return super().async_save(sharded_state_dict, checkpoint_dir)
+        return super().async_save(*arguments, **options, **ASYNC_SAVE)
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> AsyncRequest:
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any, *_: Any) -> AsyncRequest:
         self.writer, self.metadata = writer, save_state_dict_ret[1]
         write, preload, arguments = writer.get_save_function_and_args()
         if write is not None:
             write = partial(_write_digesting, write, self.reports)
         return AsyncRequest(write, arguments, [], preload_fn=preload)
-
-
-class _CommonStrategy(SaveCommonStrategy):
-    """Keeps the common state as bytes. Rank 0 writes it at the end of the save, where every rank gets its error."""
-
-    content = b""
-
-    def save_common(self, common_state_dict: Any, checkpoint_dir: Any) -> None:
-        buffer = io.BytesIO()
-        torch.save(common_state_dict, buffer)
-        self.content = buffer.getvalue()
-
-    def save_sharded_objects(self, sharded_objects_state_dict: Any, checkpoint_dir: Any) -> None:
-        raise NotImplementedError("the strategy of the shards saves them")
-
-
-_common = _CommonStrategy("torch", 1)
-register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, _common)
 
 
 class Save:
@@ -177,11 +154,12 @@ class Save:
     def __init__(self, content: dict[str, Any], folder: Path, mesh: Mesh) -> None:
         self.folder, self.mesh = folder, mesh
         self._strategy = _Strategy()
-        request = dist_checkpointing.save(
-            content, str(folder), sharded_strategy=self._strategy, async_sharded_save=True
-        )
-        self._common = _common.content
-        self.request: AsyncRequest = request._replace(finalize_fns=[])
+        sharded, common = save_preprocess(content)
+        # Bytes, because the state changes. Rank 0 writes them at the end of the save, where every rank gets its error.
+        buffer = io.BytesIO()
+        torch.save(common, buffer)
+        self._common = buffer.getvalue()
+        self.request: AsyncRequest = self._strategy.async_save(sharded, str(folder))
 
     def complete(self, publish: Callable[[], None]) -> None:
         """Complete the save after the writer processes of every rank have ended. Collective.
@@ -229,7 +207,7 @@ class Save:
         shards = {name: written for of_rank in reported for name, written in of_rank.items()}
         self._strategy.writer.finish(self._strategy.metadata, results)
         replace_file(self.folder / COMMON_STATE_FNAME, self._common)
-        save_config(CheckpointingConfig(_FORMAT, _VERSION, "torch", 1), str(self.folder))
+        replace_file(self.folder / CONFIG_FNAME, json.dumps(METADATA_JSON).encode())
         named = {result.storage_data.relative_path for of_rank in results for result in of_rank}
         if named != shards.keys():
             raise CheckpointError(

@@ -117,6 +117,8 @@ def install_cpu_port() -> None:
     # It takes a stand-in for Transformer Engine's class for the class itself.
     latent: Any = importlib.import_module("megatron.core.transformer.multi_latent_attention")
     latent.HAVE_TE = False
+    # Without Transformer Engine, 0.19 does not import the linear whose weight every rank holds, and refuses it then.
+    latent.Linear = importlib.import_module("megatron.core.post_training.modelopt.layers").Linear
     for name, path in TENSOR_METHOD_SITES:
         owner: Any = importlib.import_module(name)
         *parents, attribute = path.split(".")

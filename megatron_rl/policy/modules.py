@@ -27,6 +27,7 @@ from megatron_rl.precision.linear import quantized_layer
 from megatron_rl.precision.machine import load_transformer_engine, this_machine
 from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.precision.products import operands_of
+from megatron_rl.precision.spec_parts import parts_of, with_parts
 from megatron_rl.weights.families import ModelShape
 from megatron_rl.weights.megatron_keys import LATENT_NORMS
 
@@ -130,28 +131,21 @@ def _local_layer(config: TransformerConfig, experts: bool) -> ModuleSpec:
     norms = {"q_layernorm": RMSNorm, "k_layernorm": RMSNorm} if grouped else {}
     layer = _replaced(local, "self_attention", core_attention=PackedAttention, **norms)
     if experts and config.add_bias_linear:
-        spec = layer.submodules.mlp.submodules.experts
-        linears = dataclasses.replace(spec.submodules, linear_fc2=ExpertOutput)
-        layer = _replaced(layer, "mlp", experts=dataclasses.replace(spec, submodules=linears))
+        spec = parts_of(layer.submodules.mlp).experts
+        layer = _replaced(layer, "mlp", experts=with_parts(spec, linear_fc2=ExpertOutput))
     keys = dict(layer.submodules.sharded_state_dict_keys_map) | {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
     if experts:
         # The norm before experts has a key of its own in Transformer Engine's layers and in Megatron-LM's checkpoints.
         # megatron-core's map of local layers is for dense ones, where the norm belongs to the first product.
         del keys["pre_mlp_layernorm."]
-    parts = dataclasses.replace(
-        layer.submodules,
-        input_layernorm=RMSNorm,
-        pre_mlp_layernorm=RMSNorm,
-        sharded_state_dict_keys_map=keys,
-    )
-    return dataclasses.replace(layer, submodules=parts)
+    return with_parts(layer, input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm, sharded_state_dict_keys_map=keys)
 
 
 def _adapted(layer: ModuleSpec, shape: ModelShape) -> ModuleSpec:
     """Return the spec of a layer, of either kind, with what megatron-core has no setting for."""
     if shape.latent is not None:
         norm = ModuleSpec(module=LatentNorm, params={"own_eps": shape.latent.norm_eps})
-        plain = layer.submodules.self_attention.submodules.linear_q_proj
+        plain = parts_of(layer.submodules.self_attention).linear_q_proj
         # Every rank holds the whole down projections, as with Transformer Engine. If they were cut, megatron-core
         # would not sum the gradient of the keys' rotary part over tensor-parallel ranks.
         layer = _replaced(
@@ -165,17 +159,14 @@ def _adapted(layer: ModuleSpec, shape: ModelShape) -> ModuleSpec:
             kv_layernorm=norm,
         )
         keys = {**layer.submodules.sharded_state_dict_keys_map, **LATENT_NORMS}
-        parts = dataclasses.replace(layer.submodules, sharded_state_dict_keys_map=keys)
-        layer = dataclasses.replace(layer, submodules=parts)
+        layer = with_parts(layer, sharded_state_dict_keys_map=keys)
     if shape.output_norms:
-        proj = layer.submodules.self_attention.submodules.linear_proj
-        layer = _replaced(layer, "self_attention", linear_proj=with_output_norm(proj))
-        layer = _replaced(layer, "mlp", linear_fc2=with_output_norm(layer.submodules.mlp.submodules.linear_fc2))
+        for part, linear in (("self_attention", "linear_proj"), ("mlp", "linear_fc2")):
+            plain = getattr(parts_of(getattr(layer.submodules, part)), linear)
+            layer = _replaced(layer, part, **{linear: with_output_norm(plain)})
     return layer
 
 
 def _replaced(layer: ModuleSpec, part: str, **modules: Any) -> ModuleSpec:
     """Return the spec of a layer with other modules in one of its parts."""
-    spec = getattr(layer.submodules, part)
-    changed = dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, **modules))
-    return dataclasses.replace(layer, submodules=dataclasses.replace(layer.submodules, **{part: changed}))
+    return with_parts(layer, **{part: with_parts(getattr(layer.submodules, part), **modules)})

@@ -143,10 +143,10 @@ class PolicyOptimizer:
                 part.init_state_fn(part.optimizer, part.config)
 
     def load_state_dict(self, content: Any) -> None:
-        """Load the optimizer state of a checkpoint.
+        """Load the optimizer state of a checkpoint, also of torch's AdamW into Transformer Engine's and back.
 
-        megatron-core does not save a count of 0, so the count is added here. It continues without a loss scale if the
-        checkpoint has none. So CheckpointError is raised here if only one of checkpoint and optimizer has a loss scale.
+        megatron-core continues without a loss scale if the checkpoint has none. So CheckpointError is raised here if
+        only one of checkpoint and optimizer has a loss scale.
         """
         parts = self.core.chained_optimizers
         if ("grad_scaler" in content) != (self.scaler is not None):
@@ -158,8 +158,10 @@ class PolicyOptimizer:
             parts, [content] if len(parts) == 1 else [content[i] for i in range(len(parts))], strict=True
         ):
             inner = state.get("optimizer", state)
-            if isinstance(part.optimizer, torch.optim.AdamW) and "state" in inner:
-                inner["state"].setdefault("common_step", torch.zeros((), dtype=torch.float32))
+            if "state" in inner:
+                _place_count(inner, isinstance(part.optimizer, torch.optim.AdamW))
+            for group in inner.get("param_groups", ()):
+                group.update({name: value for name, value in part.optimizer.defaults.items() if name not in group})
         self.core.load_state_dict(content)
 
     def zero_grad(self) -> None:
@@ -302,6 +304,25 @@ class MixedOptimizer(Float16OptimizerWithFloat16Params):
         """Yield each float32 copy with its 16-bit parameter."""
         for mains, models in zip(self.fp32_from_float16_groups, self.float16_groups, strict=True):
             yield from zip(mains, models, strict=True)
+
+
+def _place_count(state: dict[str, Any], per_parameter: bool) -> None:
+    """Put the count of updates of a saved state where the optimizer that loads it looks for it.
+
+    torch's AdamW counts for each parameter, which megatron-core saves as one `common_step`, unless it is 0. Fused
+    optimizers count for each group.
+
+    Args:
+        state: state and groups of one optimizer.
+        per_parameter: whether the loading optimizer counts for each parameter.
+    """
+    counts = [group.pop("step") for group in state["param_groups"] if "step" in group]
+    count = float(state["state"].pop("common_step", max(counts, default=0)))
+    if per_parameter:
+        state["state"]["common_step"] = torch.tensor(count)
+        return
+    for group in state["param_groups"]:
+        group["step"] = int(count)
 
 
 def _zero_moments(optimizer: torch.optim.AdamW) -> None:

@@ -6,7 +6,6 @@ shares one scale between ranks. Blocks are those of the whole tensor if the cut 
 codes of the gathered input, so the input is gathered only once.
 """
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +23,7 @@ from megatron_rl.errors import CheckpointError, PrecisionError
 from megatron_rl.precision.delayed import LinearScales
 from megatron_rl.precision.formats import quantize
 from megatron_rl.precision.products import Operands, QuantizedProducts, Scales, forward_product
+from megatron_rl.precision.spec_parts import parts_of, with_parts
 
 # Log name -> (module of the layer, linear in that module).
 LINEARS = {
@@ -61,14 +61,17 @@ class QuantizedLinear(torch.nn.Module):
         tp_group: Any,
         grad_output_buffer: Any = None,
         wgrad_deferral_limit: Any = None,
+        gtp_remat_size: int = 1,
     ) -> Tensor:
         """Return the output [T, 1, N] in the dtype of the input.
 
         `input` is [t, 1, K]. Under sequence parallelism t counts only the rows of this rank. The other parameters are
         those of megatron-core's linears.
         """
-        if gradient_accumulation_fusion or grad_output_buffer is not None:
-            raise PrecisionError("quantized linears neither fuse nor defer weight gradients: turn those options off")
+        if gradient_accumulation_fusion or grad_output_buffer is not None or gtp_remat_size > 1:
+            raise PrecisionError(
+                "quantized linears neither fuse nor defer weight gradients, nor gather weights: turn those options off"
+            )
         if sequence_parallel:
             input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
         elif allreduce_dgrad:
@@ -129,11 +132,10 @@ def quantized_layer(layer: ModuleSpec, operands: Operands) -> ModuleSpec:
     """Return the spec of a local TransformerLayer whose four linears have quantized products."""
     parts = dict(vars(layer.submodules))
     for part, name in LINEARS.values():
-        spec = parts[part]
-        plain = getattr(spec.submodules, name)
+        plain = getattr(parts_of(parts[part]), name)
         linear = ModuleSpec(module=_QUANTIZED[plain], params={"operands": operands})
-        parts[part] = dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, **{name: linear}))
-    return dataclasses.replace(layer, submodules=dataclasses.replace(layer.submodules, **parts))
+        parts[part] = with_parts(parts[part], **{name: linear})
+    return with_parts(layer, **parts)
 
 
 def linears(block: Any) -> Iterator[tuple[int, str, Any]]:

@@ -17,6 +17,13 @@ from torch.distributed.checkpoint import filesystem, metadata, planner
 from megatron_rl.errors import first_line
 
 METADATA = ".metadata"
+# The content of metadata.json. megatron-core 0.16 reads all four fields, 0.19 the first two.
+METADATA_JSON = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 _CLASSES = {
     (known.__module__, known.__qualname__): known
     for known in (
