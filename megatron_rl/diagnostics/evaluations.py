@@ -22,11 +22,13 @@ class Evaluation:
 
     Attributes:
         step: number of steps of the weights that were evaluated.
+        prompts: the task's name of each prompt.
         greedy: reward of the response at temperature 0, one per prompt.
         sampled: rewards of the sampled responses, one list per prompt.
     """
 
     step: int
+    prompts: list[str]
     greedy: list[float]
     sampled: list[list[float]]
 

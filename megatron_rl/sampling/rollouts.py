@@ -239,7 +239,8 @@ class Rollouts:
             )
             scores = [score.value for score in self.verify(prompts, trajectories)]
             rewards[name] = [scores[at : at + samples] for at in range(0, len(scores), samples)]
-        return Evaluation(step, [one for (one,) in rewards["greedy"]], rewards["sampled"])
+        ids = [prompt.id for prompt in prompts]
+        return Evaluation(step, ids, [one for (one,) in rewards["greedy"]], rewards["sampled"])
 
     def verify(self, prompts: list[Prompt], trajectories: list[Trajectory]) -> list[Score]:
         """Return one score per trajectory, for its last turn.

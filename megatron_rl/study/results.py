@@ -108,7 +108,7 @@ def _tables(run: Path, cell: str, record: Record, provenance: _Rows) -> dict[str
     return {
         "evals": _table(
             [{**first, **row} for evaluation in evals for row in _prompts(evaluation, metric)],
-            {**_types(first), "step": pa.int64(), "prompt": pa.int64(), "samples": pa.int64()},
+            _types(first) | dict.fromkeys(("step", "prompt", "samples"), pa.int64()) | {"prompt_id": pa.string()},
             ("reward", "variance"),
         ),
         "steps": _table(
@@ -138,6 +138,7 @@ def _prompts(evaluation: Evaluation, metric: str) -> _Rows:
         {
             "step": evaluation.step,
             "prompt": prompt,
+            "prompt_id": evaluation.prompts[prompt],
             "samples": len(values),
             "reward": float(np.mean(values)),
             "variance": float(np.var(values, ddof=1)) if len(values) > 1 else None,

@@ -83,6 +83,7 @@ class StudyFolder:
                 raise ConfigError(f"{self.folder} is in use by another `study run`: wait for it, or end it")
             time.sleep(0.05)
         stack.callback(lock.release)
+        (self.folder / "running.json").unlink(missing_ok=True)  # of a command that was killed
 
     def is_locked(self) -> bool:
         """Return whether a command runs this study now."""
