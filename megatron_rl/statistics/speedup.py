@@ -29,7 +29,7 @@ def compute_to_reach(compute: np.ndarray, reward: np.ndarray, level: np.ndarray)
     """Return the compute at which the rising curve of each series first reaches a level; NaN where it never does.
 
     Args:
-        compute: ascending compute, [n].
+        compute: ascending compute, of the shape of reward or [n].
         reward: rewards, [..., n].
         level: rewards to reach, [...].
     """
@@ -39,7 +39,9 @@ def compute_to_reach(compute: np.ndarray, reward: np.ndarray, level: np.ndarray)
     before = np.maximum(at - 1, 0)
     low, high = np.take_along_axis(curve, before, -1), np.take_along_axis(curve, at, -1)
     share = np.where(high > low, (level - low) / np.where(high > low, high - low, 1.0), 1.0)
-    found = compute[before] + np.clip(share, 0, 1) * (compute[at] - compute[before])
+    compute = np.broadcast_to(compute, curve.shape)
+    start, end = np.take_along_axis(compute, before, -1), np.take_along_axis(compute, at, -1)
+    found = start + np.clip(share, 0, 1) * (end - start)
     return np.where(reached.any(-1), found[..., 0], np.nan)
 
 
@@ -59,7 +61,11 @@ class SpeedUp:
 
 
 def speed_up(
-    compute: np.ndarray, reference: np.ndarray, arm: np.ndarray, *, share: float = 0.8, confidence: float = 0.95
+    reference: tuple[np.ndarray, np.ndarray],
+    arm: tuple[np.ndarray, np.ndarray],
+    *,
+    share: float = 0.8,
+    confidence: float = 0.95,
 ) -> SpeedUp:
     """Estimate C_reference(R*) / C_arm(R*) at a share of the range of rewards that both arms cover.
 
@@ -69,25 +75,24 @@ def speed_up(
     regression is not smooth.
 
     Args:
-        compute: ascending compute of the evaluations, [n], the same unit for both arms.
-        reference: rewards of the reference, [..., seeds, n].
-        arm: rewards of the arm, the same seeds.
+        reference: ascending compute of the evaluations, [n] or [..., seeds, n], and rewards, [..., seeds, n].
+        arm: the same of the arm, with the same seeds and the same unit of compute.
         share: of the common range.
         confidence: of the interval.
     """
-    reference, arm = np.asarray(reference, dtype=np.float64), np.asarray(arm, dtype=np.float64)
-    both = isotonic(np.concatenate([reference, arm], -2))
+    both = isotonic(np.concatenate([reference[1], arm[1]], -2))
     low, top = both[..., 0].max(-1), both[..., -1].min(-1)
     level = np.where(top > low, low + share * (top - low), np.nan)
-    ratios = _log_ratio(compute, reference, arm, level[..., None])
+    ratios = _log_ratio(reference, arm, level[..., None])
     return SpeedUp(share, level[()], seed_difference(ratios, confidence=confidence).exponential())
 
 
-def _log_ratio(compute: np.ndarray, reference: np.ndarray, arm: np.ndarray, level: np.ndarray) -> np.ndarray:
-    needed = [compute_to_reach(compute, rewards, level) for rewards in (reference, arm)]
-    positive = (needed[0] > 0) & (needed[1] > 0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(positive, np.log(needed[0]) - np.log(needed[1]), np.nan)
+def _log_ratio(
+    reference: tuple[np.ndarray, np.ndarray], arm: tuple[np.ndarray, np.ndarray], level: np.ndarray
+) -> np.ndarray:
+    first, second = compute_to_reach(*reference, level), compute_to_reach(*arm, level)
+    positive = (first > 0) & (second > 0)
+    return np.log(np.where(positive, first, np.nan)) - np.log(np.where(positive, second, np.nan))
 
 
 def break_even(

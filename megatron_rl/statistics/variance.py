@@ -1,4 +1,4 @@
-"""Where the variance of the reward comes from: precision, seed, prompt, sampling."""
+"""Where the variance of the reward comes from: arm (precision, method), seed, prompt, sampling."""
 
 from dataclasses import dataclass
 
@@ -32,7 +32,7 @@ class VarianceShares:
         """Return each component's share of their sum; `rest` is without sampling where sampling is known."""
         known = np.isfinite(self.sampling)
         chance = np.where(known, np.minimum(self.sampling, self.rest), 0.0)
-        parts = {"precision": self.arm, "seed": self.seed, "prompt": self.prompt, "precision x prompt": self.arm_prompt}
+        parts = {"arm": self.arm, "seed": self.seed, "prompt": self.prompt, "arm x prompt": self.arm_prompt}
         parts |= {"sampling": chance, "rest": self.rest - chance}
         total = np.maximum(sum(parts.values()), np.finfo(float).tiny)
         return {name: part / total for name, part in parts.items()}
