@@ -69,9 +69,9 @@ def study_report(study: _StudyPlace) -> None:
 
 @study_app.command("compare")
 def study_compare(
-    a: Annotated[Path, typer.Argument(metavar="A", help="run folder of a cell, or a study")],
+    a: Annotated[Path, typer.Argument(metavar="A", help="run folder of a finished cell, or folder of a study")],
     b: Annotated[Path, typer.Argument(metavar="B", help="another, that is subtracted")],
-    metric: Annotated[str, typer.Option(help="sampled or greedy; of cells also a key of the run log")] = "sampled",
+    metric: Annotated[str, typer.Option(help="of two cells: sampled or greedy; studies have their own")] = "sampled",
     confidence: Annotated[float, typer.Option(min=0.5, max=0.999, help="of the interval")] = 0.95,
 ) -> None:
     """Print the paired difference of two finished cells or studies, with its interval."""
