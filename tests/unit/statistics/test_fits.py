@@ -3,7 +3,7 @@ import pytest
 from scipy.optimize import least_squares
 
 from megatron_rl.errors import UserError
-from megatron_rl.statistics.nested import nested_fits
+from megatron_rl.statistics.nested import NestedFits, nested_fits
 from megatron_rl.statistics.paired import seed_difference
 from megatron_rl.statistics.power_law import fit_power_law, log_slope
 from megatron_rl.statistics.sigmoid import fit_sigmoid
@@ -28,9 +28,8 @@ def test_the_profile_interval_covers_the_ceiling_and_the_fit_recovers_the_curve(
 
 def test_a_curve_that_has_not_bent_has_no_ceiling() -> None:
     rng = np.random.default_rng(0)
-    found = fit_sigmoid(
-        COMPUTE, sigmoid_rewards(COMPUTE, 0.8, 600, 1.0, 0.2) + 0.01 * rng.standard_normal((200, 20)), 0.2
-    )
+    straight = sigmoid_rewards(COMPUTE, 0.8, 600.0, 1.0, 0.2) + 0.01 * rng.standard_normal((200, 20))
+    found = fit_sigmoid(COMPUTE, straight, 0.2)
     assert not found.identified.any()
     assert within(fit_sigmoid(COMPUTE, curves(rng, 0.01, middle=100.0), 0.2).ceiling.covers(0.6).mean())
 
@@ -71,22 +70,28 @@ def test_too_few_points_are_refused() -> None:
         fit_sigmoid(COMPUTE[:4], np.zeros(4), 0.0)
 
 
-@pytest.mark.parametrize(
-    ("middle", "top", "efficiency", "ceiling", "best"),
-    [(40.0, 0.6, 0, 0, 0), (80.0, 0.6, 1, 0, 1), (40.0, 0.7, 1, 1, 2)],
-)
-def test_ceiling_and_efficiency_are_told_apart(
-    middle: float, top: float, efficiency: int, ceiling: int, best: int
-) -> None:
+def two_arms(middle: float, top: float, simulations: int) -> NestedFits:
     rng = np.random.default_rng(0)
     arms = np.stack([sigmoid_rewards(COMPUTE, *arm, 1.5, 0.2) for arm in ((0.6, 40.0), (top, middle))])
-    y = arms + 0.015 * rng.standard_normal((SIMULATIONS, 2, 20))
-    found = nested_fits(COMPUTE, y, np.full((SIMULATIONS, 2), 0.2))
-    for p, real in ((found.p_efficiency, efficiency), (found.p_ceiling, ceiling)):
-        assert (
-            (p < 0.05).mean() > 0.95 if real else (p < 0.05).mean() <= LEVEL + 0.01
-        )  # F is exact only for linear fits
-    assert (found.best == best).mean() > 0.8
+    y = arms + 0.015 * rng.standard_normal((simulations, 2, 20))
+    return nested_fits(COMPUTE, y, np.full((simulations, 2), 0.2))
+
+
+def test_equal_arms_differ_neither_in_ceiling_nor_in_efficiency() -> None:
+    found = two_arms(40.0, 0.6, SIMULATIONS)
+    for p in (found.p_efficiency, found.p_ceiling):
+        assert (p < 0.05).mean() <= LEVEL + 0.01  # the F test is exact for linear fits alone
+    assert (found.best == 0).mean() > 0.75
+
+
+def test_a_slower_arm_and_an_arm_with_another_ceiling_are_told_apart() -> None:
+    slower = two_arms(80.0, 0.6, 300)
+    assert (slower.p_efficiency < 0.05).mean() > 0.95
+    assert (slower.p_ceiling < 0.05).mean() < 0.1
+    assert (slower.best == 1).mean() > 0.75
+    higher = two_arms(40.0, 0.7, 300)
+    assert (higher.p_ceiling < 0.05).mean() > 0.95
+    assert (higher.best == 2).mean() > 0.95
 
 
 @pytest.mark.parametrize(("limit", "factor", "alpha"), [(0.01, 50.0, 0.5), (0.02, 1.0, 0.2), (0.5, 3e-5, -0.4)])
