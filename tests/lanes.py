@@ -26,6 +26,7 @@ _PROCESS = (
     "unit/tasks/test_verifier_benchmark.py",
     "unit/test_cli.py",
     "unit/trainer/test_preflight.py",
+    "unit/trainer/test_provenance.py",
     "unit/weights/test_model_folder_cases.py",
 )
 _SHARED = ("contract/", "parallel/")  # one server of each kind, one group of ranks of each size
