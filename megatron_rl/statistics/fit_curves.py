@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+_TOLERANCE = 1e-8  # a fit ends when a step changes its sum of squares by less than this share
+_MOST_DAMPING = 1e6
 CurveModel = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
@@ -60,6 +62,7 @@ def levenberg(
     curve, slope = model(theta)
     sse = (weights * (y - curve) ** 2).sum(-1)
     damping = np.full(sse.shape, 1e-3)
+    done = np.zeros(sse.shape, dtype=bool)
     eye = np.eye(theta.shape[-1])
     for _ in range(iterations):
         weighted = np.swapaxes(slope, -1, -2) * weights
@@ -76,12 +79,11 @@ def levenberg(
         trial_curve, trial_slope = model(trial)
         trial_sse = (weights * (y - trial_curve) ** 2).sum(-1)
         better = trial_sse < sse
-        gain = np.where(better, sse - trial_sse, 0.0)
+        done = done | (np.abs(sse - trial_sse) <= _TOLERANCE * sse) | (damping > _MOST_DAMPING)
         theta = np.where(better[..., None], trial, theta)
         curve = np.where(better[..., None], trial_curve, curve)
         slope = np.where(better[..., None, None], trial_slope, slope)
         damping = np.clip(np.where(better, damping / 5, damping * 4), 1e-9, 1e9)
-        done = np.where(better, gain < 1e-10 * sse, damping > 1e6)
         sse = np.where(better, trial_sse, sse)
         if done.all():
             break

@@ -64,10 +64,12 @@ def save_figures(data: StudyData, verdict: dict[str, Any], folder: Path) -> list
     """Write PNG and CSV of every figure for which the study has numbers, and return the figures in order.
 
     Args:
-        data: the study.
+        data: the study; without a finished cell there is nothing to draw.
         verdict: its verdict.
         folder: where the files go; it exists.
     """
+    if not data.groups:
+        return []
     looks, unit = Looks(data.record["arms"], data.reference), 100.0 if verdict["points"] else 1.0
     reward = "held-out pass rate (%)" if verdict["points"] else "held-out reward"
     drawn = []

@@ -9,6 +9,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+KEY_COLUMNS = (
+    *(("cell", pa.string()), ("arm", pa.string()), ("axis.objective", pa.string())),
+    *(("size", pa.int64()), ("seed", pa.int64()), ("step", pa.int64())),
+)
+EVAL_COLUMNS = (
+    *(("prompt", pa.int64()), ("samples", pa.int64())),
+    *(("reward", pa.float64()), ("variance", pa.float64())),
+)
+STEP_COLUMNS = tuple(
+    (name, pa.float64())
+    for name in ("tokens", "seconds", "gpu_seconds", "reward", "mismatch_k3", "max_ratio", "grad_norm", "loss")
+)
+
 
 @dataclass(frozen=True)
 class TrueArm:
@@ -79,8 +92,9 @@ def simulate_study(
                 log += [{**first, **_log_row(truth, step, rng)} for step in range(steps)]
     results = folder / "results"
     results.mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(evals), results / "evals.parquet")
-    pq.write_table(pa.Table.from_pylist(log), results / "steps.parquet")
+    for name, rows, numbers in (("evals", evals, EVAL_COLUMNS), ("steps", log, STEP_COLUMNS)):
+        schema = pa.schema([*KEY_COLUMNS, *numbers])
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), results / f"{name}.parquet")
     (results / "cells.json").write_text(json.dumps(cells))
     rules = {"reference": next(iter(arms)), "metric": "sampled", "margin": 0.05, "alpha": 0.05, "k3_collapse": None}
     record = {
