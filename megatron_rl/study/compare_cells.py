@@ -15,7 +15,7 @@ from megatron_rl.trainer.run_control import RunControl
 METRICS = ("sampled", "greedy")
 
 
-def compare(a: Path, b: Path, metric: str, confidence: float) -> str:
+def compare_results(a: Path, b: Path, metric: str, confidence: float) -> str:
     """Return A minus B in words, a line for each pair.
 
     Args:

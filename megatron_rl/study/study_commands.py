@@ -75,7 +75,7 @@ def study_compare(
     confidence: Annotated[float, typer.Option(min=0.5, max=0.999, help="of the interval")] = 0.95,
 ) -> None:
     """Print the paired difference of two finished cells or studies, with its interval."""
-    print(_import("compare_cells").compare(a, b, metric, confidence))
+    print(_import("compare_cells").compare_results(a, b, metric, confidence))
 
 
 def _folder(study: Path) -> Any:

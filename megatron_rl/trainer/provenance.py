@@ -5,7 +5,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -20,9 +19,10 @@ from megatron_rl.files import append_file
 from megatron_rl.plan import RunPlan
 from megatron_rl.weights.hf_folder import HFFolder
 
+CHECKOUT = Path(megatron_rl.__file__).resolve().parent.parent
 PROVENANCE_NAME = "provenance.jsonl"
 _PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "safetensors", "transformer-engine", "sglang")
-_GIT_S = 10.0
+_GIT_S = 60.0
 
 
 def write_provenance(config: Config, plan: RunPlan, step: int) -> None:
@@ -41,7 +41,7 @@ def describe_origin(config: Config, plan: RunPlan) -> dict[str, Any]:
     """Return revision, versions, device, layout and plan of a run, as JSON data."""
     cuda = plan.machine.capability is not None
     return {
-        "revision": git_revision(Path(megatron_rl.__file__).parent),
+        "revision": git_revision(),
         "versions": {"megatron-rl": megatron_rl.__version__, "python": platform.python_version(), **_versions()},
         "device": f"{torch.cuda.get_device_name()} ({plan.machine.name})" if cuda else "CPU",
         "host": platform.node(),
@@ -69,16 +69,25 @@ def _gpus(config: Config) -> int:
     return config.parallel.world_size + servers
 
 
-def git_revision(folder: Path) -> str | None:
-    """Return the commit of the checkout that holds a folder, with `-dirty` if files changed; None without git."""
-    if shutil.which("git") is None:
-        return None
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+def git_revision(checkout: Path = CHECKOUT) -> str:
+    """Return the commit of the checkout that holds the package, with `dirty` if it has changes; or the version."""
+    revision = git_output("rev-parse", "HEAD", checkout=checkout).strip()
+    if not revision:
+        return f"no checkout; version {megatron_rl.__version__}"
+    changes = git_output("status", "--porcelain", "--untracked-files=no", checkout=checkout)
+    return f"{revision} dirty" if changes else revision
+
+
+def git_output(*arguments: str, checkout: Path = CHECKOUT) -> str:
+    """Return the output of git in the checkout; empty if the package is no part of one."""
+    if not (checkout / ".git").exists():
+        return ""
+    command = ["git", "-C", str(checkout), *arguments]
     try:
-        reply = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_GIT_S)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_GIT_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return reply.stdout.strip() or None if reply.returncode == 0 else None
+        return ""
+    return done.stdout if done.returncode == 0 else ""
 
 
 def _versions() -> dict[str, str]:

@@ -5,7 +5,7 @@ import pytest
 
 from megatron_rl.diagnostics.evaluations import Evaluation, EvaluationLog
 from megatron_rl.errors import ConfigError, UserError
-from megatron_rl.study.compare_cells import compare
+from megatron_rl.study.compare_cells import compare_results
 from megatron_rl.study.results import collect_results
 from megatron_rl.trainer.run_control import RunControl
 from tests.unit.study.studies import written
@@ -23,10 +23,10 @@ def make_cell(run, rewards, prompts="abcd", *, done=True):
 def test_cells_are_paired_by_prompt(tmp_path):
     """By hand: differences 0.5, 0.5, 0.5, 0.1; mean 0.4; s = 0.2; t(3) = 3.1824; half width 3.1824 x 0.2 / 2."""
     a, b = make_cell(tmp_path / "a", [1.0, 0.5, 0.7, 0.1]), make_cell(tmp_path / "b", [0.5, 0.0, 0.2, 0.0])
-    text = compare(a, b, "sampled", 0.95)
+    text = compare_results(a, b, "sampled", 0.95)
     assert "a (step 3) minus b (step 3), sampled held-out reward: +0.4000 (95 % interval +0.0818 .. +0.7182)" in text
     assert "over 4 prompts" in text and "nothing about other seeds" in text
-    assert "+0.0000" in compare(a, b, "greedy", 0.95)
+    assert "+0.0000" in compare_results(a, b, "greedy", 0.95)
 
 
 def test_studies_are_paired_by_arm_and_seed(tmp_path):
@@ -42,7 +42,7 @@ def test_studies_are_paired_by_arm_and_seed(tmp_path):
             RunControl(folder.run(f"grpo-s{seed}")).write_done(3)
         collect_results(folder)
         folders.append(folder.folder)
-    text = compare(*folders, "sampled", 0.9)
+    text = compare_results(*folders, "sampled", 0.9)
     assert text.startswith("grpo: +0.1750 (90 % interval") and text.endswith("(2 seeds, 2 prompts)")
 
 
@@ -51,12 +51,12 @@ def test_what_cannot_be_paired_is_refused(tmp_path):
     others = make_cell(tmp_path / "b", [1.0, 0.5], prompts="xy")
     begun = make_cell(tmp_path / "c", [1.0, 0.5], done=False)
     with pytest.raises(UserError, match="answered different held-out prompts"):
-        compare(a, others, "sampled", 0.95)
+        compare_results(a, others, "sampled", 0.95)
     with pytest.raises(UserError, match="is not done"):
-        compare(a, begun, "sampled", 0.95)
+        compare_results(a, begun, "sampled", 0.95)
     with pytest.raises(UserError, match="neither the run folder of a cell"):
-        compare(a, tmp_path, "sampled", 0.95)
+        compare_results(a, tmp_path, "sampled", 0.95)
     with pytest.raises(UserError, match=r"is a cell and .* is a study"):
-        compare(a, written(tmp_path).folder, "sampled", 0.95)
+        compare_results(a, written(tmp_path).folder, "sampled", 0.95)
     with pytest.raises(ConfigError, match="did you mean 'greedy'"):
-        compare(a, a, "greed", 0.95)
+        compare_results(a, a, "greed", 0.95)
