@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from rich.console import Console
@@ -58,6 +58,9 @@ def read_states(folder: StudyFolder, record: Record) -> list[CellState]:
 def _read_state(
     folder: StudyFolder, record: Record, cell: str, code: int | None, runs_here: bool, queued: bool
 ) -> CellState:
+    if folder.part(cell).is_file():  # its results are written; the run folder may be gone
+        found = json.loads(folder.part(cell).read_bytes())
+        return CellState(**{field.name: found[field.name] for field in fields(CellState)})
     run, budget = folder.run(cell), record["budget"]
     steps, tokens, seconds = spent(run)
     is_done = (RunControl(run).done_steps() or 0) >= budget["steps"] or over_budget(budget, tokens, seconds)

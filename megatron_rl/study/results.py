@@ -53,11 +53,10 @@ def collect_results(folder: StudyFolder) -> list[CellState]:
     parts.mkdir(parents=True, exist_ok=True)
     tables: dict[str, list[pa.Table]] = {name: [] for name in TABLES}
     cells: dict[str, Any] = {}
-    for at, state in enumerate(states):
-        about = parts / f"{state.cell}.json"
+    for state in states:
+        about = folder.part(state.cell)
         if about.is_file():
             cells[state.cell] = json.loads(about.read_bytes())
-            states[at] = CellState(**{name: cells[state.cell][name] for name in vars(state)})
             found = {name: pq.read_table(parts / f"{state.cell}.{name}.parquet") for name in TABLES}
         else:
             provenance = _provenance(folder.run(state.cell))

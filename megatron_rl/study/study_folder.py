@@ -48,6 +48,10 @@ class StudyFolder:
         """Return the file with what the commands of a cell printed."""
         return self.runs / f"{cell}.out"
 
+    def part(self, cell: str) -> Path:
+        """Return the file of a cell's results, which is written once, when the cell is done."""
+        return self.results / "parts" / f"{cell}.json"
+
     def record(self) -> Record:
         """Return the record of the study.
 

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_rl.diagnostics.evaluations import Evaluation, EvaluationLog
 from megatron_rl.diagnostics.runlog import RunLog
+from megatron_rl.study.cell_status import read_states
 from megatron_rl.study.results import collect_results, read_results
 from megatron_rl.study.study_folder import StudyFolder
 from megatron_rl.trainer.run_control import RunControl
@@ -106,6 +107,7 @@ def test_results_of_a_cell_that_is_done_are_written_once(tmp_path):
     first = rows(folder, "evals")
     shutil.rmtree(folder.runs)
     folder.runs.mkdir()
+    assert [state.status for state in read_states(folder, folder.record())] == ["done", "missing"]
     make_run(folder, "all-s0", 3, reward=0.9)
     make_run(folder, "all-s1", 3)
     states = collect_results(folder)
