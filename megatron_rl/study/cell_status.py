@@ -1,6 +1,8 @@
 """The state of every cell of a study: from its run folder, the record of its attempts, and Slurm."""
 
 import json
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,8 @@ from rich.table import Table
 
 from megatron_rl.diagnostics import read_log
 from megatron_rl.errors import ExitCode
-from megatron_rl.launch.status import read_status
+from megatron_rl.launch.conductor.control_files import read_json
+from megatron_rl.launch.conductor.slurm_commands import job_state
 from megatron_rl.study.study_folder import Record, StudyFolder
 from megatron_rl.trainer.run_control import RunControl
 
@@ -18,6 +21,7 @@ DONE, RUNNING, STOPPED, FAILED, MISSING = STATES = ("done", "running", "stopped"
 _AGAIN = (ExitCode.DONE, ExitCode.RETRY, ExitCode.INTERRUPTED)
 _SIGNALS = 128
 _TAIL = 1 << 14
+_WIDE = 1000  # columns where there is no terminal: nothing is folded
 
 
 @dataclass(frozen=True)
@@ -47,16 +51,18 @@ class CellState:
 def read_states(folder: StudyFolder, record: Record) -> list[CellState]:
     """Return the state of every cell, in the order of the study."""
     last = {attempt["cell"]: attempt["code"] for attempt in folder.attempts()}
-    running = _running(folder)
-    return [_read_state(folder, record, cell, last.get(cell), running) for cell in record["cells"]]
+    running, queued = _running(folder), _is_queued(folder)
+    return [_read_state(folder, record, cell, last.get(cell), cell in running, queued) for cell in record["cells"]]
 
 
-def _read_state(folder: StudyFolder, record: Record, cell: str, code: int | None, running: Sequence[str]) -> CellState:
+def _read_state(
+    folder: StudyFolder, record: Record, cell: str, code: int | None, runs_here: bool, queued: bool
+) -> CellState:
     run, budget = folder.run(cell), record["budget"]
     steps, tokens, seconds = spent(run)
     is_done = (RunControl(run).done_steps() or 0) >= budget["steps"] or over_budget(budget, tokens, seconds)
-    state, launched = "", _launched(run)
-    if cell in running or launched == RUNNING:
+    state, launched = "", _launched(run, queued)
+    if runs_here or (launched == RUNNING and not is_done):
         state = RUNNING
     elif is_done:
         state = DONE
@@ -92,14 +98,21 @@ def _running(folder: StudyFolder) -> list[str]:
     return [str(cell) for cell in found]
 
 
-def _launched(run: Path) -> str:
-    """Return the state of a cell that the launcher runs: running, failed, or "" if it is neither."""
+def _is_queued(folder: StudyFolder) -> bool:
+    """Return whether the array that was submitted last waits or runs."""
+    record = read_json(str(folder.runs / "launch" / "submit.json"))
+    jobs = (record or {}).get("jobs") or [""]
+    return bool(jobs[-1] and shutil.which("squeue") and job_state(str(jobs[-1])))
+
+
+def _launched(run: Path, queued: bool) -> str:
+    """Return the state of a task of the array: running, failed, or "" if it is neither."""
     if not (run / "launch").is_dir():
         return ""
-    found = read_status(run)
-    if found["result"] is None:
-        return RUNNING if found["slurm"] and not found["done"] else ""
-    return FAILED if found["result"]["code"] not in _AGAIN else ""
+    result = read_json(str(run / "control" / "result.json"))
+    if result is None:
+        return RUNNING if queued else ""
+    return FAILED if result.get("code") not in _AGAIN else ""
 
 
 def _last_line(path: Path) -> str:
@@ -114,14 +127,16 @@ def _last_line(path: Path) -> str:
 def print_cells(record: Record, states: Sequence[CellState] | None = None) -> None:
     """Print a table of the cells, with their states if they are given, and a line with the numbers."""
     axes = list(next(iter(record["cells"].values()))["axes"])
-    table = Table("cell", *axes, "seed", *(["state", "steps", "tokens", "seconds", ""] if states else []))
+    table = Table()
+    for name in ("cell", *axes, "seed", *(["state", "steps", "tokens", "seconds", ""] if states else [])):
+        table.add_column(name, overflow="fold")
     by_cell = {state.cell: state for state in states or ()}
     for cell, about in record["cells"].items():
         row = [cell, *(about["axes"][axis] for axis in axes), str(about["seed"])]
         if cell in by_cell:
             row += _status_row(by_cell[cell], record["budget"]["steps"])
         table.add_row(*row)
-    Console(soft_wrap=True, highlight=False, width=None).print(table)
+    Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE).print(table)
     print(count_line(record, states))
 
 

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from megatron_rl.cli import main
+from megatron_rl.trainer.run_control import RunControl
 from tests.e2e.command import assert_refused, records
 from tests.e2e.conftest import SMALL_RUN
 
@@ -79,12 +80,39 @@ def test_a_grid_with_cells_that_cannot_run_is_refused_whole(refused, write, tmp_
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_dry_run_prints_the_cells_and_writes_nothing(write, monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["megatron-rl", "study", "run", str(write("dry")), "--dry-run"])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    out = capsys.readouterr().out
-    assert ended.value.code == 0 and out.splitlines()[-1] == "4 cells: 4 arms, 1 seeds"
+@pytest.fixture
+def here(monkeypatch, capsys, tmp_path) -> Callable[..., str]:
+    """A function that runs a command, which starts no process, inside this process and returns what it prints."""
+
+    def here(*arguments: object) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.argv", ["megatron-rl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+        return capsys.readouterr().out
+
+    return here
+
+
+def test_a_dry_run_prints_the_cells_and_writes_nothing(write, here, tmp_path):
+    out = here("study", "run", write("dry"), "--dry-run")
+    assert out.splitlines()[-1] == "4 cells: 4 arms, 1 seeds"
     assert all(cell in out for cell in CELLS)
     assert not (tmp_path / "runs").exists()
+
+
+def test_an_array_has_a_task_for_each_cell_that_is_not_done(write, here, tmp_path):
+    (tmp_path / "profile.yaml").write_text("{gpus_per_node: 0, cpus_per_task: 1}")
+    command = ["study", "run", write("many"), "--slurm", "--profile", "profile.yaml", "--dry-run"]
+    assert "#SBATCH --array=0-3" in here(*command)
+    study = tmp_path / "runs" / "many"
+    RunControl(study / "runs" / CELLS[1]).write_done(2)
+    assert "#SBATCH --array=0-2" in here(*command)
+    left = sorted(cell for cell in CELLS if cell != CELLS[1])
+    assert sorted(path.stem for path in (study / "array").glob("*.yaml")) == left
+    tasks = json.loads((study / "runs" / "launch" / "job.json").read_text())["tasks"]
+    assert [Path(task).parent.parent.name for task in tasks] == left
+    config = yaml.safe_load((study / "runs" / CELLS[2] / "launch" / "config.yaml").read_text())
+    assert config["objective"]["name"] == "grpo" and "delta" not in config["objective"]
+    assert config["optimizer"]["lr"] == 3.0e-3 and config["run"]["dir"] == str(study)

@@ -89,6 +89,15 @@ def test_states_tell_what_can_go_on_from_what_has_failed_and_what_has_not_begun(
     assert {row["cell"] for row in rows(folder, "evals")} == {"grpo-s0", "grpo-s1", "grpo-s2"}
 
 
+def test_a_task_of_slurm_that_ended_badly_has_failed(tmp_path):
+    folder = written(tmp_path, axes={}, seeds=[0, 1])
+    for cell, code in (("all-s0", 2), ("all-s1", 75)):
+        for name in ("launch", "control"):
+            (folder.run(cell) / name).mkdir(parents=True)
+        (folder.run(cell) / "control" / "result.json").write_text(json.dumps({"code": code}))
+    assert [state.status for state in collect_results(folder)] == ["failed", "missing"]
+
+
 def test_results_of_a_cell_that_is_done_are_written_once(tmp_path):
     folder = written(tmp_path, axes={}, seeds=[0, 1])
     make_run(folder, "all-s0", 3)
