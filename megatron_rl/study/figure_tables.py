@@ -68,7 +68,10 @@ def collapse_rows(data: StudyData, verdict: dict[str, Any]) -> list[Row]:
     for (size, arm), group in data.groups.items():
         found = measure_stability(group, most_mismatch=limit, confidence=confidence).survival
         about = {"size": size, "arm": arm, "runs": found.runs}
-        rows.append({**about, "step": 0.0, "share": 1.0, "low": 1.0, "high": 1.0})
+        # Before the first collapse all runs are there; what that says is the exact bound of n runs without an event.
+        rows.append(
+            {**about, "step": 0.0, "share": 1.0, "low": (verdict["alpha"] / 2) ** (1 / found.runs), "high": 1.0}
+        )
         for step, share, low, high in zip(found.times, found.share, found.low, found.high, strict=True):
             rows.append({**about, "step": float(step), "share": float(share), "low": float(low), "high": float(high)})
     return rows

@@ -31,6 +31,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 _INK = "#1d2530"
 _RESULT_COLORS = {EQUIVALENT: GREEN, LOWER: RED, HIGHER: BLUE}
 _COLUMNS = 3  # panels side by side
+_HALF = (6.4, 4.4)  # inches of a figure that shares its row with another
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def save_figures(data: StudyData, verdict: dict[str, Any], folder: Path) -> list
         rows = reward_rows(data)
         _save(folder, "reward_curves", rows, _bands(rows, looks, reward, unit))
         drawn.append(StudyFigure("reward_curves", "Reward", f"Mean over seeds; shaded: P2 to P98 {_over(rows)}.", True))
+        sizes = size_rows(verdict)
         runs = [row for row in run_rows(data) if row["mismatch_k3"] != ""]
         if runs:
             growth = growth_rows(data)
@@ -90,15 +92,14 @@ def save_figures(data: StudyData, verdict: dict[str, Any], folder: Path) -> list
             _save(folder, "reward_against_mismatch", runs, _scatter(runs, looks, reward, unit))
             text = "One point a run: its last reward against its mean mismatch. Not a cause: arms differ in both."
             drawn.append(StudyFigure("reward_against_mismatch", "Reward against mismatch", text, False))
-        sizes = size_rows(verdict)
         if sizes:
             _save(folder, "mismatch_against_size", sizes, _sizes(sizes, looks))
             text = f"Geometric mean over seeds with its {_percent(verdict)} interval (t over seeds)."
             drawn.append(StudyFigure("mismatch_against_size", "Mismatch against size", text, False))
         collapse = collapse_rows(data, verdict)
-        _save(folder, "collapse", collapse, _survival(collapse, looks))
-        text = f"Share of runs that have not collapsed (Kaplan-Meier), {_percent(verdict)} pointwise intervals."
-        drawn.append(StudyFigure("collapse", "Collapse", text, True))
+        _save(folder, "collapse", collapse, _survival(collapse, looks, wide=bool(sizes)))
+        text = f"Share of runs that have not collapsed (Kaplan-Meier), right: {_percent(verdict)} intervals at the end."
+        drawn.append(StudyFigure("collapse", "Collapse", text, bool(sizes)))
     return drawn
 
 
@@ -159,31 +160,41 @@ def _bands(rows: list[Row], looks: Looks, ylabel: str, unit: float, *, log: bool
     return _panels(rows, draw, finish_panel, ylabel)
 
 
-def _survival(rows: list[Row], looks: Looks) -> Figure:
+def _survival(rows: list[Row], looks: Looks, *, wide: bool) -> Figure:
+    ends = {row["size"]: max(one["step"] for one in rows if one["size"] == row["size"]) for row in rows}
+
     def draw(ax: Axes, mine: list[Row], arm: str) -> None:
         steps = [row["step"] for row in mine]
         color = looks.color(arm)
-        low, high = [row["low"] for row in mine], [row["high"] for row in mine]
-        ax.fill_between(steps, low, high, step="post", color=color, alpha=0.07, linewidth=0)
+        at = 0 if arm == looks.reference else 1 + looks.at[arm]
         # Arms without a collapse would hide each other at 1.
-        shift = -0.012 * (0 if arm == looks.reference else 1 + looks.at[arm])
-        share = np.array([row["share"] for row in mine]) + shift
-        ax.step(steps, share, where="post", color=color, linestyle=looks.line(arm), label=arm)
+        share = np.array([row["share"] for row in mine]) - 0.012 * at
+        # Bands of several arms would hide each other too: the interval of the last step stands beside the curves.
+        last = ends[mine[0]["size"]]
+        beside = last * (1.03 + 0.02 * at)
+        ax.plot([beside, beside], [mine[-1]["low"], mine[-1]["high"]], color=color, linewidth=1.6, alpha=0.6)
+        ax.step([*steps, last], [*share, share[-1]], where="post", color=color, linestyle=looks.line(arm), label=arm)
 
     def finish_panel(ax: Axes) -> None:
         ax.set_ylim(-0.1, 1.05)
 
-    return _panels(rows, draw, finish_panel, "runs not collapsed")
+    return _panels(rows, draw, finish_panel, "share of runs not collapsed", wide=wide)
 
 
 def _panels(
-    rows: list[Row], draw: Callable[[Axes, list[Row], str], None], end: Callable[[Axes], None], ylabel: str
+    rows: list[Row],
+    draw: Callable[[Axes, list[Row], str], None],
+    end: Callable[[Axes], None],
+    ylabel: str,
+    *,
+    wide: bool = True,
 ) -> Figure:
     """Draw one panel a size with all its arms, and one legend above all panels."""
     sizes = list(dict.fromkeys(row["size"] for row in rows))
     columns = 2 if len(sizes) == 4 else min(len(sizes), _COLUMNS)
     lines = -(-len(sizes) // columns)
-    figure = Figure(figsize=(11.5, 0.6 + 3.3 * lines), layout="constrained")
+    size = (11.5, 0.6 + 3.3 * lines) if wide else _HALF
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for at, ax in enumerate(axes.flat):
         if at >= len(sizes):
@@ -203,13 +214,14 @@ def _panels(
 
 
 def _legend_above_all(figure: Figure, axes: np.ndarray) -> None:
+    columns = 6 if figure.get_figwidth() > _HALF[0] else 4
     named = {text: handle for ax in axes.flat for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)}
     if len(named) > 1:
-        figure.legend(list(named.values()), list(named), loc="outside upper left", ncols=min(len(named), 6))
+        figure.legend(list(named.values()), list(named), loc="outside upper left", ncols=min(len(named), columns))
 
 
 def _scatter(rows: list[Row], looks: Looks, ylabel: str, unit: float) -> Figure:
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    figure = Figure(figsize=_HALF, layout="constrained")
     ax = figure.subplots()
     sizes = list(dict.fromkeys(row["size"] for row in rows))
     for row in rows:
@@ -228,7 +240,7 @@ def _scatter(rows: list[Row], looks: Looks, ylabel: str, unit: float) -> Figure:
 
 
 def _sizes(rows: list[Row], looks: Looks) -> Figure:
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    figure = Figure(figsize=_HALF, layout="constrained")
     ax = figure.subplots()
     for arm in dict.fromkeys(row["arm"] for row in rows):
         mine = [row for row in rows if row["arm"] == arm]

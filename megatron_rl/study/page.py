@@ -18,6 +18,7 @@ _TONES = {
     "no collapse": "open",
     "not shown": "open",
 }
+_TO = "\N{NO-BREAK SPACE}..\N{NO-BREAK SPACE}"  # a narrow table breaks before an interval, not inside it
 _SHOWN_CELLS = 12  # with more, the table of cells is folded
 
 
@@ -66,7 +67,8 @@ def _inline(path: Path) -> str:
 
 def _facts(data: StudyData, verdict: dict[str, Any]) -> list[tuple[str, str]]:
     done = sum(cell["status"] == "done" for cell in verdict["cells"])
-    margin = "none given" if verdict["margin"] is None else f"± {_number(verdict['margin'], verdict)}"
+    unit = " points" if verdict["points"] else ""
+    margin = "none given" if verdict["margin"] is None else f"± {_number(verdict['margin'], verdict)}{unit}"
     return [
         ("cells done", f"{done} of {len(verdict['cells'])}"),
         ("arms", f"{len(data.record['arms'])}"),
@@ -96,13 +98,15 @@ def _differences(verdict: dict[str, Any]) -> list[dict[str, str]]:
     rows = []
     for arm in verdict["arms"]:
         found = arm["comparison"]
+        seeds = arm["seeds"] if found is None else found["seeds"]
+        about = {"name": _name(arm), "seeds": "one seed" if len(seeds) == 1 else str(len(seeds))}
+        about["reward"] = _interval(arm["reward"], verdict, value=True)
         if found is None:
+            rows.append(about)
             continue
         rows.append(
             {
-                "name": _name(arm),
-                "seeds": "one seed" if len(found["seeds"]) == 1 else str(len(found["seeds"])),
-                "reward": _number(arm["reward"]["value"], verdict),
+                **about,
                 "difference": _interval(found["difference"], verdict, value=True),
                 "same_prompts": _interval(found["difference_for_these_prompts"], verdict),
                 "bootstrap": _interval(found["bootstrap"], verdict),
@@ -164,7 +168,7 @@ def _name(arm: dict[str, Any]) -> str:
 
 
 def _number(value: float, verdict: dict[str, Any]) -> str:
-    return f"{100 * value:.1f}" if verdict["points"] else f"{value:.3g}"
+    return f"{round(100 * value, 1) + 0.0:.1f}" if verdict["points"] else f"{value:.3g}"  # + 0.0: no "-0.0"
 
 
 def _optional(value: float | None, verdict: dict[str, Any]) -> str:
@@ -179,10 +183,10 @@ def _interval(found: dict[str, Any] | None, verdict: dict[str, Any], *, value: b
     """Return an interval in the unit of the reward, after the value if that is wanted."""
     if found is None:
         return "-"
-    lead = f"{_number(found['value'], verdict)}  " if value else ""
+    lead = f"{_number(found['value'], verdict)} " if value else ""
     if found["low"] is None or found["high"] is None:
         return f"{lead}(no interval)"
-    return f"{lead}({_number(found['low'], verdict)} .. {_number(found['high'], verdict)})"
+    return f"{lead}({_number(found['low'], verdict)}{_TO}{_number(found['high'], verdict)})"
 
 
 def _ratio(found: dict[str, Any] | None) -> str:
@@ -190,5 +194,5 @@ def _ratio(found: dict[str, Any] | None) -> str:
     if found is None or found["value"] is None:
         return "-"
     if found["low"] is None or found["high"] is None:
-        return f"{found['value']:.3g}  (no interval)"
-    return f"{found['value']:.3g}  ({found['low']:.3g} .. {found['high']:.3g})"
+        return f"{found['value']:.3g} (no interval)"
+    return f"{found['value']:.3g} ({found['low']:.3g}{_TO}{found['high']:.3g})"

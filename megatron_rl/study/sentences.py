@@ -129,7 +129,7 @@ def write_notes(data: StudyData) -> list[str]:
     for status in ("failed", "missing", "stopped", "running"):
         cells = [cell for cell, about in data.not_done().items() if about["status"] == status]
         if cells:
-            notes.append(f"{len(cells)} of {len(data.cells)} cells are {status}: {', '.join(cells)}.")
+            notes.append(f"{status.capitalize()}: {len(cells)} of {len(data.cells)} cells ({', '.join(cells)}).")
     history = data.record.get("history", [])
     if len(history) > 1:
         rules = sum(a.get("verdict") != b.get("verdict") for a, b in pairwise(history))
@@ -158,7 +158,7 @@ class Unit:
 
     def number(self, value: float) -> str:
         """Return a reward without its unit."""
-        return f"{100 * value:.1f}" if self.points else f"{value:.3g}"
+        return f"{round(100 * value, 1) + 0.0:.1f}" if self.points else f"{value:.3g}"  # + 0.0: no "-0.0"
 
     def amount(self, value: float) -> str:
         """Return a reward with its unit."""

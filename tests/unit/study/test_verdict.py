@@ -103,7 +103,7 @@ def test_an_arm_with_a_failed_cell_is_not_called_equivalent(tmp_path: Path) -> N
     assert found["result"] == "not shown"
     assert "an arm with failed cells is not called equivalent" in found["text"]
     assert "failed: fp8-s0" in found["beside"]
-    assert "1 of 12 cells are failed: fp8-s0." in verdict["notes"]
+    assert "Failed: 1 of 12 cells (fp8-s0)." in verdict["notes"]
 
 
 def test_few_noisy_seeds_show_nothing_and_say_how_many_would(tmp_path: Path) -> None:
