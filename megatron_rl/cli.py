@@ -16,6 +16,7 @@ from megatron_rl.errors import ConfigError, ExitCode, MegatronRLError, UserError
 from megatron_rl.forking import write_whole_lines
 from megatron_rl.launch.launch_commands import launch_app
 from megatron_rl.launch.ranks import one_thread, run_ranks, under_launcher
+from megatron_rl.study.study_commands import study_app
 from megatron_rl.supervise import ignore_stops
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(launch_app, name="launch", no_args_is_help=True)
+app.add_typer(study_app, name="study", no_args_is_help=True)
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see configs/")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="dotted overrides")]
 

@@ -28,6 +28,7 @@ _PROCESS = (
     "unit/test_cli.py",
     "unit/test_forking.py",
     "unit/trainer/test_preflight.py",
+    "unit/trainer/test_provenance.py",
     "unit/weights/test_model_folder_cases.py",
 )
 _SHARED = ("contract/", "parallel/")  # one server of each kind, one group of ranks of each size

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from megatron_rl.config.block import Block
 from megatron_rl.config.code_paths import resolve_code_paths
 from megatron_rl.config.old_keys import find_old_keys, rename_old_keys
 from megatron_rl.config.read_yaml import MAX_DEPTH, KeyPath, Places, read_file, read_value
@@ -48,7 +49,11 @@ def load_config(path: Path | str, overrides: list[str] | None = None, *, accept_
         rename_old_keys(tree)
     resolve_code_paths(tree, path.parent)
     for override in overrides or []:
-        _apply(tree, override, places)
+        place = f"override '{shorten(override)}'"
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise ConfigError(f"{place} must read section.key=value")
+        set_key(tree, key, read_value(value, place), place, places)
     resolve_code_paths(tree, Path.cwd())
     return make_config(tree, places)
 
@@ -64,7 +69,7 @@ def make_config(tree: dict[str, Any], places: Places | None = None) -> Config:
     try:
         config = Config(**tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, places)) from error
+        raise ConfigError(explain_problems(error, places, Config)) from error
     check_rules(config)
     return config
 
@@ -80,11 +85,21 @@ def changed_keys(old: Config, new: Config) -> list[str]:
     ]
 
 
-def _apply(tree: dict[str, Any], override: str, places: Places) -> None:
-    place = f"override '{shorten(override)}'"
-    key, separator, value = override.partition("=")
+def set_key(tree: dict[str, Any], key: str, value: Any, place: str, places: Places) -> None:
+    """Set one key of a nested mapping, in place. A section's value replaces the whole section.
+
+    Args:
+        tree: the mapping.
+        key: `section.key`.
+        value: the new value.
+        place: where the user wrote it, for errors.
+        places: receives the place.
+
+    Raises:
+        ConfigError: the key is malformed, or lies in something that is no section.
+    """
     *sections, last = path = tuple(key.split("."))
-    if not separator or not all(path):
+    if not all(path):
         raise ConfigError(f"{place} must read section.key=value")
     if len(path) > MAX_DEPTH:
         raise ConfigError(f"{place}: the key has {len(path)} parts; it has at most {MAX_DEPTH}")
@@ -94,24 +109,31 @@ def _apply(tree: dict[str, Any], override: str, places: Places) -> None:
         tree = tree[section]
         if not isinstance(tree, dict):
             raise ConfigError(f"{place}: '{section}' is not a section")
-    tree[last] = read_value(value, place)
+    tree[last] = value
     places[path] = place
 
 
-def _explain(error: ValidationError, places: Places) -> str:
+def explain_problems(error: ValidationError, places: Places, block: type[Block]) -> str:
+    """Return the first problems of a validation as one line, each with its place and key.
+
+    Args:
+        error: the error of pydantic.
+        places: the place of each key path.
+        block: the class that was validated, for names of valid keys.
+    """
     errors = error.errors(include_url=False)
-    problems = [_problem(item, places) for item in errors[:_MOST_PROBLEMS]]
+    problems = [_problem(item, places, block) for item in errors[:_MOST_PROBLEMS]]
     more = len(errors) - len(problems)
     return "; ".join(problems) + (f"; and {more} more problems" if more else "")
 
 
-def _problem(item: ErrorDetails, places: Places) -> str:
+def _problem(item: ErrorDetails, places: Places, block: type[Block]) -> str:
     where = tuple(str(part) for part in item["loc"])
     key = shorten(".".join(where))
     place = _place(where, places)
     prefix = f"{place}: " if place else ""
     if item["type"] == "extra_forbidden":
-        valid = list(_fields_at(where[:-1]))
+        valid = list(_fields_at(block, where[:-1]))
         near = difflib.get_close_matches(where[-1][:_LONGEST_KEY], valid, n=1, cutoff=0.0)
         return f"{prefix}unknown key '{key}'; did you mean '{'.'.join((*where[:-1], *near))}'?"
     if item["type"] == "missing":
@@ -129,8 +151,8 @@ def _place(where: KeyPath, places: Places) -> str | None:
     return next((places[where[:n]] for n in range(len(where), 0, -1) if where[:n] in places), None)
 
 
-def _fields_at(where: tuple[str, ...]) -> dict[str, Any]:
-    model: Any = Config
+def _fields_at(block: type[Block], where: tuple[str, ...]) -> dict[str, Any]:
+    model: Any = block
     for part in where:
         model = model.model_fields[part].annotation
     fields: dict[str, Any] = model.model_fields

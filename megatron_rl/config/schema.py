@@ -295,6 +295,13 @@ class TaskConfig(Block):
         20, ge=2, description="arithmetic, and tool without data: operands are in [0, max_operand)"
     )
     held_out: int = Field(64, ge=0, description="number of problems held out of training, for evaluation")
+    split_seed: int | None = Field(
+        None,
+        ge=-(2**62),
+        le=2**62,
+        description="seed of the shuffle that holds generated problems out of training; unset: run.seed. Set it where "
+        "runs of several seeds are compared: they then have the same held-out problems",
+    )
     max_turns: int = Field(3, ge=1, description="tool: maximum number of model turns in one response")
     sandbox: Literal["jail", "unsafe"] = Field("jail", description="tool; unsafe: run the model's code without a jail")
     tool_seconds: float = Field(5.0, gt=0, description="tool: wall-clock limit of one block of code, in seconds")

@@ -35,7 +35,7 @@ class RunLog:
         guard()
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / LOG_NAME
-        cut_back(self.path, lambda record: _stays(record, resume_from))
+        cut_back(self.path, lambda record: stays_after_resume(record, resume_from))
         self._file = self.path.open("ab")
         self._loggers: list[tuple[str, Logger]] = []
 
@@ -115,7 +115,7 @@ def _text(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _stays(record: dict[str, Any], resume_from: int | None) -> bool:
+def stays_after_resume(record: dict[str, Any], resume_from: int | None) -> bool:
     """Return True if a record stays in the log when the run resumes.
 
     A step record describes the step of its number. An evaluation or attribution record describes the weights after that

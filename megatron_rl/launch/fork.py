@@ -12,7 +12,7 @@ from megatron_rl.forking import flush_output, name_process, report_error, run_as
 _POLL_S = 0.02
 
 
-class ForkedRank:
+class ForkedProcess:
     """A forked process, with those methods of `subprocess.Popen` that the launcher uses."""
 
     def __init__(self, pid: int) -> None:
@@ -34,7 +34,7 @@ class ForkedRank:
         deadline = None if timeout is None else time.monotonic() + timeout
         while (code := self.poll()) is None:
             if timeout is not None and deadline is not None and time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired(f"rank with pid {self.pid}", timeout)
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
             time.sleep(_POLL_S)
         return code
 
@@ -49,7 +49,7 @@ def fork_rank(
     pids: int,
     handlers: Mapping[signal.Signals, Any],
     like_new: Callable[[], None],
-) -> ForkedRank:
+) -> ForkedProcess:
     """Fork a process that runs `python -m megatron_rl ARGUMENTS` in a session of its own.
 
     The calling process must have one thread. In `ps` and `top` the rank is called `mrl-rank<RANK>`, because its command
@@ -70,7 +70,7 @@ def fork_rank(
             _become_rank(arguments, environment, pids, handlers, like_new, mask)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    return ForkedRank(pid)
+    return ForkedProcess(pid)
 
 
 def _become_rank(

@@ -4,7 +4,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from megatron_rl.launch.layout import JobLayout, Role
 from megatron_rl.launch.profile import Profile, dump_profile
 from megatron_rl.launch.render import gpu_options
 from megatron_rl.protocol.api_key import new_key, write_private
+from megatron_rl.trainer.provenance import git_output, git_revision
 
 _PACKAGE = Path(megatron_rl.__file__).parent
 _SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
@@ -190,7 +190,7 @@ def write_run_files(parts: JobParts, job: Mapping[str, Any]) -> None:
         (launch / "profile.yaml").write_text(dump_profile(parts.profile), encoding="utf-8")
         (launch / "env.txt").write_text(_describe_environment(parts.profile), encoding="utf-8")
         (launch / "git.txt").write_text(f"{git_revision()}\n", encoding="utf-8")
-        (launch / "git.diff").write_text(_git("diff", "HEAD"), encoding="utf-8")
+        (launch / "git.diff").write_text(git_output("diff", "HEAD"), encoding="utf-8")
         key = new_key()
         write_private(key_file(parts.run), key)
         if parts.config.rollout.engine == "sglang":
@@ -227,23 +227,3 @@ def _describe_environment(p: Profile) -> str:
 def mask(name: str, value: str) -> str:
     """Return the value of a variable for a record: stars if its name sounds like a secret."""
     return "***" if _SECRET.search(name) and value != "<not set>" else value
-
-
-def git_revision() -> str:
-    """Return the revision of the checkout that holds the package, with `dirty` if it has changes; or the version."""
-    revision = _git("rev-parse", "HEAD").strip()
-    if not revision:
-        return f"no checkout; version {megatron_rl.__version__}"
-    return f"{revision} dirty" if _git("status", "--porcelain", "--untracked-files=no") else revision
-
-
-def _git(*arguments: str) -> str:
-    """Return the output of git in the checkout; empty if the package is no part of one."""
-    if not (_PACKAGE.parent / ".git").exists():
-        return ""
-    command = ["git", "-C", str(_PACKAGE.parent), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout if done.returncode == 0 else ""

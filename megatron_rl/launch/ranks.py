@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from megatron_rl.engines.processes.fork_server import ForkServer, may_fork_servers
 from megatron_rl.errors import ConfigError, ExitCode
 from megatron_rl.forking import has_one_thread, like_new
-from megatron_rl.launch.fork import ForkedRank, fork_rank
+from megatron_rl.launch.fork import ForkedProcess, fork_rank
 from megatron_rl.launch.slurm_env import join_slurm_step
 from megatron_rl.supervise import kill_session, stops_blocked
 
@@ -44,7 +44,7 @@ for pid in sys.stdin.readlines():
         pass
 """
 
-Worker = subprocess.Popen[bytes] | ForkedRank
+Worker = subprocess.Popen[bytes] | ForkedProcess
 
 
 def under_launcher() -> bool:
@@ -86,7 +86,7 @@ def run_ranks(arguments: list[str], ranks: int, *, forks_servers: bool = False) 
     with one_thread():
         # It imports while this process does.
         server = ForkServer() if forks_servers and may_fork_servers() else None
-        reset = _prepare_fork()
+        reset = prepare_fork()
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -124,7 +124,7 @@ def run_ranks(arguments: list[str], ranks: int, *, forks_servers: bool = False) 
             signal.signal(number, handler)
 
 
-def _prepare_fork() -> Callable[[], None] | None:
+def prepare_fork() -> Callable[[], None] | None:
     """Import the training stack if ranks can be forked from this process; otherwise return None.
 
     The result is the function that resets the stack in a forked rank.

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_rl.config import Config
 from megatron_rl.config.code_paths import code_digests
+from megatron_rl.diagnostics.evaluations import Evaluation
 from megatron_rl.diagnostics.samples import ShownSample
 from megatron_rl.engines.pool import EnginePool
 from megatron_rl.errors import ConfigError
@@ -217,13 +218,10 @@ class Rollouts:
         """
         return self._draws.below, self._draws.ahead
 
-    def evaluate(self, step: int) -> dict[str, float]:
-        """Return held-out pass rates.
-
-        They are `eval/greedy` (one response, temperature 0) and `eval/sampled` (mean over samples).
-        """
+    def evaluate(self, step: int) -> Evaluation:
+        """Return the rewards of the held-out prompts: of one response at temperature 0, and of `eval.samples`."""
         prompts = list(self.task.held_out[: self.config.eval.prompts])
-        rates = {}
+        rewards: dict[str, list[list[float]]] = {}
         for name, temperature, samples in (("greedy", 0.0, 1), ("sampled", None, self.config.eval.samples)):
             trajectories = sample_groups(
                 self.pool,
@@ -239,8 +237,10 @@ class Rollouts:
                 environment=self.environment,
                 tokenizer=self._loop_tokenizer,
             )
-            rates[f"eval/{name}"] = float(np.mean([score.value for score in self.verify(prompts, trajectories)]))
-        return rates
+            scores = [score.value for score in self.verify(prompts, trajectories)]
+            rewards[name] = [scores[at : at + samples] for at in range(0, len(scores), samples)]
+        ids = [prompt.id for prompt in prompts]
+        return Evaluation(step, ids, [one for (one,) in rewards["greedy"]], rewards["sampled"])
 
     def verify(self, prompts: list[Prompt], trajectories: list[Trajectory]) -> list[Score]:
         """Return one score per trajectory, for its last turn.

@@ -37,7 +37,8 @@ def make_task(config: TaskConfig, tokenizer: "PreTrainedTokenizerFast", *, seed:
     Args:
         config: its `name` selects the task; `options` are checked by the model `Options` of the class.
         tokenizer: tokenizes the prompts.
-        seed: seed of the shuffle of generated problems; tasks that only read a file do not use it.
+        seed: seed of the shuffle of generated problems, unless `config.split_seed` is set; tasks that only read a file
+            do not use it.
         max_prompt_tokens: a prompt with more tokens is an error.
 
     Raises:
@@ -48,7 +49,7 @@ def make_task(config: TaskConfig, tokenizer: "PreTrainedTokenizerFast", *, seed:
         "config": config,
         "options": _checked_options(kind, config),
         "tokenizer": tokenizer,
-        "seed": seed,
+        "seed": seed if config.split_seed is None else config.split_seed,
         "max_prompt_tokens": max_prompt_tokens,
     }
     arguments = {name: given[name] for name in accepted_names(kind, given, "task.name")}

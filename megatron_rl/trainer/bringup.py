@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from megatron_rl.attribution.limits import check_gives_weights
 from megatron_rl.config import Config
+from megatron_rl.diagnostics.evaluations import EvaluationLog
 from megatron_rl.diagnostics.runlog import RunLog
 from megatron_rl.diagnostics.samples import SampleLog
 from megatron_rl.engines.offload import OFFLOADED_NAME, OffloadedEngines
@@ -35,6 +36,7 @@ from megatron_rl.tasks.templates import load_tokenizer
 from megatron_rl.trainer.lead import Lead
 from megatron_rl.trainer.preflight import resolve_on_rank
 from megatron_rl.trainer.progress import ProgressLine
+from megatron_rl.trainer.provenance import write_provenance
 from megatron_rl.trainer.run_control import RunControl
 from megatron_rl.trainer.run_folder import holds_same_run, prepare_run_folder
 from megatron_rl.trainer.stops import Stops
@@ -285,6 +287,9 @@ def _open_lead(
     log = stack.enter_context(RunLog(config.run.folder, resume_from, stops.control.check_attempt))
     start_loggers(config, resume_from, log)
     progress = stack.enter_context(ProgressLine(config.run.name, config.run.steps, state.step, enabled=True))
-    lead = Lead(rollouts, offloaded, log, SampleLog(config.run.folder, resume_from), progress, stops)
+    if not attribute_only:
+        write_provenance(config, plan, state.step)
+    samples, evaluations = SampleLog(config.run.folder, resume_from), EvaluationLog(config.run.folder, resume_from)
+    lead = Lead(rollouts, offloaded, log, samples, evaluations, progress, stops)
     _handle_stops(lead.stop_soon)
     return lead

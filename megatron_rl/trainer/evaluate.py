@@ -24,7 +24,7 @@ def evaluate_model(config: Config) -> dict[str, float]:
             limit_s = config.rollout.start_timeout_s
             servers = stack.enter_context(own_servers(config, plan.precision, plan.machine.device, limit_s))
         rollouts = stack.enter_context(open_rollouts(config, plan.precision, servers))
-        rates = rollouts.evaluate(0)
+        rates = rollouts.evaluate(0).rates
     for name, rate in rates.items():
         print(f"{name}: {rate:.1%}")
     return rates

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_rl.diagnostics.evaluations import Evaluation, EvaluationLog
 from megatron_rl.diagnostics.runlog import RunLog
 from megatron_rl.diagnostics.samples import SampleLog
 from megatron_rl.engines.offload import OffloadedEngines
@@ -23,6 +24,7 @@ class Lead:
         offloaded: the engines whose memory is released.
         log: the run log.
         samples: the file of samples.
+        evaluations: the file of evaluations.
         progress: the live line.
         stops: requests to stop.
         interrupted: whether a stop at the next safe point was requested.
@@ -32,6 +34,7 @@ class Lead:
     offloaded: OffloadedEngines
     log: RunLog
     samples: SampleLog
+    evaluations: EvaluationLog
     progress: ProgressLine
     stops: Stops
     interrupted: bool = False
@@ -55,6 +58,13 @@ class Lead:
         for record in learned.records(step, version, watch, self.rollouts.sampled) + extra:
             self.record(record)
         self.samples.append(self.rollouts.samples(step, learned.k3()))
+
+    def record_evaluation(self, evaluation: Evaluation, version: int) -> dict[str, float]:
+        """Write an evaluation of the weights of a version, and return its pass rates."""
+        self.evaluations.append(evaluation)
+        rates = evaluation.rates
+        self.record({"kind": "eval", "step": evaluation.step, "version": version, **rates})
+        return rates
 
     def warn_once(self, text: str | None) -> None:
         """Print a warning unless one was printed before. Do nothing for None."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_rl.config import Config, changed_keys, load_config
 from megatron_rl.diagnostics import read_log
+from megatron_rl.diagnostics.evaluations import EVALUATIONS_NAME
 from megatron_rl.diagnostics.runlog import LOG_NAME
 from megatron_rl.diagnostics.samples import SAMPLES_NAME
 from megatron_rl.engines.offload import OFFLOADED_NAME, OffloadedEngines
@@ -18,16 +19,20 @@ from megatron_rl.policy.checkpoint_files import find_defect
 from megatron_rl.policy.checkpoint_state import newest_valid
 from megatron_rl.sampling.rollouts import rollouts_folder
 from megatron_rl.trainer.code_record import CODE_FILE, check_code, write_code
+from megatron_rl.trainer.provenance import PROVENANCE_NAME
 from megatron_rl.trainer.run_control import CONTROL_NAME
 
 CONFIG_NAME = "config.yaml"
 LOCK_NAME = "in-use"
 # Keys that a run may change between two attempts: where it computes and how long, not what.
-_PLACES = {
+PLACES = {
     "rollout": ("servers", "urls", "urls_dir", "weights_dir", "timeout_s", "start_timeout_s", "api_key_file"),
     "run": ("dir", "name", "steps", "save_every", "keep", "deadline_margin_s", "loggers", "show_samples"),
 }
-_RECORDS = (LOG_NAME, "log.dropped.jsonl", SAMPLES_NAME, "samples.dropped.jsonl")
+_RECORDS = (
+    *(LOG_NAME, "log.dropped.jsonl", SAMPLES_NAME, "samples.dropped.jsonl"),
+    *(EVALUATIONS_NAME, "evaluations.dropped.jsonl", PROVENANCE_NAME),
+)
 FILES = (CONFIG_NAME, *_RECORDS, CODE_FILE, OFFLOADED_NAME, LOCK_NAME)
 FOLDERS = (CONTROL_NAME, "checkpoints", "rollouts", "attribution", "servers", "tb", "hf", "report")
 
@@ -128,7 +133,7 @@ def holds_same_run(config: Config) -> bool:
 
 def _is_of_place(change: str) -> bool:
     section, key = change.partition(":")[0].split(".")
-    return section == "parallel" or key in _PLACES.get(section, ())
+    return section == "parallel" or key in PLACES.get(section, ())
 
 
 def _earlier_config(folder: Path) -> Config | None:

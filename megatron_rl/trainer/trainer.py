@@ -128,9 +128,7 @@ class Trainer:
             return
 
         def evaluate(lead: Lead) -> dict[str, float]:
-            rates = lead.rollouts.evaluate(self.state.step)
-            lead.record({"kind": "eval", "step": self.state.step, "version": self.state.version, **rates})
-            return rates
+            return lead.record_evaluation(lead.rollouts.evaluate(self.state.step), self.state.version)
 
         rates = self._sampled(evaluate)
         text = ", ".join(f"{name.removeprefix('eval/')} {rate:.1%}" for name, rate in rates.items())

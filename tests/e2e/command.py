@@ -23,7 +23,7 @@ from tests.parallel.group import RANK_VARIABLES
 
 ROOT = Path(__file__).resolve().parents[2]
 TAG = "MEGATRON_RL_TEST_COMMAND"
-FORKED = ("attribute", "eval", "serve", "train", "warmup")
+FORKED = ("attribute", "eval", "serve", "study", "train", "warmup")
 CAN_FORK = sys.platform.startswith("linux") and not torch.cuda.is_available()
 PROMPTS = 8  # per step of the small run
 

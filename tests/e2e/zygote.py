@@ -28,7 +28,9 @@ _STACK = (
     "megatron_rl.trainer.attribution",
     "megatron_rl.trainer.evaluate",
     "megatron_rl.sft",
+    "megatron_rl.study.run_study",
     "megatron_rl.server.app",
+    "transformers.models.auto.modeling_auto",
     "transformers.models.qwen3.modeling_qwen3",
     "transformers.models.qwen3_moe.modeling_qwen3_moe",
 )

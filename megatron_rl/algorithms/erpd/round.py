@@ -247,7 +247,7 @@ class _Round:
                 self.teacher.load_weights(self.plan.teacher_updates)
                 trainer.on_lead(Lead.reload_engines)
                 trainer.publish(trainer.state.version)
-                rates = trainer.on_lead(lambda lead: lead.rollouts.evaluate(self.step + 1))
+                rates = trainer.on_lead(lambda lead: lead.rollouts.evaluate(self.step + 1).rates)
                 self.mesh.on_lead(lambda: self.folder.add_note(**{TEACHER_RATES: rates}))
                 trainer.on_lead(Lead.offload_engines)
         assert rates is not None

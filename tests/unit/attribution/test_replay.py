@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from megatron_rl.attribution.attribute import Attribution, attribute, draw_probe
 from megatron_rl.config import Config, TaskConfig, make_config
+from megatron_rl.diagnostics.evaluations import EvaluationLog
 from megatron_rl.diagnostics.runlog import RunLog
 from megatron_rl.diagnostics.samples import SampleLog
 from megatron_rl.engines.offload import OffloadedEngines
@@ -258,7 +259,9 @@ def in_run(pair: Pair, pool: EnginePool) -> Iterator[Trainer]:
     with RunLog(config.run.folder) as log, ProgressLine("test", 1, 0, enabled=True) as progress:
         stops = Stops(RunControl(config.run.folder), 0.0)
         note = OffloadedEngines(config.run.folder / "note")
-        lead = Lead(rollouts, note, log, SampleLog(config.run.folder), progress, stops)
+        lead = Lead(
+            rollouts, note, log, SampleLog(config.run.folder), EvaluationLog(config.run.folder), progress, stops
+        )
         checkpoints = Checkpoints(config.run.folder / "checkpoints", policy, 1)
         yield Trainer(config, resolve_run(config), policy.mesh, policy, checkpoints, pair.sync, lead, TrainState())
         checkpoints.close()

@@ -31,7 +31,7 @@ os.environ["PYTHONPATH"] = fake
 assert ranks.has_one_thread()
 def like_new():
     print("forked", flush=True)
-ranks._prepare_fork = lambda: like_new if way == "fork" else None
+ranks.prepare_fork = lambda: like_new if way == "fork" else None
 code = ranks.run_ranks(["train"], int(count))
 print("launcher", code, flush=True)
 sys.exit(code)
