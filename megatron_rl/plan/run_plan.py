@@ -1,5 +1,6 @@
 """The plan of a run: everything that follows from configuration, model and machine. It is resolved once."""
 
+import os
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -10,6 +11,7 @@ from megatron_rl.config import Config
 from megatron_rl.engines.processes.own_servers import own_servers
 from megatron_rl.errors import ConfigError
 from megatron_rl.plan.algorithm_plan import AlgorithmPlan, plan_algorithm
+from megatron_rl.plan.placement import Placement, place, ranks_here
 from megatron_rl.plan.precision_check import check_precision
 from megatron_rl.policy.expert_rules import check_experts
 from megatron_rl.policy.shape_rules import check_shape
@@ -33,6 +35,7 @@ class RunPlan:
         algorithm: the training method and its objective.
         noise: ALP's noise in the trainer's updates; None without ALP.
         need_logmu: engines report the log-probabilities of the tokens they sample.
+        placement: the GPUs of ranks and engines.
     """
 
     machine: Machine
@@ -41,6 +44,7 @@ class RunPlan:
     algorithm: AlgorithmPlan
     noise: LayerNoise | None
     need_logmu: bool
+    placement: Placement
 
     @property
     def precision(self) -> PrecisionPlan:
@@ -62,16 +66,19 @@ class RunPlan:
         noise = "" if self.noise is None else f", perturbed by ALP from sigma {self.noise.sigma_init:g}"
         return [
             f"objective: {config.objective.name}{noise}; engines report {', '.join(columns)}",
-            f"placement: {ranks} on {self.machine.name}, {rollout.engine} engines: {engines}",
+            f"placement: {ranks} on {self.machine.name}, {rollout.engine} engines: {engines}"
+            + (f"; {self.placement}" if str(self.placement) else ""),
         ]
 
 
-def resolve_run(config: Config) -> RunPlan:
+def resolve_run(config: Config, *, trains: bool = True) -> RunPlan:
     """Return the plan of a configuration. Starts nothing and writes nothing.
 
     Raises ConfigError, CheckpointError or PrecisionError if the model or this machine cannot do what is asked for.
+    Unless `trains`, no rank of a trainer uses a GPU.
     """
     algorithm, machine = plan_algorithm(config), this_machine()
+    placement = place(config, machine, ranks_here(config, machine, os.environ) if trains else 0)
     parallel = config.parallel
     sizes = {"tensor_parallel": parallel.tensor, "expert_parallel": parallel.expert}
     model = check_folder(HFFolder(config.model.path), **sizes)
@@ -87,7 +94,7 @@ def resolve_run(config: Config) -> RunPlan:
     if config.run.attribute_every:
         check_replayable(report.plan, machine)
     need_logmu = "logmu" in algorithm.objective.needs or config.rollout.record_logmu
-    return RunPlan(machine, shape, report, algorithm, noise, need_logmu)
+    return RunPlan(machine, shape, report, algorithm, noise, need_logmu, placement)
 
 
 def _check_sizes(config: Config, shape: ModelShape) -> None:

@@ -1,8 +1,9 @@
 """Process groups: one torch.distributed world, divided into megatron-core's groups."""
 
 import os
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -124,6 +125,8 @@ def initialize(config: ParallelConfig, device: torch.device, seed: int) -> Mesh:
             os.environ.setdefault(name, value)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
         _control = dist.new_group(backend="gloo", timeout=timedelta(hours=6))
+        if device.type == "cuda":
+            refuse_shared_gpus(_gather(_gpu_name(device), _control))
     world = dist.get_world_size()
     if world != config.world_size:
         raise ConfigError(
@@ -158,6 +161,32 @@ def initialize(config: ParallelConfig, device: torch.device, seed: int) -> Mesh:
         device=device,
         control=_control,
     )
+
+
+def refuse_shared_gpus(names: Sequence[str]) -> None:
+    """Raise ConfigError if two ranks have the same GPU, which NCCL refuses with an error that names no cause.
+
+    `names` are those of the ranks' GPUs, equal only for the same GPU of the same machine.
+    """
+    for rank, name in enumerate(names):
+        first = names.index(name)
+        if first < rank:
+            error = ConfigError(
+                f"ranks {first} and {rank} are both on GPU {name}: start at most one rank a GPU (LOCAL_RANK chooses "
+                "it, or the launcher shows each rank a GPU of its own)"
+            )
+            error.everywhere = True
+            raise error
+
+
+def _gpu_name(device: torch.device) -> str:
+    return f"{torch.cuda.get_device_properties(device).uuid} of {socket.gethostname()}"
+
+
+def _gather(value: str, group: dist.ProcessGroup) -> list[str]:
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value, group=group)
+    return found
 
 
 def _leave_groups() -> None:

@@ -20,11 +20,13 @@ class Machine:
         capability: compute capability of the CUDA device ((9, 0) is Hopper), None on a CPU.
         cuda: CUDA version that torch was built for.
         transformer_engine: True if a package of that name is installed. Whether it loads is only checked on use.
+        gpus: number of CUDA devices that this process sees.
     """
 
     capability: Version | None = None
     cuda: Version | None = None
     transformer_engine: bool = False
+    gpus: int = 0
 
     @property
     def device(self) -> str:
@@ -41,7 +43,7 @@ def this_machine() -> Machine:
         return Machine()
     major, _, minor = (torch.version.cuda or "0.0").partition(".")
     engine = importlib.util.find_spec("transformer_engine") is not None
-    return Machine(torch.cuda.get_device_capability(0), (int(major), int(minor)), engine)
+    return Machine(torch.cuda.get_device_capability(0), (int(major), int(minor)), engine, torch.cuda.device_count())
 
 
 def load_transformer_engine(machine: Machine) -> bool:

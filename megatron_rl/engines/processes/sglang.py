@@ -122,6 +122,7 @@ class SGLangServers(Servers):
         quantized: PrecisionPlan | None = None,
         *,
         keyed: bool = False,
+        first_gpu: int = 0,
     ) -> None:
         """Set the options of the servers; `start` starts them.
 
@@ -139,6 +140,7 @@ class SGLangServers(Servers):
                 SGLang's own quantization at load has one scale per channel, not per block. None: they start from
                 `model_dir`.
             keyed: the servers want a random key, unless a router or an argument of `settings` cannot have one.
+            first_gpu: number of the first GPU of the first server.
         """
         given = {argument.partition("=")[0] for argument in settings.args}
         keyed = keyed and not settings.router and given.isdisjoint(_WITHOUT_KEY)
@@ -147,7 +149,7 @@ class SGLangServers(Servers):
         self._copy = self.log_dir.absolute() / "start"
         self._key_options = self.log_dir.absolute() / "api-key.yaml"
         self._flags = [*flags, "--weight-version", weight_version]
-        self._settings, self._device = settings, device
+        self._settings, self._device, self._first_gpu = settings, device, first_gpu
         self._router: ServerProcess | None = None
 
     @property
@@ -161,7 +163,7 @@ class SGLangServers(Servers):
         flags = ["--model-path", str(model), *self._flags, "--host", "127.0.0.1", "--port", str(port)]
         flags += ["--config", str(self._key_options)] if self.keyed else []
         if self._device != "cpu":
-            flags += ["--base-gpu-id", str(self._settings.first_gpu + index * self._settings.tensor)]
+            flags += ["--base-gpu-id", str(self._first_gpu + index * self._settings.tensor)]
         return _guarded(self._settings, "sglang.launch_server", flags)
 
     def environment(self) -> dict[str, str]:

@@ -76,7 +76,7 @@ def test_servers_that_rest_are_told_so_on_a_gpu_where_they_would_keep_their_memo
 
 
 def test_servers_take_the_gpus_from_the_first_one_on_in_order():
-    two = SGLangServers("model", "logs", [], SGLangConfig(tensor=2, first_gpu=4), count=2, device="cuda")
+    two = SGLangServers("model", "logs", [], SGLangConfig(tensor=2), count=2, device="cuda", first_gpu=4)
     assert [" ".join(two.command(i, 1)[-2:]) for i in range(2)] == ["--base-gpu-id 4", "--base-gpu-id 6"]
 
 
