@@ -76,6 +76,10 @@ class PrecisionConfig(Block):
     first_last_bf16: bool = Field(
         False, description="do not quantize the first and the last layer, in trainer and engines"
     )
+    attention: Literal["auto", "flash", "fused"] = Field(
+        "auto",
+        description="kernel of attention of Transformer Engine's layers: flash-attn, cuDNN's fused one, or its choice",
+    )
     fp32_lm_head: bool = Field(
         False, description="compute log-probabilities from a float32 product with the output weights"
     )

@@ -15,7 +15,7 @@ from megatron_rl.plan.placement import Placement, place, ranks_here
 from megatron_rl.plan.precision_check import check_precision
 from megatron_rl.policy.expert_rules import check_experts
 from megatron_rl.policy.shape_rules import check_shape
-from megatron_rl.precision.machine import Machine, this_machine
+from megatron_rl.precision.machine import Machine, has_engine_layers, this_machine
 from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.precision.plan_checks import PlanReport
 from megatron_rl.precision.table import describe
@@ -63,11 +63,17 @@ class RunPlan:
         ranks = f"{parallel.world_size} ranks ({layout})" if layout else "1 rank"
         engines = f"{len(rollout.urls)} given" if rollout.urls else f"{rollout.servers} of its own"
         engines = engines if rollout.urls_dir is None else f"those of {rollout.urls_dir}"
+        engine = has_engine_layers(config.precision.train, self.machine)
+        layers = (
+            f"Transformer Engine's (attention: {config.precision.attention})" if engine else "megatron-core's local"
+        )
         noise = "" if self.noise is None else f", perturbed by ALP from sigma {self.noise.sigma_init:g}"
         return [
             f"objective: {config.objective.name}{noise}; engines report {', '.join(columns)}",
             f"placement: {ranks} on {self.machine.name}, {rollout.engine} engines: {engines}"
             + (f"; {self.placement}" if str(self.placement) else ""),
+            f"layers: {layers}",
+            *_recompute_remark(config, engine),
         ]
 
 
@@ -95,6 +101,15 @@ def resolve_run(config: Config, *, trains: bool = True) -> RunPlan:
         check_replayable(report.plan, machine)
     need_logmu = "logmu" in algorithm.objective.needs or config.rollout.record_logmu
     return RunPlan(machine, shape, report, algorithm, noise, need_logmu, placement)
+
+
+def _recompute_remark(config: Config, engine: bool) -> list[str]:
+    if not engine or config.parallel.recompute != "selective":
+        return []
+    return [
+        "warning: parallel.recompute: selective computes attention twice and saves little, because Transformer "
+        "Engine's kernels do not store the scores: take none or full"
+    ]
 
 
 def _check_sizes(config: Config, shape: ModelShape) -> None:

@@ -222,6 +222,16 @@ def _let_others_leave(mesh: Mesh) -> None:
         time.sleep(_EXIT_S)
 
 
+def variables_of_trainer(config: Config) -> dict[str, str]:
+    """Return the environment that CUDA and NCCL must find when a rank starts. A value of the user's own stays.
+
+    Tensor parallelism without Transformer Engine counts on the order of kernels, which several connections to the
+    device do not keep. SGLang turns NCCL's cuMem allocations off, and both sides of a broadcast must agree.
+    """
+    found = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if config.parallel.tensor > 1 else {}
+    return found | ({"NCCL_CUMEM_ENABLE": "0"} if config.rollout.transport == "distributed" else {})
+
+
 @contextmanager
 def joined_mesh(config: Config) -> Iterator[Mesh]:
     """Pick the device, join the world and divide it into the configured layout; leave it afterwards. Collective.
@@ -229,6 +239,8 @@ def joined_mesh(config: Config) -> Iterator[Mesh]:
     On a CPU every rank of several uses one thread. Raises ConfigError if the device or the number of
     ranks is not available.
     """
+    for name, value in variables_of_trainer(config).items():
+        os.environ.setdefault(name, value)
     device = pick_device(config.run.device)
     if device.type == "cpu" and config.parallel.world_size > 1:
         torch.set_num_threads(1)

@@ -57,11 +57,22 @@ def load_transformer_engine(machine: Machine) -> bool:
         return False
     try:
         importlib.import_module("transformer_engine.pytorch")
-    except (ImportError, OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:  # its own checks of versions are assertions
+        why = str(error) or type(error).__name__
         raise PrecisionError(
-            f"transformer-engine is installed but cannot be loaded ({error}): repair or remove it"
+            f"transformer-engine is installed but cannot be loaded ({why}): repair or remove it"
         ) from error
     return True
+
+
+def has_engine_layers(train: str, machine: Machine) -> bool:
+    """Return whether a trainer of this dtype has Transformer Engine's layers on this machine, not local ones.
+
+    Args:
+        train: fp32, bf16 or fp16.
+        machine: the machine.
+    """
+    return machine.capability is not None and machine.transformer_engine and train != "fp32"
 
 
 def unsupported_reason(recipe: str, machine: Machine, *, pow2: bool = False) -> str | None:

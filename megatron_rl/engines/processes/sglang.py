@@ -38,6 +38,10 @@ _CPU_FLAGS = (
 )
 # One thread: a tiny model is ten times slower with two.
 _CPU_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "SGLANG_USE_CPU_ENGINE": "1"}
+_OF_A_GPU_TRAINER = {
+    *("OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_LAUNCH_BLOCKING"),
+    *("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"),
+}
 # Flags that other keys decide. The same flag from a user would silently contradict the key.
 _FROM_KEYS = {
     "--model-path": "model.path",
@@ -168,7 +172,7 @@ class SGLangServers(Servers):
 
     def environment(self) -> dict[str, str]:
         """Return the environment of the servers."""
-        return environment_of_servers() | server_environment(self._device)
+        return inherited_environment(self._device) | server_environment(self._device)
 
     def check(self) -> None:
         """Raise EngineError if the interpreter of `rollout.sglang.python` does not exist."""
@@ -224,7 +228,7 @@ def start_router(urls: Sequence[str], log: Path, settings: SGLangConfig, device:
         flags += ["--policy", "round_robin", "--disable-retries", "--prometheus-port", str(free_port())]
         return _guarded(settings, "sglang_router.launch_router", flags)
 
-    return ServerProcess("sglang-router", command, log, environment_of_servers() | server_environment(device))
+    return ServerProcess("sglang-router", command, log, inherited_environment(device) | server_environment(device))
 
 
 def _guarded(settings: SGLangConfig, module: str, flags: list[str]) -> list[str]:
@@ -233,10 +237,25 @@ def _guarded(settings: SGLangConfig, module: str, flags: list[str]) -> list[str]
     return [*guard, str(settings.python.absolute()), "-m", module, *flags]
 
 
+def inherited_environment(device: str) -> dict[str, str]:
+    """Return this process's environment without what makes it a trainer. `device` is cpu or cuda.
+
+    On a GPU the trainer has one thread a rank, one connection to its device, and an allocator and kernels of its own
+    choice. A server would be slower with the first two; its memory saver does not work with some allocators.
+    """
+    found = environment_of_servers()
+    if device == "cpu":
+        return found
+    return {name: value for name, value in found.items() if name not in _OF_A_GPU_TRAINER and name[:5] != "NVTE_"}
+
+
 def server_environment(device: str) -> dict[str, str]:
     """Return the variables that a server needs in addition to those of its parent."""
     # A request for several samples cannot be aborted by its id. SGLang ends it when it detects the disconnection.
     env = {"SGLANG_REQUEST_STATE_WAIT_TIMEOUT": "1"}
+    # Compiling all shapes of block-FP8 products ahead takes 10 to 20 minutes at the first start. They are compiled when
+    # they are first used.
+    env |= {"SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0"} if device != "cpu" else {}
     if device == "cpu":
         env |= _CPU_ENVIRONMENT
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_CPU_SITE), os.environ.get("PYTHONPATH")]))

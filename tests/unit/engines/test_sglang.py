@@ -16,7 +16,13 @@ from megatron_rl.config import PrecisionConfig, SGLangConfig, make_config
 from megatron_rl.engines.processes import subreaper as guard
 from megatron_rl.engines.processes.embedded import EmbeddedServers
 from megatron_rl.engines.processes.own_servers import own_servers
-from megatron_rl.engines.processes.sglang import SGLangServers, server_flags, write_as_sent
+from megatron_rl.engines.processes.sglang import (
+    SGLangServers,
+    inherited_environment,
+    server_environment,
+    server_flags,
+    write_as_sent,
+)
 from megatron_rl.engines.requirements import check_server
 from megatron_rl.errors import ConfigError, EngineError, PrecisionError
 from megatron_rl.precision.formats import fake_quantize
@@ -312,3 +318,16 @@ def test_the_server_dies_with_its_guard(start: Start):
 def test_the_guard_ends_with_the_code_of_its_command(command: list[str], code: int):
     done = subprocess.run([sys.executable, "-I", guard.__file__, str(os.getpid()), *command], check=False, timeout=20)
     assert done.returncode == code
+
+
+def test_a_server_on_a_gpu_inherits_no_settings_of_the_trainer(monkeypatch: pytest.MonkeyPatch):
+    for name in ("OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "NVTE_FLASH_ATTN", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "1")
+    inherited = inherited_environment("cuda")
+    assert "NCCL_SOCKET_IFNAME" in inherited and not inherited.keys() & {
+        "OMP_NUM_THREADS",
+        "PYTORCH_CUDA_ALLOC_CONF",
+        "NVTE_FLASH_ATTN",
+    }
+    assert server_environment("cuda")["SGLANG_JIT_DEEPGEMM_PRECOMPILE"] == "0"
+    assert "SGLANG_JIT_DEEPGEMM_PRECOMPILE" not in server_environment("cpu")

@@ -6,7 +6,7 @@ from megatron_rl.config import Config, make_config
 from megatron_rl.errors import ConfigError
 from megatron_rl.plan.placement import Placement, place, ranks_here
 from megatron_rl.policy.device_port import gpu_of_rank
-from megatron_rl.policy.parallel import refuse_shared_gpus
+from megatron_rl.policy.parallel import refuse_shared_gpus, variables_of_trainer
 from megatron_rl.precision.machine import Machine
 from megatron_rl.quickstart import hides_gpus
 
@@ -88,3 +88,11 @@ def test_two_ranks_on_one_gpu_are_refused_by_number_on_every_rank():
 
 def test_the_quickstart_hides_gpus_that_are_too_few_for_its_ranks():
     assert [hides_gpus(count, 2) for count in (0, 1, 2, 8)] == [False, True, False, False]
+
+
+def test_cuda_and_nccl_find_the_environment_that_the_configuration_needs():
+    plain = {"model": {"path": "m"}}
+    assert variables_of_trainer(make_config(plain)) == {}
+    asked = {"parallel": {"tensor": 2}, "rollout": {"transport": "distributed"}}
+    expected = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NCCL_CUMEM_ENABLE": "0"}
+    assert variables_of_trainer(make_config(plain | asked)) == expected
