@@ -57,5 +57,6 @@ def own_servers(
         start_timeout_s=start_timeout_s,
         quantized=plan if plan.rolls_out_low else None,
         first_gpu=first_gpu,
+        broadcasts=rollout.transport == "distributed",
         keyed=True,
     )

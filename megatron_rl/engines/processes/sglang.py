@@ -15,6 +15,7 @@ from typing import Self
 from safetensors import SafetensorError
 
 from megatron_rl.config import SGLangConfig
+from megatron_rl.engines.processes.engine_packages import check_gpu_packages, own_packages, read_packages
 from megatron_rl.engines.processes.server_process import (
     ServerProcess,
     Servers,
@@ -127,6 +128,7 @@ class SGLangServers(Servers):
         *,
         keyed: bool = False,
         first_gpu: int = 0,
+        broadcasts: bool = False,
     ) -> None:
         """Set the options of the servers; `start` starts them.
 
@@ -145,6 +147,7 @@ class SGLangServers(Servers):
                 `model_dir`.
             keyed: the servers want a random key, unless a router or an argument of `settings` cannot have one.
             first_gpu: number of the first GPU of the first server.
+            broadcasts: weights are broadcast to the servers.
         """
         given = {argument.partition("=")[0] for argument in settings.args}
         keyed = keyed and not settings.router and given.isdisjoint(_WITHOUT_KEY)
@@ -154,6 +157,7 @@ class SGLangServers(Servers):
         self._key_options = self.log_dir.absolute() / "api-key.yaml"
         self._flags = [*flags, "--weight-version", weight_version]
         self._settings, self._device, self._first_gpu = settings, device, first_gpu
+        self._broadcasts = broadcasts
         self._router: ServerProcess | None = None
 
     @property
@@ -175,13 +179,15 @@ class SGLangServers(Servers):
         return inherited_environment(self._device) | server_environment(self._device)
 
     def check(self) -> None:
-        """Raise EngineError if the interpreter of `rollout.sglang.python` does not exist."""
+        """Raise EngineError if the interpreter of `rollout.sglang.python` does not exist or cannot serve on a GPU."""
         python = self._settings.python
         if not python.is_file():
             raise EngineError(
                 f"rollout.sglang.python: no interpreter at {python.absolute()}: run `make sglang`, or name the "
                 "interpreter of an environment that holds sglang"
             )
+        if self._device != "cpu":
+            check_gpu_packages(python, read_packages(python), own_packages(), broadcasts=self._broadcasts)
 
     def prepare(self) -> None:
         """Write the file with the key and, with quantized weights, the start folder."""
