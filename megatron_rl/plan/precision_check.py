@@ -1,13 +1,14 @@
 """The precision plan of a configuration, checked against its model's shapes and a machine."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import gcd
 
 from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError, PrecisionError
 from megatron_rl.precision.machine import Machine, execution_mode, has_engine_layers
 from megatron_rl.precision.plan import PrecisionPlan, resolve
-from megatron_rl.precision.plan_checks import EngineCut, Matrix, PlanReport, RowRange, check_plan
+from megatron_rl.precision.plan_checks import BLOCK, EngineCut, Matrix, PlanReport, RowRange, check_plan
 from megatron_rl.weights.families import Family, ModelShape
 from megatron_rl.weights.layouts import QKV, GateUp, Layout
 from megatron_rl.weights.name_table import Entry, entries
@@ -45,7 +46,7 @@ def check_precision(config: Config, family: Family, shape: ModelShape, machine: 
         engine_cut=EngineCut(config.rollout.sglang.tensor, shape.num_kv_heads),
     )
     _check_layers(config, machine)
-    return report
+    return replace(report, warnings=(*report.warnings, *_gather_warnings(config, report)))
 
 
 def _check_layers(config: Config, machine: Machine) -> None:
@@ -62,6 +63,19 @@ def _check_layers(config: Config, machine: Machine) -> None:
             "megatron-core's local ones (it has no GPU, no transformer-engine, or precision.train: fp32): leave it at "
             "auto"
         )
+
+
+def _gather_warnings(config: Config, report: PlanReport) -> list[str]:
+    """Warn if Transformer Engine gathers the inputs of block-scaled products in bf16 instead of in FP8."""
+    tokens = _tokens_per_rank(config)
+    if report.computed != "native" or report.plan.recipe != "blockwise" or not config.parallel.sequence:
+        return []
+    if tokens % BLOCK == 0:
+        return []
+    return [
+        f"a rank has {tokens} tokens of a sequence-parallel stream, not a multiple of {BLOCK}: Transformer Engine "
+        "gathers them in bf16, which is slower; change optimizer.tokens_per_microbatch"
+    ]
 
 
 def _check_block_codes(plan: PrecisionPlan, config: Config, machine: Machine) -> None:

@@ -240,6 +240,15 @@ def test_blocks_are_whole_on_each_rank_of_a_server():
     check_precision(four, QWEN3, shape(num_kv_heads=2), HOPPER)
 
 
+def test_tokens_that_are_gathered_in_bf16_are_a_warning_where_they_are_gathered():
+    keys = {"precision": {"train": "bf16", "recipe": "blockwise"}, "optimizer": {"tokens_per_microbatch": 4160}}
+    for sequence, machine, told in ((True, HOPPER, 1), (True, CPU, 0), (False, HOPPER, 0)):
+        layout = {"tensor": 2, "sequence": sequence}
+        made = make_config({"model": {"path": "nowhere"}, "parallel": layout, **keys})
+        found = check_precision(made, QWEN3, shape(), machine).warnings
+        assert sum("a rank has 2080 tokens" in warning for warning in found) == told
+
+
 @pytest.mark.parametrize("rollout", ["fp8_blockwise", "fp8_blockwise_pow2"])
 def test_sglang_on_blackwell_would_quantize_the_trainer_s_codes_again_so_it_is_refused(rollout: str):
     keys = {"train": "bf16", "rollout": rollout, "rollout_activations": "fp8"}
