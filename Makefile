@@ -1,6 +1,7 @@
 # Two commands set everything up: `make quickstart` and `make test`. Each creates .venv when it is missing.
 # `make sglang` adds .venv-sglang, which holds SGLang's servers; where it exists, tests run against them too.
 # `make te-cpu` adds .te-cpu, Transformer Engine's Python, for tests/te_cpu.
+# With a GPU: `make gpu` and `make sglang GPU=1`, with Python 3.12 and CUDA 13 (docs/gpu.md).
 PYTHON ?= python3
 VENV ?= .venv
 SGLANG_VENV ?= .venv-sglang
@@ -8,6 +9,8 @@ BIN := $(VENV)/bin
 # Where torch's CPU wheels come from, when the default index would give the CUDA build: make test TORCH_INDEX=<url>
 TORCH_INDEX ?=
 TORCH := torch==2.13.0
+GPU ?=
+SGLANG_PINS := requirements/sglang$(if $(GPU),-gpu).txt
 INSTALL := PYTHON="$(PYTHON)" TORCH="$(TORCH)" TORCH_INDEX="$(TORCH_INDEX)" sh requirements/install.sh
 
 FOLDER := VENV="$(VENV)" sh requirements/folder.sh
@@ -18,13 +21,21 @@ LANES ?= 2
 PYTEST := $(BIN)/python -m pytest
 IN_LANES := -n $(LANES) --dist loadscope --no-loadscope-reorder
 
-.PHONY: install sglang te-cpu newest-core mcore-ends quickstart test test-fast durations lint format benchmark walks rooms reference clean
+.PHONY: install gpu gpu-tests sglang te-cpu newest-core mcore-ends quickstart test test-fast durations lint format \
+  benchmark walks rooms reference clean
 
 install:
 	@VENV="$(VENV)" PINS=requirements/cpu.txt $(INSTALL)
 
+# The trainer on GPUs. Compiles Transformer Engine's extension: needs nvcc and the headers of CUDA 13 and cuDNN.
+gpu:
+	@VENV="$(VENV)" PINS=requirements/gpu.txt $(INSTALL)
+
+gpu-tests:
+	$(BIN)/python -m tests.gpu.run
+
 sglang:
-	@VENV="$(SGLANG_VENV)" PINS=requirements/sglang.txt $(INSTALL)
+	@VENV="$(SGLANG_VENV)" PINS=$(SGLANG_PINS) $(INSTALL)
 
 te-cpu: install
 	@FOLDER=.te-cpu PINS=requirements/te-cpu.txt $(FOLDER)

@@ -5,15 +5,16 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import subprocess
 from pathlib import Path
 
 import torch
+from packaging.version import Version
 from rich.console import Console
 from rich.table import Table
 
 from megatron_rl.config import SGLangConfig
-from megatron_rl.errors import PrecisionError
+from megatron_rl.engines.processes.engine_packages import own_packages, read_packages
+from megatron_rl.errors import EngineError, PrecisionError
 from megatron_rl.precision.machine import RECIPES, Machine, load_transformer_engine, this_machine, unsupported_reason
 from megatron_rl.precision.tensor_cores import MODES, missing_feature
 
@@ -37,7 +38,7 @@ def print_report() -> None:
     layers = "Transformer Engine" if broken is None else "megatron-core local"
     table.add_row("layer spec", layers, "TE needs CUDA and transformer-engine")
     table.add_row("apex kernels", "yes" if _has_nvidia_apex() else "no", "optional; torch kernels otherwise")
-    for label, here, means in precision_rows(machine, broken):
+    for label, here, means in [*gpu_rows(machine, SGLangConfig().python), *precision_rows(machine, broken)]:
         table.add_row(label, here, means)
     Console().print(table)
     for warning in warnings():
@@ -48,11 +49,47 @@ def sglang_row(python: Path) -> tuple[str, str, str]:
     """Return the table row with the SGLang version of interpreter `python`, which serves rollout.engine: sglang."""
     if not python.is_file():
         return "sglang", "-", f"`make sglang` makes {python}"
-    asked = "import importlib.metadata as m; print(m.version('sglang'))"
-    answer = subprocess.run([python.absolute(), "-I", "-c", asked], capture_output=True, text=True, check=False)
-    if answer.returncode != 0:
+    try:
+        packages = read_packages(python)
+    except EngineError as error:
+        return "sglang", "-", str(error)
+    if packages.sglang is None:
         return "sglang", "-", f"{python} has no sglang: `make sglang`"
-    return "sglang", answer.stdout.strip(), f"by {python}"
+    reason = packages.missing_on_gpu()
+    return "sglang", packages.sglang, f"by {python}" + (f"; not on GPUs: {reason}" if reason else "; also on GPUs")
+
+
+def gpu_rows(machine: Machine, python: Path) -> list[tuple[str, str, str]]:
+    """Return the table rows that matter with GPUs alone: their number, NCCL of both sides, cuDNN, Transformer Engine.
+
+    Args:
+        machine: the machine.
+        python: the interpreter of SGLang's servers.
+    """
+    if machine.capability is None:
+        return []
+    ours = own_packages()
+    theirs = read_packages(python).nccl if python.is_file() else None
+    same = (
+        "equal, as transport: distributed needs" if ours.nccl == theirs else "transport: distributed needs them equal"
+    )
+    cudnn = torch.backends.cudnn.version() or 0
+    rows = [
+        ("GPUs", str(machine.gpus), "one for each rank, and those of engines after them"),
+        ("NCCL", f"{ours.nccl or '-'}, sglang {theirs or '-'}", same),
+        ("cuDNN", str(cudnn), "9.12 or newer for Transformer Engine" if cudnn < 91200 else "new enough"),
+    ]
+    if (version := _version("transformer-engine")) is not None:
+        rows.append(("TE range", version, engine_range(version)))
+        rows.append(("precision.train: fp32", "local layers", "Transformer Engine's products would be TF32"))
+    return rows
+
+
+def engine_range(version: str) -> str:
+    """Return whether a version of Transformer Engine is one that this megatron-core was made for."""
+    if Version("2.9") <= Version(version) < Version("2.12"):
+        return "in the range of megatron-core 0.16.1 (2.9 to 2.11)"
+    return "outside the range of megatron-core 0.16.1 (2.9 to 2.11): some fused kernels may be lost"
 
 
 def precision_rows(machine: Machine, broken: str | None) -> list[tuple[str, str, str]]:

@@ -1,8 +1,11 @@
 """Quickstart on a laptop: build a small model, warm it up, train it by reinforcement learning, write a report."""
 
+import os
 import shutil
 import time
 from pathlib import Path
+
+import torch
 
 from megatron_rl.config import load_config
 from megatron_rl.diagnostics.runlog import read_log
@@ -30,6 +33,10 @@ def run_quickstart(folder: Path, config_dir: Path) -> None:
     for old in (models, target):
         shutil.rmtree(old, ignore_errors=True)
 
+    ranks = load_config(train_file, [f"model.path={warm}", *place]).parallel.world_size
+    if hides_gpus(torch.cuda.device_count(), ranks):  # the count comes from the driver and initializes no CUDA
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        _say(f"this machine has fewer than {ranks} GPUs, one for each rank: everything runs on its CPUs")
     _say("1/4 building a small Qwen3 model and its tokenizer")
     warmup = load_config(warmup_file, [f"model.path={fresh}", *place])
     numbers = range(warmup.task.max_operand)
@@ -44,7 +51,6 @@ def run_quickstart(folder: Path, config_dir: Path) -> None:
     _ranks(["warmup", str(warmup_file), f"model.path={fresh}", *place, *options], warmup.parallel.world_size)
 
     _say("3/4 reinforcement learning, rollouts from a server of its own")
-    ranks = load_config(train_file, [f"model.path={warm}", *place]).parallel.world_size
     _ranks(["train", str(train_file), f"model.path={warm}", *place], ranks)
 
     _say("4/4 report")
@@ -55,6 +61,11 @@ def run_quickstart(folder: Path, config_dir: Path) -> None:
         f"greedy {before['eval/greedy']:.1%} -> {after['eval/greedy']:.1%}, in {time.monotonic() - started:.0f} s\n"
         f"the improved model: {target / 'hf'}\nplots: {page}"
     )
+
+
+def hides_gpus(gpus: int, ranks: int) -> bool:
+    """Return whether the quickstart hides the GPUs: there are some, and too few for its ranks."""
+    return 0 < gpus < ranks
 
 
 def _ranks(arguments: list[str], count: int) -> None:

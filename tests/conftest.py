@@ -16,6 +16,12 @@ from tests.models import make_qwen3, make_qwen3_moe
 from tests.parallel.group import RANK_VARIABLES, RankGroup
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from all tests but those of tests/gpu, which run as a command of their own."""
+    if not config.args or not all("tests/gpu" in arg for arg in config.args):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     add_markers(item)
 

@@ -76,6 +76,10 @@ class PrecisionConfig(Block):
     first_last_bf16: bool = Field(
         False, description="do not quantize the first and the last layer, in trainer and engines"
     )
+    attention: Literal["auto", "flash", "fused"] = Field(
+        "auto",
+        description="kernel of attention of Transformer Engine's layers: flash-attn, cuDNN's fused one, or its choice",
+    )
     fp32_lm_head: bool = Field(
         False, description="compute log-probabilities from a float32 product with the output weights"
     )
@@ -94,7 +98,12 @@ class SGLangConfig(Block):
         Path(".venv-sglang/bin/python"), description="Python interpreter of the environment that has sglang"
     )
     tensor: int = Field(1, ge=1, description="tensor-parallel size of each server")
-    first_gpu: int = Field(0, ge=0, description="index of the first GPU of the first server")
+    first_gpu: int | None = Field(
+        None,
+        ge=0,
+        description="index of the first GPU of the first server; unset: after those of the trainer's ranks on this "
+        "machine, or 0 with rollout.colocate",
+    )
     mem_fraction: float = Field(0.8, gt=0, lt=1, description="share of a GPU's memory for weights and cache")
     router: bool = Field(False, description="start sglang-router in front of the servers")
     args: tuple[str, ...] = Field((), description="additional arguments of sglang.launch_server, passed unchanged")
@@ -174,6 +183,11 @@ class RolloutConfig(Block):
     routing_replay: bool = Field(
         False,
         description="mixture of experts: the trainer routes every token to the experts that the engine chose (R3)",
+    )
+    colocate: bool = Field(
+        False,
+        description="trainer and own servers use the same GPUs in turns: engines give their memory back while the "
+        "trainer works, and the trainer moves its gradients and optimizer state to the host while engines generate",
     )
     sglang: SGLangConfig = SGLangConfig()
 

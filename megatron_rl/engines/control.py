@@ -208,14 +208,14 @@ class Controls(ABC):
         self._control(url, "/update_weights_from_distributed", body, repeat=False)
 
     def load_tensors(self, url: str, payloads: Sequence[str], version: int | None) -> None:
-        """Let the engine load tensors from memory of this machine.
+        """Let the engine load a flattened bucket from memory of this machine.
 
         Args:
             url: base URL of the engine.
             payloads: base64, one for each rank of the engine.
             version: the weight version, with the last bucket of an update; None with the others.
         """
-        body = {"serialized_named_tensors": list(payloads), "load_format": None, **_common(version)}
+        body = {"serialized_named_tensors": list(payloads), "load_format": "flattened_bucket", **_common(version)}
         self._control(url, "/update_weights_from_tensor", body, repeat=False)
 
     def weight_version(self, url: str) -> str:

@@ -92,6 +92,7 @@ def check_server(
         )
     if offloads and info.get("device") != "cpu" and not info.get("enable_memory_saver"):
         raise ConfigError(
-            f"objective.name: {config.objective.name} has engines give their memory back, and {url} would keep it: "
+            f"{'rollout.colocate: true' if rollout.colocate else f'objective.name: {config.objective.name}'} has "
+            f"engines give their memory back, and {url} would keep it: "
             "start it with --enable-memory-saver"
         )

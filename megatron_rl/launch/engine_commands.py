@@ -81,7 +81,7 @@ def _sglang_command(config: Config, device: str, local: int, key: Path) -> list[
     words += ["--host", "@HOST@", "--port", "@PORT@", "--weight-version", "default"]
     words += ["--config", str(sglang_key_file(key))]  # a key on the command line could be read by all users
     if device == "cuda":
-        words += ["--base-gpu-id", str(rollout.sglang.first_gpu + local * rollout.sglang.tensor)]
+        words += ["--base-gpu-id", str((rollout.sglang.first_gpu or 0) + local * rollout.sglang.tensor)]
     return words
 
 

@@ -90,7 +90,12 @@ def run_ranks(arguments: list[str], ranks: int, *, forks_servers: bool = False) 
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     if server is not None and reset is not None:  # only a forked rank inherits the socket
         shared |= server.environment
     default = "1" if ranks > 1 else str(os.cpu_count() or 1)

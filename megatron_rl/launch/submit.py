@@ -131,10 +131,11 @@ def _parts(request: Request, profile: Profile, overrides: list[str]) -> JobParts
     mode = next((mode for mode in MODES if mode == request.mode), None)
     if mode is None:
         raise ConfigError(f"--mode is '{shorten(request.mode)}'; valid: {', '.join(MODES)}")
-    if mode == "colocated" and not request.dry_run:
+    if (mode == "colocated") != config.rollout.colocate:
+        asked = "true" if config.rollout.colocate else "false"
         raise ConfigError(
-            "--mode colocated: engines that share GPUs with ranks are planned; such a job can only be rendered with "
-            "--dry-run. Take --mode split"
+            f"--mode {mode} with rollout.colocate: {asked}: engines that share GPUs with ranks need both --mode "
+            "colocated and rollout.colocate: true; take both or neither"
         )
     config = _with_transport(config, mode)
     _check_config(config, profile, resume=request.resume)

@@ -16,10 +16,12 @@ class AlgorithmPlan:
     Attributes:
         objective: the objective whose needs decide what the engines report; with ERPD the student's.
         erpd: the plan of an ERPD round; None for an ordinary policy gradient.
+        colocated: trainer and engines use the same GPUs in turns.
     """
 
     objective: Objective
     erpd: ERPDPlan | None = None
+    colocated: bool = False
 
     @property
     def norm(self) -> LossNorm:
@@ -41,7 +43,7 @@ class AlgorithmPlan:
     @property
     def offloads_engines(self) -> bool:
         """Whether engines release their memory while the trainer learns."""
-        return self.erpd is not None
+        return self.erpd is not None or self.colocated
 
     @property
     def older_checkpoints(self) -> tuple[int, ...]:
@@ -56,7 +58,9 @@ def plan_algorithm(config: Config) -> AlgorithmPlan:
         ConfigError: a key is illegal, or sections contradict each other.
     """
     if config.objective.name != NAME:
-        return AlgorithmPlan(alp_objective(config.alp, config.objective.spec()))
+        plan = AlgorithmPlan(alp_objective(config.alp, config.objective.spec()), colocated=config.rollout.colocate)
+        _check_offloading(config, plan)
+        return plan
     rounds = make_plan(config.objective.spec())
     check_ratio(config.alp, type(rounds.teacher_objective()), "objective.teacher")
     if config.alp.enabled and config.alp.level is not None:
@@ -73,18 +77,29 @@ def _check_offloading(config: Config, plan: AlgorithmPlan) -> None:
     rollout, name = config.rollout, config.objective.name
     if not plan.offloads_engines:
         return
+    if rollout.colocate and plan.erpd is not None:
+        raise ConfigError(
+            f"rollout.colocate: true does not go with objective.name: {name} yet, whose rounds offload the engines "
+            "themselves, and keep the trainer's memory: set it to false"
+        )
+    cause = "rollout.colocate: true" if rollout.colocate else f"objective.name: {name}"
+    if rollout.colocate and rollout.transport == "distributed":
+        raise ConfigError(
+            "rollout.transport: distributed needs one GPU for each member of the broadcast, and rollout.colocate: true "
+            "has trainer and engines share them: take transport: tensor or disk"
+        )
     if config.run.attribute_every:
         raise ConfigError(
-            f"run.attribute_every does not go with {name}, whose engines are offloaded while teacher and student "
-            "learn: set it to 0, and use `megatron-rl attribute` on the run's folder"
+            f"run.attribute_every does not go with {cause}: the engines are offloaded while the trainer "
+            "learns: set it to 0, and use `megatron-rl attribute` on the run's folder"
         )
     if rollout.oversample > 1:
         raise ConfigError(
             f"rollout.oversample: {rollout.oversample} leaves requests to be ended when a step has its groups, and "
-            f"objective.name: {name} offloads the engines then: set it to 1"
+            f"{cause} offloads the engines then: set it to 1"
         )
     if rollout.max_staleness:
         raise ConfigError(
-            f"rollout.max_staleness: {rollout.max_staleness} does not go with objective.name: {name}, whose round "
-            "learns from what the policy it starts from has sampled, while the engines are offloaded: set it to 0"
+            f"rollout.max_staleness: {rollout.max_staleness} does not go with {cause}: a step learns from what its "
+            "own policy has sampled, while the engines are offloaded: set it to 0"
         )

@@ -1,5 +1,6 @@
 """The plan of a run: everything that follows from configuration, model and machine. It is resolved once."""
 
+import os
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -11,10 +12,11 @@ from megatron_rl.engines.processes.own_servers import own_servers
 from megatron_rl.errors import ConfigError
 from megatron_rl.plan.algorithm_plan import AlgorithmPlan, plan_algorithm
 from megatron_rl.plan.engine_check import check_engine
+from megatron_rl.plan.placement import Placement, place, ranks_here
 from megatron_rl.plan.precision_check import check_precision
 from megatron_rl.policy.expert_rules import check_experts
 from megatron_rl.policy.shape_rules import check_shape
-from megatron_rl.precision.machine import Machine, this_machine
+from megatron_rl.precision.machine import Machine, has_engine_layers, this_machine
 from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.precision.plan_checks import PlanReport
 from megatron_rl.precision.table import describe
@@ -34,6 +36,7 @@ class RunPlan:
         algorithm: the training method and its objective.
         noise: ALP's noise in the trainer's updates; None without ALP.
         need_logmu: engines report the log-probabilities of the tokens they sample.
+        placement: the GPUs of ranks and engines.
     """
 
     machine: Machine
@@ -42,6 +45,7 @@ class RunPlan:
     algorithm: AlgorithmPlan
     noise: LayerNoise | None
     need_logmu: bool
+    placement: Placement
 
     @property
     def precision(self) -> PrecisionPlan:
@@ -60,19 +64,28 @@ class RunPlan:
         ranks = f"{parallel.world_size} ranks ({layout})" if layout else "1 rank"
         engines = f"{len(rollout.urls)} given" if rollout.urls else f"{rollout.servers} of its own"
         engines = engines if rollout.urls_dir is None else f"those of {rollout.urls_dir}"
+        engine = has_engine_layers(config.precision.train, self.machine)
+        layers = (
+            f"Transformer Engine's (attention: {config.precision.attention})" if engine else "megatron-core's local"
+        )
         noise = "" if self.noise is None else f", perturbed by ALP from sigma {self.noise.sigma_init:g}"
         return [
             f"objective: {config.objective.name}{noise}; engines report {', '.join(columns)}",
-            f"placement: {ranks} on {self.machine.name}, {rollout.engine} engines: {engines}",
+            f"placement: {ranks} on {self.machine.name}, {rollout.engine} engines: {engines}"
+            + (f"; {self.placement}" if str(self.placement) else ""),
+            f"layers: {layers}",
+            *_recompute_remark(config, engine),
         ]
 
 
-def resolve_run(config: Config) -> RunPlan:
+def resolve_run(config: Config, *, trains: bool = True) -> RunPlan:
     """Return the plan of a configuration. Starts nothing and writes nothing.
 
     Raises ConfigError, CheckpointError or PrecisionError if the model or this machine cannot do what is asked for.
+    Unless `trains`, no rank of a trainer uses a GPU.
     """
     algorithm, machine = plan_algorithm(config), this_machine()
+    placement = place(config, machine, ranks_here(config, machine, os.environ) if trains else 0)
     parallel = config.parallel
     sizes = {"tensor_parallel": parallel.tensor, "expert_parallel": parallel.expert}
     model = check_folder(HFFolder(config.model.path), **sizes)
@@ -89,7 +102,16 @@ def resolve_run(config: Config) -> RunPlan:
     if config.run.attribute_every:
         check_replayable(report.plan, machine)
     need_logmu = "logmu" in algorithm.objective.needs or config.rollout.record_logmu
-    return RunPlan(machine, shape, report, algorithm, noise, need_logmu)
+    return RunPlan(machine, shape, report, algorithm, noise, need_logmu, placement)
+
+
+def _recompute_remark(config: Config, engine: bool) -> list[str]:
+    if not engine or config.parallel.recompute != "selective":
+        return []
+    return [
+        "warning: parallel.recompute: selective computes attention twice and saves little, because Transformer "
+        "Engine's kernels do not store the scores: take none or full"
+    ]
 
 
 def _check_sizes(config: Config, shape: ModelShape) -> None:

@@ -10,9 +10,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_rl.alp.layer_noise import LayerNoise
 from megatron_rl.config import Config
 from megatron_rl.policy.actor import Policy, PolicySettings
+from megatron_rl.policy.fused_kernels import fuse_weight_gradients, overlaps_gradients
 from megatron_rl.policy.loss_denominator import finalize_gradients
 from megatron_rl.policy.model import PolicyModel, build_chunks
-from megatron_rl.policy.modules import HAVE_TE
+from megatron_rl.policy.modules import uses_transformer_engine
 from megatron_rl.policy.optimizer import PolicyOptimizer
 from megatron_rl.policy.parallel import Mesh
 from megatron_rl.policy.quantized_products import ProductMonitor
@@ -41,15 +42,19 @@ def build_policy(config: Config, mesh: Mesh, precision: PrecisionPlan, noise: La
     shape = source.shape
     models = build_chunks(config, shape, mesh, precision, noise)
     load_weights(models, source, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size)
-    products = ProductMonitor(precision, models, mesh, HAVE_TE)
+    dtype, tf_config, cuda = DTYPES[config.precision.train], models[0].config, mesh.device.type == "cuda"
+    engine = uses_transformer_engine(dtype)
+    if engine and cuda:
+        fuse_weight_gradients(models)
+    products = ProductMonitor(precision, models, mesh, engine)
     routing = RoutingReplay(config, shape, models, mesh)
     failures = mesh.gather(find_bad_weights(models, source))
     mesh.raise_everywhere(mesh.broadcast(next(filter(None, failures), None)))
-    dtype, tf_config = DTYPES[config.precision.train], models[0].config
     wrapped: list[Any] = list(models) if dtype == torch.float32 else [_in_16_bits(tf_config, m) for m in models]
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.optimizer.distributed,
+        overlap_grad_reduce=overlaps_gradients(config.parallel, engine=engine, cuda=cuda),
         average_in_collective=False,
     )
     chunks = [
@@ -58,6 +63,8 @@ def build_policy(config: Config, mesh: Mesh, precision: PrecisionPlan, noise: La
     optimizer = PolicyOptimizer(config.optimizer, config.alp, chunks, dtype)
     tf_config.grad_scale_func = optimizer.core.scale_loss
     tf_config.finalize_model_grads_func = finalize_gradients
+    if ddp.overlap_grad_reduce:  # gradients are summed after the last micro-batch alone
+        tf_config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
     settings = PolicySettings(
         tokens_per_microbatch=config.optimizer.tokens_per_microbatch,
         max_new_tokens=config.rollout.max_new_tokens,

@@ -6,6 +6,7 @@ loaded. The next older one is loaded instead, and a message gives the reason.
 """
 
 import hashlib
+import os
 import re
 import shutil
 import time
@@ -233,6 +234,10 @@ class Checkpoints:
         self._restore_models(self._together(read))
 
     def _restore_models(self, content: dict[str, Any]) -> None:
+        if self.policy.products.unreachable_scales:
+            # From 2.18 on, Transformer Engine asks for this before it loads pickled scales. A run resumes from
+            # checkpoints of its own.
+            os.environ.setdefault("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
         for i, model in enumerate(self.policy.models):
             empty = {name: state for name, state in model.state_dict().items() if _OWN.match(name)}
             model.load_state_dict(empty | content[f"model{i}"])

@@ -5,11 +5,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError
-from megatron_rl.policy.modules import HAVE_TE
+from megatron_rl.policy.fused_kernels import fused_kernels
+from megatron_rl.policy.modules import uses_transformer_engine
 from megatron_rl.policy.quantized_products import transformer_engine_recipe
 from megatron_rl.precision.plan import DTYPES, PrecisionPlan
 from megatron_rl.weights.families import Experts, Latent, ModelShape, RopePlan, Yarn
@@ -46,6 +48,7 @@ def transformer_config(config: Config, shape: ModelShape, precision: PrecisionPl
             f"parallel.pipeline x parallel.virtual_pipeline = {stages} does not divide {shape.num_layers} layers"
         )
     dtype = DTYPES[config.precision.train]
+    engine = uses_transformer_engine(dtype)
     kind = TransformerConfig if shape.latent is None else MLATransformerConfig
     return kind(
         num_layers=shape.num_layers,
@@ -74,12 +77,11 @@ def transformer_config(config: Config, shape: ModelShape, precision: PrecisionPl
         output_layer_init_method=_from_checkpoint,
         embedding_init_method=_from_checkpoint,
         use_cpu_initialization=False,
-        persist_layer_norm=HAVE_TE,
         bias_dropout_fusion=False,
-        bias_activation_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,  # see `fuse_weight_gradients`
+        **fused_kernels(shape, engine=engine, cuda=torch.cuda.is_available()),
+        attention_backend=AttnBackend[config.precision.attention],
         rotary_interleaved=shape.rope.interleaved,
         **(_scores(shape) if shape.latent is None else _latent(shape.latent, shape.rope)),
         **_windows(shape),
@@ -95,8 +97,8 @@ def transformer_config(config: Config, shape: ModelShape, precision: PrecisionPl
         # The loss is already divided by the global denominator: gradients are plain sums over micro-batches and ranks.
         calculate_per_token_loss=True,
         **RECOMPUTE[parallel.recompute],
-        **({} if shape.experts is None else _mixture(shape.experts, shape.num_layers, parallel.expert)),
-        **(transformer_engine_recipe(config, precision) if HAVE_TE else {}),
+        **({} if shape.experts is None else _mixture(shape.experts, shape.num_layers, parallel.expert, engine)),
+        **(transformer_engine_recipe(config, precision) if engine else {}),
     )
 
 
@@ -164,7 +166,7 @@ def _windows(shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def _mixture(experts: Experts, num_layers: int, expert_parallel: int) -> dict[str, Any]:
+def _mixture(experts: Experts, num_layers: int, expert_parallel: int, engine: bool) -> dict[str, Any]:
     """Return megatron-core's settings of a router and its experts.
 
     No load-balancing loss is used, because it would be part of every objective.
@@ -173,6 +175,7 @@ def _mixture(experts: Experts, num_layers: int, expert_parallel: int) -> dict[st
         experts: the mixture of experts.
         num_layers: number of layers.
         expert_parallel: number of expert-parallel ranks.
+        engine: the layers are Transformer Engine's.
     """
     dense = experts.dense_layers
     return {
@@ -194,7 +197,7 @@ def _mixture(experts: Experts, num_layers: int, expert_parallel: int) -> dict[st
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_token_dispatcher_type": "alltoall",
-        "moe_grouped_gemm": HAVE_TE,
+        "moe_grouped_gemm": engine,
         "expert_model_parallel_size": expert_parallel,
         "expert_tensor_parallel_size": 1,
     }

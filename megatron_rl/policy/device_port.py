@@ -89,7 +89,7 @@ def pick_device(requested: str) -> torch.device:
         )
     if requested != "cpu" and torch.cuda.is_available():
         # A launcher may show every rank one GPU alone; that GPU is number 0 for each of them.
-        index = 0 if torch.cuda.device_count() == 1 else int(os.environ.get("LOCAL_RANK", "0"))
+        index = gpu_of_rank(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count())
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
         return device
@@ -99,6 +99,18 @@ def pick_device(requested: str) -> torch.device:
         )
     install_cpu_port()
     return _CPU
+
+
+def gpu_of_rank(local_rank: int, gpus: int) -> int:
+    """Return the number of the GPU of a rank among those that it sees. Raises ConfigError if there is none for it."""
+    if gpus == 1:
+        return 0
+    if local_rank >= gpus:
+        raise ConfigError(
+            f"LOCAL_RANK is {local_rank}, and torch sees {gpus} GPUs (numbers 0 to {gpus - 1}): start at most one rank "
+            "a GPU, or hide the GPUs (CUDA_VISIBLE_DEVICES=)"
+        )
+    return local_rank
 
 
 def install_cpu_port() -> None:

@@ -79,7 +79,7 @@ class PolicyModel(GPTModel):
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         draw = shard.stream.noise
         return token_scores(
-            hidden[shard.rows, 0],
+            hidden.squeeze(1).index_select(0, shard.rows),
             weight,
             shard.labels,
             temperature=self.temperature,

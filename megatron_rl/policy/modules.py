@@ -1,7 +1,7 @@
 """The submodules that megatron-core's layers lack, and the block spec that uses them.
 
-Without CUDA the layers are megatron-core's local ones. Their stock `WrappedTorchNorm` rejects sequence parallelism.
-With Transformer Engine and CUDA, Transformer Engine's own spec is used instead.
+The layers are megatron-core's local ones. Their stock `WrappedTorchNorm` rejects sequence parallelism. With
+Transformer Engine and CUDA, 16-bit models use Transformer Engine's own spec instead.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_rl.alp.layer import perturbed_spec
 from megatron_rl.alp.layer_noise import LayerNoise
 from megatron_rl.policy.attention import PackedAttention
+from megatron_rl.policy.fused_kernels import takes_engine_layers
 from megatron_rl.precision.linear import quantized_layer
 from megatron_rl.precision.machine import load_transformer_engine, this_machine
 from megatron_rl.precision.plan import PrecisionPlan
@@ -32,6 +33,11 @@ from megatron_rl.weights.families import ModelShape
 from megatron_rl.weights.megatron_keys import LATENT_NORMS
 
 HAVE_TE = load_transformer_engine(this_machine())
+
+
+def uses_transformer_engine(dtype: torch.dtype) -> bool:
+    """Return whether a model of this dtype has Transformer Engine's layers in this process."""
+    return takes_engine_layers(dtype, installed=HAVE_TE, cuda=torch.cuda.is_available())
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -93,7 +99,7 @@ def block_spec(
     noise: LayerNoise | None = None,
     plan: PrecisionPlan | None = None,
 ) -> TransformerBlockSubmodules:
-    """Return the spec of the block: Transformer Engine's layers with CUDA, megatron-core's local layers without.
+    """Return the spec of the block: Transformer Engine's layers, or megatron-core's local ones.
 
     Args:
         config: megatron-core's configuration of the model.
@@ -103,7 +109,7 @@ def block_spec(
         plan: what the products of local layers are quantized to, if anything. Transformer Engine's layers take this
             from `config`.
     """
-    if HAVE_TE:
+    if uses_transformer_engine(config.params_dtype):
         block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
         layers = [_adapted(layer, shape) for layer in block.layer_specs]
         layers = layers if noise is None else [perturbed_spec(layer, noise) for layer in layers]

@@ -1,8 +1,9 @@
 """Process groups: one torch.distributed world, divided into megatron-core's groups."""
 
 import os
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -127,6 +128,8 @@ def initialize(config: ParallelConfig, device: torch.device, seed: int) -> Mesh:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30), **options)
         _control = dist.new_group(backend="gloo", timeout=timedelta(hours=6))
+        if device.type == "cuda":
+            refuse_shared_gpus(_gather(_gpu_name(device), _control))
     world = dist.get_world_size()
     if world != config.world_size:
         raise ConfigError(
@@ -163,6 +166,32 @@ def initialize(config: ParallelConfig, device: torch.device, seed: int) -> Mesh:
     )
 
 
+def refuse_shared_gpus(names: Sequence[str]) -> None:
+    """Raise ConfigError if two ranks have the same GPU, which NCCL refuses with an error that names no cause.
+
+    `names` are those of the ranks' GPUs, equal only for the same GPU of the same machine.
+    """
+    for rank, name in enumerate(names):
+        first = names.index(name)
+        if first < rank:
+            error = ConfigError(
+                f"ranks {first} and {rank} are both on GPU {name}: start at most one rank a GPU (LOCAL_RANK chooses "
+                "it, or the launcher shows each rank a GPU of its own)"
+            )
+            error.everywhere = True
+            raise error
+
+
+def _gpu_name(device: torch.device) -> str:
+    return f"{torch.cuda.get_device_properties(device).uuid} of {socket.gethostname()}"
+
+
+def _gather(value: str, group: dist.ProcessGroup) -> list[str]:
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value, group=group)
+    return found
+
+
 def _leave_groups() -> None:
     """Destroy megatron-core's groups. Collective.
 
@@ -196,6 +225,16 @@ def _let_others_leave(mesh: Mesh) -> None:
         time.sleep(_EXIT_S)
 
 
+def variables_of_trainer(config: Config) -> dict[str, str]:
+    """Return the environment that CUDA and NCCL must find when a rank starts. A value of the user's own stays.
+
+    Tensor parallelism without Transformer Engine counts on the order of kernels, which several connections to the
+    device do not keep. SGLang turns NCCL's cuMem allocations off, and both sides of a broadcast must agree.
+    """
+    found = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if config.parallel.tensor > 1 else {}
+    return found | ({"NCCL_CUMEM_ENABLE": "0"} if config.rollout.transport == "distributed" else {})
+
+
 @contextmanager
 def joined_mesh(config: Config) -> Iterator[Mesh]:
     """Pick the device, join the world and divide it into the configured layout; leave it afterwards. Collective.
@@ -203,6 +242,8 @@ def joined_mesh(config: Config) -> Iterator[Mesh]:
     On a CPU every rank of several uses one thread. Raises ConfigError if the device or the number of
     ranks is not available.
     """
+    for name, value in variables_of_trainer(config).items():
+        os.environ.setdefault(name, value)
     device = pick_device(config.run.device)
     if device.type == "cpu" and config.parallel.world_size > 1:
         torch.set_num_threads(1)

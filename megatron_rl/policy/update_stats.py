@@ -46,15 +46,31 @@ def gather_columns(mesh: Mesh, batch: Batch, reports: Sequence[Report], names: S
         reports: reports of this rank's micro-batches; each holds `source`, `mask` and the columns.
         names: names of the columns.
     """
-    parts = []
-    for report in reports if mesh.reports else []:
-        trained = report["mask"] > 0
-        parts.append([report["source"][trained].cpu().numpy(), *(report[n][trained].cpu().numpy() for n in names)])
+    parts = _trained_columns(reports, names) if mesh.reports else []
     columns = {name: np.zeros(len(batch.tokens), dtype=np.float32) for name in names}
     for part in (piece for pieces in mesh.gather(parts) for piece in pieces):
         for name, values in zip(names, part[1:], strict=True):
             columns[name][part[0]] = values
     return columns if mesh.rank == 0 else {}
+
+
+def _trained_columns(reports: Sequence[Report], names: Sequence[str]) -> list[list[np.ndarray]]:
+    """Return, per micro-batch, `source` and the columns at trained positions. One copy from the device fetches all."""
+    if not reports:
+        return []
+    wanted = ("source", "mask", *names)
+    whole = torch.stack([report[name].double() for report in reports for name in wanted])
+    fetched = fetch(whole).numpy().reshape(len(reports), len(wanted), -1)
+    parts = []
+    for source, mask, *columns in fetched:
+        trained = mask > 0
+        parts.append([source[trained].astype(np.int64), *(column[trained] for column in columns)])
+    return parts
+
+
+def fetch(values: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in host memory. On a GPU this waits for the device, so call it once for many values."""
+    return values.cpu()
 
 
 def gather_stats(
@@ -76,11 +92,7 @@ def gather_stats(
         more: further metrics, on rank 0.
     """
     columns = gather_columns(mesh, batch, reports, ("logp", "entropy"))
-    sums: dict[str, float] = {}
-    for report in reports if mesh.reports else []:
-        for name, value in {"loss": report["loss"], **report["metrics"]}.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-    gathered = mesh.gather(sums)
+    gathered = mesh.gather(_sums(reports) if mesh.reports else {})
     if mesh.rank != 0:
         return UpdateStats(gradients.norm, lr)
     totals: dict[str, float] = {}
@@ -90,6 +102,19 @@ def gather_stats(
     loss = totals.pop("loss")
     metrics = totals | more | gradients.metrics
     return UpdateStats(gradients.norm, lr, loss, metrics, columns["logp"], columns["entropy"])
+
+
+def _sums(reports: Sequence[Report]) -> dict[str, float]:
+    """Return the sums of loss and metrics over micro-batches. One copy from the device fetches all."""
+    found = [
+        (name, value) for report in reports for name, value in {"loss": report["loss"], **report["metrics"]}.items()
+    ]
+    scalars = [value.detach().double().reshape(()) for _, value in found if isinstance(value, torch.Tensor)]
+    fetched = iter(fetch(torch.stack(scalars)).tolist() if scalars else ())
+    sums: dict[str, float] = {}
+    for name, value in found:
+        sums[name] = sums.get(name, 0.0) + (next(fetched) if isinstance(value, torch.Tensor) else float(value))
+    return sums
 
 
 def gather_sigmas(mesh: Mesh, models: Sequence[torch.nn.Module], num_layers: int) -> dict[str, float]:

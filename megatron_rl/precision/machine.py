@@ -20,11 +20,13 @@ class Machine:
         capability: compute capability of the CUDA device ((9, 0) is Hopper), None on a CPU.
         cuda: CUDA version that torch was built for.
         transformer_engine: True if a package of that name is installed. Whether it loads is only checked on use.
+        gpus: number of CUDA devices that this process sees.
     """
 
     capability: Version | None = None
     cuda: Version | None = None
     transformer_engine: bool = False
+    gpus: int = 0
 
     @property
     def device(self) -> str:
@@ -41,7 +43,7 @@ def this_machine() -> Machine:
         return Machine()
     major, _, minor = (torch.version.cuda or "0.0").partition(".")
     engine = importlib.util.find_spec("transformer_engine") is not None
-    return Machine(torch.cuda.get_device_capability(0), (int(major), int(minor)), engine)
+    return Machine(torch.cuda.get_device_capability(0), (int(major), int(minor)), engine, torch.cuda.device_count())
 
 
 def load_transformer_engine(machine: Machine) -> bool:
@@ -55,11 +57,22 @@ def load_transformer_engine(machine: Machine) -> bool:
         return False
     try:
         importlib.import_module("transformer_engine.pytorch")
-    except (ImportError, OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:  # its own checks of versions are assertions
+        why = str(error) or type(error).__name__
         raise PrecisionError(
-            f"transformer-engine is installed but cannot be loaded ({error}): repair or remove it"
+            f"transformer-engine is installed but cannot be loaded ({why}): repair or remove it"
         ) from error
     return True
+
+
+def has_engine_layers(train: str, machine: Machine) -> bool:
+    """Return whether a trainer of this dtype has Transformer Engine's layers on this machine, not local ones.
+
+    Args:
+        train: fp32, bf16 or fp16.
+        machine: the machine.
+    """
+    return machine.capability is not None and machine.transformer_engine and train != "fp32"
 
 
 def unsupported_reason(recipe: str, machine: Machine, *, pow2: bool = False) -> str | None:

@@ -58,6 +58,26 @@ class Matrix:
     runs: tuple[RowRange, ...]
 
 
+@dataclass(frozen=True)
+class EngineCut:
+    """How an SGLang server divides matrices over its ranks.
+
+    Attributes:
+        tensor: tensor-parallel size of a server.
+        kv_heads: heads of keys and values. A rank holds a whole one also if there are more ranks than heads.
+    """
+
+    tensor: int = 1
+    kv_heads: int = 1
+
+    def part(self, m: Matrix) -> tuple[int, int]:
+        """Return the rows and columns of a matrix on one rank."""
+        if ".o_proj." in m.name or ".down_proj." in m.name:
+            return m.rows, m.columns // self.tensor
+        keys = ".k_proj." in m.name or ".v_proj." in m.name
+        return m.rows // (min(self.tensor, self.kv_heads) if keys else self.tensor), m.columns
+
+
 Layouts = Mapping[int, Sequence[Matrix]]
 """The quantized matrices of a model at every tensor-parallel size that divides it."""
 
@@ -91,6 +111,7 @@ def check_plan(
     computed: str,
     engine: str,
     foreign: bool,
+    engine_cut: EngineCut = EngineCut(),
 ) -> PlanReport:
     """Check a plan against the matrices of a model.
 
@@ -103,6 +124,7 @@ def check_plan(
         computed: `native` or `emulated`, "" if the trainer quantizes nothing.
         engine: `embedded` or `sglang`.
         foreign: True if the servers were started by another process.
+        engine_cut: how an SGLang server divides matrices.
 
     Raises:
         PrecisionError: the plan cannot work. The message names the tensor, its dimension and the nearest
@@ -117,9 +139,10 @@ def check_plan(
                 "on tensor cores: change optimizer.tokens_per_microbatch so that a rank's part is "
                 f"{-(-tokens // unit) * unit}"
             )
-    ragged = _ragged_for_sglang(plan, layouts[tensor])
+    ragged = _ragged_for_sglang(plan, layouts[tensor], engine_cut)
     if ragged is not None and engine == "sglang":
-        raise PrecisionError(f"{ragged}: set precision.rollout to bf16")
+        mend = " or lower rollout.sglang.tensor" if engine_cut.tensor > 1 else ""
+        raise PrecisionError(f"{ragged}: set precision.rollout to bf16{mend}")
     warnings = [*_scale_warnings(plan), *_dtype_warnings(plan)]
     if ragged is not None and foreign:
         warnings.append(f"{ragged}, and would refuse these weights; the embedded engine takes them")
@@ -174,17 +197,20 @@ def _nearest(able: Sequence[int], tensor: int) -> str:
     return f"the nearest parallel.tensor that works is {nearest}"
 
 
-def _ragged_for_sglang(plan: PrecisionPlan, matrices: Sequence[Matrix]) -> str | None:
+def _ragged_for_sglang(plan: PrecisionPlan, matrices: Sequence[Matrix], cut: EngineCut) -> str | None:
     """Return why SGLang cannot use these matrices in block FP8, None if it can.
 
-    SGLang's block FP8 checks the rows of every fused part, and quantizes inputs in whole groups of 128.
+    SGLang's block FP8 checks the rows of every fused part on a rank, and quantizes inputs in whole groups of 128.
     """
     if not plan.wire.startswith("fp8_128x128") or plan.dequantized:
         return None
     for m in matrices:
-        for count, dimension in ((m.rows, "rows"), (m.columns, "columns")):
+        for count, dimension in zip(cut.part(m), ("rows", "columns"), strict=True):
             if count % BLOCK:
-                return f"{m.name}: {count} {dimension} not divisible by {BLOCK}, which SGLang needs for block FP8"
+                place = f" on each of {cut.tensor} ranks of a server" if cut.tensor > 1 else ""
+                return (
+                    f"{m.name}: {count} {dimension}{place} not divisible by {BLOCK}, which SGLang needs for block FP8"
+                )
     return None
 
 

@@ -124,6 +124,11 @@ class Buckets:
         if pieces:
             yield self._bucket(index, pieces, filled, last=True)
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a buffer is in the memory of a GPU."""
+        return any(buffer is not None and buffer.is_cuda for buffer in self._buffers)
+
     def free(self) -> None:
         """Release the buffers."""
         self._buffers = [None, None]

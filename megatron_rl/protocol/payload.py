@@ -1,7 +1,9 @@
 """Tensors passed between processes of one machine by reference: shared memory on CPU, CUDA IPC on a GPU.
 
-The format is SGLang's for `/update_weights_from_tensor`: a base64 pickle of [(name, tensor), ...] in which torch's own
-reductions put handles in place of the data. Unpickling resolves only these reductions and plain data types.
+The format is SGLang's for `/update_weights_from_tensor`: a base64 pickle of a flattened bucket, or of
+[(name, tensor), ...], in which torch's own reductions put handles in place of the data. Unpickling resolves only these
+reductions and plain data types. Only flattened buckets are sent: under CUDA every tensor of a payload would take a
+handle, a slot of a counter and events, and would lengthen a chain that lives as long as the buffer.
 """
 
 import atexit
@@ -10,7 +12,7 @@ import io
 import os
 import pickle
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -23,6 +25,7 @@ from torch import Tensor
 from torch.multiprocessing import reductions
 
 from megatron_rl.errors import EngineError
+from megatron_rl.protocol.buckets import Bucket, TensorSlot
 
 SHARED_MEMORY = Path("/dev/shm")
 _DEVICE_ARGUMENT = 6  # position of the storage's device in the arguments of reductions.rebuild_cuda_tensor
@@ -68,16 +71,25 @@ _MALFORMED = (
 
 
 class FlatEntry:
-    """Stand-in for SGLang's FlattenedTensorMetadata: name, shape, dtype, start_idx, end_idx, in bytes."""
+    """Stand-in for SGLang's FlattenedTensorMetadata: name, shape, dtype, start_idx, end_idx and numel, in bytes."""
 
     name: str
     shape: torch.Size
     dtype: torch.dtype
     start_idx: int
     end_idx: int
+    numel: int
+
+    @classmethod
+    def of(cls, piece: TensorSlot) -> "FlatEntry":
+        """Return the entry of one tensor of a bucket."""
+        entry = cls()
+        entry.name, entry.shape, entry.dtype = piece.name, torch.Size(piece.shape), piece.dtype
+        entry.start_idx, entry.end_idx, entry.numel = piece.start, piece.start + piece.nbytes, piece.nbytes
+        return entry
 
 
-_FLAT_FIELDS = {"name": str, "shape": torch.Size, "dtype": torch.dtype, "start_idx": int, "end_idx": int}
+_FLAT_FIELDS = {"name": str, "shape": torch.Size, "dtype": torch.dtype, "start_idx": int, "end_idx": int, "numel": int}
 
 
 def shared_buffer(nbytes: int, device: torch.device) -> Tensor:
@@ -109,13 +121,14 @@ def shared_buffer(nbytes: int, device: torch.device) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage)[:nbytes]
 
 
-def pack_payload(tensors: Sequence[tuple[str, Tensor]]) -> str:
-    """Return the handles of tensors that are in a `shared_buffer`. They are valid while the buffer exists."""
+def pack_payload(bucket: Bucket) -> str:
+    """Return the handle of a bucket in a `shared_buffer`, and its layout. It is valid while the buffer exists."""
+    content = {"flattened_tensor": bucket.data, "metadata": [FlatEntry.of(piece) for piece in bucket.pieces]}
     out = io.BytesIO()
     before = torch_mp.get_sharing_strategy()
     torch_mp.set_sharing_strategy("file_system")  # file descriptors would need a server in this process and its key
     try:
-        _Pickler(out).dump(list(tensors))
+        _Pickler(out, protocol=3).dump(content)
     finally:
         torch_mp.set_sharing_strategy(before)
     return base64.b64encode(out.getvalue()).decode("ascii")
@@ -147,11 +160,24 @@ def _unflatten(flat: Tensor, entries: Sequence[FlatEntry]) -> list[tuple[str, Te
     return [_pair((e.name, flat[e.start_idx : e.end_idx].view(e.dtype).reshape(e.shape))) for e in entries]
 
 
-class _Pickler(ForkingPickler):
-    """Pickler that identifies a GPU by its UUID, as SGLang does.
+class _Pickler(pickle._Pickler):
+    """Pickler of tensors that identifies a GPU by its UUID, as SGLang does, and names SGLang's class of an entry.
 
-    The GPU's number differs between processes that see different GPUs.
+    The GPU's number differs between processes that see different GPUs. The C implementation writes only names of
+    classes that this process can import.
     """
+
+    write: Callable[[bytes], None]
+    memoize: Callable[[Any], None]
+    dispatch_table = ForkingPickler(io.BytesIO()).dispatch_table  # with torch's reductions
+
+    def save_global(self, obj: Any, name: str | None = None) -> None:
+        """Write the name of a class or function, as of SGLang for an entry."""
+        if obj is FlatEntry:
+            self.write(pickle.GLOBAL + "{}\n{}\n".format(*_FLAT_ENTRY).encode("ascii"))
+            self.memoize(obj)
+        else:
+            super().save_global(obj, name)  # type: ignore[misc]  # it is not in the stubs
 
     def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_cuda:
@@ -179,7 +205,7 @@ class _Unpickler(pickle._Unpickler):
         if type(entry) is not FlatEntry or type(state) is not dict:
             raise pickle.UnpicklingError(f"attributes of a {type(entry).__name__} are not set by a payload")
         for name, kind in _FLAT_FIELDS.items():
-            if not isinstance(state[name], kind):
+            if not isinstance(state.get(name), kind):
                 raise pickle.UnpicklingError(f"{name} is a {type(state[name]).__name__}")
             setattr(entry, name, state[name])
 

@@ -2,10 +2,20 @@
 
 The group is outside of the trainer's own world. It is created in the same way as in SGLang, so that both sides find
 each other.
+
+With gloo a broadcast fails if a member leaves, and `wait` returns when it is over. NCCL has neither property: `wait`
+returns at once, a member that never comes blocks the others, and torch's watchdog ends the process after the timeout.
+So a `watched` group asks whether the broadcast is over until it is, or until the group is left or the time is up; then
+the group is aborted, which ends what runs on the GPU.
 """
 
+import os
 import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
@@ -16,13 +26,16 @@ from megatron_rl.errors import EngineError, first_line
 
 _WAITING = 1024  # connections that wait to be accepted
 JOIN_S = 60.0  # seconds in which all members must join
+_POLL_S = 0.0005
+_WATCHDOG = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 
 
 class UpdateGroup:
     """A joined group. Rank 0 sends. `leave` closes the connections, whatever the other members do."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, timeout_s: float, *, watched: bool) -> None:
         self._group: dist.ProcessGroup | None = group
+        self._timeout_s, self.watched = timeout_s, watched
 
     @classmethod
     def join(
@@ -43,21 +56,22 @@ class UpdateGroup:
         """
         timeout = timedelta(seconds=timeout_s)
         try:
-            group, _ = distributed_c10d._new_process_group_helper(
-                world,
-                rank,
-                [],
-                dist.Backend(backend),
-                dist.PrefixStore(name, store),
-                group_name=distributed_c10d.GroupName(name),
-                timeout=timeout,
-            )
+            with _without_watchdog():
+                group, _ = distributed_c10d._new_process_group_helper(
+                    world,
+                    rank,
+                    [],
+                    dist.Backend(backend),
+                    dist.PrefixStore(name, store),
+                    group_name=distributed_c10d.GroupName(name),
+                    timeout=timeout,
+                )
         except (RuntimeError, ValueError) as error:
             raise EngineError(
                 f"update group '{name}' of {world} members was not completed: {first_line(error)}"
             ) from error
         distributed_c10d._world.pg_group_ranks[group] = {i: i for i in range(world)}
-        return cls(group)
+        return cls(group, timeout_s, watched=backend == "nccl")
 
     def broadcast(self, data: Tensor) -> None:
         """Broadcast rank 0's bytes. On other ranks, `data` is overwritten in place.
@@ -70,14 +84,49 @@ class UpdateGroup:
         options = dist.BroadcastOptions()
         options.rootRank = options.rootTensor = 0
         try:
-            self._group.broadcast([data], options).wait()
+            work = self._group.broadcast([data], options)
+            if self.watched:
+                self._watch(work)
+            else:
+                work.wait()
         except RuntimeError as error:
             raise EngineError(f"the broadcast failed: {first_line(error)}") from error
 
-    def leave(self) -> None:
+    def _watch(self, work: Any) -> None:
+        """Return when `work` is over. Raises EngineError if it fails, the time is up, or another thread leaves."""
+        deadline = time.monotonic() + self._timeout_s
+        while not work.is_completed():
+            if self._group is None:
+                raise EngineError("the update group was left during the broadcast")
+            if time.monotonic() > deadline:
+                self.leave(abort=True)
+                raise EngineError(f"the broadcast was not over within {self._timeout_s:g} s")
+            time.sleep(_POLL_S)
+        work.wait()  # raises the error of a broadcast that failed, and orders what follows on the stream
+
+    def leave(self, *, abort: bool = False) -> None:
+        """Close the connections. With `abort`, a broadcast that runs in a watched group ends at once."""
         group, self._group = self._group, None
-        if group is not None:
+        if group is None:
+            return
+        if abort and self.watched:
+            distributed_c10d._abort_process_group(group)  # destroying it would wait for the broadcast
+        else:
             dist.destroy_process_group(group)
+
+
+@contextmanager
+def _without_watchdog() -> Iterator[None]:
+    """Create groups whose watchdog of NCCL ends no process. torch reads the variable when a group is created."""
+    before = os.environ.get(_WATCHDOG)
+    os.environ[_WATCHDOG] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_WATCHDOG]
+        else:
+            os.environ[_WATCHDOG] = before
 
 
 def create_store(timeout_s: float, address: str = "127.0.0.1") -> dist.TCPStore:

@@ -162,7 +162,12 @@ def _start_servers(config: Config, plan: RunPlan, mesh: Mesh, stack: ExitStack) 
     def launch() -> None:
         offloads = plan.algorithm.offloads_engines
         servers = own_servers(
-            config, plan.precision, mesh.device.type, config.rollout.start_timeout_s, offloads=offloads
+            config,
+            plan.precision,
+            mesh.device.type,
+            config.rollout.start_timeout_s,
+            offloads=offloads,
+            first_gpu=plan.placement.first_gpu,
         )
         stack.callback(servers.stop)
         launched.append(servers.launch())

@@ -16,13 +16,15 @@ def evaluate_model(config: Config) -> dict[str, float]:
     """
     if config.eval.prompts == 0:
         raise ConfigError("eval.prompts is 0: set how many held-out problems to evaluate, e.g. eval.prompts=64")
-    plan = resolve_on_rank(config)
+    plan = resolve_on_rank(config, trains=False)
     check_task(config)
     with ExitStack() as stack:
         servers = None
         if config.rollout.own_servers:
             limit_s = config.rollout.start_timeout_s
-            servers = stack.enter_context(own_servers(config, plan.precision, plan.machine.device, limit_s))
+            first_gpu = plan.placement.first_gpu
+            servers = own_servers(config, plan.precision, plan.machine.device, limit_s, first_gpu=first_gpu)
+            stack.enter_context(servers)
         rollouts = stack.enter_context(open_rollouts(config, plan.precision, servers))
         rates = rollouts.evaluate(0).rates
     for name, rate in rates.items():

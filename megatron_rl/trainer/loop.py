@@ -32,6 +32,7 @@ def train(trainer: Trainer, algorithm: Algorithm, hooks: Sequence[StepHook] = ()
         KeyboardInterrupt: on every rank, if a stop was requested; `trainer.state` is then the last whole step.
     """
     config = trainer.config
+    trainer.turn_to_engines()
     trainer.publish(trainer.state.version)
     if trainer.state.step == 0:
         trainer.evaluate()
@@ -40,10 +41,13 @@ def train(trainer: Trainer, algorithm: Algorithm, hooks: Sequence[StepHook] = ()
         step, version, watch = trainer.state.step, trainer.state.version, Stopwatch()
         for hook in hooks:
             hook.before_step(trainer)
-        learned = algorithm.learn(trainer, algorithm.collect(trainer, watch), watch)
+        batch = algorithm.collect(trainer, watch)
+        trainer.turn_to_trainer(watch)
+        learned = algorithm.learn(trainer, batch, watch)
         extra = [record for hook in hooks for record in hook.before_publish(trainer, watch)]
         with watch("sync"):
             trainer.settle()
+            trainer.turn_to_engines()
             trainer.publish(trainer.state.version + 1)
         trainer.advance(step + 1, trainer.state.version + 1)
         trainer.record_step(learned, step, version, watch, extra)

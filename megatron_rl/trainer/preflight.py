@@ -35,14 +35,14 @@ def check_task(config: Config) -> None:
             print(task.summary, flush=True)
 
 
-def resolve_on_rank(config: Config, *, attributes: bool = False) -> RunPlan:
+def resolve_on_rank(config: Config, *, attributes: bool = False, trains: bool = True) -> RunPlan:
     """Return the plan, resolved on this rank under any launcher.
 
     The result is equal on all ranks with the same kind of machine. If `attributes`, also check that the mismatch can be
-    attributed. Errors have `everywhere` set.
+    attributed. Unless `trains`, no rank uses a GPU. Errors have `everywhere` set.
     """
     try:
-        plan = resolve_run(config)
+        plan = resolve_run(config, trains=trains)
         if attributes:
             check_replayable(plan.precision, plan.machine)
         return plan

@@ -12,9 +12,11 @@ from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.checkpoint import Checkpoints
 from megatron_rl.policy.checkpoint_state import TrainState
 from megatron_rl.policy.parallel import Mesh
+from megatron_rl.policy.trainer_memory import TrainerMemory
 from megatron_rl.trainer.lead import Lead
 from megatron_rl.trainer.learned import Learned
 from megatron_rl.trainer.metrics import Stopwatch
+from megatron_rl.trainer.turns import Turns
 from megatron_rl.types import Batch
 from megatron_rl.weight_sync.publish import publish_weights
 from megatron_rl.weight_sync.sync import WeightSync
@@ -36,6 +38,7 @@ class Trainer:
         lead: rank 0's side of the run; None on the other ranks.
         state: state after the last whole step.
         holds_step_weights: the policy holds the weights of `state.step`, not those of a stage inside the next step.
+        turns: turns of trainer and engines on the same GPUs; None without `rollout.colocate`.
     """
 
     config: Config
@@ -47,6 +50,13 @@ class Trainer:
     lead: Lead | None = field(repr=False)
     state: TrainState
     holds_step_weights: bool = True
+    turns: Turns | None = field(init=False, default=None, repr=False)
+    _save_due: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        if self.config.rollout.colocate:
+            memory = TrainerMemory(self.policy.chunks, self.policy.optimizer.core)
+            self.turns = Turns(self.mesh, memory, self.on_lead)
 
     def on_lead(self, work: Callable[[Lead], T]) -> T:
         """Run `work` on rank 0 and return its result on every rank. An error is raised on every rank."""
@@ -65,6 +75,20 @@ class Trainer:
                 raise KeyboardInterrupt
 
         self.on_lead(check)
+
+    def turn_to_engines(self) -> None:
+        """Give GPUs that are shared to the engines, before they get weights and generate."""
+        if self.turns is not None:
+            self.turns.to_engines()
+
+    def turn_to_trainer(self, watch: Stopwatch) -> None:
+        """Give GPUs that are shared to the trainer, before it learns. Make the checkpoint that waited for this."""
+        if self.turns is None:
+            return
+        with watch("turn"):
+            self.turns.to_trainer()
+        if self._save_due:
+            self.save(wait=False)
 
     def collect(self, watch: Stopwatch) -> Batch:
         """Return the batch of the next step. Raises KeyboardInterrupt when a stop was requested."""
@@ -139,7 +163,16 @@ class Trainer:
         return step == self.config.run.steps or bool(every and step % every == 0)
 
     def save(self, *, wait: bool) -> None:
-        """Save a checkpoint of the last whole step. Do nothing inside a stage: the step's checkpoint exists by then."""
+        """Save a checkpoint of the last whole step. Do nothing inside a stage: the step's checkpoint exists by then.
+
+        While engines have the GPUs, a checkpoint that nobody waits for is made at the trainer's next turn.
+        """
+        self._save_due = False
+        if self.turns is not None and not self.turns.trainer_is_ready:
+            if not wait:
+                self._save_due = True
+                return
+            self.turns.to_trainer()
         if self.holds_step_weights:
             self.checkpoints.save(self.state, wait=wait)
 

@@ -24,7 +24,7 @@ from megatron_rl.engines.control import Traits
 from megatron_rl.engines.pool import EnginePool, GenerationRequest, SamplingParams
 from megatron_rl.engines.processes.embedded import EmbeddedServers
 from megatron_rl.errors import CheckpointError, EngineError
-from megatron_rl.protocol.buckets import Bucket
+from megatron_rl.protocol.buckets import Bucket, TensorSlot
 from megatron_rl.protocol.payload import pack_payload, shared_buffer, unpack_payload
 from megatron_rl.weight_sync.confirmation import ScoreProbe
 from megatron_rl.weight_sync.sync import WeightSync
@@ -265,9 +265,14 @@ def swapped_in_the_request(path: str, body: Body) -> Body:
 
 def swapped_in_the_payload(path: str, body: Body) -> Body:
     if path == "/update_weights_from_tensor" and body is not None:
+        swapped = {NORM: OTHER_NORM, OTHER_NORM: NORM}
         tensors = unpack_payload(body["serialized_named_tensors"][0])
-        renamed = [({NORM: OTHER_NORM, OTHER_NORM: NORM}.get(name, name), tensor) for name, tensor in tensors]
-        body["serialized_named_tensors"] = [pack_payload(renamed)]
+        pieces = tuple(
+            TensorSlot(swapped.get(name, name), t.dtype, tuple(t.shape), t.storage_offset() * t.itemsize)
+            for name, t in tensors
+        )
+        data = torch.empty(0, dtype=torch.uint8).set_(tensors[0][1].untyped_storage())
+        body["serialized_named_tensors"] = [pack_payload(Bucket(0, pieces, data, last=False))]
     return body
 
 

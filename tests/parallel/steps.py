@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 
 from megatron_rl.config import Config, make_config
 from megatron_rl.objectives import make_objective
-from megatron_rl.policy import parallel
+from megatron_rl.policy import build, parallel
 from megatron_rl.policy.actor import Policy, UpdateStats
 from megatron_rl.policy.device_port import pick_device
 from megatron_rl.types import Batch
@@ -137,6 +137,15 @@ def noted_update(
 
     policy.optimizer.step = noting_step  # type: ignore[method-assign]
     return policy.update(batch or make_batch(), objective, objective.norm), grads
+
+
+def overlapped_step(model: Path, layout: dict[str, Any], **sections: Any) -> dict[str, Any]:
+    """Make the update of `step` with gradients that are summed over replicas during backward, as on a GPU."""
+    chosen, build.overlaps_gradients = build.overlaps_gradients, lambda *args, **keys: True
+    try:
+        return step(model, layout, **sections)
+    finally:
+        build.overlaps_gradients = chosen
 
 
 def step(model: Path, layout: dict[str, Any], sabotage: str | None = None, **sections: Any) -> dict[str, Any]:

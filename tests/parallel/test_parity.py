@@ -162,6 +162,11 @@ def test_the_distributed_optimizer_makes_the_reference_update(two_ranks, qwen3, 
     assert worst(result["weights"], reference["weights"]) < (1e-5,)
 
 
+@pytest.mark.parametrize("layout", [TWO["dp2"], TWO["cp2"]], ids=["dp2", "cp2"])
+def test_gradients_that_are_summed_during_backward_are_those_of_the_reference(two_ranks, qwen3, reference, layout):
+    assert_same_step(two_ranks.run("tests.parallel.steps", "overlapped_step", model=qwen3, layout=layout)[0], reference)
+
+
 def test_a_local_denominator_fails_the_same_comparison(two_ranks, qwen3, reference):
     result = two_ranks.run("tests.parallel.steps", "step", model=qwen3, layout=TWO["dp2"], sabotage="local_mean")[0]
     with pytest.raises(AssertionError):

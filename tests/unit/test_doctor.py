@@ -1,13 +1,22 @@
 """The doctor tries what it reports."""
 
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_rl import cli, doctor
-from megatron_rl.errors import ConfigError, PrecisionError
+from megatron_rl.engines.processes.engine_packages import (
+    EnginePackages,
+    check_gpu_packages,
+    own_packages,
+    read_packages,
+)
+from megatron_rl.errors import ConfigError, EngineError, PrecisionError
+from megatron_rl.precision import machine as machine_module
 from megatron_rl.precision.machine import RECIPES, Machine
 from megatron_rl.precision.tensor_cores import MODES, missing_feature, operands, scaled_mm
 
@@ -96,9 +105,69 @@ def test_sglangs_environment_is_asked_for_its_version(tmp_path: Path):
     python.symlink_to(sys.executable)
     assert doctor.sglang_row(python)[1:] == ("-", f"{python} has no sglang: `make sglang`")
     python.unlink()
-    python.write_text("#!/bin/sh\necho 0.5.23\n")
+    lists_packages(python, sglang="0.5.23", torch="2.13.0+cpu")
+    assert doctor.sglang_row(python)[1:] == ("0.5.23", f"by {python}; not on GPUs: its torch 2.13.0+cpu is for CPUs")
+    lists_packages(python, **SERVES_ON_GPU)
+    assert doctor.sglang_row(python)[2] == f"by {python}; also on GPUs"
+
+
+SERVES_ON_GPU = {
+    "sglang": "0.5.23",
+    "torch": "2.14.1",
+    "sglang-kernel": "0.4.10",
+    "flashinfer-python": "0.7.2",
+    "nvidia-nccl-cu13": "2.30.7",
+}
+
+
+def lists_packages(python: Path, **versions: str) -> None:
+    """Write an interpreter that lists these packages."""
+    python.write_text(f"#!/bin/sh\necho '{json.dumps(versions)}'\n")
     python.chmod(0o755)
-    assert doctor.sglang_row(python)[1] == "0.5.23"
+
+
+def test_on_a_gpu_the_doctor_compares_the_gpus_and_nccl_of_both_sides(tmp_path):
+    python = tmp_path / "python"
+    lists_packages(python, **SERVES_ON_GPU)
+    rows = {label: (here, means) for label, here, means in doctor.gpu_rows(replace(HOPPER, gpus=8), python)}
+    assert rows["GPUs"][0] == "8" and "sglang 2.30.7" in rows["NCCL"][0] and "need them equal" not in rows["NCCL"][1]
+    assert doctor.gpu_rows(CPU, python) == []
+
+
+def test_transformer_engine_is_told_whether_megatron_core_was_made_for_it():
+    told = {version: doctor.engine_range(version).split()[0] for version in ("2.8.0", "2.9.0", "2.11.0", "2.20.2")}
+    assert told == {"2.8.0": "outside", "2.9.0": "in", "2.11.0": "in", "2.20.2": "outside"}
+
+
+def test_an_environment_that_cannot_serve_on_a_gpu_is_refused_before_it_is_started():
+    ours = EnginePackages({"nvidia-nccl-cu13": "2.30.7"})
+    here = Path("python")
+    check_gpu_packages(here, EnginePackages(SERVES_ON_GPU), ours, broadcasts=True)
+    for lacking, words in (
+        ({"torch": "2.14.1+cpu"}, "for CPUs"),
+        ({"sglang-kernel": None}, r"lacks sglang-kernel; run `make sglang GPU=1`"),
+    ):
+        changed = {name: value for name, value in (SERVES_ON_GPU | lacking).items() if value is not None}
+        with pytest.raises(EngineError, match=words):
+            check_gpu_packages(here, EnginePackages(changed), ours, broadcasts=False)
+    other = EnginePackages({"nvidia-nccl-cu13": "2.29.7"})
+    check_gpu_packages(here, EnginePackages(SERVES_ON_GPU), other, broadcasts=False)
+    with pytest.raises(EngineError, match=r"one NCCL on both sides: python has 2\.30\.7, the trainer 2\.29\.7"):
+        check_gpu_packages(here, EnginePackages(SERVES_ON_GPU), other, broadcasts=True)
+
+
+def test_the_packages_of_an_interpreter_are_those_that_it_has():
+    found = read_packages(Path(sys.executable))
+    assert found.versions["megatron-core"] == own_packages().versions["megatron-core"]
+
+
+def test_a_transformer_engine_whose_own_checks_fail_is_an_error_with_words(monkeypatch):
+    def fails(name: str) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(machine_module.importlib, "import_module", fails)
+    with pytest.raises(PrecisionError, match=r"cannot be loaded \(AssertionError\): repair or remove it"):
+        machine_module.load_transformer_engine(HOPPER)
 
 
 def test_the_doctor_fits_on_a_screen(capsys):

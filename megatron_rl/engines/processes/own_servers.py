@@ -9,7 +9,13 @@ from megatron_rl.protocol.server_options import EngineQuantization
 
 
 def own_servers(
-    config: Config, plan: PrecisionPlan, device: str, start_timeout_s: float, *, offloads: bool = False
+    config: Config,
+    plan: PrecisionPlan,
+    device: str,
+    start_timeout_s: float,
+    *,
+    offloads: bool = False,
+    first_gpu: int = 0,
 ) -> Servers:
     """Return the run's own servers, not started yet.
 
@@ -19,6 +25,7 @@ def own_servers(
         device: cpu or cuda; embedded servers are always on the CPU.
         start_timeout_s: seconds until a server must be healthy.
         offloads: the servers must be able to release their memory.
+        first_gpu: number of the first GPU of the first server.
     """
     rollout, logs = config.rollout, config.run.folder / "servers"
     if rollout.engine == "embedded":
@@ -49,5 +56,7 @@ def own_servers(
         device=device,
         start_timeout_s=start_timeout_s,
         quantized=plan if plan.rolls_out_low else None,
+        first_gpu=first_gpu,
+        broadcasts=rollout.transport == "distributed",
         keyed=True,
     )

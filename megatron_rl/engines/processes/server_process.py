@@ -104,7 +104,10 @@ class ServerProcess:
                     error.exit_code = ExitCode.USER
                 raise error
             elif time.monotonic() > deadline:
-                raise EngineError(f"{self.name} was not healthy within {timeout_s:g} s; {self.log} ends:\n{tail}")
+                raise EngineError(
+                    f"{self.name} was not healthy within {timeout_s:g} s (rollout.start_timeout_s); {self.log} ends:\n"
+                    f"{tail}"
+                )
             else:
                 time.sleep(0.1)
 

@@ -15,6 +15,7 @@ from typing import Self
 from safetensors import SafetensorError
 
 from megatron_rl.config import SGLangConfig
+from megatron_rl.engines.processes.engine_packages import check_gpu_packages, own_packages, read_packages
 from megatron_rl.engines.processes.server_process import (
     ServerProcess,
     Servers,
@@ -38,6 +39,10 @@ _CPU_FLAGS = (
 )
 # One thread: a tiny model is ten times slower with two.
 _CPU_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "SGLANG_USE_CPU_ENGINE": "1"}
+_OF_A_GPU_TRAINER = {
+    *("OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_LAUNCH_BLOCKING"),
+    *("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"),
+}
 # Flags that other keys decide. The same flag from a user would silently contradict the key.
 _FROM_KEYS = {
     "--model-path": "model.path",
@@ -122,6 +127,8 @@ class SGLangServers(Servers):
         quantized: PrecisionPlan | None = None,
         *,
         keyed: bool = False,
+        first_gpu: int = 0,
+        broadcasts: bool = False,
     ) -> None:
         """Set the options of the servers; `start` starts them.
 
@@ -139,6 +146,8 @@ class SGLangServers(Servers):
                 SGLang's own quantization at load has one scale per channel, not per block. None: they start from
                 `model_dir`.
             keyed: the servers want a random key, unless a router or an argument of `settings` cannot have one.
+            first_gpu: number of the first GPU of the first server.
+            broadcasts: weights are broadcast to the servers.
         """
         given = {argument.partition("=")[0] for argument in settings.args}
         keyed = keyed and not settings.router and given.isdisjoint(_WITHOUT_KEY)
@@ -147,7 +156,8 @@ class SGLangServers(Servers):
         self._copy = self.log_dir.absolute() / "start"
         self._key_options = self.log_dir.absolute() / "api-key.yaml"
         self._flags = [*flags, "--weight-version", weight_version]
-        self._settings, self._device = settings, device
+        self._settings, self._device, self._first_gpu = settings, device, first_gpu
+        self._broadcasts = broadcasts
         self._router: ServerProcess | None = None
 
     @property
@@ -161,21 +171,23 @@ class SGLangServers(Servers):
         flags = ["--model-path", str(model), *self._flags, "--host", "127.0.0.1", "--port", str(port)]
         flags += ["--config", str(self._key_options)] if self.keyed else []
         if self._device != "cpu":
-            flags += ["--base-gpu-id", str(self._settings.first_gpu + index * self._settings.tensor)]
+            flags += ["--base-gpu-id", str(self._first_gpu + index * self._settings.tensor)]
         return _guarded(self._settings, "sglang.launch_server", flags)
 
     def environment(self) -> dict[str, str]:
         """Return the environment of the servers."""
-        return environment_of_servers() | server_environment(self._device)
+        return inherited_environment(self._device) | server_environment(self._device)
 
     def check(self) -> None:
-        """Raise EngineError if the interpreter of `rollout.sglang.python` does not exist."""
+        """Raise EngineError if the interpreter of `rollout.sglang.python` does not exist or cannot serve on a GPU."""
         python = self._settings.python
         if not python.is_file():
             raise EngineError(
                 f"rollout.sglang.python: no interpreter at {python.absolute()}: run `make sglang`, or name the "
                 "interpreter of an environment that holds sglang"
             )
+        if self._device != "cpu":
+            check_gpu_packages(python, read_packages(python), own_packages(), broadcasts=self._broadcasts)
 
     def prepare(self) -> None:
         """Write the file with the key and, with quantized weights, the start folder."""
@@ -222,7 +234,7 @@ def start_router(urls: Sequence[str], log: Path, settings: SGLangConfig, device:
         flags += ["--policy", "round_robin", "--disable-retries", "--prometheus-port", str(free_port())]
         return _guarded(settings, "sglang_router.launch_router", flags)
 
-    return ServerProcess("sglang-router", command, log, environment_of_servers() | server_environment(device))
+    return ServerProcess("sglang-router", command, log, inherited_environment(device) | server_environment(device))
 
 
 def _guarded(settings: SGLangConfig, module: str, flags: list[str]) -> list[str]:
@@ -231,10 +243,25 @@ def _guarded(settings: SGLangConfig, module: str, flags: list[str]) -> list[str]
     return [*guard, str(settings.python.absolute()), "-m", module, *flags]
 
 
+def inherited_environment(device: str) -> dict[str, str]:
+    """Return this process's environment without what makes it a trainer. `device` is cpu or cuda.
+
+    On a GPU the trainer has one thread a rank, one connection to its device, and an allocator and kernels of its own
+    choice. A server would be slower with the first two; its memory saver does not work with some allocators.
+    """
+    found = environment_of_servers()
+    if device == "cpu":
+        return found
+    return {name: value for name, value in found.items() if name not in _OF_A_GPU_TRAINER and name[:5] != "NVTE_"}
+
+
 def server_environment(device: str) -> dict[str, str]:
     """Return the variables that a server needs in addition to those of its parent."""
     # A request for several samples cannot be aborted by its id. SGLang ends it when it detects the disconnection.
     env = {"SGLANG_REQUEST_STATE_WAIT_TIMEOUT": "1"}
+    # Compiling all shapes of block-FP8 products ahead takes 10 to 20 minutes at the first start. They are compiled when
+    # they are first used.
+    env |= {"SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0"} if device != "cpu" else {}
     if device == "cpu":
         env |= _CPU_ENVIRONMENT
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_CPU_SITE), os.environ.get("PYTHONPATH")]))

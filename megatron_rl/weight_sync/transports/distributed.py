@@ -1,4 +1,8 @@
-"""Transport by broadcast from the trainer's rank 0 to every process of every engine: gloo on CPU, NCCL on a GPU."""
+"""Transport by broadcast from the trainer's rank 0 to every process of every engine: gloo on CPU, NCCL on a GPU.
+
+NCCL cannot tell that an engine refuses or is gone. So before each broadcast of a watched group every engine must
+respond, and after a failure the group is aborted.
+"""
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -71,6 +75,8 @@ class DistributedTransport(BucketTransport):
         """Broadcast a bucket to all engines. Return the errors, by engine. See `BucketTransport.send`."""
         group = self._group
         assert group is not None
+        if group.watched and (failed := each(ranks, engines.weight_version)[1]):
+            return failed
 
         def receive(url: str) -> None:
             engines.receive_bucket(url, self._name, bucket.names, bucket.dtypes, bucket.shapes, version)
@@ -80,23 +86,29 @@ class DistributedTransport(BucketTransport):
             engines.leave_update_group(url, self._name)
 
         calls = {url: lambda url=url: receive(url) for url in ranks}
-        _, failed = _together(lambda: group.broadcast(bucket.data), calls, group.leave, free)
+        _, failed = _together(
+            lambda: group.broadcast(bucket.data),
+            calls,
+            lambda: group.leave(abort=True),
+            free,
+            stop_ours=group.watched,
+        )
         return failed
 
     def discard(self, engines: EnginePool, urls: Sequence[str]) -> None:
         """Leave the group, so that no engine waits in a broadcast."""
-        self._leave(engines, urls)
+        self._leave(engines, urls, failed=True)
 
     def close(self, engines: EnginePool | None) -> None:
         """Leave the group and release the memory of the buckets."""
         self._leave(engines, list(self._members))
         self._buckets.free()
 
-    def _leave(self, engines: EnginePool | None, urls: Sequence[str]) -> None:
-        """Leave the group. Closing our side releases every engine that waits in a broadcast."""
+    def _leave(self, engines: EnginePool | None, urls: Sequence[str], *, failed: bool = False) -> None:
+        """Leave the group. Closing our side releases every engine that waits in a broadcast, if one `failed`."""
         group, self._group = self._group, None
         if group is not None:
-            group.leave()
+            group.leave(abort=failed)
         if engines is not None and self._name:
             # An error is ignored: the engine may have left already.
             each(list(urls), lambda url: engines.leave_update_group(url, self._name))
@@ -130,6 +142,8 @@ def _together(
     calls: Mapping[str, Callable[[], None]],
     stop: Callable[[], None] = lambda: None,
     free: Callable[[str], None] = lambda url: None,
+    *,
+    stop_ours: bool = False,
 ) -> tuple[T | None, dict[str, EngineError]]:
     """Run our part of a collective, and the requests that let the engines run theirs, at the same time.
 
@@ -139,6 +153,7 @@ def _together(
         stop: closes our connections after our part failed, so that no engine waits.
         free: lets an engine close its connection after it refused its request. Without this our part would wait
             forever.
+        stop_ours: call `stop` also while our part still runs: nothing else ends it.
 
     Returns:
         The result of our part (None if it failed), and the errors, by engine.
@@ -159,7 +174,7 @@ def _together(
             # An engine that fails by itself caused the error. One that fails because we left did not.
             done, left = wait(left, timeout=_GRACE_S)
             failed |= _failures(done, answers)
-        if left and ours.done():
+        if left and (ours.done() or stop_ours):
             stop()
             done, _ = wait(left)
             failed = failed or _failures(done, answers)

@@ -15,6 +15,18 @@ from megatron_rl.weight_sync.transports.transport import BucketTransport, each
 class TensorTransport(BucketTransport):
     """Transport of one bucket at a time in shared memory. Engines map it, copy their part, and answer."""
 
+    def deliver(self, engines: EnginePool, ranks: Mapping[str, int]) -> dict[str, EngineError]:
+        """Send all buckets. Memory of a GPU is new for each version: torch keeps a record of every share of a buffer.
+
+        See `Transport.deliver`.
+        """
+        try:
+            return super().deliver(engines, ranks)
+        finally:
+            if self._buckets.on_gpu:
+                self._buckets.free()
+                torch.cuda.ipc_collect()
+
     def memory(self, nbytes: int, device: torch.device) -> Tensor:
         """Return [nbytes] uint8 memory that other processes can map."""
         return shared_buffer(nbytes, device)
@@ -32,7 +44,6 @@ class TensorTransport(BucketTransport):
         """Send a bucket to all engines. Return the errors, by engine. See `BucketTransport.send`."""
         if bucket.data.is_cuda:
             torch.cuda.synchronize()  # other processes read it without waiting for this process's streams
-        tensors = list(bucket.tensors())
         # One payload for each process that maps it: CUDA counts the processes that opened a handle.
-        payloads = {url: [pack_payload(tensors) for _ in range(count)] for url, count in ranks.items()}
+        payloads = {url: [pack_payload(bucket) for _ in range(count)] for url, count in ranks.items()}
         return each(ranks, lambda url: engines.load_tensors(url, payloads[url], version))[1]

@@ -16,7 +16,13 @@ from megatron_rl.config import PrecisionConfig, SGLangConfig, make_config
 from megatron_rl.engines.processes import subreaper as guard
 from megatron_rl.engines.processes.embedded import EmbeddedServers
 from megatron_rl.engines.processes.own_servers import own_servers
-from megatron_rl.engines.processes.sglang import SGLangServers, server_flags, write_as_sent
+from megatron_rl.engines.processes.sglang import (
+    SGLangServers,
+    inherited_environment,
+    server_environment,
+    server_flags,
+    write_as_sent,
+)
 from megatron_rl.engines.requirements import check_server
 from megatron_rl.errors import ConfigError, EngineError, PrecisionError
 from megatron_rl.precision.formats import fake_quantize
@@ -76,7 +82,7 @@ def test_servers_that_rest_are_told_so_on_a_gpu_where_they_would_keep_their_memo
 
 
 def test_servers_take_the_gpus_from_the_first_one_on_in_order():
-    two = SGLangServers("model", "logs", [], SGLangConfig(tensor=2, first_gpu=4), count=2, device="cuda")
+    two = SGLangServers("model", "logs", [], SGLangConfig(tensor=2), count=2, device="cuda", first_gpu=4)
     assert [" ".join(two.command(i, 1)[-2:]) for i in range(2)] == ["--base-gpu-id 4", "--base-gpu-id 6"]
 
 
@@ -312,3 +318,16 @@ def test_the_server_dies_with_its_guard(start: Start):
 def test_the_guard_ends_with_the_code_of_its_command(command: list[str], code: int):
     done = subprocess.run([sys.executable, "-I", guard.__file__, str(os.getpid()), *command], check=False, timeout=20)
     assert done.returncode == code
+
+
+def test_a_server_on_a_gpu_inherits_no_settings_of_the_trainer(monkeypatch: pytest.MonkeyPatch):
+    for name in ("OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "NVTE_FLASH_ATTN", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "1")
+    inherited = inherited_environment("cuda")
+    assert "NCCL_SOCKET_IFNAME" in inherited and not inherited.keys() & {
+        "OMP_NUM_THREADS",
+        "PYTORCH_CUDA_ALLOC_CONF",
+        "NVTE_FLASH_ATTN",
+    }
+    assert server_environment("cuda")["SGLANG_JIT_DEEPGEMM_PRECOMPILE"] == "0"
+    assert "SGLANG_JIT_DEEPGEMM_PRECOMPILE" not in server_environment("cpu")

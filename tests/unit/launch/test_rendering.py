@@ -84,7 +84,8 @@ def shellcheck(script: Path) -> None:
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("mode", ["colocated", "split", "het"])
 def test_a_job_is_rendered_as_before(config, model, mode, container):
-    folder = render(config, CONTAINERS[container], mode=mode)
+    shares = ["rollout.colocate=true"] if mode == "colocated" else []
+    folder = render(config, CONTAINERS[container], mode=mode, overrides=shares)
     compare(f"{mode}-{container}", folder, model)
     shellcheck(folder / "job.sbatch")
 
@@ -157,7 +158,13 @@ def test_the_copy_of_the_conductor_runs_without_the_package(config):
 
 
 BAD = {
-    "colocated": ({"mode": "colocated", "dry_run": False}, [], [], "--mode colocated: engines that share GPUs"),
+    "colocated": (
+        {"mode": "colocated"},
+        [],
+        [],
+        "--mode colocated with rollout.colocate: false: .*take both or neither",
+    ),
+    "not colocated": ({}, [], ["rollout.colocate=true"], "--mode split with rollout.colocate: true"),
     "mode": ({"mode": "both"}, [], [], "--mode is 'both'; valid: colocated, split, het"),
     "urls": ({}, [], ["rollout.urls=[http://a]"], "rollout.urls, rollout.urls_dir: the launcher starts the engines"),
     "disk": ({}, [], ["rollout.transport=disk"], "disk without rollout.weights_dir"),

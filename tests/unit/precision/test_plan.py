@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from megatron_rl.config import Config, OptimizerConfig, make_config
+from megatron_rl.config import Config, OptimizerConfig, SGLangConfig, make_config
 from megatron_rl.errors import ConfigError, PrecisionError
 from megatron_rl.plan.precision_check import check_precision, matrices
 from megatron_rl.precision.machine import Machine, execution_mode
@@ -107,7 +107,7 @@ def test_hopper_runs_the_recipes_of_fp8_itself(recipe):
 def test_hopper_is_told_that_micro_scales_need_blackwell(recipe):
     with pytest.raises(PrecisionError, match=rf"{recipe} needs sm_100.*can run: delayed, tensorwise, blockwise;"):
         report(shape(), HOPPER, recipe=recipe)
-    assert report(shape(), BLACKWELL, recipe=recipe).computed == "native"
+    assert report(shape(), BLACKWELL, train="bf16", recipe=recipe).computed == "native"
 
 
 def test_blackwell_has_blockwise_with_power_of_two_scales_alone():
@@ -191,7 +191,7 @@ def test_what_tensor_cores_cannot_multiply_is_an_error_that_names_tensor_and_dim
     message = r"model\.layers\.0\.mlp\.down_proj\.weight: 24 columns per rank.*not divisible by 16.*works is 1$"
     with pytest.raises(PrecisionError, match=message):
         report(model, HOPPER, tensor=2, recipe="tensorwise")
-    assert report(model, HOPPER, recipe="tensorwise").computed == "native"
+    assert report(model, HOPPER, train="bf16", recipe="tensorwise").computed == "native"
     assert report(model, CPU, tensor=2, recipe="tensorwise").computed == "emulated"
 
 
@@ -203,7 +203,9 @@ def test_where_no_cut_works_the_error_says_so():
 
 
 def test_tokens_that_tensor_cores_cannot_multiply_are_refused_on_them_alone():
-    low = config(recipe="blockwise").model_copy(update={"optimizer": OptimizerConfig(tokens_per_microbatch=1000)})
+    low = config(train="bf16", recipe="blockwise").model_copy(
+        update={"optimizer": OptimizerConfig(tokens_per_microbatch=1000)}
+    )
     check_precision(low, QWEN3, shape(), CPU)
     with pytest.raises(
         PrecisionError, match=r"multiplies 1000 tokens a rank, which must be a multiple of 16.* part is 1008"
@@ -220,6 +222,41 @@ def test_sglang_refuses_ragged_blocks_and_the_embedded_engine_takes_them():
     assert not check_plan(plan, layouts, engine="embedded", foreign=False, tokens=16, **settings).warnings
     (warning,) = check_plan(plan, layouts, engine="embedded", foreign=True, tokens=16, **settings).warnings
     assert "k_proj" in warning and "would refuse" in warning
+
+
+def test_blocks_are_whole_on_each_rank_of_a_server():
+    two = {"rollout": {"engine": "sglang", "sglang": {"tensor": 2}}, "precision": UNIFIED}
+    made = make_config({"model": {"path": "nowhere"}, **two})
+    check_precision(made, QWEN3, shape(), HOPPER)
+    with pytest.raises(
+        PrecisionError,
+        match=r"gate_proj\.weight: 192 rows on each of 2 ranks of a server not divisible by 128.*sglang\.tensor",
+    ):
+        check_precision(made, QWEN3, shape(ffn_hidden_size=384), HOPPER)
+    # Servers of 4 ranks hold each of 2 heads of keys twice.
+    four = made.model_copy(
+        update={"rollout": made.rollout.model_copy(update={"sglang": SGLangConfig(tensor=4)})},
+    )
+    check_precision(four, QWEN3, shape(num_kv_heads=2), HOPPER)
+
+
+def test_tokens_that_are_gathered_in_bf16_are_a_warning_where_they_are_gathered():
+    keys = {"precision": {"train": "bf16", "recipe": "blockwise"}, "optimizer": {"tokens_per_microbatch": 4160}}
+    for sequence, machine, told in ((True, HOPPER, 1), (True, CPU, 0), (False, HOPPER, 0)):
+        layout = {"tensor": 2, "sequence": sequence}
+        made = make_config({"model": {"path": "nowhere"}, "parallel": layout, **keys})
+        found = check_precision(made, QWEN3, shape(), machine).warnings
+        assert sum("a rank has 2080 tokens" in warning for warning in found) == told
+
+
+@pytest.mark.parametrize("rollout", ["fp8_blockwise", "fp8_blockwise_pow2"])
+def test_sglang_on_blackwell_would_quantize_the_trainer_s_codes_again_so_it_is_refused(rollout: str):
+    keys = {"train": "bf16", "rollout": rollout, "rollout_activations": "fp8"}
+    with pytest.raises(PrecisionError, match=rf"{rollout} on sm_100: SGLang .* quantizes .* again.*rollout: bf16"):
+        report(shape(), BLACKWELL, engine="sglang", **keys)
+    report(shape(), BLACKWELL, engine="embedded", **keys)
+    report(shape(), HOPPER, engine="sglang", **keys)
+    report(shape(), BLACKWELL, engine="sglang", train="bf16", rollout="bf16")
 
 
 def test_sglang_on_cpu_is_sent_dequantized_values_of_whatever_shape_and_the_user_is_told():

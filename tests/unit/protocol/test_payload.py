@@ -3,6 +3,7 @@
 import base64
 import os
 import pickle
+import pickletools
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 from torch.multiprocessing import reductions
 
 from megatron_rl.errors import EngineError
+from megatron_rl.protocol.buckets import Bucket, TensorSlot
 from megatron_rl.protocol.payload import SHARED_MEMORY, pack_payload, shared_buffer, unpack_payload
 
 Wrap = Callable[[Any], Any]
@@ -37,9 +39,11 @@ def encoded(content: bytes) -> str:
 def test_a_payload_holds_the_tensors_that_were_packed() -> None:
     buffer = shared_buffer(64, torch.device("cpu"))
     buffer.copy_(torch.arange(64, dtype=torch.uint8))
-    sent = [("codes", buffer[:32].view(torch.float8_e4m3fn).view(4, 8)), ("scales", buffer[32:].view(torch.float32))]
-    found = unpack_payload(pack_payload(sent))
-    assert [(name, tensor.dtype, tensor.shape) for name, tensor in found] == [(n, t.dtype, t.shape) for n, t in sent]
+    pieces = TensorSlot("codes", torch.float8_e4m3fn, (4, 8), 0), TensorSlot("scales", torch.float32, (8,), 32)
+    found = unpack_payload(pack_payload(Bucket(0, pieces, buffer, last=True)))
+    assert [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in found] == [
+        (piece.name, piece.dtype, piece.shape) for piece in pieces
+    ]
     assert torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in found]).equal(buffer)
 
 
@@ -141,7 +145,19 @@ def test_a_payload_cannot_change_what_it_looks_up(looked_up: Any, attribute: str
             unpack_payload(encoded(name + state + b"b."))
     assert getattr(looked_up, attribute) is before
     shared = shared_buffer(8, torch.device("cpu"))
-    assert unpack_payload(pack_payload([("a", shared)]))[0][0] == "a"
+    bucket = Bucket(0, (TensorSlot("a", torch.uint8, (8,), 0),), shared, last=True)
+    assert unpack_payload(pack_payload(bucket))[0][0] == "a"
+
+
+def test_a_payload_has_one_handle_and_names_sglang_s_own_class() -> None:
+    """Each handle under CUDA lengthens a chain that lives as long as the buffer."""
+    buffer = shared_buffer(64, torch.device("cpu"))
+    pieces = tuple(TensorSlot(f"weight{i}", torch.uint8, (8,), 8 * i) for i in range(8))
+    content = base64.b64decode(pack_payload(Bucket(0, pieces, buffer, last=True)))
+    called = [name for code, name, _ in pickletools.genops(content) if code.name == "GLOBAL"]
+    assert called.count("torch.multiprocessing.reductions rebuild_storage_filename") == 1
+    assert called.count("sglang.srt.weight_sync.tensor_bucket FlattenedTensorMetadata") == 1
+    assert not any(name.startswith("megatron_rl") for name in called)
 
 
 def test_a_buffer_that_shared_memory_has_no_room_for_is_refused_before_any_of_it_is_touched(

@@ -62,7 +62,7 @@ LOW = [{"recipe": "blockwise"}, {"rollout": "fp8_blockwise", "rollout_activation
 def test_an_attribution_that_could_never_be_made_is_refused_before_the_run_and_on_every_rank(
     model, monkeypatch, precision
 ):
-    monkeypatch.setattr(run_plan, "this_machine", lambda: Machine((9, 0), (12, 9), transformer_engine=True))
+    monkeypatch.setattr(run_plan, "this_machine", lambda: Machine((9, 0), (12, 9), transformer_engine=True, gpus=1))
     asked = config(model, precision={"train": "bf16", **precision}, run={"attribute_every": 5})
     for refuse in (lambda: check(asked), lambda: resolve_on_rank(asked, attributes=True)):
         with pytest.raises(PrecisionError, match=r"Transformer Engine.*run\.attribute_every: 0"):
