@@ -37,7 +37,7 @@ def make_objective(spec: Mapping[str, Any]) -> Objective:
         ConfigError: an objective or key is unknown (the message gives the nearest valid name), or a value is illegal.
     """
     if not isinstance(spec, Mapping):
-        raise ConfigError(f"an objective is {spec!r}; it must be a mapping such as {{name: drpo, delta: 0.04}}")
+        raise ConfigError(f"an objective is {spec!r}; it must be a mapping such as {{name: drpo, delta: 0.15}}")
     options = dict(spec)
     name = options.pop("name", None)
     kind = objective_class(name)
