@@ -143,10 +143,10 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="port to listen on")] = 30000,
     dtype: Annotated[str, typer.Option(help="dtype of the engine: fp32, bf16 or fp16")] = "fp32",
     quantization: Annotated[
-        str, typer.Option(help="quantization of the weights: none, fp8_blockwise, fp8_blockwise_pow2 or int8")
+        str, typer.Option(help="of the weights: none, fp8_blockwise, fp8_blockwise_pow2, int8, mxfp8 or nvfp4")
     ] = "none",
     activations: Annotated[
-        str, typer.Option(help="none, or fp8: also quantize the inputs of quantized layers")
+        str, typer.Option(help="none, fp8, or fp4 (with nvfp4): also quantize the inputs of quantized layers")
     ] = "none",
     trainer_dtype: Annotated[
         str, typer.Option(help="dtype of the trainer; weights are rounded to it before they are quantized")

@@ -80,11 +80,15 @@ class PrecisionConfig(Block):
     fp32_lm_head: bool = Field(
         False, description="compute log-probabilities from a float32 product with the output weights"
     )
-    rollout: Literal["fp32", "bf16", "fp16", "fp8_blockwise", "fp8_blockwise_pow2", "int8"] = Field(
-        "fp32", description="format of the engines' weights; engines with quantized weights compute in bf16"
+    rollout: Literal["fp32", "bf16", "fp16", "fp8_blockwise", "fp8_blockwise_pow2", "int8", "mxfp8", "nvfp4"] = Field(
+        "fp32",
+        description="format of the engines' weights; engines with quantized weights compute in bf16; mxfp8, nvfp4: "
+        "emulated",
     )
-    rollout_activations: Literal["none", "fp8"] = Field(
-        "none", description="fp8: engines quantize the inputs of quantized layers in blocks of 1 x 128, per token"
+    rollout_activations: Literal["none", "fp8", "fp4"] = Field(
+        "none",
+        description="engines quantize the inputs of quantized layers, per token; fp8: in blocks of 1 x 128 (rollout: "
+        "mxfp8: 1 x 32); fp4: in blocks of 1 x 16, for rollout: nvfp4",
     )
 
 
