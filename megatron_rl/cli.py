@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand
@@ -232,9 +232,21 @@ def doctor(
     config_file: Annotated[
         Path | None, typer.Option("--config", help="also check whether this configuration can run")
     ] = None,
+    sync_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--sync",
+            help="start this configuration's trainer and engines, make no update, and compare their log-probabilities; "
+            "exit code 1 if they disagree",
+        ),
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Print what this machine supports, and check a configuration. Takes seconds; starts and writes nothing."""
+    """Print what this machine supports, and check a configuration. Without --sync, starts and writes nothing."""
+    if sync_file is not None:
+        if config_file is not None:
+            raise ConfigError("give --config or --sync: --sync checks the configuration, too")
+        _check_sync(sync_file, overrides)
     if overrides and config_file is None:
         raise ConfigError(f"override '{overrides[0]}' has no configuration to go with: give one with --config")
     config = None if config_file is None else load_config(config_file, overrides)
@@ -242,6 +254,18 @@ def doctor(
     if config is not None:
         _seam("plan").print_plan(_seam("trainer.preflight").check(config), config)
         print(f"{config_file}: can run")
+
+
+def _check_sync(config_file: Path, overrides: list[str] | None) -> NoReturn:
+    """Run `doctor --sync` on every rank, and exit with 0 if trainer and engines agree, else with 1."""
+    config = load_config(config_file, overrides)
+    if not under_launcher():
+        with one_thread():
+            _seam("trainer.preflight").check(config)
+        arguments = ["doctor", "--sync", str(config_file), *(overrides or [])]
+        forks_servers = config.rollout.engine == "embedded" and config.rollout.own_servers
+        sys.exit(run_ranks(arguments, config.parallel.world_size, forks_servers=forks_servers))
+    sys.exit(ExitCode.DONE if _seam("trainer.sync_check").check_sync(config) else ExitCode.CRASH)
 
 
 @app.command("config")
