@@ -95,7 +95,7 @@ def test_a_centered_update_is_that_of_plain_transformers_under_every_layout(two_
     (loss, norm), (_, without) = centered
     assert result["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6)
     assert result["grad_norm"] == pytest.approx(norm, rel=1e-5)
-    assert abs(without - norm) > 1e-3 * norm, "the gradient through the top tokens must be seen"
+    assert abs(without - norm) > 1e-4 * norm, "the gradient through the top tokens must be seen"
     assert 0 < result["metrics"]["centering/tail"] < 1 and result["metrics"]["centering/size"] > 0
 
 

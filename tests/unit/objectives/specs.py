@@ -21,7 +21,8 @@ class Spec:
     Attributes:
         id: name of the row in the test ids.
         options: the argument of `make_objective`.
-        advantages: False if the method uses rewards instead, so that advantages of 0 have no special meaning.
+        advantages: False if the method uses rewards instead or adds a penalty, so that advantages of 0 do not mean a
+            loss of 0.
         weight: False if -dloss/dlogp has no form A r w.
     """
 
@@ -59,7 +60,7 @@ RATIO_SPECS = [
     _spec("dppo_topk", divergence="kl", top_k=3),
     _spec("drpo", delta=0.15),
     _spec("cppo", delta=0.1, delta_b=0.01),
-    Spec("cppo-penalty", {"name": "cppo", "log_ratio_coef": 0.3}),
+    Spec("cppo-penalty", {"name": "cppo", "log_ratio_coef": 0.3}, advantages=False),
     Spec(
         "ppo-sequence", {"name": "ppo", "ratio_level": "sequence", "clip_low": 0.5, "clip_high": 3.0, "dual_clip": 3.0}
     ),
