@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand
@@ -147,10 +147,10 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="port to listen on")] = 30000,
     dtype: Annotated[str, typer.Option(help="dtype of the engine: fp32, bf16 or fp16")] = "fp32",
     quantization: Annotated[
-        str, typer.Option(help="quantization of the weights: none, fp8_blockwise, fp8_blockwise_pow2 or int8")
+        str, typer.Option(help="of the weights: none, fp8_blockwise, fp8_blockwise_pow2, int8, mxfp8 or nvfp4")
     ] = "none",
     activations: Annotated[
-        str, typer.Option(help="none, or fp8: also quantize the inputs of quantized layers")
+        str, typer.Option(help="none, fp8, or fp4 (with nvfp4): also quantize the inputs of quantized layers")
     ] = "none",
     trainer_dtype: Annotated[
         str, typer.Option(help="dtype of the trainer; weights are rounded to it before they are quantized")
@@ -236,9 +236,21 @@ def doctor(
     config_file: Annotated[
         Path | None, typer.Option("--config", help="also check whether this configuration can run")
     ] = None,
+    sync_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--sync",
+            help="start this configuration's trainer and engines, make no update, and compare their log-probabilities; "
+            "exit code 1 if they disagree",
+        ),
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Print what this machine supports, and check a configuration. Takes seconds; starts and writes nothing."""
+    """Print what this machine supports, and check a configuration. Without --sync, starts and writes nothing."""
+    if sync_file is not None:
+        if config_file is not None:
+            raise ConfigError("give --config or --sync: --sync checks the configuration, too")
+        _check_sync(sync_file, overrides)
     if overrides and config_file is None:
         raise ConfigError(f"override '{overrides[0]}' has no configuration to go with: give one with --config")
     config = None if config_file is None else load_config(config_file, overrides)
@@ -246,6 +258,18 @@ def doctor(
     if config is not None:
         _seam("plan").print_plan(_seam("trainer.preflight").check(config), config)
         print(f"{config_file}: can run")
+
+
+def _check_sync(config_file: Path, overrides: list[str] | None) -> NoReturn:
+    """Run `doctor --sync` on every rank, and exit with 0 if trainer and engines agree, else with 1."""
+    config = load_config(config_file, overrides)
+    if not under_launcher():
+        with one_thread():
+            _seam("trainer.preflight").check(config)
+        arguments = ["doctor", "--sync", str(config_file), *(overrides or [])]
+        forks_servers = config.rollout.engine == "embedded" and config.rollout.own_servers
+        sys.exit(run_ranks(arguments, config.parallel.world_size, forks_servers=forks_servers))
+    sys.exit(ExitCode.DONE if _seam("trainer.sync_check").check_sync(config) else ExitCode.CRASH)
 
 
 @app.command("config")

@@ -9,7 +9,7 @@ from pydantic_core import ErrorDetails
 
 from megatron_rl.config.block import Block
 from megatron_rl.config.code_paths import resolve_code_paths
-from megatron_rl.config.old_keys import find_old_keys, rename_old_keys
+from megatron_rl.config.old_keys import find_old_keys, find_old_values, rename_old_keys
 from megatron_rl.config.read_yaml import MAX_DEPTH, KeyPath, Places, read_file, read_value
 from megatron_rl.config.rules import check_rules
 from megatron_rl.config.schema import Config
@@ -65,6 +65,12 @@ def make_config(tree: dict[str, Any], places: Places | None = None) -> Config:
         place = places.get(old)
         raise ConfigError(
             f"{f'{place}: ' if place else ''}key '{'.'.join(old)}' is now called '{'.'.join(new)}': rename it"
+        )
+    for key, old_value, new_value in find_old_values(tree):
+        place = places.get(key)
+        raise ConfigError(
+            f"{f'{place}: ' if place else ''}'{'.'.join(key)}' is '{old_value}', which is now called '{new_value}': "
+            "rename it"
         )
     try:
         config = Config(**tree)

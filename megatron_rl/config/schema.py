@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from megatron_rl.config.alp_section import AlpConfig
 from megatron_rl.config.block import Block, check_names
 from megatron_rl.errors import did_you_mean, shorten
 from megatron_rl.plugins import is_import_path
@@ -83,11 +84,15 @@ class PrecisionConfig(Block):
     fp32_lm_head: bool = Field(
         False, description="compute log-probabilities from a float32 product with the output weights"
     )
-    rollout: Literal["fp32", "bf16", "fp16", "fp8_blockwise", "fp8_blockwise_pow2", "int8"] = Field(
-        "fp32", description="format of the engines' weights; engines with quantized weights compute in bf16"
+    rollout: Literal["fp32", "bf16", "fp16", "fp8_blockwise", "fp8_blockwise_pow2", "int8", "mxfp8", "nvfp4"] = Field(
+        "fp32",
+        description="format of the engines' weights; engines with quantized weights compute in bf16; mxfp8, nvfp4: "
+        "emulated",
     )
-    rollout_activations: Literal["none", "fp8"] = Field(
-        "none", description="fp8: engines quantize the inputs of quantized layers in blocks of 1 x 128, per token"
+    rollout_activations: Literal["none", "fp8", "fp4"] = Field(
+        "none",
+        description="engines quantize the inputs of quantized layers, per token; fp8: in blocks of 1 x 128 (rollout: "
+        "mxfp8: 1 x 32); fp4: in blocks of 1 x 16, for rollout: nvfp4",
     )
 
 
@@ -247,42 +252,6 @@ def _with_numbers(value: Any) -> Any:
     if isinstance(value, list):
         return [_with_numbers(one) for one in value]
     return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
-
-
-class AlpConfig(Block):
-    """Adaptive layerwise perturbation (arXiv 2603.19470): learnable noise at every layer's input, in updates only."""
-
-    enabled: bool = Field(False, description="perturb the policy in updates")
-    sigma_init: float = Field(1.0e-4, description="initial standard deviation of the noise of every layer")
-    learnable: bool = Field(True, description="false: every layer keeps sigma_init")
-    lr: float = Field(5.0e-4, gt=0, description="learning rate of log sigma; warmed up like optimizer.lr")
-    weight_decay: float = Field(
-        0.0,
-        ge=0,
-        description="weight decay of log sigma; it moves log sigma toward 0, so sigma upward; the paper uses 0.01",
-    )
-    layers: Literal["all", "logits"] | tuple[int, int] = Field(
-        "all", description="layers with noise: all, or [start, end) counted from 0; logits: noise on the logits instead"
-    )
-    level: Literal["token", "sequence", "cumulative", "geometric"] | None = Field(
-        None, description="what one ratio spans; unset: as in the objective"
-    )
-
-    @field_validator("sigma_init")
-    @classmethod
-    def _positive(cls, value: float) -> float:
-        if value <= 0:
-            raise ValueError(
-                f"it is {value}; it must be above 0, since its logarithm is learnt (no noise: enabled: false)"
-            )
-        return value
-
-    @field_validator("layers")
-    @classmethod
-    def _range(cls, value: Any) -> Any:
-        if isinstance(value, tuple) and not 0 <= value[0] < value[1]:
-            raise ValueError(f"it is {list(value)}; a range is [start, end) with 0 <= start < end")
-        return value
 
 
 class TaskConfig(Block):

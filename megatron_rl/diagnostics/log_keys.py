@@ -149,6 +149,12 @@ SECTIONS = (
         "Each objective logs its own. Means over the trained tokens of an update, then over the updates.",
         _keys("objectives.objective.Objective", ("kl_ref", "KL to the reference policy", _NATS), prefixes=_STAGES)
         + _keys(
+            "objectives.score_centering.ScoreCentering",
+            ("centering/size", "sum of abs of the coefficients of the engine's top-K tokens, mean over tokens", ""),
+            ("centering/tail", "the engine's probability outside its top K, mean over tokens", _PROBABILITY),
+            prefixes=_STAGES,
+        )
+        + _keys(
             "objectives.grpo.PPO",
             ("clip/high", "tokens without gradient above the clip (`cispo`: with a bounded weight)", _SHARE),
             ("clip/low", "the same below the clip", _SHARE),
@@ -160,6 +166,17 @@ SECTIONS = (
             ("mask/high", "tokens masked because the divergence is too large upward", _SHARE),
             ("mask/low", "the same downward", _SHARE),
             ("divergence", "divergence that the mask is made from", ""),
+            prefixes=_STAGES,
+        )
+        + _keys(
+            "objectives.cppo.CPPO",
+            ("cppo/prefix", "tokens masked for what their prefix has used, within `delta` themselves", _SHARE),
+            ("cppo/budget", "budget that each token of the prefix adds, mean over responses", ""),
+            prefixes=_STAGES,
+        )
+        + _keys(
+            "objectives.ratio.RatioObjective",
+            ("log_ratio/square", "mean of (log r)^2, if `log_ratio_coef` is not 0", "nats^2"),
             prefixes=_STAGES,
         )
         + _keys(

@@ -42,7 +42,7 @@ def check_server_precision(
         if (
             engine_quantization
             and not dequantized
-            and (engine_quantization.quantization == "int8" or engine_quantization.activations == "none")
+            and (not engine_quantization.quantization.startswith("fp8") or engine_quantization.activations == "none")
         ):
             raise PrecisionError(
                 f"{url} is an SGLang server, which always quantizes the inputs of quantized layers: set "

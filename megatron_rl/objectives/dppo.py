@@ -10,12 +10,11 @@ from torch import Tensor
 from megatron_rl.errors import ConfigError
 from megatron_rl.objectives.inputs import NormMode
 from megatron_rl.objectives.objective import LossInputs, TokenLoss, positive
-from megatron_rl.objectives.options import choice, integer
+from megatron_rl.objectives.options import MOST_TOP_K, choice, integer
 from megatron_rl.objectives.ratio import RatioObjective
 
 DEFAULT_DELTA = {"tv": 0.15, "kl": 0.05}
 
-MOST_TOP_K = 64  # upper limit of the K requested from engines: every token transfers K pairs
 _EPSILON = 1e-8  # keeps the odds of a nearly certain token finite
 _LEAST_REST = 1e-12  # lower limit of the mass of the tokens outside the top-K
 
@@ -124,6 +123,11 @@ class DPPOTopK(DPPO):
                 "objective dppo_topk: ratio_denominator is 'trainer_old', but the top-K of the trainer's old policy is "
                 "not kept; set ratio_denominator: rollout, or use dppo_tv or dppo_kl"
             )
+        if self.score_centering is not None and self.score_centering.top_k != self.top_k:
+            raise ConfigError(
+                f"objective dppo_topk: top_k is {self.top_k} and score_centering.top_k {self.score_centering.top_k}, "
+                "but the engine reports one number of tokens: set both to the same"
+            )
         if self.delta is None:
             object.__setattr__(self, "delta", DEFAULT_DELTA[self.divergence])
 
@@ -138,7 +142,7 @@ class DPPOTopK(DPPO):
     def divergence_of(self, x: LossInputs) -> Tensor:
         """Return D; `x.topk` holds logp of the trainer and logmu of the engine, [B, T, K] each, constants."""
         assert x.topk is not None
-        logq_K, logp_K = x.topk
+        logq_K, logp_K = x.topk[0].detach(), x.topk[1]
         p_K, q_K = logp_K.exp(), logq_K.exp()
         p_rest, q_rest = _rest(p_K), _rest(q_K)
         if self.divergence == "tv":

@@ -8,10 +8,9 @@ from megatron_rl.objectives.inputs import NormMode
 from megatron_rl.objectives.objective import LossInputs, TokenLoss, positive
 from megatron_rl.objectives.ratio import RatioObjective
 
-# The paper says "regularization threshold 12.5", which has two readings in Eq. 8. As delta itself (paper_literal),
-# the weight never leaves [0.92, 1.08]. As the coefficient 1 / (2 delta), it gives delta 0.04 (coef_reading), whose
-# boundary is reachable. dppo_matched uses the boundary of DPPO.
-DELTA_PRESETS = MappingProxyType({"paper_literal": 12.5, "coef_reading": 0.04, "dppo_matched": 0.15})
+# paper: the authors' code divides by 2 x 12.5 and quotes "regularization threshold 12.5" from section 4. No source
+# has 0.04 = 1 / (2 x 12.5), which reads 12.5 as the coefficient: a conjecture. dppo_matched is the boundary of DPPO.
+DELTA_PRESETS = MappingProxyType({"paper": 12.5, "conjecture": 0.04, "dppo_matched": 0.15})
 
 
 @dataclass(frozen=True, kw_only=True)

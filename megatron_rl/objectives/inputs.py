@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.errors import ConfigError, UserError, did_you_mean
+from megatron_rl.objectives.packed_rows import dense_ids, dense_ids_cpu, packed_running_sum, packed_sort
 
 LOG_RATIO_LIMIT = 20.0  # exp(20) is far outside any trust region, and its square still fits float32
 
@@ -75,7 +76,8 @@ class LossInputs:
         rewards: [B] or [B, T].
         seq_ids: [1, T] integer, the sequence that a packed token belongs to; any ids, -1 on padding.
         entropy: [B, T], differentiable.
-        topk: logp and logmu of the engine's top-K tokens, [B, T, K] each.
+        topk: logp and logmu of the engine's top-K tokens, [B, T, K] each; logp is differentiable if the objective has
+            `score_centering`.
         staleness: [B, T], weight versions between the one that sampled the token and the one the step trains from.
         norm: overrides the objective's own norm; carries the global counts.
         columns: further per-token columns that the objective needs, by name, [B, T] each.
@@ -156,19 +158,35 @@ class LossInputs:
         """Return `sequence_sum` divided by the number of trained tokens of the sequence (at least 1)."""
         return self.sequence_sum(values) / self._lengths
 
+    def running_sum(self, values: Tensor) -> Tensor:
+        """Return the sum of `values` [B, T] over each sequence up to and including each token, [B, T]."""
+        if self.seq_ids is None:
+            return values.double().cumsum(1).to(values.dtype)
+        return packed_running_sum(values[0], self._rows)[None]
+
+    def sequence_quantile(self, values: Tensor, q: float) -> Tensor:
+        """Return the `q`-quantile over the trained tokens of each sequence, with linear interpolation.
+
+        The result broadcasts over the tokens of the sequence: [B, 1], packed [1, T]. It is 0 without trained tokens.
+        """
+        trained = torch.where(self.mask > 0, values, torch.inf)
+        place = q * (self._lengths - 1)
+        below, above = place.floor(), place.ceil()
+        if self.seq_ids is None:
+            ascending = trained.sort(1).values
+            low, high = ascending.gather(1, below.long()), ascending.gather(1, above.long())
+        else:
+            ascending, first = packed_sort(trained[0], self._rows)
+            low, high = ascending[first + below[0].long()][None], ascending[first + above[0].long()][None]
+        found = low + (high - low) * (place - below)
+        return torch.where(low.isfinite(), found, 0.0)
+
     def _pooled(self, x: Tensor, level: Level) -> Tensor:
         if level == "sequence":
             return self.sequence_sum(x)
         if level == "geometric":
             return self.sequence_mean(x)
-        if self.seq_ids is None:
-            return x.double().cumsum(1).to(x.dtype)
-        rows = self._rows
-        order = rows.argsort(stable=True)  # the tokens of a sequence become adjacent and keep their order
-        running = x[0, order].double().cumsum(0)
-        first = torch.searchsorted(rows[order], rows[order])  # index at which the token's sequence begins
-        before = (running - x[0, order])[first]
-        return torch.zeros_like(x).index_copy(1, order, (running - before).to(x.dtype)[None])
+        return self.running_sum(x)
 
     def check_shapes(self) -> None:
         """Check shapes and dtypes. This reads no values, so it does not wait for a GPU.
@@ -287,7 +305,7 @@ class LossInputs:
             logref=constant(self.logref),
             rewards=constant(self.rewards),
             entropy=None if self.entropy is None else clean(self.entropy),
-            topk=None if self.topk is None else (clean(self.topk[0].detach()), clean(self.topk[1].detach())),
+            topk=None if self.topk is None else (clean(self.topk[0]), clean(self.topk[1].detach())),
             staleness=constant(self.staleness),
             columns={name: clean(tensor.detach()) for name, tensor in self.columns.items()},
         )
@@ -348,25 +366,6 @@ class LossInputs:
     def _by_row(self, values: Tensor) -> Tensor:
         """Return the sum of packed `values` [1, T] over each sequence, [T], at its number; 0 beyond the last."""
         return values.new_zeros(values.shape[1]).index_add(0, self._rows, values[0])
-
-
-def dense_ids(ids: Tensor) -> Tensor:
-    """Return integer `ids` [T] renumbered from 0 in ascending order of id, [T]."""
-    # torch.unique would wait for the device, because its output size depends on the data.
-    ascending, order = ids.sort()
-    ranks = torch.zeros_like(order)
-    ranks[1:] = (ascending[1:] != ascending[:-1]).cumsum(0)
-    return torch.zeros_like(order).scatter(0, order, ranks)
-
-
-def dense_ids_cpu(ids: Tensor) -> Tensor:
-    """Return the same as `dense_ids`.
-
-    This is faster where synchronization costs nothing, because only one id of each run of equal ids is sorted.
-    """
-    runs, run_of_token = torch.unique_consecutive(ids, return_inverse=True)
-    dense: Tensor = runs.unique(return_inverse=True)[1]
-    return dense.index_select(0, run_of_token)
 
 
 def _check_finite(name: str, tensor: Tensor, keep: Tensor) -> None:

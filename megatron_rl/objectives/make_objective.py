@@ -9,6 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_rl.errors import ConfigError, MegatronRLError, did_you_mean
 from megatron_rl.objectives.asympo import ASymPO
 from megatron_rl.objectives.cispo import CISPO
+from megatron_rl.objectives.cppo import CPPO
 from megatron_rl.objectives.dppo import DPPOKL, DPPOTV, DPPOTopK
 from megatron_rl.objectives.drpo import DRPO
 from megatron_rl.objectives.erpd import ErpdCE, ErpdDistill, ErpdMSE
@@ -24,7 +25,7 @@ from megatron_rl.objectives.simple_po import SimplePO
 from megatron_rl.plugins import is_import_path, load_plugin, raised_place, source_place
 from megatron_rl.types import COLUMNS
 
-_RATIO = (CISPO, DAPO, DPPOKL, DPPOTV, DPPOTopK, DRPO, GRPO, GSPO, MiniRL, PPO, SAPO, SimplePO)
+_RATIO = (CISPO, CPPO, DAPO, DPPOKL, DPPOTV, DPPOTopK, DRPO, GRPO, GSPO, MiniRL, PPO, SAPO, SimplePO)
 _OTHERS = (ASymPO, ErpdCE, ErpdDistill, ErpdMSE, Naive, ScaledPO)
 
 OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in (*_RATIO, *_OTHERS)}
@@ -37,7 +38,7 @@ def make_objective(spec: Mapping[str, Any]) -> Objective:
         ConfigError: an objective or key is unknown (the message gives the nearest valid name), or a value is illegal.
     """
     if not isinstance(spec, Mapping):
-        raise ConfigError(f"an objective is {spec!r}; it must be a mapping such as {{name: drpo, delta: 0.04}}")
+        raise ConfigError(f"an objective is {spec!r}; it must be a mapping such as {{name: drpo, delta: 0.15}}")
     options = dict(spec)
     name = options.pop("name", None)
     kind = objective_class(name)

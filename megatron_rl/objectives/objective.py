@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_rl.errors import ConfigError, UserError, did_you_mean
 from megatron_rl.objectives.inputs import OPTIONAL, LossInputs, LossNorm, NormMode
 from megatron_rl.objectives.options import checked, choice, nonnegative, positive
+from megatron_rl.objectives.score_centering import make_centering
 
 __all__ = ["LossInputs", "LossNorm", "LossOutputs", "Objective", "TokenLoss", "choice", "positive"]
 
@@ -64,6 +65,7 @@ class Objective(ABC):
         loss = aggregate(loss_tok) + kl_coef x aggregate(kl to the reference) - entropy_coef x aggregate(entropy)
 
     The KL and entropy terms are computed, and their tensors are needed, only if their coefficient is not 0.
+    `score_centering` adds advantage x drift (objectives/score_centering.py).
     """
 
     norm: LossNorm | None = None  # None selects the paper's norm; after construction always a LossNorm
@@ -72,6 +74,9 @@ class Objective(ABC):
         "k3", ("k1", "k2", "k3"), "its estimator, with x = logref - logp: -x, x^2 / 2, exp(x) - x - 1"
     )
     entropy_coef: float = nonnegative(0.0, "weight of the entropy bonus")
+    score_centering: Any = field(
+        default=None, metadata={"doc": "subtract the drift of the score: {mode, top_k, low, high}"}
+    )
 
     name: ClassVar[str] = ""
     default_norm: ClassVar[NormMode] = "token_mean"
@@ -83,12 +88,13 @@ class Objective(ABC):
 
         A method adds its own tensors: `super().needs | {"logmu"}`.
         """
-        return frozenset(name for name, coef in (("logref", self.kl_coef), ("entropy", self.entropy_coef)) if coef)
+        terms = frozenset(name for name, coef in (("logref", self.kl_coef), ("entropy", self.entropy_coef)) if coef)
+        return terms if self.score_centering is None else terms | self.score_centering.needs
 
     @property
     def topk(self) -> int:
         """Number of most likely tokens that the engine must report at every position; 0: none."""
-        return 0
+        return 0 if self.score_centering is None else int(self.score_centering.top_k)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Name a class that has no name of its own, for messages."""
@@ -100,6 +106,11 @@ class Objective(ABC):
         object.__setattr__(self, "norm", _as_norm(self.norm, self.default_norm))
         for option in fields(self):
             object.__setattr__(self, option.name, checked(self.name, option, getattr(self, option.name)))
+        object.__setattr__(self, "score_centering", make_centering(self.score_centering))
+        if self.score_centering is not None and not self.uses_advantages:
+            raise ConfigError(
+                f"objective {self.name} has no advantages, which score_centering multiplies: leave it out"
+            )
 
     @abstractmethod
     def per_token(self, x: LossInputs) -> TokenLoss:
@@ -155,7 +166,7 @@ class Objective(ABC):
         )
 
     def _terms(self, x: LossInputs) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """Return the sum of the KL and entropy terms per token (None if both are off) and their metrics."""
+        """Return the sum of the KL, entropy and centering terms per token (None if all are off) and their metrics."""
         terms: list[Tensor] = []
         metrics: dict[str, Tensor] = {}
         if self.kl_coef:
@@ -165,6 +176,11 @@ class Objective(ABC):
         if self.entropy_coef:
             assert x.entropy is not None
             terms.append(-self.entropy_coef * x.entropy)
+        if self.score_centering is not None:
+            assert x.topk is not None
+            centering, found = self.score_centering.term(*x.topk)
+            terms.append(x.advantages * centering)
+            metrics |= found
         return (sum(terms[1:], terms[0]) if terms else None), metrics
 
 

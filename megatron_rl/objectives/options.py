@@ -11,6 +11,8 @@ from pydantic import BeforeValidator, Strict, TypeAdapter, ValidationError
 
 from megatron_rl.errors import ConfigError, did_you_mean
 
+MOST_TOP_K = 64  # upper limit of the K requested from engines: every token transfers K pairs
+
 
 def positive(
     default: float | None,

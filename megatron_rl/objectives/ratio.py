@@ -11,7 +11,7 @@ from megatron_rl.errors import ConfigError
 from megatron_rl.objectives.corrections import make_corrections
 from megatron_rl.objectives.inputs import LossInputs
 from megatron_rl.objectives.objective import Objective, TokenLoss
-from megatron_rl.objectives.options import choice
+from megatron_rl.objectives.options import choice, nonnegative
 
 DENOMINATORS = {"rollout": "logmu", "trainer_old": "logold"}
 LEVELS = ("token", "sequence", "geometric", "cumulative")
@@ -33,11 +33,14 @@ class RatioObjective(Objective):
             `trainer_old` when a correction weighs, else `default_denominator`. With `always_over_mu` it names the
             policy that the mask of the method compares with.
         corrections: see `objectives/corrections.py`.
+        log_ratio_coef: weight of (log r)^2 per token, added to the loss beside KL and entropy. Its gradient
+            2 log_ratio_coef log r pulls every token back, whatever its advantage.
     """
 
     ratio_level: str = choice("token", ("token",), "what one ratio spans")
     ratio_denominator: str | None = choice(None, DENOMINATORS, "the policy below the fraction bar")
     corrections: Any = field(default=())
+    log_ratio_coef: float = nonnegative(0.0, "weight of (log r)^2 of every token, a penalty")
 
     default_denominator: ClassVar[str] = "rollout"
     always_over_mu: ClassVar[bool] = False
@@ -75,6 +78,14 @@ class RatioObjective(Objective):
     @abstractmethod
     def surrogate(self, x: LossInputs) -> TokenLoss:
         """Return the loss of the method without corrections; `x` is the same as in `per_token`."""
+
+    def _terms(self, x: LossInputs) -> tuple[Tensor | None, dict[str, Tensor]]:
+        terms, metrics = super()._terms(x)
+        if not self.log_ratio_coef:
+            return terms, metrics
+        square = x.log_ratio(self.below).square()
+        penalty = self.log_ratio_coef * square
+        return penalty if terms is None else terms + penalty, metrics | {"log_ratio/square": square}
 
     def per_token(self, x: LossInputs) -> TokenLoss:
         token = self.surrogate(x)

@@ -1,5 +1,6 @@
 """The plan of a run: everything that follows from configuration, model and machine. It is resolved once."""
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ from megatron_rl.precision.table import describe
 from megatron_rl.weights.families import ModelShape
 from megatron_rl.weights.hf_folder import HFFolder
 from megatron_rl.weights.hf_model import check_folder
+
+_FARTHEST = 1e6  # larger factors are not told apart
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class RunPlan:
             f"Transformer Engine's (attention: {config.precision.attention})" if engine else "megatron-core's local"
         )
         noise = "" if self.noise is None else f", perturbed by ALP from sigma {self.noise.sigma_init:g}"
+        noise += self._reach_of_sigma(config)
         return [
             f"objective: {config.objective.name}{noise}; engines report {', '.join(columns)}",
             f"placement: {ranks} on {self.machine.name}, {rollout.engine} engines: {engines}"
@@ -76,6 +80,15 @@ class RunPlan:
             f"layers: {layers}",
             *_recompute_remark(config, engine),
         ]
+
+    def _reach_of_sigma(self, config: Config) -> str:
+        """Return how far sigma can move in the run: Adam moves log sigma by at most about its rate an update."""
+        if self.noise is None or not self.noise.learnable or self.algorithm.erpd is not None:
+            return ""
+        updates = config.run.steps * config.optimizer.updates_per_step
+        factor = math.exp(min(config.alp.lr * updates, math.log(_FARTHEST)))
+        times = f"more than {_FARTHEST:.0e}" if factor >= 0.999 * _FARTHEST else f"about {factor:.3g}"
+        return f" ({updates} updates at alp.lr {config.alp.lr:g} move it at most by a factor of {times})"
 
 
 def resolve_run(config: Config, *, trains: bool = True) -> RunPlan:

@@ -13,7 +13,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_rl.errors import CheckpointError, PrecisionError, StorageError, UserError
-from megatron_rl.objectives import LossInputs, LossNorm, LossOutputs
+from megatron_rl.objectives import LossInputs, LossNorm, LossOutputs, Objective
 from megatron_rl.policy.loss_denominator import global_norm
 from megatron_rl.policy.model import PolicyModel
 from megatron_rl.policy.optimizer import PolicyOptimizer
@@ -281,7 +281,9 @@ class Policy:
         columns = {name: t[None] for name, t in micro.columns.items() if COLUMNS[name].packed == "label"}
         topk, topk_logmu = None, columns.pop("topk_logmu", None)
         if scores.topk is not None and topk_logmu is not None:
-            topk = torch.where(finite[:, None], scores.topk, 0.0)[None], topk_logmu
+            attached = isinstance(objective, Objective) and objective.score_centering is not None
+            topk_logp = scores.topk if attached else scores.topk.detach()
+            topk = torch.where(finite[:, None], topk_logp, 0.0)[None], topk_logmu
         columns.pop("topk_ids", None)  # `scores.topk` are their log-probabilities
         inputs = LossInputs.of(
             columns,

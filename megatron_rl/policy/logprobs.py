@@ -54,8 +54,8 @@ def token_scores(
             every rank.
 
     Returns:
-        log p(label) [R] fp32 and entropy [R] fp32. With topk_labels_RK also log p of those tokens, [R, K] fp32, without
-        gradient.
+        log p(label) [R] fp32 and entropy [R] fp32. With topk_labels_RK also log p of those tokens, [R, K] fp32. Its
+        gradient costs no further product: K more entries of each row of the logits' gradient.
     """
     shard = weight_VH.shape[0]
     start = group.rank() * shard
@@ -193,24 +193,29 @@ class _TokenScores(torch.autograd.Function):
                 topk[part] = (wanted[1:] - log_z[part]).t()
             entropy[part] = log_z[part] - weighted / z
             log_z[part] += peak
-        label = column[:, :1].contiguous(), owned[:, 0].contiguous()
-        ctx.save_for_backward(hidden, weight, *label, log_z, entropy, log_sigma)
+        ctx.save_for_backward(hidden, weight, column, owned, log_z, entropy, log_sigma)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
-        if topk is None:
-            return logp, entropy
-        ctx.mark_non_differentiable(topk)
-        return logp, entropy, topk
+        return (logp, entropy) if topk is None else (logp, entropy, topk)
 
     @staticmethod
     def backward(
-        ctx: Any, grad_logp: torch.Tensor | None, grad_entropy: torch.Tensor | None, *_: None
+        ctx: Any,
+        grad_logp: torch.Tensor | None,
+        grad_entropy: torch.Tensor | None,
+        grad_topk: torch.Tensor | None = None,
     ) -> tuple[Any, ...]:
         hidden, weight, column, owned, log_z, entropy, _ = ctx.saved_tensors
         settings: _Settings = ctx.settings
         real, rows, noise = settings.real, settings.rows, settings.noise if ctx.needs_input_grad[2] else None
         if grad_logp is None:
             grad_logp = torch.zeros_like(log_z)
+        # With g the gradients of log p at the tokens `column`, d/dx_j = sum of g at j - p_j x sum of all g.
+        if grad_topk is None:
+            column, owned, grads = column[:, :1].contiguous(), owned[:, :1], grad_logp[:, None]
+        else:
+            grads = torch.cat([grad_logp[:, None], grad_topk], dim=1)
+        total_grad, grads = grads.sum(1), grads * owned
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         d_log_sigma = None if noise is None else torch.zeros(1, dtype=torch.float64, device=weight.device)
@@ -219,11 +224,11 @@ class _TokenScores(torch.autograd.Function):
             log_p = settings.logits(hidden, weight, part).sub_(log_z[part, None])
             p = log_p.exp()
             if grad_entropy is None:
-                d_x = p.mul_(-grad_logp[part, None])
+                d_x = p.mul_(-total_grad[part, None])
             else:
-                log_p.add_(entropy[part, None]).mul_(grad_entropy[part, None]).add_(grad_logp[part, None])
+                log_p.add_(entropy[part, None]).mul_(grad_entropy[part, None]).add_(total_grad[part, None])
                 d_x = p.mul_(log_p.neg_())
-            d_x.scatter_add_(-1, column[part], (grad_logp[part] * owned[part])[:, None])
+            d_x.scatter_add_(-1, column[part], grads[part])
             if settings.temperature != 1.0:
                 d_x.div_(settings.temperature)
             if noise is not None and d_log_sigma is not None:

@@ -23,7 +23,7 @@ class Scores:
     Attributes:
         logp: [T] fp32, log-probability of each token; differentiable.
         entropy: [T] fp32, entropy of the distribution at each token; differentiable.
-        topk: [T, K] fp32 log-probabilities of the engine's most likely tokens, constants; None when not needed.
+        topk: [T, K] fp32 log-probabilities of the engine's most likely tokens; differentiable; None when not needed.
     """
 
     logp: torch.Tensor

@@ -44,6 +44,8 @@ class Format:
         max: largest finite value of the element type.
         block: rows and columns of a tile, None for `tensor` and `channel`.
         pow2: True if scales are powers of two.
+        outer_per_row: the fp32 scale of `nvfp4` is one per row, not one per tensor. A row's codes then do not depend on
+            the other rows.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Format:
     max: float
     block: tuple[int, int] | None = None
     pow2: bool = False
+    outer_per_row: bool = False
 
     def tile(self, rows: int, columns: int) -> tuple[int, int]:
         """Return how many rows and columns share a scale in a matrix of this shape."""
@@ -66,6 +69,9 @@ def _formats() -> dict[str, Format]:
     every = [
         Format("int8_channel", "channel", torch.int8, 127.0),
         Format("nvfp4", "nvfp4", torch.uint8, fp4.MAX, (1, 16)),
+        # Square tiles give a matrix and its transpose the same scales.
+        Format("nvfp4_16x16", "nvfp4", torch.uint8, fp4.MAX, (16, 16)),
+        Format("nvfp4_token", "nvfp4", torch.uint8, fp4.MAX, (1, 16), outer_per_row=True),
     ]
     for suffix, (element, largest) in floats.items():
         every.append(Format(f"mxfp8_{suffix}", "mx", element, largest, (1, 32), pow2=True))
@@ -99,7 +105,8 @@ class Quantized:
             [tiles down, tiles across]. `mx`: E8M0 bytes (uint8) of that shape. `nvfp4`: float8_e4m3fn of that shape.
         format: the number format.
         shape: (M, N).
-        global_scale_inv: second factor of `nvfp4`, fp32 scalar. None for all other formats.
+        global_scale_inv: second factor of `nvfp4`, fp32 scalar, or [M, 1] with `outer_per_row`. None for all other
+            formats.
     """
 
     codes: Tensor
@@ -160,7 +167,7 @@ def fake_quantize(
     fmt = find_format(fmt)
     _check(x, fmt, scale)
     tile = fmt.tile(*x.shape)
-    if not x.is_contiguous() and x.t().is_contiguous():
+    if not x.is_contiguous() and x.t().is_contiguous() and not fmt.outer_per_row:
         return _fake(x.t(), fmt, (tile[1], tile[0]), dtype, scale, eps).t()
     return _fake(x.contiguous(), fmt, tile, dtype, scale, eps)
 
@@ -226,7 +233,7 @@ def _scales(tiles: Tensor, fmt: Format, dtype: torch.dtype, given: Tensor | None
         return _Scales(given, (1.0 / given).reshape(()))
     peak = amax(tiles, (1, 3))
     if fmt.kind == "nvfp4":
-        return _nvfp4_scales(peak)
+        return _nvfp4_scales(peak, per_row=fmt.outer_per_row)
     if fmt.kind == "mx":
         exponents = e8m0_of_amax(peak, fmt.max)
         return _Scales(e8m0_reciprocal(exponents), exponents)
@@ -240,12 +247,13 @@ def _scales(tiles: Tensor, fmt: Format, dtype: torch.dtype, given: Tensor | None
     return _Scales(scale, inverse.reshape(()) if fmt.kind == "tensor" else inverse)
 
 
-def _nvfp4_scales(peak: Tensor) -> _Scales:
+def _nvfp4_scales(peak: Tensor, *, per_row: bool) -> _Scales:
     """Return the two levels of scales of arXiv 2509.25149 from the amax of every tile.
 
-    The fp32 scale maps the amax of the tensor to 448 * 6. The E4M3 scale maps the amax of each tile to 6.
+    The fp32 scale maps the amax of the tensor (or of each row) to 448 * 6. The E4M3 scale maps the amax of each tile to
+    6.
     """
-    outer = scale_of_amax(amax(peak), _NVFP4_RANGE)
+    outer = scale_of_amax(amax(peak, (1,))[:, None] if per_row else amax(peak), _NVFP4_RANGE)
     sixth = torch.tensor(1.0 / fp4.MAX, dtype=torch.float32, device=peak.device)
     stored = (peak * (outer * sixth)).clamp(max=448.0).to(torch.float8_e4m3fn)
     inverse = 1.0 / outer

@@ -10,7 +10,20 @@ from megatron_rl.errors import ConfigError, PrecisionError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Formats of quantized weights on the wire, by `precision.rollout`. Engines with quantized weights compute in bf16.
-WIRE = {"fp8_blockwise": "fp8_128x128_e4m3", "fp8_blockwise_pow2": "fp8_128x128_e4m3_pow2", "int8": "int8_channel"}
+WIRE = {
+    "fp8_blockwise": "fp8_128x128_e4m3",
+    "fp8_blockwise_pow2": "fp8_128x128_e4m3_pow2",
+    "int8": "int8_channel",
+    "mxfp8": "mxfp8_e4m3",
+    "nvfp4": "nvfp4_16x16",
+}
+# `precision.rollout_activations` that goes with a format of weights, and the format of inputs that it means.
+_INPUTS = {
+    "fp8_blockwise": ("fp8", "fp8_1x128_e4m3"),
+    "fp8_blockwise_pow2": ("fp8", "fp8_1x128_e4m3_pow2"),
+    "mxfp8": ("fp8", "mxfp8_e4m3"),
+    "nvfp4": ("fp4", "nvfp4_token"),
+}
 
 # Only these matrices are quantized, in the trainer and in the engines. Embeddings, lm_head, norms, biases and routers
 # never are.
@@ -96,7 +109,6 @@ def resolve(precision: PrecisionConfig, num_layers: int, *, engine: str, device:
     inputs, weights, gradients = _operands(precision)
     wire = WIRE.get(precision.rollout, precision.rollout)
     computed = compute_dtype(precision)
-    pow2 = "_pow2" if precision.rollout == "fp8_blockwise_pow2" else ""
     plan = PrecisionPlan(
         train=precision.train,
         recipe=precision.recipe,
@@ -106,7 +118,7 @@ def resolve(precision: PrecisionConfig, num_layers: int, *, engine: str, device:
         wire=wire,
         engine=computed,
         engine_weights=wire,
-        engine_inputs=f"fp8_1x128_e4m3{pow2}" if precision.rollout_activations == "fp8" else computed,
+        engine_inputs=computed if precision.rollout_activations == "none" else _INPUTS[precision.rollout][1],
         kv_cache=computed,
         kept=frozenset({0, num_layers - 1}) if precision.first_last_bf16 else frozenset(),
         dequantized=engine == "sglang" and device == "cpu" and precision.rollout in WIRE,
@@ -141,24 +153,33 @@ def refuse_contradictions(precision: PrecisionConfig) -> None:
         raise ConfigError(
             f"precision.format: hybrid makes FP8 gradients e5m2, and recipe: {p.recipe} has none: leave format at e4m3"
         )
-    if p.rollout_activations == "fp8" and p.rollout not in ("fp8_blockwise", "fp8_blockwise_pow2"):
+    wanted = _INPUTS.get(p.rollout, ("none", ""))[0]
+    if p.rollout_activations not in ("none", wanted):
+        fitting = [name for name, (inputs, _) in _INPUTS.items() if inputs == p.rollout_activations]
         raise ConfigError(
-            f"precision.rollout_activations: fp8 needs FP8 weights to multiply with, and rollout is {p.rollout}: "
-            "take rollout: fp8_blockwise, or rollout_activations: none"
+            f"precision.rollout_activations: {p.rollout_activations} needs such weights to multiply with, and rollout "
+            f"is {p.rollout}: take rollout: {' or '.join(fitting)}, or rollout_activations: "
+            f"{' or '.join(dict.fromkeys(('none', wanted)))}"
         )
 
 
 def _refuse_for_sglang(precision: PrecisionConfig, device: str) -> None:
     """Raise PrecisionError for settings that SGLang does not support or would apply differently."""
+    if precision.rollout in ("mxfp8", "nvfp4") and device != "cpu":
+        raise PrecisionError(
+            f"precision.rollout: {precision.rollout} is emulated, and SGLang's own {precision.rollout} kernels need "
+            "sm_100 and other scales of inputs than the trainer's quantizer has: take rollout: fp8_blockwise, or "
+            "rollout.engine: embedded"
+        )
     if precision.rollout == "int8":
         raise PrecisionError(
             "precision.rollout: int8 is weights alone, and SGLang's int8 quantizes inputs too: take rollout: "
             "fp8_blockwise, or rollout.engine: embedded"
         )
-    if device == "cpu" and precision.rollout_activations == "fp8":
+    if device == "cpu" and precision.rollout_activations != "none":
         raise PrecisionError(
-            "precision.rollout_activations: fp8 is not available with SGLang on CPU, which has no FP8 products: set it "
-            "to none, or rollout.engine: embedded"
+            f"precision.rollout_activations: {precision.rollout_activations} is not available with SGLang on CPU, "
+            "which has no low-precision products: set it to none, or rollout.engine: embedded"
         )
     if device != "cpu" and precision.rollout in WIRE and precision.rollout_activations == "none":
         raise PrecisionError(
@@ -182,4 +203,5 @@ def _operands(precision: PrecisionConfig) -> tuple[str, str, str]:
         case "mxfp8":
             return "mxfp8_e4m3", "mxfp8_e4m3", f"mxfp8_{grad}"
         case "nvfp4":
-            return "nvfp4", "nvfp4", "nvfp4"
+            # Square tiles give the weight and its transpose the same scales: fprop and dgrad use the same weight.
+            return "nvfp4", "nvfp4_16x16", "nvfp4"

@@ -7,7 +7,7 @@ depends on the tensor-parallel cut and on the fused parameters (linear_qkv: q, k
 gate, then up).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_rl.errors import PrecisionError
@@ -171,6 +171,27 @@ def _off_grid(m: Matrix) -> str | None:
     return None
 
 
+def _off_mx_grid(m: Matrix) -> str | None:
+    if m.local_columns != m.columns and m.local_columns % 32:
+        return f"{m.local_columns} columns per rank not divisible by 32"
+    return None
+
+
+def _off_nvfp4_scale(m: Matrix) -> str | None:
+    """Return why the tensor's one fp32 scale differs: the trainer takes it from the whole parameter of a rank."""
+    if (m.local_rows, m.local_columns) == (m.rows, m.columns):
+        return None
+    return f"the fp32 scale is that of {m.parameter}, [{m.local_rows}, {m.local_columns}] on a rank"
+
+
+# Why a matrix has other codes in the trainer than on the wire, by format of the weights without its element.
+_OFF_GRID: Mapping[str, Callable[[Matrix], str | None]] = {
+    "fp8_128x128": _off_grid,
+    "mxfp8": _off_mx_grid,
+    "nvfp4_16x16": _off_nvfp4_scale,
+}
+
+
 def _refuse_unaligned(plan: PrecisionPlan, layouts: Layouts, tensor: int) -> None:
     align = _ALIGN[plan.recipe]
 
@@ -251,20 +272,22 @@ def _apart(plan: PrecisionPlan, layouts: Layouts, tensor: int) -> list[str]:
     reasons = []
     if plan.weights != plan.engine_weights:
         reasons.append(f"weights are {plan.weights} in the trainer and {plan.engine_weights} in the engines")
-    elif plan.weights.startswith("fp8_128x128"):
-        reasons += _blocks_apart(layouts, tensor)
+    else:
+        reasons += _blocks_apart(layouts, tensor, plan.weights)
     if plan.inputs != plan.engine_inputs:
         one_key = plan.weights == plan.engine_weights and plan.engine_inputs == plan.engine and not plan.dequantized
+        one_key = one_key and plan.inputs.startswith(("fp8_1x128", "mxfp8"))
         mend = " (precision.rollout_activations: fp8)" if one_key else ""
         reasons.append(f"inputs are {plan.inputs} in the trainer and {plan.engine_inputs} in the engines{mend}")
     return reasons
 
 
-def _blocks_apart(layouts: Layouts, tensor: int) -> list[str]:
-    off = [(m.name, reason) for m in layouts[tensor] if (reason := _off_grid(m)) is not None]
+def _blocks_apart(layouts: Layouts, tensor: int, weights: str) -> list[str]:
+    apart = _OFF_GRID.get(weights.split("_e4m3")[0], lambda _: None)
+    off = [(m.name, reason) for m in layouts[tensor] if (reason := apart(m)) is not None]
     if not off:
         return []
-    able = [size for size, matrices in layouts.items() if all(map(blocks_coincide, matrices))]
+    able = [size for size, matrices in layouts.items() if all(apart(m) is None for m in matrices)]
     mend = _nearest(able, tensor) if able else "no parallel.tensor mends it"
     name, reason = off[0]
     return [

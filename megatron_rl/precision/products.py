@@ -8,7 +8,7 @@ nvfp4 is the recipe of arXiv 2509.25149 without the random Hadamard transform an
 Transformer Engine this is NVTE_NVFP4_DISABLE_RHT=1 and NVTE_NVFP4_DISABLE_STOCHASTIC_ROUNDING=1.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -61,11 +61,8 @@ def operands_of(plan: PrecisionPlan) -> Operands | None:
     """Return the operands of a plan's quantized products, None if training is not quantized."""
     if plan.recipe == "none":
         return None
-    weights = find_format(plan.weights)
-    if weights.kind == "nvfp4":
-        # Square blocks give the weight and its transpose the same scales, so fprop and dgrad use the same weight.
-        weights = replace(weights, name="nvfp4_16x16", block=(16, 16))
-    return Operands(find_format(plan.inputs), weights, find_format(plan.gradients), plan.recipe == "delayed")
+    delayed = plan.recipe == "delayed"
+    return Operands(find_format(plan.inputs), find_format(plan.weights), find_format(plan.gradients), delayed)
 
 
 def transpose_invariant(fmt: Format) -> bool:

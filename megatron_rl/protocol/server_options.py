@@ -9,7 +9,7 @@ from megatron_rl.config import PrecisionConfig
 from megatron_rl.errors import UserError
 from megatron_rl.precision.plan import DTYPES, WIRE, PrecisionPlan, refuse_contradictions, resolve
 
-ACTIVATIONS = ("none", "fp8")
+ACTIVATIONS = ("none", "fp8", "fp4")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class EngineQuantization:
             first_last_bf16=self.first_last_bf16,
         )
         plan = resolve(precision, num_layers, engine="embedded", device="cpu")
-        inputs = plan.engine_inputs if self.activations == "fp8" else dtype
+        inputs = dtype if self.activations == "none" else plan.engine_inputs
         return replace(plan, engine=dtype, engine_inputs=inputs, kv_cache=dtype)
 
 

@@ -32,7 +32,7 @@ def use_quantized_products(model: nn.Module, values: Mapping[str, Tensor], plan:
                 left.discard(name)
     if left:
         raise PrecisionError(
-            f"activations fp8 cannot be emulated: tensor {min(left)} is not the weight of a linear in "
+            f"quantized inputs cannot be emulated: tensor {min(left)} is not the weight of a linear in "
             f"{type(model).__name__}; set precision.rollout_activations: none"
         )
 

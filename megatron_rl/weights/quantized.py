@@ -5,6 +5,11 @@ fp32 [ceil(M/128), ceil(N/128)]. int8 has the layout of compressed-tensors' `int
 `X.weight` int8 [M, N] with `X.weight_scale` fp32 [M, 1]. A value is its code times its scale. One quantizer
 (precision.formats) makes them here, in the trainer's matrix products and in engines that quantize at load.
 
+mxfp8 and nvfp4 are emulated, and have a layout of this package's own. mxfp8: `X.weight` float8_e4m3fn [M, N] with
+`X.weight_scale_inv` uint8 [M, ceil(N/32)], the E8M0 exponents. nvfp4: `X.weight` uint8 [M, N], one E2M1 code per byte,
+so that every tensor has the shape of its weight; `X.weight_scale` float8_e4m3fn [ceil(M/16), ceil(N/16)];
+`X.weight_scale_2` fp32, a scalar.
+
 Here tiles cover the Hugging Face matrices, as engines need them. megatron-core multiplies with fused and sharded
 matrices. With 128 x 128 tiles both have the same values if the fused parts begin at tile boundaries, that is if
 head_dim and a rank's part of the feed-forward width are multiples of 128. Otherwise the tiles that span two parts
@@ -12,7 +17,7 @@ differ.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,11 +25,20 @@ from torch import Tensor
 
 from megatron_rl.errors import CheckpointError
 from megatron_rl.precision.formats import Format, Quantized, find_format, quantize
+from megatron_rl.precision.fp4 import pack_nibbles, unpack_nibbles
 from megatron_rl.precision.plan import DTYPES, PrecisionPlan
 from megatron_rl.weights.hf_model import HFModel
 
-_SCALE = {"fp8_128x128_e4m3": "_scale_inv", "fp8_128x128_e4m3_pow2": "_scale_inv", "int8_channel": "_scale"}
-_SUFFIXES = tuple(sorted(set(_SCALE.values())))
+_SCALE = {
+    "fp8_128x128_e4m3": "_scale_inv",
+    "fp8_128x128_e4m3_pow2": "_scale_inv",
+    "int8_channel": "_scale",
+    "mxfp8_e4m3": "_scale_inv",
+    "nvfp4_16x16": "_scale",
+}
+_OUTER = "_scale_2"  # the scale of a whole tensor of nvfp4
+_SUFFIXES = (*sorted(set(_SCALE.values())), _OUTER)
+_SCALE_DTYPE = {"mx": torch.uint8, "nvfp4": torch.float8_e4m3fn}  # float32 for all other kinds
 # Engines fuse projections under these names; exceptions are listed by the names of the parts.
 _FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
@@ -84,7 +98,10 @@ class WireTensors(Iterator[tuple[str, Tensor | None]]):
         if self._plan.dequantized:
             return name, coded.dequantize(DTYPES[self._plan.engine]).contiguous()
         self._ready.append((scale_name(name, coded.format), coded.scale_inv))
-        return name, coded.codes
+        if coded.global_scale_inv is None:
+            return name, coded.codes
+        self._ready.append((name + _OUTER, coded.global_scale_inv))
+        return name, unpack_nibbles(coded.codes, coded.shape[1]).contiguous()
 
 
 def scale_name(name: str, fmt: Format | str) -> str:
@@ -110,7 +127,8 @@ def is_finite(tensor: Tensor) -> bool:
 def quantization_config(plan: PrecisionPlan, names: Iterable[str]) -> dict[str, Any] | None:
     """Return `quantization_config` of config.json for a folder with these (unquantized) names, or None.
 
-    It is None if nothing is quantized. Block FP8 has the keys that SGLang's Fp8Config reads. int8 is compressed-tensors
+    It is None if nothing is quantized. Block FP8 has the keys that SGLang's Fp8Config reads. mxfp8 and nvfp4 have a
+    method that only the embedded engine knows. int8 is compressed-tensors
     with quantized weights only. SGLang itself serves int8 weights with int8 activations only, and refuses this one.
     """
     if not plan.rolls_out_low or plan.dequantized:
@@ -124,6 +142,9 @@ def quantization_config(plan: PrecisionPlan, names: Iterable[str]) -> dict[str, 
         stated = {"quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed"}
         return stated | {"config_groups": {"group_0": group}, "ignore": kept}
     assert fmt.block is not None
+    if fmt.kind != "block":
+        stated = {"quant_method": plan.wire, "fmt": "e2m1" if fmt.kind == "nvfp4" else "e4m3"}
+        return stated | {"weight_block_size": list(fmt.block), "modules_to_not_convert": kept}
     blocks = {"weight_block_size": list(fmt.block)} | ({"scale_fmt": "ue8m0"} if fmt.pow2 else {})
     stated = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
     return stated | blocks | {"modules_to_not_convert": kept, "packed_modules_mapping": _FUSED}
@@ -168,6 +189,7 @@ def dequantize_tensors(
     fmt = find_format(plan.wire)
     coded = {name for name in tensors if not is_scale(name) and plan.quantized(name)}
     wanted = {scale_name(name, fmt): name for name in coded}
+    wanted |= {name + _OUTER: name for name in coded} if fmt.kind == "nvfp4" else {}
     for name in tensors:
         if is_scale(name) and name not in wanted:
             raise CheckpointError(f"{where}: tensor {name} is unexpected: {plan.wire} has no scales for this tensor")
@@ -221,8 +243,9 @@ def _checked(name: str, codes: Tensor, tensors: Mapping[str, Tensor], fmt: Forma
         raise refuse(scales_name, f"is missing: {fmt.name} needs it beside {name}")
     if codes.dtype != fmt.element:
         raise refuse(name, f"is {codes.dtype}, but {fmt.name} has codes of {fmt.element}")
-    if scale.dtype != torch.float32:
-        raise refuse(scales_name, f"is {scale.dtype}, but scales are float32")
+    dtype = _SCALE_DTYPE.get(fmt.kind, torch.float32)
+    if scale.dtype != dtype:
+        raise refuse(scales_name, f"is {scale.dtype}, but scales of {fmt.name} are {dtype}")
     if codes.dim() != 2:
         raise refuse(name, f"has shape {list(codes.shape)}, but {fmt.name} is for matrices")
     rows, columns = codes.shape
@@ -234,8 +257,45 @@ def _checked(name: str, codes: Tensor, tensors: Mapping[str, Tensor], fmt: Forma
         )
     if not is_finite(codes):
         raise refuse(name, "has codes that are NaN")
+    if fmt.kind == "mx":
+        if bool((scale == 0xFF).any()):
+            raise refuse(scales_name, "has scales that are NaN")
+        return Quantized(codes, scale, fmt, (rows, columns))
+    if fmt.kind == "nvfp4":
+        return _checked_nvfp4(name, codes, scale, tensors.get(name + _OUTER), fmt, refuse)
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise refuse(scales_name, "has scales that are not finite or not above 0")
     if fmt.pow2 and not bool((torch.frexp(scale).mantissa == 0.5).all()):
         raise refuse(scales_name, f"has scales that are no powers of two, but {fmt.name} has no others")
     return Quantized(codes, scale, fmt, (rows, columns))
+
+
+def _checked_nvfp4(
+    name: str,
+    codes: Tensor,
+    scale: Tensor,
+    outer: Tensor | None,
+    fmt: Format,
+    refuse: Callable[[str, str], CheckpointError],
+) -> Quantized:
+    """Return codes (one per byte) and scales as the quantizer has them. Raise what `refuse` returns if one is invalid.
+
+    Args:
+        name: name of the weight.
+        codes: uint8 [M, N].
+        scale: float8_e4m3fn, one per tile; 0 for a tile of zeros.
+        outer: fp32 scalar.
+        fmt: the number format.
+        refuse: makes the error from the name of a tensor and what is wrong with it.
+    """
+    if bool((codes > 0xF).any()):
+        raise refuse(name, "has codes above 15")
+    if not is_finite(scale) or bool((scale.float() < 0).any()):
+        raise refuse(name + _SCALE[fmt.name], "has scales that are not finite or below 0")
+    if outer is None:
+        raise refuse(name + _OUTER, f"is missing: {fmt.name} needs it beside {name}")
+    if outer.dtype != torch.float32 or outer.dim():
+        raise refuse(name + _OUTER, f"is {outer.dtype} {list(outer.shape)}, but it is one float32 number")
+    if not bool(torch.isfinite(outer) & (outer > 0)):
+        raise refuse(name + _OUTER, "is not finite or not above 0")
+    return Quantized(pack_nibbles(codes), scale, fmt, (codes.shape[0], codes.shape[1]), outer)

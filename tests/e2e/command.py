@@ -68,7 +68,7 @@ class Command:
         self.out, self.err = folder / f"{self.tag}.out", folder / f"{self.tag}.err"
         self.started = time.monotonic()
         self.process: subprocess.Popen[bytes] | ForkedCommand
-        if arguments[0] in FORKED and not environment and CAN_FORK:
+        if (arguments[0] in FORKED or "--sync" in arguments) and not environment and CAN_FORK:
             self.process = zygote().start(arguments, folder, env, self.out, self.err)
             return
         with self.out.open("wb") as out, self.err.open("wb") as err:

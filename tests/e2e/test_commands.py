@@ -61,6 +61,18 @@ def test_doctor_checks_a_configuration(cli, small_run):
     assert result.code == 0 and f"{small_run}: can run" in result.out.replace("\n", ""), result.all
 
 
+def test_doctor_sync_finds_agreement_at_equal_precision_and_a_mismatch_in_four_bits(cli, small_run, tmp_path):
+    before = sorted(tmp_path.glob("*.yaml"))
+    agree = cli("doctor", "--sync", small_run)
+    assert agree.code == 0 and "verdict: trainer and engines agree" in agree.out, agree.all
+    errors = [float(found) for found in re.findall(r"tokens, k3 in nats a token (\S+),", agree.out)]
+    assert len(errors) == 2 and max(errors) < 1e-6, "twice, so that a weight update is between the two"
+    four_bits = ["precision.train=bf16", "precision.rollout=nvfp4", "precision.rollout_activations=fp4"]
+    apart = cli("doctor", "--sync", small_run, *four_bits)
+    assert apart.code == 1 and "ABOVE 1.05 (NeMo-RL" in apart.out and "DISAGREE" in apart.out, apart.all
+    assert sorted(tmp_path.glob("*.yaml")) == before and not (tmp_path / "runs").exists(), "nothing is left behind"
+
+
 def test_eval_prints_the_pass_rates_of_the_model_it_is_given(cli, small_run, finished_run):
     """The exported model has the greedy pass rate that the last weights had inside the run."""
     result = cli("eval", small_run, "eval.prompts=2", "eval.samples=32", f"model.path={finished_run.folder / 'hf'}")

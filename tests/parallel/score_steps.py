@@ -31,6 +31,7 @@ class Case:
     topk: Tensor  # [R, K], further tokens to score
     grad_logp: Tensor  # [R]
     grad_entropy: Tensor  # [R]
+    grad_topk: Tensor  # [R, K]
 
     @staticmethod
     def make(vocab: int = 259, tokens: int = 48, width: int = 24, seed: int = 3) -> "Case":
@@ -48,27 +49,33 @@ class Case:
             topk=topk,
             grad_logp=torch.randn(len(rows), generator=g),
             grad_entropy=torch.randn(len(rows), generator=g),
+            grad_topk=torch.randn(len(rows), 5, generator=g),
         )
 
-    def reference(self, temperature: float, *, logp: bool = True, entropy: bool = True) -> dict[str, np.ndarray]:
+    def reference(
+        self, temperature: float, *, logp: bool = True, entropy: bool = True, topk: bool = False
+    ) -> dict[str, np.ndarray]:
         """Return torch.log_softmax over all logits in float64, and its autograd gradients.
 
         Args:
             temperature: the logits are divided by it.
             logp: include log-probabilities in the differentiated value.
             entropy: include entropies in the differentiated value.
+            topk: include the log-probabilities of the further tokens.
         """
         hidden, weight = (t.double().requires_grad_() for t in (self.hidden, self.weight))
         scores_RV = torch.log_softmax(hidden[self.rows] @ weight.T / temperature, -1)
         logp_R = scores_RV.gather(-1, self.labels[:, None])[:, 0]
         entropy_R = -(scores_RV.exp() * scores_RV).sum(-1)
+        topk_RK = scores_RV.gather(-1, self.topk)
         value = (logp_R * self.grad_logp).sum() * logp + (entropy_R * self.grad_entropy).sum() * entropy
+        value = value + (topk_RK * self.grad_topk).sum() * topk
         value.backward()
         assert hidden.grad is not None and weight.grad is not None
         return {
             "logp": logp_R.detach().numpy(),
             "entropy": entropy_R.detach().numpy(),
-            "topk": scores_RV.detach().gather(-1, self.topk).numpy(),
+            "topk": topk_RK.detach().numpy(),
             "d_hidden": hidden.grad.numpy(),
             "d_weight": weight.grad.numpy(),
         }
@@ -108,14 +115,14 @@ def scores(layout: dict[str, Any], vocab: int, temperature: float, chunk_bytes: 
         chunk_bytes=chunk_bytes,
         topk_labels_RK=case.topk,
     )
-    torch.autograd.backward([logp, entropy], [case.grad_logp, case.grad_entropy])
+    torch.autograd.backward([logp, entropy, topk], [case.grad_logp, case.grad_entropy, case.grad_topk])
     assert leaf.grad is not None and weight.grad is not None
     d_weight = _whole(weight.grad, group)
     assert not d_weight[vocab:].any(), "rows that pad the vocabulary got a gradient"
     return {
         "logp": logp.detach().numpy(),
         "entropy": entropy.detach().numpy(),
-        "topk": topk.numpy(),
+        "topk": topk.detach().numpy(),
         "d_hidden": (_whole(leaf.grad, group) if config.sequence else leaf.grad).numpy(),
         "d_weight": d_weight[:vocab].numpy(),
     }

@@ -60,6 +60,45 @@ def test_an_update_that_reads_the_likeliest_tokens_is_that_of_plain_transformers
         np.testing.assert_allclose(result["weights"][name], weight, atol=1e-5 * np.abs(weight).max(), err_msg=name)
 
 
+@pytest.fixture(scope="module")
+def centered(qwen3):
+    """Return loss and gradient norm of an update through transformers, with score centering and without."""
+    model = AutoModelForCausalLM.from_pretrained(qwen3, dtype=torch.float32)
+    batch, found = topk_batch(), []
+    for centers in (True, False):
+        model.zero_grad()
+        loss = torch.zeros(())
+        for a, b in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
+            tokens = torch.from_numpy(batch.tokens[a:b].astype(np.int64))
+            ids = torch.from_numpy(batch.topk_ids[a:b].astype(np.int64))[1:]
+            q = torch.from_numpy(batch.topk_logmu[a:b])[1:].exp()
+            mask, advantages = torch.from_numpy(batch.mask[a:b])[1:], torch.from_numpy(batch.token_advantages[a:b])[1:]
+            scores = torch.log_softmax(model(tokens[None]).logits[0, :-1] / TEMPERATURE, -1)
+            head, p = scores.gather(-1, ids), scores.gather(-1, ids).exp().detach()
+            rho = (1 - q.sum(-1)) / (1 - p.sum(-1))
+            alpha = torch.minimum(torch.maximum(torch.ones_like(rho), 0.5 * rho), 1.5 * rho)
+            mass = torch.minimum(torch.maximum(p, 0.5 * q), 1.5 * q)
+            drift = ((mass - alpha[:, None] * p) * head).sum(-1) if centers else 0.0
+            loss = loss + (advantages * mask * (drift - scores.gather(-1, tokens[1:, None])[:, 0])).nan_to_num().sum()
+        (loss / float(batch.mask.sum())).backward()
+        norm = torch.sqrt(sum((p.grad.double() ** 2).sum() for p in model.parameters())).item()
+        found.append((loss.item() / float(batch.mask.sum()), norm))
+    return found
+
+
+CENTERED = [LAYOUTS[name] for name in ("tp2_sp", "pp2_vpp2", "cp2", "dp2")]
+
+
+@pytest.mark.parametrize("layout", CENTERED, ids=str)
+def test_a_centered_update_is_that_of_plain_transformers_under_every_layout(two_ranks, qwen3, centered, layout):
+    result = two_ranks.run("tests.parallel.topk_steps", "centered_step", model=qwen3, layout=layout)[0]
+    (loss, norm), (_, without) = centered
+    assert result["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6)
+    assert result["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert abs(without - norm) > 1e-4 * norm, "the gradient through the top tokens must be seen"
+    assert 0 < result["metrics"]["centering/tail"] < 1 and result["metrics"]["centering/size"] > 0
+
+
 DISTRIBUTED = {"optimizer": {"distributed": True}}
 REFERENCE = {
     "tp2": (LAYOUTS["tp2"], {}),

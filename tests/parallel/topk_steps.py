@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from megatron_rl.errors import UserError
-from megatron_rl.objectives import LossInputs, LossNorm, LossOutputs
+from megatron_rl.objectives import LossInputs, LossNorm, LossOutputs, make_objective
 from megatron_rl.policy.actor import Policy
 from megatron_rl.types import Batch
 from tests.parallel.steps import BUDGET, exported, make_batch, make_policy
@@ -57,6 +57,17 @@ def step(model: Path, layout: dict[str, Any]) -> dict[str, Any]:
     policy = make_policy(model, layout)
     stats = policy.update(topk_batch(), reads_topk, NORM)
     return {"loss": stats.loss, "metrics": stats.metrics, "grad_norm": stats.grad_norm, "weights": exported(policy)}
+
+
+CENTERED = {"name": "naive", "score_centering": {"mode": "tis", "top_k": 4, "low": 0.5, "high": 1.5}}
+
+
+def centered_step(model: Path, layout: dict[str, Any]) -> dict[str, Any]:
+    """Make one update with score centering, whose gradient goes through the top-k tokens."""
+    policy = make_policy(model, layout)
+    batch = topk_batch()
+    stats = policy.update(batch.with_columns(logmu=-batch.mask), make_objective(CENTERED), NORM)
+    return {"loss": stats.loss, "metrics": stats.metrics, "grad_norm": stats.grad_norm}
 
 
 def _bits(policy: Policy) -> list[torch.Tensor]:

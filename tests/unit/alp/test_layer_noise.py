@@ -7,7 +7,7 @@ from megatron_rl.config import make_config
 from megatron_rl.errors import ConfigError
 from megatron_rl.objectives import OBJECTIVES, Objective
 from megatron_rl.objectives.ratio import RatioObjective
-from megatron_rl.plan import plan_algorithm
+from megatron_rl.plan import plan_algorithm, resolve_run
 from megatron_rl.trainer.preflight import check
 
 WITHOUT_RATIO = sorted(name for name, kind in OBJECTIVES.items() if not issubclass(kind, RatioObjective))
@@ -33,6 +33,44 @@ def configured(alp=None, **sections):
 def test_a_sigma_that_has_no_logarithm_is_refused(value, words):
     with pytest.raises(ConfigError, match=words):
         configured({"sigma_init": value})
+
+
+@pytest.mark.parametrize(
+    ("preset", "values"),
+    [
+        ("paper", (1e-4, 5e-4, 0.01, None)),
+        ("multi_turn", (1e-8, 1e-2, 0.01, "sequence")),
+        ("short_run", (1e-3, 1e-2, 0.0, None)),
+    ],
+)
+def test_a_preset_fills_the_keys_that_are_not_given(preset, values):
+    alp = configured({"preset": preset}).alp
+    assert (alp.sigma_init, alp.lr, alp.weight_decay, alp.level) == values
+    own = configured({"preset": preset, "lr": 0.5, "level": "token"}).alp
+    assert (own.sigma_init, own.lr, own.level) == (values[0], 0.5, "token")
+    assert make_config({"model": {"path": "x"}, "alp": alp.model_dump(mode="json")}).alp == alp
+    with pytest.raises(ConfigError, match=r"alp.preset.*'papers'"):
+        configured({"preset": "papers"})
+
+
+@pytest.mark.parametrize(
+    ("alp", "words"),
+    [
+        (
+            {"preset": "paper"},
+            "from sigma 0.0001 (120 updates at alp.lr 0.0005 move it at most by a factor of about 1.06)",
+        ),
+        (
+            {"preset": "short_run"},
+            "from sigma 0.001 (120 updates at alp.lr 0.01 move it at most by a factor of about 3.32)",
+        ),
+        ({"preset": "short_run", "lr": 1e3}, "by a factor of more than 1e+06)"),
+        ({"preset": "short_run", "learnable": False}, "from sigma 0.001; engines"),
+    ],
+)
+def test_the_plan_says_how_far_sigma_can_move_in_the_run(qwen3, alp, words):
+    config = configured(alp, model={"path": str(qwen3)}, run={"steps": 30})
+    assert words in resolve_run(config).lines(config)[0]
 
 
 @pytest.mark.parametrize("layers", [[2, 2], [3, 1], [-1, 2]])

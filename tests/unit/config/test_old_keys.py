@@ -43,6 +43,17 @@ def test_a_run_folders_own_file_is_read_with_its_keys_renamed(file: Path) -> Non
     assert spec["student"] == {"kl_estimator": "k2", "ratio_level": "token"}
 
 
+@pytest.mark.parametrize("old, new", [("paper_literal", "paper"), ("coef_reading", "conjecture")])
+def test_an_old_name_of_a_preset_is_an_error_that_names_the_new_one(tmp_path: Path, old: str, new: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"model: {{path: m}}\nobjective: {{name: erpd, teacher: {{name: drpo, delta: {old}}}}}\n")
+    with pytest.raises(ConfigError, match=rf"config.yaml:2: 'objective.teacher.delta' is '{old}', .* called '{new}'"):
+        load_config(file)
+    with pytest.raises(ConfigError, match=rf"'objective.delta=.*'objective.delta' is '{old}', .* called '{new}'"):
+        load_config(file, ["objective.teacher.delta=1.0", f"objective.delta={old}"])
+    assert load_config(file, accept_old_keys=True).objective.spec()["teacher"]["delta"] == new
+
+
 def test_no_new_key_is_an_old_one_of_the_same_section() -> None:
     for names in RENAMED.values():
         assert not names.keys() & set(names.values())

@@ -21,7 +21,8 @@ class Spec:
     Attributes:
         id: name of the row in the test ids.
         options: the argument of `make_objective`.
-        advantages: False if the method uses rewards instead, so that advantages of 0 have no special meaning.
+        advantages: False if the method uses rewards instead or adds a penalty, so that advantages of 0 do not mean a
+            loss of 0.
         weight: False if -dloss/dlogp has no form A r w.
     """
 
@@ -58,6 +59,8 @@ RATIO_SPECS = [
     _spec("dppo_kl"),
     _spec("dppo_topk", divergence="kl", top_k=3),
     _spec("drpo", delta=0.15),
+    _spec("cppo", delta=0.1, delta_b=0.01),
+    Spec("cppo-penalty", {"name": "cppo", "log_ratio_coef": 0.3}, advantages=False),
     Spec(
         "ppo-sequence", {"name": "ppo", "ratio_level": "sequence", "clip_low": 0.5, "clip_high": 3.0, "dual_clip": 3.0}
     ),
@@ -65,6 +68,7 @@ RATIO_SPECS = [
     Spec("ppo-cumulative", {"name": "ppo", "ratio_level": "cumulative", "clip_low": 0.5, "clip_high": 3.0}),
     Spec("dppo_tv-trainer_old", {"name": "dppo_tv", "ratio_denominator": "trainer_old", "delta_low": 0.05}),
     Spec("minirl-rollout", {"name": "minirl", "ratio_denominator": "rollout"}),
+    Spec("drpo-centered", {"name": "drpo", "score_centering": {"mode": "tis", "top_k": 3}}),
     Spec("drpo-masked", {"name": "drpo", "corrections": _MASKS}),
     Spec("grpo-weighted", {"name": "grpo", "corrections": _WEIGHTS}),
 ]

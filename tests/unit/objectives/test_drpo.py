@@ -14,6 +14,15 @@ from tests.unit.objectives.specs import ADVANTAGES, MASK, MU, PI, f64, worked_in
 from tests.unit.objectives.specs import one_token as token_of
 
 WORKED = {
+    0.04: {
+        "w": [[-1.5, 3.5, 0.5, -6.5], [7.25, -6.0, 0, 0]],
+        "loss_tok": [[-0.95, -0.55, -1.25, 1.916667], [3.078125, 68.0, 0, 0]],
+        "grad": [[1.8, -2.8, -0.75, -4.333333], [8.15625, 180.0, 0, 0]],
+        "token_mean": 11.707465,
+        "seq_mean_token_mean": 17.665365,
+        "seq_mean_token_sum": 35.122396,
+        "seq_mean_token_sum_norm": 8.780599,
+    },
     0.15: {
         "w": [[0.333333, 1.666667, 0.866667, -1.0], [2.666667, -0.866667, 0, 0]],
         "loss_tok": [[-1.133333, -0.733333, -1.433333, 1.0], [1.645833, -3.866667, 0, 0]],
@@ -44,7 +53,7 @@ def one_token(pi: float, mu: float, a: float, d: float) -> tuple[float, float, f
     return token_of({"name": "drpo", "delta": d}, pi, mu, a)
 
 
-@pytest.mark.parametrize("d", [0.15, 12.5])
+@pytest.mark.parametrize("d", WORKED)
 def test_per_token_loss_weight_and_gradient_equal_the_worked_numbers(d):
     logp = f64(PI).log().requires_grad_()
     out = make_objective({"name": "drpo", "delta": d})(worked_inputs(logp))
@@ -54,7 +63,7 @@ def test_per_token_loss_weight_and_gradient_equal_the_worked_numbers(d):
     torch.testing.assert_close(logp.grad, f64(WORKED[d]["grad"]), atol=6e-7, rtol=0)
 
 
-@pytest.mark.parametrize("d", [0.15, 12.5])
+@pytest.mark.parametrize("d", WORKED)
 @pytest.mark.parametrize("mode", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"])
 def test_aggregated_loss_equals_the_worked_numbers(d, mode):
     out = make_objective({"name": "drpo", "delta": d, "norm": {"mode": mode, "horizon": 4}})(worked_inputs())
@@ -163,13 +172,27 @@ def test_the_loss_does_not_depend_on_padding_when_the_horizon_is_given():
     assert padded.loss.item() == pytest.approx(objective(worked_inputs()).loss.item(), rel=1e-14)
 
 
-def test_presets_name_the_three_readings_of_the_paper():
-    assert dict(DELTA_PRESETS) == {"paper_literal": 12.5, "coef_reading": 0.04, "dppo_matched": 0.15}
-    assert make_objective({"name": "drpo", "delta": "dppo_matched"}).delta == 0.15
-    assert make_objective({"name": "drpo"}).delta == 0.04
+@pytest.mark.parametrize("preset", [("paper", 12.5), ("conjecture", 0.04), ("dppo_matched", 0.15)])
+def test_a_preset_is_a_name_for_one_of_the_worked_deltas(preset):
+    name, value = preset
+    out = make_objective({"name": "drpo", "delta": name})(worked_inputs())
+    torch.testing.assert_close(out.weight_tok, f64(WORKED[value]["w"]), atol=6e-7, rtol=0)
+    assert set(DELTA_PRESETS.values()) == WORKED.keys()
 
 
-@pytest.mark.parametrize("bad", [0, -1, "paper", float("nan"), True, None, [0.1]])
+def test_the_default_is_the_conjecture_until_a_sweep_decides():
+    assert make_objective({"name": "drpo"}).delta == DELTA_PRESETS["conjecture"]
+
+
+@pytest.mark.parametrize("name, value", DELTA_PRESETS.items())
+def test_the_weight_leaves_its_sign_only_where_a_probability_can_move_by_delta(name, value):
+    """At 12.5 no token is ever pulled back: |pi - mu| is at most 1."""
+    farthest = token_of({"name": "drpo", "delta": name}, 1 - 1e-6, 1e-6, 1.0)[1]
+    assert farthest == pytest.approx(1 - 1 / value, rel=1e-5)
+    assert (farthest < 0) == (name != "paper")
+
+
+@pytest.mark.parametrize("bad", [0, -1, "papers", float("nan"), True, None, [0.1]])
 def test_an_illegal_delta_is_refused(bad):
     with pytest.raises(ConfigError, match="delta"):
         make_objective({"name": "drpo", "delta": bad})

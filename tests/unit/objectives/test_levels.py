@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.objectives import LossInputs, make_objective
-from megatron_rl.objectives.inputs import dense_ids, dense_ids_cpu
+from megatron_rl.objectives.packed_rows import dense_ids, dense_ids_cpu
 from tests.unit.objectives.specs import HORIZON, MODES, batch, f64, gradient, mapped, only_needed, packed, trained
 
 LEVELS = ["token", "sequence", "geometric", "cumulative"]

@@ -49,10 +49,10 @@ def scored(case: Case, group: dist.ProcessGroup, *, rows: int = 10_000, temperat
         chunk_bytes=rows * vocab * 4,
         topk_labels_RK=case.topk,
     )
-    torch.autograd.backward([logp, entropy], [case.grad_logp, case.grad_entropy])
+    torch.autograd.backward([logp, entropy, topk], [case.grad_logp, case.grad_entropy, case.grad_topk])
     assert hidden.grad is not None and weight.grad is not None
     grads = {"d_hidden": hidden.grad, "d_weight": weight.grad}
-    return {"logp": logp.detach(), "entropy": entropy.detach(), "topk": topk, **grads}
+    return {"logp": logp.detach(), "entropy": entropy.detach(), "topk": topk.detach(), **grads}
 
 
 def assert_close(
@@ -81,49 +81,53 @@ def assert_close(
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.3])
 def test_scores_and_gradients_are_those_of_log_softmax_in_float64(alone, temperature):
     case = Case.make()
-    assert_close(scored(case, alone, temperature=temperature), case.reference(temperature))
+    assert_close(scored(case, alone, temperature=temperature), case.reference(temperature, topk=True))
 
 
 @given(st.integers(2, 300), st.integers(2, 60), st.integers(1, 70), st.integers(0, 99), st.floats(0.3, 3))
 def test_no_chunk_size_changes_the_result(alone, vocab, tokens, rows, seed, heat):
     case = Case.make(vocab, tokens, seed=seed)
     # If a token has a probability p near 1, its gradient is 1 - p. It is only as exact as numbers near 1 are.
-    from_above_R = (case.grad_logp.abs() + case.grad_entropy.abs())[:, None] / heat
+    from_above_R = (case.grad_logp.abs() + case.grad_entropy.abs() + case.grad_topk.abs().sum(1))[:, None] / heat
     summands = {
         "d_weight": float((from_above_R * case.hidden[case.rows].abs()).sum(0).max()),
         "d_hidden": float(from_above_R.max() * case.weight.abs().max()),
     }
     assert_close(
-        scored(case, alone, rows=rows, temperature=heat), case.reference(heat), tolerance=2e-5, summands=summands
+        scored(case, alone, rows=rows, temperature=heat),
+        case.reference(heat, topk=True),
+        tolerance=2e-5,
+        summands=summands,
     )
 
 
-@pytest.mark.parametrize("wanted", ["logp", "entropy"])
+@pytest.mark.parametrize("wanted", ["logp", "entropy", "topk"])
 def test_each_score_can_be_differentiated_alone(alone, wanted):
     case = Case.make()
     hidden, weight = (t.clone().requires_grad_() for t in (case.hidden, case.weight))
-    logp, entropy = token_scores(
-        hidden[case.rows], weight, case.labels, temperature=0.7, vocab_size=len(weight), group=alone, chunk_bytes=5000
-    )
-    ((logp * case.grad_logp).sum() if wanted == "logp" else (entropy * case.grad_entropy).sum()).backward()
-    expected = case.reference(0.7, logp=wanted == "logp", entropy=wanted == "entropy")
+    settings: dict[str, Any] = {"temperature": 0.7, "vocab_size": len(weight), "group": alone, "chunk_bytes": 5000}
+    names = ("logp", "entropy", "topk")
+    found = token_scores(hidden[case.rows], weight, case.labels, topk_labels_RK=case.topk, **settings)
+    scores, grads = dict(zip(names, found, strict=True)), (case.grad_logp, case.grad_entropy, case.grad_topk)
+    scores[wanted].backward(dict(zip(names, grads, strict=True))[wanted])
+    expected = case.reference(0.7, logp=wanted == "logp", entropy=wanted == "entropy", topk=wanted == "topk")
     assert hidden.grad is not None and weight.grad is not None
     assert_close({"d_hidden": hidden.grad, "d_weight": weight.grad}, {k: expected[k] for k in ("d_hidden", "d_weight")})
 
 
-def test_further_tokens_are_scored_without_gradient_and_change_nothing_else(alone):
+def test_further_tokens_change_nothing_else(alone):
     case = Case.make()
     hidden, weight = (t.clone().requires_grad_() for t in (case.hidden, case.weight))
     settings: dict[str, Any] = {"temperature": 0.7, "vocab_size": len(weight), "group": alone, "chunk_bytes": 5000}
     logp, entropy, topk = token_scores(hidden[case.rows], weight, case.labels, topk_labels_RK=case.topk, **settings)
-    assert not topk.requires_grad and logp.requires_grad and topk.dtype == torch.float32
+    assert topk.requires_grad and logp.requires_grad and topk.dtype == torch.float32
     plain = token_scores(hidden[case.rows], weight, case.labels, **settings)
     assert len(plain) == 2
     assert torch.equal(logp, plain[0]) and torch.equal(entropy, plain[1])
     twice = token_scores(
         hidden[case.rows], weight, case.labels, topk_labels_RK=case.labels[:, None].expand(-1, 2), **settings
     )
-    assert torch.equal(twice[2], logp.detach()[:, None].expand(-1, 2)), "the label itself scores as the label"
+    assert torch.equal(twice[2], logp[:, None].expand(-1, 2)), "the label itself scores as the label"
 
 
 def test_rows_that_pad_the_vocabulary_take_no_part(alone):

@@ -16,7 +16,7 @@ from megatron_rl.precision.scales import e8m0_reciprocal, e8m0_value, scale_of_a
 
 LARGEST = {"e4m3": 448.0, "e5m2": 57344.0}
 FLOATS = [name for name in FORMATS if name != "int8_channel"]
-EIGHT_BITS = [name for name in FLOATS if name != "nvfp4"]
+EIGHT_BITS = [name for name in FLOATS if not name.startswith("nvfp4")]
 
 
 def raw(codes: torch.Tensor) -> torch.Tensor:
@@ -289,6 +289,16 @@ def test_a_nan_in_nvfp4_becomes_the_largest_value_as_in_the_hardware_cast():
     x = torch.ones(1, 16)
     x[0, 3] = math.nan
     assert fp4.unpack_nibbles(quantize(x, "nvfp4").codes, 16)[0].tolist() == [7] * 16
+
+
+@pytest.mark.parametrize("name, alone", [("nvfp4_token", True), ("nvfp4", False)])
+def test_a_row_of_nvfp4_token_does_not_depend_on_the_other_rows(name, alone):
+    x = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [3], [0.1], [50], [7]])
+    whole = fake_quantize(x, name)
+    rows = torch.cat([fake_quantize(row[None], name) for row in x])
+    assert torch.equal(whole, rows) == alone
+    assert torch.equal(fake_quantize(x.t().contiguous().t(), name), whole)
+    assert torch.equal(rows, torch.cat([fake_quantize(row[None], "nvfp4") for row in x]))
 
 
 def test_an_infinite_amax_leaves_nvfp4_finite():

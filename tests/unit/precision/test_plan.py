@@ -67,6 +67,14 @@ def printed(told: PlanReport) -> str:
         ({"recipe": "nvfp4", "format": "hybrid"}, "hybrid.*nvfp4"),
         ({"rollout": "bf16", "rollout_activations": "fp8"}, "rollout_activations.*bf16"),
         ({"rollout": "int8", "rollout_activations": "fp8"}, "rollout_activations.*int8"),
+        (
+            {"rollout": "nvfp4", "rollout_activations": "fp8"},
+            "fp8 needs.*is nvfp4.*fp8_blockwise_pow2 or mxfp8.*or fp4",
+        ),
+        (
+            {"rollout": "mxfp8", "rollout_activations": "fp4"},
+            "fp4 needs.*is mxfp8.*take rollout: nvfp4, or.*none or fp8",
+        ),
     ],
 )
 def test_keys_that_contradict_each_other_are_a_configuration_error(precision, words):
@@ -271,6 +279,30 @@ def test_sglang_on_cpu_is_sent_dequantized_values_of_whatever_shape_and_the_user
     with pytest.raises(PrecisionError, match="k_proj"):
         report(TINY, HOPPER, engine="sglang", **UNIFIED)
     assert not report(shape(), HOPPER, engine="sglang", **UNIFIED).plan.dequantized
+
+
+@pytest.mark.parametrize("rollout", ["mxfp8", "nvfp4"])
+def test_sglang_on_a_gpu_refuses_the_emulated_formats_and_on_cpu_is_sent_their_values(rollout):
+    with pytest.raises(PrecisionError, match=f"{rollout} is emulated, and SGLang.*sm_100.*rollout.engine: embedded"):
+        report(shape(), HOPPER, engine="sglang", rollout=rollout)
+    assert report(shape(), engine="sglang", rollout=rollout).plan.dequantized
+    assert not report(shape(), rollout=rollout).plan.dequantized
+
+
+def test_unified_mxfp8_is_recognized_and_four_bits_are_told_to_differ_in_the_tensors_scale():
+    mxfp8 = {"train": "bf16", "recipe": "mxfp8", "rollout": "mxfp8", "rollout_activations": "fp8"}
+    assert report(TINY, **mxfp8).apart == () and report(shape(), tensor=2, **mxfp8).apart == ()
+    (reason,) = report(shape(ffn_hidden_size=80), tensor=2, **mxfp8).apart
+    assert (
+        "down_proj.weight: 40 columns per rank not divisible by 32; the nearest parallel.tensor that works is 1"
+        in reason
+    )
+    assert "rollout_activations: fp8" in report(TINY, **mxfp8 | {"rollout_activations": "none"}).apart[0]
+    nvfp4 = {"train": "bf16", "recipe": "nvfp4", "rollout": "nvfp4", "rollout_activations": "fp4"}
+    weights, inputs = report(shape(), **nvfp4).apart
+    assert weights.startswith("20 of 28 matrices") and "the fp32 scale is that of" in weights
+    assert weights.endswith("no parallel.tensor mends it")
+    assert inputs == "inputs are nvfp4 in the trainer and nvfp4_token in the engines"
 
 
 # --- pairs that cannot match

@@ -35,8 +35,9 @@ SIZES = {
 }
 PROMPT = [5, 9, 11, 40]
 FP8, POW2, INT8 = "fp8_128x128_e4m3", "fp8_128x128_e4m3_pow2", "int8_channel"
-INPUTS = {FP8: "fp8_1x128_e4m3", POW2: "fp8_1x128_e4m3_pow2"}
-ROLLOUT = {FP8: "fp8_blockwise", POW2: "fp8_blockwise_pow2", INT8: "int8"}
+MX, FP4 = "mxfp8_e4m3", "nvfp4_16x16"
+INPUTS = {FP8: "fp8_1x128_e4m3", POW2: "fp8_1x128_e4m3_pow2", MX: "mxfp8_e4m3", FP4: "nvfp4_token"}
+ROLLOUT = {FP8: "fp8_blockwise", POW2: "fp8_blockwise_pow2", INT8: "int8", MX: "mxfp8", FP4: "nvfp4"}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def started(folder: Path, *args: object, **options: object) -> Engine:
     return Engine(folder, "fp32", engine_quantization=EngineQuantization(*args, **options)).start()
 
 
-@pytest.mark.parametrize("wire", [FP8, POW2, INT8])
+@pytest.mark.parametrize("wire", ROLLOUT)
 def test_weights_alone_are_quantized_as_in_a_plain_forward_pass_over_their_values(folder: Path, wire: str) -> None:
     engine = started(folder, ROLLOUT[wire])
     output, found = greedy(engine)
@@ -99,10 +100,10 @@ def test_weights_alone_are_quantized_as_in_a_plain_forward_pass_over_their_value
     assert (found - logp(reference(folder, None), output)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("wire", [FP8, POW2])
+@pytest.mark.parametrize("wire", INPUTS)
 def test_inputs_are_quantized_too_when_asked_for(folder: Path, wire: str) -> None:
     """A code may change if two sums differ in their last bit, so a few tokens differ by a little."""
-    engine = started(folder, ROLLOUT[wire], "fp8")
+    engine = started(folder, ROLLOUT[wire], "fp4" if wire == FP4 else "fp8")
     output, found = greedy(engine, 40)
     engine.stop()
     error = (found - logp(reference(folder, wire, INPUTS[wire]), output)).abs()
@@ -117,7 +118,7 @@ def test_the_first_and_the_last_layer_can_be_spared(folder: Path) -> None:
     torch.testing.assert_close(found, logp(reference(folder, FP8, kept=(0, 2)), output), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("wire", [FP8, POW2, INT8])
+@pytest.mark.parametrize("wire", ROLLOUT)
 def test_codes_from_a_trainer_and_quantizing_at_load_serve_the_same(folder: Path, tmp_path: Path, wire: str) -> None:
     engine = started(folder, ROLLOUT[wire])
     at_load = greedy(engine)

@@ -16,7 +16,9 @@ from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.device_port import pick_device
 from megatron_rl.precision.formats import fake_quantize, quantize
+from megatron_rl.precision.fp4 import unpack_nibbles
 from megatron_rl.precision.plan import DTYPES, PrecisionPlan
+from megatron_rl.precision.products import operands_of
 from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.hf_folder import HFFolder
 from megatron_rl.weights.layouts import QKV, GateUp, Layout, RowParallel
@@ -32,7 +34,8 @@ from megatron_rl.weights.write_folder import write_hf_folder
 from tests.policies import build_planned_policy, embedded_plan
 
 LAYERS = 3
-WIRES = ["fp8_blockwise", "fp8_blockwise_pow2", "int8"]
+WIRES = ["fp8_blockwise", "fp8_blockwise_pow2", "int8", "mxfp8", "nvfp4"]
+SCALE = {"int8": "_scale", "nvfp4": "_scale"}  # all others: _scale_inv
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
@@ -116,14 +119,17 @@ def test_an_export_sends_the_codes_and_scales_of_the_trainers_parameters(
     train = next(name for name, dtype in DTYPES.items() if dtype == policy.models[0].config.params_dtype)
     plan = plan_of(rollout, train=train, first_last_bf16=first_last)
     sent = dict(policy.export(plan))
-    suffix = "_scale" if rollout == "int8" else "_scale_inv"
+    suffixes = [SCALE.get(rollout, "_scale_inv"), *["_scale_2"] * (rollout == "nvfp4")]
     coded = {name for name in folder.tensors if is_projection(name) and (not first_last or ".layers.1." in name)}
-    assert sent.keys() == folder.tensors.keys() | {name + suffix for name in coded}
+    assert sent.keys() == folder.tensors.keys() | {name + suffix for name in coded for suffix in suffixes}
     for name, tensor in stored(folder).items():
         trained = tensor.bfloat16() if train == "bf16" else tensor
         if name in coded:
             wanted = quantize(trained, plan.wire)
-            assert same_bytes(sent[name], wanted.codes) and same_bytes(sent[name + suffix], wanted.scale_inv), name
+            codes = unpack_nibbles(wanted.codes, tensor.shape[1]) if rollout == "nvfp4" else wanted.codes
+            scales = [wanted.scale_inv, wanted.global_scale_inv]
+            assert same_bytes(sent[name], codes), name
+            assert all(same_bytes(sent[name + s], scale) for s, scale in zip(suffixes, scales, strict=False)), name
         else:
             assert same_bytes(sent[name], trained.bfloat16()), name
 
@@ -144,6 +150,30 @@ def test_int8_has_one_scale_a_row(folder: HFFolder) -> None:
     scales = sent[f"{DOWN}_scale"]
     assert (scales.dtype, tuple(scales.shape)) == (torch.float32, (160, 1))
     assert ((sent[DOWN].float() * scales - folder.read(DOWN)).abs() <= 0.501 * scales).all()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rollout"), [("blockwise", "fp8_blockwise"), ("mxfp8", "mxfp8"), ("nvfp4", "nvfp4")]
+)
+def test_engines_multiply_the_values_that_the_trainers_product_multiplies(
+    folder: HFFolder, policy: Policy, recipe: str, rollout: str
+) -> None:
+    """Exactly, for every matrix that is one parameter of the trainer. nvfp4 has one scale a parameter, so no others."""
+    train = next(name for name, dtype in DTYPES.items() if dtype == policy.models[0].config.params_dtype)
+    plan = plan_of(rollout, train=train, recipe=recipe)
+    operands = operands_of(plan)
+    assert operands is not None
+    served = dequantize_tensors(dict(policy.export(plan)), plan, "engine", torch.float32)
+    layers = policy.models[0].decoder.layers
+    of = {"self_attn.o_proj": "self_attention.linear_proj", "mlp.down_proj": "mlp.linear_fc2"}
+    for layer in range(LAYERS):
+        for part, parameter in of.items():
+            weight = layers[layer].get_submodule(parameter).weight.detach()
+            multiplied = quantize(weight, operands.weights).dequantize()
+            assert torch.equal(served[f"model.layers.{layer}.{part}.weight"], multiplied), part
+    fused = quantize(layers[0].mlp.linear_fc1.weight.detach(), operands.weights).dequantize()
+    parts = torch.cat([served[f"model.layers.0.mlp.{part}_proj.weight"] for part in ("gate", "up")])
+    assert torch.equal(parts, fused) == (rollout == "mxfp8"), "200 rows are no whole tiles of 128 or 16"
 
 
 @pytest.mark.parametrize("rollout", WIRES)
@@ -288,7 +318,7 @@ def half_scales(tensors: dict[str, Tensor]) -> None:
         (nan_code, f"tensor {DOWN} has codes that are NaN"),
         (transposed_scales, rf"tensor {DOWN}_scale_inv has shape \[1, 4\], but .* needs \[2, 2\]"),
         (uncoded, f"tensor {DOWN} is torch.bfloat16, but fp8_128x128_e4m3 has codes of torch.float8_e4m3fn"),
-        (half_scales, f"tensor {DOWN}_scale_inv is torch.bfloat16, but scales are float32"),
+        (half_scales, f"tensor {DOWN}_scale_inv is torch.bfloat16, but scales of fp8_128x128_e4m3 are torch.float32"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -301,6 +331,36 @@ def test_a_reader_refuses_codes_and_scales_that_cannot_be_right(
     spoil(tensors)
     with pytest.raises(CheckpointError, match=words):
         dequantize_tensors(tensors, plan, "here", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("rollout", "suffix", "spoil", "words"),
+    [
+        ("nvfp4", "_scale_2", None, f"tensor {DOWN}_scale_2 is missing"),
+        ("nvfp4", "_scale_2", lambda t: t.zero_(), f"{DOWN}_scale_2 is not finite or not above 0"),
+        ("nvfp4", "_scale_2", lambda t: t.double(), rf"{DOWN}_scale_2 is torch.float64 \[\], but"),
+        ("nvfp4", "_scale_2", lambda t: t[None], r"torch.float32 \[1\], but it is one float32 number"),
+        ("nvfp4", "_scale", lambda t: t.float(), f"{DOWN}_scale is torch.float32, but scales of nvfp4_16x16 are"),
+        (
+            "nvfp4",
+            "_scale",
+            lambda t: (-t.float()).to(t.dtype),
+            f"{DOWN}_scale has scales that are not finite or below",
+        ),
+        ("nvfp4", "", lambda t: t.fill_(16), f"tensor {DOWN} has codes above 15"),
+        ("mxfp8", "_scale_inv", lambda t: t.fill_(0xFF), f"{DOWN}_scale_inv has scales that are NaN"),
+        ("mxfp8", "_scale_inv", lambda t: t[:, :1], r"has shape \[160, 1\], but .* needs \[160, 7\]"),
+    ],
+)
+def test_a_reader_refuses_wrong_codes_and_scales_of_four_bits_and_micro_scales(
+    folder: HFFolder, rollout: str, suffix: str, spoil: Callable[[Tensor], Tensor] | None, words: str
+) -> None:
+    tensors = dict(WireTensors(stored(folder).items(), plan_of(rollout)))
+    right = tensors.pop(DOWN + suffix)
+    if spoil is not None:
+        tensors[DOWN + suffix] = spoil(right.clone())
+    with pytest.raises(CheckpointError, match=words):
+        dequantize_tensors(tensors, plan_of(rollout), "here", torch.float32)
 
 
 def test_scales_between_powers_of_two_are_refused_where_only_those_are_allowed(folder: HFFolder) -> None:
