@@ -25,8 +25,8 @@ def collapse_index(
 
     A run collapses at the first evaluation of `lasting` in a row whose reward is below half of the largest reward
     before, and below it by more than 3 standard errors of the difference of two evaluations, sqrt(2) * noise: half of a
-    small reward is soon lost to chance. Fewer evaluations in a row count at the end of a run only if the run ends there
-    with a non-finite number. A non-finite loss, or a mismatch above a limit, is a collapse at once.
+    small reward is soon lost to chance, and half of a negative one means nothing. A non-finite reward or loss, or a
+    mismatch above a limit, is a collapse at once.
 
     Args:
         reward: rewards in the order of the evaluations, [..., n]; non-finite counts as a collapse.
@@ -41,7 +41,7 @@ def collapse_index(
     best = np.maximum.accumulate(np.where(broken, -np.inf, reward), axis=-1)
     noise = np.asarray(noise, dtype=np.float64)
     noise = noise if noise.ndim == reward.ndim or noise.ndim == 0 else noise[..., None]
-    fallen = (reward < best / 2) & (best - reward > _NOISE * np.sqrt(2) * noise)
+    fallen = (best > 0) & (reward < best / 2) & (best - reward > _NOISE * np.sqrt(2) * noise)
     if loss is not None:
         broken = broken | ~np.isfinite(loss)
     if mismatch is not None:

@@ -91,24 +91,36 @@ def _collapse(curve: CellCurve, series: str, limit: float) -> float:
     steps = curve.log["step"]
     loss = curve.log.get("loss")
     if series == "held-out":
-        mean = curve.reward.mean(1)
-        chance = np.where(np.isfinite(curve.chance), curve.chance, curve.reward * (1 - curve.reward))
-        noise = np.sqrt(np.maximum(chance.mean(1), 0).max() / curve.reward.shape[1])
-        at = int(collapse_index(mean, noise=noise))
-        found = [float(curve.steps[at])] if at >= 0 else []
+        reward, at_steps, noise = curve.reward.mean(1), curve.steps, _evaluation_noise(curve)
     else:
-        reward = curve.column("reward")
-        jumps = np.abs(np.diff(reward[np.isfinite(reward)]))
-        # 1.4826 times the median is the standard deviation of normal numbers; a jump has twice the variance of a value.
-        noise = 1.4826 * np.median(jumps) / np.sqrt(2) if len(jumps) else 0.0
-        at = int(collapse_index(reward, noise=noise)) if len(reward) else -1
-        found = [float(steps[at])] if at >= 0 else []
+        logged = np.isfinite(curve.column("reward"))
+        reward, at_steps = curve.column("reward")[logged], steps[logged]
+        noise = _jump_noise(reward)
+    at = int(collapse_index(reward, noise=noise)) if len(reward) else -1
+    found = [float(at_steps[at])] if at >= 0 else []
     broken = mismatch_column(curve) > limit
     if loss is not None:
         broken = broken | np.isinf(loss)  # NaN also stands for a step that has no loss
     if broken.any():
         found.append(float(steps[np.argmax(broken)]))
     return min(found, default=float("nan"))
+
+
+def _evaluation_noise(curve: CellCurve) -> float:
+    """Return the largest standard error that sampling gives the mean reward of an evaluation."""
+    mean, prompts = curve.reward.mean(1), curve.reward.shape[1]
+    if np.isfinite(curve.chance).all():
+        return float(np.sqrt(curve.chance.mean(1).max() / prompts))
+    if curve.reward.min() >= 0 and curve.reward.max() <= 1:
+        return float(np.sqrt((mean * (1 - mean)).max() / prompts))  # the most that a reward in [0, 1] can vary
+    return _jump_noise(mean)
+
+
+def _jump_noise(reward: np.ndarray) -> float:
+    """Return the standard deviation of a reward around its course, from its jumps from one value to the next."""
+    jumps = np.abs(np.diff(reward))
+    # 1.4826 times the median is the standard deviation of normal numbers; a jump has twice the variance of a value.
+    return float(1.4826 * np.median(jumps) / np.sqrt(2)) if len(jumps) else 0.0
 
 
 def _mismatch(group: ArmRuns, confidence: float) -> tuple[Estimate | None, Estimate | None]:

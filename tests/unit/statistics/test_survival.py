@@ -53,6 +53,10 @@ def test_two_bad_evaluations_are_no_collapse_but_a_broken_number_is_one() -> Non
     assert collapse_index(reward, noise=0.01, mismatch=mismatch, most_mismatch=1.0) == 3
 
 
+def test_a_negative_reward_has_no_half() -> None:
+    assert collapse_index(np.linspace(-1.0, -3.0, 10), noise=0.01) == -1
+
+
 def test_kaplan_meier_gives_worked_numbers() -> None:
     found = kaplan_meier(np.array([6, 6, 6, 7, 10, 13]), np.array([True, True, False, True, False, True]))
     # 4/6 after 6; times 2/3 after 7; unchanged after 10; 0 after 13

@@ -84,7 +84,7 @@ def simulate_study(
                     rate = np.clip(_rate(truth, float(step)) + luck * min(step / 20, 1) + hard, 0, 1)
                     drawn = rng.binomial(samples, rate)
                     share = drawn / samples
-                    spread = share * (1 - share) * samples / max(samples - 1, 1)
+                    spread = share * (1 - share) * samples / (samples - 1) if samples > 1 else np.full(prompts, np.nan)
                     evals += [
                         {**first, "step": int(step), "prompt": i, "samples": samples, "reward": s, "variance": v}
                         for i, (s, v) in enumerate(zip(share.tolist(), spread.tolist(), strict=True))

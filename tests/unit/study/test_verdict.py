@@ -141,6 +141,22 @@ def test_sizes_are_compared_one_by_one_and_four_of_them_get_a_power_law(tmp_path
     assert "nvfp4 at 10M: " in verdict["sentences"][2]["text"]
 
 
+def test_one_sample_a_prompt_and_a_log_without_rewards_are_no_collapse(tmp_path: Path) -> None:
+    """One sample tells nothing of its own noise, and a reward that was not logged is not a broken one."""
+    arms = {"bf16": TrueArm(top=0.32), "fp8": TrueArm(top=0.32)}
+    greedy = simulate_study(tmp_path / "greedy", arms, seeds=3, prompts=20, samples=1)
+    assert {one["result"] for one in make_verdict(greedy)["sentences"]} == {"not shown", "no collapse"}
+    folder = simulate_study(tmp_path / "bare", arms, seeds=3, prompts=20, samples=4, steps=4)
+    path = folder / "results" / "steps.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["reward"]), path)
+    evals = folder / "results" / "evals.parquet"
+    table = pq.read_table(evals)
+    pq.write_table(table.filter(np.array(table["step"]) <= 2), evals)
+    verdict = make_verdict(folder)
+    assert verdict["arms"][0]["stability"]["series"] == "training"
+    assert {one["result"] for one in verdict["sentences"] if one["about"] == "collapse"} == {"no collapse"}
+
+
 def test_no_reference_no_margin_and_unpaired_arms_are_said(tmp_path: Path) -> None:
     arms = {"bf16": EQUAL, "fp8": EQUAL}
     alone = make_verdict(simulate_study(tmp_path / "a", arms, seeds=3, steps=20, reference=None))
