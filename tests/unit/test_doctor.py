@@ -180,7 +180,7 @@ def test_the_doctor_fits_on_a_screen(capsys):
 
 def test_overrides_without_a_configuration_are_refused():
     with pytest.raises(ConfigError, match=r"override 'precision\.recipe=mxfp8' has no configuration"):
-        cli.doctor(None, ["precision.recipe=mxfp8"])
+        cli.doctor(overrides=["precision.recipe=mxfp8"])
 
 
 def test_a_configuration_that_cannot_run_exits_with_2_and_one_paragraph(qwen3, tmp_path: Path, monkeypatch, capsys):

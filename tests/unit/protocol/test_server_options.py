@@ -21,7 +21,7 @@ def test_words_that_mean_nothing_are_refused() -> None:
         parse_quantization("none", "fp8", False, "bf16")
     with pytest.raises(UserError, match="--first-last-bf16 spares layers of quantized weights"):
         parse_quantization("none", "none", True, "bf16")
-    with pytest.raises(ConfigError, match="needs FP8 weights"):
+    with pytest.raises(ConfigError, match="rollout_activations: fp8 needs such weights"):
         EngineQuantization("int8", "fp8").plan(3, "bf16")
 
 
