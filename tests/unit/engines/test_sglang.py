@@ -133,7 +133,7 @@ def test_an_argument_that_another_key_decides_is_refused_by_that_key(argument: s
     [
         ("cpu", {"rollout": "int8"}, "int8 is weights alone"),
         ("cuda", {"rollout": "int8"}, "int8 is weights alone"),
-        ("cpu", {"rollout": "fp8_blockwise", "rollout_activations": "fp8"}, "no FP8 products"),
+        ("cpu", {"rollout": "fp8_blockwise", "rollout_activations": "fp8"}, "no low-precision products"),
         ("cuda", {"rollout": "fp8_blockwise"}, "always quantizes"),
     ],
 )

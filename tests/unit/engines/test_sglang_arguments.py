@@ -30,7 +30,8 @@ for name, module, arguments in json.loads(sys.argv[1]):
     parsed.setdefault(name, said.getvalue())
 print("\\n" + json.dumps(parsed))
 """
-TWO = SGLangConfig(tensor=2, first_gpu=4)
+TWO = SGLangConfig(tensor=2)
+FIRST_GPU = 4
 FP8 = {"train": "bf16", "recipe": "blockwise", "rollout": "fp8_blockwise", "rollout_activations": "fp8"}
 CASES = {
     "cpu": ("cpu", SGLangConfig(), {}, {}),
@@ -45,7 +46,9 @@ CASES = {
 def server_arguments(device, settings, precision, options):
     plan = resolve(PrecisionConfig(**precision), 3, engine="sglang", device=device)
     flags = sglang.server_flags(plan, settings, device=device, **options)
-    return sglang.SGLangServers("model", "logs", flags, settings, device=device, keyed=True).command(1, 30000)
+    return sglang.SGLangServers(
+        "model", "logs", flags, settings, device=device, first_gpu=FIRST_GPU, keyed=True
+    ).command(1, 30000)
 
 
 def router_arguments():
