@@ -47,7 +47,7 @@ def describe_origin(config: Config, plan: RunPlan) -> dict[str, Any]:
         "host": platform.node(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform.startswith("linux") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpus": _gpus(config) if cuda else 0,
+        "gpus": config.parallel.world_size + plan.placement.engine_gpus if cuda else 0,
         "parameters": sum(math.prod(info.shape) for info in HFFolder(config.model.path).tensors.values()),
         "layout": {**config.parallel.model_dump(), "ranks": config.parallel.world_size},
         "precision": {
@@ -60,13 +60,6 @@ def describe_origin(config: Config, plan: RunPlan) -> dict[str, Any]:
         },
         "plan": plan.lines(config),
     }
-
-
-def _gpus(config: Config) -> int:
-    """Return the number of GPUs of the trainer and of its own SGLang servers; embedded servers share the CPU."""
-    rollout = config.rollout
-    servers = rollout.servers * rollout.sglang.tensor if rollout.engine == "sglang" and rollout.own_servers else 0
-    return config.parallel.world_size + servers
 
 
 def git_revision(checkout: Path = CHECKOUT) -> str:
