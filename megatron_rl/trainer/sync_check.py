@@ -53,9 +53,11 @@ def check_sync(config: Config) -> bool:
     ):
         records = []
         for step in range(ROUNDS):
-            version = trainer.state.version
+            version, watch = trainer.state.version, Stopwatch()
+            trainer.turn_to_engines()
             trainer.publish(version)
-            batch = trainer.collect(Stopwatch())
+            batch = trainer.collect(watch)
+            trainer.turn_to_trainer(watch)
             logp, trained = trainer.policy.logprobs(batch), batch.mask > 0
             if not trained.any():
                 raise ConfigError("the engines sampled no token that is trained on: nothing can be compared")
