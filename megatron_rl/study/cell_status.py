@@ -87,7 +87,13 @@ def spent(run: Path) -> tuple[int, float, float]:
 
 
 def over_budget(budget: Record, tokens: float, seconds: float) -> bool:
-    """Return whether a run has spent its budget of tokens or seconds."""
+    """Return whether a run has spent its budget of tokens or seconds.
+
+    Args:
+        budget: the study's budget, with a limit or None for each.
+        tokens: tokens of the run's steps, prompts included.
+        seconds: seconds of the run's steps.
+    """
     limits = ((budget["tokens"], tokens), (budget["seconds"], seconds))
     return any(limit is not None and value >= limit for limit, value in limits)
 
