@@ -158,7 +158,13 @@ def terms(c: Mapping[str, Coefficient], work: Work, at: Sizes) -> dict[str, Term
 
 
 def disk_sync(c: Mapping[str, Coefficient], work: Work, at: Sizes) -> Term:
-    """Return the time to send the weights through a shared folder, in place of `send`."""
+    """Return the time to send the weights through a shared folder, in place of `send`.
+
+    Args:
+        c: the coefficients.
+        work: model and batch.
+        at: the cluster.
+    """
     wire = work.wire_bytes
     seconds = wire / c["write_bw"].value + at.engines * wire / c["read_bw"].value
     return Term(seconds, ("write_bw", "read_bw"))
@@ -187,7 +193,13 @@ def step_seconds(parts: Mapping[str, Term], *, overlaps: bool) -> float:
 
 
 def mark(c: Mapping[str, Coefficient], part: Term, at: Sizes) -> str:
-    """Return what a term is worth at this size: empty, `~` or `?`."""
+    """Return what a term is worth at this size: empty, `~` or `?`.
+
+    Args:
+        c: the coefficients.
+        part: the term.
+        at: the cluster.
+    """
     used = [c[name] for name in part.uses]
     if any(one.kind != "measured" for one in used):
         return "?"

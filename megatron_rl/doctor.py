@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -68,8 +69,10 @@ def gpu_rows(machine: Machine, python: Path) -> list[tuple[str, str, str]]:
     """
     if machine.capability is None:
         return []
-    ours = own_packages()
-    theirs = read_packages(python).nccl if python.is_file() else None
+    ours, theirs = own_packages(), None
+    if python.is_file():
+        with suppress(EngineError):  # `sglang_row` says what is wrong with this interpreter
+            theirs = read_packages(python).nccl
     same = (
         "equal, as transport: distributed needs" if ours.nccl == theirs else "transport: distributed needs them equal"
     )

@@ -11,6 +11,11 @@ def check_engine(config: Config, family: Family, shape: ModelShape) -> None:
 
     Its log-probabilities of toy models differ by 0.5 to 1.5 in these cases, and by 2e-6 in all others that it serves
     (docs/checkpoints.md). Its code has no other path on GPUs.
+
+    Args:
+        config: the configuration.
+        family: family of the model.
+        shape: shape of the model.
     """
     if config.rollout.engine != "sglang":
         return

@@ -25,6 +25,11 @@ class Placement:
         """The first GPU of the first engine; 0 without engines on GPUs."""
         return self.engines[0][0] if self.engines else 0
 
+    @property
+    def engine_gpus(self) -> int:
+        """The number of GPUs that engines have and ranks of this machine do not."""
+        return len({gpu for gpus in self.engines for gpu in gpus} - set(self.ranks))
+
     def __str__(self) -> str:
         """Return the GPUs as text, empty without any."""
         parts = [f"ranks on GPUs {_span(self.ranks)}"] if self.ranks else []

@@ -49,7 +49,7 @@ def fit_sigmoid(
     """Fit the reward-compute curve of ScaleRL (Khatri et al. 2025, arXiv 2510.13786, equation 1).
 
     A is linear, so the first values come from a grid of C_mid and B with A solved in closed form; the iteration of
-    `levenberg` ends it. The interval of A is its profile interval. "Not identified" is an answer: a curve that has not
+    `levenberg` ends it. The interval of A is its profile interval. "Not identified" is a result: a curve that has not
     bent yet says nothing about its ceiling.
 
     Args:
@@ -92,7 +92,13 @@ def fit_sigmoid(
 
 
 def sigmoid_curve(x: np.ndarray, start: np.ndarray, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the curve [..., n] and its derivatives [..., n, 3] for theta = (A, ln C_mid, ln B), x = ln C [n]."""
+    """Return the curve [..., n] and its derivatives [..., n, 3].
+
+    Args:
+        x: logarithm of the compute, [n].
+        start: R_0, [...].
+        theta: A, ln C_mid and ln B, [..., 3].
+    """
     top, middle, steep = theta[..., :1], theta[..., 1:2], np.exp(theta[..., 2:3])
     share = 1 / (1 + np.exp(np.clip(steep * (middle - x), -500, 500)))
     reach = top - start[..., None]
@@ -102,7 +108,13 @@ def sigmoid_curve(x: np.ndarray, start: np.ndarray, theta: np.ndarray) -> tuple[
 
 
 def ceiling_bounds(y: np.ndarray, start: np.ndarray, most: float) -> _Pair:
-    """Return the least and largest ceiling [...] that a fit considers: a falling curve has a ceiling below R_0."""
+    """Return the least and largest ceiling [...] that a fit considers: a falling curve has a ceiling below R_0.
+
+    Args:
+        y: reward of each evaluation, [..., n].
+        start: R_0, [...].
+        most: the largest reward there is.
+    """
     reach = np.maximum(np.ptp(y, axis=-1), 1e-6)
     return np.minimum(y.min(-1), start) - reach, np.maximum(np.full_like(start, most), y.max(-1))
 

@@ -16,24 +16,18 @@ def collapse_index(
     reward: np.ndarray,
     *,
     noise: np.ndarray | float,
-    mismatch: np.ndarray | None = None,
-    loss: np.ndarray | None = None,
-    most_mismatch: float = np.inf,
     lasting: int = 3,
 ) -> np.ndarray:
     """Return the position of the evaluation at which each run collapses, -1 where it does not.
 
     A run collapses at the first evaluation of `lasting` in a row whose reward is below half of the largest reward
     before, and below it by more than 3 standard errors of the difference of two evaluations, sqrt(2) * noise: half of a
-    small reward is soon lost to chance, and half of a negative one means nothing. A non-finite reward or loss, or a
-    mismatch above a limit, is a collapse at once.
+    small reward is soon lost to chance, and half of a negative one means nothing. A non-finite reward is a collapse at
+    once.
 
     Args:
         reward: rewards in the order of the evaluations, [..., n]; non-finite counts as a collapse.
         noise: standard error of one evaluation, of the shape of reward or [...] or a number.
-        mismatch: mismatch at the same evaluations, [..., n].
-        loss: loss at the same evaluations, [..., n].
-        most_mismatch: limit of the mismatch.
         lasting: evaluations in a row.
     """
     reward = np.asarray(reward, dtype=np.float64)
@@ -42,10 +36,6 @@ def collapse_index(
     noise = np.asarray(noise, dtype=np.float64)
     noise = noise if noise.ndim == reward.ndim or noise.ndim == 0 else noise[..., None]
     fallen = (best > 0) & (reward < best / 2) & (best - reward > _NOISE * np.sqrt(2) * noise)
-    if loss is not None:
-        broken = broken | ~np.isfinite(loss)
-    if mismatch is not None:
-        broken = broken | ~(np.asarray(mismatch) <= most_mismatch)
     n = reward.shape[-1]
     event = broken.copy()
     if n >= lasting:

@@ -51,7 +51,7 @@ class CellState:
 def read_states(folder: StudyFolder, record: Record) -> list[CellState]:
     """Return the state of every cell, in the order of the study."""
     last = {attempt["cell"]: attempt["code"] for attempt in folder.attempts()}
-    running, queued = _running(folder), _is_queued(folder)
+    running, queued = _running(folder), bool(queued_array(folder))
     return [_read_state(folder, record, cell, last.get(cell), cell in running, queued) for cell in record["cells"]]
 
 
@@ -87,25 +87,34 @@ def spent(run: Path) -> tuple[int, float, float]:
 
 
 def over_budget(budget: Record, tokens: float, seconds: float) -> bool:
-    """Return whether a run has spent its budget of tokens or seconds."""
+    """Return whether a run has spent its budget of tokens or seconds.
+
+    Args:
+        budget: the study's budget, with a limit or None for each.
+        tokens: tokens of the run's steps, prompts included.
+        seconds: seconds of the run's steps.
+    """
     limits = ((budget["tokens"], tokens), (budget["seconds"], seconds))
     return any(limit is not None and value >= limit for limit, value in limits)
 
 
 def _running(folder: StudyFolder) -> list[str]:
     """Return the cells that a pool runs now."""
-    path = folder.folder / "running.json"
-    if not path.is_file() or not folder.is_locked():
+    if not folder.is_locked():
         return []
-    found = json.loads(path.read_bytes())
+    try:
+        found = json.loads((folder.folder / "running.json").read_bytes())
+    except FileNotFoundError:  # a command that has just begun runs no cell yet
+        return []
     return [str(cell) for cell in found]
 
 
-def _is_queued(folder: StudyFolder) -> bool:
-    """Return whether the array that was submitted last waits or runs."""
+def queued_array(folder: StudyFolder) -> str:
+    """Return the id of the array that was submitted last if it waits or runs, else an empty text."""
     record = read_json(str(folder.runs / "launch" / "submit.json"))
     jobs = (record or {}).get("jobs") or [""]
-    return bool(jobs[-1] and shutil.which("squeue") and job_state(str(jobs[-1])))
+    job = str(jobs[-1])
+    return job if job and shutil.which("squeue") and job_state(job) else ""
 
 
 def _launched(run: Path, queued: bool) -> str:

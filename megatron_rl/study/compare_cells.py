@@ -9,7 +9,11 @@ from megatron_rl.diagnostics.evaluations import EVALUATIONS_NAME, Evaluation, re
 from megatron_rl.errors import ConfigError, UserError, did_you_mean, shorten
 from megatron_rl.statistics.estimate import Estimate
 from megatron_rl.statistics.paired import crossed_difference, prompt_difference
+from megatron_rl.study.cell_status import DONE, read_states
+from megatron_rl.study.grid import RUNS
+from megatron_rl.study.results import counted_evaluations
 from megatron_rl.study.study_data import StudyData
+from megatron_rl.study.study_folder import StudyFolder
 from megatron_rl.trainer.run_control import RunControl
 
 METRICS = ("sampled", "greedy")
@@ -59,12 +63,27 @@ def _cell_lines(a: Path, b: Path, metric: str, confidence: float) -> Iterator[st
 
 
 def _last_evaluation(run: Path) -> Evaluation:
-    if RunControl(run).done_steps() is None:
+    study = StudyFolder(run.absolute().parent.parent)
+    if run.absolute().parent.name == RUNS and (study.folder / "study.json").is_file():
+        found = _of_study(study, run.absolute().name)
+    elif RunControl(run).done_steps() is None:
         raise UserError(f"{run} is not done: it has no control/done.json")
-    found = read_evaluations(run)
+    else:
+        found = read_evaluations(run)
     if not found:
         raise UserError(f"{run} has no evaluation: set eval.prompts")
     return found[-1]
+
+
+def _of_study(study: StudyFolder, cell: str) -> list[Evaluation]:
+    """Return the evaluations of a cell that its study counts. A budget may have ended the run before its last step."""
+    record = study.record()
+    state = next((one for one in read_states(study, record) if one.cell == cell), None)
+    if state is None:
+        raise UserError(f"{study.run(cell)} is no cell of its study; {did_you_mean(cell, record['cells'])}")
+    if state.status != DONE:
+        raise UserError(f"{study.run(cell)} is not done: it is {state.status} after {state.steps} steps")
+    return counted_evaluations(study.run(cell), record["budget"])
 
 
 def _rewards(evaluation: Evaluation, metric: str) -> np.ndarray:

@@ -132,7 +132,7 @@ def _forest(rows: list[Row], verdict: dict[str, Any], unit: float) -> Figure:
         ax.plot(row["difference"] * unit, y, marker="o", color=color, markersize=6.5)
         seeds = "one seed" if row["seeds"] == 1 else f"{row['seeds']} seeds"
         ax.annotate(
-            f"{row['difference'] * unit:+.1f}   {row['result']}, {seeds}" if unit > 1 else f"{row['difference']:+.3g}",
+            f"{row['difference'] * unit:+{'.1f' if unit > 1 else '.3g'}}   {row['result']}, {seeds}",
             (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8.5, color=color,
         )  # fmt: skip
     ax.set_yticks(range(len(rows)), [label(row["arm"], row["size"]) for row in rows])

@@ -65,6 +65,14 @@ def make_cells(study: Study, base: Mapping[str, Any], folder: Path) -> list[Cell
     cells = [_cell(study, shared, values, labels, seed, folder) for labels, seed in _kept(study, values)]
     if not cells:
         raise ConfigError("only, exclude: they leave no cell")
+    first: dict[str, Cell] = {}
+    for cell in cells:
+        other = first.setdefault(cell.id, cell)
+        if other is not cell:
+            raise ConfigError(
+                f"axes: two cells would be named {cell.id}: {dict(other.axes)} and {dict(cell.axes)}; write names of "
+                "values without '-'"
+            )
     return cells
 
 

@@ -7,16 +7,18 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from megatron_rl.files import replace_file
+from megatron_rl.study.cell_status import DONE
 from megatron_rl.study.figures import save_figures
+from megatron_rl.study.sentences import COLLAPSES, EQUIVALENT, HIGHER, LOWER, NOT_SHOWN, STABLE, Unit, label
 from megatron_rl.study.study_data import StudyData
 
 _TONES = {
-    "equivalent": "good",
-    "lower": "bad",
-    "higher": "blue",
-    "collapses": "bad",
-    "no collapse": "open",
-    "not shown": "open",
+    EQUIVALENT: "good",
+    LOWER: "bad",
+    HIGHER: "blue",
+    COLLAPSES: "bad",
+    STABLE: "open",
+    NOT_SHOWN: "open",
 }
 _TO = "\N{NO-BREAK SPACE}..\N{NO-BREAK SPACE}"  # a narrow table breaks before an interval, not inside it
 _SHOWN_CELLS = 12  # with more, the table of cells is folded
@@ -66,7 +68,7 @@ def _inline(path: Path) -> str:
 
 
 def _facts(data: StudyData, verdict: dict[str, Any]) -> list[tuple[str, str]]:
-    done = sum(cell["status"] == "done" for cell in verdict["cells"])
+    done = sum(cell["status"] == DONE for cell in verdict["cells"])
     unit = " points" if verdict["points"] else ""
     margin = "none given" if verdict["margin"] is None else f"± {_number(verdict['margin'], verdict)}{unit}"
     return [
@@ -164,11 +166,11 @@ def _origins(verdict: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _name(arm: dict[str, Any]) -> str:
-    return f"{arm['arm']} at {arm['size']}" if arm["size"] else arm["arm"]
+    return label(arm["arm"], arm["size"])
 
 
 def _number(value: float, verdict: dict[str, Any]) -> str:
-    return f"{round(100 * value, 1) + 0.0:.1f}" if verdict["points"] else f"{value:.3g}"  # + 0.0: no "-0.0"
+    return Unit(verdict["points"]).number(value)
 
 
 def _optional(value: float | None, verdict: dict[str, Any]) -> str:

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 
 from megatron_rl.diagnostics import read_log
 from megatron_rl.diagnostics.evaluations import Evaluation, read_evaluations
-from megatron_rl.errors import UserError
 from megatron_rl.files import replace_file
+from megatron_rl.launch.conductor.control_files import read_json_lines
 from megatron_rl.study.cell_status import DONE, CellState, read_states
 from megatron_rl.study.study_folder import Record, StudyFolder
 from megatron_rl.trainer.provenance import PROVENANCE_NAME
@@ -59,7 +59,7 @@ def collect_results(folder: StudyFolder) -> list[CellState]:
             cells[state.cell] = json.loads(about.read_bytes())
             found = {name: pq.read_table(parts / f"{state.cell}.{name}.parquet") for name in TABLES}
         else:
-            provenance = _provenance(folder.run(state.cell))
+            provenance = read_json_lines(str(folder.run(state.cell) / PROVENANCE_NAME))
             cells[state.cell] = _describe(record["cells"][state.cell], state, provenance)
             found = _tables(folder.run(state.cell), state.cell, record, provenance)
             if state.status == DONE:
@@ -75,24 +75,20 @@ def collect_results(folder: StudyFolder) -> list[CellState]:
     return states
 
 
-def read_results(folder: Path, table: str) -> pa.Table:
-    """Return a table of a study's results, `evals` or `steps`. Raises UserError if it was not written."""
-    path = folder / "results" / f"{table}.parquet"
-    if not path.is_file():
-        raise UserError(f"there are no results at {path}: `megatron-rl study run` writes them")
-    return pq.read_table(path)
-
-
 def _describe(about: Record, state: CellState, provenance: _Rows) -> Record:
     """Return what cells.json says of a cell. Its provenance is that of its last start; `starts` has all."""
     last = provenance[-1] if provenance else None
     return {**about, **vars(state), "provenance": last, "starts": provenance}
 
 
-def _provenance(run: Path) -> _Rows:
-    path = run / PROVENANCE_NAME
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+def counted_evaluations(run: Path, budget: Record) -> list[Evaluation]:
+    """Return the evaluations of a run that its study counts: those up to the end of the budget."""
+    end = _end_of_budget(_step_rows(run), budget)
+    return [one for one in read_evaluations(run) if one.step <= end]
+
+
+def _step_rows(run: Path) -> _Rows:
+    return [row for row in read_log(run) if row.get("kind") == "step"] if (run / "log.jsonl").is_file() else []
 
 
 def _tables(run: Path, cell: str, record: Record, provenance: _Rows) -> dict[str, pa.Table]:
@@ -100,10 +96,10 @@ def _tables(run: Path, cell: str, record: Record, provenance: _Rows) -> dict[str
     first = {"cell": cell, "arm": about["arm"], **{f"axis.{name}": value for name, value in about["axes"].items()}}
     last = provenance[-1] if provenance else {}
     first |= {"size": int(last.get("parameters", 0)) if record["size_axis"] else 0, "seed": about["seed"]}
-    steps = [row for row in read_log(run) if row.get("kind") == "step"] if (run / "log.jsonl").is_file() else []
+    steps = _step_rows(run)
     end = _end_of_budget(steps, record["budget"])
     metric = record["verdict"]["metric"]
-    evals = [one for one in read_evaluations(run) if one.step <= end]
+    evals = counted_evaluations(run, record["budget"])
     return {
         "evals": _table(
             [{**first, **row} for evaluation in evals for row in _prompts(evaluation, metric)],

@@ -77,7 +77,16 @@ def _check_request(request: StudyRequest) -> None:
         raise ConfigError("--slurm and --profile go together: the profile says what the cluster needs")
     if request.settings and not request.slurm:
         raise ConfigError("--set is about a profile of --slurm")
-    if request.slurm or request.dry_run or not torch.cuda.is_available():
+    if request.slurm and (request.workers > 1 or request.gpus_per_worker):
+        raise ConfigError(
+            "--workers, --gpus-per-worker are about this machine, and --slurm runs each cell as a task of an array: "
+            "leave them out; array_limit of the profile is the number of tasks at a time"
+        )
+    if request.slurm or request.dry_run:
+        return
+    if not torch.cuda.is_available():
+        if request.gpus_per_worker:
+            raise ConfigError(f"--gpus-per-worker {request.gpus_per_worker}: torch sees no GPU here: leave it out")
         return
     here, wanted = torch.cuda.device_count(), request.workers * request.gpus_per_worker
     if request.workers > 1 and not request.gpus_per_worker:

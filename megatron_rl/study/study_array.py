@@ -6,10 +6,11 @@ from collections.abc import Sequence
 import yaml
 
 from megatron_rl.config import Config
-from megatron_rl.errors import ConfigError
+from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.launch.engine_commands import check_model
 from megatron_rl.launch.submit import Request, submit_job
 from megatron_rl.plan import plan_algorithm
+from megatron_rl.study.cell_status import queued_array
 from megatron_rl.study.grid import RUNS
 from megatron_rl.study.study_folder import StudyFolder
 from megatron_rl.trainer.preflight import check_task
@@ -36,8 +37,12 @@ def submit_cells(
 
     Raises:
         ConfigError: a configuration or the profile cannot be honored.
-        UserError: sbatch refuses the job, or Slurm's commands are not there.
+        UserError: an earlier array waits or runs, sbatch refuses the job, or Slurm's commands are not there.
     """
+    queued = queued_array(folder)
+    if queued:
+        # Only the array that was submitted last is known, so tasks of this one would be started a second time.
+        raise UserError(f"array {queued} of this study waits or runs: wait for its end, or end it: scancel {queued}")
     array = folder.folder / "array"
     shutil.rmtree(array, ignore_errors=True)
     array.mkdir()

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_rl.errors import UserError
+from megatron_rl.study.cell_status import DONE
 
-DONE = "done"
 _KEYS = ("cell", "arm", "size", "seed")
 Columns = dict[str, np.ndarray]
 

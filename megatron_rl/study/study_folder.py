@@ -9,7 +9,6 @@ results/            tables that `report` reads; `results.py` writes them
 """
 
 import json
-import shutil
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -20,7 +19,8 @@ import xxhash
 import yaml
 
 from megatron_rl.errors import ConfigError, UserError
-from megatron_rl.files import append_file, replace_file, try_lock
+from megatron_rl.files import replace_file, try_lock
+from megatron_rl.launch.conductor.control_files import append_line, read_json_lines
 from megatron_rl.study.cell_checks import ResolvedCell
 from megatron_rl.study.grid import RUNS, arms_of
 from megatron_rl.study.study_file import Study
@@ -71,13 +71,11 @@ class StudyFolder:
 
     def attempts(self) -> list[Record]:
         """Return every recorded end of a cell's command, in order."""
-        path = self.folder / "attempts.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        return read_json_lines(str(self.folder / "attempts.jsonl"))
 
     def add_attempt(self, **record: Any) -> None:
         """Record the end of a cell's command."""
-        append_file(self.folder / "attempts.jsonl", json.dumps(record).encode() + b"\n")
+        append_line(str(self.folder / "attempts.jsonl"), record)
 
     def lock(self, stack: ExitStack) -> None:
         """Keep other commands from running this study until the stack closes. Raises ConfigError if one does."""
@@ -132,7 +130,7 @@ class StudyFolder:
         for path, text in wanted.items():
             replace_file(path, text.encode())
         replace_file(self.folder / "study.json", json.dumps(new, indent=1).encode() + b"\n")
-        shutil.copyfile(source, self.folder / "study.yaml")
+        replace_file(self.folder / "study.yaml", source.read_bytes())  # the source may be this very file
 
     def _has_results(self, cells: Iterable[str]) -> bool:
         return any((self.run(cell) / "log.jsonl").is_file() for cell in cells) or self.results.is_dir()

@@ -15,13 +15,14 @@ import torch
 
 import megatron_rl
 from megatron_rl.config import Config
+from megatron_rl.engines.processes.engine_packages import read_packages
 from megatron_rl.files import append_file
 from megatron_rl.plan import RunPlan
 from megatron_rl.weights.hf_folder import HFFolder
 
 CHECKOUT = Path(megatron_rl.__file__).resolve().parent.parent
 PROVENANCE_NAME = "provenance.jsonl"
-_PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "safetensors", "transformer-engine", "sglang")
+_PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "safetensors", "transformer-engine")
 _GIT_S = 60.0
 
 
@@ -40,14 +41,15 @@ def write_provenance(config: Config, plan: RunPlan, step: int) -> None:
 def describe_origin(config: Config, plan: RunPlan) -> dict[str, Any]:
     """Return revision, versions, device, layout and plan of a run, as JSON data."""
     cuda = plan.machine.capability is not None
+    own = {"megatron-rl": megatron_rl.__version__, "python": platform.python_version()}
     return {
         "revision": git_revision(),
-        "versions": {"megatron-rl": megatron_rl.__version__, "python": platform.python_version(), **_versions()},
+        "versions": own | package_versions(config),
         "device": f"{torch.cuda.get_device_name()} ({plan.machine.name})" if cuda else "CPU",
         "host": platform.node(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform.startswith("linux") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpus": _gpus(config) if cuda else 0,
+        "gpus": config.parallel.world_size + plan.placement.engine_gpus if cuda else 0,
         "parameters": sum(math.prod(info.shape) for info in HFFolder(config.model.path).tensors.values()),
         "layout": {**config.parallel.model_dump(), "ranks": config.parallel.world_size},
         "precision": {
@@ -60,13 +62,6 @@ def describe_origin(config: Config, plan: RunPlan) -> dict[str, Any]:
         },
         "plan": plan.lines(config),
     }
-
-
-def _gpus(config: Config) -> int:
-    """Return the number of GPUs of the trainer and of its own SGLang servers; embedded servers share the CPU."""
-    rollout = config.rollout
-    servers = rollout.servers * rollout.sglang.tensor if rollout.engine == "sglang" and rollout.own_servers else 0
-    return config.parallel.world_size + servers
 
 
 def git_revision(checkout: Path = CHECKOUT) -> str:
@@ -90,11 +85,14 @@ def git_output(*arguments: str, checkout: Path = CHECKOUT) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
-def _versions() -> dict[str, str]:
+def package_versions(config: Config) -> dict[str, str]:
+    """Return the versions of the trainer's packages, and of SGLang in the environment of the run's own servers."""
     found = {}
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    if config.rollout.engine == "sglang" and config.rollout.own_servers:
+        found["sglang"] = read_packages(config.rollout.sglang.python).sglang or "not installed"
     return found

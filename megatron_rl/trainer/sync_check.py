@@ -53,9 +53,11 @@ def check_sync(config: Config) -> bool:
     ):
         records = []
         for step in range(ROUNDS):
-            version = trainer.state.version
+            version, watch = trainer.state.version, Stopwatch()
+            trainer.turn_to_engines()
             trainer.publish(version)
-            batch = trainer.collect(Stopwatch())
+            batch = trainer.collect(watch)
+            trainer.turn_to_trainer(watch)
             logp, trained = trainer.policy.logprobs(batch), batch.mask > 0
             if not trained.any():
                 raise ConfigError("the engines sampled no token that is trained on: nothing can be compared")
@@ -63,8 +65,8 @@ def check_sync(config: Config) -> bool:
             records.append(measured | {"version": float(version), "tokens": float(trained.sum())})
             trainer.advance(step + 1, version + 1)
         if trainer.lead is not None:
-            print("\n".join(lines(records)), flush=True)
-        return not above(records)
+            print("\n".join(sync_lines(records)), flush=True)
+        return not bars_above(records)
 
 
 def without_updates(config: Config, folder: Path) -> Config:
@@ -77,12 +79,12 @@ def without_updates(config: Config, folder: Path) -> Config:
     return config.model_copy(update={"run": run, "rollout": config.rollout.model_copy(update=strict)})
 
 
-def above(records: Sequence[Mapping[str, float]]) -> list[Bar]:
+def bars_above(records: Sequence[Mapping[str, float]]) -> list[Bar]:
     """Return the bars that a round's record does not keep below."""
     return [bar for bar in BARS if not all(record[bar.key] < bar.most for record in records)]
 
 
-def lines(records: Sequence[Mapping[str, float]]) -> list[str]:
+def sync_lines(records: Sequence[Mapping[str, float]]) -> list[str]:
     """Return the numbers of each round, each bar with its source, and the verdict, as text."""
     text = ["mismatch at learning rate 0: the trainer's log-probabilities of the engines' samples, equal weights"]
     for record in records:
@@ -91,7 +93,7 @@ def lines(records: Sequence[Mapping[str, float]]) -> list[str]:
             f"  version {record['version']:.0f}: {record['tokens']:.0f} tokens, {numbers}, "
             f"ratio {record['ratio/min']:.3g} to {record['ratio/max']:.3g}"
         )
-    failed = above(records)
+    failed = bars_above(records)
     for bar in BARS:
         worst = max(record[bar.key] for record in records)
         word = "ABOVE" if bar in failed else "below"

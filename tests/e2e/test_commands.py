@@ -63,7 +63,8 @@ def test_doctor_checks_a_configuration(cli, small_run):
 
 def test_doctor_sync_finds_agreement_at_equal_precision_and_a_mismatch_in_four_bits(cli, small_run, tmp_path):
     before = sorted(tmp_path.glob("*.yaml"))
-    agree = cli("doctor", "--sync", small_run)
+    agree = cli("doctor", "--sync", small_run, "rollout.colocate=true")
+    assert "colocation: rank 0 frees" in agree.out, "the sides take turns as in a run"
     assert agree.code == 0 and "verdict: trainer and engines agree" in agree.out, agree.all
     errors = [float(found) for found in re.findall(r"tokens, k3 in nats a token (\S+),", agree.out)]
     assert len(errors) == 2 and max(errors) < 1e-6, "twice, so that a weight update is between the two"

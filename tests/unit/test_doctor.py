@@ -132,6 +132,9 @@ def test_on_a_gpu_the_doctor_compares_the_gpus_and_nccl_of_both_sides(tmp_path):
     rows = {label: (here, means) for label, here, means in doctor.gpu_rows(replace(HOPPER, gpus=8), python)}
     assert rows["GPUs"][0] == "8" and "sglang 2.30.7" in rows["NCCL"][0] and "need them equal" not in rows["NCCL"][1]
     assert doctor.gpu_rows(CPU, python) == []
+    python.write_text("#!/bin/sh\nexit 1\n")
+    rows = {label: (here, means) for label, here, means in doctor.gpu_rows(replace(HOPPER, gpus=8), python)}
+    assert rows["NCCL"][0].endswith("sglang -") and "cannot list its packages" in doctor.sglang_row(python)[2]
 
 
 def test_transformer_engine_is_told_whether_megatron_core_was_made_for_it():

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import megatron.core
 import pytest
+import torch
 
 from tests.gpu.run import ORDER, Recorder, machine
 
@@ -20,4 +22,5 @@ def test_no_test_begins_after_the_budget():
 
 def test_the_result_names_the_versions_that_computed_it():
     found = machine()
-    assert found["versions"]["torch"] and found["versions"]["megatron-core"] == "0.16.1"
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["megatron-core"] == megatron.core.__version__

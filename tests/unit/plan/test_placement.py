@@ -31,6 +31,12 @@ def test_engines_start_where_the_key_says():
     assert place(config(1, sglang={"first_gpu": 5}), gpus(8), 1).engines == ((5,),)
 
 
+def test_a_gpu_that_ranks_and_engines_share_counts_once():
+    assert place(config(2, servers=2, sglang={"tensor": 2}), gpus(8), 2).engine_gpus == 4
+    shared = config(2, colocate=True, transport="tensor", servers=3)
+    assert place(shared, gpus(8), 2).engine_gpus == 1
+
+
 def test_an_evaluation_has_no_ranks_so_one_gpu_is_enough():
     assert place(config(), gpus(1), 0) == Placement((), ((0,),))
 

@@ -47,10 +47,8 @@ def test_two_bad_evaluations_are_no_collapse_but_a_broken_number_is_one() -> Non
     assert collapse_index(dip, noise=0.01) == -1
     dip[6] = 0.1
     assert collapse_index(dip, noise=0.01) == 4
-    loss, mismatch = np.zeros(10), np.full(10, 1e-3)
-    loss[7], mismatch[3] = np.nan, 2.0
-    assert collapse_index(reward, noise=0.01, loss=loss) == 7
-    assert collapse_index(reward, noise=0.01, mismatch=mismatch, most_mismatch=1.0) == 3
+    reward[7] = np.nan
+    assert collapse_index(reward, noise=0.01) == 7
 
 
 def test_a_negative_reward_has_no_half() -> None:

@@ -46,6 +46,16 @@ def test_studies_are_paired_by_arm_and_seed(tmp_path):
     assert text.startswith("grpo: +0.1750 (90 % interval") and text.endswith("(2 seeds, 2 prompts)")
 
 
+def test_a_cell_that_its_budget_ended_is_compared_where_the_budget_ends(tmp_path):
+    folder = written(tmp_path, axes={}, seeds=[0, 1, 2], budget={"steps": 100, "tokens": 25})
+    for seed, steps in ((0, 5), (1, 4), (2, 1)):
+        make_run(folder, f"all-s{seed}", steps, done=False)  # 10 tokens a step
+    text = compare_results(folder.run("all-s0"), folder.run("all-s1"), "sampled", 0.95)
+    assert "all-s0 (step 2) minus all-s1 (step 2)" in text
+    with pytest.raises(UserError, match=r"all-s2 is not done: it is stopped after 1 steps"):
+        compare_results(folder.run("all-s0"), folder.run("all-s2"), "sampled", 0.95)
+
+
 def test_what_cannot_be_paired_is_refused(tmp_path):
     a = make_cell(tmp_path / "a", [1.0, 0.5])
     others = make_cell(tmp_path / "b", [1.0, 0.5], prompts="xy")

@@ -115,6 +115,7 @@ def test_the_user_s_own_code_is_relative_to_the_file_that_names_it(tmp_path):
         ({"only": [{"seed": 3}]}, r"only\[0\]: seed has no value 3"),
         ({"only": [{}]}, r"only\[0\]: it names no axis"),
         ({"exclude": [{"seed": 0}]}, "they leave no cell"),
+        ({"axes": {"arm": {"a": {}, "a-b": {}}, "n": {"b-c": {}, "c": {}}}, "size": "n"}, "would be named a-b-c-s0"),
         ({"axes": {f"alp.a{n}": list(range(100)) for n in range(3)}}, "they make 1000000 cells"),
         ({"verdict": {"margin": -1}}, "verdict.margin"),
     ],

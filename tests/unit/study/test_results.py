@@ -3,12 +3,13 @@
 import json
 import shutil
 
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_rl.diagnostics.evaluations import Evaluation, EvaluationLog
 from megatron_rl.diagnostics.runlog import RunLog
 from megatron_rl.study.cell_status import read_states
-from megatron_rl.study.results import collect_results, read_results
+from megatron_rl.study.results import collect_results
 from megatron_rl.study.study_folder import StudyFolder
 from megatron_rl.trainer.run_control import RunControl
 from tests.unit.study.studies import written
@@ -28,7 +29,7 @@ def make_run(folder: StudyFolder, cell: str, steps: int, *, done: bool = True, r
 
 
 def rows(folder: StudyFolder, table: str) -> list[dict]:
-    return read_results(folder.folder, table).to_pylist()
+    return pq.read_table(folder.results / f"{table}.parquet").to_pylist()
 
 
 def test_rows_have_the_rewards_of_every_prompt_and_the_numbers_of_every_step(tmp_path):
@@ -121,5 +122,5 @@ def test_results_of_a_cell_that_is_done_are_written_once(tmp_path):
 def test_a_study_without_any_result_has_empty_tables_with_their_columns(tmp_path):
     folder = written(tmp_path)
     collect_results(folder)
-    table = read_results(folder.folder, "evals")
+    table = pq.read_table(folder.results / "evals.parquet")
     assert table.num_rows == 0 and {"arm", "axis.arm", "seed", "step", "prompt", "reward"} <= set(table.column_names)

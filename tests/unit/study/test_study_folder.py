@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from megatron_rl.errors import ConfigError, UserError
-from megatron_rl.study.study_folder import StudyFolder
+from megatron_rl.study.study_folder import StudyFolder, make_record
 from tests.unit.study import studies
-from tests.unit.study.studies import AXES, written
+from tests.unit.study.studies import AXES, resolved, written
 
 
 def begin(folder: StudyFolder, cell: str = "grpo-s0") -> None:
@@ -103,12 +103,23 @@ def test_a_folder_without_a_study_says_so(tmp_path):
         StudyFolder(tmp_path).record()
 
 
-def test_a_torn_line_of_an_attempt_is_skipped(tmp_path):
+def test_a_torn_line_of_an_attempt_is_skipped_and_the_next_one_is_not(tmp_path):
     folder = written(tmp_path)
     folder.add_attempt(cell="grpo-s0", code=0)
     with (folder.folder / "attempts.jsonl").open("a") as file:
         file.write(json.dumps({"cell": "grpo-s1", "code": 0})[:9])
     assert [attempt["cell"] for attempt in folder.attempts()] == ["grpo-s0"]
+    folder.add_attempt(cell="drpo-s0", code=0)
+    assert [attempt["cell"] for attempt in folder.attempts()] == ["grpo-s0", "drpo-s0"]
+
+
+def test_a_study_goes_on_from_the_copy_of_its_file(tmp_path):
+    folder = written(tmp_path)
+    study, cells = resolved(tmp_path)
+    copy = folder.folder / "study.yaml"
+    before = copy.read_bytes()
+    folder.write(make_record(study, cells), cells, copy, extend=False)
+    assert copy.read_bytes() == before
 
 
 def test_the_file_of_the_study_may_be_found_by_its_name(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_rl.config import make_config
 from megatron_rl.diagnostics.mismatch import ratio_record
-from megatron_rl.trainer.sync_check import above, lines, without_updates
+from megatron_rl.trainer.sync_check import bars_above, sync_lines, without_updates
 
 
 def record(log_ratio: float) -> dict[str, float]:
@@ -29,13 +29,13 @@ def record(log_ratio: float) -> dict[str, float]:
 )
 def test_every_round_must_be_below_every_bar(log_ratios, failed):
     records = [record(value) for value in log_ratios]
-    assert [bar.key for bar in above(records)] == failed
-    text = "\n".join(lines(records))
+    assert [bar.key for bar in bars_above(records)] == failed
+    text = "\n".join(sync_lines(records))
     assert text.count("ABOVE") == len(failed) and ("DISAGREE" in text) == bool(failed)
 
 
 def test_a_number_that_is_not_finite_is_no_agreement():
-    assert above([record(0.0) | {"kl/k3": float("nan")}])
+    assert bars_above([record(0.0) | {"kl/k3": float("nan")}])
 
 
 def test_the_check_keeps_what_decides_the_mismatch_and_writes_nowhere_else(tmp_path: Path):
