@@ -25,6 +25,11 @@ class ModelConfig(Block):
     """The model to train."""
 
     path: Path = Field(description="Hugging Face folder: config.json, safetensors, tokenizer")
+    reference: Path | None = Field(
+        None,
+        description="folder of the reference policy (the teacher of objective opd, the policy of kl_coef), of the same "
+        "architecture and tokenizer; unset: the weights that the run starts from",
+    )
 
 
 class ParallelConfig(Block):

@@ -175,6 +175,11 @@ SECTIONS = (
             prefixes=_STAGES,
         )
         + _keys(
+            "objectives.opd.OPD",
+            ("opd/distance", "log pi - log pi_ref of the sampled tokens; estimates the KL to the teacher", _NATS),
+            prefixes=_STAGES,
+        )
+        + _keys(
             "objectives.ratio.RatioObjective",
             ("log_ratio/square", "mean of (log r)^2, if `log_ratio_coef` is not 0", "nats^2"),
             prefixes=_STAGES,

@@ -9,6 +9,7 @@ from megatron_rl.config import Config, SGLangConfig
 from megatron_rl.engines.processes.sglang import server_environment, server_flags
 from megatron_rl.errors import ConfigError
 from megatron_rl.plan.algorithm_plan import plan_algorithm
+from megatron_rl.plan.reference_check import check_reference
 from megatron_rl.precision.plan import compute_dtype, resolve
 from megatron_rl.protocol.server_options import EngineQuantization, ServerOptions
 from megatron_rl.weights.families import read_family
@@ -17,10 +18,12 @@ from megatron_rl.weights.hf_model import check_folder
 
 
 def check_model(config: Config) -> None:
-    """Check the model folder from its headers, before anything is submitted. Raises CheckpointError or ConfigError."""
-    check_folder(
-        HFFolder(config.model.path), tensor_parallel=config.parallel.tensor, expert_parallel=config.parallel.expert
-    )
+    """Check model and reference from their headers, before anything is submitted.
+
+    Raises CheckpointError or ConfigError.
+    """
+    sizes = {"tensor_parallel": config.parallel.tensor, "expert_parallel": config.parallel.expert}
+    check_reference(config, check_folder(HFFolder(config.model.path), **sizes))
 
 
 def engine_command(config: Config, python: str, gpus: int, local: int, key: Path) -> list[str]:

@@ -141,7 +141,7 @@ def _mounts(parts: JobParts) -> list[str]:
     config = parts.config
     files = [path.parent for path in (config.task.data, config.task.eval_data) if path is not None]
     folders = [parts.run, config.model.path, *files]
-    folders += [config.rollout.weights_dir] if config.rollout.weights_dir is not None else []
+    folders += [path for path in (config.model.reference, config.rollout.weights_dir) if path is not None]
     for folder in folders:
         if not any(folder.is_relative_to(path) for path in covered):
             mounts.append(f"{folder}:{folder}")

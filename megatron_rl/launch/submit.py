@@ -228,8 +228,8 @@ def _check_shared(config: Config, profile: Profile) -> None:
     if not profile.shared:
         return
     places = {"run.dir": config.run.folder, "model.path": config.model.path}
-    if config.rollout.weights_dir is not None:
-        places["rollout.weights_dir"] = config.rollout.weights_dir
+    optional = {"model.reference": config.model.reference, "rollout.weights_dir": config.rollout.weights_dir}
+    places |= {key: path for key, path in optional.items() if path is not None}
     for key, path in places.items():
         if not any(path.is_relative_to(folder) for folder in profile.shared):
             shared = ", ".join(map(str, profile.shared))

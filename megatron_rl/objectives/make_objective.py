@@ -18,6 +18,7 @@ from megatron_rl.objectives.gspo import GSPO
 from megatron_rl.objectives.inputs import OPTIONAL
 from megatron_rl.objectives.minirl import MiniRL
 from megatron_rl.objectives.objective import Objective
+from megatron_rl.objectives.opd import OPD
 from megatron_rl.objectives.ratio import RatioObjective
 from megatron_rl.objectives.sapo import SAPO
 from megatron_rl.objectives.scaled_po import Naive, ScaledPO
@@ -25,7 +26,7 @@ from megatron_rl.objectives.simple_po import SimplePO
 from megatron_rl.plugins import is_import_path, load_plugin, raised_place, source_place
 from megatron_rl.types import COLUMNS
 
-_RATIO = (CISPO, CPPO, DAPO, DPPOKL, DPPOTV, DPPOTopK, DRPO, GRPO, GSPO, MiniRL, PPO, SAPO, SimplePO)
+_RATIO = (CISPO, CPPO, DAPO, DPPOKL, DPPOTV, DPPOTopK, DRPO, GRPO, GSPO, MiniRL, OPD, PPO, SAPO, SimplePO)
 _OTHERS = (ASymPO, ErpdCE, ErpdDistill, ErpdMSE, Naive, ScaledPO)
 
 OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in (*_RATIO, *_OTHERS)}

@@ -6,6 +6,7 @@ from megatron_rl.alp.layer_noise import alp_objective, check_ratio
 from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError
 from megatron_rl.objectives import LossNorm, Objective
+from megatron_rl.objectives.opd import OPD
 from megatron_rl.plan.erpd_plan import NAME, ERPDPlan, make_plan
 
 
@@ -36,9 +37,13 @@ class AlgorithmPlan:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether an objective compares with the weights that the run starts from."""
-        needs = self.objective.needs
-        return "logref" in (needs if self.erpd is None else needs | self.erpd.teacher_objective().needs)
+        """Whether an objective compares with the reference policy."""
+        return any("logref" in objective.needs for objective in self.objectives)
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """Every objective that the run trains with."""
+        return (self.objective,) if self.erpd is None else (self.objective, self.erpd.teacher_objective())
 
     @property
     def offloads_engines(self) -> bool:
@@ -59,17 +64,39 @@ def plan_algorithm(config: Config) -> AlgorithmPlan:
     """
     if config.objective.name != NAME:
         plan = AlgorithmPlan(alp_objective(config.alp, config.objective.spec()), colocated=config.rollout.colocate)
-        _check_offloading(config, plan)
-        return plan
+        return _checked(config, plan)
     rounds = make_plan(config.objective.spec())
     check_ratio(config.alp, type(rounds.teacher_objective()), "objective.teacher")
     if config.alp.enabled and config.alp.level is not None:
         raise ConfigError(
             f"alp.level is set, but {NAME} has two objectives: give the level in objective.teacher, objective.student"
         )
-    plan = AlgorithmPlan(rounds.student_objective(), rounds)
+    return _checked(config, AlgorithmPlan(rounds.student_objective(), rounds))
+
+
+def _checked(config: Config, plan: AlgorithmPlan) -> AlgorithmPlan:
     _check_offloading(config, plan)
+    _check_reference(config, plan)
     return plan
+
+
+def _check_reference(config: Config, plan: AlgorithmPlan) -> None:
+    """Raise ConfigError for a teacher that is missing or teaches nothing, or a reference that nothing needs."""
+    folder = config.model.reference
+    if folder is not None and not plan.needs_reference:
+        raise ConfigError(
+            f"model.reference is set, but objective {config.objective.name} compares with no reference: leave it out, "
+            "or set objective.kl_coef above 0, or objective.name: opd"
+        )
+    if not any(isinstance(objective, OPD) for objective in plan.objectives):
+        return
+    if folder is None:
+        raise ConfigError("objective opd needs a teacher: set model.reference to its folder")
+    if folder.resolve() == config.model.path.resolve():
+        raise ConfigError(
+            f"model.reference is model.path ({folder}), and objective opd learns nothing from a teacher that the "
+            "student is already: give another folder"
+        )
 
 
 def _check_offloading(config: Config, plan: AlgorithmPlan) -> None:

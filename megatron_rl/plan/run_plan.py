@@ -15,6 +15,7 @@ from megatron_rl.plan.algorithm_plan import AlgorithmPlan, plan_algorithm
 from megatron_rl.plan.engine_check import check_engine
 from megatron_rl.plan.placement import Placement, place, ranks_here
 from megatron_rl.plan.precision_check import check_precision
+from megatron_rl.plan.reference_check import check_reference
 from megatron_rl.policy.expert_rules import check_experts
 from megatron_rl.policy.shape_rules import check_shape
 from megatron_rl.precision.machine import Machine, has_engine_layers, this_machine
@@ -78,6 +79,7 @@ class RunPlan:
             f"placement: {ranks} on {self.machine.name}, {rollout.engine} engines: {engines}"
             + (f"; {self.placement}" if str(self.placement) else ""),
             f"layers: {layers}",
+            *([] if config.model.reference is None else [f"reference policy: {config.model.reference}"]),
             *_recompute_remark(config, engine),
         ]
 
@@ -103,6 +105,7 @@ def resolve_run(config: Config, *, trains: bool = True) -> RunPlan:
     sizes = {"tensor_parallel": parallel.tensor, "expert_parallel": parallel.expert}
     model = check_folder(HFFolder(config.model.path), **sizes)
     shape = model.shape
+    check_reference(config, model)
     check_experts(config, shape)
     check_shape(config, shape)
     _check_sizes(config, shape)

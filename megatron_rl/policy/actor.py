@@ -27,6 +27,7 @@ from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.types import COLUMNS, Batch
 from megatron_rl.weights.export import export_weights
 from megatron_rl.weights.hf_model import HFModel
+from megatron_rl.weights.load_weights import find_bad_weights, load_weights
 from megatron_rl.weights.quantized import WireTensors, export_dtypes
 from megatron_rl.weights.write_folder import write_hf_folder
 
@@ -160,12 +161,25 @@ class Policy:
     # Copies of the weights ---------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def keep_reference(self) -> None:
-        """Make the present weights the reference policy. Raises what `copy_weights` raises.
+    def keep_reference(self, source: HFModel | None = None) -> None:
+        """Make the weights of another folder the reference policy, or the present ones. The policy's own stay.
 
         Call it before a checkpoint is restored, so that a resumed run measures against the same model as before.
+
+        Args:
+            source: a folder from `find_reference`; None: the present weights.
+
+        Raises:
+            CheckpointError: the folder's weights are damaged.
+            PrecisionError: they do not fit the trainer's dtype, or `copy_weights` raises it.
         """
-        self._reference = self.copy_weights()
+        kept = self.copy_weights()
+        if source is not None:
+            load_weights(self.models, source, tp_rank=self.mesh.tp_rank, tp_size=self.mesh.tp_size)
+            failures = self.mesh.gather(find_bad_weights(self.models, source))
+            self._swap(kept)  # own weights are back, bit by bit, and the folder's are kept
+            self.mesh.raise_everywhere(self.mesh.broadcast(next(filter(None, failures), None)))
+        self._reference = kept
 
     @torch.no_grad()
     def copy_weights(self) -> list[torch.Tensor]:

@@ -118,8 +118,8 @@ def _digest(config: Config, prints: dict[str, str]) -> str:
     """Return the digest of what a run computes. `prints` remembers fingerprints of files."""
     where = {section: set(keys) for section, keys in PLACES.items()}
     where["run"] = where["run"] - {"steps"}
-    where |= {"model": {"path"}, "task": {"data", "eval_data"}}
-    files = [config.model.path, *filter(None, (config.task.data, config.task.eval_data))]
+    where |= {"model": {"path", "reference"}, "task": {"data", "eval_data"}}
+    files = [config.model.path, *filter(None, (config.model.reference, config.task.data, config.task.eval_data))]
     for path in files:
         if str(path) not in prints:
             prints[str(path)] = fingerprint(path)

@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 Chat = Sequence[Mapping[str, Any]]
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Return the tokenizer in a model's folder. Raise ConfigError if it cannot be loaded."""
+def load_tokenizer(folder: Path, key: str = "model.path") -> Any:
+    """Return the tokenizer in a model's folder, which `key` names. Raise ConfigError if it cannot be loaded."""
     from transformers import AutoTokenizer  # here, because it takes a second, and most of this room needs no models
 
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the files are the user's, and the library raises what its parsers raise
         raise ConfigError(
-            f"model.path {folder}: the tokenizer cannot be loaded ({type(error).__name__}: {_first_line(error)}); "
+            f"{key} {folder}: the tokenizer cannot be loaded ({type(error).__name__}: {_first_line(error)}); "
             "restore tokenizer.json and tokenizer_config.json of the model"
         ) from error
 

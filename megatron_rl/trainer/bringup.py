@@ -27,6 +27,7 @@ from megatron_rl.policy.build import build_policy
 from megatron_rl.policy.checkpoint import Checkpoints
 from megatron_rl.policy.checkpoint_state import TrainState
 from megatron_rl.policy.parallel import Mesh, joined_mesh
+from megatron_rl.policy.reference_folder import find_reference
 from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.protocol.api_key import key_headers, read_key
 from megatron_rl.sampling.rollouts import Rollouts
@@ -86,7 +87,7 @@ def open_run(
         checkpoints = Checkpoints(config.run.folder / "checkpoints", policy, config.run.keep, older, guard)
         stack.push(checkpoints.leave)
         if plan.algorithm.needs_reference:
-            policy.keep_reference()
+            policy.keep_reference(find_reference(config, policy.source))
         offloaded = OffloadedEngines(config.run.folder / OFFLOADED_NAME)
         if mesh.rank == 0 and not config.rollout.own_servers:
             stack.push(offloaded.print_left)

@@ -3,12 +3,18 @@
 import math
 import socket
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from megatron_rl.objectives import OBJECTIVES
 from tests.e2e.command import Command, assert_declared, records
 from tests.e2e.conftest import version_of
+from tests.e2e.models import ARITHMETIC, make_model
+from tests.e2e.objective_steps import sums_batch
 from tests.parallel.group import RankGroup
+from tests.unit.tasks.char_tokenizer import char_tokenizer
 
 STEPS = 3
 KEYS = {
@@ -79,16 +85,40 @@ def train(ranks, server, small_run, run_folder):
     return train
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """The folder of a model like the one that is trained, with other weights."""
+    return make_model(tmp_path_factory.mktemp("teacher") / "hf", char_tokenizer(ARITHMETIC), seed=1)
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_every_objective_trains_at_tensor_parallel_two(train, name):
+def test_every_objective_trains_at_tensor_parallel_two(train, teacher, name):
     keys = TEACHER if name == "erpd" else KEYS.get(name, "")
-    answers, steps = train(f"objective={{name: {name}{', ' if keys else ''}{keys}}}")
+    reference = [f"model.reference={teacher}"] if name == "opd" else []
+    answers, steps = train(f"objective={{name: {name}{', ' if keys else ''}{keys}}}", *reference)
     assert all(math.isfinite(r["loss"]) and math.isfinite(r["grad_norm"]) for r in steps)
     assert any(0 < r["reward/mean"] < 1 for r in steps), "without a difference in rewards nothing could be learnt"
     asked = answers[0]["asked_logmu"]
     assert all(("kl/k3" in r) == asked for r in steps)
     if name in OBJECTIVES:
         assert asked == ("logmu" in answers[0]["needs"])
+
+
+def test_a_resumed_run_goes_on_with_its_teacher(train, ranks, server, small_run, run_folder, teacher):
+    own = ["objective={name: opd}", f"model.reference={teacher}", f"run.save_every={STEPS}"]
+    trained, steps = train(*own)
+    assert all(r["grad_norm"] > 0 for r in steps)
+    overrides = ["parallel.tensor=2", f"rollout.urls=[{server}]", f"run.dir={run_folder.parent}", *own]
+    result = ranks.run(
+        "tests.e2e.objective_steps", "resume_run", file=small_run, overrides=overrides, port=free_port()
+    )[0]
+    assert (result["step"], result["digest"]) == (STEPS, trained[0]["after"])
+    model, batch = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32), sums_batch()
+    tokens = torch.from_numpy(batch.tokens.astype(np.int64))
+    with torch.no_grad():
+        scores = torch.log_softmax(model(tokens[None]).logits[0, :-1], -1).gather(-1, tokens[1:, None])[:, 0].numpy()
+    np.testing.assert_allclose(result["reference"][1:], scores, atol=1e-5, rtol=0)
+    assert np.abs(result["own"][1:] - scores).max() > 1e-2, "the teacher must be another"
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.models import make_qwen3
 from tests.parallel.steps import OPTIMIZER
 from tests.parallel.topk_steps import shift, topk_batch
 
@@ -121,3 +122,41 @@ def test_the_reference_is_the_policy_as_it_was_kept_and_asking_it_leaves_no_trac
         assert result["same_bits"] == [True, True]
         assert result["same_places"], "parameters must stay where the optimizer has them"
         assert result["same_training"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """Return a folder of other weights, and its log-probabilities of the batch through transformers."""
+    folder = make_qwen3(tmp_path_factory.mktemp("teacher"), tied=False, seed=1)
+    model, batch = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), topk_batch()
+    logref = np.zeros(len(batch.tokens), dtype=np.float32)
+    with torch.no_grad():
+        for a, b in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
+            tokens = torch.from_numpy(batch.tokens[a:b].astype(np.int64))
+            scores = torch.log_softmax(model(tokens[None]).logits[0, :-1] / TEMPERATURE, -1)
+            logref[a + 1 : b] = scores.gather(-1, tokens[1:, None])[:, 0].numpy()
+    return folder, logref * batch.mask
+
+
+TAUGHT = {name: REFERENCE[name] for name in ("tp2", "pp2", "tp2_bf16_distributed")}
+
+
+@pytest.mark.parametrize(("layout", "sections"), TAUGHT.values(), ids=TAUGHT)
+def test_a_teacher_from_another_folder_is_that_of_transformers_and_the_student_stays_what_it_was(
+    two_ranks, qwen3, teacher, layout, sections
+):
+    folder, logref = teacher
+    near = 0.3 if "precision" in sections else 1e-4  # nats; bf16 rounds the teacher's weights and sums
+    arguments = {"model": qwen3, "teacher": folder, "layout": layout, **sections}
+    results = two_ranks.run("tests.parallel.topk_steps", "taught", **arguments)
+    for result in results:
+        assert result["untouched"]
+        np.testing.assert_allclose(result["logref"], logref, atol=near, rtol=0)
+        assert np.abs(result["logref"] - result["own"]).max() > 1, "the teacher must be another"
+        assert result["itself"] < 1e-4 * result["grad_norm"], "a student that is its teacher learns nothing"
+    batch, found = topk_batch(), results[0]
+    keep = batch.mask > 0
+    distance = (found["own"] - found["logref"])[keep]
+    loss = np.mean(np.exp((found["own"] - batch.logmu)[keep]) * distance)
+    assert found["loss"] == pytest.approx(loss, rel=1e-4)
+    assert found["metrics"]["opd/distance"] == pytest.approx(distance.mean(), rel=1e-4)

@@ -13,6 +13,8 @@ from megatron_rl.errors import UserError
 from megatron_rl.objectives import LossInputs, LossNorm, LossOutputs, make_objective
 from megatron_rl.policy.actor import Policy
 from megatron_rl.types import Batch
+from megatron_rl.weights.hf_folder import HFFolder
+from megatron_rl.weights.hf_model import check_folder
 from tests.parallel.steps import BUDGET, exported, make_batch, make_policy
 
 NORM = LossNorm("token_mean")
@@ -122,4 +124,26 @@ def reference(model: Path, layout: dict[str, Any], **sections: Any) -> dict[str,
         "same_bits": same,
         "same_places": places == _places(policy),
         "same_training": all(map(torch.equal, expected, _bits(policy))),
+    }
+
+
+def taught(model: Path, teacher: Path, layout: dict[str, Any], **sections: Any) -> dict[str, Any]:
+    """Keep another folder as the reference, then distill from it, and from the policy itself."""
+    batch = make_batch()
+    policy = make_policy(model, layout, **sections)
+    bits, places = _bits(policy), _places(policy)
+    policy.keep_reference(check_folder(HFFolder(teacher), tensor_parallel=layout.get("tensor", 1)))
+    untouched = all(map(torch.equal, bits, _bits(policy))) and places == _places(policy)
+    own, logref = policy.logprobs(batch), policy.reference_logprobs(batch)
+    objective = make_objective({"name": "opd"})
+    itself = policy.update(batch.with_columns(logref=own), objective, NORM)
+    stats = policy.update(batch.with_columns(logref=logref), objective, NORM)
+    return {
+        "untouched": untouched,
+        "own": own,
+        "logref": logref,
+        "itself": itself.grad_norm,
+        "loss": stats.loss,
+        "metrics": stats.metrics,
+        "grad_norm": stats.grad_norm,
     }

@@ -77,6 +77,7 @@ def round_settings(config: Config, plan: ERPDPlan) -> dict[str, Any]:
         "objective.advantage": config.objective.advantage,
         "objective.overlong_buffer": config.objective.overlong_buffer,
         "model.path": str(config.model.path),
+        "model.reference": None if config.model.reference is None else str(config.model.reference),
         "precision.train": config.precision.train,
         "rollout.temperature": config.rollout.temperature,
         "run.seed": config.run.seed,

@@ -79,7 +79,7 @@ def test_an_update_that_cannot_be_logged_is_an_error_that_names_the_file(folder)
 
 
 def settings(tree: dict) -> dict:
-    base = {"model": {"path": "m"}, "objective": {"name": "erpd", "teacher": {"name": "erpd_mse"}}}
+    base = {"model": {"path": "m"}, "objective": {"name": "erpd", "teacher": {"name": "erpd_mse", "kl_coef": 0.1}}}
     config = make_config({name: {**base.get(name, {}), **tree.get(name, {})} for name in {*base, *tree}})
     return round_settings(config, plan_algorithm(config).erpd)
 
@@ -97,6 +97,7 @@ def settings(tree: dict) -> dict:
         ("objective", "teacher_updates", 60),
         ("objective", "student", {"clip_high": 0.3}),
         ("model", "path", "other"),
+        ("model", "reference", "other"),
         ("run", "seed", 5),
     ],
 )

@@ -26,6 +26,7 @@ CONTAINERS = {
 }
 SETTINGS = ["python=/usr/bin/python3", "host_python=/usr/bin/python3", "cpus_per_task=8", "partition=gpu"]
 SETTINGS += ["account=team", "modules=[cuda/12]", "setup=['ulimit -c 0']", "sbatch={comment: a run, no-kill: null}"]
+KL = ["objective.kl_coef=0.1"]
 SETTINGS += ["rollout={partition: cheap, gpus_per_node: 4}"]
 
 
@@ -177,6 +178,8 @@ BAD = {
     "ranks": ({}, [], ["parallel.data=12"], "12 ranks do not fill nodes of 8 ranks"),
     "nodes": ({"nodes": 2}, [], [], "--nodes 2: mode split needs 2 for 16 ranks"),
     "model": ({}, [], ["model.path=/nowhere"], "no model folder at /nowhere"),
+    "reference": ({}, [], ["model.reference=/nowhere", *KL], "no model folder at /nowhere"),
+    "unshared reference": ({}, ["shared=[/tmp]"], ["model.reference=/nowhere", *KL], "model.reference: /nowhere is in"),
     "shared": ({}, ["shared=[/lustre]"], [], "run.dir: .* is in none of the shared folders"),
     "time": ({}, ['time="00:05:00"'], [], "is not longer than signal_margin_s: 600"),
     "time format": ({}, ["time=tomorrow"], [], "--set 'time=tomorrow': time: it is 'tomorrow'"),

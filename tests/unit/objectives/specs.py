@@ -60,6 +60,8 @@ RATIO_SPECS = [
     _spec("dppo_topk", divergence="kl", top_k=3),
     _spec("drpo", delta=0.15),
     _spec("cppo", delta=0.1, delta_b=0.01),
+    Spec("opd", {"name": "opd"}, advantages=False, weight=False),
+    Spec("opd-weighted", {"name": "opd", "corrections": _WEIGHTS}, advantages=False, weight=False),
     Spec("cppo-penalty", {"name": "cppo", "log_ratio_coef": 0.3}, advantages=False),
     Spec(
         "ppo-sequence", {"name": "ppo", "ratio_level": "sequence", "clip_low": 0.5, "clip_high": 3.0, "dual_clip": 3.0}

@@ -73,5 +73,11 @@ def test_a_digest_is_of_what_a_cell_computes_not_of_where(tmp_path):
     assert digests(folder=str(tmp_path / "elsewhere"), settings={"run.keep": 9, "rollout.servers": 2}) == first
     assert set(digests(settings={"optimizer.lr": 0.5})).isdisjoint(first)
     assert set(digests(budget={"steps": 4})).isdisjoint(first)
+    (tmp_path / "teacher").mkdir()
+    taught = []
+    for weights in (b"old", b"new"):
+        (tmp_path / "teacher" / "model.safetensors").write_bytes(weights)
+        taught += digests(settings={"model.reference": str(tmp_path / "teacher")})
+    assert len({*first, *taught}) == 12, "a reference of other weights is another study"
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weightz")
     assert set(digests()).isdisjoint(first), "another warm start under the same name is another study"
