@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu.run import ORDER, Recorder, machine
+from megatron_rl.doctor import describe_machine
+from tests.gpu.run import ORDER, Recorder
 
 
 def test_every_file_of_gpu_tests_is_run_once():
@@ -19,5 +20,5 @@ def test_no_test_begins_after_the_budget():
 
 
 def test_the_result_names_the_versions_that_computed_it():
-    found = machine()
+    found = describe_machine()
     assert found["versions"]["torch"] and found["versions"]["megatron-core"] == "0.16.1"
