@@ -1,7 +1,9 @@
 """Qwen3 models of any size with random weights, for benchmarks."""
 
 from pathlib import Path
+from typing import Any
 
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -14,20 +16,38 @@ from megatron_rl.policy.parallel import Mesh
 from megatron_rl.weights.families import ModelShape
 
 
-def make_qwen3(folder: Path, *, hidden: int, layers: int, vocab: int, tied: bool = True) -> Path:
+def make_qwen3(
+    folder: Path,
+    *,
+    hidden: int,
+    layers: int,
+    vocab: int,
+    tied: bool = True,
+    dtype: torch.dtype = torch.float32,
+    **sizes: Any,
+) -> Path:
+    """Write a Qwen3 folder with random weights and a tokenizer.
+
+    Args:
+        folder: where the model is written; also the return value.
+        hidden: width of the hidden states.
+        layers: number of layers.
+        vocab: size of the vocabulary.
+        tied: whether input and output embeddings are tied.
+        dtype: dtype of the stored weights.
+        sizes: other keys of the transformers configuration.
+    """
+    heads = {"num_attention_heads": hidden // 32, "num_key_value_heads": hidden // 64, "head_dim": 32}
     config = Qwen3Config(
         vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=3 * hidden,
         num_hidden_layers=layers,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 64,
-        head_dim=32,
         tie_word_embeddings=tied,
-        max_position_embeddings=4096,
         eos_token_id=0,
+        **{"max_position_embeddings": 4096, **heads, **sizes},
     )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    Qwen3ForCausalLM(config).to(dtype).save_pretrained(folder)
     write_tokenizer(folder, vocab)
     return folder
 

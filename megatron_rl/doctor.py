@@ -7,6 +7,7 @@ import os
 import platform
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from packaging.version import Version
@@ -20,6 +21,7 @@ from megatron_rl.precision.machine import RECIPES, Machine, load_transformer_eng
 from megatron_rl.precision.tensor_cores import MODES, missing_feature
 
 PACKAGES = ("torch", "megatron-core", "transformers", "triton")
+ON_GPU = ("transformer-engine", "nvidia-nccl-cu13")  # further packages that compute or send there
 
 
 def print_report() -> None:
@@ -44,6 +46,15 @@ def print_report() -> None:
     Console().print(table)
     for warning in warnings():
         print(f"warning: {warning}")
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return the device and the versions of the packages that compute on it, as JSON data."""
+    device = None
+    if torch.cuda.is_available():
+        device = {"name": torch.cuda.get_device_name(0), "count": torch.cuda.device_count()}
+    versions = {name: _version(name) for name in (*PACKAGES, *ON_GPU)}
+    return {"device": device, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "versions": versions}
 
 
 def sglang_row(python: Path) -> tuple[str, str, str]:

@@ -27,6 +27,7 @@ _PROCESS = (
     "unit/tasks/test_verifier_benchmark.py",
     "unit/test_cli.py",
     "unit/test_forking.py",
+    "unit/test_gpu_benchmark.py",
     "unit/trainer/test_preflight.py",
     "unit/trainer/test_provenance.py",
     "unit/weights/test_model_folder_cases.py",

@@ -97,12 +97,31 @@ def engine(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def start_servers(engine: str, model_dir: Path, logs: Path, count: int = 1) -> Servers:
-    """Return servers of the given kind in fp32, not yet healthy. Enter the context or call `wait_healthy`."""
+def start_servers(
+    engine: str,
+    model_dir: Path,
+    logs: Path,
+    count: int = 1,
+    *,
+    precision: PrecisionConfig = PrecisionConfig(),  # noqa: B008  (frozen)
+    settings: SGLangConfig = SGLANG,
+    device: str = "cpu",
+) -> Servers:
+    """Return servers, not yet healthy. Enter the context or call `wait_healthy`.
+
+    Args:
+        engine: `embedded` or `sglang`. The embedded one computes in fp32 on a CPU.
+        model_dir: the Hugging Face folder to serve.
+        logs: folder for the log files.
+        count: number of servers.
+        precision: number formats of SGLang.
+        settings: settings of SGLang.
+        device: device of SGLang, cpu or cuda.
+    """
     if engine == "embedded":
         return EmbeddedServers(model_dir, logs, count, threads=1, save_dirs=(Path("/"),))
-    flags = server_flags(resolve(PrecisionConfig(), 2, engine="sglang", device="cpu"), SGLANG, device="cpu")
-    return SGLangServers(model_dir, logs, flags, SGLANG, count)
+    flags = server_flags(resolve(precision, 2, engine="sglang", device=device), settings, device=device)
+    return SGLangServers(model_dir, logs, flags, settings, count, device)
 
 
 @pytest.fixture(scope="package")

@@ -15,6 +15,7 @@ HAVE_TE = CUDA and importlib.util.find_spec("transformer_engine") is not None
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "fp8_golden.json").read_text())
 
 needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 needs_te = pytest.mark.skipif(not HAVE_TE, reason="needs a CUDA device and transformer-engine")
 
 

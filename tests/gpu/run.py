@@ -3,7 +3,6 @@
 python -m tests.gpu.run [OUT.json]
 """
 
-import importlib.metadata
 import json
 import sys
 import time
@@ -11,12 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+
+from megatron_rl.doctor import describe_machine
 
 BUDGET_S = 480.0
 # A step of the whole trainer tells most. What follows names the part that is wrong.
-ORDER = ("test_te_step.py", "test_fused_adam.py", "test_te_quantizers.py", "test_scaled_mm.py", "test_noise_kernels.py")
-PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "transformers", "nvidia-nccl-cu13")
+ORDER = (
+    "test_te_step.py",
+    "test_step.py",
+    "test_ranks.py",
+    "test_sglang.py",
+    "test_fused_adam.py",
+    "test_head.py",
+    "test_te_quantizers.py",
+    "test_scaled_mm.py",
+    "test_noise_kernels.py",
+)
 
 
 class Recorder:
@@ -38,25 +47,12 @@ class Recorder:
             entry["why"] = str(report.longrepr)[-2000:]
 
 
-def machine() -> dict[str, Any]:
-    """Return the device and the versions of the packages that compute on it."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    cuda = torch.cuda.is_available()
-    device = {"name": torch.cuda.get_device_name(0), "count": torch.cuda.device_count()} if cuda else None
-    return {"device": device, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "versions": versions}
-
-
 def main(out: Path) -> int:
     """Run the tests, write the results to `out`, and return pytest's exit code."""
     recorder = Recorder(BUDGET_S)
     began = time.monotonic()
     code = pytest.main([str(Path(__file__).parent / name) for name in ORDER], plugins=[recorder])
-    found = machine() | {"seconds": round(time.monotonic() - began, 1), "tests": recorder.tests}
+    found = describe_machine() | {"seconds": round(time.monotonic() - began, 1), "tests": recorder.tests}
     out.write_text(json.dumps(found, indent=1) + "\n")
     print(f"results: {out}")
     return int(code)

@@ -52,6 +52,10 @@ class Case:
             grad_topk=torch.randn(len(rows), 5, generator=g),
         )
 
+    def to(self, device: torch.device) -> "Case":
+        """Return the same case on a device."""
+        return Case(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
     def reference(
         self, temperature: float, *, logp: bool = True, entropy: bool = True, topk: bool = False
     ) -> dict[str, np.ndarray]:

@@ -87,7 +87,7 @@ def exported(policy: Policy, pick: Any = None) -> dict[str, np.ndarray]:
     for p, data in saved if pick else []:
         p.data = pick(p).detach().clone().to(data.dtype)
     try:
-        return {name: t.float().numpy().copy() for name, t in policy.export() if t is not None}
+        return {name: t.float().cpu().numpy().copy() for name, t in policy.export() if t is not None}
     finally:
         for p, data in saved:
             p.data = data

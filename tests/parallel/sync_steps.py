@@ -11,13 +11,17 @@ import numpy as np
 from megatron_rl.engines.pool import EnginePool, GenerationRequest, SamplingParams
 from megatron_rl.policy.actor import Policy
 from megatron_rl.types import Batch
+from megatron_rl.weight_sync.sync import WeightSync
+from megatron_rl.weight_sync.transports.tensor import TensorTransport
 from tests.disk_sync import disk_sync
 from tests.parallel.steps import exported, make_policy, noted_update
 
 PROMPTS = [(5, 9, 11), (3,), tuple(range(20, 60))]
 
 
-def update_live_engine(model: Path, layout: dict[str, Any], url: str, staging: Path) -> list[float]:
+def update_live_engine(
+    model: Path, layout: dict[str, Any], url: str, staging: Path | None = None, **sections: Any
+) -> list[float]:
     """Return by how much an engine's log-probabilities differ from the policy's, at three moments.
 
     The engine serves the same folder. The moments: at the start, when the policy has made one update, and when this
@@ -27,12 +31,17 @@ def update_live_engine(model: Path, layout: dict[str, Any], url: str, staging: P
         model: the folder.
         layout: as in `steps`.
         url: the engine.
-        staging: folder for the weights.
+        staging: folder for the weights; None: they go through memory.
+        sections: as in `steps`.
     """
     optimizer = {"lr": 1e-2, "eps": 1e-8, "grad_clip": 1.0}
-    policy = make_policy(model, layout, optimizer=optimizer, rollout={"temperature": 1.0})
+    policy = make_policy(model, layout, optimizer=optimizer, rollout={"temperature": 1.0}, **sections)
     pool = EnginePool([url], timeout_s=120) if policy.mesh.rank == 0 else None
-    sync = disk_sync(pool, policy.source, staging, group=policy.mesh.control)
+    group = policy.mesh.control
+    if staging is None:
+        sync = WeightSync(pool, policy.source, TensorTransport(1 << 20), group=group)
+    else:
+        sync = disk_sync(pool, policy.source, staging, group=group)
     try:
         found = [_largest_difference(policy, pool)]
         noted_update(policy, exported)

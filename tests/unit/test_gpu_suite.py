@@ -6,7 +6,8 @@ import megatron.core
 import pytest
 import torch
 
-from tests.gpu.run import ORDER, Recorder, machine
+from megatron_rl.doctor import describe_machine
+from tests.gpu.run import ORDER, Recorder
 
 
 def test_every_file_of_gpu_tests_is_run_once():
@@ -21,6 +22,6 @@ def test_no_test_begins_after_the_budget():
 
 
 def test_the_result_names_the_versions_that_computed_it():
-    found = machine()
+    found = describe_machine()
     assert found["versions"]["torch"] == torch.__version__
     assert found["versions"]["megatron-core"] == megatron.core.__version__

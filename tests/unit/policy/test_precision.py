@@ -288,7 +288,9 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def scored(case: Case, dtype: torch.dtype, fp32_product: bool, chunk_bytes: int = 5000) -> dict[str, torch.Tensor]:
+def scored(
+    case: Case, dtype: torch.dtype, fp32_product: bool, chunk_bytes: int | None = 5000
+) -> dict[str, torch.Tensor]:
     """Return the scores of a case, and the gradients of both operands.
 
     Args:
@@ -297,7 +299,7 @@ def scored(case: Case, dtype: torch.dtype, fp32_product: bool, chunk_bytes: int 
         fp32_product: as in `token_scores`.
         chunk_bytes: as in `token_scores`.
     """
-    hidden, weight = (t.to(dtype).requires_grad_() for t in (case.hidden, case.weight))
+    hidden, weight = (t.to(dtype, copy=True).requires_grad_() for t in (case.hidden, case.weight))
     assert dist.group.WORLD is not None
     logp, entropy = token_scores(
         hidden[case.rows],
@@ -313,7 +315,7 @@ def scored(case: Case, dtype: torch.dtype, fp32_product: bool, chunk_bytes: int 
     assert hidden.grad is not None and weight.grad is not None
     assert hidden.grad.dtype == weight.grad.dtype == dtype
     found = {"logp": logp.detach(), "entropy": entropy.detach(), "d_hidden": hidden.grad, "d_weight": weight.grad}
-    return {name: value.double() for name, value in found.items()}
+    return {name: value.double().cpu() for name, value in found.items()}
 
 
 def largest_errors(found: dict[str, torch.Tensor], case: Case, dtype: torch.dtype) -> dict[str, float]:
