@@ -71,8 +71,8 @@ def speed_up(
 
     Each seed's curve is made rising by isotonic regression and interpolated linearly; nothing is fitted. The range is
     the one that all seeds of both arms cover, so that every seed reaches the level. The interval is t over the paired
-    seeds' log ratios. The jackknife of the mean curves was tried and covers less (91 % at 10 seeds), because isotonic
-    regression is not smooth.
+    seeds' log ratios. The jackknife of the mean curves was tried and covers less, because isotonic regression is not
+    smooth.
 
     Args:
         reference: ascending compute of the evaluations, [n] or [..., seeds, n], and rewards, [..., seeds, n].
