@@ -110,7 +110,7 @@ def _receive_broadcasts(pipe: Connection, port: int, device: torch.device) -> No
         if room.numel() < nbytes:
             room = torch.empty(nbytes, dtype=torch.uint8, device=device)
         group.broadcast(room[:nbytes])
-        _answer(pipe, room[:nbytes])
+        _confirm(pipe, room[:nbytes])
     group.leave()
 
 
@@ -119,7 +119,7 @@ def _receive_mappings(pipe: Connection, device: torch.device) -> None:
     room = torch.empty(0, dtype=torch.uint8, device=device)
     while (payload := pipe.recv()) is not None:
         room = _copied(payload, room)
-        _answer(pipe, room)
+        _confirm(pipe, room)
 
 
 def _copied(payload: str, room: Tensor) -> Tensor:
@@ -129,8 +129,8 @@ def _copied(payload: str, room: Tensor) -> Tensor:
     return torch.cat(pieces, out=room if room.numel() == nbytes else room.new_empty(nbytes))
 
 
-def _answer(pipe: Connection, data: Tensor) -> None:
-    """Answer that the bytes are here: with their sum, if the sender wants it."""
+def _confirm(pipe: Connection, data: Tensor) -> None:
+    """Confirm that the bytes are here. Send their sum if the sender wants it."""
     _wait_for(data.device)
     pipe.send(_checksum(data) if pipe.recv() else None)
 

@@ -1,6 +1,6 @@
-"""CPU of rank 0 per sampled token, from the bytes of an engine's answer to the columns of a batch.
+"""CPU of rank 0 per sampled token, from the bytes of an engine's response to the columns of a batch.
 
-Stub servers in another process give canned answers of real size: 8 samples of one prompt with log-probabilities, in
+Stub servers in another process return canned responses of real size: 8 samples of one prompt with log-probabilities, in
 SGLang's JSON. The trainer's side is the real one: `sample_group` over an `EnginePool`, then `make_batch`. *Plain* reads
 the same bytes with `json`, and makes tuples and then arrays of them: one Python object per number. The two alternate,
 and the ratio is a median of pairs. CPU time is that of the whole process, all threads.
@@ -57,7 +57,7 @@ def canned_answer(tokens: int) -> bytes:
 
 
 def serve(pipe: Connection, engines: int, answer: bytes, seconds: float) -> None:
-    """Listen on `engines` ports and give every POST the same answer after `seconds`."""
+    """Listen on `engines` ports and send every POST the same response after `seconds`."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
@@ -102,7 +102,7 @@ def stubs(engines: int, answer: bytes, seconds: float = 0.0) -> Iterator[list[st
 
 
 def plain_batch(url: str, groups: int) -> None:
-    """Get the same answers, one after the other, and make arrays of one Python object per number."""
+    """Get the same responses, one after the other, and make arrays of one Python object per number."""
     columns: list[tuple[list[int], list[float]]] = []
     with httpx.Client(trust_env=False, timeout=60) as client:
         for _ in range(groups):

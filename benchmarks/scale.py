@@ -69,7 +69,7 @@ def print_table(c: dict[str, Coefficient], work: Work) -> None:
 
 
 def check_ingest(engines: int, groups: int = 32) -> dict[str, float]:
-    """Return CPU microseconds of this process per token, with stub engines that give real answers."""
+    """Return CPU microseconds of this process per token, with stub engines that send responses of real size."""
     from ingest import SAMPLES, canned_answer, our_batch, stubs
 
     from megatron_rl.engines.pool import EnginePool

@@ -24,7 +24,7 @@ from megatron_rl.weights.dist_index import METADATA, METADATA_JSON, Unreadable, 
 
 @lru_cache(maxsize=1)
 def _metadata_of(path: Path, stamp: tuple[int, int]) -> tuple[metadata.Metadata, int]:
-    """Return `read_metadata` of a file. megatron-core reads it three times; `stamp` tells another file apart."""
+    """Return `read_metadata` of a file. megatron-core reads it three times; `stamp` differs for another file."""
     return read_metadata(path)
 
 

@@ -64,7 +64,7 @@ class _Reports:
         self._add.write(json.dumps([name, size, digest]).encode() + b"\n")
 
     def add_failure(self, reason: str) -> None:
-        """Report why a file is not written. torch raises another error then, which does not tell."""
+        """Report why a file is not written. torch then raises another error, which does not name it."""
         self.add_file("", 0, reason)
 
     def files(self) -> tuple[dict[str, tuple[int, str]], str | None]:

@@ -15,8 +15,9 @@ from megatron_rl.weights.families import ModelShape
 def takes_engine_layers(dtype: torch.dtype, *, installed: bool, cuda: bool) -> bool:
     """Return whether the layers are Transformer Engine's, or else megatron-core's local ones.
 
-    In float32 its products on a GPU are TF32, whatever torch is told. Of its kernels of attention only the unfused one
-    takes float32, and that stores the scores of all heads and sequences: 30 GB a layer at 4096 tokens. Without a GPU
+    In float32 its products on a GPU are TF32, whatever torch's settings are. Of its kernels of attention only the
+    unfused one takes float32, and that stores the scores of all heads and sequences: 30 GB a layer at 4096 tokens.
+    Without a GPU
     Transformer Engine runs in tests alone, on torch's products.
 
     Args:
