@@ -121,6 +121,10 @@ class Command:
         """Return the processes of the embedded servers of this command."""
         return [p for p in self.members() if is_server(p)]
 
+    def running(self, module: str) -> list[psutil.Process]:
+        """Return the processes of this command that were started as `python -m module`."""
+        return [p for p in self.members() if _arguments(p)[1:3] == ["-m", module]]
+
     def rank(self, number: int) -> psutil.Process:
         """Return the trainer's process of a rank: a child of the command, with its rank in its name or in RANK."""
         for process in psutil.Process(self.process.pid).children():
@@ -144,9 +148,17 @@ class Command:
 def is_server(process: psutil.Process) -> bool:
     """Return whether a process is an embedded server of a run: a forked one, or a new process."""
     try:
-        return process.name().startswith("mrl-serve-") or process.cmdline()[1:4] == ["-m", "megatron_rl", "serve"]
+        forked = process.name().startswith("mrl-serve-")
     except psutil.Error:  # it has ended meanwhile
         return False
+    return forked or _arguments(process)[1:4] == ["-m", "megatron_rl", "serve"]
+
+
+def _arguments(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it has ended meanwhile
+        return []
 
 
 def _tag(process: psutil.Process) -> str | None:

@@ -158,6 +158,9 @@ def _choose_unfused_attention() -> None:
     chosen = LanguageModule._set_attention_backend
 
     def unfused(self: Any) -> None:
+        # A policy in the process that started this rank has left megatron-core's choice for other layers there.
+        for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+            os.environ.pop(name, None)
         self.config.attention_backend = AttnBackend.unfused
         chosen(self)
 

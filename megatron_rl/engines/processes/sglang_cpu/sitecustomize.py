@@ -4,10 +4,13 @@
    import fails while it registers fakes of operators that do not exist. Their schemas are declared first. No code calls
    these operators.
 2. The buffer for routed experts is pinned through cudart. Without CUDA there is nothing to pin.
+3. A server starts its scheduler and its detokenizer as new processes, because CUDA does not survive a fork. Each of
+   them imports SGLang again, for 10 to 20 seconds. Without CUDA they are forked.
 """
 
 import importlib.abc
 import importlib.util
+import multiprocessing
 import sys
 from typing import Any
 
@@ -53,4 +56,10 @@ def _declare_torchvision_operators():
     _declared.append(library)
 
 
+def _fork(method, force=False):
+    _set_start_method("fork" if method == "spawn" else method, force=force)
+
+
+_set_start_method = multiprocessing.set_start_method
+multiprocessing.set_start_method = _fork
 sys.meta_path.insert(0, _Before())
