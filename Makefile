@@ -16,13 +16,12 @@ INSTALL := PYTHON="$(PYTHON)" TORCH="$(TORCH)" TORCH_INDEX="$(TORCH_INDEX)" sh r
 FOLDER := VENV="$(VENV)" sh requirements/folder.sh
 NEWEST := PYTHONPATH="$(CURDIR)/.mcore-newest"
 
-# Lanes of tests that run at the same time.
-LANES ?= 2
 PYTEST := $(BIN)/python -m pytest
-IN_LANES := -n $(LANES) --dist loadscope --no-loadscope-reorder
+# Tests of engines, jobs and single rooms. All others, of whole runs and groups of ranks, take about as long.
+ENGINE_TESTS := tests/contract tests/slurm tests/te_cpu tests/unit
 
-.PHONY: install gpu gpu-tests sglang te-cpu newest-core mcore-ends quickstart test test-fast durations lint format \
-  benchmark walks rooms reference clean
+.PHONY: install gpu gpu-tests sglang te-cpu newest-core mcore-ends quickstart test test-fast test-engines test-runs \
+  durations lint format benchmark walks rooms reference clean
 
 install:
 	@VENV="$(VENV)" PINS=requirements/cpu.txt $(INSTALL)
@@ -52,18 +51,24 @@ mcore-ends: test newest-core
 quickstart: install
 	$(BIN)/megatron-rl quickstart
 
-# All tests. Those that start a process run one after the other: servers, ranks and runs use all cores, and the
-# sandbox's tests count processes.
+# All tests. Those that start processes run in two lanes: servers, ranks and runs wait for each other half of the time.
+# The output of a lane comes when it has ended. The order of tests inside a lane keeps servers and ranks in use.
 test: test-fast
-	$(PYTEST) -m "not fast"
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-engines test-runs
+
+test-engines: install
+	$(PYTEST) -m "not fast" $(ENGINE_TESTS)
+
+test-runs: install
+	$(PYTEST) -m "not fast" $(ENGINE_TESTS:%=--ignore=%)
 
 # Unit tests that start no process.
 test-fast: install
-	$(PYTEST) $(IN_LANES) tests/unit -m fast
+	$(PYTEST) -n 2 --dist loadscope --no-loadscope-reorder tests/unit -m fast
 
 # All tests, and tests/durations.md: seconds of each folder, and the slowest tests.
-durations: install
-	$(PYTEST) -p tests.durations
+durations:
+	$(MAKE) --no-print-directory test PYTEST="$(PYTEST) -p tests.durations"
 
 lint: install
 	$(BIN)/ruff check .
