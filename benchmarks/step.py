@@ -63,7 +63,7 @@ def bare_step(policy: Policy, batch: Batch, budget: int) -> Callable[[], None]:
         batch: trajectories that fill one micro-batch.
         budget: tokens of the micro-batch.
     """
-    micro = pack(batch, budget=budget, align=1, multiple=1)[0]
+    micro = pack(batch, budget=budget, align=1, multiple=1, unit=budget)[0]
     piece = shard(micro, cp_size=1, cp_rank=0, device=policy.mesh.device, max_length=budget + 1)
     labels, mask = micro.labels[None].to(policy.mesh.device), micro.mask[None].to(policy.mesh.device)
     model, chunk = policy.models[0], policy.chunks[0]

@@ -4,9 +4,9 @@ The stock `DotProductAttention` rejects packing and context parallelism.
 """
 
 import dataclasses
-from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -81,27 +81,29 @@ def plan_attention(cu_seqlens: list[int], cp_size: int, cp_rank: int, device: to
         cp_rank: this rank's number among them.
         device: device of the plan's tensors.
     """
-    total = cu_seqlens[-1] // cp_size
-    blocks: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    local = 0
-    for start, stop in pairwise(cu_seqlens):
-        half = (stop - start) // (2 * cp_size)
+    cu = np.asarray(cu_seqlens)
+    lengths, total = np.diff(cu), cu[-1] // cp_size
+    groups: list[AttentionGroup] = []
+
+    def add(rows: np.ndarray, keys: np.ndarray) -> None:
+        """Add the blocks with these queries, shape [count, rows], and keys, shape [count, columns]."""
+        queries, gathered = (torch.from_numpy(each.reshape(-1)).to(device) for each in (rows, keys))
+        groups.append(AttentionGroup(len(rows), rows.shape[1], keys.shape[1], queries, gathered))
+
+    for length in np.unique(lengths):
+        starts = cu[:-1][lengths == length]
         if cp_size == 1:
-            rows = torch.arange(start, stop)
-            blocks.setdefault((stop - start, stop - start), []).append((rows, rows))
+            rows = starts[:, None] + np.arange(length)
+            add(rows, rows)
             continue
+        half = length // (2 * cp_size)
+        own, inside = starts // cp_size, np.arange(half)
         owner = [(chunk, 0) if chunk < cp_size else (2 * cp_size - 1 - chunk, 1) for chunk in range(2 * cp_size)]
-        keys = torch.cat([torch.arange(half) + rank * total + local + second * half for rank, second in owner])
+        firsts = np.stack([rank * total + own + second * half for rank, second in owner], axis=1)
+        keys = (firsts[:, :, None] + inside).reshape(len(starts), -1)
         for second, chunk in enumerate((cp_rank, 2 * cp_size - 1 - cp_rank)):
-            rows = torch.arange(half) + local + second * half
-            blocks.setdefault((half, (chunk + 1) * half), []).append((rows, keys[: (chunk + 1) * half]))
-        local += 2 * half
-    groups, order = [], []
-    for (rows_each, columns), members in blocks.items():
-        queries, keys = (torch.cat(column) for column in zip(*members, strict=True))
-        groups.append(AttentionGroup(len(members), rows_each, columns, queries.to(device), keys.to(device)))
-        order.append(queries)
-    return AttentionPlan(tuple(groups), torch.cat(order).argsort().to(device))
+            add(own[:, None] + second * half + inside, keys[:, : (chunk + 1) * half])
+    return AttentionPlan(tuple(groups), torch.cat([group.queries for group in groups]).argsort())
 
 
 class PackedAttention(MegatronModule):

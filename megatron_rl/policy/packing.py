@@ -1,11 +1,14 @@
-"""Packing: a batch of trajectories becomes micro-batches of one constant length.
+"""Packing: a batch of trajectories becomes micro-batches of one length.
 
-A micro-batch is one stream of `tokens_per_microbatch` positions. Position t *predicts* the next token, so the per-token
+A micro-batch is one stream of at most `tokens_per_microbatch` positions. The streams of a batch are as short as its
+fullest one allows, because padding is computed like any token. Position t *predicts* the next token, so the per-token
 columns are shifted by one against the batch, unless they are about the token as an input: labels[t] = tokens[t + 1]
 inside a trajectory, and mask, logmu, ... at t belong to that label. The last token of a trajectory and all padding
 predict nothing.
 """
 
+import heapq
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +20,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.policy.attention import PackedStream, plan_attention
 from megatron_rl.types import COLUMNS, Batch, Column
 
+LENGTH_STEP = 1024  # lengths of streams are multiples of it where the budget is, so that few shapes occur
 PADDING_SEGMENT = 128  # padding is cut into short sequences: the attention cost of a long one is quadratic
 
 
@@ -74,15 +78,30 @@ class Shard:
     topk_labels: torch.Tensor | None = None
 
 
-def pack(batch: Batch, *, budget: int, align: int, multiple: int) -> list[Microbatch]:
-    """Pack trajectories into streams of `budget` tokens by first-fit decreasing.
+def stream_unit(budget: int, tensor: int, context: int) -> int:
+    """Return what the length of a stream is a multiple of. It divides the budget.
+
+    Every rank has an equal part of a stream, in the blocks that quantized products need if the budget has them. Layouts
+    of 1, 2, 4 ... ranks have the same unit, so that streams and their padding do not depend on the layout.
+
+    Args:
+        budget: most tokens of a stream, a multiple of 2 x context x tensor.
+        tensor: number of tensor-parallel ranks.
+        context: number of context-parallel ranks.
+    """
+    return math.lcm(math.gcd(budget, LENGTH_STEP), 2 * context * tensor)
+
+
+def pack(batch: Batch, *, budget: int, align: int, multiple: int, unit: int) -> list[Microbatch]:
+    """Pack trajectories into as few streams as first-fit decreasing needs, all of one length.
 
     Args:
         batch: the trajectories.
-        budget: length of a stream, in tokens.
+        budget: most tokens of a stream.
         align: every trajectory is padded to a multiple of it (2 x cp under context parallelism).
         multiple: the number of micro-batches is a multiple of it (ranks that share the work). Empty micro-batches are
             added as needed.
+        unit: the length of the streams is a multiple of it; a divisor of the budget.
 
     Raises:
         UserError: a trajectory is longer than the budget.
@@ -94,27 +113,47 @@ def pack(batch: Batch, *, budget: int, align: int, multiple: int) -> list[Microb
             f"trajectory {batch.ids[too_long[0]]} has {batch.lengths[too_long[0]]} tokens, more than "
             f"optimizer.tokens_per_microbatch = {budget}"
         )
+    bins = _bins(padded, budget)
+    length = max((int(padded[rows].sum()) for rows in bins), default=0)
+    length = max(1, -(-length // unit)) * unit
+    bins += [[] for _ in range(-len(bins) % multiple)]
+    return [_stream(batch, rows, padded, length, align) for rows in bins]
+
+
+def _bins(lengths: np.ndarray, budget: int) -> list[list[int]]:
+    """Return rows that share a stream: as many streams as first-fit decreasing makes, filled as evenly as possible."""
+    order = np.argsort(-lengths, kind="stable").tolist()
+    first_fit = _first_fit(lengths, order, budget)
+    fills = [(0, number) for number in range(len(first_fit))]
+    even: list[list[int]] = [[] for _ in first_fit]
+    for row in order:  # the longest into the emptiest
+        fill, number = heapq.heappop(fills)
+        even[number].append(row)
+        heapq.heappush(fills, (fill + int(lengths[row]), number))
+    return first_fit if any(fill > budget for fill, _ in fills) else even
+
+
+def _first_fit(lengths: np.ndarray, order: list[int], budget: int) -> list[list[int]]:
     bins: list[list[int]] = []
     room: list[int] = []
-    for row in np.argsort(-padded, kind="stable"):
-        place = next((i for i, free in enumerate(room) if free >= padded[row]), None)
+    for row in order:
+        place = next((i for i, free in enumerate(room) if free >= lengths[row]), None)
         if place is None:
             bins.append([])
             room.append(budget)
             place = len(bins) - 1
-        bins[place].append(int(row))
-        room[place] -= int(padded[row])
-    bins += [[] for _ in range(-len(bins) % multiple)]
-    return [_stream(batch, rows, padded, budget, align) for rows in bins]
+        bins[place].append(row)
+        room[place] -= int(lengths[row])
+    return bins
 
 
-def _stream(batch: Batch, rows: list[int], padded: np.ndarray, budget: int, align: int) -> Microbatch:
+def _stream(batch: Batch, rows: list[int], padded: np.ndarray, size: int, align: int) -> Microbatch:
     used = int(padded[rows].sum()) if rows else 0
     segment = -(-PADDING_SEGMENT // align) * align
-    padding = [min(segment, budget - at) for at in range(used, budget, segment)]
+    padding = [min(segment, size - at) for at in range(used, size, segment)]
     cu = np.concatenate([[0], np.cumsum([*padded[rows], *padding])]).astype(np.int64)
     seq = np.repeat(np.arange(len(cu) - 1), np.diff(cu))
-    positions = np.arange(budget) - cu[seq]
+    positions = np.arange(size) - cu[seq]
     length = np.zeros(len(cu) - 1, dtype=np.int64)
     length[: len(rows)] = batch.lengths[rows]
     start = np.zeros(len(cu) - 1, dtype=np.int64)
@@ -123,10 +162,10 @@ def _stream(batch: Batch, rows: list[int], padded: np.ndarray, budget: int, alig
     real = positions < length[seq]
     predicts = positions < length[seq] - 1
 
-    tokens = np.zeros(budget, dtype=np.int64)
+    tokens = np.zeros(size, dtype=np.int64)
     tokens[real] = batch.tokens[flat[real]]
     source = np.where(predicts, flat + 1, -1)
-    labels = np.zeros(budget, dtype=np.int64)
+    labels = np.zeros(size, dtype=np.int64)
     labels[predicts] = batch.tokens[source[predicts]]
     row_ids = np.full(len(cu) - 1, -1, dtype=np.int64)
     row_ids[: len(rows)] = rows
@@ -136,7 +175,7 @@ def _stream(batch: Batch, rows: list[int], padded: np.ndarray, budget: int, alig
         if not column.per_token:
             spread = values[np.maximum(seq_ids, 0)] if len(batch) else column.fill
             return torch.from_numpy(np.where(real, spread, column.fill).astype(column.dtype))
-        out = np.full((budget, *values.shape[1:]), column.fill, dtype=column.packed_dtype or column.dtype)
+        out = np.full((size, *values.shape[1:]), column.fill, dtype=column.packed_dtype or column.dtype)
         if column.packed == "label":
             out[predicts] = values[flat[predicts] + 1]
         else:

@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_rl.alp.layer import NoiseDraw
-from megatron_rl.policy.packing import Microbatch, Shard, noise_rows, pack, shard, to_device
+from megatron_rl.policy.packing import Microbatch, Shard, noise_rows, pack, shard, stream_unit, to_device
 from megatron_rl.policy.parallel import Mesh
 from megatron_rl.policy.routing_replay import RoutingReplay
 from megatron_rl.types import Batch
@@ -87,6 +87,7 @@ class Schedule:
             budget=self.budget,
             align=2 * mesh.cp_size if mesh.cp_size > 1 else 1,
             multiple=mesh.dp_size * (mesh.pp_size if virtual else 1),
+            unit=stream_unit(self.budget, mesh.tp_size, mesh.cp_size),
         )
         mine = packed[mesh.dp_rank :: mesh.dp_size]
         shards = [self._shard(micro, noise) for micro in mine]
@@ -106,7 +107,7 @@ class Schedule:
             data_iterator=feeds if virtual else feeds[0],
             model=self.chunks if virtual else self.chunks[0],
             num_microbatches=len(mine),
-            seq_length=self.budget,
+            seq_length=len(packed[0].tokens) if packed else self.budget,
             micro_batch_size=1,
             forward_only=forward_only,
         )

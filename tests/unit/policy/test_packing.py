@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_rl.errors import UserError
 from megatron_rl.policy.attention import AttentionPlan, plan_attention
-from megatron_rl.policy.packing import local_positions, pack, shard, to_device, zigzag_index
+from megatron_rl.policy.packing import local_positions, pack, shard, stream_unit, to_device, zigzag_index
 from megatron_rl.types import Batch
 
 BUDGET = 48
@@ -56,7 +56,7 @@ aligned = st.sampled_from([1, 2, 4, 8])
 
 @given(batches, aligned, st.integers(1, 4))
 def test_every_trained_token_is_a_label_exactly_once_with_its_own_columns(batch, align, multiple):
-    micros = pack(batch, budget=BUDGET, align=align, multiple=multiple)
+    micros = pack(batch, budget=BUDGET, align=align, multiple=multiple, unit=BUDGET)
     for name in ("mask", "logmu", "logold", "logref", "staleness", "topk_ids", "topk_logmu"):
         column = getattr(batch, name)
         found = np.zeros_like(column)
@@ -72,13 +72,13 @@ def test_every_trained_token_is_a_label_exactly_once_with_its_own_columns(batch,
 
 @given(batches, aligned)
 def test_every_token_is_fed_exactly_once(batch, align):
-    fed = [m.tokens[m.seq_ids >= 0] for m in pack(batch, budget=BUDGET, align=align, multiple=1)]
+    fed = [m.tokens[m.seq_ids >= 0] for m in pack(batch, budget=BUDGET, align=align, multiple=1, unit=BUDGET)]
     assert sorted(torch.cat(fed).tolist()) == sorted(batch.tokens.tolist())
 
 
 @given(batches, aligned)
 def test_a_label_is_the_next_token_of_the_same_trajectory(batch, align):
-    for micro in pack(batch, budget=BUDGET, align=align, multiple=1):
+    for micro in pack(batch, budget=BUDGET, align=align, multiple=1, unit=BUDGET):
         for at in torch.nonzero(micro.source >= 0)[:, 0].tolist():
             assert micro.labels[at] == micro.tokens[at + 1]
             assert micro.seq_ids[at] == micro.seq_ids[at + 1]
@@ -91,7 +91,7 @@ def test_a_label_is_the_next_token_of_the_same_trajectory(batch, align):
 
 @given(batches, aligned)
 def test_positions_count_from_zero_in_every_sequence(batch, align):
-    for micro in pack(batch, budget=BUDGET, align=align, multiple=1):
+    for micro in pack(batch, budget=BUDGET, align=align, multiple=1, unit=BUDGET):
         cu = micro.cu_seqlens
         assert cu[0] == 0 and cu[-1] == BUDGET == len(micro.positions)
         assert torch.equal(micro.positions, torch.cat([torch.arange(b - a) for a, b in pairwise(cu)]))
@@ -103,7 +103,7 @@ def test_positions_count_from_zero_in_every_sequence(batch, align):
 
 @given(batches, aligned, st.integers(1, 4))
 def test_padding_belongs_to_no_trajectory_and_trains_nothing(batch, align, multiple):
-    for micro in pack(batch, budget=BUDGET, align=align, multiple=multiple):
+    for micro in pack(batch, budget=BUDGET, align=align, multiple=multiple, unit=BUDGET):
         padding = micro.seq_ids == -1
         assert torch.equal(micro.source[padding], torch.full_like(micro.source[padding], -1))
         names = (
@@ -124,7 +124,7 @@ def test_padding_belongs_to_no_trajectory_and_trains_nothing(batch, align, multi
 
 @given(batches, aligned)
 def test_every_token_carries_the_advantage_and_the_reward_of_its_trajectory(batch, align):
-    for micro in pack(batch, budget=BUDGET, align=align, multiple=1):
+    for micro in pack(batch, budget=BUDGET, align=align, multiple=1, unit=BUDGET):
         real = micro.seq_ids >= 0
         row = micro.seq_ids[real].numpy()
         np.testing.assert_array_equal(micro.columns["advantages"][real].numpy(), batch.advantages[row])
@@ -135,7 +135,7 @@ def test_every_token_carries_the_advantage_and_the_reward_of_its_trajectory(batc
 def test_advantages_of_tokens_take_the_place_of_those_of_trajectories(batch, align):
     values = np.random.default_rng(1).standard_normal(len(batch.tokens)).astype(np.float32)
     given = batch.with_columns(token_advantages=values)
-    for micro in pack(given, budget=BUDGET, align=align, multiple=1):
+    for micro in pack(given, budget=BUDGET, align=align, multiple=1, unit=BUDGET):
         predicts = micro.source >= 0
         np.testing.assert_array_equal(
             micro.columns["advantages"][predicts].numpy(), given.token_advantages[micro.source[predicts].numpy()]
@@ -145,22 +145,51 @@ def test_advantages_of_tokens_take_the_place_of_those_of_trajectories(batch, ali
 
 @given(batches, st.integers(1, 6))
 def test_the_number_of_microbatches_is_a_multiple_of_what_was_asked(batch, multiple):
-    micros = pack(batch, budget=BUDGET, align=1, multiple=multiple)
+    micros = pack(batch, budget=BUDGET, align=1, multiple=multiple, unit=BUDGET)
     assert len(micros) % multiple == 0
     empty = [m for m in micros if not (m.seq_ids >= 0).any()]
     assert len(empty) < multiple
-    assert all(len(m.tokens) == BUDGET for m in micros)
+
+
+@given(batches, st.sampled_from([1, 2, 6, 16, BUDGET]), st.integers(1, 3))
+def test_streams_are_as_short_as_the_fullest_one_allows(batch, unit, multiple):
+    micros = pack(batch, budget=BUDGET, align=1, multiple=multiple, unit=unit)
+    (length,) = {len(m.tokens) for m in micros}
+    fullest = max(int((m.seq_ids >= 0).sum()) for m in micros)
+    assert length == -(-fullest // unit) * unit <= BUDGET
+
+
+def test_streams_are_filled_evenly():
+    """First fit alone would make streams of 48 and 12 tokens."""
+    micros = pack(batch_of([20, 16, 12, 12]), budget=BUDGET, align=1, multiple=1, unit=1)
+    assert [sorted(m.cu_seqlens) for m in micros] == [[0, 20, 32], [0, 16, 28, 32]]
+
+
+def test_streams_that_cannot_be_even_are_still_as_few_as_first_fit_needs():
+    """The longest into the emptiest would make a stream of 56 tokens, where 48 fit."""
+    lengths = [24, 24, 16, 16, 16]
+    micros = pack(batch_of(lengths), budget=BUDGET, align=1, multiple=1, unit=1)
+    assert len(micros) == 2 and {len(m.tokens) for m in micros} == {BUDGET}
+
+
+@pytest.mark.parametrize(
+    ("budget", "tensor", "context", "unit"),
+    [(4096, 1, 1, 1024), (4096, 4, 2, 1024), (2304, 2, 1, 256), (416, 2, 1, 32), (2304, 3, 1, 768), (90, 3, 5, 30)],
+)
+def test_the_unit_of_streams_divides_the_budget_and_is_cut_evenly_by_the_layout(budget, tensor, context, unit):
+    assert stream_unit(budget, tensor, context) == unit
+    assert budget % unit == 0 and unit % (2 * tensor * context) == 0
 
 
 @given(batches)
-def test_packing_wastes_less_than_half_of_all_streams_but_one(batch):
+def test_streams_but_one_are_more_than_half_full_on_average(batch):
     """First fit would put two streams that are each at most half full into one."""
-    used = [int((m.seq_ids >= 0).sum()) for m in pack(batch, budget=BUDGET, align=1, multiple=1)]
-    assert sum(u <= BUDGET // 2 for u in used) <= 1
+    micros = pack(batch, budget=BUDGET, align=1, multiple=1, unit=BUDGET)
+    assert 2 * batch.lengths.sum() > (len(micros) - 1) * BUDGET
 
 
 def test_columns_a_batch_does_not_have_are_not_made_up():
-    (micro,) = pack(batch_of([3, 4], columns=False), budget=BUDGET, align=1, multiple=1)
+    (micro,) = pack(batch_of([3, 4], columns=False), budget=BUDGET, align=1, multiple=1, unit=BUDGET)
     names = ("logmu", "logold", "logref", "staleness", "topk_ids", "topk_logmu")
     assert not set(names) & set(micro.columns)
     assert shard(micro, cp_size=1, cp_rank=0, device=CPU, max_length=BUDGET + 1).topk_labels is None
@@ -171,20 +200,20 @@ def test_a_trajectory_longer_than_the_budget_is_refused_by_its_id():
     with pytest.raises(
         UserError, match=rf"trajectory {batch.ids[1]} has 49 tokens, more than .*tokens_per_microbatch = 48"
     ):
-        pack(batch, budget=BUDGET, align=1, multiple=1)
+        pack(batch, budget=BUDGET, align=1, multiple=1, unit=BUDGET)
 
 
 def test_a_trajectory_that_only_its_alignment_makes_too_long_is_refused():
     batch = batch_of([BUDGET - 1])
-    assert len(pack(batch, budget=BUDGET, align=16, multiple=1)) == 1
+    assert len(pack(batch, budget=BUDGET, align=16, multiple=1, unit=BUDGET)) == 1
     with pytest.raises(UserError, match="47 tokens"):
-        pack(batch, budget=BUDGET, align=32, multiple=1)
+        pack(batch, budget=BUDGET, align=32, multiple=1, unit=BUDGET)
 
 
 @given(batches, st.sampled_from([2, 3, 4]))
 def test_context_parallel_slices_split_every_sequence_evenly(batch, cp_size):
     budget = 2 * cp_size * 8 * 3
-    for micro in pack(batch, budget=budget, align=2 * cp_size, multiple=1):
+    for micro in pack(batch, budget=budget, align=2 * cp_size, multiple=1, unit=budget):
         slices = [zigzag_index(micro.cu_seqlens, cp_size, rank) for rank in range(cp_size)]
         assert sorted(torch.cat(slices).tolist()) == list(range(budget))
         for a, b in pairwise(micro.cu_seqlens):
@@ -199,7 +228,7 @@ def test_context_parallel_slices_split_every_sequence_evenly(batch, cp_size):
 @given(batches, st.sampled_from([1, 2, 3]))
 def test_every_trained_position_is_scored_by_exactly_one_context_parallel_rank(batch, cp_size):
     budget = 2 * cp_size * 20
-    for micro in pack(batch, budget=budget, align=2 * cp_size, multiple=1):
+    for micro in pack(batch, budget=budget, align=2 * cp_size, multiple=1, unit=budget):
         shards = [shard(micro, cp_size=cp_size, cp_rank=r, device=CPU, max_length=budget + 1) for r in range(cp_size)]
         scored = torch.cat([s.index for s in shards])
         assert sorted(scored.tolist()) == torch.nonzero(micro.mask > 0)[:, 0].tolist()
@@ -229,7 +258,7 @@ def visible(plan: AttentionPlan, rows: int, keys: int, window: int | None) -> to
 def test_every_query_sees_its_own_past_within_the_window_and_nothing_else(batch, cp_size, window):
     """By brute force, a query at stream position t sees the keys t - window < s <= t of its own sequence."""
     budget = 2 * cp_size * 20
-    micro = pack(batch, budget=budget, align=2 * cp_size, multiple=1)[0]
+    micro = pack(batch, budget=budget, align=2 * cp_size, multiple=1, unit=budget)[0]
     cu = micro.cu_seqlens
     sequence = torch.repeat_interleave(torch.arange(len(cu) - 1), torch.tensor(cu).diff())
     gathered = torch.cat([zigzag_index(cu, cp_size, rank) for rank in range(cp_size)])
@@ -250,9 +279,8 @@ def test_every_token_finds_its_own_experts_on_the_one_rank_that_holds_its_hidden
     """Experts belong to the input token. Unlike labels, they are not shifted."""
     budget = BUDGET + 2 * cp_size * sp_size
     seen = np.zeros(len(batch.tokens), dtype=int)
-    for micro in pack(
-        batch, budget=budget // (2 * cp_size * sp_size) * 2 * cp_size * sp_size, align=2 * cp_size, multiple=1
-    ):
+    unit = 2 * cp_size * sp_size
+    for micro in pack(batch, budget=budget // unit * unit, align=2 * cp_size, multiple=1, unit=unit):
         for cp_rank, sp_rank in product(range(cp_size), range(sp_size)):
             own = local_positions(micro, cp_size=cp_size, cp_rank=cp_rank, sp_size=sp_size, sp_rank=sp_rank)
             real = micro.seq_ids[own] >= 0
@@ -264,7 +292,7 @@ def test_every_token_finds_its_own_experts_on_the_one_rank_that_holds_its_hidden
 
 
 def test_moving_to_a_device_keeps_every_column():
-    (micro,) = pack(batch_of([5, 9]), budget=BUDGET, align=1, multiple=1)
+    (micro,) = pack(batch_of([5, 9]), budget=BUDGET, align=1, multiple=1, unit=BUDGET)
     moved = to_device(micro, torch.device("meta"))
     there = {**vars(moved), **moved.columns}
     for name, value in {**vars(micro), **micro.columns}.items():
