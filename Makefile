@@ -21,7 +21,7 @@ PYTEST := $(BIN)/python -m pytest
 ENGINE_TESTS := tests/contract tests/slurm tests/te_cpu tests/unit
 
 .PHONY: install gpu gpu-tests sglang te-cpu newest-core mcore-ends quickstart test test-fast test-engines test-runs \
-  durations lint format benchmark walks rooms reference clean
+  durations lint format benchmark peers walks rooms reference clean
 
 install:
 	@VENV="$(VENV)" PINS=requirements/cpu.txt $(INSTALL)
@@ -83,6 +83,11 @@ format: install
 
 benchmark: install
 	$(BIN)/python benchmarks/step.py
+
+# Steps of this trainer and of TRL's, in turns, on the model of `make quickstart`.
+peers: install
+	@VENV=.venv-peers PINS=requirements/peers.txt $(INSTALL)
+	$(BIN)/python benchmarks/peers.py --trl .venv-peers/bin/python
 
 # The map of rooms in docs/design.md, and the hand-overs of three walks through them.
 rooms: install

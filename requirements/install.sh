@@ -1,11 +1,12 @@
 #!/bin/sh
 # Make $VENV hold torch and the packages pinned in $PINS. Does nothing when it already does.
 # requirements/cpu.txt, gpu.txt: the trainer, with this checkout. sglang.txt, sglang-gpu.txt: SGLang's servers alone.
+# peers.txt: another trainer alone, to compare with.
 # The files for GPUs pin all of CUDA's packages, torch among them, so that both sides have one torch and one NCCL.
 set -eu
 
 case "$PINS" in
-    *sglang*.txt) checkout= ;;
+    *sglang*.txt | *peers.txt) checkout= ;;
     *) checkout=pyproject.toml ;;
 esac
 stamp="$VENV/installed.sha256"
@@ -48,7 +49,7 @@ if [ -n "$checkout" ]; then
     "$VENV/bin/pip" install --quiet -r "$PINS"
     "$VENV/bin/pip" install --quiet --no-deps --editable .
 else
-    # Every package is pinned; sglang itself asks for CUDA packages and another torch.
+    # Every package is pinned; sglang asks for CUDA packages and another torch.
     "$VENV/bin/pip" install --quiet --no-deps -r "$PINS"
 fi
 echo "$want" > "$stamp"
