@@ -22,7 +22,7 @@ _VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 _WIDTH = 32  # on CPU, SGLang pads the width of feed-forward networks with zeros to a multiple of it
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
 _PART = re.compile(r"(.*\.)(q|k|v|gate|up)_proj(\.\w+)$")
-_PLACES = {"q": ("qkv", 0), "k": ("qkv", 1), "v": ("qkv", 2), "gate": ("gate_up", 0), "up": ("gate_up", 1)}
+_FUSED_PARTS = {"q": ("qkv", 0), "k": ("qkv", 1), "v": ("qkv", 2), "gate": ("gate_up", 0), "up": ("gate_up", 1)}
 
 
 class ExpectedDigests:
@@ -133,7 +133,7 @@ def fused_place(name: str) -> tuple[str, int]:
     part = _PART.match(name)
     if part is None:
         return name, 0
-    fused, at = _PLACES[part[2]]
+    fused, at = _FUSED_PARTS[part[2]]
     return f"{part[1]}{fused}_proj{part[3]}", at
 
 
