@@ -31,9 +31,9 @@ class HostSyncs(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def count(folder: Path, budget: int) -> HostSyncs:
+def count(folder: Path, budget: int, layout: dict[str, int] | None = None) -> HostSyncs:
     """Count what one update in micro-batches of `budget` tokens waits for and copies."""
-    policy = make_policy(folder, {}, optimizer={"tokens_per_microbatch": budget})
+    policy = make_policy(folder, layout or {}, optimizer={"tokens_per_microbatch": budget})
     batch, objective = make_batch(), make_objective(OBJECTIVE)
     with HostSyncs() as syncs:
         policy.update(batch, objective, objective.norm)
