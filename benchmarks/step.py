@@ -28,6 +28,7 @@ from megatron_rl.config import make_config
 from megatron_rl.objectives import make_objective
 from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy
+from megatron_rl.policy.device_copy import on_device
 from megatron_rl.policy.device_port import pick_device
 from megatron_rl.policy.packing import pack, shard
 from megatron_rl.types import Batch
@@ -64,8 +65,9 @@ def bare_step(policy: Policy, batch: Batch, budget: int) -> Callable[[], None]:
         budget: tokens of the micro-batch.
     """
     micro = pack(batch, budget=budget, align=1, multiple=1, unit=budget)[0]
-    piece = shard(micro, cp_size=1, cp_rank=0, device=policy.mesh.device, max_length=budget + 1)
-    labels, mask = micro.labels[None].to(policy.mesh.device), micro.mask[None].to(policy.mesh.device)
+    here = micro, shard(micro, cp_size=1, cp_rank=0, max_length=budget + 1)
+    micro, piece = on_device(here, policy.mesh.device)
+    labels, mask = micro.labels[None], micro.mask[None]
     model, chunk = policy.models[0], policy.chunks[0]
 
     def forward(_: object) -> torch.Tensor:

@@ -5,12 +5,13 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from packaging.version import Version
+from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
@@ -36,8 +37,7 @@ def print_report() -> None:
     device = f"{torch.cuda.get_device_name(0)} ({machine.name})" if cuda else f"CPU, {os.cpu_count()} cores"
     table.add_row("device", device, "NCCL" if cuda else "gloo; megatron-core through the device port")
     broken = transformer_engine_error(machine)
-    engine = _version("transformer-engine") or "-"
-    table.add_row("transformer-engine", engine, broken or "loads")
+    table.add_row("transformer-engine", _version("transformer-engine") or "-", broken or "loads")
     layers = "Transformer Engine" if broken is None else "megatron-core local"
     table.add_row("layer spec", layers, "TE needs CUDA and transformer-engine")
     table.add_row("apex kernels", "yes" if _has_nvidia_apex() else "no", "optional; torch kernels otherwise")
@@ -94,16 +94,27 @@ def gpu_rows(machine: Machine, python: Path) -> list[tuple[str, str, str]]:
         ("cuDNN", str(cudnn), "9.12 or newer for Transformer Engine" if cudnn < 91200 else "new enough"),
     ]
     if (version := _version("transformer-engine")) is not None:
-        rows.append(("TE range", version, engine_range(version)))
+        stated = importlib.metadata.requires("megatron-core") or ()
+        rows.append(("TE range", version, te_range(version, _version("megatron-core") or "-", stated)))
         rows.append(("precision.train: fp32", "local layers", "Transformer Engine's products would be TF32"))
     return rows
 
 
-def engine_range(version: str) -> str:
-    """Return whether a version of Transformer Engine is one that this megatron-core was made for."""
-    if Version("2.9") <= Version(version) < Version("2.12"):
-        return "in the range of megatron-core 0.16.1 (2.9 to 2.11)"
-    return "outside the range of megatron-core 0.16.1 (2.9 to 2.11): some fused kernels may be lost"
+def te_range(version: str, core: str, stated: Iterable[str]) -> str:
+    """Return whether a version of Transformer Engine is one that the installed megatron-core was made for.
+
+    Args:
+        version: version of Transformer Engine.
+        core: version of megatron-core.
+        stated: megatron-core's own requirements. Those of 0.16.1 have a range, and those of 0.19 have none.
+    """
+    found = [one for one in map(Requirement, stated) if one.name == "transformer-engine"]
+    wanted = next((one.specifier for one in found if one.specifier), None)
+    if wanted is None:
+        return f"megatron-core {core} states no range"
+    if wanted.contains(version, prereleases=True):
+        return f"in the range of megatron-core {core} ({wanted})"
+    return f"outside the range of megatron-core {core} ({wanted}): some fused kernels may be lost"
 
 
 def precision_rows(machine: Machine, broken: str | None) -> list[tuple[str, str, str]]:

@@ -45,9 +45,6 @@ class NoiseRows:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def to(self, device: torch.device) -> "NoiseRows":
-        return NoiseRows(self.positions.to(device), self.ids.to(device))
-
     def __getitem__(self, rows: slice) -> "NoiseRows":
         return NoiseRows(self.positions[rows], self.ids[rows])
 

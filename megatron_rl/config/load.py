@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 from megatron_rl.config.block import Block
 from megatron_rl.config.code_paths import resolve_code_paths
 from megatron_rl.config.old_keys import find_old_keys, find_old_values, rename_old_keys
-from megatron_rl.config.read_yaml import MAX_DEPTH, KeyPath, Places, read_file, read_value
+from megatron_rl.config.read_yaml import MAX_DEPTH, KeyPath, KeySources, read_file, read_value
 from megatron_rl.config.rules import check_rules
 from megatron_rl.config.schema import Config
 from megatron_rl.errors import ConfigError, shorten
@@ -40,7 +40,7 @@ def load_config(path: Path | str, overrides: list[str] | None = None, *, accept_
         raise ConfigError(f"no configuration file can be read at {shorten(str(path))} ({error.strerror})") from error
     if not found:
         raise ConfigError(f"no configuration file at {path}")
-    places: Places = {}
+    places: KeySources = {}
     tree = read_file(path, places)
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
@@ -58,7 +58,7 @@ def load_config(path: Path | str, overrides: list[str] | None = None, *, accept_
     return make_config(tree, places)
 
 
-def make_config(tree: dict[str, Any], places: Places | None = None) -> Config:
+def make_config(tree: dict[str, Any], places: KeySources | None = None) -> Config:
     """Validate a nested mapping. `places` has the place of each key path for the errors. Raises ConfigError."""
     places = places or {}
     for old, new in find_old_keys(tree):
@@ -91,7 +91,7 @@ def changed_keys(old: Config, new: Config) -> list[str]:
     ]
 
 
-def set_key(tree: dict[str, Any], key: str, value: Any, place: str, places: Places) -> None:
+def set_key(tree: dict[str, Any], key: str, value: Any, place: str, places: KeySources) -> None:
     """Set one key of a nested mapping, in place. A section's value replaces the whole section.
 
     Args:
@@ -119,7 +119,7 @@ def set_key(tree: dict[str, Any], key: str, value: Any, place: str, places: Plac
     places[path] = place
 
 
-def explain_problems(error: ValidationError, places: Places, block: type[Block]) -> str:
+def explain_problems(error: ValidationError, places: KeySources, block: type[Block]) -> str:
     """Return the first problems of a validation as one line, each with its place and key.
 
     Args:
@@ -133,7 +133,7 @@ def explain_problems(error: ValidationError, places: Places, block: type[Block])
     return "; ".join(problems) + (f"; and {more} more problems" if more else "")
 
 
-def _problem(item: ErrorDetails, places: Places, block: type[Block]) -> str:
+def _problem(item: ErrorDetails, places: KeySources, block: type[Block]) -> str:
     where = tuple(str(part) for part in item["loc"])
     key = shorten(".".join(where))
     place = _place(where, places)
@@ -152,7 +152,7 @@ def _problem(item: ErrorDetails, places: Places, block: type[Block]) -> str:
     return f"{prefix}'{key}' is {shorten(repr(item['input']))}: {item['msg']}"
 
 
-def _place(where: KeyPath, places: Places) -> str | None:
+def _place(where: KeyPath, places: KeySources) -> str | None:
     """Return the place of a key, or of the nearest section around it that the user wrote."""
     return next((places[where[:n]] for n in range(len(where), 0, -1) if where[:n] in places), None)
 

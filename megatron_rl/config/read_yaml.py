@@ -19,7 +19,7 @@ MAX_DEPTH = 32
 _MAX_NUMBER = 100  # characters; a longer number takes quadratic time to read and cannot be printed
 
 KeyPath = tuple[str, ...]
-Places = dict[KeyPath, str]
+KeySources = dict[KeyPath, str]
 
 _TAG = "tag:yaml.org,2002:"
 _NUMBERS = {f"{_TAG}int": "integer", f"{_TAG}float": "number"}
@@ -48,7 +48,7 @@ class _Loader(yaml.SafeLoader):
             self.depth -= 1
 
 
-def read_file(path: Path, places: Places) -> Any:
+def read_file(path: Path, places: KeySources) -> Any:
     """Return the value of a YAML file; None if it is empty. Write the place of every key, `file:line`, to `places`.
 
     Raises:
@@ -79,7 +79,7 @@ def read_value(text: str, place: str) -> Any:
 
 
 class _Reader:
-    def __init__(self, source: str, places: Places, *, has_lines: bool) -> None:
+    def __init__(self, source: str, places: KeySources, *, has_lines: bool) -> None:
         self._source, self._places, self._has_lines = source, places, has_lines
         self._visits = 0
         self._loader: _Loader

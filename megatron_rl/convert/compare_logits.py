@@ -1,6 +1,7 @@
 """Compares the logits of megatron-core's model and of transformers' on random tokens."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -101,7 +102,7 @@ def packed_logits(model: PolicyModel, tokens: Tensor) -> Tensor:
         cu_seqlens_kv_padded=bounds,
         max_seqlen_q=length,
         max_seqlen_kv=length,
-        plan=plan_attention([0, length], 1, 0, tokens.device),
+        make_plan=partial(plan_attention, [0, length], 1, 0),
     )
     inner, rotary, cos, sin, offset, _, *_ = model._preprocess(
         input_ids=tokens[None], position_ids=torch.arange(length, device=tokens.device)[None], packed_seq_params=stream

@@ -18,7 +18,7 @@ from megatron_rl.convert.codes import Coder
 from megatron_rl.convert.dist_parts import file_part, plan_files, write_index
 from megatron_rl.convert.hf_parts import carried_part, index_text, plan_shards, shard_name, shard_part
 from megatron_rl.convert.kinds import TRACKER
-from megatron_rl.convert.parts import Destination, Part, Record, finished, run_parts
+from megatron_rl.convert.parts import Destination, Part, PartReport, finished, run_parts
 from megatron_rl.convert.progress_bar import Progress
 from megatron_rl.convert.sources import HFSource, Like, WeightSource, open_source
 from megatron_rl.errors import CheckpointError, UserError
@@ -96,7 +96,7 @@ def to_hf(source_path: Path, out: Path, like: Path | None, options: Options) -> 
         "like": str(template.path),
     }
 
-    def finish(folder: Path, records: Sequence[Record]) -> None:
+    def finish(folder: Path, records: Sequence[PartReport]) -> None:
         if len(parts) > 1:
             name, text = index_text(places, sum(part.nbytes for part in parts))
             (folder / name).write_text(text, encoding="utf-8")
@@ -134,7 +134,7 @@ def to_megatron(source_path: Path, out: Path, options: Options) -> None:
     dtype = None if options.dtype is None else str(options.dtype).removeprefix("torch.")
     plan = {"to": "torch_dist", "dtype": dtype, "files": [file.file for file in files]}
 
-    def finish(folder: Path, records: Sequence[Record]) -> None:
+    def finish(folder: Path, records: Sequence[PartReport]) -> None:
         write_index(folder, files, source, options.dtype, records)
         release = folder / "release"
         release.mkdir(exist_ok=True)
@@ -239,7 +239,7 @@ def _write_manifest(
     folder: Path,
     source: WeightSource,
     plan: dict[str, Any],
-    records: Sequence[Record],
+    records: Sequence[PartReport],
     carried: list[str],
     dropped: list[str],
 ) -> None:

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWr
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_rl.convert.hf_parts import as_bytes, grouped
-from megatron_rl.convert.parts import Part, Record
+from megatron_rl.convert.parts import Part, PartReport
 from megatron_rl.convert.sources import WeightSource
 from megatron_rl.errors import CheckpointError
 from megatron_rl.weights.dist_index import METADATA_JSON
@@ -69,7 +69,7 @@ def file_part(file: DistFile, source: WeightSource, dtype: torch.dtype | None) -
         dtype: dtype of the written parameters; None: as they are stored.
     """
 
-    def write(path: Path, add: Callable[[int], None]) -> Record:
+    def write(path: Path, add: Callable[[int], None]) -> PartReport:
         planner = _Planner(file, source, dtype, add)
         plan = replace(planner.create_local_plan(), storage_data=_StoragePrefix(f"__{file.number}_"))
         # torch chooses the name of the file. A folder of its own keeps an unfinished one apart.
@@ -100,7 +100,11 @@ def _place(result: WriteResult) -> tuple[int, int]:
 
 
 def write_index(
-    folder: Path, files: Sequence[DistFile], source: WeightSource, dtype: torch.dtype | None, records: Iterable[Record]
+    folder: Path,
+    files: Sequence[DistFile],
+    source: WeightSource,
+    dtype: torch.dtype | None,
+    records: Iterable[PartReport],
 ) -> None:
     """Write `.metadata`, `common.pt` and `metadata.json` of a checkpoint whose shard files are complete.
 
@@ -190,7 +194,7 @@ class _Planner(SavePlanner):
         self._file, self._source, self._dtype, self._add = file, source, dtype, add
         self._held: dict[MetadataIndex, tuple[Entry, tuple[int, ...]]] = {}
         self._hashes: dict[str, Any] = {}
-        self.records: dict[str, Record] = {}
+        self.records: dict[str, PartReport] = {}
 
     def set_up_planner(self, *_: Any, **__: Any) -> None:
         return None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.convert.codes import Coder
-from megatron_rl.convert.parts import Part, Record
+from megatron_rl.convert.parts import Part, PartReport
 from megatron_rl.convert.sources import WeightSource
 from megatron_rl.errors import CheckpointError
 from megatron_rl.weights.hf_folder import INDEX, SINGLE
@@ -131,8 +131,8 @@ Piece = tuple[str, Tensor, list[str]]
 
 
 def _part(file: str, written: Mapping[str, TensorInfo], pieces: Callable[[], Iterator[Piece]]) -> Part:
-    def write(path: Path, add: Callable[[int], None]) -> Record:
-        records: dict[str, Record] = {}
+    def write(path: Path, add: Callable[[int], None]) -> PartReport:
+        records: dict[str, PartReport] = {}
         hashes: dict[str, Any] = {}
         with path.open("wb") as opened:
             opened.write(header_bytes(written))

@@ -24,7 +24,7 @@ from megatron_rl.files import append_file, replace_file, sync_folder, try_lock
 
 PLAN, DONE, LOCK = "plan.json", "done.jsonl", "lock"
 _MARGIN = 1 << 30  # bytes that stay free
-Record = dict[str, Any]
+PartReport = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Part:
     file: str
     nbytes: int
     names: tuple[str, ...]
-    write: Callable[[Path, Callable[[int], None]], Record]
+    write: Callable[[Path, Callable[[int], None]], PartReport]
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,9 @@ def _digest_of(partial: Path) -> str:
         return ""
 
 
-def finished(partial: Path) -> dict[str, Record]:
+def finished(partial: Path) -> dict[str, PartReport]:
     """Return the records of the parts whose files are complete, by file name. A torn last line is left out."""
-    records: dict[str, Record] = {}
+    records: dict[str, PartReport] = {}
     for log in sorted(partial.glob(f"{DONE}*")):
         for line in log.read_text(encoding="utf-8").splitlines():
             try:
@@ -175,7 +175,7 @@ def run_parts(parts: Sequence[Part], partial: Path, jobs: int, progress: Progres
     counter = context.Value("q", 0)
     _shared.update(left=left, partial=partial, counter=counter)
     with progress.following(counter), ProcessPoolExecutor(jobs, context, initializer=_quiet) as pool:
-        waiting: set[Future[Record]] = {pool.submit(_write_numbered, number) for number in range(len(left))}
+        waiting: set[Future[PartReport]] = {pool.submit(_write_numbered, number) for number in range(len(left))}
         try:
             while waiting:
                 ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
@@ -197,7 +197,7 @@ def _quiet() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
 
 
-def _write_numbered(number: int) -> Record:
+def _write_numbered(number: int) -> PartReport:
     counter = _shared["counter"]
 
     def add(nbytes: int) -> None:
@@ -207,7 +207,7 @@ def _write_numbered(number: int) -> Record:
     return _write(_shared["left"][number], _shared["partial"], add)
 
 
-def _write(part: Part, partial: Path, add: Callable[[int], None]) -> Record:
+def _write(part: Part, partial: Path, add: Callable[[int], None]) -> PartReport:
     final, writing = partial / part.file, partial / f"{part.file}.writing"
     try:
         record = part.write(writing, add)
@@ -222,5 +222,5 @@ def _write(part: Part, partial: Path, add: Callable[[int], None]) -> Record:
     return {"file": part.file, "nbytes": size, **record}
 
 
-def _line(record: Record) -> bytes:
+def _line(record: PartReport) -> bytes:
     return (json.dumps(record) + "\n").encode()

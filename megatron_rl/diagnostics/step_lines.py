@@ -8,10 +8,10 @@ from typing import Any
 from megatron_rl.errors import UserError
 from megatron_rl.files import append_file, replace_file
 
-Record = dict[str, Any]
+StepLine = dict[str, Any]
 
 
-def read_lines(path: Path) -> list[tuple[bytes, Record]]:
+def read_lines(path: Path) -> list[tuple[bytes, StepLine]]:
     """Return (line, record) of every complete line.
 
     Raises:
@@ -34,7 +34,7 @@ def read_lines(path: Path) -> list[tuple[bytes, Record]]:
     return out
 
 
-def cut_back(path: Path, stays: Callable[[Record], bool]) -> None:
+def cut_back(path: Path, stays: Callable[[StepLine], bool]) -> None:
     """Keep in `path` the complete lines whose record stays, each ended by a newline.
 
     The other lines are moved to `<stem>.dropped.jsonl`, and so is an incomplete last line. Nothing is deleted. A file

@@ -6,8 +6,8 @@ from math import gcd
 
 from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError, PrecisionError
-from megatron_rl.precision.machine import Machine, execution_mode, has_engine_layers
-from megatron_rl.precision.plan import PrecisionPlan, resolve
+from megatron_rl.precision.machine import Machine, execution_mode, uses_transformer_engine
+from megatron_rl.precision.plan import DTYPES, PrecisionPlan, resolve
 from megatron_rl.precision.plan_checks import BLOCK, EngineCut, Matrix, PlanReport, RowRange, check_plan
 from megatron_rl.weights.families import Family, ModelShape
 from megatron_rl.weights.layouts import QKV, GateUp, Layout
@@ -51,13 +51,13 @@ def check_precision(config: Config, family: Family, shape: ModelShape, machine: 
 
 def _check_layers(config: Config, machine: Machine) -> None:
     """Raise ConfigError or PrecisionError if a key is about Transformer Engine's layers, and the trainer has others."""
-    p, engine = config.precision, has_engine_layers(config.precision.train, machine)
+    p = config.precision
     if machine.capability is not None and p.recipe != "none" and p.train == "fp32":
         raise PrecisionError(
             f"precision.recipe {p.recipe} on a GPU needs precision.train: bf16: in fp32 Transformer Engine's attention "
             "would store all scores, and its products outside the recipe would be TF32"
         )
-    if p.attention != "auto" and not engine:
+    if p.attention != "auto" and not uses_transformer_engine(DTYPES[p.train], machine):
         raise ConfigError(
             f"precision.attention: {p.attention} is a kernel of Transformer Engine's layers, and this trainer has "
             "megatron-core's local ones (it has no GPU, no transformer-engine, or precision.train: fp32): leave it at "

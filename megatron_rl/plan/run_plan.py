@@ -18,8 +18,8 @@ from megatron_rl.plan.precision_check import check_precision
 from megatron_rl.plan.reference_check import check_reference
 from megatron_rl.policy.expert_rules import check_experts
 from megatron_rl.policy.shape_rules import check_shape
-from megatron_rl.precision.machine import Machine, has_engine_layers, this_machine
-from megatron_rl.precision.plan import PrecisionPlan
+from megatron_rl.precision.machine import Machine, this_machine, uses_transformer_engine
+from megatron_rl.precision.plan import DTYPES, PrecisionPlan
 from megatron_rl.precision.plan_checks import PlanReport
 from megatron_rl.precision.table import describe
 from megatron_rl.weights.families import ModelShape
@@ -68,10 +68,8 @@ class RunPlan:
         ranks = f"{parallel.world_size} ranks ({layout})" if layout else "1 rank"
         engines = f"{len(rollout.urls)} given" if rollout.urls else f"{rollout.servers} of its own"
         engines = engines if rollout.urls_dir is None else f"those of {rollout.urls_dir}"
-        engine = has_engine_layers(config.precision.train, self.machine)
-        layers = (
-            f"Transformer Engine's (attention: {config.precision.attention})" if engine else "megatron-core's local"
-        )
+        te = uses_transformer_engine(DTYPES[config.precision.train], self.machine)
+        layers = f"Transformer Engine's (attention: {config.precision.attention})" if te else "megatron-core's local"
         noise = "" if self.noise is None else f", perturbed by ALP from sigma {self.noise.sigma_init:g}"
         noise += self._reach_of_sigma(config)
         return [
@@ -80,7 +78,7 @@ class RunPlan:
             + (f"; {self.placement}" if str(self.placement) else ""),
             f"layers: {layers}",
             *([] if config.model.reference is None else [f"reference policy: {config.model.reference}"]),
-            *_recompute_remark(config, engine),
+            *_recompute_remark(config, te),
         ]
 
     def _reach_of_sigma(self, config: Config) -> str:
@@ -121,8 +119,8 @@ def resolve_run(config: Config, *, trains: bool = True) -> RunPlan:
     return RunPlan(machine, shape, report, algorithm, noise, need_logmu, placement)
 
 
-def _recompute_remark(config: Config, engine: bool) -> list[str]:
-    if not engine or config.parallel.recompute != "selective":
+def _recompute_remark(config: Config, te: bool) -> list[str]:
+    if not te or config.parallel.recompute != "selective":
         return []
     return [
         "warning: parallel.recompute: selective computes attention twice and saves little, because Transformer "

@@ -4,6 +4,7 @@ The stock `DotProductAttention` rejects packing and context parallelism.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from megatron.core.transformer.utils import is_layer_window_attention, make_shar
 from megatron.core.utils import divide
 
 from megatron_rl.alp.layer import NoiseDraw
+from megatron_rl.policy.device_copy import on_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +72,8 @@ class AttentionPlan:
     inverse: torch.Tensor
 
 
-def plan_attention(cu_seqlens: list[int], cp_size: int, cp_rank: int, device: torch.device) -> AttentionPlan:
-    """Return the attention plan of one rank for sequences that are split zig-zag, each on its own.
+def plan_attention(cu_seqlens: list[int], cp_size: int, cp_rank: int) -> AttentionPlan:
+    """Return the attention plan of one rank, on the host, for sequences that are split zig-zag, each on its own.
 
     Keys are gathered in rank order. Rank r holds chunks r and 2 cp - 1 - r of every sequence.
 
@@ -79,7 +81,6 @@ def plan_attention(cu_seqlens: list[int], cp_size: int, cp_rank: int, device: to
         cu_seqlens: global sequence boundaries, padded to multiples of 2 x cp.
         cp_size: number of context-parallel ranks.
         cp_rank: this rank's number among them.
-        device: device of the plan's tensors.
     """
     cu = np.asarray(cu_seqlens)
     lengths, total = np.diff(cu), cu[-1] // cp_size
@@ -87,7 +88,7 @@ def plan_attention(cu_seqlens: list[int], cp_size: int, cp_rank: int, device: to
 
     def add(rows: np.ndarray, keys: np.ndarray) -> None:
         """Add the blocks with these queries, shape [count, rows], and keys, shape [count, columns]."""
-        queries, gathered = (torch.from_numpy(each.reshape(-1)).to(device) for each in (rows, keys))
+        queries, gathered = (torch.from_numpy(each.reshape(-1)) for each in (rows, keys))
         groups.append(AttentionGroup(len(rows), rows.shape[1], keys.shape[1], queries, gathered))
 
     for length in np.unique(lengths):
@@ -165,7 +166,7 @@ class PackedAttention(MegatronModule):
             packed_seq_params: the `PackedStream` with the attention plan.
         """
         assert packed_seq_params is not None, "the data path is packed: every forward carries cu_seqlens"
-        plan: AttentionPlan = packed_seq_params.plan
+        plan: AttentionPlan = packed_seq_params.plan(query.device)
         if self.cp_group.size() > 1:
             both = gather_from_sequence_parallel_region(
                 torch.cat([key, value], -1), tensor_parallel_output_grad=True, group=self.cp_group
@@ -226,12 +227,20 @@ class PackedStream(PackedSeqParams):
     """megatron-core's packing parameters with what else a layer reads per micro-batch.
 
     Attributes:
-        plan: the attention plan, computed from the packing parameters.
+        make_plan: makes the attention plan. Only local layers ask for it: Transformer Engine's need none.
         noise: noise that the layers add; None: no noise.
         routing: experts of this rank's tokens in each layer, shape [t, L, K], -1 where the router chooses. None: the
             router always chooses.
     """
 
-    plan: AttentionPlan | None = None
+    make_plan: Callable[[], AttentionPlan] | None = None
     noise: NoiseDraw | None = None
     routing: torch.Tensor | None = None
+    _plan: AttentionPlan | None = None
+
+    def plan(self, device: torch.device) -> AttentionPlan:
+        """Return the attention plan, on the device of all layers. It is made at the first call."""
+        if self._plan is None:
+            assert self.make_plan is not None
+            self._plan = on_device(self.make_plan(), device)
+        return self._plan

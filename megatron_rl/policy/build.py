@@ -13,7 +13,7 @@ from megatron_rl.policy.actor import Policy, PolicySettings
 from megatron_rl.policy.fused_kernels import fuse_weight_gradients, overlaps_gradients
 from megatron_rl.policy.loss_denominator import finalize_gradients
 from megatron_rl.policy.model import PolicyModel, build_chunks
-from megatron_rl.policy.modules import uses_transformer_engine
+from megatron_rl.policy.modules import has_te_layers
 from megatron_rl.policy.optimizer import PolicyOptimizer
 from megatron_rl.policy.parallel import Mesh
 from megatron_rl.policy.quantized_products import ProductMonitor
@@ -43,10 +43,10 @@ def build_policy(config: Config, mesh: Mesh, precision: PrecisionPlan, noise: La
     models = build_chunks(config, shape, mesh, precision, noise)
     load_weights(models, source, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size)
     dtype, tf_config, cuda = DTYPES[config.precision.train], models[0].config, mesh.device.type == "cuda"
-    engine = uses_transformer_engine(dtype)
-    if engine and cuda:
+    te = has_te_layers(dtype)
+    if te and cuda:
         fuse_weight_gradients(models)
-    products = ProductMonitor(precision, models, mesh, engine)
+    products = ProductMonitor(precision, models, mesh, te)
     routing = RoutingReplay(config, shape, models, mesh)
     failures = mesh.gather(find_bad_weights(models, source))
     mesh.raise_everywhere(mesh.broadcast(next(filter(None, failures), None)))
@@ -54,7 +54,7 @@ def build_policy(config: Config, mesh: Mesh, precision: PrecisionPlan, noise: La
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.optimizer.distributed,
-        overlap_grad_reduce=overlaps_gradients(config.parallel, engine=engine, cuda=cuda),
+        overlap_grad_reduce=overlaps_gradients(config.parallel, te=te, cuda=cuda),
         average_in_collective=False,
     )
     chunks = [

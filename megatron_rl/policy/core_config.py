@@ -8,10 +8,10 @@ from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from megatron_rl.config import Config
+from megatron_rl.config import Config, ParallelConfig
 from megatron_rl.errors import ConfigError
 from megatron_rl.policy.fused_kernels import fused_kernels
-from megatron_rl.policy.modules import uses_transformer_engine
+from megatron_rl.policy.modules import has_te_layers
 from megatron_rl.policy.quantized_products import transformer_engine_recipe
 from megatron_rl.precision.plan import DTYPES, PrecisionPlan
 from megatron_rl.weights.families import Experts, Latent, ModelShape, RopePlan, Yarn
@@ -41,38 +41,18 @@ def transformer_config(config: Config, shape: ModelShape, precision: PrecisionPl
         shape: shape of the model.
         precision: the resolved precision plan.
     """
-    parallel = config.parallel
-    stages = parallel.pipeline * parallel.virtual_pipeline
-    if shape.num_layers % stages:
-        raise ConfigError(
-            f"parallel.pipeline x parallel.virtual_pipeline = {stages} does not divide {shape.num_layers} layers"
-        )
-    dtype = DTYPES[config.precision.train]
-    engine = uses_transformer_engine(dtype)
+    parallel, dtype = config.parallel, DTYPES[config.precision.train]
+    te = has_te_layers(dtype)
     kind = TransformerConfig if shape.latent is None else MLATransformerConfig
     return kind(
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        num_attention_heads=shape.num_heads,
-        num_query_groups=shape.num_kv_heads,
-        kv_channels=shape.head_dim,
-        ffn_hidden_size=shape.ffn_hidden_size,
-        normalization="RMSNorm",
-        layernorm_epsilon=shape.norm_eps,
-        gated_linear_unit=True,
-        # This gives biases to the projection of attention's output, to routers and to experts.
-        add_bias_linear=shape.out_bias,
-        add_qkv_bias=shape.qkv_bias,
-        qk_layernorm=shape.qk_norm or shape.latent is not None,
-        **_ACTIVATIONS[shape.activation],
-        softmax_type="learnable" if shape.sinks else "vanilla",
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        attention_softmax_in_fp32=True,
+        **_layers(shape),
+        **_layout(parallel, shape.num_layers),
+        **RECOMPUTE[parallel.recompute],
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
+        attention_softmax_in_fp32=True,
         init_method=_from_checkpoint,
         output_layer_init_method=_from_checkpoint,
         embedding_init_method=_from_checkpoint,
@@ -80,26 +60,60 @@ def transformer_config(config: Config, shape: ModelShape, precision: PrecisionPl
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,  # see `fuse_weight_gradients`
-        **fused_kernels(shape, engine=engine, cuda=torch.cuda.is_available()),
         attention_backend=AttnBackend[config.precision.attention],
-        rotary_interleaved=shape.rope.interleaved,
-        **(_scores(shape) if shape.latent is None else _latent(shape.latent, shape.rope)),
-        **_windows(shape),
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        context_parallel_size=parallel.context,
-        sequence_parallel=parallel.sequence,
-        # With virtual stages the default point-to-point mode gives wrong gradients without any error.
-        overlap_p2p_comm=parallel.virtual_pipeline > 1,
-        batch_p2p_comm=parallel.virtual_pipeline == 1,
-        batch_p2p_sync=torch.cuda.is_available(),
         # The loss is already divided by the global denominator: gradients are plain sums over micro-batches and ranks.
         calculate_per_token_loss=True,
-        **RECOMPUTE[parallel.recompute],
-        **({} if shape.experts is None else _mixture(shape.experts, shape.num_layers, parallel.expert, engine)),
-        **(transformer_engine_recipe(config, precision) if engine else {}),
+        **fused_kernels(shape, te=te, cuda=torch.cuda.is_available()),
+        **({} if shape.experts is None else _mixture(shape.experts, shape.num_layers, parallel.expert, te)),
+        **(transformer_engine_recipe(config, precision) if te else {}),
     )
+
+
+def _layers(shape: ModelShape) -> dict[str, Any]:
+    """Return megatron-core's settings of a model's layers, without its experts."""
+    return {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads": shape.num_heads,
+        "num_query_groups": shape.num_kv_heads,
+        "kv_channels": shape.head_dim,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": shape.norm_eps,
+        "gated_linear_unit": True,
+        # This gives biases to the projection of attention's output, to routers and to experts.
+        "add_bias_linear": shape.out_bias,
+        "add_qkv_bias": shape.qkv_bias,
+        "qk_layernorm": shape.qk_norm or shape.latent is not None,
+        **_ACTIVATIONS[shape.activation],
+        "softmax_type": "learnable" if shape.sinks else "vanilla",
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "rotary_interleaved": shape.rope.interleaved,
+        **(_scores(shape) if shape.latent is None else _latent(shape.latent, shape.rope)),
+        **_windows(shape),
+    }
+
+
+def _layout(parallel: ParallelConfig, num_layers: int) -> dict[str, Any]:
+    """Return megatron-core's settings of a layout. Raise ConfigError if its stages do not divide the layers."""
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    if num_layers % stages:
+        raise ConfigError(
+            f"parallel.pipeline x parallel.virtual_pipeline = {stages} does not divide {num_layers} layers"
+        )
+    virtual = parallel.virtual_pipeline > 1
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if virtual else None,
+        "context_parallel_size": parallel.context,
+        "sequence_parallel": parallel.sequence,
+        # With virtual stages the default point-to-point mode gives wrong gradients without any error.
+        "overlap_p2p_comm": virtual,
+        "batch_p2p_comm": not virtual,
+        "batch_p2p_sync": torch.cuda.is_available(),
+    }
 
 
 def _from_checkpoint(_: torch.Tensor) -> None:
@@ -166,7 +180,7 @@ def _windows(shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def _mixture(experts: Experts, num_layers: int, expert_parallel: int, engine: bool) -> dict[str, Any]:
+def _mixture(experts: Experts, num_layers: int, expert_parallel: int, te: bool) -> dict[str, Any]:
     """Return megatron-core's settings of a router and its experts.
 
     No load-balancing loss is used, because it would be part of every objective.
@@ -175,7 +189,7 @@ def _mixture(experts: Experts, num_layers: int, expert_parallel: int, engine: bo
         experts: the mixture of experts.
         num_layers: number of layers.
         expert_parallel: number of expert-parallel ranks.
-        engine: the layers are Transformer Engine's.
+        te: the layers are Transformer Engine's.
     """
     dense = experts.dense_layers
     return {
@@ -197,7 +211,7 @@ def _mixture(experts: Experts, num_layers: int, expert_parallel: int, engine: bo
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_token_dispatcher_type": "alltoall",
-        "moe_grouped_gemm": engine,
+        "moe_grouped_gemm": te,
         "expert_model_parallel_size": expert_parallel,
         "expert_tensor_parallel_size": 1,
     }

@@ -1,4 +1,4 @@
-"""What a GPU computes in other kernels than a CPU: which layers are used, and which of their parts are fused.
+"""What a GPU computes in other kernels than a CPU: which parts of layers are fused, and which sums overlap.
 
 The choices are functions of the model, the dtype and the device. So a machine without a GPU can test them.
 """
@@ -12,46 +12,30 @@ from megatron_rl.config import ParallelConfig
 from megatron_rl.weights.families import ModelShape
 
 
-def takes_engine_layers(dtype: torch.dtype, *, installed: bool, cuda: bool) -> bool:
-    """Return whether the layers are Transformer Engine's, or else megatron-core's local ones.
-
-    In float32 its products on a GPU are TF32, whatever torch's settings are. Of its kernels of attention only the
-    unfused one takes float32, and that stores the scores of all heads and sequences: 30 GB a layer at 4096 tokens.
-    Without a GPU
-    Transformer Engine runs in tests alone, on torch's products.
-
-    Args:
-        dtype: dtype of the model's parameters.
-        installed: Transformer Engine is installed and loads.
-        cuda: the model is on a GPU.
-    """
-    return installed and not (cuda and dtype == torch.float32)
-
-
-def fused_kernels(shape: ModelShape, *, engine: bool, cuda: bool) -> dict[str, Any]:
+def fused_kernels(shape: ModelShape, *, te: bool, cuda: bool) -> dict[str, Any]:
     """Return the fields of megatron-core's configuration that fuse kernels on a GPU.
 
     Unfused RoPE synchronizes with the host four times a layer and micro-batch.
 
     Args:
         shape: shape of the model.
-        engine: the layers are Transformer Engine's.
+        te: the layers are Transformer Engine's.
         cuda: the model is on a GPU.
     """
-    fused = engine and cuda
+    fused = te and cuda
     gated = fused and shape.activation == "silu" and not shape.out_bias
     # megatron-core 0.16.1 does not tell the fused kernel of packed streams that dimensions are interleaved. With
     # latent attention it fuses YaRN alone.
     rope = fused and not shape.rope.interleaved and shape.latent is None
     return {
-        "persist_layer_norm": engine,
+        "persist_layer_norm": te,
         "bias_activation_fusion": gated,
         "apply_rope_fusion": rope,
         **({"moe_permute_fusion": fused} if shape.experts is not None else {}),
     }
 
 
-def overlaps_gradients(parallel: ParallelConfig, *, engine: bool, cuda: bool) -> bool:
+def overlaps_gradients(parallel: ParallelConfig, *, te: bool, cuda: bool) -> bool:
     """Return whether gradients are summed over replicas while backward runs.
 
     megatron-core sums a bucket when each of its parameters has a gradient. A local expert without tokens has none.
@@ -59,10 +43,10 @@ def overlaps_gradients(parallel: ParallelConfig, *, engine: bool, cuda: bool) ->
 
     Args:
         parallel: the layout.
-        engine: the layers are Transformer Engine's.
+        te: the layers are Transformer Engine's.
         cuda: the model is on a GPU.
     """
-    return engine and cuda and parallel.data * parallel.context > 1
+    return te and cuda and parallel.data * parallel.context > 1
 
 
 def fuse_weight_gradients(models: Iterable[torch.nn.Module]) -> int:

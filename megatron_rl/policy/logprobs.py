@@ -124,6 +124,8 @@ class _Head:
         torch.mm(d_logits, weight, out=d_hidden)
         if weight.dtype == torch.float32:
             d_weight.addmm_(d_logits.t(), hidden)
+        elif hidden.is_cuda:  # the sum stays in the product, and no product is rounded before it is added
+            torch.addmm(d_weight, d_logits.t(), hidden, out_dtype=torch.float32, out=d_weight)
         else:
             d_weight.add_(d_logits.t() @ hidden)
 

@@ -23,21 +23,21 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_rl.alp.layer import perturbed_spec
 from megatron_rl.alp.layer_noise import LayerNoise
 from megatron_rl.policy.attention import PackedAttention
-from megatron_rl.policy.fused_kernels import takes_engine_layers
 from megatron_rl.precision.linear import quantized_layer
-from megatron_rl.precision.machine import load_transformer_engine, this_machine
+from megatron_rl.precision.machine import load_transformer_engine, this_machine, uses_transformer_engine
 from megatron_rl.precision.plan import PrecisionPlan
 from megatron_rl.precision.products import operands_of
 from megatron_rl.precision.spec_parts import parts_of, with_parts
 from megatron_rl.weights.families import ModelShape
 from megatron_rl.weights.megatron_keys import LATENT_NORMS
 
-HAVE_TE = load_transformer_engine(this_machine())
+HERE = this_machine()
+HAVE_TE = load_transformer_engine(HERE)
 
 
-def uses_transformer_engine(dtype: torch.dtype) -> bool:
+def has_te_layers(dtype: torch.dtype) -> bool:
     """Return whether a model of this dtype has Transformer Engine's layers in this process."""
-    return takes_engine_layers(dtype, installed=HAVE_TE, cuda=torch.cuda.is_available())
+    return HAVE_TE and uses_transformer_engine(dtype, HERE)
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -109,7 +109,7 @@ def block_spec(
         plan: what the products of local layers are quantized to, if anything. Transformer Engine's layers take this
             from `config`.
     """
-    if uses_transformer_engine(config.params_dtype):
+    if has_te_layers(config.params_dtype):
         block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
         layers = [_adapted(layer, shape) for layer in block.layer_specs]
         layers = layers if noise is None else [perturbed_spec(layer, noise) for layer in layers]

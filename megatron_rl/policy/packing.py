@@ -9,8 +9,8 @@ predict nothing.
 
 import heapq
 import math
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ class Shard:
         rows: local positions whose next token is scored, shape [R].
         labels: these next tokens, shape [R].
         index: the same positions in the whole stream, shape [R].
-        stream: packing parameters, attention plan, noise and routing.
+        stream: packing parameters, how to plan attention, noise and routing.
         topk_labels: further tokens to score at these positions, shape [R, K].
     """
 
@@ -235,20 +235,19 @@ def noise_rows(micro: Microbatch, *, cp_size: int, cp_rank: int, sp_size: int, s
     return NoiseRows(micro.positions[own], micro.ids[own])
 
 
-def shard(micro: Microbatch, *, cp_size: int, cp_rank: int, device: torch.device, max_length: int) -> Shard:
-    """Return this rank's slice of a micro-batch.
+def shard(micro: Microbatch, *, cp_size: int, cp_rank: int, max_length: int) -> Shard:
+    """Return this rank's slice of a micro-batch, on the host.
 
     Args:
         micro: the whole micro-batch.
         cp_size: number of context-parallel ranks.
         cp_rank: this rank's number among them.
-        device: device of the slice's tensors.
         max_length: maximum sequence length, one constant for the run, because megatron-core caches RoPE by it.
     """
     index = zigzag_index(micro.cu_seqlens, cp_size, cp_rank)
     scored = micro.mask[index] > 0
     topk_ids = micro.columns.get("topk_ids")
-    cu = torch.tensor(micro.cu_seqlens, dtype=torch.int32, device=device)
+    cu = torch.tensor(micro.cu_seqlens, dtype=torch.int32)
     stream = PackedStream(
         qkv_format="thd",
         cu_seqlens_q=cu,
@@ -257,22 +256,14 @@ def shard(micro: Microbatch, *, cp_size: int, cp_rank: int, device: torch.device
         cu_seqlens_kv_padded=cu,
         max_seqlen_q=max_length,
         max_seqlen_kv=max_length,
-        plan=plan_attention(micro.cu_seqlens, cp_size, cp_rank, device),
+        make_plan=partial(plan_attention, micro.cu_seqlens, cp_size, cp_rank),
     )
     return Shard(
-        tokens=micro.tokens[index][None].to(device),
-        positions=micro.positions[index][None].to(device),
-        rows=scored.nonzero()[:, 0].to(device),
-        labels=micro.labels[index[scored]].to(device),
-        index=index[scored].to(device),
+        tokens=micro.tokens[index][None],
+        positions=micro.positions[index][None],
+        rows=scored.nonzero()[:, 0],
+        labels=micro.labels[index[scored]],
+        index=index[scored],
         stream=stream,
-        topk_labels=None if topk_ids is None else topk_ids[index[scored]].to(device),
+        topk_labels=None if topk_ids is None else topk_ids[index[scored]],
     )
-
-
-def to_device(micro: Microbatch, device: torch.device) -> Microbatch:
-    """Return the same micro-batch with its tensors on `device`, where the objective runs."""
-    moved: dict[str, Any] = {
-        name: value.to(device) for name, value in vars(micro).items() if isinstance(value, torch.Tensor)
-    }
-    return replace(micro, **moved, columns={name: value.to(device) for name, value in micro.columns.items()})

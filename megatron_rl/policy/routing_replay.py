@@ -113,7 +113,7 @@ class RoutingReplay:
         return None
 
     def rows(self, micro: Microbatch) -> Tensor | None:
-        """Return the experts of the tokens whose hidden states this rank holds: [t, L, K] int64, on its device.
+        """Return the experts of the tokens whose hidden states this rank holds: [t, L, K] int64, on the host.
 
         Return None if nothing is replayed.
         """
@@ -128,7 +128,7 @@ class RoutingReplay:
             sp_size=mesh.tp_size if cut else 1,
             sp_rank=mesh.tp_rank if cut else 0,
         )
-        return routing[own].to(mesh.device, torch.int64)
+        return routing[own].long()
 
     def record(self, batch: Batch) -> dict[str, float]:
         """Return the statistics of replay since `start`, on rank 0 (elsewhere empty). Collective; empty without replay.

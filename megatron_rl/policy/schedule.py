@@ -10,7 +10,8 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_rl.alp.layer import NoiseDraw
-from megatron_rl.policy.packing import Microbatch, Shard, noise_rows, pack, shard, stream_unit, to_device
+from megatron_rl.policy.device_copy import on_device
+from megatron_rl.policy.packing import Microbatch, Shard, noise_rows, pack, shard, stream_unit
 from megatron_rl.policy.parallel import Mesh
 from megatron_rl.policy.routing_replay import RoutingReplay
 from megatron_rl.types import Batch
@@ -90,10 +91,8 @@ class Schedule:
             unit=stream_unit(self.budget, mesh.tp_size, mesh.cp_size),
         )
         mine = packed[mesh.dp_rank :: mesh.dp_size]
-        shards = [self._shard(micro, noise) for micro in mine]
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-        moved = [to_device(m, mesh.device) for m in mine] if last else mine
-        pairs = list(zip(moved, shards, strict=True))
+        pairs = [self._moved(micro, self._shard(micro, noise), last) for micro in mine]
 
         def forward_step(
             feed: Iterator[tuple[Microbatch, Shard]], chunk: torch.nn.Module
@@ -112,10 +111,15 @@ class Schedule:
             forward_only=forward_only,
         )
 
+    def _moved(self, micro: Microbatch, piece: Shard, scored: bool) -> tuple[Microbatch, Shard]:
+        """Copy a shard to the device, and its micro-batch if the loss is computed on this rank."""
+        device = self.mesh.device
+        return on_device((micro, piece), device) if scored else (micro, on_device(piece, device))
+
     def _shard(self, micro: Microbatch, noise: NoiseSource | None) -> Shard:
-        """Return the rows of a micro-batch that this rank computes, with their noise and their experts."""
+        """Return the rows of a micro-batch that this rank computes, with their noise and their experts, on the host."""
         mesh = self.mesh
-        piece = shard(micro, cp_size=mesh.cp_size, cp_rank=mesh.cp_rank, device=mesh.device, max_length=self.budget + 1)
+        piece = shard(micro, cp_size=mesh.cp_size, cp_rank=mesh.cp_rank, max_length=self.budget + 1)
         piece.stream.noise = None if noise is None else self._noise(micro, noise)
         piece.stream.routing = self.routing.rows(micro)
         return piece
@@ -129,7 +133,7 @@ class Schedule:
             sp_size=mesh.tp_size if noise.sharded else 1,
             sp_rank=mesh.tp_rank if noise.sharded else 0,
         )
-        return NoiseDraw(rows.to(mesh.device), noise.seed, noise.draw)
+        return NoiseDraw(rows, noise.seed, noise.draw)
 
     def _score(
         self, micro: Microbatch, piece: Shard, scores: tuple[torch.Tensor, ...], loss: Loss

@@ -19,7 +19,8 @@ class Machine:
     Attributes:
         capability: compute capability of the CUDA device ((9, 0) is Hopper), None on a CPU.
         cuda: CUDA version that torch was built for.
-        transformer_engine: True if a package of that name is installed. Whether it loads is only checked on use.
+        transformer_engine: True if a package of that name is installed. Whether it loads is only checked on use. On a
+            CPU nobody looks for it: there, tests alone run it, on torch's products.
         gpus: number of CUDA devices that this process sees.
     """
 
@@ -42,18 +43,18 @@ def this_machine() -> Machine:
     if not torch.cuda.is_available():
         return Machine()
     major, _, minor = (torch.version.cuda or "0.0").partition(".")
-    engine = importlib.util.find_spec("transformer_engine") is not None
-    return Machine(torch.cuda.get_device_capability(0), (int(major), int(minor)), engine, torch.cuda.device_count())
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    return Machine(torch.cuda.get_device_capability(0), (int(major), int(minor)), installed, torch.cuda.device_count())
 
 
 def load_transformer_engine(machine: Machine) -> bool:
-    """Import Transformer Engine if this machine has it. Return True if its layers are used.
+    """Import Transformer Engine if this machine has it. Return whether it has.
 
     Raises:
         PrecisionError: it is installed but cannot be imported. megatron-core's local layers are not a fallback, because
             they compute something else.
     """
-    if machine.capability is None or not machine.transformer_engine:
+    if not machine.transformer_engine:
         return False
     try:
         importlib.import_module("transformer_engine.pytorch")
@@ -65,14 +66,17 @@ def load_transformer_engine(machine: Machine) -> bool:
     return True
 
 
-def has_engine_layers(train: str, machine: Machine) -> bool:
-    """Return whether a trainer of this dtype has Transformer Engine's layers on this machine, not local ones.
+def uses_transformer_engine(dtype: torch.dtype, machine: Machine) -> bool:
+    """Return whether the layers are Transformer Engine's, or else megatron-core's local ones.
+
+    In float32 its products on a GPU are TF32, whatever torch's settings are. Of its kernels of attention only the
+    unfused one takes float32, and that stores the scores of all heads and sequences: 30 GB a layer at 4096 tokens.
 
     Args:
-        train: fp32, bf16 or fp16.
+        dtype: dtype of the model's parameters.
         machine: the machine.
     """
-    return machine.capability is not None and machine.transformer_engine and train != "fp32"
+    return machine.transformer_engine and not (machine.device == "cuda" and dtype == torch.float32)
 
 
 def unsupported_reason(recipe: str, machine: Machine, *, pow2: bool = False) -> str | None:

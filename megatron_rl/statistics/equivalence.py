@@ -71,26 +71,6 @@ def holm(p: np.ndarray) -> np.ndarray:
     return np.take_along_axis(adjusted, np.argsort(order, axis=-1), -1)
 
 
-def detectable_prompt_difference(
-    n: int, samples: int, *, between: float, first: float, second: float, power: float = 0.8, confidence: float = 0.95
-) -> float:
-    """Return the smallest difference of two trained models that n prompts show with this power.
-
-    (z + z_power) sqrt((w^2 + s_a^2 / K + s_b^2 / K) / n), Miller 2024, arXiv 2411.00640, section 5, without seeds.
-
-    Args:
-        n: number of prompts.
-        samples: samples of each prompt and model, K.
-        between: standard deviation w over prompts of the difference of the true rates.
-        first: standard deviation of one sample's reward, first model.
-        second: the same of the second model.
-        power: chance to find the difference.
-        confidence: of the two-sided test.
-    """
-    z = stats.norm.ppf(0.5 + confidence / 2) + stats.norm.ppf(power)
-    return float(z * np.sqrt((between**2 + first**2 / samples + second**2 / samples) / n))
-
-
 def detectable_seed_difference(sd: float, seeds: int, *, power: float = 0.8, confidence: float = 0.95) -> float:
     """Return the smallest true difference that a t test over seeds finds with this power; inf for one seed.
 

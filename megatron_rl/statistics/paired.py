@@ -1,13 +1,8 @@
 """Differences of two arms on the same prompts and the same seeds, and intervals of single rates."""
 
-from typing import Any
-
 import numpy as np
-from scipy import stats
 
 from megatron_rl.statistics.estimate import Estimate, t_estimate
-
-_EXACT_BELOW = 25  # discordant prompts below which McNemar's test is the exact binomial test
 
 
 def prompt_difference(
@@ -83,39 +78,3 @@ def crossed_difference(deltas: np.ndarray, *, confidence: float = 0.95) -> Estim
     df = np.maximum(df, seeds - 1)
     method = f"t over {seeds} seed means, with the variance of {prompts} shared prompts"
     return t_estimate(value[()], np.sqrt(variance / (seeds * prompts))[()], df, confidence=confidence, method=method)
-
-
-def mcnemar(only_first: int, only_second: int) -> float:
-    """Return the p value that two runs solve the same share of prompts, from one sample a prompt.
-
-    McNemar's test (Psychometrika 12, 1947) with the continuity correction of Edwards (1948); the exact binomial test
-    below 25 discordant prompts.
-
-    Args:
-        only_first: prompts that only the first run solves.
-        only_second: prompts that only the second run solves.
-    """
-    n = only_first + only_second
-    if n == 0:
-        return 1.0
-    if n < _EXACT_BELOW:
-        return float(stats.binomtest(only_first, n).pvalue)
-    return float(stats.chi2.sf(max(abs(only_first - only_second) - 1, 0) ** 2 / n, 1))
-
-
-def wilson(successes: Any, n: Any, *, confidence: float = 0.95) -> Estimate:
-    """Estimate a single rate with Wilson's interval (JASA 22, 1927): it stays inside [0, 1] and holds near the ends.
-
-    Args:
-        successes: number of successes, int or array.
-        n: number of trials, int or array, at least 1.
-        confidence: of the interval.
-    """
-    z = stats.norm.ppf(0.5 + confidence / 2)
-    successes, n = np.asarray(successes, dtype=np.float64), np.asarray(n, dtype=np.float64)
-    rate = successes / n
-    center = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
-    reach = z * np.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
-    low = np.where(successes == 0, 0.0, center - reach)[()]
-    high = np.where(successes == n, 1.0, center + reach)[()]
-    return Estimate(rate[()], np.sqrt(rate * (1 - rate) / n)[()], low, high, np.inf, confidence, "Wilson")

@@ -14,7 +14,7 @@ from megatron_rl.config.code_paths import code_digests
 from megatron_rl.errors import ConfigError, MegatronRLError, did_you_mean
 from megatron_rl.study.grid import Cell, arms_of
 from megatron_rl.study.study_file import Study
-from megatron_rl.trainer.run_folder import PLACES, check_places
+from megatron_rl.trainer.run_folder import KEYS_OF_AN_ATTEMPT, check_folder_paths
 
 _EDGE = 1 << 20  # bytes at the start and the end of a file that its fingerprint covers
 _SHARED = ("task", "eval")  # sections that paired cells have in common
@@ -75,7 +75,7 @@ def _configs(cells: Sequence[Cell], check: Callable[[Config], Any]) -> tuple[lis
     for cell in cells:
         try:
             config = make_config(cell.tree)
-            check_places(config.run.folder)
+            check_folder_paths(config.run.folder)
         except MegatronRLError as error:
             refused.setdefault(str(error), []).append(cell.id)
             continue
@@ -116,7 +116,7 @@ def _without(config: Config, **keys: set[str]) -> str:
 
 def _digest(config: Config, prints: dict[str, str]) -> str:
     """Return the digest of what a run computes. `prints` remembers fingerprints of files."""
-    where = {section: set(keys) for section, keys in PLACES.items()}
+    where = {section: set(keys) for section, keys in KEYS_OF_AN_ATTEMPT.items()}
     where["run"] = where["run"] - {"steps"}
     where |= {"model": {"path", "reference"}, "task": {"data", "eval_data"}}
     files = [config.model.path, *filter(None, (config.model.reference, config.task.data, config.task.eval_data))]

@@ -7,7 +7,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from megatron_rl.config.block import Block, check_names
 from megatron_rl.config.load import explain_problems
-from megatron_rl.config.read_yaml import Places, read_file
+from megatron_rl.config.read_yaml import KeySources, read_file
 from megatron_rl.errors import ConfigError, shorten
 
 Settings = dict[str, Any]
@@ -89,7 +89,7 @@ def load_study(path: Path) -> tuple[Study, dict[str, Any]]:
     """
     if not path.is_file():
         raise ConfigError(f"no study file at {shorten(str(path))}")
-    places: Places = {}
+    places: KeySources = {}
     tree = read_file(path, places)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: the top level must be a mapping; a study has at least the keys base and budget")

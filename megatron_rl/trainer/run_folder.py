@@ -25,7 +25,7 @@ from megatron_rl.trainer.run_control import CONTROL_NAME
 CONFIG_NAME = "config.yaml"
 LOCK_NAME = "in-use"
 # Keys that a run may change between two attempts: where it computes and how long, not what.
-PLACES = {
+KEYS_OF_AN_ATTEMPT = {
     "rollout": ("servers", "urls", "urls_dir", "weights_dir", "timeout_s", "start_timeout_s", "api_key_file"),
     "run": ("dir", "name", "steps", "save_every", "keep", "deadline_margin_s", "loggers", "show_samples"),
 }
@@ -53,7 +53,7 @@ def check_run_folder(config: Config, *, resume: bool, accept_changed_code: bool 
     if accept_changed_code and not resume:
         raise ConfigError("--accept-changed-code is about a run that goes on: pass it together with --resume")
     folder = config.run.folder
-    check_places(folder)
+    check_folder_paths(folder)
     if resume:
         _check_content(folder)
     if (folder / LOG_NAME).exists() and not resume:
@@ -72,7 +72,7 @@ def check_run_folder(config: Config, *, resume: bool, accept_changed_code: bool 
             )
 
 
-def check_places(folder: Path) -> None:
+def check_folder_paths(folder: Path) -> None:
     """Check that the run folder can be made or written, and that everything the run keeps there has its kind.
 
     Raises:
@@ -133,7 +133,7 @@ def holds_same_run(config: Config) -> bool:
 
 def _is_of_place(change: str) -> bool:
     section, key = change.partition(":")[0].split(".")
-    return section == "parallel" or key in PLACES.get(section, ())
+    return section == "parallel" or key in KEYS_OF_AN_ATTEMPT.get(section, ())
 
 
 def _earlier_config(folder: Path) -> Config | None:

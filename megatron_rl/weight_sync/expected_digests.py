@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_rl.protocol.buckets import Bucket
-from megatron_rl.weights.digest import tensor_digest
+
+DigestFunction = Callable[[Iterable[Tensor]], list[str]]
 
 # dtypes of parameters as servers name them.
 SERVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -21,22 +22,22 @@ _VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 _WIDTH = 32  # on CPU, SGLang pads the width of feed-forward networks with zeros to a multiple of it
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
 _PART = re.compile(r"(.*\.)(q|k|v|gate|up)_proj(\.\w+)$")
-_PLACES = {"q": ("qkv", 0), "k": ("qkv", 1), "v": ("qkv", 2), "gate": ("gate_up", 0), "up": ("gate_up", 1)}
+_FUSED_PARTS = {"q": ("qkv", 0), "k": ("qkv", 1), "v": ("qkv", 2), "gate": ("gate_up", 0), "up": ("gate_up", 1)}
 
 
 class ExpectedDigests:
     """Digests of the tensors of one version.
 
     Attributes:
-        digests: tensor -> `tensor_digest`, if plain digests are computed.
+        digests: tensor -> plain digest, if plain digests are computed.
         placed: tensor -> index of the bucket in which it was sent.
     """
 
-    def __init__(self, plain: bool, fused: Iterable[str] = ()) -> None:
+    def __init__(self, plain: DigestFunction | None, fused: Iterable[str] = ()) -> None:
         """Start without tensors.
 
         Args:
-            plain: compute `tensor_digest` of each tensor, as the embedded server does.
+            plain: computes the plain digests of tensors; None: there are none.
             fused: dtypes in which SGLang servers hold the weights; their checksums are computed for each.
         """
         self.digests: dict[str, str] = {}
@@ -46,16 +47,16 @@ class ExpectedDigests:
 
     def add_bucket(self, bucket: Bucket) -> None:
         """Add the tensors of a bucket, and note the bucket of each."""
-        for name, tensor in bucket.tensors():
-            self.placed[name] = bucket.index
-            self.add(name, tensor)
+        self.placed |= dict.fromkeys(bucket.names, bucket.index)
+        self.add(dict(bucket.tensors()))
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Add one tensor, under its Hugging Face name."""
-        if self._plain:
-            self.digests[name] = tensor_digest(tensor)
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Add tensors, under their Hugging Face names."""
+        if self._plain is not None:
+            self.digests |= zip(tensors, self._plain(tensors.values()), strict=True)
         for fused in self._fused.values():
-            fused.add(name, tensor)
+            for name, tensor in tensors.items():
+                fused.add(name, tensor)
 
     def sglang(self, dtype: str) -> dict[str, str] | None:
         """Return SGLang's name -> checksum for a server that holds weights in `dtype`; None if it was not requested."""
@@ -63,6 +64,8 @@ class ExpectedDigests:
 
     def changed_since(self, before: "ExpectedDigests") -> list[str]:
         """Return SGLang's names of the parameters whose plain digest changed, among tensors with a digest in both."""
+        if self._plain is not before._plain:
+            return []  # other engines were served then, and these are other numbers
         changed = [name for name, digest in self.digests.items() if before.digests.get(name, digest) != digest]
         return sorted({fused_place(name)[0] for name in changed})
 
@@ -130,7 +133,7 @@ def fused_place(name: str) -> tuple[str, int]:
     part = _PART.match(name)
     if part is None:
         return name, 0
-    fused, at = _PLACES[part[2]]
+    fused, at = _FUSED_PARTS[part[2]]
     return f"{part[1]}{fused}_proj{part[3]}", at
 
 

@@ -10,9 +10,10 @@ from megatron_rl.engines.control import Traits
 from megatron_rl.engines.pool import EnginePool
 from megatron_rl.errors import CheckpointError, EngineError, MegatronRLError, UserError
 from megatron_rl.weight_sync.confirmation import ScoreProbe, has_expected_digests
-from megatron_rl.weight_sync.expected_digests import ExpectedDigests
+from megatron_rl.weight_sync.expected_digests import DigestFunction, ExpectedDigests
 from megatron_rl.weight_sync.transaction import Transaction, Version
 from megatron_rl.weight_sync.transports.transport import Transport, each
+from megatron_rl.weights.digest import device_digests, tensor_digests
 from megatron_rl.weights.hf_folder import ModelFiles
 from megatron_rl.weights.quantized import is_finite
 
@@ -161,9 +162,7 @@ class WeightSync:
         traits: Mapping[str, Traits],
         probe: ScoreProbe | None,
     ) -> PushReport:
-        plain = self._transport.in_buckets and any(
-            found.embedded or not has_expected_digests(found) for found in traits.values()
-        )
+        plain = plain_digests(traits.values()) if self._transport.in_buckets else None
         expected = ExpectedDigests(
             plain, {found.dtype for found in traits.values() if not found.embedded and has_expected_digests(found)}
         )
@@ -176,6 +175,18 @@ class WeightSync:
         self._committed = Version(version, self._transport.commit(), expected, update.confirmed)
         self._traits = {url: found for url, found in traits.items() if url not in dropped}
         return PushReport(version, sent.nbytes, dropped)
+
+
+def plain_digests(traits: Iterable[Traits]) -> DigestFunction | None:
+    """Return what computes the plain digests of a version that is sent in buckets; None if nobody needs them.
+
+    An embedded engine reports digests of the host. If no digest of an engine can be computed, versions are compared
+    with each other alone. Then no weight needs to leave the trainer's device.
+    """
+    found = list(traits)
+    if any(one.embedded for one in found):
+        return tensor_digests
+    return None if all(map(has_expected_digests, found)) else device_digests
 
 
 class _Counted:

@@ -3,8 +3,9 @@
 Global rank 0 receives the Hugging Face tensors, one at a time.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -116,6 +117,9 @@ def _stream(
     rank = dist.get_rank()
     device = next(iter(parameters.values())).device
     whole: Tensor | None = None  # a tensor of several experts, on rank 0
+    if any(group[0] != 0 for group in owners.values()):
+        # NCCL makes the communicator of all ranks at their first collective call. Transfers need it.
+        dist.all_reduce(torch.zeros(1, device=device))
     for entry in plan:
         group = owners[entry.mcore]
         merged: tuple[Tensor, ...] | None = None
@@ -127,10 +131,10 @@ def _stream(
             if merged is not None:
                 tensor = merged[index].to(dtype)
                 if rank != 0:
-                    dist.send(_bytes(tensor), dst=0)
+                    _transfer(dist.isend, tensor, 0)
             elif rank == 0:
                 tensor = torch.empty(full, dtype=dtype, device=device)
-                dist.recv(_bytes(tensor), src=group[0])
+                _transfer(dist.irecv, tensor, group[0])
             if not entry.rule.stacked:
                 yield name, tensor if rank == 0 else None
                 continue
@@ -153,6 +157,15 @@ def _merge(entry: Entry, shard: Tensor, group: Sequence[int]) -> tuple[Tensor, .
     buffers = None if shards is None else [_bytes(buffer) for buffer in shards]
     dist.gather(_bytes(shard), buffers, dst=group[0], group=parallel_state.get_tensor_model_parallel_group())
     return None if shards is None else entry.rule.layout.merge(shards)
+
+
+def _transfer(send_or_receive: Callable[..., Any], tensor: Tensor, peer: int) -> None:
+    """Send a tensor to another rank, or receive it from there.
+
+    In a batch, also of one, NCCL uses the communicator of all ranks. Outside one it makes one for each pair of ranks.
+    """
+    for work in dist.batch_isend_irecv([dist.P2POp(send_or_receive, _bytes(tensor), peer)]):
+        work.wait()
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -290,7 +290,7 @@ from megatron_rl.weight_sync.transports.disk import DiskTransport
 
 source = HFFolder(Path(sys.argv[1]))
 transport = DiskTransport(source)
-transport.prepare(((name, source.read(name)) for name in source.tensors), 1, ExpectedDigests(plain=False))
+transport.prepare(((name, source.read(name)) for name in source.tensors), 1, ExpectedDigests(plain=None))
 print(transport._private, flush=True)
 sys.stdin.read()
 """

@@ -22,6 +22,7 @@ ORDER = (
     "test_sglang.py",
     "test_fused_adam.py",
     "test_head.py",
+    "test_copies.py",
     "test_te_quantizers.py",
     "test_scaled_mm.py",
     "test_noise_kernels.py",

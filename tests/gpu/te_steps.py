@@ -10,6 +10,9 @@ from megatron_rl.objectives import make_objective
 from megatron_rl.policy.actor import Policy
 from tests.parallel.steps import OBJECTIVE, make_batch, make_policy
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from gpu import host_syncs
+
 
 def local_layers() -> None:
     """Turn Transformer Engine off in this process: set HAVE_TE to False in every loaded module of the package."""
@@ -49,3 +52,11 @@ def step(model: Path, transformer_engine: bool, precision: dict[str, Any]) -> di
         "layers": layers_of(policy),
         "trained": batch.mask > 0,
     }
+
+
+def waits(model: Path, budget: int, precision: dict[str, Any]) -> dict[str, int]:
+    """Return how often torch says that an update in micro-batches of `budget` tokens waits for the GPU, by line."""
+    policy = make_policy(model, {}, precision=precision, optimizer={"tokens_per_microbatch": budget})
+    batch, objective = make_batch(), make_objective(OBJECTIVE)
+    policy.update(batch, objective, objective.norm)  # the first one also loads kernels
+    return dict(host_syncs(lambda: policy.update(batch, objective, objective.norm)))

@@ -6,6 +6,7 @@ import torch
 
 from megatron_rl.alp.noise import NoiseRows, noise_key, normals, philox4x32
 from megatron_rl.alp.perturb import Perturb, add_noise, add_noise_, dot_noise
+from megatron_rl.policy.device_copy import on_device
 from tests.gpu.needs import needs_cuda
 
 philox_words = pytest.importorskip("tests.gpu.philox_words", reason="triton is not installed")
@@ -20,7 +21,7 @@ def rows_of(count: int) -> NoiseRows:
 
 
 def on_gpu(rows: NoiseRows) -> NoiseRows:
-    return rows.to(torch.device(DEVICE))
+    return on_device(rows, torch.device(DEVICE))
 
 
 @pytest.mark.parametrize("key", KEYS, ids=str)
@@ -62,8 +63,8 @@ def test_the_gradient_of_sigma_is_that_of_a_cpu_and_repeats():
     gradients = []
     for device in ("cpu", DEVICE):
         log_sigma = torch.tensor([-2.0], device=device, requires_grad=True)
-        Perturb.apply(torch.zeros_like(grad, device=device), log_sigma, rows.to(torch.device(device)), key).backward(
-            grad.to(device)
-        )
+        Perturb.apply(
+            torch.zeros_like(grad, device=device), log_sigma, on_device(rows, torch.device(device)), key
+        ).backward(grad.to(device))
         gradients.append(float(log_sigma.grad))
     assert gradients[0] == pytest.approx(gradients[1], rel=1e-4)

@@ -89,3 +89,16 @@ def test_a_run_on_transformer_engine_goes_on_from_its_checkpoint(one_rank, reque
     assert np.abs(loaded["next"]["logp"] - saved["next"]["logp"]).mean() < 1e-2
     for name, value in saved["next"]["weights"].items():
         assert relative(loaded["next"]["weights"][name], value) < 2**-7, name
+
+
+@pytest.mark.parametrize(
+    ("train", "a_layer"), [("fp32", 4), pytest.param("bf16", 0, marks=needs_te)], ids=["local", "transformer_engine"]
+)
+def test_a_micro_batch_waits_for_the_gpu_only_in_unfused_rope(one_rank, qwen3, train, a_layer):
+    """The batch has 5 micro-batches of 192 tokens, or 3 of 384; the model has 4 layers."""
+    five, three = (
+        one_rank.run("tests.gpu.te_steps", "waits", model=qwen3, budget=budget, precision={"train": train})[0]
+        for budget in (192, 384)
+    )
+    more = {line: (five.get(line, 0) - three.get(line, 0)) / 2 for line in five | three}
+    assert sum(more.values()) == 4 * a_layer, {line: count for line, count in more.items() if count}

@@ -9,7 +9,7 @@ from tests.parallel.group import RankGroup
 from tests.te_cpu.port import FOLDER
 
 
-class EngineRanks(RankGroup):
+class TERanks(RankGroup):
     """Two ranks with Transformer Engine's layers. `run` is that of a group with local layers."""
 
     def run(self, module: str, function: str, timeout: float = 600, **kwargs: Any) -> list[Any]:
@@ -17,9 +17,9 @@ class EngineRanks(RankGroup):
 
 
 @pytest.fixture(scope="session")
-def engine_ranks() -> Iterator[EngineRanks]:
+def te_ranks() -> Iterator[TERanks]:
     if not FOLDER.exists():
         pytest.skip(f"needs {FOLDER.name}/ (make te-cpu)")
-    group = EngineRanks(2)
+    group = TERanks(2)
     yield group
     group.close()

@@ -78,7 +78,7 @@ def install() -> None:
     common.load_framework_extension = lambda framework: None
     sys.modules[ONNX] = _NotImported(ONNX)
     machine: Any = importlib.import_module("megatron_rl.precision.machine")
-    machine.this_machine = lambda: machine.Machine((9, 0), (13, 0), transformer_engine=True)
+    machine.this_machine = lambda: machine.Machine(transformer_engine=True)
     modules: Any = importlib.import_module("megatron_rl.policy.modules")
     assert modules.HAVE_TE
     _install_device()

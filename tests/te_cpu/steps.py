@@ -3,7 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from tests.gpu import te
 from tests.parallel.steps import make_policy
+from tests.unit.policy.test_host_syncs import count
 
 
 def layers(model: Path, layout: dict[str, Any]) -> tuple[set[str], dict[str, tuple[int, ...]]]:
@@ -29,3 +33,18 @@ def call(name: str, *args: Any) -> str:
     except NotImplementedError as error:
         return str(error)
     return "no error"
+
+
+def quantize(kind: str) -> str:
+    """Quantize with a block-scaling quantizer of Transformer Engine. Return the error."""
+    x = torch.zeros(128, 128, dtype=torch.bfloat16)
+    try:
+        te.mxfp8(x, "e4m3") if kind == "mxfp8" else te.blockwise(x, "e4m3", square=True, pow2=True)
+    except NotImplementedError as error:
+        return str(error)
+    return "no error"
+
+
+def copies(model: Path, budget: int) -> int:
+    """Return how many copies to the device one update makes in micro-batches of `budget` tokens, on two replicas."""
+    return count(model, budget, layout={"data": 2}).copies

@@ -11,14 +11,14 @@ KINDS = {
 }
 
 
-def test_the_calls_of_the_gpu_tests_bind(engine_ranks):
-    called = engine_ranks.run(SIGNATURES, "bind_all")[0]
+def test_the_calls_of_the_gpu_tests_bind(te_ranks):
+    called = te_ranks.run(SIGNATURES, "bind_all")[0]
     quantizers = {"Float8CurrentScalingQuantizer", "Float8BlockQuantizer", "MXFP8Quantizer", "Float8Quantizer"}
     assert quantizers | {"Linear", "autocast"} == set(called)
 
 
-def test_megatron_core_makes_the_recipe_that_was_asked_for(engine_ranks):
-    made = engine_ranks.run(SIGNATURES, "recipes")[0]
+def test_megatron_core_makes_the_recipe_that_was_asked_for(te_ranks):
+    made = te_ranks.run(SIGNATURES, "recipes")[0]
     assert made.keys() == KINDS.keys()
     for name, kind in KINDS.items():
         assert kind in made[name]["is"], name

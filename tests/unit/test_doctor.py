@@ -1,5 +1,6 @@
 """The doctor tries what it reports."""
 
+import importlib.metadata
 import json
 import sys
 from dataclasses import replace
@@ -138,8 +139,13 @@ def test_on_a_gpu_the_doctor_compares_the_gpus_and_nccl_of_both_sides(tmp_path):
 
 
 def test_transformer_engine_is_told_whether_megatron_core_was_made_for_it():
-    told = {version: doctor.engine_range(version).split()[0] for version in ("2.8.0", "2.9.0", "2.11.0", "2.20.2")}
-    assert told == {"2.8.0": "outside", "2.9.0": "in", "2.11.0": "in", "2.20.2": "outside"}
+    """What 0.16.1 and 0.19.2 require, and what is installed here."""
+    old = ["torch", 'transformer-engine[core_cu13,pytorch]<2.12.0,>=2.9.0a0; extra == "dev"']
+    new = ["torch", 'transformer-engine[core_cu13,pytorch]; extra == "te"']
+    for version, told in {"2.8.0": "outside", "2.9.0": "in", "2.11.0": "in", "2.12": "outside"}.items():
+        assert doctor.te_range(version, "0.16.1", old).split()[0] == told
+    assert doctor.te_range("2.20.2", "0.19.2", new) == "megatron-core 0.19.2 states no range"
+    assert "range" in doctor.te_range("2.11.0", "x", importlib.metadata.requires("megatron-core"))
 
 
 def test_an_environment_that_cannot_serve_on_a_gpu_is_refused_before_it_is_started():

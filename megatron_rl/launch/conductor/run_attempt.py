@@ -21,7 +21,7 @@ LOOK_S, HEALTH_S, BEAT_S, DEADLINE_S = 0.25, 1.0, 10.0, 60.0  # seconds between 
 SHOWN_LINES = 30
 
 
-class Place(NamedTuple):
+class JobHosts(NamedTuple):
     """Where an attempt runs: the name of the job for Slurm (empty: this machine), and the hosts of each group."""
 
     key: str
@@ -41,7 +41,7 @@ class Place(NamedTuple):
 class AttemptRunner:
     """Runs one attempt from its start to its end."""
 
-    def __init__(self, job: Mapping[str, Any], place: Place, files: RunFiles, signals: List[str]) -> None:
+    def __init__(self, job: Mapping[str, Any], place: JobHosts, files: RunFiles, signals: List[str]) -> None:
         """Take the job, where it runs, the run's files, and the list to which signal handlers append names."""
         self._job, self._place, self._files, self._signals = job, place, files, signals
         self._roles = {role["name"]: role for role in job["roles"]}

@@ -13,7 +13,7 @@ from megatron_rl.launch.conductor.control_files import newest_checkpoint, read_j
 from megatron_rl.launch.conductor.decide import GAVE_UP, STOPPED, Facts, JobVerdict, Rules, judge
 from megatron_rl.launch.conductor.nodelist import expand_hosts
 from megatron_rl.launch.conductor.probe import run_probe
-from megatron_rl.launch.conductor.run_attempt import AttemptRunner, Place, say
+from megatron_rl.launch.conductor.run_attempt import AttemptRunner, JobHosts, say
 from megatron_rl.launch.conductor.run_files import RunFiles
 from megatron_rl.launch.conductor.run_preflight import Preflight, run_bandwidth
 from megatron_rl.launch.conductor.run_task import run_task
@@ -41,7 +41,7 @@ def run_conductor(arguments: Sequence[str]) -> int:
     _note_signals(signals)
     _raise_open_files()
     job = _read_job(arguments[0], os.environ)
-    place = Place(job_key(os.environ), _groups(job, os.environ)) if job["mode"] != "local" else _this_machine()
+    place = JobHosts(job_key(os.environ), _groups(job, os.environ)) if job["mode"] != "local" else _this_machine()
     while True:
         code = _run_once(job, place, signals)
         if code is not None:
@@ -78,8 +78,8 @@ def _read_job(path: str, env: Mapping[str, str]) -> Dict[str, Any]:
     return job
 
 
-def _this_machine() -> Place:
-    return Place("", ((socket.gethostname(),),))
+def _this_machine() -> JobHosts:
+    return JobHosts("", ((socket.gethostname(),),))
 
 
 def _groups(job: Mapping[str, Any], env: Mapping[str, str]) -> Tuple[Tuple[str, ...], ...]:
@@ -91,7 +91,7 @@ def _groups(job: Mapping[str, Any], env: Mapping[str, str]) -> Tuple[Tuple[str, 
     return tuple(tuple(expand_hosts(env[name])) for name in names)
 
 
-def _run_once(job: Mapping[str, Any], place: Place, signals: List[str]) -> Optional[int]:
+def _run_once(job: Mapping[str, Any], place: JobHosts, signals: List[str]) -> Optional[int]:
     """Run one attempt. Return the exit code of the job; None: another attempt follows in this process."""
     files = RunFiles(job["run"], job["submission"])
     early = _before_start(job, files)
@@ -124,7 +124,7 @@ def _before_start(job: Mapping[str, Any], files: RunFiles) -> Optional[JobVerdic
 
 
 def _after_end(
-    job: Mapping[str, Any], place: Place, files: RunFiles, runner: AttemptRunner, signals: List[str]
+    job: Mapping[str, Any], place: JobHosts, files: RunFiles, runner: AttemptRunner, signals: List[str]
 ) -> Optional[int]:
     state = runner.state
     checkpoint = newest_checkpoint(job["run"])
@@ -167,7 +167,7 @@ def _await_end(signals: List[str]) -> None:
 
 
 def _carry_out(
-    job: Mapping[str, Any], place: Place, files: RunFiles, verdict: JobVerdict, signals: List[str]
+    job: Mapping[str, Any], place: JobHosts, files: RunFiles, verdict: JobVerdict, signals: List[str]
 ) -> Optional[int]:
     if verdict.what in ("exit", "leave"):
         return _exit(files, verdict, place)
@@ -184,7 +184,7 @@ def _carry_out(
     return _resubmit(job, place, files, verdict)
 
 
-def _resubmit(job: Mapping[str, Any], place: Place, files: RunFiles, verdict: JobVerdict) -> int:
+def _resubmit(job: Mapping[str, Any], place: JobHosts, files: RunFiles, verdict: JobVerdict) -> int:
     """Submit the job file again, to start after this job. Options of a waiting job cannot be changed from inside it."""
     excluded = ",".join([name for name in (job["exclude"],) if name] + list(verdict.exclude))
     options = ["--dependency=afterany:" + place.key]
@@ -202,7 +202,7 @@ def _resubmit(job: Mapping[str, Any], place: Place, files: RunFiles, verdict: Jo
     return verdict.code
 
 
-def _exit(files: RunFiles, verdict: JobVerdict, place: Place) -> int:
+def _exit(files: RunFiles, verdict: JobVerdict, place: JobHosts) -> int:
     """Write the result for commands that wait for it. A job that Slurm starts again has no result yet."""
     say("%s: exit code %d" % (verdict.why, verdict.code))
     if verdict.what == "exit":

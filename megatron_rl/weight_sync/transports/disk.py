@@ -117,7 +117,7 @@ class DiskTransport(Transport):
 
 def _tallied(stream: Stream, expected: ExpectedDigests) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in stream:
-        expected.add(name, tensor)
+        expected.add({name: tensor})
         yield name, tensor
 
 

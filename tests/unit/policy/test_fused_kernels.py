@@ -1,5 +1,7 @@
 """A GPU gets other layers and fused kernels only where they compute the same."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -13,9 +15,9 @@ from megatron_rl.policy.fused_kernels import (
     fuse_weight_gradients,
     fused_kernels,
     overlaps_gradients,
-    takes_engine_layers,
 )
-from megatron_rl.precision.machine import Machine
+from megatron_rl.precision.machine import Machine, uses_transformer_engine
+from megatron_rl.precision.plan import DTYPES
 from megatron_rl.weights.families import read_family
 from megatron_rl.weights.hf_folder import HFFolder
 from tests.families import FAMILIES_AT_TOY_SIZE, SIZES
@@ -23,13 +25,11 @@ from tests.families import FAMILIES_AT_TOY_SIZE, SIZES
 HOPPER = Machine((9, 0), (13, 0), transformer_engine=True, gpus=1)
 
 
-def test_float32_on_a_gpu_has_local_layers_because_the_engine_s_products_would_be_tf32():
-    chosen = {
-        dtype: takes_engine_layers(dtype, installed=True, cuda=True)
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
-    }
+def test_float32_on_a_gpu_has_local_layers_because_the_products_of_transformer_engine_would_be_tf32():
+    chosen = {dtype: uses_transformer_engine(dtype, HOPPER) for dtype in DTYPES.values()}
     assert chosen == {torch.float32: False, torch.bfloat16: True, torch.float16: True}
-    assert not takes_engine_layers(torch.bfloat16, installed=False, cuda=True)
+    assert not uses_transformer_engine(torch.bfloat16, replace(HOPPER, transformer_engine=False))
+    assert not uses_transformer_engine(torch.bfloat16, Machine())
 
 
 FUSED = {"bias_activation_fusion", "apply_rope_fusion", "moe_permute_fusion"}
@@ -47,21 +47,21 @@ def test_kernels_are_fused_on_a_gpu_where_they_compute_the_family_s_function(nam
     settings = CONFIG_MAPPING[kind](**{**SIZES, **keys}).to_dict()
     _, shape = read_family(settings | {"architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]]}, name)
     known = FUSED if shape.experts is not None else FUSED - {"moe_permute_fusion"}
-    chosen = fused_kernels(shape, engine=True, cuda=True)
+    chosen = fused_kernels(shape, te=True, cuda=True)
     assert {key for key in known if not chosen[key]} == UNFUSED.get(name, set())
-    for engine, cuda in ((False, True), (True, False), (False, False)):
-        assert not any(fused_kernels(shape, engine=engine, cuda=cuda)[key] for key in known)
+    for te, cuda in ((False, True), (True, False), (False, False)):
+        assert not any(fused_kernels(shape, te=te, cuda=cuda)[key] for key in known)
 
 
 def test_gradients_are_summed_during_backward_where_there_are_replicas_on_gpus():
-    chosen = [overlaps_gradients(ParallelConfig(**sizes), engine=True, cuda=True) for sizes in ({}, {"data": 2})]
+    chosen = [overlaps_gradients(ParallelConfig(**sizes), te=True, cuda=True) for sizes in ({}, {"data": 2})]
     assert chosen == [False, True]
-    assert overlaps_gradients(ParallelConfig(context=2), engine=True, cuda=True)
-    assert not overlaps_gradients(ParallelConfig(data=2), engine=False, cuda=True)  # local experts without tokens
-    assert not overlaps_gradients(ParallelConfig(data=2), engine=True, cuda=False)
+    assert overlaps_gradients(ParallelConfig(context=2), te=True, cuda=True)
+    assert not overlaps_gradients(ParallelConfig(data=2), te=False, cuda=True)  # local experts without tokens
+    assert not overlaps_gradients(ParallelConfig(data=2), te=True, cuda=False)
 
 
-def test_only_the_engine_s_linears_add_into_the_buffers():
+def test_only_linears_of_transformer_engine_add_into_the_buffers():
     linear, plain = nn.Linear(2, 2), nn.Linear(2, 2)
     linear.fuse_wgrad_accumulation = False
     model = nn.Sequential(linear, plain)

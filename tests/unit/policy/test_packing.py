@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 
 from megatron_rl.errors import UserError
 from megatron_rl.policy.attention import AttentionPlan, plan_attention
-from megatron_rl.policy.packing import local_positions, pack, shard, stream_unit, to_device, zigzag_index
+from megatron_rl.policy.packing import local_positions, pack, shard, stream_unit, zigzag_index
 from megatron_rl.types import Batch
 
 BUDGET = 48
-CPU = torch.device("cpu")
 
 
 def batch_of(lengths: list[int], seed: int = 0, *, columns: bool = True) -> Batch:
@@ -192,7 +191,7 @@ def test_columns_a_batch_does_not_have_are_not_made_up():
     (micro,) = pack(batch_of([3, 4], columns=False), budget=BUDGET, align=1, multiple=1, unit=BUDGET)
     names = ("logmu", "logold", "logref", "staleness", "topk_ids", "topk_logmu")
     assert not set(names) & set(micro.columns)
-    assert shard(micro, cp_size=1, cp_rank=0, device=CPU, max_length=BUDGET + 1).topk_labels is None
+    assert shard(micro, cp_size=1, cp_rank=0, max_length=BUDGET + 1).topk_labels is None
 
 
 def test_a_trajectory_longer_than_the_budget_is_refused_by_its_id():
@@ -229,7 +228,7 @@ def test_context_parallel_slices_split_every_sequence_evenly(batch, cp_size):
 def test_every_trained_position_is_scored_by_exactly_one_context_parallel_rank(batch, cp_size):
     budget = 2 * cp_size * 20
     for micro in pack(batch, budget=budget, align=2 * cp_size, multiple=1, unit=budget):
-        shards = [shard(micro, cp_size=cp_size, cp_rank=r, device=CPU, max_length=budget + 1) for r in range(cp_size)]
+        shards = [shard(micro, cp_size=cp_size, cp_rank=r, max_length=budget + 1) for r in range(cp_size)]
         scored = torch.cat([s.index for s in shards])
         assert sorted(scored.tolist()) == torch.nonzero(micro.mask > 0)[:, 0].tolist()
         for rank, piece in enumerate(shards):
@@ -264,7 +263,7 @@ def test_every_query_sees_its_own_past_within_the_window_and_nothing_else(batch,
     gathered = torch.cat([zigzag_index(cu, cp_size, rank) for rank in range(cp_size)])
     for rank in range(cp_size):
         index = zigzag_index(cu, cp_size, rank)
-        plan = plan_attention(cu, cp_size, rank, CPU)
+        plan = plan_attention(cu, cp_size, rank)
         past = gathered[None] <= index[:, None]
         if window is not None:
             past &= gathered[None] > index[:, None] - window
@@ -289,13 +288,3 @@ def test_every_token_finds_its_own_experts_on_the_one_rank_that_holds_its_hidden
             assert (micro.columns["routing"][own][~real] == -1).all()
             np.add.at(seen, flat, 1)
     assert (seen == 1).all()
-
-
-def test_moving_to_a_device_keeps_every_column():
-    (micro,) = pack(batch_of([5, 9]), budget=BUDGET, align=1, multiple=1, unit=BUDGET)
-    moved = to_device(micro, torch.device("meta"))
-    there = {**vars(moved), **moved.columns}
-    for name, value in {**vars(micro), **micro.columns}.items():
-        if isinstance(value, torch.Tensor):
-            assert there[name].device.type == "meta" and there[name].shape == value.shape
-    assert moved.cu_seqlens == micro.cu_seqlens

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -16,7 +17,7 @@ from megatron_rl.objectives import make_objective
 from megatron_rl.policy.actor import Policy, UpdateStats
 from megatron_rl.policy.checkpoint import Checkpoints
 from megatron_rl.policy.checkpoint_state import TrainState
-from megatron_rl.policy.logprobs import token_scores
+from megatron_rl.policy.logprobs import _Float32Head, _Head, token_scores
 from megatron_rl.policy.optimizer import GROWTH_INTERVAL, INITIAL_SCALE, MAX_SCALE
 from tests.models import make_qwen3
 from tests.parallel.alp_steps import alp_policy, sigmas
@@ -336,6 +337,41 @@ def test_scores_of_a_float32_product_are_exact_for_the_operands_as_they_are(qwen
         assert exact[name] < 2e-6 < 1e-4 < rough[name], name
     for name in ("d_hidden", "d_weight"):  # rounded once: at most half a unit at the largest entry
         assert exact[name] <= 0.51 * unit and exact[name] < rough[name], name
+
+
+class ProductsOfAGpu(TorchFunctionMode):
+    """Tensors say that they are on a GPU. 16-bit products with a float32 sum, which exist there alone, are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used: list[str] = []
+
+    def __torch_function__(self, called: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        if called == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+            return True
+        if "out_dtype" not in given:
+            return called(*args, **given)
+        with pytest.raises(NotImplementedError, match="dtype"):  # torch takes the arguments, and lacks the kernel here
+            called(*args, **given)
+        self.used.append(called.__name__)
+        dtype, out = given.pop("out_dtype"), given.pop("out", None)
+        made = called(*(arg.to(dtype) for arg in args), **given)
+        return made if out is None else out.copy_(made)
+
+
+def test_on_a_gpu_16_bit_products_are_summed_in_float32_and_never_rounded():
+    generator = torch.Generator().manual_seed(4)
+    d_logits = torch.randn(6, 20, generator=generator)
+    hidden, weight = (torch.randn(rows, 8, generator=generator).bfloat16() for rows in (6, 20))
+    d_hidden, d_weight = torch.empty_like(hidden), torch.ones(20, 8)
+    with ProductsOfAGpu() as gpu:
+        _Head().backward(d_logits, hidden, weight, d_hidden, d_weight)
+        logits = _Float32Head(5).logits(hidden, weight, 1.0)
+    assert gpu.used == ["addmm", "mm"]
+    exact = 1 + d_logits.bfloat16().double().t() @ hidden.double()
+    torch.testing.assert_close(d_weight.double(), exact, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits.double(), hidden.double() @ weight.double().t(), atol=1e-5, rtol=0)
 
 
 def test_a_float32_product_of_float32_weights_is_the_ordinary_one_bit_for_bit(qwen3):

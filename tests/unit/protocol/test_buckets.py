@@ -15,7 +15,7 @@ from megatron_rl.errors import EngineError
 from megatron_rl.protocol.buckets import Bucket, Buckets
 from megatron_rl.weight_sync.expected_digests import ExpectedDigests
 from megatron_rl.weight_sync.transports.transport import BucketTransport
-from megatron_rl.weights.digest import tensor_digest
+from megatron_rl.weights.digest import tensor_digest, tensor_digests
 
 BUCKET = 1000  # bytes, of both buffers
 DTYPES = st.sampled_from([torch.float8_e4m3fn, torch.bfloat16, torch.float32])
@@ -126,7 +126,7 @@ class Obliging:
 def test_an_update_holds_one_bucket_while_it_travels_is_digested_and_is_filled() -> None:
     """Tensors have at most half the size of a buffer, so that a bucket holds several."""
     sizes = [(elements, torch.float32) for elements in [60, 1, 25, 40, 17, 62, 3, 3] * 5]
-    buffers, sources, tally = Memory(), Memory(), ExpectedDigests(plain=True)
+    buffers, sources, tally = Memory(), Memory(), ExpectedDigests(plain=tensor_digests)
     transport = Slow(buffers)
     transport.prepare(lazily(sources, sizes), 7, tally)
     assert transport.deliver(Obliging(), {"engine": 1}) == {}  # type: ignore[arg-type]

@@ -3,7 +3,6 @@ import pytest
 from scipy import stats
 
 from megatron_rl.statistics.equivalence import (
-    detectable_prompt_difference,
     detectable_seed_difference,
     difference_p,
     equivalence_power,
@@ -77,9 +76,3 @@ def test_the_power_lines_tell_what_simulations_find() -> None:
     assert tost(equal, MARGIN).equivalent.mean() == pytest.approx(equivalence_power(0.05, 6, MARGIN), abs=0.015)
     needed = seeds_for_equivalence(0.05, MARGIN)
     assert equivalence_power(0.05, needed, MARGIN) >= 0.8 > equivalence_power(0.05, needed - 1, MARGIN)
-
-
-def test_the_detectable_difference_of_prompts_is_a_worked_number() -> None:
-    # (1.96 + 0.8416) * sqrt((0.2^2 + 0.5^2 / 4 + 0.5^2 / 4) / 1000)
-    found = detectable_prompt_difference(1000, 4, between=0.2, first=0.5, second=0.5)
-    assert found == pytest.approx(2.80159 * np.sqrt(0.165 / 1000), rel=1e-5)

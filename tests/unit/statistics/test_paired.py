@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from megatron_rl.statistics.paired import crossed_difference, mcnemar, prompt_difference, seed_difference, wilson
+from megatron_rl.statistics.paired import crossed_difference, prompt_difference, seed_difference
 from tests.unit.statistics.coverage import SIMULATIONS, crossed, within
 
 SCENES = [
@@ -61,18 +61,3 @@ def test_the_paired_error_is_that_of_scipy() -> None:
     first, second = np.random.default_rng(0).standard_normal((2, 30))
     ours, theirs = prompt_difference(first, second), stats.ttest_rel(first, second).confidence_interval()
     assert np.allclose([ours.low, ours.high], [theirs.low, theirs.high])
-
-
-def test_mcnemar_is_exact_for_few_discordant_prompts() -> None:
-    assert mcnemar(9, 1) == pytest.approx(0.021484375)  # 2 * (1 + 10) / 2^10
-    assert mcnemar(40, 20) == pytest.approx(stats.chi2.sf(19**2 / 60, 1))
-    assert mcnemar(0, 0) == 1.0
-
-
-def test_wilsons_interval_is_that_of_scipy_and_covers_rates_on_average() -> None:
-    found, theirs = wilson(3, 50), stats.binomtest(3, 50).proportion_ci(method="wilson")
-    assert np.allclose([found.low, found.high], [theirs.low, theirs.high])
-    rng = np.random.default_rng(0)
-    # One rate alone may miss the band: counts are whole numbers. Over rates it is reached.
-    rates = rng.uniform(0.02, 0.98, 20 * SIMULATIONS)
-    assert within(wilson(rng.binomial(50, rates), 50).covers(rates).mean())

@@ -10,6 +10,7 @@ from megatron_rl.errors import EngineError
 from megatron_rl.weight_sync.confirmation import ScoreProbe
 from megatron_rl.weight_sync.expected_digests import ExpectedDigests
 from megatron_rl.weight_sync.transaction import Transaction, Version
+from megatron_rl.weights.digest import device_digests
 
 URL = "http://engine"
 CODED = {
@@ -38,9 +39,8 @@ class Holding:
 
 
 def tally_of(tensors: dict[str, int]) -> ExpectedDigests:
-    tally = ExpectedDigests(plain=True)
-    for name, value in tensors.items():
-        tally.add(name, torch.tensor([float(value)]))
+    tally = ExpectedDigests(plain=device_digests)
+    tally.add({name: torch.tensor([float(value)]) for name, value in tensors.items()})
     return tally
 
 
