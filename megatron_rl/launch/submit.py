@@ -146,7 +146,7 @@ def _parts(request: Request, profile: Profile, overrides: list[str]) -> JobParts
         role.name: engine_command(config, python, role.gpus, role.local, key_file(config.run.folder))
         for role in layout.engines
     }
-    commands[TRAINER] = trainer_command(python, config.run.folder, engines=True)
+    commands[TRAINER] = trainer_command(python, config.run.folder, engines=len(layout.engines))
     gpus = max((role.gpus for role in layout.engines), default=0)
     return JobParts(config, profile, layout, commands, engine_environment(config, gpus), _submission())
 

@@ -213,18 +213,36 @@ def test_attach_opens_a_shell_on_a_node_of_the_job(fake_run):
     assert f"on node2 in job {fake_run.job}" in done.stdout, done
 
 
-def test_training_goes_on_without_a_lost_engine(fake_run):
+def test_a_lost_engine_is_started_again_while_training_goes_on(fake_run):
+    """One process dies and comes back on its node; another's node is killed, and it comes back on the spare one."""
+
+    def urls():
+        return json.loads((fake_run.run / "log.jsonl").read_text().splitlines()[-1])["urls"]
+
     fake_run.wish(steps=1000)
-    fake_run.submit(settings=["on_engine_loss=continue"], overrides=["rollout.servers=2"])
+    settings = ["on_engine_loss=continue", "spare_nodes=1"]
+    fake_run.submit(settings=settings, overrides=["rollout.servers=2"])
     fake_run.until_step(3)
+    before = urls()
+    fake_run.wish(die_engine_0_1="7")
+    wait_for(lambda: fake_run.log().count("engine-0 is healthy at") == 2, "engine-0 that came back")
     fake_run.cluster.node("kill", "node3")
     try:
-        wait_for(lambda: "training goes on with 1 of 2 engines" in fake_run.log(), "the loss of the engine", 50)
-        fake_run.wish(steps=fake_run.steps()[-1] + 5)
+        wait_for(lambda: "starting engine-1 on node4" in fake_run.log(), "a restart on the spare node", 50)
+        wait_for(lambda: fake_run.log().count("engine-1 is healthy at") == 2, "engine-1 that came back")
+        step = fake_run.steps()[-1]
+        fake_run.until_step(step + 2)
+        after = urls()
+        fake_run.wish(steps=fake_run.steps()[-1] + 2)
         assert fake_run.result()["code"] == 0, fake_run.log()
-        assert "engine-1 is lost (on node3)" in fake_run.log() and len(fake_run.attempts()) == 1
     finally:
         fake_run.cluster.node("start", "node3")
+    log = fake_run.log()
+    assert "engine-0 is lost (on node2): training goes on with 1 of 2 engines; it is started again (1 of 3)" in log
+    assert after[0] == before[0] and after[1] != before[1] and len(after) == 2
+    assert log.count("starting engine-1 on node3") == 2 and len(fake_run.attempts()) == 1
+    text = (fake_run.run / "logs" / "latest" / "engine-0-node2-0.log").read_text()
+    assert text.count("serving on node2") == 2 and "the engine dies as wished" in text
 
 
 def test_a_preempted_job_saves_and_comes_back(fake_run):
