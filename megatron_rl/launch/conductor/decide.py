@@ -2,6 +2,8 @@
 
 from typing import FrozenSet, List, NamedTuple, Optional, Tuple
 
+from megatron_rl.launch.conductor.slurm_states import FORGOTTEN, SILENT
+
 TRAINER = "trainer"
 KILL_AFTER = 10.0  # seconds from TERM to KILL of a role
 GIVE_UP_AFTER = 30.0  # seconds from KILL until a role that still lives is left to Slurm
@@ -206,8 +208,8 @@ def _on_tick(rules: Rules, attempt: Attempt, event: Event) -> Step:
     if attempt.phase == "engines" and now > attempt.start_by:
         late_one = next(name for name in rules.engines if name not in attempt.ready)
         return _fail(attempt, late_one, 1, "it was not healthy after %g s" % rules.start_timeout, now)
-    late = frozenset(one for one in attempt.awaited if now > one[1])
-    return attempt._replace(awaited=attempt.awaited - late), [Action("kill", role) for role, _ in sorted(late)]
+    overdue = frozenset(one for one in attempt.awaited if now > one[1])
+    return attempt._replace(awaited=attempt.awaited - overdue), [Action("kill", role) for role, _ in sorted(overdue)]
 
 
 def _hurry(attempt: Attempt, now: float) -> Step:
@@ -279,8 +281,10 @@ def _judge_by_state(facts: Facts, why: str) -> JobVerdict:
     """Only a job that Slurm still calls running is requeued: a requeue would resurrect one that was cancelled."""
     if facts.state == "PREEMPTED":
         return JobVerdict("leave", GAVE_UP, "%s; Slurm requeues the job" % why)
-    if not facts.state:
+    if facts.state == SILENT:
         return JobVerdict("leave", GAVE_UP, "%s; not requeued, because Slurm does not tell the state of the job" % why)
+    if facts.state == FORGOTTEN:
+        return JobVerdict("leave", STOPPED, "%s; not requeued, because for Slurm the job is over" % why)
     if facts.state != "RUNNING":
         return JobVerdict("leave", STOPPED, "%s; left to Slurm, for which the job is %s" % (why, facts.state))
     exclude = tuple(sorted(set(facts.refused) | set(facts.failed_twice)))

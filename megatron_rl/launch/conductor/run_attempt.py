@@ -100,7 +100,9 @@ class AttemptRunner:
         if self._due("health", HEALTH_S):
             events += [Event("ready", name, now=now) for name in self._newly_healthy()]
         if self._due("beat", BEAT_S):
-            write_json(self._files.control("conductor"), {"time": now, "phase": self.state.phase})
+            write_json(
+                self._files.control("conductor"), {"time": now, "phase": self.state.phase, "job": self._place.key}
+            )
         if self._place.key and self._due("deadline", DEADLINE_S):
             events += self._read_deadline()
         events.append(Event("tick", now=now))
@@ -116,7 +118,7 @@ class AttemptRunner:
     def _own_stop(self, name: str) -> str:
         """Return `deadline` if the trainer saved and stopped by itself before the end of the allocation, else nothing.
 
-        Any other stop that nobody asked for is a failure: srun also sends TERM to rank 0 when another rank has died.
+        Any other stop without a request is a failure: srun also sends TERM to rank 0 when another rank has died.
         """
         stopped = read_json(self._files.control("stopped.json")) if name == TRAINER else None
         return "deadline" if stopped is not None and stopped.get("reason") == "deadline" else ""
