@@ -43,7 +43,7 @@ def name_process(name: str) -> None:
         Path("/proc/self/comm").write_text(name, encoding="ascii")
 
 
-def fork_command(
+def fork_as_command(
     arguments: list[str],
     environment: Mapping[str, str],
     name: str,

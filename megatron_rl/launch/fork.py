@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron_rl.forking import fork_command
+from megatron_rl.forking import fork_as_command
 
 _POLL_S = 0.02
 
@@ -67,4 +67,4 @@ def fork_rank(
         os.close(pids)  # the watch waits for the end of its input, so only the launcher may hold it open
 
     name = f"mrl-rank{environment['RANK']}"
-    return ForkedProcess(fork_command(arguments, environment, name, handlers, begin, like_new))
+    return ForkedProcess(fork_as_command(arguments, environment, name, handlers, begin, like_new))

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.forking import fork_command, has_one_thread
+from megatron_rl.forking import fork_as_command, has_one_thread
 from megatron_rl.launch.fork import ForkedProcess
 from megatron_rl.launch.ranks import one_thread, prepare_fork
 from megatron_rl.supervise import Leader, die_with_parent
@@ -74,4 +74,4 @@ class CellStarter:
             os.dup2(file, 1)
             os.dup2(file, 2)
 
-        return ForkedProcess(fork_command(arguments, environment, "mrl-cell", _HANDLERS, begin, self._like_new))
+        return ForkedProcess(fork_as_command(arguments, environment, "mrl-cell", _HANDLERS, begin, self._like_new))
