@@ -1,14 +1,14 @@
-"""The time of a step on paper for 8 to 1,024 GPUs, and a check of those terms that a CPU can check.
+"""Print the time of a step on 8 to 1,024 GPUs, computed from coefficients, and measure those that need no GPU.
 
-The formulas are in scale_model.py, the coefficients with their sources in scale.json. Half of the GPUs train, half
-generate, and a step has a prompt for every two GPUs. Cells marked `?` use a coefficient that is read or assumed, cells
-marked `~` a measured one beyond the size at which it was measured.
+The formulas are in scale_model.py. The coefficients and their sources are in scale.json. Half of the GPUs train and
+half generate. A step has one prompt for every two GPUs. `?` marks a cell with a coefficient that was read or assumed.
+`~` marks a cell with a measured coefficient, at a size for which it was not measured.
 
-`--check` measures on this machine, with stub engines in other processes and gloo ranks:
+`--check` measures on this machine, with stub engines in other processes and with gloo ranks:
 
-- ingest: CPU of rank 0 per token with 8, 64 and 128 engines that answer with JSON of real size
-- control: CPU and time of a control call with as many engines, all at the same time
-- batch: broadcasts of a batch's bytes to 2 and 4 ranks, as bytes per second of one hop
+- ingest: CPU time of rank 0 for each token, with 8, 64 and 128 engines whose responses have a real size
+- control: CPU time and wall time of a control call to as many engines, all at the same time
+- batch: bytes per second of one hop, when a batch is broadcast to 2 and 4 ranks
 
     python benchmarks/scale.py [--replay] [--bucket-mb 256] [--check]
 """
@@ -41,6 +41,7 @@ from scale_model import (
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 SHARE = 0.1  # of a step, above which a term is named
+_BATCH_S, _END_S = 600, 10  # time limits of the broadcasts, and of the end of their processes
 
 
 def print_table(c: dict[str, Coefficient], work: Work) -> None:
@@ -135,9 +136,14 @@ def check_batch(ranks: int, size: int = 32_000_000) -> dict[str, float]:
     processes = [context.Process(target=_rank, args=(rank, ranks, port, size, theirs)) for rank in range(ranks)]
     for process in processes:
         process.start()
-    took = ours.recv()
-    for process in processes:
-        process.join()
+    try:
+        if not ours.poll(_BATCH_S):
+            raise SystemExit(f"{ranks} ranks have not finished their broadcasts after {_BATCH_S} s")
+        took = ours.recv()
+    finally:
+        for process in processes:
+            process.join(_END_S)
+            process.kill()  # of one that has not ended by itself
     hops = (ranks - 1).bit_length()
     return {"gb_per_s": size * hops / statistics.median(took) / 1e9}
 

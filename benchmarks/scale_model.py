@@ -44,7 +44,7 @@ def read_coefficients(path: Path = FILE) -> dict[str, Coefficient]:
 
 @dataclass(frozen=True)
 class Work:
-    """What a step is for: by default 30B-A3B in bfloat16, 16 samples a prompt, a prompt for every 2 GPUs.
+    """The model and the batch of a step. The defaults are 30B-A3B in bfloat16 and 16 samples for each prompt.
 
     Attributes:
         prompts: prompts of a step.

@@ -5,10 +5,13 @@ import io
 import os
 import random
 import runpy
+import signal
 import sys
 import threading
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, NoReturn
 
 from megatron_rl.errors import ExitCode
 
@@ -38,6 +41,71 @@ def name_process(name: str) -> None:
     """Set the name that `ps` and `top` show for this process, at most 15 characters. Linux only; nothing elsewhere."""
     with suppress(OSError):
         Path("/proc/self/comm").write_text(name, encoding="ascii")
+
+
+def fork_as_command(
+    arguments: list[str],
+    environment: Mapping[str, str],
+    name: str,
+    handlers: Mapping[signal.Signals, Any],
+    begin: Callable[[], None],
+    reset: Callable[[], None],
+) -> int:
+    """Fork a process that runs `python -m megatron_rl ARGUMENTS` in a session of its own, and return its pid.
+
+    The calling process must have one thread.
+
+    Args:
+        arguments: arguments of the command line.
+        environment: variables in addition to those of this process.
+        name: name that `ps` shows; the command line is that of this process.
+        handlers: the handler, in the new process, of each signal that this process handles.
+        begin: called in the new process once it leads its session.
+        reset: called after that; it resets state of imported libraries that a new process would not have.
+    """
+    flush_output()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)  # a signal to the new process waits for its handlers
+    try:
+        pid = os.fork()
+        if pid != 0:
+            return pid
+        _end_process(lambda: _become_command(arguments, environment, name, handlers, begin, reset, mask))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _become_command(
+    arguments: list[str],
+    environment: Mapping[str, str],
+    name: str,
+    handlers: Mapping[signal.Signals, Any],
+    begin: Callable[[], None],
+    reset: Callable[[], None],
+    mask: set[int | signal.Signals],
+) -> int:
+    os.setsid()
+    begin()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    os.environ.update(environment)
+    name_process(name)
+    reset()
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return run_as_command(arguments)
+
+
+def _end_process(work: Callable[[], int]) -> NoReturn:
+    """Work, and end this process with the exit code. Never return: the frames of the parent must not continue here."""
+    code = 1
+    try:
+        code = work()
+    except BaseException as error:  # noqa: BLE001  nothing above handles it
+        code = report_error(error)
+    finally:
+        try:
+            flush_output()
+        finally:
+            os._exit(code)
 
 
 def run_as_command(arguments: list[str]) -> int:

@@ -5,9 +5,9 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
-from megatron_rl.forking import flush_output, name_process, report_error, run_as_command
+from megatron_rl.forking import fork_as_command
 
 _POLL_S = 0.02
 
@@ -52,8 +52,7 @@ def fork_rank(
 ) -> ForkedProcess:
     """Fork a process that runs `python -m megatron_rl ARGUMENTS` in a session of its own.
 
-    The calling process must have one thread. In `ps` and `top` the rank is called `mrl-rank<RANK>`, because its command
-    line is the launcher's.
+    The calling process must have one thread. In `ps` and `top` the rank is called `mrl-rank<RANK>`.
 
     Args:
         arguments: arguments of the command line.
@@ -62,42 +61,10 @@ def fork_rank(
         handlers: the handler, in the rank, of each signal that the launcher handles.
         like_new: called in the rank; it resets state of imported libraries that a new process would not have.
     """
-    flush_output()
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)  # a signal sent to the rank waits for the rank's handlers
-    try:
-        pid = os.fork()
-        if pid == 0:
-            _become_rank(arguments, environment, pids, handlers, like_new, mask)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    return ForkedProcess(pid)
 
-
-def _become_rank(
-    arguments: list[str],
-    environment: Mapping[str, str],
-    pids: int,
-    handlers: Mapping[signal.Signals, Any],
-    like_new: Callable[[], None],
-    mask: set[int | signal.Signals],
-) -> NoReturn:
-    """Run the rank and end this process. Never return, because the launcher's frames must not continue in the rank."""
-    code = 1
-    try:
-        os.setsid()
+    def begin() -> None:
         os.write(pids, b"%d\n" % os.getpid())
         os.close(pids)  # the watch waits for the end of its input, so only the launcher may hold it open
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        os.environ.update(environment)
-        name_process(f"mrl-rank{environment['RANK']}")
-        like_new()
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        code = run_as_command(arguments)
-    except BaseException as error:  # noqa: BLE001  nothing above handles it
-        code = report_error(error)
-    finally:
-        try:
-            flush_output()
-        finally:
-            os._exit(code)
+
+    name = f"mrl-rank{environment['RANK']}"
+    return ForkedProcess(fork_as_command(arguments, environment, name, handlers, begin, like_new))

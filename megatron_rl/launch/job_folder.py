@@ -15,7 +15,7 @@ from megatron_rl.errors import ConfigError
 from megatron_rl.launch.conductor.commands_of_steps import Filled, srun_command
 from megatron_rl.launch.conductor.control_files import remove, write_json
 from megatron_rl.launch.conductor.decide import TRAINER
-from megatron_rl.launch.conductor.run_files import OF_AN_ATTEMPT
+from megatron_rl.launch.conductor.run_files import ENGINES, OF_AN_ATTEMPT
 from megatron_rl.launch.engine_commands import sglang_key_file
 from megatron_rl.launch.layout import JobLayout, Role
 from megatron_rl.launch.profile import Profile, dump_profile
@@ -55,15 +55,16 @@ class JobParts:
         return self.config.run.folder
 
 
-def trainer_command(python: str, run: Path, *, engines: bool) -> list[str]:
+def trainer_command(python: str, run: Path, *, engines: int) -> list[str]:
     """Return the command of the trainer; it resumes by itself, so that one command serves all attempts.
 
     Args:
         python: the interpreter with megatron-rl.
         run: the run folder.
-        engines: the job starts engines, whose addresses the conductor fills in.
+        engines: number of engines that the job starts, and that the conductor registers; 0: the run starts its own.
     """
-    urls = ["rollout.urls=@URLS@", f"rollout.api_key_file={key_file(run)}"] if engines else []
+    urls = [f"rollout.urls_dir={run / 'control' / ENGINES}", f"rollout.servers={engines}"]
+    urls = [*urls, f"rollout.api_key_file={key_file(run)}"] if engines else []
     return [python, "-m", "megatron_rl", "train", str(run / "launch" / "config.yaml"), *urls, "--resume=auto"]
 
 
@@ -110,6 +111,8 @@ def job_json(parts: JobParts, script: Path, submit: Path) -> dict[str, Any]:
             "most_without_progress": p.requeue.max_without_progress,
             "requeue_on": list(p.requeue.on),
             "least_engines": p.min_engines if p.on_engine_loss == "continue" else 0,
+            "most_restarts": p.engine_restarts if p.on_engine_loss == "continue" else 0,
+            "spares": layout.spares,
         },
         "preflight": {"scratch": str(p.scratch), "min_free_gb": p.min_free_gb, "min_shm_gb": p.min_shm_gb},
     }

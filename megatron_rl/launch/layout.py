@@ -45,6 +45,7 @@ class JobLayout:
     mode: Mode
     groups: tuple[int, ...]
     roles: tuple[Role, ...] = field(default=())
+    spares: int = 0  # last nodes of the last group, for engines of lost nodes
 
     @property
     def nodes(self) -> int:
@@ -69,7 +70,7 @@ def make_layout(mode: Mode, ranks: int, engines: int, gpus_per_engine: int, node
         ranks: ranks of the trainer.
         engines: number of engines; with `nodes`, as many as the other nodes hold.
         gpus_per_engine: GPUs of one engine; 0: it uses none.
-        nodes: nodes of the job; None: as many as ranks and engines need.
+        nodes: nodes of the job, spare ones included; None: as many as ranks and engines need, and the spare ones.
         p: the profile.
 
     Raises:
@@ -79,6 +80,8 @@ def make_layout(mode: Mode, ranks: int, engines: int, gpus_per_engine: int, node
     engine_gpus = p.gpus_per_node if mode != "het" or p.rollout.gpus_per_node is None else p.rollout.gpus_per_node
     per_node = _engines_per_node(gpus_per_engine, engine_gpus, p)
     if mode == "colocated":
+        if p.spare_nodes:
+            raise ConfigError("spare_nodes: colocated engines live and die with the trainer's nodes: remove it")
         if nodes is not None and nodes != trainer_nodes:
             raise ConfigError(f"--nodes {nodes}: {ranks} ranks need {trainer_nodes} nodes with {p.ranks} ranks each")
         engine_nodes = trainer_nodes
@@ -86,11 +89,12 @@ def make_layout(mode: Mode, ranks: int, engines: int, gpus_per_engine: int, node
     elif nodes is None:
         engine_nodes = -(-engines // per_node)
     else:
-        engine_nodes = nodes - trainer_nodes
+        engine_nodes = nodes - trainer_nodes - p.spare_nodes
         if engine_nodes < 1:
             raise ConfigError(
-                f"--nodes {nodes}: mode {mode} needs {trainer_nodes} for {ranks} ranks and at least 1 for engines: "
-                "raise it, lower parallel.data, or take --mode colocated"
+                f"--nodes {nodes}: mode {mode} needs {trainer_nodes} for {ranks} ranks and at least 1 for engines"
+                f"{f', beside {p.spare_nodes} spare_nodes' * bool(p.spare_nodes)}: raise it, lower parallel.data, or "
+                "take --mode colocated"
             )
         engines = engine_nodes * per_node
     shared = mode == "colocated"
@@ -111,8 +115,9 @@ def make_layout(mode: Mode, ranks: int, engines: int, gpus_per_engine: int, node
         )
         for i in range(engines)
     ]
-    groups = (trainer_nodes, engine_nodes) if mode == "het" else (trainer_nodes + (0 if shared else engine_nodes),)
-    return JobLayout(mode, groups, (*roles, trainer))
+    others = 0 if shared else engine_nodes + p.spare_nodes
+    groups = (trainer_nodes, others) if mode == "het" else (trainer_nodes + others,)
+    return JobLayout(mode, groups, (*roles, trainer), p.spare_nodes)
 
 
 def _whole_nodes(ranks: int, per_node: int) -> int:

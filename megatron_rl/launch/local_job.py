@@ -46,7 +46,7 @@ def run_local(config_file: Path, overrides: Sequence[str], *, attempts: int, res
     profile = Profile(gpus_per_node=0, python=sys.executable, host_python=sys.executable, requeue=requeue)
     trainer = Role(TRAINER, "trainer", 0, 0, 1, 1)
     layout = JobLayout("local", (), (trainer,))
-    command = trainer_command(sys.executable, config.run.folder, engines=False)
+    command = trainer_command(sys.executable, config.run.folder, engines=0)
     name = f"local-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     parts = JobParts(config, profile, layout, {TRAINER: command}, {}, name)
     folder = parts.run / "launch"

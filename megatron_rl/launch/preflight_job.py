@@ -65,6 +65,7 @@ def run_preflight(
             "env": environment_of_roles(profile),
             "container": container,
             "roles": [role],
+            "rules": {"spares": 0},
             "preflight": {
                 "scratch": str(profile.scratch),
                 "min_free_gb": profile.min_free_gb,

@@ -100,6 +100,15 @@ class Profile(Block):
     min_engines: int = Field(
         1, ge=1, le=4096, description="with on_engine_loss: continue, the fewest that must be left"
     )
+    engine_restarts: int = Field(
+        3,
+        ge=0,
+        le=100,
+        description="with on_engine_loss: continue, how often one engine is started again in an attempt",
+    )
+    spare_nodes: int = Field(
+        0, ge=0, le=4096, description="with on_engine_loss: continue, nodes that wait for the engines of lost ones"
+    )
     rollout: RolloutProfile = RolloutProfile()
     container: ContainerProfile = ContainerProfile()
     requeue: RequeueProfile = RequeueProfile()
@@ -169,6 +178,12 @@ class Profile(Block):
             raise ValueError(
                 f"cpus_per_task: a node holds {self.ranks} ranks, and without exclusive it would get one CPU: set it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _uses_spares(self) -> Self:
+        if self.spare_nodes and self.on_engine_loss != "continue":
+            raise ValueError("spare_nodes: they are for on_engine_loss: continue, and it is requeue: set it too")
         return self
 
     @property

@@ -19,8 +19,8 @@ from megatron_rl.launch.conductor.control_files import (
 )
 from megatron_rl.launch.conductor.role_processes import find_logs, last_lines
 from megatron_rl.launch.conductor.run_files import summarize
-from megatron_rl.launch.conductor.slurm_commands import call_slurm
-from megatron_rl.launch.conductor.slurm_states import read_state
+from megatron_rl.launch.conductor.slurm_commands import call_slurm, job_state
+from megatron_rl.launch.conductor.slurm_states import SILENT, read_state
 
 _LOG_TAIL = 1 << 16  # bytes of the run log that are read for the last step
 _SILENT_S = 120  # the conductor writes a sign of life every 10 s
@@ -39,7 +39,8 @@ def find_run(name: str) -> Path:
         return Path(name).absolute()
     folder = _fields_of_job(name).get("WorkDir")  # the job runs in RUN/launch
     if folder is None:
-        raise UserError(f"Slurm does not know job {name} any more: name its run folder instead")
+        why = "gives no answer" if _is_silent(name) else f"does not know job {name} any more"
+        raise UserError(f"Slurm {why}: name the run folder instead")
     return Path(folder).parent
 
 
@@ -90,7 +91,13 @@ def _ask_slurm(job: str) -> dict[str, str]:
     fields = _fields_of_job(job)
     names = ("JobState", "Reason", "RunTime", "TimeLimit", "NodeList")
     found = dict(zip(_FIELDS, (fields.get(name, "") for name in names), strict=True))
-    return found if found["state"] else {}
+    if found["state"]:
+        return found
+    return dict.fromkeys(_FIELDS, "") | {"state": SILENT} if _is_silent(job) else {}
+
+
+def _is_silent(job: str) -> bool:
+    return shutil.which("squeue") is not None and job_state(job) == SILENT
 
 
 def _meaning(slurm: dict[str, str], done: bool, result: dict[str, Any] | None) -> str:
@@ -124,7 +131,8 @@ def _last_step(log: Path) -> dict[str, Any] | None:
 def status_lines(status: dict[str, Any]) -> Iterator[str]:
     """Yield a status as lines of text."""
     slurm = status["slurm"]
-    words = f" ({slurm['state']}, {slurm['reason']}, {slurm['elapsed']} of {slurm['limit']})" if slurm else ""
+    known = slurm and slurm["state"] != SILENT
+    words = f" ({slurm['state']}, {slurm['reason']}, {slurm['elapsed']} of {slurm['limit']})" if known else ""
     yield f"{status['run']}: {status['meaning']}{words}"
     if status["jobs"]:
         yield f"  jobs: {', '.join(status['jobs'])}"
@@ -215,10 +223,13 @@ def cancel_run(run: Path, *, save: bool, patience_s: float) -> str:
         run: the run folder.
         save: let the trainer write a checkpoint first.
         patience_s: seconds to wait for that.
+
+    Raises:
+        UserError: Slurm gives no answer, so the jobs were not ended.
     """
     control = run / "control"
     jobs = [str(job) for job in (read_json(str(run / "launch" / "submit.json")) or {}).get("jobs", [])]
-    running = not jobs or _ask_slurm(jobs[-1]).get("state") == "RUNNING"
+    running = not jobs or _ask_slurm(jobs[-1]).get("state") in ("RUNNING", SILENT)
     said = "cancelled"
     if running and (save or not jobs):
         token = (read_json(str(control / "attempt")) or {}).get("token", 0)
@@ -226,7 +237,12 @@ def cancel_run(run: Path, *, save: bool, patience_s: float) -> str:
         said = _await_stop(run, patience_s)
     write_json(str(control / "cancel"), {"time": time.time()})
     if jobs:
-        call_slurm(["scancel", "--quiet", *jobs], 3)
+        reply = call_slurm(["scancel", "--quiet", *jobs], 3)
+        if reply.code and _is_silent(jobs[-1]):
+            raise UserError(
+                f"Slurm gives no answer, so jobs {', '.join(jobs)} were not ended; nothing is tried again after them. "
+                f"When it answers: scancel {' '.join(jobs)}"
+            )
     remove(str(control / "stop"))
     return said
 

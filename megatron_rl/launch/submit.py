@@ -18,7 +18,8 @@ from megatron_rl.config.read_yaml import read_file
 from megatron_rl.errors import ConfigError, UserError, shorten
 from megatron_rl.launch.conductor.control_files import read_json, write_json
 from megatron_rl.launch.conductor.decide import STOPPED, TRAINER
-from megatron_rl.launch.conductor.slurm_commands import call_slurm, clean_environment, job_state
+from megatron_rl.launch.conductor.slurm_commands import call_slurm, clean_environment
+from megatron_rl.launch.conductor.slurm_states import FORGOTTEN, SILENT
 from megatron_rl.launch.engine_commands import (
     check_model,
     engine_command,
@@ -35,6 +36,7 @@ from megatron_rl.launch.job_folder import (
     trainer_command,
     write_run_files,
 )
+from megatron_rl.launch.job_of_folder import job_of
 from megatron_rl.launch.layout import MODES, JobLayout, check_tensor_groups, make_layout
 from megatron_rl.launch.profile import Profile, load_profile
 from megatron_rl.launch.render import render_job
@@ -72,6 +74,8 @@ def submit_job(request: Request) -> int:
     profile = load_profile(request.profile, list(request.settings))
     dependency = _dependency(request.after)
     jobs = [_parts(request, profile, overrides) for overrides in _tasks(request)]
+    if request.array is not None:
+        check_no_job(jobs[0].run.parent)
     folder = _write(request, jobs)
     script = folder / "job.sbatch"
     if request.dry_run:
@@ -146,7 +150,7 @@ def _parts(request: Request, profile: Profile, overrides: list[str]) -> JobParts
         role.name: engine_command(config, python, role.gpus, role.local, key_file(config.run.folder))
         for role in layout.engines
     }
-    commands[TRAINER] = trainer_command(python, config.run.folder, engines=True)
+    commands[TRAINER] = trainer_command(python, config.run.folder, engines=len(layout.engines))
     gpus = max((role.gpus for role in layout.engines), default=0)
     return JobParts(config, profile, layout, commands, engine_environment(config, gpus), _submission())
 
@@ -211,17 +215,26 @@ def _check_config(config: Config, profile: Profile, *, resume: bool) -> None:
 
 def _check_free(folder: Path, config: Config, *, resume: bool) -> None:
     """Check that no other job works in the run folder, and that the run there is not done."""
-    record = read_json(str(folder / "launch" / "submit.json"))
-    job = str((record or {}).get("jobs", [""])[-1])
-    state = job_state(job) if job and shutil.which("squeue") else ""
-    if state:
-        raise ConfigError(f"job {job} is {state} and works in {folder}: megatron-rl launch cancel {folder}")
+    check_no_job(folder)
     check_run_folder(config, resume=resume)
     done = read_json(str(folder / "control" / "done.json"))
     if done is not None and int(done.get("step", 0)) >= config.run.steps:
         raise ConfigError(
             f"{folder} is done after {done.get('step')} steps: raise run.steps, or choose another run.name"
         )
+
+
+def check_no_job(folder: Path) -> None:
+    """Check that no job waits or runs that was submitted for a folder, of one run or of an array.
+
+    Raises:
+        ConfigError: there is one, or Slurm gives no answer.
+    """
+    job, state = job_of(folder)
+    if state == SILENT:
+        raise ConfigError(f"Slurm does not say whether job {job} still works in {folder}: try again when it answers")
+    if state != FORGOTTEN:
+        raise ConfigError(f"job {job} is {state} and works in {folder}: megatron-rl launch cancel {folder}")
 
 
 def _check_shared(config: Config, profile: Profile) -> None:
@@ -327,8 +340,7 @@ def wait_for_jobs(runs: Sequence[Path], folder: Path, look_s: float = 1.0, ask_s
             time.sleep(look_s)
             if time.monotonic() - asked > ask_s:
                 asked = time.monotonic()
-                jobs = (read_json(str(folder / "submit.json")) or {}).get("jobs", [])
-                if jobs and not job_state(str(jobs[-1])):
+                if job_of(folder.parent)[1] == FORGOTTEN:
                     result = read_json(str(run / "control" / "result.json"))
                     break
         if result is None:

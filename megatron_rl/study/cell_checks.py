@@ -27,12 +27,15 @@ class ResolvedCell:
     Attributes:
         cell: the cell.
         config: its configuration, with absolute paths.
-        digest: digest of what it computes: configuration, model, data and the user's own code.
+        digest: digest of what it computes: the keys that differ from their defaults, model, data and the user's own
+            code. A key that a release adds does not change it, while it has its default.
+        former_digest: the same of all keys, as releases up to November 2026 recorded it.
     """
 
     cell: Cell
     config: Config
     digest: str
+    former_digest: str
 
     @property
     def folder(self) -> Path:
@@ -59,7 +62,10 @@ def resolve_cells(cells: Sequence[Cell], study: Study, check: Callable[[Config],
         count = sum(len(ids) for ids in refused.values())
         raise ConfigError(f"{count} of {len(cells)} cells cannot run, so none is started: {names}")
     prints: dict[str, str] = {}
-    found = [ResolvedCell(cell, config, _digest(config, prints)) for cell, config in zip(cells, configs, strict=True)]
+    found = [
+        ResolvedCell(cell, config, _digest(config, prints), _digest(config, prints, with_defaults=True))
+        for cell, config in zip(cells, configs, strict=True)
+    ]
     _check_differ(found)
     if study.paired:
         _check_paired(study, found)
@@ -105,16 +111,14 @@ def make_absolute(tree: dict[str, Any], block: BaseModel) -> None:
             make_absolute(value, made)
 
 
-def _without(config: Config, **keys: set[str]) -> str:
+def _without(config: Config, *, with_defaults: bool = True, **keys: set[str]) -> str:
     """Return a configuration as text without some keys of some sections."""
-    tree = config.model_dump(mode="json")
-    return json.dumps(
-        {name: {k: v for k, v in block.items() if k not in keys.get(name, ())} for name, block in tree.items()},
-        sort_keys=True,
-    )
+    tree = config.model_dump(mode="json", exclude_defaults=not with_defaults)
+    kept = {name: {k: v for k, v in block.items() if k not in keys.get(name, ())} for name, block in tree.items()}
+    return json.dumps({name: block for name, block in kept.items() if block or with_defaults}, sort_keys=True)
 
 
-def _digest(config: Config, prints: dict[str, str]) -> str:
+def _digest(config: Config, prints: dict[str, str], *, with_defaults: bool = False) -> str:
     """Return the digest of what a run computes. `prints` remembers fingerprints of files."""
     where = {section: set(keys) for section, keys in KEYS_OF_AN_ATTEMPT.items()}
     where["run"] = where["run"] - {"steps"}
@@ -123,7 +127,11 @@ def _digest(config: Config, prints: dict[str, str]) -> str:
     for path in files:
         if str(path) not in prints:
             prints[str(path)] = fingerprint(path)
-    parts = [_without(config, **where), *(prints[str(path)] for path in files), json.dumps(code_digests(config))]
+    parts = [
+        _without(config, with_defaults=with_defaults, **where),
+        *(prints[str(path)] for path in files),
+        json.dumps(code_digests(config)),
+    ]
     return xxhash.xxh3_128_hexdigest("\n".join(parts).encode())
 
 

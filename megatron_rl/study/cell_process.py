@@ -9,18 +9,24 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from megatron_rl.forking import flush_output, has_one_thread, name_process, report_error, run_as_command
+from megatron_rl.forking import fork_as_command, has_one_thread
 from megatron_rl.launch.fork import ForkedProcess
 from megatron_rl.launch.ranks import one_thread, prepare_fork
 from megatron_rl.supervise import Leader, die_with_parent
 
 # What a cell's fork server imports: it finds them imported.
 _SERVER_MODULES = ("megatron_rl.server.app", "transformers.models.auto.modeling_auto")
-_HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+# The pool's handlers must not run in a cell.
+_HANDLERS: dict[signal.Signals, Any] = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGUSR1: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+}
 
 
 class CellStarter:
@@ -60,45 +66,12 @@ class CellStarter:
                     start_new_session=True,
                     preexec_fn=lambda: die_with_parent(parent),  # noqa: PLW1509  it makes one system call
                 )
-        flush_output()
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)  # the pool's handlers must not run in the cell
-        try:
-            pid = os.fork()
-            if pid == 0:
-                _become_cell(arguments, environment, output, parent, self._like_new, mask)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        return ForkedProcess(pid)
 
+        def begin() -> None:
+            die_with_parent(parent)
+            file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
 
-def _become_cell(
-    arguments: list[str],
-    environment: Mapping[str, str],
-    output: Path,
-    parent: int,
-    like_new: Callable[[], None],
-    mask: Any,
-) -> NoReturn:
-    """Run the command and end this process. Never return: the pool's frames must not continue here."""
-    code = 1
-    try:
-        os.setsid()
-        die_with_parent(parent)
-        for number in _HANDLED:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        os.environ.update(environment)
-        name_process("mrl-cell")
-        like_new()
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        code = run_as_command(arguments)
-    except BaseException as error:  # noqa: BLE001  nothing above handles it
-        code = report_error(error)
-    finally:
-        try:
-            flush_output()
-        finally:
-            os._exit(code)
+        return ForkedProcess(fork_as_command(arguments, environment, "mrl-cell", _HANDLERS, begin, self._like_new))

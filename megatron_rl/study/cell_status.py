@@ -1,7 +1,6 @@
 """The state of every cell of a study: from its run folder, the record of its attempts, and Slurm."""
 
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -13,7 +12,8 @@ from rich.table import Table
 from megatron_rl.diagnostics import read_log
 from megatron_rl.errors import ExitCode
 from megatron_rl.launch.conductor.control_files import read_json
-from megatron_rl.launch.conductor.slurm_commands import job_state
+from megatron_rl.launch.conductor.slurm_states import FORGOTTEN
+from megatron_rl.launch.job_of_folder import job_of
 from megatron_rl.study.study_folder import Record, StudyFolder
 from megatron_rl.trainer.run_control import RunControl
 
@@ -51,7 +51,8 @@ class CellState:
 def read_states(folder: StudyFolder, record: Record) -> list[CellState]:
     """Return the state of every cell, in the order of the study."""
     last = {attempt["cell"]: attempt["code"] for attempt in folder.attempts()}
-    running, queued = _running(folder), bool(queued_array(folder))
+    # While Slurm gives no answer, the tasks of an array count as running: they must not be started twice.
+    running, queued = _running(folder), job_of(folder.runs)[1] != FORGOTTEN
     return [_read_state(folder, record, cell, last.get(cell), cell in running, queued) for cell in record["cells"]]
 
 
@@ -107,14 +108,6 @@ def _running(folder: StudyFolder) -> list[str]:
     except FileNotFoundError:  # a command that has just begun runs no cell yet
         return []
     return [str(cell) for cell in found]
-
-
-def queued_array(folder: StudyFolder) -> str:
-    """Return the id of the array that was submitted last if it waits or runs, else an empty text."""
-    record = read_json(str(folder.runs / "launch" / "submit.json"))
-    jobs = (record or {}).get("jobs") or [""]
-    job = str(jobs[-1])
-    return job if job and shutil.which("squeue") and job_state(job) else ""
 
 
 def _launched(run: Path, queued: bool) -> str:

@@ -19,6 +19,8 @@ from megatron_rl.study.study_file import load_study
 from megatron_rl.study.study_folder import StudyFolder, make_record
 from megatron_rl.trainer.preflight import check
 
+_ATTEMPTS = 2  # starts of a cell here, by default
+
 
 @dataclass(frozen=True)
 class StudyRequest:
@@ -26,7 +28,7 @@ class StudyRequest:
 
     study_file: Path
     workers: int = 1
-    attempts: int = 2
+    attempts: int | None = None
     gpus_per_worker: int = 0
     retry_failed: bool = False
     extend: bool = False
@@ -51,10 +53,11 @@ def run_study(request: StudyRequest) -> int:
     with one_thread():
         resolved = resolve_cells(cells, study, check_for_cluster if request.slurm else check)
     record = make_record(study, resolved)
+    folder = StudyFolder(study.folder)
     if request.dry_run and not request.slurm:
+        folder.check(record, resolved, extend=request.extend)
         print_cells(record)
         return ExitCode.DONE
-    folder = StudyFolder(study.folder)
     with ExitStack() as stack:
         folder.make()
         folder.lock(stack)
@@ -81,6 +84,11 @@ def _check_request(request: StudyRequest) -> None:
         raise ConfigError(
             "--workers, --gpus-per-worker are about this machine, and --slurm runs each cell as a task of an array: "
             "leave them out; array_limit of the profile is the number of tasks at a time"
+        )
+    if request.slurm and request.attempts is not None:
+        raise ConfigError(
+            "--attempts is about this machine: with --slurm, requeue.max of the profile is the number of further "
+            f"attempts; leave it out, or pass --set requeue.max={request.attempts - 1}"
         )
     if request.slurm or request.dry_run:
         return
@@ -117,7 +125,7 @@ def _run_here(request: StudyRequest, folder: StudyFolder, todo: Sequence[str]) -
         folder,
         folder.record()["budget"],
         workers=min(request.workers, len(todo)),
-        attempts=request.attempts,
+        attempts=_ATTEMPTS if request.attempts is None else request.attempts,
         gpus=request.gpus_per_worker,
     )
     return pool.run(todo)

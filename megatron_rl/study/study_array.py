@@ -7,10 +7,11 @@ import yaml
 
 from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError, UserError
+from megatron_rl.launch.conductor.slurm_states import FORGOTTEN, SILENT
 from megatron_rl.launch.engine_commands import check_model
+from megatron_rl.launch.job_of_folder import job_of
 from megatron_rl.launch.submit import Request, submit_job
 from megatron_rl.plan import plan_algorithm
-from megatron_rl.study.cell_status import queued_array
 from megatron_rl.study.grid import RUNS
 from megatron_rl.study.study_folder import StudyFolder
 from megatron_rl.trainer.preflight import check_task
@@ -39,10 +40,12 @@ def submit_cells(
         ConfigError: a configuration or the profile cannot be honored.
         UserError: an earlier array waits or runs, sbatch refuses the job, or Slurm's commands are not there.
     """
-    queued = queued_array(folder)
-    if queued:
+    job, state = job_of(folder.runs)
+    if state == SILENT:
+        raise UserError(f"Slurm does not say whether array {job} of this study has ended: try again when it answers")
+    if state != FORGOTTEN:
         # Only the array that was submitted last is known, so tasks of this one would be started a second time.
-        raise UserError(f"array {queued} of this study waits or runs: wait for its end, or end it: scancel {queued}")
+        raise UserError(f"array {job} of this study waits or runs: wait for its end, or end it: scancel {job}")
     array = folder.folder / "array"
     shutil.rmtree(array, ignore_errors=True)
     array.mkdir()

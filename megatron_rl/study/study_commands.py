@@ -20,8 +20,9 @@ def study_run(
     study_file: _StudyFile,
     workers: Annotated[int, typer.Option(min=1, max=1000, help="cells that run at the same time, here")] = 1,
     attempts: Annotated[
-        int, typer.Option(min=1, max=100, help="starts of a cell whose error may go away, such as a lost engine")
-    ] = 2,
+        int | None,
+        typer.Option(min=1, max=100, help="starts of a cell whose error may go away, such as a lost engine; default 2"),
+    ] = None,
     gpus_per_worker: Annotated[
         int, typer.Option(min=0, help="GPUs that each worker has for itself; 0: one worker sees all")
     ] = 0,

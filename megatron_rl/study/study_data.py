@@ -1,6 +1,5 @@
 """The tables of a study as arrays: one group for each arm and size, with its seeds side by side."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +12,9 @@ import pyarrow.parquet as pq
 
 from megatron_rl.errors import UserError
 from megatron_rl.study.cell_status import DONE
+from megatron_rl.study.study_folder import read_mapping
 
+_MEND = "restore it, or run the study again"
 _KEYS = ("cell", "arm", "size", "seed")
 Columns = dict[str, np.ndarray]
 
@@ -133,7 +134,8 @@ class StudyData:
             UserError: a file is missing or malformed, or cells that are compared answered different prompts.
         """
         results = folder / "results"
-        record, cells = _read_json(results / "study.json"), _read_json(results / "cells.json")
+        files = (results / "study.json", results / "cells.json")
+        record, cells = (read_mapping(path, _no_results(path), _MEND) for path in files)
         evals, steps = _by_cell(results / "evals.parquet"), _by_cell(results / "steps.parquet")
         done = [cell for cell, about in cells.items() if about["status"] == DONE and cell in evals]
         members: dict[tuple[str, str], list[CellCurve]] = {}
@@ -178,16 +180,8 @@ class StudyData:
         }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"there are no results at {path}: `megatron-rl study run` writes them") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): restore it, or run the study again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no mapping: restore it, or run the study again")
-    return content
+def _no_results(path: Path) -> str:
+    return f"there are no results at {path}: `megatron-rl study run` writes them"
 
 
 def _by_cell(path: Path) -> dict[str, Columns]:
@@ -195,9 +189,9 @@ def _by_cell(path: Path) -> dict[str, Columns]:
     try:
         table = pq.read_table(path)
     except FileNotFoundError:
-        raise UserError(f"there are no results at {path}: `megatron-rl study run` writes them") from None
+        raise UserError(_no_results(path)) from None
     except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{path} cannot be read ({error}): restore it, or run the study again") from error
+        raise UserError(f"{path} cannot be read ({error}): {_MEND}") from error
     absent = [key for key in (*_KEYS, "step") if key not in table.column_names]
     if absent:
         raise UserError(f"{path} has no column {', '.join(absent)}: it is not a table of a study")

@@ -58,16 +58,8 @@ class StudyFolder:
         Raises:
             UserError: there is none, or it cannot be read.
         """
-        path = self.folder / "study.json"
-        try:
-            record = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise UserError(f"{self.folder} holds no study: `megatron-rl study run` makes one") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}): restore it") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{path} is not the record of a study: restore it")
-        return record
+        absent = f"{self.folder} holds no study: `megatron-rl study run` makes one"
+        return read_mapping(self.folder / "study.json", absent, "restore it")
 
     def attempts(self) -> list[Record]:
         """Return every recorded end of a cell's command, in order."""
@@ -116,10 +108,7 @@ class StudyFolder:
         Raises:
             ConfigError: the study has results of another configuration.
         """
-        old = self.record() if (self.folder / "study.json").is_file() else None
-        if old is not None and self._has_results(old["cells"]):
-            _check_same(self.folder, old, new, extend=extend)
-            new["history"] = old["history"]
+        new["history"] = self.check(new, cells, extend=extend)
         if not new["history"] or new["history"][-1]["digest"] != new["digest"]:
             entry = {"time": time.time(), "digest": new["digest"], "cells": len(cells), "verdict": new["verdict"]}
             new["history"].append(entry)
@@ -131,6 +120,25 @@ class StudyFolder:
             replace_file(path, text.encode())
         replace_file(self.folder / "study.json", json.dumps(new, indent=1).encode() + b"\n")
         replace_file(self.folder / "study.yaml", source.read_bytes())  # the source may be this very file
+
+    def check(self, new: Record, cells: Sequence[ResolvedCell], *, extend: bool) -> list[Record]:
+        """Check that the folder takes a study, and return the history of the study in it; [] without results.
+
+        Raises:
+            ConfigError: it has results of another configuration.
+        """
+        old = self.record() if (self.folder / "study.json").is_file() else None
+        if old is None or not self._has_results(old["cells"]):
+            return []
+        for one in cells:
+            known = old["cells"].get(one.cell.id, {})
+            if known.get("digest") == one.former_digest:
+                known["digest"] = one.digest
+        _check_same(self.folder, old, new, extend=extend)
+        history: list[Record] = old["history"]
+        if history and history[-1]["digest"] == old["digest"]:
+            history[-1]["digest"] = _digest(old)
+        return history
 
     def _has_results(self, cells: Iterable[str]) -> bool:
         return any((self.run(cell) / "log.jsonl").is_file() for cell in cells) or self.results.is_dir()
@@ -158,8 +166,34 @@ def make_record(study: Study, cells: Sequence[ResolvedCell]) -> Record:
         "verdict": study.verdict.model_dump(),
         "cells": described,
     }
-    digest = xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True).encode())
-    return {"digest": digest, **record, "history": []}
+    return {"digest": _digest(record), **record, "history": []}
+
+
+def _digest(record: Record) -> str:
+    about = {key: value for key, value in record.items() if key not in ("digest", "history")}
+    return xxhash.xxh3_128_hexdigest(json.dumps(about, sort_keys=True).encode())
+
+
+def read_mapping(path: Path, absent: str, mend: str) -> Record:
+    """Return the mapping in a JSON file.
+
+    Args:
+        path: the file.
+        absent: what to say if there is no file.
+        mend: how to mend a file that cannot be read.
+
+    Raises:
+        UserError: there is no file, or it holds no mapping.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(absent) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): {mend}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no mapping: {mend}")
+    return content
 
 
 def _check_same(folder: Path, old: Record, new: Record, *, extend: bool) -> None:

@@ -68,16 +68,7 @@ def open_run(
         noted = _note_stops(mesh)
         if mesh.rank == 0:
             print_plan(plan, config)
-
-        def prepare() -> bool:
-            resumes = holds_same_run(config) if resume is None else resume
-            accepts = accept_changed_code and (resumes or resume is not None)
-            prepare_run_folder(
-                config, stack, resume=resumes, accept_changed_code=accepts, attribute_only=attribute_only
-            )
-            return resumes
-
-        resumes = mesh.on_lead(prepare)
+        resumes = _prepare_folder(config, mesh, stack, resume, accept_changed_code, attribute_only)
         control = RunControl(config.run.folder)
         stops = _watch_control(config, control, mesh, stack, attribute_only=attribute_only)
         servers = _start_servers(config, plan, mesh, stack)
@@ -110,6 +101,20 @@ def open_run(
         stack.callback(sync.close)
         stack.enter_context(_long_lived_objects())
         yield Trainer(config, plan, mesh, policy, checkpoints, sync, lead, state)
+
+
+def _prepare_folder(
+    config: Config, mesh: Mesh, stack: ExitStack, resume: bool | None, accept_changed_code: bool, attribute_only: bool
+) -> bool:
+    """Take the run folder on rank 0, and return on every rank whether the run goes on. Collective."""
+
+    def prepare() -> bool:
+        resumes = holds_same_run(config) if resume is None else resume
+        accepts = accept_changed_code and (resumes or resume is not None)
+        prepare_run_folder(config, stack, resume=resumes, accept_changed_code=accepts, attribute_only=attribute_only)
+        return resumes
+
+    return mesh.on_lead(prepare)
 
 
 def _watch_control(

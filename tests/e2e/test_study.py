@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from megatron_rl.cli import main
+from megatron_rl.errors import ConfigError
+from megatron_rl.study.run_study import StudyRequest, run_study
 from megatron_rl.trainer.run_control import RunControl
 from tests.e2e.command import assert_refused, records
 from tests.e2e.conftest import SMALL_RUN
@@ -100,6 +102,12 @@ def test_a_dry_run_prints_the_cells_and_writes_nothing(write, here, tmp_path):
     assert out.splitlines()[-1] == "4 cells: 4 arms, 1 seeds"
     assert all(cell in out for cell in CELLS)
     assert not (tmp_path / "runs").exists()
+    results = tmp_path / "runs" / "dry" / "results"
+    results.mkdir(parents=True)
+    other = {"cells": {"another": {}}, "budget": {}, "paired": True, "size_axis": None, "history": [], "digest": ""}
+    (results.parent / "study.json").write_text(json.dumps(other))
+    with pytest.raises(ConfigError, match="1 of its cells are no longer in the study"):
+        run_study(StudyRequest(write("dry"), dry_run=True))
 
 
 def test_an_array_has_a_task_for_each_cell_that_is_not_done(write, here, tmp_path):

@@ -7,12 +7,16 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
-from megatron_rl.errors import ConfigError
+from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.launch.conductor.nodelist import expand_hosts
 from megatron_rl.launch.conductor.port_block import pick_block
 from megatron_rl.launch.preflight_job import run_preflight
 from megatron_rl.launch.status import attach_command, cancel_run, read_status, status_lines
+from megatron_rl.study.cell_status import read_states
+from megatron_rl.study.run_study import StudyRequest, run_study
+from megatron_rl.study.study_folder import StudyFolder
 from tests.slurm.conftest import ROOT
 from tests.slurm.virtual_cluster import HERE, FakeRun, wait_for
 
@@ -65,24 +69,24 @@ def test_usr1_saves_and_the_job_goes_on_after_a_requeue(batch, cluster):
     first = run.attempts()[0]
     assert first["why"] == "stopped and saved (deadline); tried again" and first["newest"] >= 5
     run.wish(steps=first["newest"] + 2)
-    assert run.result(90)["code"] == 0, run.log()
+    assert run.result()["code"] == 0, run.log()
     assert run.steps() == list(range(1, first["newest"] + 3))  # none is missing, none is made twice
 
 
 def test_a_job_stops_before_its_time_is_up_and_goes_on_after_a_requeue(batch):
     """Nobody asks: the conductor knows when the allocation ends."""
     run = batch["short"]
-    first = wait_for(lambda: run.attempts() and run.attempts()[0].get("newest") and run.attempts()[0], "a stop", 90)
+    first = wait_for(lambda: run.attempts() and run.attempts()[0].get("newest") and run.attempts()[0], "a stop")
     assert first["why"] == "stopped and saved (deadline); tried again" and first["end"] - first["time"] < 50
     run.wish(steps=first["newest"] + 2)
-    assert run.result(90)["code"] == 0, run.log()
+    assert run.result()["code"] == 0, run.log()
     assert run.steps() == list(range(1, first["newest"] + 3))
 
 
 @pytest.mark.parametrize(("name", "culprit"), [("engine", "engine-0"), ("rank", "trainer")])
 def test_a_role_that_dies_ends_the_others_and_the_job_is_tried_again(batch, name, culprit):
     run = batch[name]
-    assert run.result(90)["code"] == 0, run.log()
+    assert run.result()["code"] == 0, run.log()
     first, second = run.attempts()
     code = "7" if name == "engine" else "139 (SIGSEGV)"
     assert first["why"] == f"{culprit} ended with exit code {code}; tried again" and first["verdict"] == "requeue"
@@ -94,20 +98,20 @@ def test_a_role_that_dies_ends_the_others_and_the_job_is_tried_again(batch, name
 
 
 def test_a_run_without_progress_is_given_up(batch):
-    result = batch["stuck"].result(90)
+    result = batch["stuck"].result()
     assert result["code"] == 75 and "given up after 2 attempts without a new checkpoint" in result["why"]
     assert len(batch["stuck"].attempts()) == 2
 
 
 def test_the_users_error_is_never_tried_again(batch):
-    result = batch["mistake"].result(90)
+    result = batch["mistake"].result()
     assert result["code"] == 2 and "only you can mend" in result["why"]
     assert len(batch["mistake"].attempts()) == 1
 
 
 def test_a_job_after_another_waits_for_its_success(batch, cluster):
     """That other job was requeued meanwhile."""
-    assert batch["next"].result(90)["code"] == 0
+    assert batch["next"].result()["code"] == 0
     rank, after = batch["rank"], batch["next"]
     assert after.attempts()[0]["time"] > rank.attempts()[-1]["end"] and len(rank.attempts()) == 2
     never = batch["never"]
@@ -188,11 +192,45 @@ def test_an_array_has_a_run_for_each_file(fake_run, tmp_path):
     (tmp_path / "sweep").mkdir()
     for name, rate in (("low", 1.0e-6), ("high", 1.0e-5)):
         (tmp_path / "sweep" / f"{name}.yaml").write_text(f"optimizer: {{lr: {rate}}}\n")
+    fake_run.wish(steps=1000)
     fake_run.submit(array=tmp_path / "sweep", settings=["array_limit=2"])
+    refusal = rf"job {fake_run.job} is [A-Z]+ and works in .*launch cancel"
+    with pytest.raises(ConfigError, match=refusal):
+        fake_run.submit(array=tmp_path / "sweep")
+    with pytest.raises(ConfigError, match=refusal):
+        fake_run.submit(overrides=["run.name=run/high"])
+    fake_run.wish(steps=3)
     runs = [FakeRun.at(fake_run, f"run/{name}") for name in ("high", "low")]
     assert [run.result()["code"] for run in runs] == [0, 0]
     assert {run.attempts()[0]["job"].partition("_")[2] for run in runs} == {"0", "1"}
     assert "lr: 1.0e-05" in (runs[0].run / "launch" / "config.yaml").read_text()
+
+
+def test_a_study_runs_as_an_array_of_its_cells(fake_run):
+    base = yaml.safe_load(fake_run.config.read_text()) | {"eval": {"prompts": 2}}
+    del base["run"]
+    axes = {"objective": {"drpo": {}, "grpo": {"objective": {"name": "grpo", "advantage": "grpo"}}}}
+    study = {"base": base, "axes": axes, "budget": {"steps": 3}, "folder": str(fake_run.run)}
+    file = fake_run.folder / "study.yaml"
+    file.write_text(yaml.safe_dump(study))
+    request = StudyRequest(file, slurm=True, profile="virtual", settings=fake_run.stand_ins)
+    folder = StudyFolder(fake_run.run)
+
+    def states():
+        return [state.status for state in read_states(folder, folder.record())]
+
+    fake_run.wish(steps=1000)
+    assert run_study(request) == 0
+    runs = [FakeRun.at(fake_run, f"run/runs/{cell}") for cell in folder.record()["cells"]]
+    for run in runs:
+        run.until_step(1)
+    assert states() == ["running", "running"]
+    with pytest.raises(UserError, match="no cell is left to submit"):
+        run_study(request)
+    fake_run.wish(steps=3)
+    assert [run.result()["code"] for run in runs] == [0, 0]
+    wait_for(lambda: states() == ["done", "done"], "the end of the array")
+    assert "name: grpo" in (runs[1].run / "launch" / "config.yaml").read_text()
 
 
 def test_test_only_asks_slurm_and_submits_nothing(fake_run, capsys):
@@ -213,18 +251,36 @@ def test_attach_opens_a_shell_on_a_node_of_the_job(fake_run):
     assert f"on node2 in job {fake_run.job}" in done.stdout, done
 
 
-def test_training_goes_on_without_a_lost_engine(fake_run):
+def test_a_lost_engine_is_started_again_while_training_goes_on(fake_run):
+    """One process dies and comes back on its node; another's node is killed, and it comes back on the spare one."""
+
+    def urls():
+        return json.loads((fake_run.run / "log.jsonl").read_text().splitlines()[-1])["urls"]
+
     fake_run.wish(steps=1000)
-    fake_run.submit(settings=["on_engine_loss=continue"], overrides=["rollout.servers=2"])
+    settings = ["on_engine_loss=continue", "spare_nodes=1"]
+    fake_run.submit(settings=settings, overrides=["rollout.servers=2"])
     fake_run.until_step(3)
+    before = urls()
+    fake_run.wish(die_engine_0_1="7")
+    wait_for(lambda: fake_run.log().count("engine-0 is healthy at") == 2, "engine-0 that came back")
     fake_run.cluster.node("kill", "node3")
     try:
-        wait_for(lambda: "training goes on with 1 of 2 engines" in fake_run.log(), "the loss of the engine", 50)
-        fake_run.wish(steps=fake_run.steps()[-1] + 5)
+        wait_for(lambda: "starting engine-1 on node4" in fake_run.log(), "a restart on the spare node")
+        wait_for(lambda: fake_run.log().count("engine-1 is healthy at") == 2, "engine-1 that came back")
+        step = fake_run.steps()[-1]
+        fake_run.until_step(step + 2)
+        after = urls()
+        fake_run.wish(steps=fake_run.steps()[-1] + 2)
         assert fake_run.result()["code"] == 0, fake_run.log()
-        assert "engine-1 is lost (on node3)" in fake_run.log() and len(fake_run.attempts()) == 1
     finally:
         fake_run.cluster.node("start", "node3")
+    log = fake_run.log()
+    assert "engine-0 is lost (on node2): training goes on with 1 of 2 engines; it is started again (1 of 3)" in log
+    assert after[0] == before[0] and after[1] != before[1] and len(after) == 2
+    assert log.count("starting engine-1 on node3") == 2 and len(fake_run.attempts()) == 1
+    text = (fake_run.run / "logs" / "latest" / "engine-0-node2-0.log").read_text()
+    assert text.count("serving on node2") == 2 and "the engine dies as wished" in text
 
 
 def test_a_preempted_job_saves_and_comes_back(fake_run):
@@ -235,18 +291,23 @@ def test_a_preempted_job_saves_and_comes_back(fake_run):
     cluster.ask(
         "sbatch", "-p", "high", "-w", "node1,node2", "--gpus-per-node=8", "-o", "/dev/null", "--wrap", "sleep 1"
     )
-    wait_for(lambda: len(fake_run.attempts()) == 2, "the second attempt", 60)
+    wait_for(lambda: len(fake_run.attempts()) == 2, "the second attempt")
     first, second = fake_run.attempts()
     assert second["checkpoint"] >= 3 and first["job"] == second["job"]
     fake_run.wish(steps=second["checkpoint"] + 3)
     assert fake_run.result()["code"] == 0, fake_run.log()
 
 
-def test_a_second_job_in_the_same_folder_is_refused(fake_run):
+def test_a_second_job_in_the_same_folder_is_refused_also_if_it_is_started_by_hand(fake_run):
     fake_run.wish(steps=1000)
     fake_run.submit()
     with pytest.raises(ConfigError, match=rf"job {fake_run.job} is [A-Z]+ and works in .*launch cancel"):
         fake_run.submit()
+    fake_run.until_step(1)
+    fake_run.cluster.ask("sbatch", str(fake_run.run / "launch" / "job.sbatch"))
+    refusal = f"job {fake_run.job} works in {fake_run.run}: this one starts nothing: exit code 2"
+    wait_for(lambda: refusal in fake_run.log(), "the end of the second job")
+    assert len(fake_run.attempts()) == 1 and fake_run.control("result.json") is None
 
 
 def test_preflight_names_the_sabotaged_node_and_the_job_goes_on_without_it(fake_run):
@@ -345,7 +406,7 @@ def test_a_killed_node_is_replaced_by_a_requeue(fake_run):
     fake_run.cluster.node("kill", "node2")
     try:
         job = fake_run.job
-        wait_for(lambda: fake_run.cluster.ask("squeue", "-h", "-j", job, "-o", "%T") == "PENDING", "a requeue", 50)
+        wait_for(lambda: fake_run.cluster.ask("squeue", "-h", "-j", job, "-o", "%T") == "PENDING", "a requeue")
         fake_run.cluster.node("start", "node2")
         wait_for(lambda: len(fake_run.attempts()) == 2, "the second attempt")
     finally:

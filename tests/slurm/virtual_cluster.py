@@ -66,7 +66,7 @@ class VirtualCluster:
         )
 
 
-def wait_for(condition: Callable[[], Any], what: str, patience: float = 30.0) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, patience: float = 120.0) -> Any:
     """Return the first true value of a condition. Fail after `patience` seconds."""
     deadline = time.monotonic() + patience
     while not (value := condition()):
@@ -124,10 +124,14 @@ class FakeRun:
             own = name in ("steps", "step_s", "never_save")
             (self.wishes / (name if own else name.replace("_", "-"))).write_text(str(value))
 
+    @property
+    def stand_ins(self) -> list[str]:
+        """Keys of the profile that make the roles stand-ins."""
+        return [f"python={HERE / 'fake_python'}", f'env={{FAKE_ROLES: "{self.wishes}"}}']
+
     def submit(self, **options: Any) -> int:
         """Submit the run. Return the exit code of the command."""
-        settings = [f"python={HERE / 'fake_python'}", f'env={{FAKE_ROLES: "{self.wishes}"}}', *self.settings]
-        settings += options.pop("settings", [])
+        settings = [*self.stand_ins, *self.settings, *options.pop("settings", [])]
         overrides = options.pop("overrides", [])
         return submit_job(Request(self.config, overrides, "virtual", settings, **options))
 
@@ -138,7 +142,7 @@ class FakeRun:
     def control(self, name: str) -> dict[str, Any] | None:
         return read_json(str(self.run / "control" / name))
 
-    def result(self, patience: float = 30.0) -> dict[str, Any]:
+    def result(self, patience: float = 120.0) -> dict[str, Any]:
         """Wait for the result of the run."""
         try:
             return wait_for(lambda: self.control("result.json"), f"a result of {self.run}", patience)

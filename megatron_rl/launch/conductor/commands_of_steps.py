@@ -1,6 +1,5 @@
 """Command lines: how the roles of a job become `srun` commands, and what is filled in when the job runs."""
 
-import json
 import os
 import re
 from typing import Any, Dict, List, Mapping, NamedTuple
@@ -26,12 +25,10 @@ def make_url(address: str, port: int) -> str:
 
 
 def fill_words(words: List[str], role: str, filled: Filled) -> List[str]:
-    """Return a command with its placeholders @HOST@, @PORT@, @URLS@ and @ATTEMPT@ replaced."""
-    urls = [make_url(filled.addresses[name], filled.ports[name]) for name in filled.ports]
+    """Return a command with its placeholders @HOST@, @PORT@ and @ATTEMPT@ replaced."""
     values = {
         "@HOST@": filled.addresses.get(role, ""),
         "@PORT@": str(filled.ports.get(role, "")),
-        "@URLS@": json.dumps(urls, separators=(",", ":")),
         "@ATTEMPT@": str(filled.attempt),
     }
     return [re.sub("@[A-Z]+@", lambda match: values.get(match.group(), match.group()), word) for word in words]
@@ -46,13 +43,14 @@ def srun_command(job: Mapping[str, Any], role: Mapping[str, Any], filled: Filled
     name = role["name"]
     words = ["srun", "--export=ALL", "--mpi=none", "--unbuffered", "--wait=0", "-J", name]
     words += ["-N", str(role["nodes"]), "-n", str(role["tasks"])]
-    words += ["--ntasks-per-node=%d" % (role["tasks"] // role["nodes"]), "--relative=%d" % role["first_node"]]
+    words += ["--ntasks-per-node=%d" % (role["tasks"] // role["nodes"])]
+    words += ["--nodelist=" + role["host"]] if "host" in role else ["--relative=%d" % role["first_node"]]
     words += ["--het-group=%d" % role["group"]] if job["mode"] == "het" else []
     words += ["--cpus-per-task=%d" % role["cpus"]] if role["cpus"] else []
     words += role["gpu_flags"]
     words += ["--overlap"] if role["overlap"] else []
     words += ["--kill-on-bad-exit=1"] if role["kind"] == "trainer" else []
-    words += ["-o", os.path.join(filled.logs, name + "-%N-%t.log")]
+    words += ["--open-mode=append", "-o", os.path.join(filled.logs, name + "-%N-%t.log")]
     words += container_flags(job["container"], name, filled)
     return words + task_command(job, name, filled.logs, fill_words(role["command"], name, filled))
 

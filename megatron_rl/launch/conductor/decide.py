@@ -2,6 +2,8 @@
 
 from typing import FrozenSet, List, NamedTuple, Optional, Tuple
 
+from megatron_rl.launch.conductor.slurm_states import FORGOTTEN, SILENT
+
 TRAINER = "trainer"
 KILL_AFTER = 10.0  # seconds from TERM to KILL of a role
 GIVE_UP_AFTER = 30.0  # seconds from KILL until a role that still lives is left to Slurm
@@ -19,6 +21,9 @@ class Rules(NamedTuple):
     most_without_progress: int = 2
     requeue_on: Tuple[str, ...] = ("deadline", "preempted", "node_fail", "crash")
     least_engines: int = 0  # with which training goes on after others have ended; 0: it needs all
+    most_restarts: int = 0  # of one engine, while training goes on without it
+    nodes: Tuple[int, ...] = ()  # of each engine, numbered in its group
+    spares: int = 0  # nodes that wait for engines whose own node does not start them again
 
 
 class Attempt(NamedTuple):
@@ -37,6 +42,9 @@ class Attempt(NamedTuple):
     first_bad: Optional[Tuple[str, int]] = None  # the role that ended badly first, and its exit code
     trainer_code: Optional[int] = None
     refused: Tuple[str, ...] = ()  # nodes that preflight refused
+    restarts: Tuple[str, ...] = ()  # engines that were started again, one entry each time
+    awaited: FrozenSet[Tuple[str, float]] = frozenset()  # of them, those not healthy yet, and until when
+    moved: Tuple[int, ...] = ()  # nodes that were given up; the first spare node stands in for the first of them
 
 
 class Event(NamedTuple):
@@ -94,14 +102,16 @@ def _start_trainer(attempt: Attempt) -> Step:
 
 
 def _on_ready(rules: Rules, attempt: Attempt, event: Event) -> Step:
-    attempt = attempt._replace(ready=attempt.ready | {event.role})
+    attempt = _stop_waiting(attempt._replace(ready=attempt.ready | {event.role}), event.role)
     if attempt.phase == "engines" and attempt.ready >= set(rules.engines):
         return _start_trainer(attempt)
     return attempt, []
 
 
 def _on_ended(rules: Rules, attempt: Attempt, event: Event) -> Step:
-    attempt = attempt._replace(alive=attempt.alive - {event.role})
+    was_ready = event.role in attempt.ready
+    attempt = attempt._replace(alive=attempt.alive - {event.role}, ready=attempt.ready - {event.role})
+    attempt = _stop_waiting(attempt, event.role)
     if event.role == TRAINER:
         # A trainer that saved and stopped by itself, before the end of the allocation, says why in stopped.json.
         attempt = attempt._replace(trainer_code=event.code, reason=attempt.reason or event.text)
@@ -112,15 +122,36 @@ def _on_ended(rules: Rules, attempt: Attempt, event: Event) -> Step:
     good = event.role == TRAINER and (event.code == 0 or attempt.reason)
     if good:
         return _end_all(attempt, event.now)
-    left = len(attempt.alive - {TRAINER})
+    left = len(attempt.alive & attempt.ready)
     if rules.least_engines and TRAINER in attempt.alive:
         if left >= rules.least_engines:
-            text = "training goes on with %d of %d engines" % (left, len(rules.engines))
-            return attempt, [Action("note", event.role, text)]
+            return _go_on(rules, attempt, event, was_ready)
         text = "%d engines are left, at least %d are required" % (left, rules.least_engines)
         return _fail(attempt, event.role, event.code or 1, text, event.now)
     # An engine must not end while the trainer runs, so its exit code 0 is bad, too.
     return _fail(attempt, event.role, event.code or 1, "", event.now)
+
+
+def _go_on(rules: Rules, attempt: Attempt, event: Event, was_ready: bool) -> Step:
+    """Train without an engine, and start it again: on its node, or on a spare one if its node did not bring it back."""
+    role, count = event.role, attempt.restarts.count(event.role)
+    text = "training goes on with %d of %d engines" % (len(attempt.alive & attempt.ready), len(rules.engines))
+    if count >= rules.most_restarts:
+        return attempt, [Action("note", role, (text + ", after %d restarts of this one" % count) if count else text)]
+    node = rules.nodes[rules.engines.index(role)]
+    if count and not was_ready and node not in attempt.moved and len(attempt.moved) < rules.spares:
+        attempt = attempt._replace(moved=attempt.moved + (node,))
+    attempt = attempt._replace(
+        alive=attempt.alive | {role},
+        restarts=attempt.restarts + (role,),
+        awaited=attempt.awaited | {(role, event.now + rules.start_timeout)},
+    )
+    text += "; it is started again (%d of %d)" % (count + 1, rules.most_restarts)
+    return attempt, [Action("note", role, text), Action("start", role)]
+
+
+def _stop_waiting(attempt: Attempt, role: str) -> Attempt:
+    return attempt._replace(awaited=frozenset(one for one in attempt.awaited if one[0] != role))
 
 
 def _fail(attempt: Attempt, role: str, code: int, text: str, now: float) -> Step:
@@ -177,7 +208,8 @@ def _on_tick(rules: Rules, attempt: Attempt, event: Event) -> Step:
     if attempt.phase == "engines" and now > attempt.start_by:
         late_one = next(name for name in rules.engines if name not in attempt.ready)
         return _fail(attempt, late_one, 1, "it was not healthy after %g s" % rules.start_timeout, now)
-    return attempt, []
+    overdue = frozenset(one for one in attempt.awaited if now > one[1])
+    return attempt._replace(awaited=attempt.awaited - overdue), [Action("kill", role) for role, _ in sorted(overdue)]
 
 
 def _hurry(attempt: Attempt, now: float) -> Step:
@@ -249,8 +281,10 @@ def _judge_by_state(facts: Facts, why: str) -> JobVerdict:
     """Only a job that Slurm still calls running is requeued: a requeue would resurrect one that was cancelled."""
     if facts.state == "PREEMPTED":
         return JobVerdict("leave", GAVE_UP, "%s; Slurm requeues the job" % why)
-    if not facts.state:
+    if facts.state == SILENT:
         return JobVerdict("leave", GAVE_UP, "%s; not requeued, because Slurm does not tell the state of the job" % why)
+    if facts.state == FORGOTTEN:
+        return JobVerdict("leave", STOPPED, "%s; not requeued, because for Slurm the job is over" % why)
     if facts.state != "RUNNING":
         return JobVerdict("leave", STOPPED, "%s; left to Slurm, for which the job is %s" % (why, facts.state))
     exclude = tuple(sorted(set(facts.refused) | set(facts.failed_twice)))

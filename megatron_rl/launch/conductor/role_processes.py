@@ -17,12 +17,11 @@ class RoleProcesses:
     def __init__(self, job: Mapping[str, Any], key: str) -> None:
         """Take the job, and the name by which Slurm knows it; empty: roles run on this machine."""
         self._job, self._key = job, key
-        self._roles = {role["name"]: role for role in job["roles"]}
         self._processes: Dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, name: str, filled: Filled, own: Mapping[str, str]) -> None:
-        """Start a role. Its output goes to files of the attempt's folder."""
-        role = self._roles[name]
+    def start(self, role: Mapping[str, Any], filled: Filled, own: Mapping[str, str]) -> None:
+        """Start a role. Its output is appended to files of the attempt's folder."""
+        name = role["name"]
         if self._key:
             command, log = srun_command(self._job, role, filled), os.path.join(filled.logs, name + ".srun.log")
         else:

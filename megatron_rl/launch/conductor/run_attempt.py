@@ -5,16 +5,16 @@ import socket
 import sys
 import time
 import urllib.request
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Set, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Tuple
 
 from megatron_rl.launch.conductor.commands_of_steps import Filled, make_url
-from megatron_rl.launch.conductor.control_files import read_json, write_json
+from megatron_rl.launch.conductor.control_files import read_json, remove, write_json
 from megatron_rl.launch.conductor.decide import TRAINER, Action, Attempt, Event, Rules, decide
 from megatron_rl.launch.conductor.port_block import FIRST_ENGINE, MASTER
 from megatron_rl.launch.conductor.role_processes import RoleProcesses, find_logs, last_lines
 from megatron_rl.launch.conductor.run_files import RunFiles
 from megatron_rl.launch.conductor.run_preflight import Preflight
-from megatron_rl.launch.conductor.run_task import first_bad_task
+from megatron_rl.launch.conductor.run_task import first_bad_task, forget_exits
 from megatron_rl.launch.conductor.slurm_commands import end_of_job
 
 LOOK_S, HEALTH_S, BEAT_S, DEADLINE_S = 0.25, 1.0, 10.0, 60.0  # seconds between two looks of each kind
@@ -44,15 +44,15 @@ class AttemptRunner:
     def __init__(self, job: Mapping[str, Any], place: JobHosts, files: RunFiles, signals: List[str]) -> None:
         """Take the job, where it runs, the run's files, and the list to which signal handlers append names."""
         self._job, self._place, self._files, self._signals = job, place, files, signals
-        self._roles = {role["name"]: role for role in job["roles"]}
-        engines = tuple(role["name"] for role in job["roles"] if role["kind"] == "engine")
-        self._rules = Rules(engines=engines, **job["rules"])
+        self._roles = {role["name"]: dict(role) for role in job["roles"]}  # a restart changes the node of one
+        engines = [role for role in job["roles"] if role["kind"] == "engine"]
+        names, nodes = (tuple(role[key] for role in engines) for key in ("name", "first_node"))
+        self._rules = Rules(engines=names, nodes=nodes, **job["rules"])
         self._processes = RoleProcesses(job, place.key)
         self._preflight = Preflight(job, place.groups, files, say)
         self.state = Attempt()
         self._filled = Filled(files.number, files.logs, {}, {}, place.key)
         self._timers: Dict[str, float] = {}
-        self._ready: Set[str] = set()
 
     def run(self) -> Attempt:
         """Run the attempt, and return what is known at its end."""
@@ -92,6 +92,7 @@ class AttemptRunner:
             code = code if task is None else int(task["code"])
             where = "" if task is None else " (task %d on %s)" % (task["rank"], task["host"])
             say("%s ended with exit code %d%s" % (name, code, where))
+            remove(self._files.engine(name))  # the trainer then sends it no request
             events.append(Event("ended", name, code, self._own_stop(name), now=now))
         stop = read_json(self._files.control("stop"))
         if stop is not None and not self.state.reason:
@@ -99,7 +100,9 @@ class AttemptRunner:
         if self._due("health", HEALTH_S):
             events += [Event("ready", name, now=now) for name in self._newly_healthy()]
         if self._due("beat", BEAT_S):
-            write_json(self._files.control("conductor"), {"time": now, "phase": self.state.phase})
+            write_json(
+                self._files.control("conductor"), {"time": now, "phase": self.state.phase, "job": self._place.key}
+            )
         if self._place.key and self._due("deadline", DEADLINE_S):
             events += self._read_deadline()
         events.append(Event("tick", now=now))
@@ -115,7 +118,7 @@ class AttemptRunner:
     def _own_stop(self, name: str) -> str:
         """Return `deadline` if the trainer saved and stopped by itself before the end of the allocation, else nothing.
 
-        Any other stop that nobody asked for is a failure: srun also sends TERM to rank 0 when another rank has died.
+        Any other stop without a request is a failure: srun also sends TERM to rank 0 when another rank has died.
         """
         stopped = read_json(self._files.control("stopped.json")) if name == TRAINER else None
         return "deadline" if stopped is not None and stopped.get("reason") == "deadline" else ""
@@ -135,14 +138,17 @@ class AttemptRunner:
         return [Event("deadline", now=end)]
 
     def _newly_healthy(self) -> List[str]:
-        if self.state.phase != "engines":
+        """Return the engines that have become healthy, and tell the trainer where they are."""
+        if self.state.phase not in ("engines", "training"):
             return []
         found = []
-        for name in self.state.alive - self._ready:
+        for name in sorted(self.state.alive - self.state.ready - {TRAINER}):
             url = make_url(self._filled.addresses[name], self._filled.ports[name])
             if is_healthy(url):
                 say("%s is healthy at %s" % (name, url))
-                self._ready.add(name)
+                # What stands beside the URL tells the trainer an engine from the one before it.
+                process = {"pid": self.state.restarts.count(name), "host": self._place.of_role(self._roles[name])[0]}
+                write_json(self._files.engine(name), dict(process, url=url))
                 found.append(name)
         return found
 
@@ -153,9 +159,11 @@ class AttemptRunner:
         self._happened(Event("preflight", code=1 if refused else 0, nodes=refused, now=time.time()))
 
     def _start(self, action: Action) -> None:
-        if not self._filled.ports:
-            self._fill()
         role = self._roles[action.role]
+        if action.role in self.state.restarts:
+            self._prepare_restart(role)
+        if role["kind"] == "engine":
+            self._fill(role)
         hosts = self._place.of_role(role)
         own = dict(self._preflight.interface_of(hosts))
         own["MEGATRON_RL_ATTEMPT"] = str(self._files.number)
@@ -165,14 +173,23 @@ class AttemptRunner:
             own["MASTER_ADDR"] = hosts[0]
             own["MASTER_PORT"] = str(self._preflight.base + MASTER)
         say("starting %s on %s" % (action.role, ", ".join(hosts)))
-        self._processes.start(action.role, self._filled, own)
+        self._processes.start(role, self._filled, own)
 
-    def _fill(self) -> None:
-        """Give every engine its address and its port."""
-        for number, name in enumerate(self._rules.engines):
-            host = self._place.of_role(self._roles[name])[0]
-            self._filled.addresses[name] = resolve_host(host)
-            self._filled.ports[name] = self._preflight.base + FIRST_ENGINE + number
+    def _fill(self, role: Mapping[str, Any]) -> None:
+        """Give an engine its address and its port."""
+        name = role["name"]
+        self._filled.addresses[name] = resolve_host(self._place.of_role(role)[0])
+        self._filled.ports[name] = self._preflight.base + FIRST_ENGINE + self._rules.engines.index(name)
+
+    def _prepare_restart(self, role: Dict[str, Any]) -> None:
+        """Choose the node of an engine that is started again, and forget how it ended before."""
+        home = self._rules.nodes[self._rules.engines.index(role["name"])]
+        if home in self.state.moved:
+            group = self._place.groups[role["group"]]
+            role["first_node"] = len(group) - self._rules.spares + self.state.moved.index(home)
+        # By name: Slurm numbers the nodes of a job anew when it has lost one.
+        role["host"] = self._place.of_role(role)[0]
+        forget_exits(self._files.logs, role["name"])
 
     def _write_stop(self, action: Action) -> None:
         say("asking the trainer to save and stop (%s)" % action.text)

@@ -1,11 +1,13 @@
 """What a run keeps of its attempts: their records, and the folders of their logs."""
 
 import os
+import shutil
 import time
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 from megatron_rl.launch.conductor.control_files import ATTEMPTS, append_line, read_json_lines, remove, write_json
 
+ENGINES = "engines"
 OF_AN_ATTEMPT = ("stop", "stopped.json", "deadline", "result.json")
 
 
@@ -24,6 +26,10 @@ class RunFiles:
         """Return the path of a control file."""
         return os.path.join(self.run, "control", name)
 
+    def engine(self, name: str) -> str:
+        """Return the file with which an engine is registered for the trainer (`rollout.urls_dir`)."""
+        return self.control(os.path.join(ENGINES, name + ".json"))
+
     @property
     def attempts(self) -> int:
         """Attempts of this submission, with this one."""
@@ -34,6 +40,8 @@ class RunFiles:
         os.makedirs(self.logs, exist_ok=True)
         for name in OF_AN_ATTEMPT:
             remove(self.control(name))
+        shutil.rmtree(self.control(ENGINES), ignore_errors=True)
+        os.makedirs(self.control(ENGINES))
         write_json(self.control("attempt"), {"token": self.number})
         record = {"attempt": self.number, "submission": self._submission, "time": time.time(), "checkpoint": checkpoint}
         append_line(self.control(ATTEMPTS), dict(record, **facts))

@@ -10,7 +10,7 @@ import time
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from megatron_rl.launch.conductor.control_files import newest_checkpoint, read_json, write_json
-from megatron_rl.launch.conductor.decide import GAVE_UP, STOPPED, Facts, JobVerdict, Rules, judge
+from megatron_rl.launch.conductor.decide import GAVE_UP, STOPPED, USER_ERROR, Facts, JobVerdict, Rules, judge
 from megatron_rl.launch.conductor.nodelist import expand_hosts
 from megatron_rl.launch.conductor.probe import run_probe
 from megatron_rl.launch.conductor.run_attempt import AttemptRunner, JobHosts, say
@@ -24,8 +24,10 @@ from megatron_rl.launch.conductor.slurm_commands import (
     requeue_job,
     resubmit_job,
 )
+from megatron_rl.launch.conductor.slurm_states import SILENT
 
 _WAIT_FOR_REQUEUE_S = 300
+_FRESH_S = 60  # a conductor gives a sign of life every 10 s
 
 
 def run_conductor(arguments: Sequence[str]) -> int:
@@ -94,7 +96,7 @@ def _groups(job: Mapping[str, Any], env: Mapping[str, str]) -> Tuple[Tuple[str, 
 def _run_once(job: Mapping[str, Any], place: JobHosts, signals: List[str]) -> Optional[int]:
     """Run one attempt. Return the exit code of the job; None: another attempt follows in this process."""
     files = RunFiles(job["run"], job["submission"])
-    early = _before_start(job, files)
+    early = _other_job(files, place) or _before_start(job, files)
     if early is not None:
         return _exit(files, early, place)
     files.begin(
@@ -121,6 +123,17 @@ def _before_start(job: Mapping[str, Any], files: RunFiles) -> Optional[JobVerdic
     if files.attempts > most:
         return JobVerdict("exit", GAVE_UP, "given up after %d attempts" % (files.attempts - 1))
     return None
+
+
+def _other_job(files: RunFiles, place: Place) -> Optional[JobVerdict]:
+    """Return a refusal if another job works in this run folder, such as one that was started by hand; else None."""
+    beat = read_json(files.control("conductor")) or {}
+    other = beat.get("job", "")
+    if not place.key or other in ("", place.key) or time.time() - beat["time"] > _FRESH_S:
+        return None
+    if job_state(other) not in ("RUNNING", SILENT):
+        return None
+    return JobVerdict("leave", USER_ERROR, "job %s works in %s: this one starts nothing" % (other, files.run))
 
 
 def _after_end(

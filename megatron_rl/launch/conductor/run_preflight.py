@@ -25,6 +25,7 @@ class Preflight:
         """Take the job, the hosts of each group, the run's files, and where to say what is found."""
         self._job, self._groups, self._files, self._say = job, groups, files, say
         self._engines = [role for role in job["roles"] if role["kind"] == "engine"]
+        self._spares = groups[-1][len(groups[-1]) - job["rules"]["spares"] :]
         number = number_of(os.environ.get("SLURM_JOB_ID")) or os.getpid()
         self._size = FIRST_ENGINE + len(self._engines)
         self.base = pick_block(number, files.number, self._size, tuple(job["ports"]))
@@ -106,6 +107,8 @@ class Preflight:
         for role in self._job["roles"]:
             for host in self._groups[role["group"]][role["first_node"] : role["first_node"] + role["nodes"]]:
                 wanted[host] = role["gpus"]
+        for host in self._spares:
+            wanted[host] = self._engines[0]["gpus"]
         return wanted
 
     def _ports(self) -> Dict[str, List[int]]:
@@ -115,6 +118,7 @@ class Preflight:
         found: Dict[str, List[int]] = {first: block[:2]}
         for role, port in zip(self._engines, block[2:]):
             found.setdefault(self._groups[role["group"]][role["first_node"]], []).append(port)
+        found.update((host, block[2:]) for host in self._spares)
         return found
 
 

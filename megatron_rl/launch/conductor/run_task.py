@@ -10,7 +10,7 @@ import subprocess
 import time
 from typing import Any, Dict, List, Optional, Sequence
 
-from megatron_rl.launch.conductor.control_files import read_json, write_json
+from megatron_rl.launch.conductor.control_files import read_json, remove, write_json
 
 _FOLDER = "exits"  # in the folder of an attempt's logs
 
@@ -40,13 +40,23 @@ def _ignore(number: int, frame: Any) -> None:
     pass
 
 
+def forget_exits(logs: str, role: str) -> None:
+    """Remove the exit codes of the tasks of a role, which is started again."""
+    for name in _exits_of(logs, role):
+        remove(os.path.join(logs, _FOLDER, name))
+
+
+def _exits_of(logs: str, role: str) -> List[str]:
+    try:
+        names = os.listdir(os.path.join(logs, _FOLDER))
+    except OSError:
+        return []
+    return [name for name in names if name.startswith(role + ".") and name.endswith(".json")]
+
+
 def first_bad_task(logs: str, role: str) -> Optional[Dict[str, Any]]:
     """Return rank, host, code and time of the task of a role that ended badly first; None if none has recorded that."""
-    folder = os.path.join(logs, _FOLDER)
-    try:
-        names = [name for name in os.listdir(folder) if name.startswith(role + ".") and name.endswith(".json")]
-    except OSError:
-        return None
-    found: List[Dict[str, Any]] = [one for one in (read_json(os.path.join(folder, name)) for name in names) if one]
+    read = [read_json(os.path.join(logs, _FOLDER, name)) for name in _exits_of(logs, role)]
+    found: List[Dict[str, Any]] = [one for one in read if one]
     bad = sorted((one for one in found if one["code"]), key=lambda one: (one["time"], one["rank"]))
     return bad[0] if bad else None

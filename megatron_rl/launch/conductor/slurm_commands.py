@@ -5,6 +5,8 @@ import subprocess
 import time
 from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
 
+from megatron_rl.launch.conductor.slurm_states import FORGOTTEN, SILENT
+
 _TIMEOUT_S, _TRIES = 30, 5
 
 
@@ -65,10 +67,19 @@ def job_key(env: Mapping[str, str]) -> str:
 
 
 def job_state(key: str) -> str:
-    """Return Slurm's word for the state of a job; empty: Slurm does not tell."""
-    answer = call_slurm(["squeue", "-h", "-j", key, "-o", "%T"], _TRIES)
-    lines = answer.out.split()
-    return lines[0] if answer.code == 0 and lines else ""
+    """Return Slurm's word for the state of a job that waits or runs; else FORGOTTEN or SILENT.
+
+    squeue fails for a job that Slurm has forgotten, and if Slurm gives no answer. A question about no job tells which.
+    """
+    for number in range(_TRIES):
+        if number:
+            time.sleep(2.0**number / 2)
+        answer = call_slurm(["squeue", "-h", "-j", key, "-o", "%T"])
+        if answer.code == 0:
+            return (answer.out.split() or [FORGOTTEN])[0]
+        if call_slurm(["sinfo", "-h", "-o", "%R"]).code == 0:
+            return FORGOTTEN
+    return SILENT
 
 
 def end_of_job(key: str, env: Mapping[str, str]) -> float:
@@ -103,7 +114,7 @@ def requeue_job(key: str) -> SlurmReply:
     the job is not RUNNING any more.
     """
     reply = call_slurm(["scontrol", "requeue", key])
-    if reply.code and job_state(key) not in ("RUNNING", ""):
+    if reply.code and job_state(key) not in ("RUNNING", SILENT):
         return SlurmReply(0, reply.out)
     return reply
 

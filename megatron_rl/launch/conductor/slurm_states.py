@@ -1,5 +1,7 @@
 """What Slurm's job states mean for a run."""
 
+# Our own words: Slurm no longer has the job in its queue; Slurm gives no answer.
+FORGOTTEN, SILENT = "FORGOTTEN", "SILENT"
 _WAITING = "PENDING CONFIGURING REQUEUED REQUEUE_HOLD REQUEUE_FED RESV_DEL_HOLD SPECIAL_EXIT SUSPENDED STOPPED"
 _RUNNING = "RUNNING COMPLETING SIGNALING STAGE_OUT RESIZING"
 _LOST = "PREEMPTED NODE_FAIL BOOT_FAIL LAUNCH_FAILED RECONFIG_FAIL POWER_UP_NODE EXPEDITING"
@@ -19,6 +21,8 @@ def read_state(state: str, reason: str = "", done: bool = False, again: bool = F
         again: a later attempt or job of the run exists.
     """
     word = state.split()[0].rstrip("+") if state.split() else ""
+    if word == SILENT:
+        return "Slurm gives no answer"
     if word == "COMPLETED":
         return "done" if done else "ended without a result"
     meaning = _MEANING.get(word, "unknown (%s)" % state)

@@ -78,6 +78,66 @@ def test_training_may_go_on_without_an_engine_down_to_the_fewest() -> None:
     assert early[3:] == ["show engine-0", "term engine-1"]
 
 
+AGAIN = RULES._replace(least_engines=1, most_restarts=2, nodes=(2, 3), spares=1)
+LOST = "note engine-1 training goes on with 1 of 2 engines"
+
+
+def after_loss(*events: Event, rules: Rules = AGAIN) -> tuple[Attempt, list[str]]:
+    """Return the attempt after the end of engine-1 and these events, and the actions since it was started again."""
+    attempt, said = play(*RUNNING, Event("ended", "engine-1", 137, now=100), *events, rules=rules)
+    assert said[4:6] == [LOST + "; it is started again (1 of 2)", "start engine-1"]
+    return attempt, said[6:]
+
+
+END = Event("ended", "engine-1", 1, now=101)
+
+
+def test_an_engine_that_is_lost_is_started_again_on_its_node() -> None:
+    attempt, said = after_loss()
+    assert attempt.moved == () and "engine-1" in attempt.alive and "engine-1" not in attempt.ready and said == []
+    attempt, said = after_loss(Event("ready", "engine-1"), Event("tick", now=1000))
+    assert said == [] and attempt.ready == {"engine-0", "engine-1"}
+    attempt, said = after_loss(Event("ready", "engine-1"), END)  # it worked there, so it stays
+    assert said == [LOST + "; it is started again (2 of 2)", "start engine-1"] and attempt.moved == ()
+
+
+def test_an_engine_that_its_node_does_not_start_again_moves_to_a_spare_node() -> None:
+    attempt, said = after_loss(END)
+    assert said == [LOST + "; it is started again (2 of 2)", "start engine-1"] and attempt.moved == (3,)
+    assert after_loss(END, rules=AGAIN._replace(spares=0))[0].moved == ()
+
+
+def test_engines_of_a_lost_node_share_one_spare_node() -> None:
+    rules = AGAIN._replace(engines=("engine-0", "engine-1", "engine-2"), nodes=(2, 3, 3), spares=2)
+    both = [Event("ended", name, 137) for name in ("engine-1", "engine-2", "engine-1", "engine-2")]
+    attempt, _ = play(*RUNNING, Event("ready", "engine-2"), *both, rules=rules)
+    assert attempt.moved == (3,) and attempt.restarts == ("engine-1", "engine-2", "engine-1", "engine-2")
+
+
+def test_an_engine_that_ends_too_often_is_not_started_again() -> None:
+    attempt, said = after_loss(END, Event("ready", "engine-1"), END)
+    assert said[2:] == [LOST + ", after 2 restarts of this one"] and "engine-1" not in attempt.alive
+    assert attempt.first_bad is None and attempt.phase == "training"
+
+
+def test_an_engine_that_is_not_healthy_again_in_time_is_killed_and_started_again() -> None:
+    assert after_loss(Event("tick", now=159))[1] == []
+    ticks = (Event("tick", now=161), Event("tick", now=162))
+    assert after_loss(*ticks)[1] == ["kill engine-1"]
+    assert after_loss(*ticks, END)[1][1:] == [LOST + "; it is started again (2 of 2)", "start engine-1"]
+
+
+def test_an_engine_that_is_on_its_way_back_does_not_count_as_left() -> None:
+    attempt, said = after_loss(Event("ended", "engine-0", 1))
+    assert said[0] == "show engine-0 0 engines are left, at least 1 are required"
+    assert said[1:] == ["term engine-1", "term trainer"] and attempt.first_bad == ("engine-0", 1)
+
+
+def test_no_engine_is_started_again_while_the_trainer_stops() -> None:
+    said = play(*RUNNING, Event("signal", text="USR1"), Event("ended", "engine-1", 1), rules=AGAIN)[1]
+    assert said[4:] == ["write_stop deadline"]
+
+
 def test_an_engine_that_ends_before_the_trainer_starts_ends_the_others() -> None:
     assert play(*START, Event("ended", "engine-0", 1))[1][3:] == ["show engine-0", "term engine-1"]
 
@@ -176,7 +236,8 @@ VERDICTS = {
     "scancel": (SAVED._replace(reason="preempted", state="CANCELLED"), "leave", 130),
     "scancel, completing": (CRASH._replace(state="COMPLETING"), "leave", 130),
     "time limit": (SAVED._replace(reason="preempted", stopped=False, state="TIMEOUT"), "leave", 130),
-    "Slurm does not answer": (CRASH._replace(state=""), "leave", 75),
+    "Slurm does not answer": (CRASH._replace(state="SILENT"), "leave", 75),
+    "Slurm has forgotten the job": (CRASH._replace(state="FORGOTTEN"), "leave", 130),
     "the user's error": (CRASH._replace(trainer_code=2, first_bad=("trainer", 2)), "exit", 2),
     "the user's error in an engine": (CRASH._replace(trainer_code=143, first_bad=("engine-0", 2)), "exit", 2),
     "may go away": (CRASH._replace(trainer_code=75, first_bad=("trainer", 75)), "requeue", 75),

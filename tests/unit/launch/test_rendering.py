@@ -142,7 +142,7 @@ def test_the_job_reads_the_configuration_that_was_submitted(config, engine, tmp_
     words = (folder / "steps.txt").read_text().split("megatron_rl train ")[1].split()
     overrides = [word for word in words if word.startswith("rollout.api_key_file=")]
     monkeypatch.chdir("/")
-    read = load_config(folder / "config.yaml", ['rollout.urls=["http://a:1"]', *overrides])
+    read = load_config(folder / "config.yaml", ["rollout.urls_dir=/engines", *overrides])
     assert read.run.folder == tmp_path / "runs" / "golden" and read.rollout.api_key_file == folder / "api-key"
     if engine == "embedded":
         assert (read.rollout.transport, read.rollout.weights_dir) == ("disk", tmp_path / "weights")

@@ -82,19 +82,10 @@ def simulate_study(
                 luck = rng.normal(0, seed_sd)
                 for step in at:
                     rate = np.clip(_rate(truth, float(step)) + luck * min(step / 20, 1) + hard, 0, 1)
-                    drawn = rng.binomial(samples, rate)
-                    share = drawn / samples
-                    spread = share * (1 - share) * samples / (samples - 1) if samples > 1 else np.full(prompts, np.nan)
-                    evals += [
-                        {**first, "step": int(step), "prompt": i, "samples": samples, "reward": s, "variance": v}
-                        for i, (s, v) in enumerate(zip(share.tolist(), spread.tolist(), strict=True))
-                    ]
+                    evals += [{**first, "step": int(step), **row} for row in _eval_rows(rate, samples, rng)]
                 log += [{**first, **_log_row(truth, step, rng)} for step in range(steps)]
     results = folder / "results"
-    results.mkdir(parents=True)
-    for name, rows, numbers in (("evals", evals, EVAL_COLUMNS), ("steps", log, STEP_COLUMNS)):
-        schema = pa.schema([*KEY_COLUMNS, *numbers])
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), results / f"{name}.parquet")
+    _write_tables(results, evals, log)
     (results / "cells.json").write_text(json.dumps(cells))
     rules = {"reference": next(iter(arms)), "metric": "sampled", "margin": 0.05, "alpha": 0.05, "k3_collapse": None}
     record = {
@@ -109,6 +100,23 @@ def simulate_study(
     }
     (results / "study.json").write_text(json.dumps(record))
     return folder
+
+
+def _eval_rows(rate: np.ndarray, samples: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Return a row for each prompt of an evaluation: its mean reward, and the variance of one sample's reward."""
+    share = rng.binomial(samples, rate) / samples
+    spread = share * (1 - share) * samples / (samples - 1) if samples > 1 else np.full(len(rate), np.nan)
+    return [
+        {"prompt": i, "samples": samples, "reward": s, "variance": v}
+        for i, (s, v) in enumerate(zip(share.tolist(), spread.tolist(), strict=True))
+    ]
+
+
+def _write_tables(results: Path, evals: list[dict[str, Any]], log: list[dict[str, Any]]) -> None:
+    results.mkdir(parents=True)
+    for name, rows, numbers in (("evals", evals, EVAL_COLUMNS), ("steps", log, STEP_COLUMNS)):
+        schema = pa.schema([*KEY_COLUMNS, *numbers])
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), results / f"{name}.parquet")
 
 
 def _cell(cell: str, arm: str, size: str, seed: int, steps: int, state: str) -> dict[str, Any]:

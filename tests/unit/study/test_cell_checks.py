@@ -2,7 +2,10 @@
 
 import pytest
 
+from megatron_rl.config import Config
+from megatron_rl.config.schema import OptimizerConfig
 from megatron_rl.errors import ConfigError, PrecisionError
+from megatron_rl.study import cell_checks
 from tests.unit.study.studies import AXES, resolved
 
 
@@ -62,6 +65,22 @@ def test_what_is_said_to_be_unpaired_or_a_size_may_differ(tmp_path):
     axes = {"size": {"small": {}, "large": {"model.path": str(tmp_path / "other")}}}
     assert len(resolved(tmp_path, axes=axes, size="size")[1]) == 4
     assert len(resolved(tmp_path, axes=axes, paired=False)[1]) == 4
+
+
+def test_a_key_that_a_release_adds_keeps_the_digest_while_it_has_its_default(tmp_path, monkeypatch):
+    class LaterOptimizer(OptimizerConfig):
+        added: int = 7
+
+    class LaterConfig(Config):
+        optimizer: LaterOptimizer = LaterOptimizer()
+
+    before = [cell.digest for cell in resolved(tmp_path, settings={"optimizer.lr": 0.5})[1]]
+    monkeypatch.setattr(cell_checks, "make_config", LaterConfig.model_validate)
+    later = {
+        added: [cell.digest for cell in resolved(tmp_path, settings={"optimizer.lr": 0.5, "optimizer.added": added})[1]]
+        for added in (7, 8)
+    }
+    assert later[7] == before and set(later[8]).isdisjoint(before)
 
 
 def test_a_digest_is_of_what_a_cell_computes_not_of_where(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -37,6 +38,20 @@ def test_without_results_a_study_may_change_and_its_old_cells_go(tmp_path):
 def test_the_same_study_goes_on(tmp_path):
     begin(written(tmp_path))
     assert len(written(tmp_path).record()["history"]) == 1
+
+
+def test_a_study_of_an_earlier_release_goes_on(tmp_path):
+    folder = written(tmp_path)
+    begin(folder)
+    study, cells = resolved(tmp_path)
+    old = make_record(study, [replace(one, digest=one.former_digest) for one in cells])
+    old["history"] = [{"digest": old["digest"], "verdict": old["verdict"]}]
+    (folder.folder / "study.json").write_text(json.dumps(old))
+    with pytest.raises(ConfigError, match="4 of its cells now have another configuration"):
+        written(tmp_path, settings={"optimizer.lr": 0.5})
+    record = written(tmp_path).record()
+    assert record["cells"]["grpo-s0"]["digest"] == cells[0].digest != cells[0].former_digest
+    assert len(record["history"]) == 1
 
 
 @pytest.mark.parametrize(
