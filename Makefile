@@ -21,8 +21,8 @@ LANES ?= 2
 PYTEST := $(BIN)/python -m pytest
 IN_LANES := -n $(LANES) --dist loadscope --no-loadscope-reorder
 
-.PHONY: install gpu gpu-tests sglang te-cpu newest-core mcore-ends quickstart test test-fast durations lint format \
-  benchmark walks rooms reference clean
+.PHONY: install gpu gpu-tests sglang te-cpu newest-core mcore-ends mbridge quickstart test test-fast durations \
+  lint format benchmark walks rooms reference clean
 
 install:
 	@VENV="$(VENV)" PINS=requirements/cpu.txt $(INSTALL)
@@ -48,6 +48,11 @@ newest-core: install
 # All tests with both.
 mcore-ends: test newest-core
 	$(NEWEST) $(PYTEST)
+
+# Conversions compared with those of another library, and its seconds (docs/checkpoints.md).
+mbridge: install
+	@FOLDER=.mbridge PINS=requirements/mbridge.txt $(FOLDER)
+	$(BIN)/python benchmarks/compare_mbridge.py
 
 quickstart: install
 	$(BIN)/megatron-rl quickstart

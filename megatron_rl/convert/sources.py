@@ -118,9 +118,12 @@ class MegatronSource(WeightSource):
             self.tensors[name] = TensorInfo(shape, stored.dtype, self.path)
 
     def read(self, entry: Entry) -> tuple[Tensor, ...]:
+        return entry.rule.layout.merge([self.parameter(entry)])
+
+    def parameter(self, entry: Entry) -> Tensor:
+        """Return a parameter as megatron-core has it on one rank."""
         place = self._places[entry.mcore]
-        parameter = self.reader.read(place.key, place.index, entry.rule.layout.local_shape(1))
-        return entry.rule.layout.merge([parameter])
+        return self.reader.read(place.key, place.index, entry.rule.layout.local_shape(1))
 
     def origin(self, entry: Entry) -> list[str]:
         return [self._places[entry.mcore].key]
