@@ -20,8 +20,8 @@ PYTEST := $(BIN)/python -m pytest
 # Tests of engines, jobs and single rooms. All others, of whole runs and groups of ranks, take about as long.
 ENGINE_TESTS := tests/contract tests/slurm tests/te_cpu tests/unit
 
-.PHONY: install gpu gpu-tests sglang te-cpu newest-core mcore-ends quickstart test test-fast test-engines test-runs \
-  durations lint format benchmark peers walks rooms reference clean
+.PHONY: install gpu gpu-tests sglang te-cpu newest-core mcore-ends mbridge quickstart test test-fast test-engines \
+  test-runs durations lint format benchmark peers walks rooms reference clean
 
 install:
 	@VENV="$(VENV)" PINS=requirements/cpu.txt $(INSTALL)
@@ -47,6 +47,11 @@ newest-core: install
 # All tests with both.
 mcore-ends: test newest-core
 	$(NEWEST) $(PYTEST)
+
+# Conversions compared with those of another library, and its seconds (docs/checkpoints.md).
+mbridge: install
+	@FOLDER=.mbridge PINS=requirements/mbridge.txt $(FOLDER)
+	$(BIN)/python benchmarks/compare_mbridge.py
 
 quickstart: install
 	$(BIN)/megatron-rl quickstart

@@ -3,7 +3,8 @@
 Writes a random Llama of about SIZE GB (bfloat16), then in each round, in random order: `cp` with a sync, the conversion
 to torch_dist, and the conversion back, with JOBS processes. Each runs as a process of its own, whose peak memory counts
 (`ru_maxrss` of it and its children, so the largest single process). Then `verify` against `sha256sum`, and `inspect` of
-a folder of many shards, whose number is printed. Ratios are medians of rounds.
+a folder of many shards, whose number is printed. Ratios are medians of rounds, of seconds by the clock and of CPU time:
+beside other load the clock says how long a process waits for a core, and CPU time how much work it does.
 
     python benchmarks/convert.py [--size 2.5] [--rounds 3] [--jobs 2] [--folder DIR]
 """
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -71,19 +73,28 @@ def write_model(folder: Path, gigabytes: float) -> int:
     return written
 
 
-def timed(command: Sequence[str]) -> tuple[float, float]:
-    """Run a command. Return its seconds and the peak memory of its largest process, in GB."""
+@dataclass(frozen=True)
+class Ran:
+    """What a command took: seconds, CPU seconds of it and its children, and peak memory of its largest process, GB."""
+
+    seconds: float
+    cpu: float
+    peak: float
+
+
+def timed(command: Sequence[str]) -> Ran:
+    """Run a command, and return what it took."""
     os.sync()
     program = (
         "import resource, subprocess, sys, time\n"
         "began = time.perf_counter()\n"
         "code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode\n"
-        "print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9)\n"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
+        "print(time.perf_counter() - began, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e9)\n"
         "sys.exit(code)\n"
     )
-    ran = subprocess.run([sys.executable, "-c", program, *command], check=True, capture_output=True, text=True)
-    seconds, peak = ran.stdout.split()
-    return float(seconds), float(peak)
+    ran = subprocess.run([sys.executable, "-c", program, *command], check=True, stdout=subprocess.PIPE, text=True)
+    return Ran(*map(float, ran.stdout.split()))
 
 
 def copy_with_sync(source: Path, target: Path) -> list[str]:
@@ -100,8 +111,7 @@ def measure(folder: Path, size: float, rounds: int, jobs: int) -> None:
         "to-megatron": (dist, [*COMMAND, "to-megatron", str(model), str(dist), *options]),
         "to-hf": (back, [*COMMAND, "to-hf", str(dist), str(back), "--like", str(model), *options]),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    peaks: dict[str, float] = dict.fromkeys(ways, 0.0)
+    took: dict[str, list[Ran]] = {name: [] for name in ways}
     timed(ways["to-megatron"][1])  # the source of to-hf, and warm page caches
     for _ in range(rounds):
         for name in random.sample(list(ways), len(ways)):
@@ -110,23 +120,34 @@ def measure(folder: Path, size: float, rounds: int, jobs: int) -> None:
                 command = [argument.replace(str(dist), str(folder / "dist2")) for argument in command]
                 out = folder / "dist2"
             shutil.rmtree(out, ignore_errors=True)
-            took, peak = timed(command)
-            seconds[name].append(took)
-            peaks[name] = max(peaks[name], peak)
+            took[name].append(timed(command))
             if name != "to-hf":
                 shutil.rmtree(out, ignore_errors=True)
-    for name, found in seconds.items():
-        ratio = statistics.median(a / b for a, b in zip(found, seconds["cp and sync"], strict=True))
-        rate = nbytes / statistics.median(found)
-        took = statistics.median(found)
-        print(f"{name:>12}: {took:6.1f} s  {rate:.2f} GB/s  {ratio:.2f} x cp  peak {peaks[name]:.2f} GB")
-    check, _ = timed([*COMMAND, "verify", str(back), "--jobs", str(jobs)])
-    sums, _ = timed(["sh", "-c", f"ls {back}/*.safetensors | xargs -P {jobs} -n 1 sha256sum"])
-    print(f"{'verify':>12}: {nbytes / check:.2f} GB/s, sha256sum {nbytes / sums:.2f} GB/s: {sums / check:.2f} of it")
+    for name, found in took.items():
+        pairs = list(zip(found, took["cp and sync"], strict=True))
+        clock, cpu = (statistics.median(getattr(ran, key) for ran in found) for key in ("seconds", "cpu"))
+        of_clock, of_cpu = (
+            statistics.median(getattr(a, k) / getattr(b, k) for a, b in pairs) for k in ("seconds", "cpu")
+        )
+        peak = max(ran.peak for ran in found)
+        print(
+            f"{name:>12}: {clock:6.1f} s  {nbytes / clock:.2f} GB/s  {of_clock:.2f} x cp, "
+            f"CPU {cpu:5.1f} s  {of_cpu:.2f} x cp, peak {peak:.2f} GB, load {os.getloadavg()[0]:.0f}"
+        )
+    check = timed([*COMMAND, "verify", str(back), "--jobs", str(jobs)])
+    sums = timed(["sh", "-c", f"ls {back}/*.safetensors | xargs -P {jobs} -n 1 sha256sum"])
+    print(
+        f"{'verify':>12}: {nbytes / check.seconds:.2f} GB/s, {sums.seconds / check.seconds:.2f} of sha256sum; "
+        f"CPU {check.cpu:.1f} s, sha256sum {sums.cpu:.1f} s"
+    )
     many = folder / "many"
     subprocess.run([*COMMAND, "to-hf", str(model), str(many), "--shard-size", str(nbytes / 200)], check=True)
-    took, _ = timed([*COMMAND, "inspect", str(many)])
-    print(f"{'inspect':>12}: {took:.2f} s for {len(list(many.glob('*.safetensors')))} shards")
+    alone = timed([sys.executable, "-c", "import torch"])
+    inspected = timed([*COMMAND, "inspect", str(many)])
+    print(
+        f"{'inspect':>12}: {inspected.seconds:.2f} s, CPU {inspected.cpu:.2f} s, for {len(list(many.glob('*.saf*')))} "
+        f"shards; importing torch alone {alone.seconds:.2f} s, CPU {alone.cpu:.2f} s"
+    )
 
 
 def main() -> None:

@@ -331,6 +331,8 @@ def quickstart(
 )
 def convert(context: typer.Context) -> None:
     """Convert, inspect and verify checkpoints. See `megatron-rl convert --help`."""
+    # torch asks the kernel for large pages. With small ones, fresh memory costs as much CPU time as writing a file.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     verbs = _seam("convert.verbs").app
     sys.exit(verbs(context.args, prog_name="megatron-rl convert", standalone_mode=False) or 0)
 

@@ -1,7 +1,7 @@
 """What a checkpoint is, from headers and indices alone: kind, family, sizes, and what would be refused and why."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -16,6 +16,13 @@ from megatron_rl.weights.megatron_keys import EXTRA_STATE
 from megatron_rl.weights.safetensors_header import TensorInfo
 
 _OPTIMIZER = ("optimizer.", "chained_")
+BY_PARAMETER = "by parameter"
+# What megatron-core's optimizers put into their keys -> the format, by megatron-core's name if the layout binds it.
+_OPTIMIZER_FORMATS = {
+    ".gbuf_idx_": "dp_reshardable",
+    ".param_state": "dp_zero_gather_scatter",
+    "optimizer.state.": BY_PARAMETER,
+}
 
 
 @dataclass
@@ -31,7 +38,8 @@ class Inspection:
         dtypes: dtype -> number of tensors.
         files: number of files with weights.
         iteration: what Megatron's tracker file names.
-        optimizer: the checkpoint holds an optimizer's state.
+        optimizer: how the state of an optimizer is stored: by parameter, as all layouts load it, or the name of
+            megatron-core's format; empty without a state.
         quantization: method of quantized weights.
         unused: tensors that the trainer does not use.
         refused: why the weights cannot be converted; empty if they can.
@@ -46,7 +54,7 @@ class Inspection:
     dtypes: dict[str, int] = field(default_factory=dict)
     files: int = 0
     iteration: str | None = None
-    optimizer: bool = False
+    optimizer: str = ""
     quantization: str = ""
     unused: list[str] = field(default_factory=list)
     refused: str = ""
@@ -89,10 +97,17 @@ def inspect_checkpoint(path: Path, pattern: str = "") -> Inspection:
         reader = DistReader(found.folder)
         names = {name: info for name, info in reader.tensors.items() if not name.startswith(_OPTIMIZER)}
         _count(report, reader.tensors, names, pattern)
-        report.files, report.optimizer = reader.files, len(names) < len(reader.tensors)
+        report.files, report.optimizer = reader.files, optimizer_format((*reader.tensors, *reader.objects))
         other = [key for key in reader.objects if EXTRA_STATE not in key and not key.startswith(_OPTIMIZER)]
         report.unused = sorted(other)
     return report
+
+
+def optimizer_format(keys: Iterable[str]) -> str:
+    """Return how a checkpoint with these keys stores the state of an optimizer, and an empty string without one."""
+    states = [key for key in keys if key.startswith(_OPTIMIZER)]
+    found = (name for part, name in _OPTIMIZER_FORMATS.items() if any(part in key for key in states))
+    return next(found, "in an unknown format" if states else "")
 
 
 def _inspect_hf(folder: Path, report: Inspection, pattern: str) -> None:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_rl.convert.progress_bar import Progress
 from megatron_rl.errors import CheckpointError, StorageError, UserError
 from megatron_rl.files import append_file, replace_file, sync_folder, try_lock
@@ -174,7 +176,7 @@ def run_parts(parts: Sequence[Part], partial: Path, jobs: int, progress: Progres
     context = multiprocessing.get_context("fork")
     counter = context.Value("q", 0)
     _shared.update(left=left, partial=partial, counter=counter)
-    with progress.following(counter), ProcessPoolExecutor(jobs, context, initializer=_quiet) as pool:
+    with progress.following(counter), ProcessPoolExecutor(jobs, context, initializer=_begin_worker) as pool:
         waiting: set[Future[PartReport]] = {pool.submit(_write_numbered, number) for number in range(len(left))}
         try:
             while waiting:
@@ -193,8 +195,9 @@ def run_parts(parts: Sequence[Part], partial: Path, jobs: int, progress: Progres
 _shared: dict[str, Any] = {}
 
 
-def _quiet() -> None:
+def _begin_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
+    torch.set_num_threads(1)  # the processes share the cores
 
 
 def _write_numbered(number: int) -> PartReport:

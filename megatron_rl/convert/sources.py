@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rl.convert.dist_reader import DistReader
 from megatron_rl.convert.kinds import Kind, find_kind
 from megatron_rl.errors import CheckpointError, UserError
 from megatron_rl.policy.checkpoint_files import COMPLETE, check_digests, find_defect, read_list
@@ -89,6 +88,8 @@ class MegatronSource(WeightSource):
     """
 
     def __init__(self, path: Path, config: dict[str, Any], where: str) -> None:
+        from megatron_rl.convert.dist_reader import DistReader  # torch's checkpoints take seconds to import
+
         self.path, self._where = path, where
         self.family, self.shape = read_family(config, where)
         self.reader = DistReader(path)
@@ -118,9 +119,12 @@ class MegatronSource(WeightSource):
             self.tensors[name] = TensorInfo(shape, stored.dtype, self.path)
 
     def read(self, entry: Entry) -> tuple[Tensor, ...]:
+        return entry.rule.layout.merge([self.parameter(entry)])
+
+    def parameter(self, entry: Entry) -> Tensor:
+        """Return a parameter as megatron-core has it on one rank."""
         place = self._places[entry.mcore]
-        parameter = self.reader.read(place.key, place.index, entry.rule.layout.local_shape(1))
-        return entry.rule.layout.merge([parameter])
+        return self.reader.read(place.key, place.index, entry.rule.layout.local_shape(1))
 
     def origin(self, entry: Entry) -> list[str]:
         return [self._places[entry.mcore].key]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_rl.convert.inspect import inspect_checkpoint
+from megatron_rl.convert.inspect import BY_PARAMETER, inspect_checkpoint
 from megatron_rl.errors import UserError
 
 Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="folder of the checkpoint")]
@@ -85,7 +85,13 @@ def reshard_command(source: Source) -> None:
     if not report.optimizer:
         print(f"{source} holds weights only: load it under any layout, nothing to do")
         return
-    print(f"{source}: the weights load under any layout; the optimizer's state does if it is fully reshardable")
+    if report.optimizer != BY_PARAMETER:
+        raise UserError(
+            f"{source}: the weights load under any layout, and the optimizer's state ({report.optimizer}) does not: it "
+            "is bound to the writer's layout. Load it there with the Megatron-LM that wrote it, and save it with "
+            "--dist-ckpt-optim-fully-reshardable; or convert the weights alone, `convert to-hf`"
+        )
+    print(f"{source}: weights and optimizer's state load under any layout, nothing to do")
 
 
 @app.command("verify")

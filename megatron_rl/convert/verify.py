@@ -46,7 +46,7 @@ def verify_manifest(path: Path, like: Path | None, jobs: int) -> Comparison:
     Raises:
         UserError: there is no manifest of a conversion.
     """
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     stated: dict[str, dict[str, Any]] = manifest["tensors"]
     casts = [name for name, entry in stated.items() if "cast_to" in entry]
     if casts:
@@ -98,7 +98,8 @@ def verify_pair(a: Path, b: Path, like: Path | None, jobs: int) -> Comparison:
     return verdict
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return the manifest of a converted checkpoint. Raise UserError without one, CheckpointError if it is damaged."""
     file = next((folder / MANIFEST for folder in (path, path.parent) if (folder / MANIFEST).is_file()), None)
     if file is None:
         raise UserError(f"{path} has no {MANIFEST}: give a second checkpoint to compare it with, `verify A B`")

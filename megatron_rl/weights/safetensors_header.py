@@ -26,6 +26,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Other dtypes of the format: those of codes and scales of four to eight bits, and those that no model's weights have.
+_NOT_READ = {"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "U16", "U32", "U64", "C64"}
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -46,7 +48,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     """Read names, shapes and dtypes of one safetensors file, and check that its tensors fill the file exactly.
 
     Raises:
-        CheckpointError: if the file is cut, is no safetensors file, or has holes, overlaps or a name twice.
+        CheckpointError: if the file is cut, is no safetensors file, has holes, overlaps or a name twice, or a dtype
+            that is not read.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -62,6 +65,12 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     try:
         header = json.loads(raw, object_pairs_hook=_unique)
         header.pop("__metadata__", None)
+        foreign = next((name for name, entry in header.items() if entry["dtype"] in _NOT_READ), None)
+        if foreign is not None:
+            raise CheckpointError(
+                f"tensor '{foreign}' in {file} is {header[foreign]['dtype']}, which is not read: give the float32, "
+                "bfloat16 or float16 weights"
+            )
         found = {name: _tensor_info(entry, file) for name, entry in header.items()}
         end = _check_filled({name: entry["data_offsets"] for name, entry in header.items()})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

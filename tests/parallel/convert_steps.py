@@ -69,3 +69,17 @@ def save_training(model: Path, layout: dict[str, Any], folder: Path) -> None:
     policy = make_policy(model, layout)
     with Checkpoints(folder, policy, keep=1) as checkpoints:
         checkpoints.save(TrainState(step=3), wait=True)
+
+
+def save_with_optimizer(model: Path, layout: dict[str, Any], folder: Path, sharding: str) -> None:
+    """Write weights and the state of megatron-core's distributed optimizer, in one of its formats."""
+    policy = make_policy(model, layout, optimizer={"distributed": True})
+    policy.optimizer.allocate()
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    metadata = {"dp_cp_group": group, "distrib_optim_sharding_type": sharding}
+    weights = policy.models[0].sharded_state_dict(metadata=metadata)
+    if policy.mesh.rank == 0:
+        folder.mkdir()
+    policy.mesh.barrier()
+    content = {"model": weights, "optimizer": policy.optimizer.core.sharded_state_dict(weights, metadata=metadata)}
+    dist_checkpointing.save(content, str(folder))

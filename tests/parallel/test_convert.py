@@ -4,8 +4,9 @@ import pytest
 
 from megatron_rl.convert.convert import Options, to_hf, to_megatron
 from megatron_rl.convert.inspect import inspect_checkpoint
+from megatron_rl.convert.verbs import reshard_command
 from megatron_rl.convert.verify import verify_pair
-from megatron_rl.errors import CheckpointError
+from megatron_rl.errors import CheckpointError, UserError
 from megatron_rl.weights.digest import tensor_digest
 from megatron_rl.weights.hf_folder import HFFolder
 from tests.families import make_family
@@ -60,3 +61,19 @@ def test_a_training_checkpoint_becomes_a_folder(two_ranks, tmp_path):
     with pytest.raises(CheckpointError, match=rf"is not usable: {shard.name} is damaged: its content has changed"):
         to_hf(step, tmp_path / "damaged", model, SMALL)
     assert not (tmp_path / "damaged").exists()
+
+
+def test_an_optimizer_state_of_megatron_core_that_a_layout_binds_is_refused_by_name(two_ranks, tmp_path, capsys):
+    model, layout = make_family(tmp_path / "model", "qwen2"), {"tensor": 2, "sequence": True}
+    kinds = {"fully_reshardable": "by parameter", "dp_reshardable": "dp_reshardable"}
+    for sharding, found in kinds.items():
+        folder = tmp_path / sharding
+        arguments = {"model": model, "layout": layout, "folder": folder, "sharding": sharding}
+        two_ranks.run("tests.parallel.convert_steps", "save_with_optimizer", **arguments)
+        assert inspect_checkpoint(folder).optimizer == found
+        to_hf(folder, tmp_path / f"{sharding}_hf", model, SMALL)
+        assert verify_pair(tmp_path / f"{sharding}_hf", model, None, 1).same
+    reshard_command(tmp_path / "fully_reshardable")
+    assert "load under any layout, nothing to do" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"state \(dp_reshardable\) does not: .*--dist-ckpt-optim-fully-reshardable"):
+        reshard_command(tmp_path / "dp_reshardable")

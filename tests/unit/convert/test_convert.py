@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from megatron_rl.convert import parts
 from megatron_rl.convert.convert import Options, to_hf, to_megatron
-from megatron_rl.convert.inspect import inspect_checkpoint
+from megatron_rl.convert.inspect import inspect_checkpoint, optimizer_format
 from megatron_rl.convert.verbs import app
 from megatron_rl.convert.verify import verify_manifest, verify_pair
 from megatron_rl.errors import CheckpointError, MegatronRLError, UserError
@@ -346,6 +346,24 @@ def test_an_inspection_names_what_it_finds_and_what_is_refused(model: Path, tmp_
     (copy / "config.json").write_text(json.dumps(config))
     run = CliRunner().invoke(app, ["inspect", str(copy), "--json"])
     assert run.exit_code == 2 and "'Gemma2ForCausalLM' is not supported" in json.loads(run.output)["refused"]
+
+
+@pytest.mark.parametrize(
+    ("key", "found"),
+    [
+        ("decoder.final_layernorm.weight", ""),
+        ("optimizer.state.exp_avg.decoder.final_layernorm.weight", "by parameter"),
+        ("chained_0.optimizer.state.fp32_param.decoder.final_layernorm.weight", "by parameter"),
+        (
+            "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.bfloat16).bucket_idx_0.exp_avg",
+            "dp_reshardable",
+        ),
+        ("chained_1.optimizer.distributed.dp_group_idx_3.param_state", "dp_zero_gather_scatter"),
+        ("optimizer.buffers.0", "in an unknown format"),
+    ],
+)
+def test_the_format_of_an_optimizer_state_shows_in_its_keys(key: str, found: str) -> None:
+    assert optimizer_format(["embedding.word_embeddings.weight", key]) == found
 
 
 def test_srun_processes_share_the_files_and_the_first_finishes(

@@ -297,6 +297,13 @@ def test_a_corrupt_header_is_named(copy: Path, raw: bytes) -> None:
         HFFolder(copy)
 
 
+@pytest.mark.parametrize("dtype", ["F4", "F8_E8M0"])
+def test_a_dtype_of_the_format_that_is_not_read_is_no_damage(dtype: str, copy: Path) -> None:
+    (copy / SINGLE).write_bytes(header({"dtype": dtype, "shape": [2], "data_offsets": [0, 2]}) + b"..")
+    with pytest.raises(CheckpointError, match=f"tensor 'a' in .* is {dtype}, which is not read: give the float32"):
+        HFFolder(copy)
+
+
 def test_reading_a_tensor_the_folder_lacks_names_it(qwen3: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tensor 'model\.ghost'"):
         HFFolder(qwen3).read("model.ghost")
