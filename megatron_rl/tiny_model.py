@@ -33,9 +33,16 @@ def make_tokenizer(corpus: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 
 def make_tiny_model(
-    folder: Path, corpus: list[str], *, seed: int, vocab_size: int = 320, heads: int = 4, head_dim: int = 32
+    folder: Path,
+    corpus: list[str],
+    *,
+    seed: int,
+    vocab_size: int = 320,
+    layers: int = 2,
+    heads: int = 4,
+    head_dim: int = 32,
 ) -> Path:
-    """Write a complete Hugging Face folder: random weights (about 0.34 M), tokenizer, generation config.
+    """Write a complete Hugging Face folder: random weights (two layers: 0.34 M), tokenizer, generation config.
 
     With 2 heads of 128, every matrix divides into blocks of 128 x 128, also on two tensor-parallel ranks.
 
@@ -44,6 +51,7 @@ def make_tiny_model(
         corpus: texts that the tokenizer is trained on.
         seed: seed of the weights.
         vocab_size: size of the vocabulary.
+        layers: number of layers.
         heads: number of attention heads.
         head_dim: dimension of one head.
     """
@@ -52,7 +60,7 @@ def make_tiny_model(
         vocab_size=vocab_size,
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=2,
         head_dim=head_dim,

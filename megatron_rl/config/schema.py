@@ -16,7 +16,7 @@ from megatron_rl.config.block import Block, check_names
 from megatron_rl.errors import did_you_mean, shorten
 from megatron_rl.plugins import is_import_path
 
-BUILT_IN_TASKS = ("arithmetic", "math", "tool")
+BUILT_IN_TASKS = ("arithmetic", "running_total", "math", "tool")
 _EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
 LOGGERS = ("tensorboard", "wandb")  # those of this package
 
@@ -262,7 +262,10 @@ def _with_numbers(value: Any) -> Any:
 class TaskConfig(Block):
     """The task: its data, its reward, and the limits of its tool."""
 
-    name: str = Field("arithmetic", description="arithmetic, math, tool, or your own: file.py:Class, package.mod:Class")
+    name: str = Field(
+        "arithmetic",
+        description="arithmetic, running_total, math, tool, or your own: file.py:Class, package.mod:Class",
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="keys of your own task")
     reward: str | None = Field(
         None,
@@ -281,6 +284,12 @@ class TaskConfig(Block):
     answer_column: str = Field("answer", description="ground truth; may be absent if reward is set; a.b as above")
     max_operand: int = Field(
         20, ge=2, description="arithmetic, and tool without data: operands are in [0, max_operand)"
+    )
+    terms: int = Field(
+        26, ge=8, le=4096, description="running_total: digits in a problem; an answer has two for each but the first"
+    )
+    problems: int = Field(
+        4096, ge=1, le=10**6, description="running_total: number of generated problems, held_out among them"
     )
     held_out: int = Field(64, ge=0, description="number of problems held out of training, for evaluation")
     split_seed: int | None = Field(

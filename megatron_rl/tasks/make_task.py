@@ -11,6 +11,7 @@ from megatron_rl.errors import ConfigError, MegatronRLError, did_you_mean
 from megatron_rl.plugins import accepted_names, is_import_path, load_plugin, raised_place, source_place
 from megatron_rl.tasks.arithmetic import ArithmeticTask
 from megatron_rl.tasks.math import MathTask
+from megatron_rl.tasks.running_total import RunningTotalTask
 from megatron_rl.tasks.task import Task
 from megatron_rl.tasks.tool import ToolTask
 from megatron_rl.types import Prompt
@@ -18,7 +19,12 @@ from megatron_rl.types import Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-TASKS: dict[str, type[Task]] = {"arithmetic": ArithmeticTask, "math": MathTask, "tool": ToolTask}
+TASKS: dict[str, type[Task]] = {
+    "arithmetic": ArithmeticTask,
+    "running_total": RunningTotalTask,
+    "math": MathTask,
+    "tool": ToolTask,
+}
 # How the methods of a task are called; a user's own class must take these arguments.
 _CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "verify": (("prompt", "response"), ()),

@@ -180,8 +180,8 @@ def test_a_preset_is_a_name_for_one_of_the_worked_deltas(preset):
     assert set(DELTA_PRESETS.values()) == WORKED.keys()
 
 
-def test_the_default_is_the_conjecture_until_a_sweep_decides():
-    assert make_objective({"name": "drpo"}).delta == DELTA_PRESETS["conjecture"]
+def test_the_default_is_the_value_of_the_paper():
+    assert make_objective({"name": "drpo"}).delta == DELTA_PRESETS["paper"]
 
 
 @pytest.mark.parametrize("name, value", DELTA_PRESETS.items())

@@ -202,7 +202,7 @@ DEFAULTS = {
     "dppo_tv": {"delta": 0.15, "truncation": 20.0, "norm": SUMMED},
     "dppo_kl": {"delta": 0.05, "truncation": 20.0, "norm": SUMMED},
     "dppo_topk": {"divergence": "tv", "delta": 0.15, "top_k": 20, "truncation": 20.0, "norm": SUMMED},
-    "drpo": {"delta": 0.04, "norm": SUMMED},
+    "drpo": {"delta": 12.5, "norm": SUMMED},
     "cppo": {"delta": 0.2, "w_min": 0.8, "delta_b": 0.02, "log_ratio_coef": 0, "norm": "token_mean"},
     "opd": {"log_ratio_coef": 0, "norm": "token_mean"},
 }
