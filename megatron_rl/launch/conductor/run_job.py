@@ -125,7 +125,7 @@ def _before_start(job: Mapping[str, Any], files: RunFiles) -> Optional[JobVerdic
     return None
 
 
-def _other_job(files: RunFiles, place: Place) -> Optional[JobVerdict]:
+def _other_job(files: RunFiles, place: JobHosts) -> Optional[JobVerdict]:
     """Return a refusal if another job works in this run folder, such as one that was started by hand; else None."""
     beat = read_json(files.control("conductor")) or {}
     other = beat.get("job", "")

@@ -9,7 +9,7 @@ import pytest
 from megatron_rl.errors import ConfigError, UserError
 from megatron_rl.launch.conductor import slurm_commands
 from megatron_rl.launch.conductor.control_files import write_json
-from megatron_rl.launch.conductor.run_attempt import Place
+from megatron_rl.launch.conductor.run_attempt import JobHosts
 from megatron_rl.launch.conductor.run_files import RunFiles
 from megatron_rl.launch.conductor.run_job import _other_job
 from megatron_rl.launch.conductor.slurm_commands import job_state, requeue_job
@@ -117,13 +117,13 @@ def test_a_job_started_by_hand_leaves_the_folder_to_the_one_that_works_there(slu
     beat = {"time": slurm_commands.time.time(), "phase": "training", "job": "77"}
     write_json(files.control("conductor"), beat)
     slurm(squeue="echo RUNNING")
-    assert _other_job(files, Place("77", ())) is None  # its own sign of life, before a requeue
-    refused = _other_job(files, Place("78", ()))
+    assert _other_job(files, JobHosts("77", ())) is None  # its own sign of life, before a requeue
+    refused = _other_job(files, JobHosts("78", ()))
     assert refused is not None and (refused.what, refused.code) == ("leave", 2)
     assert refused.why == f"job 77 works in {run}: this one starts nothing"
     slurm(squeue="true")
-    assert _other_job(files, Place("78", ())) is None
+    assert _other_job(files, JobHosts("78", ())) is None
     slurm(**SILENCE)
-    assert _other_job(files, Place("78", ())) is not None
+    assert _other_job(files, JobHosts("78", ())) is not None
     write_json(files.control("conductor"), dict(beat, time=beat["time"] - 61))
-    assert _other_job(files, Place("78", ())) is None
+    assert _other_job(files, JobHosts("78", ())) is None
