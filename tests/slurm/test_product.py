@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_rl.launch.conductor.slurm_commands import steps_of_job
 from megatron_rl.launch.submit import Request, submit_job
 from tests.e2e.command import records
 from tests.e2e.models import make_arithmetic_model
@@ -42,31 +43,38 @@ def write_config(folder: Path, name: str, model: Path) -> Path:
 
 def until_record(run: FakeRun, step: int) -> None:
     """Wait until a run has logged a step."""
-    wait_for(lambda: any(one["step"] == step for one in records(run.run)), f"step {step}", 200)
+    wait_for(lambda: any(one["step"] == step for one in records(run.run)), f"step {step}", 400)
 
 
-def test_a_run_that_loses_nodes_equals_one_that_does_not(cluster, tmp_path):
+def test_a_run_that_loses_an_engine_and_nodes_equals_one_that_does_not(cluster, tmp_path):
+    """It goes on without the engine, is stopped, and loses a trainer's node together with an engine's."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     model = make_arithmetic_model(tmp_path / "model")
     command = [sys.executable, "-m", "megatron_rl", "launch", "local", str(write_config(tmp_path, "alone", model))]
     alone = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.DEVNULL)
     try:
         run = FakeRun.real(cluster, tmp_path, "whole")
-        settings = ["signal_margin_s=60", "start_timeout_s=180", "requeue.max_without_progress=3"]
+        settings = ["signal_margin_s=60", "start_timeout_s=400", "requeue.max_without_progress=3"]
+        settings += ["on_engine_loss=continue"]
         submit_job(Request(write_config(tmp_path, "whole", model), [], "virtual", settings))
+        until_record(run, 0)
+        cluster.ask("scancel", "--signal=KILL", steps_of_job(run.job)["engine-1"])
         until_record(run, 3)
         cluster.ask("scancel", "--batch", "--signal=USR1", run.job)
-        wait_for(lambda: len(run.attempts()) == 2, "the second attempt", 60)
+        wait_for(lambda: len(run.attempts()) == 2, "the second attempt", 200)
         until_record(run, 7)
         cluster.node("kill", "node2", "node4")  # of the trainer, and of an engine
-        wait_for(lambda: cluster.ask("squeue", "-h", "-j", run.job, "-o", "%T") != "RUNNING", "a requeue", 60)
+        wait_for(lambda: cluster.ask("squeue", "-h", "-j", run.job, "-o", "%T") != "RUNNING", "a requeue", 200)
         cluster.node("start", "node2", "node4")
-        assert run.result(200)["code"] == 0, run.log()
-        assert alone.wait(120) == 0
+        assert run.result(400)["code"] == 0, run.log()
+        assert alone.wait(400) == 0
     finally:
         alone.kill()
         cluster.node("start", "node2", "node4")
         cluster.until_idle()
+    assert "engine-1 is lost (on node4): training goes on with 1 of 2 engines; it is started again" in run.log()
+    first = (run.run / "logs" / "attempt-1" / "trainer-node1-0.log").read_text()
+    assert " is lost: " in first, first
     assert len(run.attempts()) == 3 and run.attempts()[0]["why"].startswith("stopped and saved (deadline)")
     ours, theirs = numbers(run.run), numbers(tmp_path / "alone")
     assert list(ours) == list(range(STEPS)) and any(step["reward/mean"] for step in ours.values())
