@@ -1,12 +1,20 @@
 """A grid with a contradiction is refused whole, with every cell that cannot run."""
 
+from pathlib import Path
+
 import pytest
 
 from megatron_rl.config import Config
 from megatron_rl.config.schema import OptimizerConfig
 from megatron_rl.errors import ConfigError, PrecisionError
+from megatron_rl.objectives import make_objective
 from megatron_rl.study import cell_checks
+from megatron_rl.study.cell_checks import resolve_cells
+from megatron_rl.study.grid import make_cells
+from megatron_rl.study.study_file import load_study
 from tests.unit.study.studies import AXES, resolved
+
+STUDIES = sorted((Path(__file__).parents[3] / "configs").glob("study_*.yaml"))
 
 
 def test_every_bad_cell_is_named_with_its_reason(tmp_path):
@@ -100,3 +108,13 @@ def test_a_digest_is_of_what_a_cell_computes_not_of_where(tmp_path):
     assert len({*first, *taught}) == 12, "a reference of other weights is another study"
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weightz")
     assert set(digests()).isdisjoint(first), "another warm start under the same name is another study"
+
+
+@pytest.mark.parametrize("file", [file for file in STUDIES if file.stem != "study_warmup"], ids=lambda file: file.stem)
+def test_the_studies_of_the_repository_are_whole(file):
+    study, base = load_study(file)
+    cells = resolve_cells(
+        make_cells(study, base, file.parent), study, lambda config: make_objective(config.objective.spec())
+    )
+    assert len(cells) == len(study.seeds) * len({one.cell.arm for one in cells})
+    assert study.verdict.reference in {one.cell.arm for one in cells}
