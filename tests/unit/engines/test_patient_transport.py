@@ -101,6 +101,8 @@ with EnginePool(urls, timeout_s=60) as pool:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of open files differ")
 def test_more_requests_than_open_files_lose_no_engine_and_the_limit_is_raised():
+    """As in https://github.com/sgl-project/sglang/issues/7551 and https://github.com/Ziems/arbor/issues/48."""
+
     def slow(path: str, body: dict[str, Any]) -> Reply:
         time.sleep(0.05)
         return Reply(right_samples(body))
