@@ -1,12 +1,27 @@
-"""Files that survive a crash: replaced as a whole, appended durably, locked by one process at a time."""
+"""Files that survive a crash: replaced as a whole, appended durably, locked by one process at a time.
+
+And the JSON in files that may be damaged.
+"""
 
 import errno
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 from filelock import FileLock, Timeout
+
+
+def parse_json(content: bytes | str) -> Any:
+    """Return the value of a JSON text. Raises ValueError for whatever is wrong with it.
+
+    That includes bytes that are no UTF-8, whole numbers with thousands of digits, and nesting that is too deep.
+    """
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
 
 
 def replace_file(path: Path, content: bytes | Callable[[IO[bytes]], Any]) -> None:

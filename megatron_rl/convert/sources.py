@@ -1,6 +1,5 @@
 """What is converted: the weights of a model, one parameter of its name table at a time."""
 
-import json
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from megatron_rl.convert.kinds import Kind, find_kind
 from megatron_rl.errors import CheckpointError, UserError
+from megatron_rl.files import parse_json
 from megatron_rl.policy.checkpoint_files import COMPLETE, check_digests, find_defect, read_list
 from megatron_rl.weights.families import Family, ModelShape, read_family
 from megatron_rl.weights.hf_folder import HFFolder
@@ -152,8 +152,8 @@ class Like:
             return Like(path, folder.config, folder)
         file = path / "config.json"
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            config = dict(parse_json(file.read_bytes()))
+        except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{file} cannot be read ({error}): --like needs a Hugging Face folder") from error
         return Like(path, config, None)
 

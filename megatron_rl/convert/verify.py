@@ -1,7 +1,6 @@
 """Proofs of a conversion: every tensor against the manifest or another checkpoint, and logits against transformers."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 from megatron_rl.convert.hf_parts import as_bytes
 from megatron_rl.convert.sources import WeightSource, open_source
 from megatron_rl.errors import CheckpointError, UserError
+from megatron_rl.files import parse_json
 from megatron_rl.weights.hf_folder import MANIFEST, HFFolder
 from megatron_rl.weights.name_table import Entry
 
@@ -104,7 +104,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if file is None:
         raise UserError(f"{path} has no {MANIFEST}: give a second checkpoint to compare it with, `verify A B`")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_bytes())
         if content["format"] != 2 or not isinstance(content["tensors"], dict):
             raise ValueError("it is of another format")
     except (OSError, ValueError, KeyError, TypeError) as error:

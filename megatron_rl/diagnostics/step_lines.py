@@ -1,12 +1,11 @@
 """Append-only files of a run: one JSON object per line, each with an integer `step`, cut back when the run resumes."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_rl.errors import UserError
-from megatron_rl.files import append_file, replace_file
+from megatron_rl.files import append_file, parse_json, replace_file
 
 StepLine = dict[str, Any]
 
@@ -23,8 +22,8 @@ def read_lines(path: Path) -> list[tuple[bytes, StepLine]]:
     out = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            record = parse_json(line)
+        except ValueError as error:
             if number == len(lines):
                 break
             raise UserError(f"{path}:{number}: not a JSON object ({error}); fix or remove the line") from error

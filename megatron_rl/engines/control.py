@@ -1,7 +1,6 @@
 """Control calls to one engine: SGLang's, and a few that only the embedded server has."""
 
 import asyncio
-import json
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Mapping, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 
 from megatron_rl.engines.http_call import Patience, call, put_off_error, says_later
 from megatron_rl.errors import EngineError
+from megatron_rl.files import parse_json
 from megatron_rl.protocol.generation import GenerationRequest, SamplingParams, error_message, generate_body
 from megatron_rl.protocol.responses import read_samples
 
@@ -71,8 +71,8 @@ class Controls(ABC):
         """
         answer = self._run(self._controlled(url, method, path, body, _RETRIES if repeat else 1))
         try:
-            answer = json.loads(answer)
-        except (ValueError, RecursionError):
+            answer = parse_json(answer)
+        except ValueError:
             return {}  # SGLang responds to some control calls in plain text
         if isinstance(answer, dict) and answer.get("success") is False:
             raise EngineError(f"{url}{path} failed: {answer.get('message', answer)}")

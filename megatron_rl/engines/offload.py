@@ -8,7 +8,7 @@ from types import TracebackType
 
 from megatron_rl.engines.pool import EnginePool
 from megatron_rl.errors import ConfigError
-from megatron_rl.files import replace_file
+from megatron_rl.files import parse_json, replace_file
 
 OFFLOADED_NAME = "engines_released.json"  # file of the run folder
 
@@ -32,11 +32,11 @@ class OffloadedEngines:
         if not self.note.is_file():
             return []
         try:
-            urls = json.loads(self.note.read_bytes())
+            urls = parse_json(self.note.read_bytes())
             if isinstance(urls, list) and all(isinstance(url, str) for url in urls):
                 return urls
             problem = "it is not a list of URLs"
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             problem = str(error)
         raise ConfigError(
             f"{self.note} names the engines whose memory is released, and cannot be read ({problem}): start these "

@@ -38,7 +38,7 @@ class Registry:
                 found[url] = process
             except FileNotFoundError:  # it was removed meanwhile
                 continue
-            except (OSError, ValueError, RecursionError) as error:
+            except (OSError, ValueError) as error:
                 if path.name not in self._refused:
                     self._refused.add(path.name)
                     _log.warning("%s names no engine (%s: %s)", path, type(error).__name__, error)

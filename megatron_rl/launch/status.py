@@ -1,6 +1,5 @@
 """What a run is doing: from its control files, its log, and Slurm."""
 
-import json
 import os
 import shutil
 import time
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.errors import UserError
+from megatron_rl.files import parse_json
 from megatron_rl.launch.conductor.control_files import (
     ATTEMPTS,
     newest_checkpoint,
@@ -120,7 +120,7 @@ def _last_step(log: Path) -> dict[str, Any] | None:
         return None
     for line in reversed(lines):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:  # the first line may be cut
             continue
         if isinstance(record, dict) and record.get("kind") == "step":

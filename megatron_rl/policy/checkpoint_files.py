@@ -16,7 +16,7 @@ from typing import Any
 
 import xxhash
 
-from megatron_rl.files import replace_file, sync_folder
+from megatron_rl.files import parse_json, replace_file, sync_folder
 
 COMPLETE = "complete.json"
 PARTIAL = ".partial"  # suffix of a checkpoint that is not complete yet
@@ -91,8 +91,8 @@ def read_list(folder: Path) -> FileList:
     Raises ValueError with the reason if the list is damaged, and OSError if it cannot be read.
     """
     try:
-        content = json.loads((folder / COMPLETE).read_bytes())
-    except (ValueError, RecursionError):  # ValueError: not JSON, not UTF-8, or a number of thousands of digits
+        content = parse_json((folder / COMPLETE).read_bytes())
+    except ValueError:
         content = None
     if not isinstance(content, dict) or content.keys() not in ({"files"}, {"files", DIGESTS}):
         raise ValueError(f"{COMPLETE} is damaged")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_rl import __version__
 from megatron_rl.errors import UserError
-from megatron_rl.files import replace_file
+from megatron_rl.files import parse_json, replace_file
 
 WILDCARDS = ("0.0.0.0", "::")  # addresses of all interfaces
 
@@ -41,7 +41,7 @@ def write_ready_file(path: Path, host: str, port: int) -> None:
 def remove_ready_file(path: Path) -> None:
     """Remove the file again, unless another process has written it meanwhile."""
     with suppress(OSError, ValueError, TypeError, KeyError):
-        entry = json.loads(path.read_bytes())
+        entry = parse_json(path.read_bytes())
         if (entry["pid"], entry["host"]) == (os.getpid(), socket.gethostname()):
             path.unlink()
 
@@ -51,7 +51,7 @@ def read_ready_file(path: Path) -> tuple[str, list[object]]:
 
     Raises OSError or ValueError.
     """
-    entry = json.loads(path.read_bytes())
+    entry = parse_json(path.read_bytes())
     url = entry.get("url") if isinstance(entry, dict) else None
     if not isinstance(url, str) or not url.startswith(("http://", "https://")):
         raise ValueError(f"its url is {str(url)[:100]!r}")

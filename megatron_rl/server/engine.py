@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import AutoTokenizer
 
 from megatron_rl.errors import EngineError, UserError
 from megatron_rl.precision.plan import DTYPES
@@ -23,7 +22,8 @@ from megatron_rl.protocol.server_options import EngineQuantization
 from megatron_rl.server.batcher import Batcher
 from megatron_rl.server.call_queue import CallQueue
 from megatron_rl.server.decode_batch import Job
-from megatron_rl.server.model_weights import Weights, build_weights, eos_ids, read_config, read_weights, tied_names
+from megatron_rl.server.model_settings import eos_ids, read_config, read_tokenizer
+from megatron_rl.server.model_weights import Weights, build_weights, read_weights, tied_names
 from megatron_rl.server.weight_updates import PendingUpdate, UpdateGroups, WeightUpdates
 from megatron_rl.weights.quantized import is_scale
 
@@ -79,6 +79,7 @@ class Engine:
 
         Raises:
             UserError: the dtype is unknown.
+            CheckpointError: a file of the folder is missing, damaged or contradicts another one.
         """
         if dtype not in DTYPES:
             raise UserError(f"engine dtype '{dtype}' is not one of {sorted(DTYPES)}")
@@ -93,9 +94,7 @@ class Engine:
         )
         weights = read_weights(self.model_dir, self.config, DTYPES[dtype], self._device, plan=self._plan)
         self._shapes = weights.shapes
-        self.tokenizer = (
-            AutoTokenizer.from_pretrained(model_dir) if (self.model_dir / "tokenizer.json").is_file() else None
-        )
+        self.tokenizer = read_tokenizer(self.model_dir)
         self.eos_ids = eos_ids(self.model_dir, self.config, self.tokenizer)
         self.vocab_size = int(self.config.vocab_size)
         self.context = int(getattr(self.config, "max_position_embeddings", 0) or 1 << 30)

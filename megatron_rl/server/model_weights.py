@@ -1,7 +1,6 @@
 """Loading of weights from a folder: either every tensor is correct, or nothing changes."""
 
 import copy
-import json
 import re
 import threading
 from collections.abc import Callable
@@ -13,14 +12,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging as transformers_logging
 
 from megatron_rl.errors import CheckpointError
+from megatron_rl.files import parse_json
 from megatron_rl.precision.plan import DTYPES, PrecisionPlan
 from megatron_rl.server.quantized_linear import use_quantized_products
 from megatron_rl.weights.digest import tensor_digest
@@ -34,7 +32,6 @@ from megatron_rl.weights.quantized import (
     quantize_at_load,
 )
 
-ATTENTION = {"full_attention", "sliding_attention"}
 READABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 _BUILDING = threading.Lock()  # from_pretrained patches transformers while it runs; two at once leave it patched
@@ -145,38 +142,6 @@ def build_weights(
     return Weights(model, held, digests)
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
-    """Return the configuration of a model folder. Raises CheckpointError unless it is of a causal language model."""
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"no config.json in {folder}: the engine needs a Hugging Face folder")
-    config = AutoConfig.from_pretrained(folder)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise CheckpointError(f"{folder}/config.json: model_type '{config.model_type}' is not a causal language model")
-    other = set(getattr(config, "layer_types", None) or ()) - ATTENTION
-    if other:
-        raise CheckpointError(
-            f"{folder}/config.json: layers of type {sorted(other)} are not supported by the embedded engine"
-        )
-    return config
-
-
-def eos_ids(folder: Path, config: PreTrainedConfig, tokenizer: Any) -> frozenset[int]:
-    """Return the end-of-text tokens of the model, its generation settings and its tokenizer.
-
-    SGLang stops at all of them.
-
-    Args:
-        folder: folder that may hold generation_config.json.
-        config: configuration of the model.
-        tokenizer: tokenizer of the model.
-    """
-    found: list[Any] = [getattr(config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
-    if (folder / "generation_config.json").is_file():
-        found.append(GenerationConfig.from_pretrained(folder).eos_token_id)
-    flat = [token for entry in found if entry is not None for token in (entry if isinstance(entry, list) else [entry])]
-    return frozenset(int(token) for token in flat)
-
-
 def _read(folder: Path) -> dict[str, torch.Tensor]:
     try:
         if not folder.is_dir():
@@ -233,10 +198,12 @@ def _stated_quantization(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        stated = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
+        stated = parse_json(path.read_bytes()).get("quantization_config")
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a JSON object ({error}): write the folder again") from error
-    return stated if stated is None else dict(stated)
+    if stated is not None and not isinstance(stated, dict):
+        raise CheckpointError(f"{path}: quantization_config is {str(stated)[:100]}, not an object: write it again")
+    return stated
 
 
 def _check_quantized(
@@ -292,7 +259,7 @@ def _check_manifest(folder: Path, digests: dict[str, str], version: str | None) 
     if not path.is_file():
         return
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_bytes())
         listed, stated = dict(manifest["tensors"]), str(manifest["version"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a manifest with 'version' and 'tensors' ({error!r})") from error

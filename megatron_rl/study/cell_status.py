@@ -14,7 +14,7 @@ from megatron_rl.errors import ExitCode
 from megatron_rl.launch.conductor.control_files import read_json
 from megatron_rl.launch.conductor.slurm_states import FORGOTTEN
 from megatron_rl.launch.job_of_folder import job_of
-from megatron_rl.study.study_folder import Record, StudyFolder
+from megatron_rl.study.study_folder import Record, StudyFolder, read_part
 from megatron_rl.trainer.run_control import RunControl
 
 DONE, RUNNING, STOPPED, FAILED, MISSING = STATES = ("done", "running", "stopped", "failed", "missing")
@@ -60,7 +60,7 @@ def _read_state(
     folder: StudyFolder, record: Record, cell: str, code: int | None, runs_here: bool, queued: bool
 ) -> CellState:
     if folder.part(cell).is_file():  # its results are written; the run folder may be gone
-        found = json.loads(folder.part(cell).read_bytes())
+        found = read_part(folder, cell)
         return CellState(**{field.name: found[field.name] for field in fields(CellState)})
     run, budget = folder.run(cell), record["budget"]
     steps, tokens, seconds = spent(run)

@@ -23,7 +23,7 @@ from megatron_rl.diagnostics.evaluations import Evaluation, read_evaluations
 from megatron_rl.files import replace_file
 from megatron_rl.launch.conductor.control_files import read_json_lines
 from megatron_rl.study.cell_status import DONE, CellState, read_states
-from megatron_rl.study.study_folder import Record, StudyFolder
+from megatron_rl.study.study_folder import Record, StudyFolder, read_part
 from megatron_rl.trainer.provenance import PROVENANCE_NAME
 
 TABLES = ("evals", "steps")
@@ -56,7 +56,7 @@ def collect_results(folder: StudyFolder) -> list[CellState]:
     for state in states:
         about = folder.part(state.cell)
         if about.is_file():
-            cells[state.cell] = json.loads(about.read_bytes())
+            cells[state.cell] = read_part(folder, state.cell)
             found = {name: pq.read_table(parts / f"{state.cell}.{name}.parquet") for name in TABLES}
         else:
             provenance = read_json_lines(str(folder.run(state.cell) / PROVENANCE_NAME))

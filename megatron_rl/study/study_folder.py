@@ -19,7 +19,7 @@ import xxhash
 import yaml
 
 from megatron_rl.errors import ConfigError, UserError
-from megatron_rl.files import replace_file, try_lock
+from megatron_rl.files import parse_json, replace_file, try_lock
 from megatron_rl.launch.conductor.control_files import append_line, read_json_lines
 from megatron_rl.study.cell_checks import ResolvedCell
 from megatron_rl.study.grid import RUNS, arms_of
@@ -174,6 +174,12 @@ def _digest(record: Record) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(about, sort_keys=True).encode())
 
 
+def read_part(folder: StudyFolder, cell: str) -> Record:
+    """Return what the results of a finished cell say of it. Raises UserError if they are damaged."""
+    mend = "remove it, and the results are made again from the run folder"
+    return read_mapping(folder.part(cell), f"{folder.part(cell)} is gone", mend)
+
+
 def read_mapping(path: Path, absent: str, mend: str) -> Record:
     """Return the mapping in a JSON file.
 
@@ -186,7 +192,7 @@ def read_mapping(path: Path, absent: str, mend: str) -> Record:
         UserError: there is no file, or it holds no mapping.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(absent) from None
     except (OSError, ValueError) as error:

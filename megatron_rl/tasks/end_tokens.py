@@ -1,6 +1,5 @@
 """End-of-turn tokens, as the model's files and its tokenizer name them, and the text of a turn without them."""
 
-import json
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_rl.errors import ConfigError
+from megatron_rl.files import parse_json
 from megatron_rl.tasks.final_answer import is_thought_tag
 
 if TYPE_CHECKING:
@@ -87,8 +87,8 @@ def _named_ids(folder: Path) -> tuple[int, ...]:
         if not path.is_file():
             continue
         try:
-            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            value = parse_json(path.read_bytes()).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
             raise ConfigError(f"{path} is not a JSON object: {error}; restore the file of the model") from error
         ids = value if isinstance(value, list) else [] if value is None else [value]
         for token in ids:

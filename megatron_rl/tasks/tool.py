@@ -130,7 +130,9 @@ class ToolTask(Task):
         # An output must not end its own block or the turn.
         output = output.replace(_FENCE, "'''")
         for special in self._special:
-            output = output.replace(special, f"{special[0]} {special[1:]}")
+            # One character cannot be broken up. White space among the added tokens ends nothing.
+            broken = f"{special[0]} {special[1:]}" if len(special) > 1 else "" if special.strip() else special
+            output = output.replace(special, broken)
         before, after = self._frame
         return f"{before}{_FENCE}output\n{self._fit(output.rstrip())}\n{_FENCE}{after}"
 

@@ -5,7 +5,7 @@ import json
 from megatron_rl.config import Config
 from megatron_rl.config.code_paths import code_digests, code_paths
 from megatron_rl.errors import ConfigError
-from megatron_rl.files import replace_file
+from megatron_rl.files import parse_json, replace_file
 
 CODE_FILE = "plugins.json"
 
@@ -16,9 +16,9 @@ def check_code(config: Config) -> None:
     if not record.is_file():
         return
     try:
-        content = json.loads(record.read_bytes())
+        content = parse_json(record.read_bytes())
         before = {key: entry["sha256"] for key, entry in content.items()}
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise ConfigError(
             f"{record} is no record of code ({problem}): remove it, or pass --accept-changed-code"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.errors import ConfigError, StorageError
-from megatron_rl.files import replace_file, sync_folder
+from megatron_rl.files import parse_json, replace_file, sync_folder
 
 CONTROL_NAME = "control"  # in the run folder
 TOKEN_VARIABLE = "MEGATRON_RL_ATTEMPT"  # token of this process's attempt; unset: that of control/attempt at the start
@@ -134,6 +134,6 @@ def _read(path: Path) -> Any:
     except OSError:  # a file system that is away for a moment is asked again
         return None
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
+        return parse_json(content)
+    except ValueError:
         return {}

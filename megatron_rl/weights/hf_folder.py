@@ -3,7 +3,6 @@
 Before any byte of data is used, the header of every safetensors file is checked against the file's size.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_rl.errors import CheckpointError
+from megatron_rl.files import parse_json
 from megatron_rl.weights.safetensors_header import TensorInfo, read_header
 
 SINGLE = "model.safetensors"
@@ -129,8 +129,8 @@ def _without_config(folder: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}): fetch the file again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not a {type(value).__name__}")

@@ -192,3 +192,32 @@ CASES = (
     FolderCase("layer_types too short", _config(layer_types=["full_attention"]), "one word for each of 2 layers"),
     FolderCase("layer_types that is a word", _config(layer_types="full_attention"), "one word for each of 2 layers"),
 )
+
+# Folders that `megatron-rl serve` is given; the trainer need not have seen them.
+DEEP, CUT = "[" * 100_000, '{"a": '
+SERVED = (
+    FolderCase("sound", lambda folder: None),
+    FolderCase("config.json that is cut", _without(config__json=CUT), "config.json cannot be read"),
+    FolderCase("config.json nested too deep", _without(config__json=DEEP), "config.json cannot be read"),
+    FolderCase("config.json that is a list", _without(config__json="[]"), "config.json cannot be read"),
+    FolderCase("a model type that nobody knows", _config(model_type="mine"), "config.json cannot be read .*mine"),
+    FolderCase("a size that is text", _config(hidden_size="64"), "config.json cannot be read .*hidden_size"),
+    FolderCase("a quantization_config that is a number", _config(quantization_config=7), "config.json"),
+    FolderCase("generation settings that are cut", _without(generation_config__json=CUT), "generation_config.json can"),
+    FolderCase("generation settings that are a list", _without(generation_config__json="[1]"), "generation_config.jso"),
+    FolderCase(
+        "an end of text that is text",
+        _without(generation_config__json='{"eos_token_id": "</s>"}'),
+        "eos_token_id .*names '</s>'; give the id",
+    ),
+    FolderCase(
+        "an end of text below 0",
+        _without(generation_config__json='{"eos_token_id": [1, -1]}'),
+        "eos_token_id .*names '-1'; give the id",
+    ),
+    FolderCase("a tokenizer that is cut", _without(tokenizer__json=CUT), "tokenizer.json cannot be read"),
+    FolderCase("a manifest nested too deep", _without(manifest__json=DEEP), "manifest.json is not a manifest"),
+    FolderCase("a manifest that is a number", _without(manifest__json="7"), "manifest.json is not a manifest"),
+    FolderCase("a Git-LFS pointer", lambda f: (f / SINGLE).write_text(LFS), "not a whole safetensors file"),
+    FolderCase("no weights at all", lambda f: (f / SINGLE).unlink(), "no .*safetensors file"),
+)

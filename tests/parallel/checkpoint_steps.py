@@ -6,6 +6,8 @@ The common arguments are described in `tests.parallel.steps`. `folder` holds the
 import contextlib
 import functools
 import io
+import json
+import os
 import resource
 import shutil
 import tempfile
@@ -145,6 +147,24 @@ def what_a_save_leaves(model: Path, layout: dict[str, Any], folder: Path, tempor
         return {"while writing": meanwhile, "children": children, "after": sorted(temporary.iterdir())}
     finally:
         tempfile.tempdir = kept
+
+
+def syncs_of_a_save(model: Path, layout: dict[str, Any], folder: Path, record: Path) -> None:
+    """Save a checkpoint, and note in `record` every sync of all ranks in order: the name and its bytes at that time."""
+    fsync = os.fsync
+
+    def noting(descriptor: int) -> None:
+        fsync(descriptor)
+        path, size = Path(os.readlink(f"/proc/self/fd/{descriptor}")), os.fstat(descriptor).st_size
+        with record.open("ab", buffering=0) as file:
+            file.write(json.dumps([path.name, size]).encode() + b"\n")
+
+    with Checkpoints(folder, make_policy(model, layout), keep=2) as checkpoints:
+        os.fsync = noting  # writer processes are forked
+        try:
+            checkpoints.save(TrainState(step=1), wait=True)
+        finally:
+            os.fsync = fsync
 
 
 def save_on_a_full_disk(model: Path, layout: dict[str, Any], folder: Path) -> tuple[str, bool, list[str]]:

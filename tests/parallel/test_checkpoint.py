@@ -173,6 +173,18 @@ def test_a_save_starts_no_process_that_stays_and_leaves_nothing_in_the_temporary
         assert left == {"while writing": [], "children": 0, "after": []}
 
 
+def test_every_byte_of_a_checkpoint_is_on_disk_before_its_list_says_so(two_ranks, qwen3, tmp_path):
+    folder, record = tmp_path / "checkpoints", tmp_path / "record"
+    two_ranks.run(STEPS, "syncs_of_a_save", model=qwen3, layout={"tensor": 2}, folder=folder, record=record)
+    synced = [json.loads(line) for line in record.read_bytes().splitlines()]
+    names = [name for name, _ in synced]
+    listed = json.loads((folder / "step_000001" / COMPLETE).read_bytes())["files"]
+    end = names.index(f"{COMPLETE}.partial")
+    before = dict(synced[:end])
+    assert {name: before.get(name) for name in listed} == listed
+    assert names[end - 1 :] == ["step_000001.partial", f"{COMPLETE}.partial", "step_000001.partial", "checkpoints"]
+
+
 def test_a_full_disk_is_one_line_on_every_rank_and_the_next_save_succeeds(two_ranks, qwen3, tmp_path):
     for message, everywhere, names in two_ranks.run(
         STEPS, "save_on_a_full_disk", model=qwen3, layout={"tensor": 2}, folder=tmp_path

@@ -70,6 +70,7 @@ def test_resume_takes_the_newest_checkpoint_only_if_it_is_whole(two_ranks, reque
     ("kind", "norm"), [("dense", "mlp.linear_fc1.layer_norm_weight"), ("experts", "pre_mlp_layernorm.weight")]
 )
 def test_the_norm_before_the_feed_forward_network_has_the_name_of_megatron_lm(request, kind, norm):
+    """As in https://github.com/NVIDIA-NeMo/Megatron-Bridge/issues/1821, for other norms."""
     folder = request.getfixturevalue(kind).folder / "step_000002"
     names = FileSystemReader(folder).read_metadata().state_dict_metadata
     norms = {name for name in names if "pre_mlp" in name or "mlp.linear_fc1.layer_norm" in name}

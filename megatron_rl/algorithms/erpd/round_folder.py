@@ -15,7 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from megatron_rl.errors import CheckpointError, StorageError
-from megatron_rl.files import append_file, replace_file
+from megatron_rl.files import append_file, parse_json, replace_file
 from megatron_rl.types import Batch
 
 STAGES = ("teacher", "student")
@@ -62,8 +62,8 @@ class RoundFolder:
         if not path.is_file():
             return {}
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
+            return dict(parse_json(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path} is damaged ({error}): {self.mend}") from error
 
     def add_note(self, **more: Any) -> None:
@@ -82,7 +82,7 @@ class RoundFolder:
     def updates(self, stage: str, done: int) -> list[dict[str, float]]:
         """Return the records of the first `done` updates of a stage. Remove later ones, which will be made again.
 
-        Raise CheckpointError if there are fewer records.
+        Raise CheckpointError if there are fewer records, or one is damaged.
         """
         path = self.path / f"{stage}.jsonl"
         content = path.read_bytes() if path.is_file() else b""
@@ -92,7 +92,10 @@ class RoundFolder:
         kept = b"".join(line + b"\n" for line in lines[:done])
         if kept != content:
             self._write(path.name, lambda file: file.write(kept))
-        return [json.loads(line) for line in lines[:done]]
+        try:
+            return [dict(parse_json(line)) for line in lines[:done]]
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}): {self.mend}") from error
 
     def add_update(self, stage: str, record: dict[str, float]) -> None:
         """Append the record of one update of a stage. Raise CheckpointError if the line cannot be written."""

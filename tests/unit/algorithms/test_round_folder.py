@@ -51,6 +51,17 @@ def test_a_damaged_batch_is_refused_with_the_mend(folder, size):
         folder.read_batch()
 
 
+@pytest.mark.parametrize("content", [bytes(20), b"[" * 100_000, b"[1]", b'{"a": \xff}'], ids=len)
+def test_a_damaged_note_or_record_is_refused_with_the_mend(folder, content):
+    folder.add_note(a=1)
+    (folder.path / "round.json").write_bytes(content)
+    (folder.path / "teacher.jsonl").write_bytes(content + b"\n")
+    with pytest.raises(CheckpointError, match=r"round.json is damaged .*remove .*step_000003"):
+        folder.note()
+    with pytest.raises(CheckpointError, match=r"teacher.jsonl is damaged .*remove .*step_000003"):
+        folder.updates("teacher", 1)
+
+
 def test_columns_and_notes_add_up(folder):
     assert folder.columns() == {} and folder.note() == {}
     folder.add_column("old", np.arange(3, dtype=np.float32))

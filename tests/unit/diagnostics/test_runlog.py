@@ -74,10 +74,11 @@ def test_a_whole_last_line_without_its_newline_is_kept(tmp_path):
     assert not (tmp_path / "log.dropped.jsonl").exists()
 
 
-def test_a_malformed_line_in_the_middle_is_refused_by_file_and_line(tmp_path):
+@pytest.mark.parametrize("damage", [b"", bytes(20), b"[" * 100_000, b'{"step": ' + b"9" * 5000], ids=len)
+def test_a_malformed_line_in_the_middle_is_refused_by_file_and_line(tmp_path, damage):
     write(tmp_path, [0, 1])
     path = tmp_path / "log.jsonl"
-    path.write_bytes(path.read_bytes().replace(b"{", b"", 1))
+    path.write_bytes(path.read_bytes().replace(b"{", damage, 1))
     with pytest.raises(UserError, match=r"log.jsonl:1: not a JSON object"):
         read_log(tmp_path)
     with pytest.raises(UserError, match=r"log.jsonl:1"):

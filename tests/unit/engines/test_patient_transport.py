@@ -5,12 +5,15 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from megatron_rl.engines.patient_transport import local_shortage
+from tests.unit.engines.scripted_server import Reply, ScriptedServer, right_samples
 
 ROOT = Path(__file__).resolve().parents[3]
 # The process has no free file: one request waits until files are free, another gives up.
@@ -78,6 +81,37 @@ def test_a_request_waits_for_a_free_file_and_then_names_this_machine():
     assert found["waited"] and found["status"] == 200
     assert "this machine cannot open another connection (Too many open files)" in found["error"]
     assert "ulimit -n" in found["error"]
+
+
+# Two engines that take a moment are asked for more samples at once than this process may have open files.
+CROWD = """
+import json, resource, sys, threading, time
+sys.path.insert(0, sys.argv[1])
+from megatron_rl.engines.pool import EnginePool, GenerationRequest, SamplingParams
+
+urls, hard = sys.argv[2:], 300
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+with EnginePool(urls, timeout_s=60) as pool:
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    asked = [GenerationRequest(f"r{at}", (5,), 1, SamplingParams(max_new_tokens=4)) for at in range(400)]
+    samples = pool.generate(asked)
+    print(json.dumps({"soft": soft == hard, "answered": len(samples), "live": len(pool.live_urls)}))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of open files differ")
+def test_more_requests_than_open_files_lose_no_engine_and_the_limit_is_raised():
+    """As in https://github.com/sgl-project/sglang/issues/7551 and https://github.com/Ziems/arbor/issues/48."""
+
+    def slow(path: str, body: dict[str, Any]) -> Reply:
+        time.sleep(0.05)
+        return Reply(right_samples(body))
+
+    with ScriptedServer(slow) as one, ScriptedServer(slow) as two:
+        command = [sys.executable, "-c", CROWD, str(ROOT), one.url, two.url]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout) == {"soft": True, "answered": 400, "live": 2}
 
 
 @pytest.mark.parametrize(

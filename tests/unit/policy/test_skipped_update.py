@@ -32,6 +32,7 @@ def update(policy, batch: Batch):
 
 @pytest.mark.parametrize("columns", NOTHING.values(), ids=NOTHING)
 def test_momentum_does_not_move_the_weights_of_an_update_without_a_gradient(policy, columns):
+    """As in https://github.com/redai-studio/Relax/pull/285."""
     before, updates, lr = digest(policy), policy.optimizer.updates, policy.optimizer.lr
     assert update(policy, BATCH.with_columns(**columns)).grad_norm == 0
     assert (digest(policy), policy.optimizer.updates, policy.optimizer.lr) == (before, updates, lr)

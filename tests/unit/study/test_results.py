@@ -8,6 +8,7 @@ import pytest
 
 from megatron_rl.diagnostics.evaluations import Evaluation, EvaluationLog
 from megatron_rl.diagnostics.runlog import RunLog
+from megatron_rl.errors import UserError
 from megatron_rl.study.cell_status import read_states
 from megatron_rl.study.results import collect_results
 from megatron_rl.study.study_folder import StudyFolder
@@ -117,6 +118,15 @@ def test_results_of_a_cell_that_is_done_are_written_once(tmp_path):
     assert [row for row in rows(folder, "evals") if row["cell"] == "all-s0"] == [
         row for row in first if row["cell"] == "all-s0"
     ]
+
+
+def test_damaged_results_of_a_cell_are_named_with_the_mend(tmp_path):
+    folder = written(tmp_path, axes={}, seeds=[0])
+    make_run(folder, "all-s0", 3)
+    collect_results(folder)
+    folder.part("all-s0").write_bytes(bytes(100))
+    with pytest.raises(UserError, match=r"all-s0.json cannot be read .*remove it"):
+        read_states(folder, folder.record())
 
 
 def test_a_study_without_any_result_has_empty_tables_with_their_columns(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from megatron_rl.config import TaskConfig
 from megatron_rl.errors import ConfigError
@@ -196,6 +197,13 @@ def test_an_output_can_neither_end_its_block_nor_the_turn(task):
     inner = text.removeprefix("\n```output\n").removesuffix("\n```\n")
     assert "```" not in inner
     assert not {PLAIN.eos_token_id, PLAIN.pad_token_id} & set(PLAIN.encode(text, add_special_tokens=False))
+
+
+def test_an_end_token_of_one_character_is_left_out_of_an_output():
+    tokenizer = char_tokenizer()
+    tokenizer.add_tokens(["§", "\n", AddedToken("¶", special=True)])
+    text = make_tool(tokenizer).wrapped("a§b\nc¶<eos>")
+    assert text == "\n```output\nab\nc< eos>\n```\n"
 
 
 @given(st.text(st.sampled_from("`# p\n4<eos>")))

@@ -55,6 +55,7 @@ def stored(folder: HFFolder) -> Iterator[tuple[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
 def test_every_written_file_has_the_mode_of_a_new_file(sound: Path, tmp_path: Path, umask: int) -> None:
+    """safetensors makes files that their owner alone may read: https://github.com/safetensors/safetensors/issues/782."""
     source, before = HFFolder(sound), os.umask(umask)
     try:
         write_hf_folder(tmp_path / "out", stored(source), source, shard_bytes=30_000, manifest_version=1)
