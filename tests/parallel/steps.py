@@ -118,7 +118,10 @@ def _divide_by_local_counts(policy: Policy) -> None:
 
 
 def noted_update(
-    policy: Policy, tensors: Callable[..., dict[str, np.ndarray]], batch: Batch | None = None
+    policy: Policy,
+    tensors: Callable[..., dict[str, np.ndarray]],
+    batch: Batch | None = None,
+    method: dict[str, Any] | None = None,
 ) -> tuple[UpdateStats, dict[str, np.ndarray]]:
     """Make one update. Return its stats and, on rank 0, its gradients.
 
@@ -126,8 +129,9 @@ def noted_update(
         policy: the policy.
         tensors: `exported`, or another function with its arguments and result.
         batch: the batch; None: `make_batch()`.
+        method: options of the objective; None: `OBJECTIVE`.
     """
-    objective = make_objective(OBJECTIVE)
+    objective = make_objective(method or OBJECTIVE)
     grads: dict[str, np.ndarray] = {}
     optimizer_step = policy.optimizer.step
 
@@ -148,15 +152,22 @@ def overlapped_step(model: Path, layout: dict[str, Any], **sections: Any) -> dic
         build.overlaps_gradients = chosen
 
 
-def step(model: Path, layout: dict[str, Any], sabotage: str | None = None, **sections: Any) -> dict[str, Any]:
+def step(
+    model: Path,
+    layout: dict[str, Any],
+    sabotage: str | None = None,
+    method: dict[str, Any] | None = None,
+    **sections: Any,
+) -> dict[str, Any]:
     """Make one update. Return, on rank 0, gradients, norm, loss, log-probabilities and the weights after it."""
     policy = make_policy(model, layout, **sections)
     if sabotage == "local_mean":
         _divide_by_local_counts(policy)
-    stats, grads = noted_update(policy, exported)
+    stats, grads = noted_update(policy, exported, method=method)
     weights = exported(policy)
     differ = replicas_differ(policy)
     return {
+        "metrics": stats.metrics,
         "grads": grads,
         "weights": weights,
         "loss": stats.loss,

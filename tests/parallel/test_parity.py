@@ -121,6 +121,31 @@ def test_four_rank_layouts_make_the_reference_step(four_ranks, qwen3, reference,
     assert_same_step(four_ranks.run("tests.parallel.steps", "step", model=qwen3, layout=layout)[0], reference)
 
 
+# A budget that a response's tokens share, and a penalty on every token.
+PREFIXES = {"name": "cppo", "delta": 0.02, "delta_b": 0.0, "log_ratio_coef": 0.1}
+
+
+@pytest.fixture(scope="module")
+def prefixes(two_ranks, qwen3):
+    """Return the steps of two replicas: with the budget as it is, and with equal weights in a response."""
+    methods = (PREFIXES, {**PREFIXES, "w_min": 1.0})
+    return [
+        two_ranks.run("tests.parallel.steps", "step", model=qwen3, layout=TWO["dp2"], method=method)[0]
+        for method in methods
+    ]
+
+
+@pytest.mark.parametrize("name", ["tp2_sp", "pp2", "cp2"])
+def test_a_budget_of_responses_does_not_depend_on_the_layout(two_ranks, qwen3, prefixes, name):
+    result = two_ranks.run("tests.parallel.steps", "step", model=qwen3, layout=TWO[name], method=PREFIXES)[0]
+    replicas, equal_weights = prefixes
+    assert result["metrics"]["mask/high"] > 0 and result["metrics"]["mask/low"] > 0
+    assert result["metrics"]["log_ratio/square"] > 0
+    assert_same_step(result, replicas)
+    with pytest.raises(AssertionError):
+        assert_same_step(result, equal_weights)
+
+
 @pytest.mark.parametrize("layout", [TWO["tp2_sp"], TWO["pp2"], TWO["pp2_vpp2"]], ids=["tp2_sp", "pp2", "pp2_vpp2"])
 def test_tied_embeddings_make_the_reference_step(two_ranks, qwen3_tied, reference_tied, layout):
     assert_same_step(two_ranks.run("tests.parallel.steps", "step", model=qwen3_tied, layout=layout)[0], reference_tied)
