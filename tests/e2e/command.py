@@ -121,10 +121,6 @@ class Command:
         """Return the processes of the embedded servers of this command."""
         return [p for p in self.members() if is_server(p)]
 
-    def running(self, module: str) -> list[psutil.Process]:
-        """Return the processes of this command that were started as `python -m module`."""
-        return [p for p in self.members() if _arguments(p)[1:3] == ["-m", module]]
-
     def rank(self, number: int) -> psutil.Process:
         """Return the trainer's process of a rank: a child of the command, with its rank in its name or in RANK."""
         for process in psutil.Process(self.process.pid).children():
@@ -151,13 +147,14 @@ def is_server(process: psutil.Process) -> bool:
         forked = process.name().startswith("mrl-serve-")
     except psutil.Error:  # it has ended meanwhile
         return False
-    return forked or _arguments(process)[1:4] == ["-m", "megatron_rl", "serve"]
+    return forked or arguments_of(process)[1:4] == ["-m", "megatron_rl", "serve"]
 
 
-def _arguments(process: psutil.Process) -> list[str]:
+def arguments_of(process: psutil.Process) -> list[str]:
+    """Return the command line of a process, empty if it has ended meanwhile."""
     try:
         return process.cmdline()
-    except psutil.Error:  # it has ended meanwhile
+    except psutil.Error:
         return []
 
 

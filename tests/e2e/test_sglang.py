@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import ROOT, Command, records
+from tests.e2e.command import ROOT, Command, arguments_of, records
 from tests.e2e.test_engines import assert_whole_steps, url_of
 
 PYTHON = ROOT / ".venv-sglang" / "bin" / "python"
@@ -59,7 +59,7 @@ def kill_one_of_two(command: Command, run_folder: Path) -> tuple[str, int]:
     The server's first process is killed, not the guard that started it.
     """
     command.until(lambda: len(records(run_folder)) >= 2, timeout=400)
-    dead, _ = command.running("sglang.launch_server")
+    dead, _ = [p for p in command.members() if arguments_of(p)[1:3] == ["-m", "sglang.launch_server"]]
     url = url_of(dead)
     dead.kill()
     return url, len(records(run_folder))
@@ -90,8 +90,9 @@ def test_behind_a_router_a_run_goes_on_without_a_server_and_ends_clearly_without
     command: Command = start("train", small_run, *SGLANG, *more)
     url, before = kill_one_of_two(command, run_folder)
     command.until(lambda: len(records(run_folder)) >= before + 3, timeout=400)
-    for process in command.running("sglang_router.launch_router"):
-        process.kill()
+    for process in command.members():  # the guard: the router itself has another command line
+        if "sglang_router.launch_router" in arguments_of(process):
+            process.kill()
     result = command.wait(timeout=400)
     assert result.code == 75 and "Traceback" not in result.err, result.all
     assert result.err.count(f"engine {url} is lost") == 1, result.err
