@@ -219,8 +219,15 @@ def report(trainers: Sequence[Trainer], args: argparse.Namespace) -> None:
             f"{row['trainer']:20} {row['seconds']:8.3f} {row['ratio']:8.2f} {row['cpu']:8.3f} "
             f"{row['bytes'] / 2**20:7.0f} MB {row['reward']:8.3f} {row['steps']:6}"
         )
+    for trainer in trainers[1:]:
+        parts = ", ".join(f"{name} {_median_of(trainer, name):.3f}" for name in ("rollout", "batch", "update", "sync"))
+        print(f"seconds of a step, {trainer.name}: {parts}")
     if args.json:
         print(json.dumps({"new_tokens": args.new_tokens, "threads": args.threads, "trainers": rows}))
+
+
+def _median_of(trainer: Trainer, phase: str) -> float:
+    return statistics.median(step[f"seconds/{phase}"] for step in trainer.steps())
 
 
 if __name__ == "__main__":

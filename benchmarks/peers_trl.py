@@ -21,7 +21,7 @@ tokens: list[int] = []
 
 
 def reward(completions: list[str], completion_ids: list[list[int]], answer: list[str], **_: object) -> list[float]:
-    """Return 1 for a right sum, as the arithmetic task does."""
+    """Return 1 for a right result, as the arithmetic task does."""
     found = [float(text.strip() == right) for text, right in zip(completions, answer, strict=True)]
     rewards.extend(found)
     tokens.extend(map(len, completion_ids))
@@ -42,7 +42,9 @@ class Log(TrainerCallback):
 
 
 torch.set_num_threads(SIZES["threads"])
+# The problems of the arithmetic task.
 rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(50) for b in range(50)]
+rows += [{"prompt": f"{a}-{b}=", "answer": str(a - b)} for a in range(50) for b in range(a + 1)]
 config = GRPOConfig(
     output_dir=OUT + ".trl",
     per_device_train_batch_size=TRAJECTORIES // SIZES["updates"],

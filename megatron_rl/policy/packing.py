@@ -20,7 +20,9 @@ from megatron_rl.errors import UserError
 from megatron_rl.policy.attention import PackedStream, plan_attention
 from megatron_rl.types import COLUMNS, Batch, Column
 
-LENGTH_STEP = 1024  # lengths of streams are multiples of it where the budget is, so that few shapes occur
+# Lengths of streams are multiples of it where the budget is. On a CPU every position costs. On CUDA few shapes let the
+# allocator use its blocks again, and each of up to 8 ranks of a stream has whole blocks of 128 for FP8 products.
+LENGTH_STEP = {"cpu": 128, "cuda": 1024}
 PADDING_SEGMENT = 128  # padding is cut into short sequences: the attention cost of a long one is quadratic
 
 
@@ -78,7 +80,7 @@ class Shard:
     topk_labels: torch.Tensor | None = None
 
 
-def stream_unit(budget: int, tensor: int, context: int) -> int:
+def stream_unit(budget: int, tensor: int, context: int, device: str) -> int:
     """Return what the length of a stream is a multiple of. It divides the budget.
 
     Every rank has an equal part of a stream, in the blocks that quantized products need if the budget has them. Layouts
@@ -88,8 +90,9 @@ def stream_unit(budget: int, tensor: int, context: int) -> int:
         budget: most tokens of a stream, a multiple of 2 x context x tensor.
         tensor: number of tensor-parallel ranks.
         context: number of context-parallel ranks.
+        device: cpu or cuda.
     """
-    return math.lcm(math.gcd(budget, LENGTH_STEP), 2 * context * tensor)
+    return math.lcm(math.gcd(budget, LENGTH_STEP[device]), 2 * context * tensor)
 
 
 def pack(batch: Batch, *, budget: int, align: int, multiple: int, unit: int) -> list[Microbatch]:

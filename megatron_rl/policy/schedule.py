@@ -88,7 +88,7 @@ class Schedule:
             budget=self.budget,
             align=2 * mesh.cp_size if mesh.cp_size > 1 else 1,
             multiple=mesh.dp_size * (mesh.pp_size if virtual else 1),
-            unit=stream_unit(self.budget, mesh.tp_size, mesh.cp_size),
+            unit=stream_unit(self.budget, mesh.tp_size, mesh.cp_size, mesh.device.type),
         )
         mine = packed[mesh.dp_rank :: mesh.dp_size]
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)

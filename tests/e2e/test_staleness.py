@@ -88,8 +88,8 @@ def test_a_killed_run_goes_on_within_the_bound_with_what_was_finished(start, cli
 def test_requests_that_run_through_a_weight_update_go_on_and_their_tokens_know_their_versions(
     mode, start, cli, small_run, run_folder, arithmetic_model
 ):
-    # One request at a time makes the engine slower than the trainer, so updates meet running requests. A larger learning
-    # rate would teach the model short responses in its first update.
+    # One request at a time makes the engine slower than the trainer, so updates meet running requests. A larger
+    # learning rate would teach the model short responses in its first update.
     port = free_port()
     serving = ["--port", str(port), "--threads", "1", "--deterministic"]
     url = f"http://127.0.0.1:{port}"

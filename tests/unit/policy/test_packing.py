@@ -172,11 +172,19 @@ def test_streams_that_cannot_be_even_are_still_as_few_as_first_fit_needs():
 
 
 @pytest.mark.parametrize(
-    ("budget", "tensor", "context", "unit"),
-    [(4096, 1, 1, 1024), (4096, 4, 2, 1024), (2304, 2, 1, 256), (416, 2, 1, 32), (2304, 3, 1, 768), (90, 3, 5, 30)],
+    ("device", "budget", "tensor", "context", "unit"),
+    [
+        ("cuda", 4096, 1, 1, 1024),
+        ("cuda", 16384, 4, 2, 1024),
+        ("cpu", 4096, 4, 2, 128),
+        ("cpu", 2304, 2, 1, 128),
+        ("cpu", 416, 2, 1, 32),
+        ("cpu", 2304, 3, 1, 384),
+        ("cpu", 90, 3, 5, 30),
+    ],
 )
-def test_the_unit_of_streams_divides_the_budget_and_is_cut_evenly_by_the_layout(budget, tensor, context, unit):
-    assert stream_unit(budget, tensor, context) == unit
+def test_the_unit_of_streams_divides_the_budget_and_is_cut_evenly_by_the_layout(device, budget, tensor, context, unit):
+    assert stream_unit(budget, tensor, context, device) == unit
     assert budget % unit == 0 and unit % (2 * tensor * context) == 0
 
 
