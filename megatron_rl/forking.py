@@ -63,35 +63,27 @@ def fork_as_command(
         begin: called in the new process once it leads its session.
         reset: called after that; it resets state of imported libraries that a new process would not have.
     """
+
+    def become() -> int:
+        os.setsid()
+        begin()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        os.environ.update(environment)
+        name_process(name)
+        reset()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        return run_as_command(arguments)
+
     flush_output()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)  # a signal to the new process waits for its handlers
     try:
         pid = os.fork()
         if pid != 0:
             return pid
-        _end_process(lambda: _become_command(arguments, environment, name, handlers, begin, reset, mask))
+        _end_process(become)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-def _become_command(
-    arguments: list[str],
-    environment: Mapping[str, str],
-    name: str,
-    handlers: Mapping[signal.Signals, Any],
-    begin: Callable[[], None],
-    reset: Callable[[], None],
-    mask: set[int | signal.Signals],
-) -> int:
-    os.setsid()
-    begin()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    os.environ.update(environment)
-    name_process(name)
-    reset()
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    return run_as_command(arguments)
 
 
 def _end_process(work: Callable[[], int]) -> NoReturn:

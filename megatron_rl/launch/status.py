@@ -39,7 +39,7 @@ def find_run(name: str) -> Path:
         return Path(name).absolute()
     folder = _fields_of_job(name).get("WorkDir")  # the job runs in RUN/launch
     if folder is None:
-        why = "gives no answer" if _is_silent(name) else f"does not know job {name} any more"
+        why = "does not respond" if _is_silent(name) else f"does not know job {name} any more"
         raise UserError(f"Slurm {why}: name the run folder instead")
     return Path(folder).parent
 
@@ -225,7 +225,7 @@ def cancel_run(run: Path, *, save: bool, patience_s: float) -> str:
         patience_s: seconds to wait for that.
 
     Raises:
-        UserError: Slurm gives no answer, so the jobs were not ended.
+        UserError: Slurm does not respond, so the jobs were not ended.
     """
     control = run / "control"
     jobs = [str(job) for job in (read_json(str(run / "launch" / "submit.json")) or {}).get("jobs", [])]
@@ -240,7 +240,7 @@ def cancel_run(run: Path, *, save: bool, patience_s: float) -> str:
         reply = call_slurm(["scancel", "--quiet", *jobs], 3)
         if reply.code and _is_silent(jobs[-1]):
             raise UserError(
-                f"Slurm gives no answer, so jobs {', '.join(jobs)} were not ended; nothing is tried again after them. "
+                f"Slurm does not respond, so jobs {', '.join(jobs)} were not ended; nothing is tried again after them. "
                 f"When it answers: scancel {' '.join(jobs)}"
             )
     remove(str(control / "stop"))

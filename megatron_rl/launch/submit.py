@@ -228,7 +228,7 @@ def check_no_job(folder: Path) -> None:
     """Check that no job waits or runs that was submitted for a folder, of one run or of an array.
 
     Raises:
-        ConfigError: there is one, or Slurm gives no answer.
+        ConfigError: there is one, or Slurm does not respond.
     """
     job, state = job_of(folder)
     if state == SILENT:

@@ -18,10 +18,11 @@ import torch
 from megatron_rl.alp.noise import NoiseRows
 from megatron_rl.errors import UserError
 from megatron_rl.policy.attention import PackedStream, plan_attention
+from megatron_rl.precision.plan_checks import BLOCK
 from megatron_rl.types import COLUMNS, Batch, Column
 
 # Lengths of streams are multiples of it where the budget is. On a CPU every position costs. On CUDA few shapes let the
-# allocator use its blocks again, and each of up to 8 ranks of a stream has whole blocks of 128 for FP8 products.
+# allocator use its blocks again.
 LENGTH_STEP = {"cpu": 128, "cuda": 1024}
 PADDING_SEGMENT = 128  # padding is cut into short sequences: the attention cost of a long one is quadratic
 
@@ -83,8 +84,9 @@ class Shard:
 def stream_unit(budget: int, tensor: int, context: int, device: str) -> int:
     """Return what the length of a stream is a multiple of. It divides the budget.
 
-    Every rank has an equal part of a stream, in the blocks that quantized products need if the budget has them. Layouts
-    of 1, 2, 4 ... ranks have the same unit, so that streams and their padding do not depend on the layout.
+    Every rank has an equal part of a stream. On a GPU it is as divisible by 2 as a rank's part of the budget, up to
+    blocks of 128 tokens, so that the checks of the budget hold for every stream. Layouts of 1, 2, 4 and 8 ranks have
+    the same unit: streams and their padding do not depend on them.
 
     Args:
         budget: most tokens of a stream, a multiple of 2 x context x tensor.
@@ -92,7 +94,9 @@ def stream_unit(budget: int, tensor: int, context: int, device: str) -> int:
         context: number of context-parallel ranks.
         device: cpu or cuda.
     """
-    return math.lcm(math.gcd(budget, LENGTH_STEP[device]), 2 * context * tensor)
+    ranks = context * tensor
+    blocks = math.gcd(budget, BLOCK * ranks) if device == "cuda" else 1
+    return math.lcm(math.gcd(budget, LENGTH_STEP[device]), blocks, 2 * ranks)
 
 
 def pack(batch: Batch, *, budget: int, align: int, multiple: int, unit: int) -> list[Microbatch]:

@@ -19,8 +19,8 @@ class Machine:
     Attributes:
         capability: compute capability of the CUDA device ((9, 0) is Hopper), None on a CPU.
         cuda: CUDA version that torch was built for.
-        transformer_engine: True if a package of that name is installed. Whether it loads is only checked on use. On a
-            CPU nobody looks for it: there, tests alone run it, on torch's products.
+        transformer_engine: True if a package of that name is installed. Whether it loads is only checked on use. Always
+            False on a CPU, except in tests, which run it there on torch's products.
         gpus: number of CUDA devices that this process sees.
     """
 

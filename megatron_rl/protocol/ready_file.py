@@ -47,7 +47,7 @@ def remove_ready_file(path: Path) -> None:
 
 
 def read_ready_file(path: Path) -> tuple[str, list[object]]:
-    """Return the URL in a file, and what tells one process there from the next one.
+    """Return the URL in a file, and what identifies the process there.
 
     Raises OSError or ValueError.
     """

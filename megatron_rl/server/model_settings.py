@@ -1,4 +1,4 @@
-"""What a model folder says besides its weights: configuration, tokenizer and end-of-text tokens."""
+"""Reads the settings in a model folder: configuration, tokenizer and end-of-text tokens."""
 
 from collections.abc import Callable
 from pathlib import Path

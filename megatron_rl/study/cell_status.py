@@ -51,7 +51,7 @@ class CellState:
 def read_states(folder: StudyFolder, record: Record) -> list[CellState]:
     """Return the state of every cell, in the order of the study."""
     last = {attempt["cell"]: attempt["code"] for attempt in folder.attempts()}
-    # While Slurm gives no answer, the tasks of an array count as running: they must not be started twice.
+    # While Slurm does not respond, the tasks of an array count as running: they must not be started twice.
     running, queued = _running(folder), job_of(folder.runs)[1] != FORGOTTEN
     return [_read_state(folder, record, cell, last.get(cell), cell in running, queued) for cell in record["cells"]]
 

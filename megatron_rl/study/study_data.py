@@ -29,7 +29,7 @@ class CellCurve:
         steps: steps of its evaluations, ascending, [n].
         prompts: numbers of the held-out prompts, ascending, [p].
         reward: mean reward over samples, [n, p].
-        chance: variance of that mean by sampling alone, [n, p]; NaN where one sample tells nothing.
+        chance: variance of that mean by sampling alone, [n, p]; NaN for a prompt with one sample.
         log: columns of its steps, [steps] each.
     """
 

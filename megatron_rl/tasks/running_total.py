@@ -1,4 +1,4 @@
-"""Running totals: generated sums whose steps are written out, so that tiny models give answers of many tokens."""
+"""Running totals: generated sums whose steps are written out, so that tiny models write responses of many tokens."""
 
 from typing import TYPE_CHECKING
 

@@ -138,7 +138,7 @@ class AttemptRunner:
         return [Event("deadline", now=end)]
 
     def _newly_healthy(self) -> List[str]:
-        """Return the engines that have become healthy, and tell the trainer where they are."""
+        """Return the engines that have become healthy, and register them for the trainer."""
         if self.state.phase not in ("engines", "training"):
             return []
         found = []
@@ -146,7 +146,7 @@ class AttemptRunner:
             url = make_url(self._filled.addresses[name], self._filled.ports[name])
             if is_healthy(url):
                 say("%s is healthy at %s" % (name, url))
-                # What stands beside the URL tells the trainer an engine from the one before it.
+                # By pid and host the trainer distinguishes an engine from the one before it at this URL.
                 process = {"pid": self.state.restarts.count(name), "host": self._place.of_role(self._roles[name])[0]}
                 write_json(self._files.engine(name), dict(process, url=url))
                 found.append(name)

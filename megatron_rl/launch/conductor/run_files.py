@@ -71,7 +71,7 @@ class RunFiles:
         return "checkpoint" in record and record.get("submission") == self._submission
 
     def failed_before(self, suspects: Sequence[str]) -> Tuple[str, ...]:
-        """Return those nodes that also were suspects of an earlier attempt of this submission."""
+        """Return those of the nodes that an earlier attempt of this submission also recorded as suspects."""
         own = {one["attempt"] for one in self._earlier}
         before = {node for one in self.records if one["attempt"] in own for node in one.get("suspects", ())}
         return tuple(node for node in suspects if node in before)

@@ -69,7 +69,8 @@ def job_key(env: Mapping[str, str]) -> str:
 def job_state(key: str) -> str:
     """Return Slurm's word for the state of a job that waits or runs; else FORGOTTEN or SILENT.
 
-    squeue fails for a job that Slurm has forgotten, and if Slurm gives no answer. A question about no job tells which.
+    squeue fails for a job that Slurm has forgotten. It also fails if Slurm does not respond. sinfo names no job, so it
+    fails only in the second case.
     """
     for number in range(_TRIES):
         if number:
@@ -93,7 +94,7 @@ def end_of_job(key: str, env: Mapping[str, str]) -> float:
 
 
 def steps_of_job(key: str) -> Dict[str, str]:
-    """Return the ids of a job's steps by their names. Ids are given in any order, so only names tell steps apart."""
+    """Return the ids of a job's steps by their names. Ids are in any order, so a step is identified by its name."""
     answer = call_slurm(["squeue", "-h", "-s", "-j", key, "-o", "%i %j"], 3)
     pairs = [line.split(None, 1) for line in answer.out.split("\n")]
     return {pair[1].strip(): pair[0] for pair in pairs if len(pair) == 2}

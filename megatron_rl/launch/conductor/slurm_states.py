@@ -1,6 +1,6 @@
 """What Slurm's job states mean for a run."""
 
-# Our own words: Slurm no longer has the job in its queue; Slurm gives no answer.
+# Our own words: Slurm no longer has the job in its queue; Slurm does not respond.
 FORGOTTEN, SILENT = "FORGOTTEN", "SILENT"
 _WAITING = "PENDING CONFIGURING REQUEUED REQUEUE_HOLD REQUEUE_FED RESV_DEL_HOLD SPECIAL_EXIT SUSPENDED STOPPED"
 _RUNNING = "RUNNING COMPLETING SIGNALING STAGE_OUT RESIZING"
@@ -22,7 +22,7 @@ def read_state(state: str, reason: str = "", done: bool = False, again: bool = F
     """
     word = state.split()[0].rstrip("+") if state.split() else ""
     if word == SILENT:
-        return "Slurm gives no answer"
+        return "Slurm does not respond"
     if word == "COMPLETED":
         return "done" if done else "ended without a result"
     meaning = _MEANING.get(word, "unknown (%s)" % state)

@@ -1,4 +1,4 @@
-"""A Slurm that gives no answer is told from a job that Slurm has forgotten. Scripts stand for Slurm's commands."""
+"""A Slurm that does not respond is distinguished from a job that Slurm has forgotten. Scripts stand for Slurm's commands."""
 
 import json
 from collections.abc import Callable
@@ -100,8 +100,8 @@ def test_a_job_that_is_over_is_not_submitted_again_after_a_failed_requeue(slurm:
 
 def test_commands_say_that_slurm_is_silent(slurm: Slurm, run: Path) -> None:
     slurm(**SILENCE)
-    assert next(status_lines(read_status(run))) == f"{run}: Slurm gives no answer"
-    with pytest.raises(UserError, match="Slurm gives no answer: name the run folder"):
+    assert next(status_lines(read_status(run))) == f"{run}: Slurm does not respond"
+    with pytest.raises(UserError, match="Slurm does not respond: name the run folder"):
         find_run("77")
     with pytest.raises(UserError, match=r"jobs 77 were not ended; nothing is tried again .* scancel 77"):
         cancel_run(run, save=False, patience_s=0)

@@ -176,6 +176,8 @@ def test_streams_that_cannot_be_even_are_still_as_few_as_first_fit_needs():
     [
         ("cuda", 4096, 1, 1, 1024),
         ("cuda", 16384, 4, 2, 1024),
+        ("cuda", 65536, 8, 8, 8192),  # 128 tokens a rank, as quantized products want
+        ("cuda", 6144, 8, 8, 2048),  # the budget has only 96 a rank, which 32 divides
         ("cpu", 4096, 4, 2, 128),
         ("cpu", 2304, 2, 1, 128),
         ("cpu", 416, 2, 1, 32),
