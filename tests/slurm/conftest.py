@@ -56,5 +56,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def fake_run(cluster: VirtualCluster, model: Path, tmp_path: Path) -> Iterator[FakeRun]:
     """A run whose roles are stand-ins. Afterwards its jobs are cancelled."""
+    cluster.until_idle()  # a job of a test without a run may still end on a node, and this run would get others
     yield FakeRun(cluster, tmp_path / "runs", model)
     cluster.until_idle()

@@ -1,4 +1,4 @@
-"""A Slurm that does not respond is distinguished from a job that Slurm has forgotten. Scripts stand for Slurm's commands."""
+"""A Slurm that does not respond is distinguished from a forgotten job. Scripts stand for Slurm's commands."""
 
 import json
 from collections.abc import Callable
