@@ -19,7 +19,6 @@ import importlib
 import json
 import multiprocessing
 import os
-import socket
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -38,6 +37,8 @@ from scale_model import (
     step_seconds,
     terms,
 )
+
+from megatron_rl.ports import free_port
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 SHARE = 0.1  # of a step, above which a term is named
@@ -130,9 +131,7 @@ def check_batch(ranks: int, size: int = 32_000_000) -> dict[str, float]:
     """Return GB/s of one hop of a broadcast of `size` bytes as a Python object: bytes x hops / time."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     processes = [context.Process(target=_rank, args=(rank, ranks, port, size, theirs)) for rank in range(ranks)]
     for process in processes:
         process.start()

@@ -87,7 +87,9 @@ class Controls(ABC):
             except httpx.TransportError as error:
                 attempt += 1
                 if attempt == attempts or isinstance(error, httpx.ReadTimeout):  # slow work is not requested twice
-                    raise EngineError(f"{url}{path} does not answer: {type(error).__name__} {error}".strip()) from error
+                    raise EngineError(
+                        f"{url}{path} does not respond: {type(error).__name__} {error}".strip()
+                    ) from error
                 await asyncio.sleep(_BACKOFF_S * 2 ** (attempt - 1))
                 continue
             except httpx.HTTPError as error:

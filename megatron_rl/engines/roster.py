@@ -134,7 +134,7 @@ class Roster:
         health = await asyncio.gather(*(is_alive(self._http, engine, path) for engine in live))
         for engine, healthy in zip(live, health, strict=True):
             if not healthy:
-                self.mark_lost(engine, "it does not answer")
+                self.mark_lost(engine, "it does not respond")
 
     async def watch(self) -> None:
         """Mark servers as lost that have unfinished requests and miss several health checks. Never returns.

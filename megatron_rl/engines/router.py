@@ -7,7 +7,7 @@ effect a moment later. The router forwards only a fixed set of fields of /genera
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import httpx
@@ -29,7 +29,7 @@ class Router:
         self._changing = asyncio.Lock()
 
     async def route_to(self, urls: Iterable[str]) -> None:
-        """Set the router's servers and wait until the change has taken effect.
+        """Set the router's servers and wait until it sends requests to each of them.
 
         Raises EngineError if the router does not respond or does not change.
         """
@@ -44,22 +44,25 @@ class Router:
         workers = await self._workers()
         for url, worker in workers.items():
             if url not in wanted:
-                await self._call("DELETE", f"/workers/{worker}")
+                await self._call("DELETE", f"/workers/{worker['id']}")
         for url in wanted - workers.keys():
             await self._call("POST", "/workers", {"url": url})
         end = time.monotonic() + _CHANGE_S
-        while (await self._workers()).keys() != wanted:
+        while not _routes_to(await self._workers(), wanted):
             if time.monotonic() > end:
                 raise EngineError(
                     f"sglang-router at {self.url} was asked to route to {', '.join(sorted(wanted))} and does not"
                 )
             await asyncio.sleep(_POLL_S)
 
-    async def _workers(self) -> dict[str, str]:
-        """Return the router's servers: URL -> the router's id of it."""
+    async def _workers(self) -> dict[str, dict[str, Any]]:
+        """Return the router's servers: URL -> what the router knows of it, `id` and `is_healthy`."""
         listed = await self._call("GET", "/workers")
         try:
-            return {str(worker["url"]).rstrip("/"): str(worker["id"]) for worker in listed["workers"]}
+            workers = listed["workers"]
+            return {
+                str(worker["url"]).rstrip("/"): {key: worker[key] for key in ("id", "is_healthy")} for worker in workers
+            }
         except (KeyError, TypeError) as error:
             raise EngineError(f"sglang-router {self.url}/workers lists no servers: {str(listed)[:200]}") from error
 
@@ -82,6 +85,11 @@ class Router:
             return response.json()
         except ValueError as error:
             raise EngineError(f"sglang-router {self.url}{path} does not respond in JSON") from error
+
+
+def _routes_to(workers: Mapping[str, Mapping[str, Any]], wanted: Set[str]) -> bool:
+    """Return whether exactly these servers get requests. The router sends none to a server it has not found healthy."""
+    return workers.keys() == wanted and all(worker["is_healthy"] for worker in workers.values())
 
 
 def router_lost(url: str, reason: str) -> str:

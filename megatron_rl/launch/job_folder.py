@@ -197,7 +197,7 @@ def write_run_files(parts: JobParts, job: Mapping[str, Any]) -> None:
         key = new_key()
         write_private(key_file(parts.run), key)
         if parts.config.rollout.engine == "sglang":
-            write_private(sglang_key_file(key_file(parts.run)), f"api-key: {key}")
+            write_private(sglang_key_file(key_file(parts.run)), f'api-key: "{key}"')
         write_json(str(launch / "job.json"), job)
     except OSError as error:
         raise ConfigError(f"the run folder {parts.run} cannot be written ({error}): choose another run.dir") from error

@@ -13,7 +13,6 @@ started: a run must not continue unnoticed.
 import importlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from megatron_rl.errors import ConfigError, ExitCode
 from megatron_rl.forking import has_one_thread, like_new
 from megatron_rl.launch.fork import ForkedProcess, fork_rank
 from megatron_rl.launch.slurm_env import join_slurm_step
+from megatron_rl.ports import free_port
 from megatron_rl.supervise import kill_session, stops_blocked
 
 MOST_RANKS = 1024  # on one machine
@@ -87,14 +87,11 @@ def run_ranks(arguments: list[str], ranks: int, *, forks_servers: bool = False) 
         # It imports while this process does.
         server = ForkServer() if forks_servers and may_fork_servers() else None
         reset = prepare_fork()
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     shared = {
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
     }
     if server is not None and reset is not None:  # only a forked rank inherits the socket
         shared |= server.environment

@@ -241,7 +241,7 @@ def cancel_run(run: Path, *, save: bool, patience_s: float) -> str:
         if reply.code and _is_silent(jobs[-1]):
             raise UserError(
                 f"Slurm does not respond, so jobs {', '.join(jobs)} were not ended; nothing is tried again after them. "
-                f"When it answers: scancel {' '.join(jobs)}"
+                f"When it responds: scancel {' '.join(jobs)}"
             )
     remove(str(control / "stop"))
     return said

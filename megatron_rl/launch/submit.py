@@ -232,7 +232,7 @@ def check_no_job(folder: Path) -> None:
     """
     job, state = job_of(folder)
     if state == SILENT:
-        raise ConfigError(f"Slurm does not say whether job {job} still works in {folder}: try again when it answers")
+        raise ConfigError(f"Slurm does not say whether job {job} still works in {folder}: try again when it responds")
     if state != FORGOTTEN:
         raise ConfigError(f"job {job} is {state} and works in {folder}: megatron-rl launch cancel {folder}")
 

@@ -33,8 +33,8 @@ def read_key(path: Path) -> str:
 
 
 def new_key() -> str:
-    """Return a random key."""
-    return secrets.token_urlsafe(32)
+    """Return a random key. It never begins with `-`, which would make it an option on SGLang's command line."""
+    return secrets.token_hex(32)
 
 
 def write_private(path: Path, line: str) -> None:

@@ -42,7 +42,7 @@ def submit_cells(
     """
     job, state = job_of(folder.runs)
     if state == SILENT:
-        raise UserError(f"Slurm does not say whether array {job} of this study has ended: try again when it answers")
+        raise UserError(f"Slurm does not say whether array {job} of this study has ended: try again when it responds")
     if state != FORGOTTEN:
         # Only the array that was submitted last is known, so tasks of this one would be started a second time.
         raise UserError(f"array {job} of this study waits or runs: wait for its end, or end it: scancel {job}")

@@ -35,7 +35,7 @@ def publish_weights(policy: Policy, sync: WeightSync, precision: PrecisionPlan |
             if not left:
                 lost = mesh.on_lead(lambda: sync.engines.lost)
                 reasons = "; ".join(f"{url}: {reason}" for url, reason in lost.items())
-                mesh.raise_everywhere(EngineError(f"{error}; engines lost so far: {reasons}"))
+                mesh.raise_everywhere(EngineError(f"{error}; engines lost so far: {reasons}") if reasons else error)
             repairs = bool(quarantined) and not repaired
             if len(left) == len(before) and not repairs:
                 raise

@@ -206,7 +206,7 @@ class Transaction:
         engines = self._engines
         engines.find_lost()
         alive = set(engines.live_urls)
-        gone = {url: EngineError(f"{url} does not answer") for url in self._urls if url not in alive}
+        gone = {url: EngineError(f"{url} does not respond") for url in self._urls if url not in alive}
         self._transport.discard(engines, [url for url in self._urls if url in alive])
         restorable = [url for url in self._urls if url in alive and url not in self._unrestored]
         _, failed = each(restorable, self._restore)

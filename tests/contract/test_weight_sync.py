@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_rl.engines.pool import EnginePool, GenerationRequest, SamplingParams
-from megatron_rl.engines.processes.server_process import free_port
+from megatron_rl.engines.processes.embedded import EmbeddedServers
+from megatron_rl.engines.processes.server_process import Servers
 from megatron_rl.errors import CheckpointError, EngineError, UserError
 from megatron_rl.weight_sync.sync import WeightSync
 from megatron_rl.weights.digest import tensor_digest
@@ -47,46 +48,24 @@ class HookedPool(EnginePool):
         super().update_weights_from_disk(url, folder, version)
 
 
-class Server:
-    """An embedded engine in a separate process."""
-
-    def __init__(self, model: Path, log: Path) -> None:
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "megatron_rl", "serve", "--model", str(model), "--port", str(port)]
-        with log.open("wb") as out:
-            self.process = subprocess.Popen(
-                [*command, "--threads", "1", "--parent-pid", str(os.getpid())], stdout=out, stderr=subprocess.STDOUT
-            )
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_qwen3(tmp_path_factory.mktemp("model"), tied=True, layers=2, max_position_embeddings=2048)
 
 
 @pytest.fixture(scope="module")
-def servers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
-    started = [Server(model, tmp_path_factory.mktemp("logs") / f"{i}.log") for i in range(2)]
-    with EnginePool([server.url for server in started]) as pool:
-        pool.wait_healthy(120)
-    yield started
-    for server in started:
-        if server.process.poll() is None:
-            server.kill()
+def servers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    with EmbeddedServers(model, tmp_path_factory.mktemp("logs"), 2, threads=1) as started:
+        yield started
 
 
 @pytest.fixture
-def pool(servers: list[Server], model: Path) -> Iterator[HookedPool]:
+def pool(servers: Servers, model: Path) -> Iterator[HookedPool]:
     """Yield a pool of both engines, at version 0 with the source's weights."""
-    with HookedPool([server.url for server in servers], timeout_s=60) as pool:
-        for server in servers:
-            pool.update_weights_from_disk(server.url, model, 0)
-            pool.resume(server.url)
+    with HookedPool(servers.urls, timeout_s=60) as pool:
+        for url in servers.urls:
+            pool.update_weights_from_disk(url, model, 0)
+            pool.resume(url)
         yield pool
 
 
@@ -348,20 +327,21 @@ def test_every_rank_of_the_trainer_learns_the_outcome(
 
 
 def test_a_killed_engine_is_dropped_and_the_others_serve_the_old_version(
-    servers: list[Server], pool: HookedPool, source: HFFolder, sync: WeightSync, model: Path, tmp_path: Path
+    servers: Servers, pool: HookedPool, source: HFFolder, sync: WeightSync, model: Path, tmp_path: Path
 ) -> None:
     """This test must be the last one of the module: it kills the second server."""
     sync.push(weights(source, 1), 1)
     before = logprobs(pool)
 
     def kill(_: str, folder: Path, version: int) -> int:
-        servers[1].kill()
+        servers.process(1).process.kill()
+        servers.process(1).process.wait()
         return version
 
     pool.hook = kill
-    with pytest.raises(EngineError, match=f"{servers[1].url}.*does not answer"):
+    with pytest.raises(EngineError, match=f"{servers.urls[1]}.*does not respond"):
         sync.push(weights(source, 2), 2)
-    assert pool.live_urls == (servers[0].url,)
+    assert pool.live_urls == (servers.urls[0],)
     assert logprobs(pool) == before[:1]
     assert_serving(pool, source, 1, 1, count=1)
     sync.push(weights(source, 2), 2)

@@ -1,6 +1,5 @@
 """Fixtures: commands that end together with their test, and the models that they run on."""
 
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ import httpx
 import pytest
 
 from megatron_rl import cli as command_line
+from megatron_rl.ports import free_port
 from megatron_rl.protocol.api_key import key_headers
 from tests.e2e.command import Command, Result
 from tests.e2e.models import make_arithmetic_model
@@ -54,9 +54,7 @@ def finished_run(arithmetic_model: Path, tmp_path_factory: pytest.TempPathFactor
     """A run of three steps, for all tests that only read it."""
     folder, steps = tmp_path_factory.mktemp("finished"), 3
     (folder / "small.yaml").write_text(SMALL_RUN.format(model=arithmetic_model), encoding="utf-8")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     server = Command(["serve", "--model", str(arithmetic_model), "--port", str(port), "--threads", "1"], folder, {})
     arguments = ["train", "small.yaml", f"run.steps={steps}", "eval.prompts=2", f"rollout.urls=[{url}]"]

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_rl.policy.checkpoint_state import newest_valid
+from megatron_rl.ports import free_port
 from megatron_rl.report import write_report
 from tests.e2e.command import Command, assert_declared, assert_refused, records
 from tests.e2e.conftest import version_of
@@ -151,9 +151,7 @@ def test_servers_of_somebody_else_that_rest_when_a_run_stops_are_named_and_woken
     start, arithmetic_model, tmp_path
 ):
     path, folder = configuration(tmp_path, arithmetic_model), tmp_path / "runs" / "rounds"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     server = start("serve", "--model", arithmetic_model, "--port", port, "--threads", "1", "--deterministic")
     server.until(lambda: version_of(url))

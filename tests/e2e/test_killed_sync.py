@@ -10,7 +10,7 @@ import pytest
 
 from megatron_rl.config import load_config
 from megatron_rl.engines.processes.own_servers import own_servers
-from megatron_rl.engines.processes.server_process import free_port
+from megatron_rl.ports import free_port
 from megatron_rl.precision.plan import resolve
 from tests.contract.proxy import Answer, Body, Proxy
 from tests.e2e.command import Command, records

@@ -1,7 +1,6 @@
 """Every objective trains three steps of the small arithmetic run at tensor parallel 2, as the command line does."""
 
 import math
-import socket
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.objectives import OBJECTIVES
+from megatron_rl.ports import free_port
 from tests.e2e.command import Command, assert_declared, records
 from tests.e2e.conftest import version_of
 from tests.e2e.models import ARITHMETIC, make_model
@@ -28,13 +28,6 @@ KEYS = {
 TEACHER = "teacher: {name: erpd_mse}, teacher_updates: 4, keep: [2], signals: [{denominator: unlearned@2, updates: 2}]"
 # erpd_distill uses the token advantages of erpd's second stage. Alone, it clips the advantages of the outcome.
 NAMES = [*sorted(OBJECTIVES), "erpd"]
-
-
-def free_port() -> int:
-    """Return a free TCP port of this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

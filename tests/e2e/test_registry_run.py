@@ -1,20 +1,14 @@
 """A run finds its engines in a folder, with a key; one that leaves comes back elsewhere."""
 
 import json
-import socket
 
 import httpx
 
+from megatron_rl.ports import free_port
 from megatron_rl.protocol.api_key import write_private
 from tests.e2e.command import records
 
 TRAJECTORIES = 8 * 16
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_engines_leave_and_come_back_elsewhere_while_a_run_goes_on(

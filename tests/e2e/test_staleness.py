@@ -4,8 +4,8 @@ import signal
 
 import pytest
 
-from megatron_rl.engines.processes.server_process import free_port
 from megatron_rl.policy.checkpoint_state import newest_valid
+from megatron_rl.ports import free_port
 from tests.e2e.command import assert_declared, assert_drawn_once, assert_refused, records
 from tests.e2e.conftest import version_of
 from tests.e2e.test_resume import untimed

@@ -6,7 +6,6 @@ import importlib
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -16,17 +15,13 @@ from typing import Any
 
 import psutil
 
+from megatron_rl.ports import free_port
+
 STUCK = signal.SIGUSR1
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Of one rank. A deleted policy leaves some gloo groups behind, and each of their threads wakes up a hundred times a
 # second. With a thousand of them, two cores do little else.
 THREADS = 250
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def _imported(module: str) -> ModuleType:
@@ -63,7 +58,7 @@ class RankGroup:
 
     def __init__(self, world: int) -> None:
         context = multiprocessing.get_context("spawn")
-        port = _free_port()
+        port = free_port()
         self.pipes, self.processes = [], []
         for rank in range(world):
             ours, theirs = context.Pipe()

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import time
 from abc import ABC, abstractmethod
@@ -19,6 +18,7 @@ import psutil
 
 from megatron_rl.engines.processes.fork_server import VARIABLE, ForkedServer, fork_command
 from megatron_rl.errors import EngineError, ExitCode
+from megatron_rl.ports import free_port
 from megatron_rl.protocol.api_key import new_key, write_private
 from megatron_rl.supervise import end_sessions, kill_session, stops_blocked
 
@@ -257,10 +257,3 @@ def environment_of_servers() -> dict[str, str]:
     """Return this process's environment without the variables that make it a rank of a trainer, and with HF offline."""
     own = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")}
     return {key: value for key, value in own.items() if key not in _OF_THE_TRAINER} | {"HF_HUB_OFFLINE": "1"}
-
-
-def free_port() -> int:
-    """Return a port of loopback that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

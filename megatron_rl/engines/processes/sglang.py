@@ -16,13 +16,9 @@ from safetensors import SafetensorError
 
 from megatron_rl.config import SGLangConfig
 from megatron_rl.engines.processes.engine_packages import check_gpu_packages, own_packages, read_packages
-from megatron_rl.engines.processes.server_process import (
-    ServerProcess,
-    Servers,
-    environment_of_servers,
-    free_port,
-)
+from megatron_rl.engines.processes.server_process import ServerProcess, Servers, environment_of_servers
 from megatron_rl.errors import ConfigError, EngineError, StorageError
+from megatron_rl.ports import free_port
 from megatron_rl.precision.plan import DTYPES, PrecisionPlan
 from megatron_rl.protocol.api_key import write_private
 from megatron_rl.supervise import end_sessions
@@ -192,7 +188,7 @@ class SGLangServers(Servers):
     def prepare(self) -> None:
         """Write the file with the key and, with quantized weights, the start folder."""
         if self.keyed:  # every user of the machine can read a command line
-            write_private(self._key_options, f"api-key: {self.api_key}")
+            write_private(self._key_options, f'api-key: "{self.api_key}"')
         if self._plan is not None:
             write_as_sent(self._model, self._plan, self._copy)
 

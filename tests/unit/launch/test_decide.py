@@ -236,7 +236,7 @@ VERDICTS = {
     "scancel": (SAVED._replace(reason="preempted", state="CANCELLED"), "leave", 130),
     "scancel, completing": (CRASH._replace(state="COMPLETING"), "leave", 130),
     "time limit": (SAVED._replace(reason="preempted", stopped=False, state="TIMEOUT"), "leave", 130),
-    "Slurm does not answer": (CRASH._replace(state="SILENT"), "leave", 75),
+    "Slurm does not respond": (CRASH._replace(state="SILENT"), "leave", 75),
     "Slurm has forgotten the job": (CRASH._replace(state="FORGOTTEN"), "leave", 130),
     "the user's error": (CRASH._replace(trainer_code=2, first_bad=("trainer", 2)), "exit", 2),
     "the user's error in an engine": (CRASH._replace(trainer_code=143, first_bad=("engine-0", 2)), "exit", 2),

@@ -1,6 +1,7 @@
 """Who may use an embedded server, from where, and where it may write."""
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,6 +98,12 @@ def test_a_key_file_is_private_and_holds_one_key(tmp_path):
     path.chmod(0o640)
     with pytest.raises(UserError, match=f"chmod 600 {path}"):
         read_key(path)
+
+
+def test_a_new_key_can_be_an_argument_and_a_word_of_yaml():
+    """SGLang makes arguments of its file of options, and takes one with `-` at its start for another option."""
+    assert all(re.fullmatch("[0-9a-f]{64}", new_key()) for _ in range(100))
+    assert new_key() != new_key()
 
 
 @pytest.mark.parametrize("content", [b"", b" \n", b"two words", b"two\nlines", b"\xff", b"x" * 2000])

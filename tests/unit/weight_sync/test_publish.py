@@ -9,9 +9,9 @@ from megatron_rl.errors import EngineError
 from megatron_rl.weight_sync.publish import publish_weights
 
 
-def publish(*outcomes: tuple[list[str], list[str]] | None) -> int:
+def publish(*outcomes: tuple[list[str], list[str]] | None, lost: dict[str, str] = {}) -> int:  # noqa: B006
     """Return how often an update is pushed. An outcome is (live engines, quarantined engines), or None for success."""
-    pool = SimpleNamespace(live_urls=("a", "b"), quarantined={}, lost={}, recover_lost=lambda: ())
+    pool = SimpleNamespace(live_urls=("a", "b"), quarantined={}, lost=lost, recover_lost=lambda: ())
     pushed = []
 
     def push(_: Any, version: int) -> None:
@@ -49,5 +49,7 @@ def test_an_update_that_left_every_engine_whole_is_not_repeated() -> None:
 
 
 def test_without_any_engine_left_the_error_says_so() -> None:
-    with pytest.raises(EngineError, match="the update failed; engines lost so far"):
+    with pytest.raises(EngineError, match=r"the update failed; engines lost so far: a: it ended; b: it is silent$"):
+        publish(([], []), None, lost={"a": "it ended", "b": "it is silent"})
+    with pytest.raises(EngineError, match=r"^the update failed$"):  # both are being started again
         publish(([], []), None)
