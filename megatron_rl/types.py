@@ -157,10 +157,9 @@ class Trajectory:
         return self.response_tokens[masked[-1] + 1 :] if len(masked) else self.response_tokens
 
     @property
-    def sampled_by(self) -> np.ndarray:
+    def sampled_by(self) -> tuple[int, ...]:
         """The weight versions that sampled response tokens, ascending."""
-        versions = np.unique(self.columns["versions"])
-        return versions[versions >= 0]
+        return tuple(sorted(version for version in set(self.columns["versions"].tolist()) if version >= 0))
 
     def with_reward(self, reward: float) -> Self:
         return replace(self, reward=reward)

@@ -160,7 +160,7 @@ def draw_probe(
                 for at, text in enumerate(texts)
             ]
         )
-    stale = {served for t in sampled for served in t.sampled_by.tolist()} - {version}
+    stale = {served for t in sampled for served in t.sampled_by} - {version}
     if stale:
         raise EngineError(f"{url} samples under weight version {min(stale)} instead of {version}: it was restarted")
     batch = make_batch([t.with_reward(0.0) for t in sampled], "mean")

@@ -1,19 +1,21 @@
 """Finished groups on disk until they are trained on, so that a killed run does not have to sample them again.
 
-There is one append-only file per step, `step_000012.groups`. A record is a header (magic, length, digest) and an npz of
-columns. Reading of a file stops at the first record that is truncated or damaged.
+There is one append-only file per step, `step_000012.groups`. A record is a header (magic, length, digest) and the
+columns as safetensors. Reading of a file stops at the first record that is truncated or damaged.
 """
 
 import hashlib
-import io
 import json
 import struct
-import zipfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from megatron_rl.errors import CheckpointError
 from megatron_rl.files import append_file, replace_file
@@ -38,13 +40,38 @@ class GroupJournal:
 
     def __init__(self, folder: Path, asked: str) -> None:
         self.folder = folder
-        self._asked = hashlib.blake2b(asked.encode(), digest_size=16).hexdigest()
+        self._asked = np.frombuffer(hashlib.blake2b(asked.encode(), digest_size=16).digest(), np.uint8)
+        self._queue: list[tuple[Path, bytes, Future[None]]] = []
+        self._queue_lock, self._disk_lock = threading.Lock(), threading.Lock()
 
     def append(self, step: int, group: Group) -> None:
-        """Write a group of `step`. Return when the record is on disk. Raise CheckpointError if it cannot be written."""
-        with _named(self._path(step), "written"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            append_file(self._path(step), _record(_packed(group, self._asked)))
+        """Write a group of `step`. Return when the record is on disk. Raise CheckpointError if it cannot be written.
+
+        Any thread may call it. The groups of threads that wait for the disk are written together, with one sync.
+        """
+        done: Future[None] = Future()
+        record = _record(_packed(group, self._asked))
+        with self._queue_lock:
+            self._queue.append((self._path(step), record, done))
+        with self._disk_lock:
+            with self._queue_lock:
+                queued, self._queue = self._queue, []
+            for path in dict.fromkeys(path for path, _, _ in queued):
+                self._write(path, [(content, one) for place, content, one in queued if place == path])
+        done.result()
+
+    def _write(self, path: Path, records: list[tuple[bytes, Future[None]]]) -> None:
+        """Append records to a file, and set the outcome of each."""
+        try:
+            with _named(path, "written"):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                append_file(path, b"".join(content for content, _ in records))
+        except Exception as error:  # noqa: BLE001 (every thread that waits raises it)
+            for _, done in records:
+                done.set_exception(error)
+        else:
+            for _, done in records:
+                done.set_result(None)
 
     def recover(self, usable: Callable[[Group], bool]) -> tuple[dict[int, Group], int]:
         """Return the usable groups by draw, and the number of groups that are not usable.
@@ -117,15 +144,15 @@ def _payloads(content: bytes) -> list[bytes]:
     return out
 
 
-def _packed(group: Group, asked: str) -> bytes:
+def _packed(group: Group, asked: np.ndarray) -> bytes:
     rows = group.trajectories
     first = rows[0]
     arrays: dict[str, np.ndarray] = {
-        "asked": np.array(asked),
-        "prompt_id": np.array(first.prompt_id),
+        "asked": asked,
+        "prompt_id": _bytes(first.prompt_id),
         "prompt": first.prompt_tokens,
         "group": np.array([first.group, group.resumed, group.retractions, group.reward_errors, *group.tool_use]),
-        "reward_metrics": np.array(json.dumps([dict(metrics) for metrics in group.reward_metrics])),
+        "reward_metrics": _bytes(json.dumps([dict(metrics) for metrics in group.reward_metrics])),
         "ids": np.array([t.id for t in rows]),
         "lengths": np.array([len(t.response_tokens) for t in rows]),
         "reasons": np.array([_REASONS.index(t.finish_reason) for t in rows]),
@@ -134,20 +161,19 @@ def _packed(group: Group, asked: str) -> bytes:
     }
     if first.routing is not None:
         arrays["routing"] = np.concatenate([t.routing for t in rows if t.routing is not None])
-    file = io.BytesIO()
-    np.savez(file, **arrays)  # type: ignore[arg-type]  # keys are names
-    return file.getvalue()
+    return bytes(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
 
 
-def _unpacked(payload: bytes, asked: str) -> Group | None:
+def _bytes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+def _unpacked(payload: bytes, asked: np.ndarray) -> Group | None:
     """Return the group, or None if it was sampled with other settings or written by another version of this file."""
     try:
-        with np.load(io.BytesIO(payload), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        if str(arrays["asked"]) != asked:
-            return None
-        return _group(arrays)
-    except (KeyError, ValueError, zipfile.BadZipFile):
+        arrays = load(payload)
+        return _group(arrays) if np.array_equal(arrays["asked"], asked) else None
+    except (KeyError, ValueError, SafetensorError):
         return None
 
 
@@ -164,7 +190,7 @@ def _group(arrays: dict[str, np.ndarray]) -> Group:
             Trajectory(
                 id=int(arrays["ids"][i]),
                 group=number,
-                prompt_id=str(arrays["prompt_id"]),
+                prompt_id=arrays["prompt_id"].tobytes().decode(),
                 prompt_tokens=prompt,
                 columns={name: array[end - length : end] for name, array in columns.items()},
                 finish_reason=_REASONS[arrays["reasons"][i]],
@@ -172,5 +198,5 @@ def _group(arrays: dict[str, np.ndarray]) -> Group:
                 routing=arrays["routing"][whole] if "routing" in arrays else None,
             )
         )
-    metrics = tuple(json.loads(str(arrays["reward_metrics"])))
+    metrics = tuple(json.loads(arrays["reward_metrics"].tobytes()))
     return Group(rows, resumed, retractions, ToolUse(calls, errors, void), metrics, reward_errors)

@@ -272,7 +272,7 @@ class Rollouts:
 
     def _usable(self, group: Group, version: int) -> bool:
         """Return whether this run has the weights that sampled the group, and the group's draw is not consumed."""
-        newest = max((int(t.sampled_by[-1]) for t in group.trajectories if len(t.sampled_by)), default=0)
+        newest = max((t.sampled_by[-1] for t in group.trajectories if t.sampled_by), default=0)
         return newest <= version and not self._draws.is_consumed(group.number)
 
     def _prune_journal(self, step: int) -> None:

@@ -225,8 +225,8 @@ class Scheduler:
     def _stale(self, group: Group, step: int) -> list[int]:
         """Return the ids of trajectories whose tokens fall outside the step's allowed weight versions."""
         newest = step + self._offset
-        oldest = newest - self.bounds.max_staleness
-        return [t.id for t in group.trajectories if (t.sampled_by < oldest).any() or (t.sampled_by > newest).any()]
+        allowed = range(newest - self.bounds.max_staleness, newest + 1)
+        return [t.id for t in group.trajectories if any(version not in allowed for version in t.sampled_by)]
 
     def _allowed(self, step: int) -> str:
         newest = step + self._offset

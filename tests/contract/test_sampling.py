@@ -65,7 +65,7 @@ def test_aborted_samples_go_on_from_their_prefix_as_if_nothing_had_happened(
     for trajectory in group.trajectories:
         assert trajectory.finish_reason in ("stop", "length") and trajectory.columns["mask"].all()
         assert (trajectory.finish_reason == "length") == (len(trajectory.response_tokens) == LONG.max_new_tokens)
-        assert trajectory.sampled_by.tolist() == [0]
+        assert trajectory.sampled_by == (0,)
         assert_sampled_by(model, trajectory)
 
 

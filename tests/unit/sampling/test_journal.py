@@ -1,5 +1,8 @@
 """Finished groups are read from disk as they were written; damaged records and other groups are not."""
 
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -76,6 +79,24 @@ def test_groups_come_back_as_they_were(tmp_path, topk, routed) -> None:
     assert dropped == 0 and [plain(one) for one in found.values()] == [plain(one) for one in written]
 
 
+def test_groups_of_many_threads_are_all_written_and_those_that_wait_share_a_sync(tmp_path, monkeypatch) -> None:
+    sync, syncs = os.fsync, []
+
+    def slow(file: int) -> None:
+        syncs.append(file)
+        time.sleep(0.02)
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    buffer = GroupJournal(tmp_path, "asked")
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(lambda number: buffer.append(number % 2, group(number)), range(40)))
+    assert {number: plain(one) for number, one in everything(buffer).items()} == {
+        number: plain(group(number)) for number in range(40)
+    }
+    assert len(syncs) < 30
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 @given(cut=st.floats(0, 1), flip=st.booleans())
 def test_a_tail_that_is_cut_short_or_damaged_costs_only_the_groups_from_there_on(tmp_path, cut, flip) -> None:
@@ -143,5 +164,8 @@ def test_a_reward_that_is_no_number_comes_back_as_such(tmp_path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"step_000000\.groups cannot be written .*free space"):
-        GroupJournal(tmp_path / "file" / "rollouts", "asked").append(0, group(1))
+    buffer = GroupJournal(tmp_path / "file" / "rollouts", "asked")
+    with ThreadPoolExecutor(8) as threads:  # also those that another thread writes
+        for outcome in [threads.submit(buffer.append, 0, group(number)) for number in range(20)]:
+            with pytest.raises(CheckpointError, match=r"step_000000\.groups cannot be written .*free space"):
+                outcome.result()

@@ -100,7 +100,7 @@ def numbers(taken: StepGroups) -> list[int]:
 
 
 def versions(taken: StepGroups) -> set[int]:
-    return {version for group in taken.chosen() for t in group.trajectories for version in t.sampled_by.tolist()}
+    return {version for group in taken.chosen() for t in group.trajectories for version in t.sampled_by}
 
 
 def test_strictly_on_policy_nothing_runs_while_the_trainer_works(world) -> None:
