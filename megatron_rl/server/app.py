@@ -13,9 +13,11 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from megatron_rl.errors import MegatronRLError, UserError
+from megatron_rl.files import parse_json
 from megatron_rl.protocol.api_key import is_loopback, read_key
 from megatron_rl.protocol.bodies import (
     AbortBody,
@@ -123,8 +125,8 @@ def _add_generation(app: FastAPI, engine: Engine, workers: Workers, access: Acce
             }
         )
 
-    @app.post("/generate")
-    async def generate(body: GenerateBody, request: Request) -> Response:
+    async def generate(request: Request) -> Response:
+        body = await _generate_body(request)
         # Requests of a training step have one prompt. They are read here, because a thread would cost more.
         jobs = await workers.quick(parse_jobs, engine, body) if body.batched else parse_jobs(engine, body)
         finished = asyncio.gather(*(asyncio.wrap_future(future) for future in engine.submit(jobs)))
@@ -141,6 +143,18 @@ def _add_generation(app: FastAPI, engine: Engine, workers: Workers, access: Acce
         tokens = sum(len(row.tokens) for job in done for row in job.rows)
         content = _content(engine, done, body) if tokens < _MANY else await workers.quick(_content, engine, done, body)
         return Response(content, media_type="application/json")
+
+    app.add_route("/generate", generate, methods=["POST"])  # FastAPI's own reading costs more than a small request
+
+
+async def _generate_body(request: Request) -> GenerateBody:
+    """Return the body of a /generate request. Raise UserError naming the first invalid fields."""
+    try:
+        return GenerateBody.model_validate(parse_json(await request.body()))
+    except ValidationError as error:
+        raise UserError(explain(error.errors())) from error
+    except ValueError as error:
+        raise UserError(f"the body is not JSON: {error}") from error
 
 
 def _content(engine: Engine, jobs: Sequence[Job], body: GenerateBody) -> bytes:
@@ -305,6 +319,7 @@ def run_server(options: ServerOptions) -> None:
         port=options.port,
         log_level="warning",
         access_log=False,
+        proxy_headers=False,  # nobody else's address matters here
         # If the server closes a kept-alive connection first, the client treats the server as failed.
         timeout_keep_alive=3600,
         timeout_graceful_shutdown=2,

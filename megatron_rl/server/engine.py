@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from megatron_rl.errors import EngineError, UserError
 from megatron_rl.precision.plan import DTYPES
@@ -216,7 +217,16 @@ class Engine:
         self._check_alive()
         if self.memory == "released":
             raise EngineError(_RELEASED)
-        fresh = read_weights(folder, self.config, DTYPES[self.dtype], self._device, self._shapes, version, self._plan)
+        fresh = read_weights(
+            folder,
+            self.config,
+            DTYPES[self.dtype],
+            self._device,
+            expected=self._shapes,
+            version=version,
+            plan=self._plan,
+            like=self._model_held,
+        )
         self._serve(fresh, version)
 
     def _begin_update(self) -> PendingUpdate:
@@ -228,7 +238,6 @@ class Engine:
     def _received(self, tensors: dict[str, torch.Tensor], digests: dict[str, str]) -> Weights:
         """Return a model made of tensors that were received in buckets. They are checked like those of a folder."""
         coded = self._plan is not None and any(is_scale(name) for name in tensors)
-        like = self._batcher.weights.model if self.memory == "held" else None
         return build_weights(
             tensors,
             digests,
@@ -239,8 +248,13 @@ class Engine:
             coded=coded,
             where="the weights received",
             expected=self._shapes,
-            like=like,
+            like=self._model_held,
         )
+
+    @property
+    def _model_held(self) -> PreTrainedModel | None:
+        """The model that is served; None while its memory is released."""
+        return self._batcher.weights.model if self.memory == "held" else None
 
     def _serve(self, weights: Weights, version: str) -> tuple[Weights, str] | None:
         """Swap the weights when nothing runs or while paused.

@@ -56,6 +56,7 @@ def read_weights(
     expected: dict[str, tuple[int, ...]] | None = None,
     version: str | None = None,
     plan: PrecisionPlan | None = None,
+    like: PreTrainedModel | None = None,
 ) -> Weights:
     """Read every safetensors file of a folder into a new model. The caller's model is not touched.
 
@@ -68,6 +69,7 @@ def read_weights(
         version: compared with the version of manifest.json, if the folder has one.
         plan: plan of an engine with quantized weights. Such an engine takes codes and scales, or quantizes what is not
             yet quantized.
+        like: as in `build_weights`.
 
     Raises:
         CheckpointError: names the file or the tensor.
@@ -82,7 +84,16 @@ def read_weights(
     _check_manifest(folder, digests, version)
     # Copy even if the dtype stays the same: tensors read from a file map this file, and it may be rewritten.
     return build_weights(
-        tensors, digests, config, dtype, device, plan=plan, coded=stated is not None, where=folder, copies=True
+        tensors,
+        digests,
+        config,
+        dtype,
+        device,
+        plan=plan,
+        coded=stated is not None,
+        where=folder,
+        copies=True,
+        like=like,
     )
 
 
