@@ -85,7 +85,9 @@ class Policy:
         self.models, self.chunks, self.optimizer = models, chunks, optimizer
         self.products, self.routing = products, routing
         self.tf_config = models[0].config
-        self._schedule = Schedule(chunks, mesh, routing, settings.tokens_per_microbatch)
+        self._schedule = Schedule(
+            chunks, mesh, routing, settings.tokens_per_microbatch, boundaries=models[0].reads_boundaries
+        )
         self._reference: list[torch.Tensor] | None = None
 
     def update(self, batch: Batch, objective: LossFunction, norm: LossNorm) -> UpdateStats:

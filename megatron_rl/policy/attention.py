@@ -4,7 +4,7 @@ The stock `DotProductAttention` rejects packing and context parallelism.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -31,28 +31,34 @@ class AttentionGroup:
         count: number of blocks.
         rows: queries per block.
         columns: keys per block.
-        queries: positions in this rank's stream, shape [count x rows].
-        keys: positions in the stream of keys gathered over context-parallel ranks, shape [count x columns].
+        queries: positions in this rank's stream, shape [count x rows]. None: the block follows the group before it.
+        keys: positions in the stream of keys gathered over context-parallel ranks, shape [count x columns]. None: those
+            of the queries.
         masks: (window, sinks) -> mask of the block, filled by `mask_of`.
     """
 
     count: int
     rows: int
     columns: int
-    queries: torch.Tensor
-    keys: torch.Tensor
+    queries: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
     masks: dict[tuple[int | None, bool], torch.Tensor | None] = dataclasses.field(default_factory=dict)
 
-    def mask_of(self, window: int | None, sinks: bool = False) -> torch.Tensor | None:
-        """Return which keys each query sees, bool, shape [rows, columns]. None: a square block, causal, no window.
+    def mask_of(self, window: int | None, sinks: bool, device: torch.device) -> torch.Tensor | None:
+        """Return which keys each query sees. Layers share the masks, and so do the calls of recomputation.
 
-        With `sinks` one more column follows, which every query sees. Layers share the masks, and so do the calls of
-        recomputation.
+        Args:
+            window: number of keys that a query sees, its own included; None: all before it.
+            sinks: one more column follows, which every query sees.
+            device: device of the mask.
+
+        Returns:
+            bool, shape [rows, columns], or None for a square block that is causal and has no window.
         """
         window = None if window is not None and window >= self.columns else window
         if (window, sinks) not in self.masks:
             last = self.columns - self.rows
-            mask = torch.ones(self.rows, self.columns, dtype=torch.bool, device=self.queries.device).tril(last)
+            mask = torch.ones(self.rows, self.columns, dtype=torch.bool, device=device).tril(last)
             mask = mask if window is None else mask.triu(last - window + 1)
             plain = window is None and last == 0 and not sinks
             self.masks[window, sinks] = None if plain else F.pad(mask, (0, int(sinks)), value=True)
@@ -64,18 +70,32 @@ class AttentionPlan:
     """Which queries attend to which keys, computed once per micro-batch and shared by all layers.
 
     Attributes:
-        groups: one group, and so one batched call, per sequence length.
-        inverse: index [t] that puts the concatenated outputs of the groups into stream order.
+        groups: one batched call each. Without context parallelism, one for each run of sequences of one length.
+        inverse: index [t] that puts the concatenated outputs of the groups into stream order; None: they are.
     """
 
     groups: tuple[AttentionGroup, ...]
-    inverse: torch.Tensor
+    inverse: torch.Tensor | None = None
+
+    def parts(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Return the queries, keys and values of each group: the first dimension is [count x rows] or columns."""
+        if self.inverse is None:
+            sizes = [group.count * group.rows for group in self.groups]
+            yield from zip(query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
+            return
+        for group in self.groups:
+            assert group.queries is not None and group.keys is not None
+            keys = group.keys
+            yield query.index_select(0, group.queries), key.index_select(0, keys), value.index_select(0, keys)
 
 
 def plan_attention(cu_seqlens: list[int], cp_size: int, cp_rank: int) -> AttentionPlan:
     """Return the attention plan of one rank, on the host, for sequences that are split zig-zag, each on its own.
 
-    Keys are gathered in rank order. Rank r holds chunks r and 2 cp - 1 - r of every sequence.
+    Keys are gathered in rank order. Rank r holds chunks r and 2 cp - 1 - r of every sequence. Packing puts sequences of
+    one length side by side, so without context parallelism every group is a slice of the stream.
 
     Args:
         cu_seqlens: global sequence boundaries, padded to multiples of 2 x cp.
@@ -85,18 +105,20 @@ def plan_attention(cu_seqlens: list[int], cp_size: int, cp_rank: int) -> Attenti
     cu = np.asarray(cu_seqlens)
     lengths, total = np.diff(cu), cu[-1] // cp_size
     groups: list[AttentionGroup] = []
+    if cp_size == 1:
+        for run in np.split(lengths, np.flatnonzero(np.diff(lengths)) + 1):
+            groups.append(AttentionGroup(len(run), int(run[0]), int(run[0])))
+        return AttentionPlan(tuple(groups))
+    queries: list[torch.Tensor] = []
 
     def add(rows: np.ndarray, keys: np.ndarray) -> None:
         """Add the blocks with these queries, shape [count, rows], and keys, shape [count, columns]."""
-        queries, gathered = (torch.from_numpy(each.reshape(-1)) for each in (rows, keys))
-        groups.append(AttentionGroup(len(rows), rows.shape[1], keys.shape[1], queries, gathered))
+        queries.append(torch.from_numpy(rows.reshape(-1)))
+        gathered = torch.from_numpy(keys.reshape(-1))
+        groups.append(AttentionGroup(len(rows), rows.shape[1], keys.shape[1], queries[-1], gathered))
 
     for length in np.unique(lengths):
         starts = cu[:-1][lengths == length]
-        if cp_size == 1:
-            rows = starts[:, None] + np.arange(length)
-            add(rows, rows)
-            continue
         half = length // (2 * cp_size)
         own, inside = starts // cp_size, np.arange(half)
         owner = [(chunk, 0) if chunk < cp_size else (2 * cp_size - 1 - chunk, 1) for chunk in range(2 * cp_size)]
@@ -104,11 +126,11 @@ def plan_attention(cu_seqlens: list[int], cp_size: int, cp_rank: int) -> Attenti
         keys = (firsts[:, :, None] + inside).reshape(len(starts), -1)
         for second, chunk in enumerate((cp_rank, 2 * cp_size - 1 - cp_rank)):
             add(own[:, None] + second * half + inside, keys[:, : (chunk + 1) * half])
-    return AttentionPlan(tuple(groups), torch.cat([group.queries for group in groups]).argsort())
+    return AttentionPlan(tuple(groups), torch.cat(queries).argsort())
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention over a packed (THD) stream: one SDPA call per sequence length, keys gathered over CP.
+    """Causal attention over a packed (THD) stream: one SDPA call per group of the plan, keys gathered over CP.
 
     No [T, T] mask exists. Short sequences of equal length share a call. Values may be narrower or wider than keys.
 
@@ -179,17 +201,18 @@ class PackedAttention(MegatronModule):
             key = F.pad(key, (0, added))
         grouped = query.shape[1] != key.shape[1]
         outputs = []
-        for g in plan.groups:
-            q = query.index_select(0, g.queries).unflatten(0, (g.count, g.rows)).transpose(1, 2)
-            k, v = (x.index_select(0, g.keys).unflatten(0, (g.count, g.columns)).transpose(1, 2) for x in (key, value))
+        for g, (q_part, *kv_parts) in zip(plan.groups, plan.parts(query, key, value), strict=True):
+            q = q_part.unflatten(0, (g.count, g.rows)).transpose(1, 2)
+            k, v = (part.unflatten(0, (g.count, g.columns)).transpose(1, 2) for part in kv_parts)
             if sinks:
                 k, v = _with_sink(k, added), F.pad(v, (0, 0, 0, 1))
-            mask = g.mask_of(self.window, sinks)
+            mask = g.mask_of(self.window, sinks, query.device)
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped
             )
             outputs.append(out.transpose(1, 2).reshape(g.count * g.rows, -1))
-        return torch.cat(outputs).index_select(0, plan.inverse)
+        output = torch.cat(outputs)
+        return output if plan.inverse is None else output.index_select(0, plan.inverse)
 
     def _sink_scores(self, query: torch.Tensor) -> torch.Tensor:
         """Return the further dimensions of queries, shape [t, heads, n], whose scaled sum is each head's sink.

@@ -24,6 +24,8 @@ def on_device(value: T, device: torch.device) -> T:
     """
     found: dict[int, Tensor] = {}
     map_tensors(value, lambda tensor: found.setdefault(id(tensor), tensor))
+    if not found:
+        return value
     starts, size = {}, 0
     for key, tensor in found.items():
         starts[key] = size

@@ -242,7 +242,7 @@ def noise_rows(micro: Microbatch, *, cp_size: int, cp_rank: int, sp_size: int, s
     return NoiseRows(micro.positions[own], micro.ids[own])
 
 
-def shard(micro: Microbatch, *, cp_size: int, cp_rank: int, max_length: int) -> Shard:
+def shard(micro: Microbatch, *, cp_size: int, cp_rank: int, max_length: int, boundaries: bool = True) -> Shard:
     """Return this rank's slice of a micro-batch, on the host.
 
     Args:
@@ -250,11 +250,12 @@ def shard(micro: Microbatch, *, cp_size: int, cp_rank: int, max_length: int) -> 
         cp_size: number of context-parallel ranks.
         cp_rank: this rank's number among them.
         max_length: maximum sequence length, one constant for the run, because megatron-core caches RoPE by it.
+        boundaries: the layers read the boundaries of sequences.
     """
     index = zigzag_index(micro.cu_seqlens, cp_size, cp_rank)
     scored = micro.mask[index] > 0
     topk_ids = micro.columns.get("topk_ids")
-    cu = torch.tensor(micro.cu_seqlens, dtype=torch.int32)
+    cu = torch.tensor(micro.cu_seqlens, dtype=torch.int32) if boundaries else None
     stream = PackedStream(
         qkv_format="thd",
         cu_seqlens_q=cu,

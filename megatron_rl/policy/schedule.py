@@ -54,7 +54,13 @@ class Schedule:
     """One pass over a batch, in micro-batches, on every rank of the layout."""
 
     def __init__(
-        self, chunks: Sequence[torch.nn.Module], mesh: Mesh, routing: RoutingReplay, tokens_per_microbatch: int
+        self,
+        chunks: Sequence[torch.nn.Module],
+        mesh: Mesh,
+        routing: RoutingReplay,
+        tokens_per_microbatch: int,
+        *,
+        boundaries: bool,
     ) -> None:
         """Set the model and its layout.
 
@@ -63,7 +69,9 @@ class Schedule:
             mesh: the parallel layout.
             routing: replays the engine's choice of experts.
             tokens_per_microbatch: token budget of a packed micro-batch.
+            boundaries: the layers read the boundaries of sequences.
         """
+        self.boundaries = boundaries
         self.chunks, self.mesh, self.routing, self.budget = list(chunks), mesh, routing, tokens_per_microbatch
 
     def run(
@@ -119,7 +127,13 @@ class Schedule:
     def _shard(self, micro: Microbatch, noise: NoiseSource | None) -> Shard:
         """Return the rows of a micro-batch that this rank computes, with their noise and their experts, on the host."""
         mesh = self.mesh
-        piece = shard(micro, cp_size=mesh.cp_size, cp_rank=mesh.cp_rank, max_length=self.budget + 1)
+        piece = shard(
+            micro,
+            cp_size=mesh.cp_size,
+            cp_rank=mesh.cp_rank,
+            max_length=self.budget + 1,
+            boundaries=self.boundaries,
+        )
         piece.stream.noise = None if noise is None else self._noise(micro, noise)
         piece.stream.routing = self.routing.rows(micro)
         return piece

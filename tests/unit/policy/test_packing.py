@@ -253,9 +253,9 @@ def test_every_trained_position_is_scored_by_exactly_one_context_parallel_rank(b
 def visible(plan: AttentionPlan, rows: int, keys: int, window: int | None) -> torch.Tensor:
     """Return which gathered key each local query may attend to, [rows, keys] bool."""
     seen = torch.zeros(rows, keys, dtype=torch.bool)
-    for group in plan.groups:
-        queries, columns = group.queries.view(group.count, group.rows), group.keys.view(group.count, group.columns)
-        held = group.mask_of(window)
+    for group, (q, k, _) in zip(plan.groups, plan.parts(torch.arange(rows), *[torch.arange(keys)] * 2), strict=True):
+        queries, columns = q.view(group.count, group.rows), k.view(group.count, group.columns)
+        held = group.mask_of(window, False, torch.device("cpu"))
         mask = torch.ones(group.rows, group.columns, dtype=torch.bool).tril() if held is None else held
         for q, k in zip(queries, columns, strict=True):
             assert not seen[q].any(), "a query is in two blocks"
@@ -279,8 +279,18 @@ def test_every_query_sees_its_own_past_within_the_window_and_nothing_else(batch,
             past &= gathered[None] > index[:, None] - window
         seen = visible(plan, len(index), budget, window)
         assert torch.equal(seen, past & (sequence[gathered][None] == sequence[index][:, None]))
-        order = torch.cat([group.queries for group in plan.groups])
-        assert torch.equal(order[plan.inverse], torch.arange(len(index)))
+        own = torch.arange(len(index))
+        order = torch.cat([q for q, _, _ in plan.parts(own, *[torch.arange(budget)] * 2)])
+        assert torch.equal(order if plan.inverse is None else order[plan.inverse], own)
+
+
+def test_sequences_of_one_length_share_a_group():
+    """They lie side by side in a stream, so without context parallelism there are few groups."""
+    rng = np.random.default_rng(0)
+    batch = batch_of(rng.integers(4, 9, 100).tolist())
+    for micro in pack(batch, budget=512, align=1, multiple=1, unit=128):
+        lengths = np.diff(micro.cu_seqlens)
+        assert len(plan_attention(micro.cu_seqlens, 1, 0).groups) <= len(np.unique(lengths)) + 1
 
 
 @given(batches, st.sampled_from([1, 2]), st.sampled_from([1, 2, 4]))
