@@ -50,7 +50,9 @@ def requests(count: int) -> list[GenerationRequest]:
 
 
 def workers(router: ServerProcess) -> set[str]:
-    return {worker["url"] for worker in httpx.get(f"{router.url}/workers", trust_env=False).json()["workers"]}
+    return {
+        worker["url"] for worker in httpx.get(f"{router.url}/workers", timeout=60, trust_env=False).json()["workers"]
+    }
 
 
 def test_requests_go_through_the_router_to_engines_that_may_be_used(

@@ -154,7 +154,7 @@ def test_the_experts_of_a_token_are_those_of_the_weights_that_sampled_it(
 
     def sampled_through_an_update(wait: float) -> list[Trajectory]:
         """Return trajectories with at least two tokens of the old weights, and some of the new ones."""
-        with EnginePool([moe_url]) as pool, httpx.Client(base_url=moe_url, trust_env=False) as client:
+        with EnginePool([moe_url]) as pool, httpx.Client(base_url=moe_url, timeout=60, trust_env=False) as client:
             running = pool.start(sample_group(pool.sample, Prompt("p", "", PROMPT, ""), settings, first_id=0, group=0))
             until_running(client)
             time.sleep(wait)

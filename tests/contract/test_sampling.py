@@ -39,7 +39,7 @@ def draw(pool: EnginePool, settings: GroupSettings = LONG) -> Group:
 def draw_while(pool: EnginePool, act: Callable[[], None]) -> Group:
     """Return the group. `act` is called while it is generated."""
     running = pool.start(sample_group(pool.sample, PROMPT, LONG, first_id=0, group=0))
-    with httpx.Client(base_url=pool.live_urls[0], trust_env=False) as client:
+    with httpx.Client(base_url=pool.live_urls[0], timeout=60, trust_env=False) as client:
         until_running(client)
     time.sleep(0.05)  # so that some tokens are generated
     act()

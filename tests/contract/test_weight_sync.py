@@ -144,7 +144,7 @@ def test_generation_that_runs_through_a_push_ends_whole_under_the_new_version(
     with ThreadPoolExecutor(1) as thread:
         running = thread.submit(pool.generate, requests)
         for url in pool.live_urls:  # one request each
-            with httpx.Client(base_url=url, trust_env=False) as client:
+            with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
                 until_running(client)
         sync.push(weights(source, 1), 1)
         samples = [sample for request in running.result() for sample in request]

@@ -26,7 +26,7 @@ def test_engines_leave_and_come_back_elsewhere_while_a_run_goes_on(
     command = start("train", small_run, *engines, "run.steps=40", "run.save_every=0", "rollout.transport=distributed")
     command.until(lambda: len(records(run_folder)) >= 2)
     url = json.loads((registry / "0.json").read_text())["url"]
-    assert httpx.get(f"{url}/model_info", trust_env=False).status_code == 401
+    assert httpx.get(f"{url}/model_info", timeout=60, trust_env=False).status_code == 401
     second.interrupt()
     second.wait(30)
     assert not (registry / "1.json").exists()
@@ -37,7 +37,9 @@ def test_engines_leave_and_come_back_elsewhere_while_a_run_goes_on(
     headers = {"Authorization": "Bearer letmein"}
 
     def version():
-        return httpx.get(f"{elsewhere}/model_info", headers=headers, trust_env=False).json()["weight_version"]
+        return httpx.get(f"{elsewhere}/model_info", headers=headers, timeout=60, trust_env=False).json()[
+            "weight_version"
+        ]
 
     command.until(lambda: version() not in ("default", "0"))
     result = command.wait()

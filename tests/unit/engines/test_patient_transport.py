@@ -18,29 +18,17 @@ from tests.unit.engines.scripted_server import Reply, ScriptedServer, right_samp
 ROOT = Path(__file__).resolve().parents[3]
 # The process has no free file: one request waits until files are free, another gives up.
 SCRIPT = """
-import asyncio, json, os, resource, sys, threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import asyncio, json, os, resource, sys
 sys.path.insert(0, sys.argv[1])
+url = sys.argv[2]
 import httpx
 from megatron_rl.engines import patient_transport as p
 from megatron_rl.errors import EngineError
 
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.send_header("content-length", "0")
-        self.end_headers()
-    def log_message(self, *_):
-        pass
-
-server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-threading.Thread(target=server.serve_forever, daemon=True).start()
-url = f"http://127.0.0.1:{server.server_port}/"
-
 async def main():
     found = {}
-    limits = httpx.Limits(max_keepalive_connections=0)
-    async with httpx.AsyncClient(transport=p.PatientTransport(limits=limits), trust_env=False) as client:
+    transport = p.PatientTransport(limits=httpx.Limits(max_keepalive_connections=0))
+    async with httpx.AsyncClient(transport=transport, trust_env=False, timeout=30) as client:
         await client.get(url)  # imports what a request needs
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
         held = []
@@ -74,8 +62,9 @@ asyncio.run(main())
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it fills the table of open files")
 def test_a_request_waits_for_a_free_file_and_then_names_this_machine():
-    command = [sys.executable, "-c", SCRIPT, str(ROOT)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    with ScriptedServer() as server:
+        command = [sys.executable, "-c", SCRIPT, str(ROOT), f"{server.url}/health"]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
     assert found["waited"] and found["status"] == 200

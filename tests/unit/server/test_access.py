@@ -39,7 +39,7 @@ def url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     "header", [{}, {"Authorization": "Bearer"}, {"Authorization": "Bearer wrong"}, {"Api-Key": KEY}]
 )
 def test_without_the_key_only_health_is_answered(url, header):
-    with httpx.Client(base_url=url, headers=header, trust_env=False) as client:
+    with httpx.Client(base_url=url, headers=header, timeout=60, trust_env=False) as client:
         assert client.get("/health").status_code == 200
         for path in CONTROL:
             response = client.post(path, json={})
