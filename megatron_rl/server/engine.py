@@ -34,7 +34,7 @@ _EMPTY = "the engine's memory was released and holds no weights yet: update them
 _log = logging.getLogger(__name__)
 
 # The requests of one training step arrive one by one within milliseconds. To prefill them together is much cheaper.
-_QUIET_S, _OVERDUE_S = 0.002, 0.02
+_QUIET_S, _OVERDUE_S = 0.002, 0.05
 
 
 class JobFailed(EngineError):

@@ -8,13 +8,14 @@ from typing import Self
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-CHUNK = 64
+CHUNK = 64  # most spare columns
 
 
 class GrowingLayer(DynamicLayer):
     """Keys and values [rows, heads, columns, head_dim] in a buffer with spare columns.
 
     transformers' own dynamic layer copies the whole cache at every token; this one copies it at every 64th token.
+    Columns in use are written before they are read, so the spare ones hold anything.
     """
 
     length = 0
@@ -96,7 +97,7 @@ class GrowingCache(Cache):
 
 def _spare(like: torch.Tensor, columns: int) -> torch.Tensor:
     rows, heads, _, width = like.shape
-    return like.new_zeros(rows, heads, columns + CHUNK, width)
+    return like.new_empty(rows, heads, columns + min(CHUNK, columns), width)
 
 
 def _moved(buffer: torch.Tensor, columns: int) -> torch.Tensor:
