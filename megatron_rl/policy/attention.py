@@ -42,7 +42,7 @@ class AttentionGroup:
     columns: int
     queries: torch.Tensor | None = None
     keys: torch.Tensor | None = None
-    masks: dict[tuple[int | None, bool], torch.Tensor | None] = dataclasses.field(default_factory=dict)
+    masks: dict[tuple[int | None, bool], torch.Tensor] = dataclasses.field(default_factory=dict)
 
     def mask_of(self, window: int | None, sinks: bool, device: torch.device) -> torch.Tensor | None:
         """Return which keys each query sees. Layers share the masks, and so do the calls of recomputation.
@@ -58,10 +58,11 @@ class AttentionGroup:
         window = None if window is not None and window >= self.columns else window
         if (window, sinks) not in self.masks:
             last = self.columns - self.rows
+            if window is None and last == 0 and not sinks:
+                return None
             mask = torch.ones(self.rows, self.columns, dtype=torch.bool, device=device).tril(last)
             mask = mask if window is None else mask.triu(last - window + 1)
-            plain = window is None and last == 0 and not sinks
-            self.masks[window, sinks] = None if plain else F.pad(mask, (0, int(sinks)), value=True)
+            self.masks[window, sinks] = F.pad(mask, (0, int(sinks)), value=True)
         return self.masks[window, sinks]
 
 

@@ -161,7 +161,8 @@ class Scheduler:
         return range(self._next, min(self._current + self.bounds.max_staleness + 1, self.bounds.steps))
 
     def _all_settled(self) -> bool:
-        return all(step in self._steps and self._steps[step].settled for step in self._horizon)
+        """Return whether every group that may start is finished and on disk. It could not be sampled again as it is."""
+        return not self._tasks and all(step in self._steps and self._steps[step].settled for step in self._horizon)
 
     def _fill(self) -> None:
         """Start every step that may start."""
@@ -206,21 +207,20 @@ class Scheduler:
             raise EngineError(
                 f"{trajectory_names(stale)} were not sampled under weight version {allowed}: an engine was not updated"
             )
-        group = await asyncio.to_thread(self._verify, groups.number, prompt, group)
+        group = await asyncio.to_thread(self._verify, prompt, group)
         if not groups.settled:
             self._begin(groups, groups.finish(group))
+        await asyncio.to_thread(self.buffer.append, groups.number, group)  # the step need not wait for the disk
 
-    def _verify(self, step: int, prompt: Prompt, group: Group) -> Group:
-        """Return the group with its rewards, written to disk. Runs in a thread."""
+    def _verify(self, prompt: Prompt, group: Group) -> Group:
+        """Return the group with its rewards. Runs in a thread."""
         scores = self.source.rewards(prompt, group.trajectories)
-        group = replace(
+        return replace(
             group,
             trajectories=[t.with_reward(score.value) for t, score in zip(group.trajectories, scores, strict=True)],
             reward_metrics=tuple(score.metrics for score in scores) if any(score.metrics for score in scores) else (),
             reward_errors=sum(score.failed for score in scores),
         )
-        self.buffer.append(step, group)
-        return group
 
     def _stale(self, group: Group, step: int) -> list[int]:
         """Return the ids of trajectories whose tokens fall outside the step's allowed weight versions."""
@@ -240,9 +240,9 @@ class Scheduler:
 
     def _ended(self, draw: int, task: asyncio.Task[None]) -> None:
         self._tasks.pop(draw, None)
+        self._changed.set()
         if task.cancelled() or task.exception() is None:
             return
         self._failure = self._failure or task.exception()
         for other in self._tasks.values():
             other.cancel()
-        self._changed.set()

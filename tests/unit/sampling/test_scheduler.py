@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.engines.pool import GenerationRequest, Sample
-from megatron_rl.errors import EngineError, UserError
+from megatron_rl.errors import CheckpointError, EngineError, UserError
 from megatron_rl.sampling.group import Group, GroupSettings
 from megatron_rl.sampling.journal import GroupJournal, _payloads
 from megatron_rl.sampling.scheduler import Bounds, Scheduler, Source
@@ -220,6 +220,35 @@ def test_a_step_whose_groups_an_earlier_life_took_is_not_waited_for(world, stale
     assert sorted(world.asked) == [3, 4, 5][: 3 * staleness]
     world.version = 2
     assert numbers(sampler.take(1, 2)) == [3, 4, 5]
+
+
+def test_a_step_does_not_wait_for_the_disk_but_a_deterministic_update_does(world, monkeypatch) -> None:
+    """Without its record, a group that old weights sampled could not be sampled again after a kill."""
+    disk = threading.Event()
+    append = GroupJournal.append
+    monkeypatch.setattr(GroupJournal, "append", lambda *given: disk.wait(10) and append(*given))
+    sampler = world.sampler(max_staleness=1, deterministic=True, steps=1)
+    assert numbers(sampler.take(0, 1)) == [0, 1, 2]
+    with ThreadPoolExecutor(1) as thread:
+        settling = thread.submit(sampler.settle)
+        world.rest()
+        assert not settling.done()
+        disk.set()
+        settling.result(timeout=5)
+    world.until_written(0, 3)
+
+
+def test_a_disk_that_fails_ends_the_run_at_the_next_step(world, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise CheckpointError("the disk is full")
+
+    monkeypatch.setattr(GroupJournal, "append", fail)
+    sampler = world.sampler()
+    sampler.take(0, 1)
+    world.rest()
+    world.version = 2
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        sampler.take(1, 2)
 
 
 def test_without_determinism_an_update_waits_for_nothing(world) -> None:
