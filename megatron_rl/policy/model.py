@@ -9,6 +9,7 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rl.alp.layer_noise import LayerNoise
 from megatron_rl.alp.logits import LogitPerturbation
@@ -34,9 +35,8 @@ class PolicyModel(GPTModel):
         real_vocab_size: size of the vocabulary without padding.
         temperature: the logits are divided by it.
         fp32_head: compute the logits with float32 products.
-        reads_boundaries: the layers turn queries and keys by the boundaries of sequences, as Transformer Engine's and
-            latent attention do. Else they get the angle of every token, which costs one gather instead of a slice for
-            every sequence in every layer.
+        reads_boundaries: the layers turn queries and keys by the boundaries of sequences. Else they get the angles of
+            every token, which costs one gather instead of a slice for every sequence in every layer.
         noise: how the model is perturbed; None if it is not.
     """
 
@@ -142,12 +142,21 @@ def build_chunks(
             temperature=config.rollout.temperature,
             noise=noise,
             fp32_head=config.precision.fp32_lm_head,
-            reads_boundaries=shape.latent is not None or has_te_layers(tf_config.params_dtype),
+            reads_boundaries=reads_boundaries(tf_config),
         )
         prepare_experts(chunk)
         _set_frequencies(chunk, shape)
         chunks.append(chunk.to(mesh.device))
     return chunks
+
+
+def reads_boundaries(config: TransformerConfig) -> bool:
+    """Return whether megatron-core's layers need the boundaries of sequences for RoPE.
+
+    Transformer Engine's kernel and latent attention read them. Without them, a packed stream has one dimension less
+    than the code for interleaved dimensions expects.
+    """
+    return has_te_layers(config.params_dtype) or config.multi_latent_attention or config.rotary_interleaved
 
 
 def _set_frequencies(chunk: PolicyModel, shape: ModelShape) -> None:
