@@ -1,7 +1,7 @@
 """HTTP transport of the trainer. A shortage of this machine is not blamed on an engine.
 
-Every request in flight has a connection of its own, and every connection is an open file. A server may close one that
-is kept, just when a request is sent over it. aiohttp reads and writes the HTTP: httpx's own transport takes longer.
+Every request in flight has a connection, and every connection is an open file. The name of a host is looked up in a
+thread.
 """
 
 import asyncio
@@ -9,10 +9,7 @@ import errno
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
 
-import aiohttp
 import httpx
 
 from megatron_rl.errors import EngineError
@@ -40,18 +37,15 @@ def local_shortage(error: BaseException | None) -> tuple[str, str] | None:
     return None
 
 
-class PatientTransport(httpx.AsyncBaseTransport):
+class PatientTransport(httpx.AsyncHTTPTransport):
     """A transport that repeats a request which this machine could not open a connection for."""
-
-    def __init__(self) -> None:
-        self._session: aiohttp.ClientSession | None = None
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send the request. Raises EngineError if this machine lacks files, ports or threads for a while."""
         end = time.monotonic() + _WAIT_S
         while True:
             try:
-                return await self._send(request)
+                return await super().handle_async_request(request)
             except (httpx.ConnectError, RuntimeError) as error:  # nothing was sent
                 shortage = local_shortage(error)
                 if shortage is None:
@@ -62,55 +56,3 @@ class PatientTransport(httpx.AsyncBaseTransport):
                         f"{shortage[1]}"
                     ) from error
             await asyncio.sleep(_PAUSE_S)
-
-    async def _send(self, request: httpx.Request) -> httpx.Response:
-        if self._session is None:  # in the loop that uses it
-            connector = aiohttp.TCPConnector(limit=0, force_close=True)
-            self._session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
-        limits = request.extensions["timeout"]
-        with _as_httpx():
-            response = await self._session.request(
-                request.method,
-                str(request.url),
-                headers=request.headers,
-                data=request.content or None,
-                allow_redirects=False,
-                auto_decompress=False,
-                timeout=aiohttp.ClientTimeout(sock_connect=limits["connect"], sock_read=limits["read"]),
-            )
-        return httpx.Response(response.status, headers=response.raw_headers, stream=_Body(response), request=request)
-
-    async def aclose(self) -> None:
-        """Close the connections."""
-        if self._session is not None:
-            await self._session.close()
-
-
-class _Body(httpx.AsyncByteStream):
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
-        self._response = response
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        with _as_httpx():
-            async for part in self._response.content.iter_any():
-                yield part
-
-    async def aclose(self) -> None:
-        self._response.close()
-
-
-@contextmanager
-def _as_httpx() -> Iterator[None]:
-    """Raise the errors of aiohttp as those of httpx."""
-    try:
-        yield
-    except aiohttp.ConnectionTimeoutError as error:
-        raise httpx.ConnectTimeout(str(error)) from error
-    except aiohttp.ServerTimeoutError as error:
-        raise httpx.ReadTimeout(str(error)) from error
-    except aiohttp.ClientConnectorError as error:
-        raise httpx.ConnectError(str(error)) from error
-    except aiohttp.ClientOSError as error:
-        raise httpx.ReadError(str(error)) from error
-    except aiohttp.ClientError as error:
-        raise httpx.RemoteProtocolError(str(error)) from error

@@ -117,10 +117,12 @@ class EnginePool(Members):
         self._gate = asyncio.Semaphore(max(1, in_flight))
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine-pool", daemon=True)
         self._thread.start()
+        # Idle connections cost more than new ones: httpx walks all pairs of them, and a server may close them first.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         # trust_env=False: requests to the engines must not go through an HTTP proxy of the site.
         self._http = httpx.AsyncClient(
             timeout=httpx.Timeout(timeout_s, connect=HEALTH_S),
-            transport=PatientTransport(),
+            transport=PatientTransport(limits=limits),
             trust_env=False,
             headers=key_headers(api_key),
         )
