@@ -5,7 +5,7 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
-_FIRST, _TRIES = 10_000, 20
+_FIRST, _FEWEST, _TRIES = 10_000, 1_000, 20
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")  # Linux
 
 
@@ -14,10 +14,10 @@ def free_port() -> int:
 
     A server binds its port seconds later. Until then any connection may get a port of the kernel's own range.
     """
-    for _ in range(_TRIES):
-        port = _FIRST + secrets.randbelow(max(_first_ephemeral() - _FIRST, 1))
+    below = _first_ephemeral() - _FIRST
+    for _ in range(_TRIES if below >= _FEWEST else 0):
         with suppress(OSError):
-            return _bind(port)
+            return _bind(_FIRST + secrets.randbelow(below))
     return _bind(0)
 
 

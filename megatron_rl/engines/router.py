@@ -6,8 +6,9 @@ effect a moment later. The router forwards only a fixed set of fields of /genera
 """
 
 import asyncio
+import logging
 import time
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable
 from typing import Any
 
 import httpx
@@ -17,7 +18,11 @@ from megatron_rl.errors import EngineError
 from megatron_rl.protocol.generation import error_message
 
 _CHANGE_S = 60.0  # time for a queued change of the router's servers
+# Time for the router to find a server healthy, until which it sends it no request. The others get requests meanwhile.
+_HEALTHY_S = 10.0
 _POLL_S = 0.05
+
+_log = logging.getLogger(__name__)
 
 
 class Router:
@@ -29,7 +34,7 @@ class Router:
         self._changing = asyncio.Lock()
 
     async def route_to(self, urls: Iterable[str]) -> None:
-        """Set the router's servers and wait until it sends requests to each of them.
+        """Set the router's servers, and wait until the change has taken effect.
 
         Raises EngineError if the router does not respond or does not change.
         """
@@ -48,12 +53,19 @@ class Router:
         for url in wanted - workers.keys():
             await self._call("POST", "/workers", {"url": url})
         end = time.monotonic() + _CHANGE_S
-        while not _routes_to(await self._workers(), wanted):
+        while (workers := await self._workers()).keys() != wanted:
             if time.monotonic() > end:
                 raise EngineError(
                     f"sglang-router at {self.url} was asked to route to {', '.join(sorted(wanted))} and does not"
                 )
             await asyncio.sleep(_POLL_S)
+        end = time.monotonic() + _HEALTHY_S
+        while unhealthy := [url for url, worker in workers.items() if not worker["is_healthy"]]:
+            if time.monotonic() > end:
+                _log.warning("sglang-router %s does not send requests to %s yet", self.url, ", ".join(unhealthy))
+                return
+            await asyncio.sleep(_POLL_S)
+            workers = await self._workers()
 
     async def _workers(self) -> dict[str, dict[str, Any]]:
         """Return the router's servers: URL -> what the router knows of it, `id` and `is_healthy`."""
@@ -85,11 +97,6 @@ class Router:
             return response.json()
         except ValueError as error:
             raise EngineError(f"sglang-router {self.url}{path} does not respond in JSON") from error
-
-
-def _routes_to(workers: Mapping[str, Mapping[str, Any]], wanted: Set[str]) -> bool:
-    """Return whether exactly these servers get requests. The router sends none to a server it has not found healthy."""
-    return workers.keys() == wanted and all(worker["is_healthy"] for worker in workers.values())
 
 
 def router_lost(url: str, reason: str) -> str:

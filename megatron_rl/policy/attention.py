@@ -81,7 +81,7 @@ class AttentionPlan:
     def parts(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Return the queries, keys and values of each group: the first dimension is [count x rows] or columns."""
+        """Yield the queries [count x rows, ...], keys and values [count x columns, ...] of each group."""
         if self.inverse is None:
             sizes = [group.count * group.rows for group in self.groups]
             yield from zip(query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
@@ -188,7 +188,7 @@ class PackedAttention(MegatronModule):
             attention_bias: not used.
             packed_seq_params: the `PackedStream` with the attention plan.
         """
-        assert packed_seq_params is not None, "the data path is packed: every forward carries cu_seqlens"
+        assert packed_seq_params is not None, "the data path is packed: every forward carries a stream"
         plan: AttentionPlan = packed_seq_params.plan(query.device)
         if self.cp_group.size() > 1:
             both = gather_from_sequence_parallel_region(

@@ -130,7 +130,7 @@ class Scheduler:
     def settle(self) -> None:
         """Wait before a weight update, if deterministic, for every group that may start under the old weights."""
         if self.bounds.deterministic:
-            self.pool.start(self._until(self._all_settled)).result()
+            self.pool.start(self._settle()).result()
 
     # In the pool's loop ------------------------------------------------------------------------------------
 
@@ -155,13 +155,21 @@ class Scheduler:
             self._changed.clear()
             await self._changed.wait()
 
+    async def _settle(self) -> None:
+        await self._until(self._all_settled)
+        if self._failure is not None:  # the last task was the record of a group, which is not on disk
+            raise self._failure
+
     @property
     def _horizon(self) -> range:
         """The steps that may start under the served weights, without those that were taken."""
         return range(self._next, min(self._current + self.bounds.max_staleness + 1, self.bounds.steps))
 
     def _all_settled(self) -> bool:
-        """Return whether every group that may start is finished and on disk. It could not be sampled again as it is."""
+        """Return whether every group that may start is finished and on disk.
+
+        After the update that follows, no weights could sample a group again that is not on disk.
+        """
         return not self._tasks and all(step in self._steps and self._steps[step].settled for step in self._horizon)
 
     def _fill(self) -> None:

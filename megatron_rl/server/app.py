@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from megatron_rl.errors import MegatronRLError, UserError
 from megatron_rl.files import parse_json
@@ -126,7 +127,10 @@ def _add_generation(app: FastAPI, engine: Engine, workers: Workers, access: Acce
         )
 
     async def generate(request: Request) -> Response:
-        body = await _generate_body(request)
+        try:
+            body = await _generate_body(request)
+        except ClientDisconnect:
+            return Response(status_code=499)
         # Requests of a training step have one prompt. They are read here, because a thread would cost more.
         jobs = await workers.quick(parse_jobs, engine, body) if body.batched else parse_jobs(engine, body)
         finished = asyncio.gather(*(asyncio.wrap_future(future) for future in engine.submit(jobs)))
@@ -149,6 +153,9 @@ def _add_generation(app: FastAPI, engine: Engine, workers: Workers, access: Acce
 
 async def _generate_body(request: Request) -> GenerateBody:
     """Return the body of a /generate request. Raise UserError naming the first invalid fields."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # a page in a browser may send any other type to loopback
+        raise UserError(f"the body's content-type is '{kind}': send application/json")
     try:
         return GenerateBody.model_validate(parse_json(await request.body()))
     except ValidationError as error:
@@ -319,7 +326,7 @@ def run_server(options: ServerOptions) -> None:
         port=options.port,
         log_level="warning",
         access_log=False,
-        proxy_headers=False,  # nobody else's address matters here
+        proxy_headers=False,  # no address of a client is used, and reading the headers costs time
         # If the server closes a kept-alive connection first, the client treats the server as failed.
         timeout_keep_alive=3600,
         timeout_graceful_shutdown=2,

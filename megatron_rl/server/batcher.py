@@ -11,7 +11,7 @@ import torch
 from megatron_rl.errors import EngineError
 from megatron_rl.server.decode_batch import BROKEN, STOP, DecodeBatch, Job, SampleRow
 from megatron_rl.server.kv_cache import GrowingCache
-from megatron_rl.server.model_weights import Weights
+from megatron_rl.server.model_weights import Weights, without_values
 from megatron_rl.server.routed_experts import record_experts
 
 # Scoring a prompt needs the logits of all its positions. This is the maximum number of logits in one prefill.
@@ -195,7 +195,7 @@ class Batcher:
         """Release the memory of the weights. Raise EngineError while requests run or wait."""
         if self.running is not None or self.waiting:
             raise EngineError("requests run or wait here: abort them before the memory is released")
-        self.weights = replace(self.weights, model=self.weights.model.to("meta"), digests={})
+        self.weights = replace(self.weights, model=without_values(self.weights.model), digests={})
 
     def swap(self, weights: Weights, version: str) -> None:
         """Serve other weights from the next token on. Running rows keep their cache."""

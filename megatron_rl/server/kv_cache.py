@@ -14,8 +14,8 @@ CHUNK = 64  # most spare columns
 class GrowingLayer(DynamicLayer):
     """Keys and values [rows, heads, columns, head_dim] in a buffer with spare columns.
 
-    transformers' own dynamic layer copies the whole cache at every token; this one copies it at every 64th token.
-    Columns in use are written before they are read, so the spare ones hold anything.
+    transformers' own dynamic layer copies the whole cache at every token; this one at every 64th token, and more often
+    while it is short. Columns in use are written before they are read, so the spare ones hold anything.
     """
 
     length = 0

@@ -144,7 +144,8 @@ def build_weights(
     emulated = plan is not None and plan.quantizes_inputs
     # transformers keeps the experts of a layer in one parameter that has none of their names. Such a model cannot copy
     # `like`: it is built from its tensors each time.
-    named = like is not None and all(name in served or name in tied for name, _ in like.named_parameters())
+    names = set() if like is None else {name for name, _ in like.named_parameters()}
+    named = names <= served.keys() | tied.keys() and served.keys() <= names | tied.keys()
     if like is not None and named and not emulated:
         return Weights(_with_parameters(like, served, tied), held, digests)
     model = _build(where, config, served, dtype).to(device)
@@ -343,6 +344,12 @@ def _with_parameters(like: PreTrainedModel, tensors: dict[str, torch.Tensor], ti
         tensor = tensors[name] if name in tensors else tensors[tied[name]]
         fresh[id(old)] = torch.nn.Parameter(tensor, requires_grad=False)
     return copy.deepcopy(like, fresh)  # the memo maps each old parameter to its replacement
+
+
+def without_values(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of a model with parameters on the meta device. The model itself may still be copied by others."""
+    meta = {id(old): torch.nn.Parameter(old.to("meta"), requires_grad=False) for old in model.parameters()}
+    return copy.deepcopy(model, meta)
 
 
 def _few(noun: str, names: list[str]) -> str:

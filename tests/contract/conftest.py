@@ -21,7 +21,9 @@ Differences of SGLang 0.5.23 on CPU from the embedded server, and how they are h
 import json
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -152,10 +154,15 @@ def api(url: str, model_dir: Path) -> Iterator[httpx.Client]:
             client.post("/update_weights_from_disk", json=body).raise_for_status()
 
 
-def until_running(client: httpx.Client) -> None:
-    """Wait until a request has keys and values, so that the cache cannot be flushed."""
+def until_running(client: httpx.Client, request: Future[Any] | None = None) -> None:
+    """Wait until a request has keys and values, so that the cache cannot be flushed.
+
+    Raise the error of `request` if it has ended with one.
+    """
     end = time.monotonic() + 30
     while client.post("/flush_cache", json={}).status_code == 200:
+        if request is not None and request.done():
+            pytest.fail(f"it ended before it was seen to run: {request.result()}")
         assert time.monotonic() < end, "no request came to run"
         time.sleep(0.02)
 

@@ -49,6 +49,17 @@ def test_a_bad_request_is_refused_in_words_and_the_server_serves_as_before(
     assert_serves(api)
 
 
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_what_a_page_in_a_browser_may_send_to_loopback_is_refused(
+    api: httpx.Client, embedded_only: None, kind: str
+) -> None:
+    for path in ("/generate", "/pause_generation"):
+        body = _ascii_json({"input_ids": [5]} if path == "/generate" else {})
+        answer = api.post(path, content=body, headers={"content-type": kind} if kind else {})
+        assert (answer.status_code, answer.json()["success"]) == (400, False)
+    assert_serves(api)
+
+
 def _ascii_json(body: Any) -> bytes:
     """Return JSON in which half characters are escaped, as a client may send them."""
     return json.dumps(body).encode()

@@ -40,7 +40,7 @@ def draw_while(pool: EnginePool, act: Callable[[], None]) -> Group:
     """Return the group. `act` is called while it is generated."""
     running = pool.start(sample_group(pool.sample, PROMPT, LONG, first_id=0, group=0))
     with httpx.Client(base_url=pool.live_urls[0], timeout=60, trust_env=False) as client:
-        until_running(client)
+        until_running(client, running)
     time.sleep(0.05)  # so that some tokens are generated
     act()
     return running.result()

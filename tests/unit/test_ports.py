@@ -17,14 +17,11 @@ def test_a_port_is_free_and_is_none_that_the_kernel_gives_out() -> None:
             server.bind(("127.0.0.1", port))
 
 
-def test_where_the_kernel_gives_out_every_port_any_free_one_is_returned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("first", [1024, 10_000, 10_240])
+def test_where_the_kernel_gives_out_nearly_every_port_any_free_one_is_returned(
+    first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "range").write_text("1024\t65535\n")
+    (tmp_path / "range").write_text(f"{first}\t65535\n")
     monkeypatch.setattr(ports, "_EPHEMERAL", tmp_path / "range")
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 10_000))
-        port = free_port()
-        assert port != 10_000
-        with socket.socket() as server:
-            server.bind(("127.0.0.1", port))
+    found = {free_port() for _ in range(50)}
+    assert len(found) > 25, "programs that start together hardly meet"

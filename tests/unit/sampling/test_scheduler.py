@@ -251,6 +251,22 @@ def test_a_disk_that_fails_ends_the_run_at_the_next_step(world, monkeypatch) -> 
         sampler.take(1, 2)
 
 
+def test_a_deterministic_update_is_not_made_after_a_disk_that_failed(world, monkeypatch) -> None:
+    late = threading.Event()
+
+    def fail(*_: object) -> None:
+        late.wait(10)
+        raise CheckpointError("the disk is full")
+
+    monkeypatch.setattr(GroupJournal, "append", fail)
+    sampler = world.sampler(max_staleness=1, deterministic=True)
+    sampler.take(0, 1)
+    world.until_asked({3, 4, 5})
+    late.set()
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        sampler.settle()
+
+
 def test_without_determinism_an_update_waits_for_nothing(world) -> None:
     sampler = world.sampler(max_staleness=1)
     world.held = {4}
