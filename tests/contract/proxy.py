@@ -3,10 +3,12 @@
 import json
 import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any, Self
 
 import httpx
+
+from tests.http_server import ThreadedServer
 
 Body = dict[str, Any] | None
 Tamper = Callable[[str, Body], "Body | Answer"]
@@ -51,9 +53,8 @@ class Proxy:
                 self.end_headers()
                 self.wfile.write(payload)
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._server = ThreadedServer(Handler)
+        self.url = self._server.url
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 
     def __enter__(self) -> Self:

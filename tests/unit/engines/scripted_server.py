@@ -3,10 +3,11 @@
 import json
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
+
+from tests.http_server import ThreadedServer
 
 
 class Reply(NamedTuple):
@@ -72,12 +73,10 @@ class ScriptedServer:
                 for name, value in {"content-length": str(len(content)), **reply.headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
-                with suppress(OSError):  # the client may not read to the end
-                    self.wfile.write(content)
+                self.wfile.write(content)
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._server = ThreadedServer(Handler)
+        self.url = self._server.url
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
 
     def __enter__(self) -> Self:

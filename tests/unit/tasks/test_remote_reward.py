@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 
@@ -14,6 +14,7 @@ from megatron_rl.tasks import make_task, remote_reward
 from megatron_rl.tasks.make_reward import make_reward
 from megatron_rl.tasks.reward import Response, Score
 from megatron_rl.types import Prompt
+from tests.http_server import ThreadedServer
 from tests.unit.tasks.char_tokenizer import char_tokenizer
 
 PROMPT = Prompt("p7", "1+1=", (4, 5), "2", metadata={"level": 3})
@@ -49,8 +50,8 @@ class Server:
 
             def log_message(self, *_: object) -> None: ...
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/score"
+        self.http = ThreadedServer(Handler)
+        self.url = f"{self.http.url}/score"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
 
