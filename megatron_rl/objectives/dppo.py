@@ -146,7 +146,7 @@ class DPPOTopK(DPPO):
         p_K, q_K = logp_K.exp(), logq_K.exp()
         p_rest, q_rest = _rest(p_K), _rest(q_K)
         if self.divergence == "tv":
-            return ((p_K - q_K).abs().sum(-1) + (p_rest - q_rest).abs()) / 2
+            return (p_K.sub_(q_K).abs_().sum(-1) + (p_rest - q_rest).abs()) / 2
         return (p_K * (logp_K - logq_K)).sum(-1) + p_rest * (p_rest / q_rest).log()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.errors import ConfigError, UserError, did_you_mean
-from megatron_rl.objectives.packed_rows import dense_ids, dense_ids_cpu, packed_running_sum, packed_sort
+from megatron_rl.objectives.packed_rows import PackedRows, packed_running_sum, packed_sort
 
 LOG_RATIO_LIMIT = 20.0  # exp(20) is far outside any trust region, and its square still fits float32
 
@@ -152,7 +152,7 @@ class LossInputs:
         """
         if self.seq_ids is None:
             return values.sum(1, keepdim=True)
-        return self._by_row(values).index_select(0, self._rows)[None]
+        return self._rows.spread(self._rows.sums(values[0]))[None]
 
     def sequence_mean(self, values: Tensor) -> Tensor:
         """Return `sequence_sum` divided by the number of trained tokens of the sequence (at least 1)."""
@@ -162,7 +162,7 @@ class LossInputs:
         """Return the sum of `values` [B, T] over each sequence up to and including each token, [B, T]."""
         if self.seq_ids is None:
             return values.double().cumsum(1).to(values.dtype)
-        return packed_running_sum(values[0], self._rows)[None]
+        return packed_running_sum(values[0], self._rows.of_token)[None]
 
     def sequence_quantile(self, values: Tensor, q: float) -> Tensor:
         """Return the `q`-quantile over the trained tokens of each sequence, with linear interpolation.
@@ -176,7 +176,7 @@ class LossInputs:
             ascending = trained.sort(1).values
             low, high = ascending.gather(1, below.long()), ascending.gather(1, above.long())
         else:
-            ascending, first = packed_sort(trained[0], self._rows)
+            ascending, first = packed_sort(trained[0], self._rows.of_token)
             low, high = ascending[first + below[0].long()][None], ascending[first + above[0].long()][None]
         found = low + (high - low) * (place - below)
         return torch.where(low.isfinite(), found, 0.0)
@@ -273,7 +273,8 @@ class LossInputs:
             if tensor is not None:
                 _check_finite(name, tensor, keep)
         for name, tensor in zip(("topk[0] (logp)", "topk[1] (logmu)"), self.topk or (), strict=False):
-            _check_finite(name, tensor.sum(-1), keep)
+            if not _finite_sum(tensor):  # one sum over all is cheaper than a sum for each token
+                _check_finite(name, tensor.sum(-1), keep)
         return self
 
     def cleaned(self) -> Self:
@@ -347,25 +348,22 @@ class LossInputs:
         return self.mask.sum().clamp(min=1) if norm.tokens is None else norm.tokens
 
     @cached_property
-    def _rows(self) -> Tensor:
-        """The sequence of every token of packed inputs, [T], numbered from 0."""
+    def _rows(self) -> PackedRows:
+        """The sequences of packed inputs."""
         assert self.seq_ids is not None
-        return (dense_ids_cpu if self.seq_ids.device.type == "cpu" else dense_ids)(self.seq_ids[0])
+        return PackedRows(self.seq_ids[0], by_runs=self.seq_ids.device.type == "cpu")
 
     @cached_property
     def _lengths(self) -> Tensor:
         """Trained tokens of each sequence, at least 1: [B, 1], packed [1, T]."""
         if self.seq_ids is None:
             return self.mask.sum(1, keepdim=True).clamp(min=1)
-        return self._trained_by_row.clamp(min=1).index_select(0, self._rows)[None]
+        return self._rows.spread(self._trained_by_row.clamp(min=1))[None]
 
     @cached_property
     def _trained_by_row(self) -> Tensor:
-        return self._by_row(self.mask)
-
-    def _by_row(self, values: Tensor) -> Tensor:
-        """Return the sum of packed `values` [1, T] over each sequence, [T], at its number; 0 beyond the last."""
-        return values.new_zeros(values.shape[1]).index_add(0, self._rows, values[0])
+        """Trained tokens of each packed sequence, at its number."""
+        return self._rows.sums(self.mask[0])
 
 
 def _check_finite(name: str, tensor: Tensor, keep: Tensor) -> None:

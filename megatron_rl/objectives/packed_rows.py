@@ -1,26 +1,56 @@
 """Operations within the sequences of packed inputs, without a loop over sequences and without waiting for a device."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, segment_reduce
+from torch.nn.functional import pad
+
+
+class PackedRows:
+    """The sequences of packed tokens, numbered from 0 in ascending order of id.
+
+    With `by_runs`, only one id of each run of equal ids is sorted, and sums go over runs: on a CPU a scattered sum takes
+    four times as long. The number of runs depends on the data, so on a GPU this would wait for the device.
+
+    Args:
+        ids: integer ids, [T].
+        by_runs: see above.
+    """
+
+    def __init__(self, ids: Tensor, *, by_runs: bool) -> None:
+        self._offsets: Tensor | None = None  # where the runs begin and end, [R + 1]
+        if by_runs:
+            runs, self._run_of_token, lengths = torch.unique_consecutive(ids, return_inverse=True, return_counts=True)
+            self._offsets = pad(lengths.cumsum(0), (1, 0))
+            self._rows = runs.unique(return_inverse=True)[1]  # sequence of each run, [R]
+        else:
+            self._rows = dense_ids(ids)  # every token is a run of its own
+
+    @property
+    def of_token(self) -> Tensor:
+        """The sequence of every token, [T]."""
+        return self._of_tokens(self._rows)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Return the sum of `values` [T] over each sequence, at its number. There may be zeros beyond the last."""
+        if self._offsets is not None:
+            values = segment_reduce(values, "sum", offsets=self._offsets)
+        return torch.zeros_like(values).index_add(0, self._rows, values)
+
+    def spread(self, by_row: Tensor) -> Tensor:
+        """Return for each token the value of its sequence, [T]."""
+        return self._of_tokens(by_row.index_select(0, self._rows))
+
+    def _of_tokens(self, by_run: Tensor) -> Tensor:
+        return by_run if self._offsets is None else by_run.index_select(0, self._run_of_token)
 
 
 def dense_ids(ids: Tensor) -> Tensor:
-    """Return integer `ids` [T] renumbered from 0 in ascending order of id, [T]."""
-    # torch.unique would wait for the device, because its output size depends on the data.
+    """Return integer `ids` [T] renumbered from 0 in ascending order of id, [T], without waiting for the device."""
+    # torch.unique would wait, because its output size depends on the data.
     ascending, order = ids.sort()
     ranks = torch.zeros_like(order)
     ranks[1:] = (ascending[1:] != ascending[:-1]).cumsum(0)
     return torch.zeros_like(order).scatter(0, order, ranks)
-
-
-def dense_ids_cpu(ids: Tensor) -> Tensor:
-    """Return the same as `dense_ids`.
-
-    This is faster where synchronization costs nothing, because only one id of each run of equal ids is sorted.
-    """
-    runs, run_of_token = torch.unique_consecutive(ids, return_inverse=True)
-    dense: Tensor = runs.unique(return_inverse=True)[1]
-    return dense.index_select(0, run_of_token)
 
 
 def packed_running_sum(values: Tensor, rows: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.objectives import LossInputs, make_objective
-from megatron_rl.objectives.packed_rows import dense_ids, dense_ids_cpu
+from megatron_rl.objectives.packed_rows import PackedRows
 from tests.unit.objectives.specs import HORIZON, MODES, batch, f64, gradient, mapped, only_needed, packed, trained
 
 LEVELS = ["token", "sequence", "geometric", "cumulative"]
@@ -59,10 +59,14 @@ def test_interleaved_packed_sequences_give_the_loss_and_gradient_of_padded_ones(
 
 
 @given(st.lists(st.one_of(st.integers(-1, 3), st.integers(-1, 10**15)), min_size=1, max_size=12))
-def test_sequences_are_numbered_alike_on_every_device(ids):
+def test_sequences_are_numbered_and_summed_alike_on_every_device(ids):
     distinct = sorted(set(ids))
-    for number in (dense_ids, dense_ids_cpu):  # the first is used on a GPU but works on any device
-        assert number(torch.tensor(ids)).tolist() == [distinct.index(i) for i in ids]
+    values = torch.arange(1.0, len(ids) + 1)
+    total = {i: sum(value for value, other in zip(values.tolist(), ids, strict=True) if other == i) for i in ids}
+    for by_runs in (False, True):  # False on a GPU; it works on any device
+        rows = PackedRows(torch.tensor(ids), by_runs=by_runs)
+        assert rows.of_token.tolist() == [distinct.index(i) for i in ids]
+        assert rows.spread(rows.sums(values)).tolist() == [total[i] for i in ids]
 
 
 @settings(max_examples=25)
