@@ -8,8 +8,8 @@ from torch.nn.functional import pad
 class PackedRows:
     """The sequences of packed tokens, numbered from 0 in ascending order of id.
 
-    With `by_runs`, only one id of each run of equal ids is sorted, and sums go over runs: on a CPU a scattered sum takes
-    four times as long. The number of runs depends on the data, so on a GPU this would wait for the device.
+    With `by_runs`, only one id of each run of equal ids is sorted, and sums go over runs. On a CPU, scattered sums take
+    four times as long. The number of runs depends on the data, so a GPU would have to be waited for.
 
     Args:
         ids: integer ids, [T].
