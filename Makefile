@@ -21,7 +21,7 @@ PYTEST := $(BIN)/python -m pytest
 ENGINE_TESTS := tests/contract tests/slurm tests/te_cpu tests/unit
 
 .PHONY: install gpu gpu-tests sglang te-cpu newest-core mcore-ends mbridge quickstart test test-fast test-engines \
-  test-runs durations lint format benchmark peers walks rooms reference clean
+  test-runs durations lint format benchmark bench-check soak peers walks rooms reference clean
 
 install:
 	@VENV="$(VENV)" PINS=requirements/cpu.txt $(INSTALL)
@@ -88,6 +88,14 @@ format: install
 
 benchmark: install
 	$(BIN)/python benchmarks/step.py
+
+# Ratios of the quick benchmarks against benchmarks/baseline.json.
+bench-check: install
+	$(BIN)/python benchmarks/check.py
+
+# A run of 300 steps whose processes must not grow.
+soak: install
+	$(BIN)/python benchmarks/soak.py
 
 # Steps of this trainer and of TRL's, in turns, on the model of `make quickstart`.
 peers: install

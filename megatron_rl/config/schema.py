@@ -44,7 +44,8 @@ class ParallelConfig(Block):
     sequence: bool = Field(False, description="sequence parallelism inside the tensor-parallel group")
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
-        description="what backward recomputes; selective: attention from q, k, v to its output; full: whole layers",
+        description="what backward recomputes; none: logits beyond 1 GiB (CPU: 256 MiB) of a micro-batch; selective: "
+        "all logits, and attention from q, k, v to its output; full: whole layers",
     )
 
     @property

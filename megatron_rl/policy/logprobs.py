@@ -1,7 +1,8 @@
 """Log-probabilities and entropy of next tokens, computed from the last hidden states without a buffer of all logits.
 
-The output projection is part of the function. Forward and backward process chunks of rows and recompute the logits. So
-the largest buffer is [chunk, vocab / tensor_parallel] in fp32, for any number of tokens. A float32 projection of
+The output projection is part of the function. Forward and backward process chunks of rows. So the largest buffer is
+[chunk, vocab / tensor_parallel] in fp32, for any number of tokens. Backward computes the logits again, except those of
+the first chunks, which are kept as far as a fixed budget allows. A float32 projection of
 16-bit weights casts one block of the vocabulary at a time, at most as large as that buffer. Every chunk of rows casts
 the weights again, which costs little next to the multiplication. On CUDA, the logits of such a projection need no cast:
 tensor cores multiply the 16-bit operands and sum in float32.
@@ -19,6 +20,8 @@ from megatron_rl.alp.logits import LogitNoise
 # Of fp32 logits. On CPU, near the cache size is fastest (measured). On CUDA, every chunk reads and writes the gradient
 # of the output weights once, so few chunks should be faster (not measured).
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 30}
+# Of fp32 log-probabilities that one micro-batch keeps for backward.
+KEPT_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 
 
 def token_scores(
@@ -30,6 +33,7 @@ def token_scores(
     vocab_size: int,
     group: dist.ProcessGroup,
     chunk_bytes: int | None = None,
+    kept_bytes: int = 0,
     topk_labels_RK: torch.Tensor | None = None,
     fp32_product: bool = False,
     noise: LogitNoise | None = None,
@@ -48,6 +52,7 @@ def token_scores(
         vocab_size: size of the vocabulary without padding.
         group: tensor-parallel group whose ranks hold the slices of the vocabulary.
         chunk_bytes: bytes of one chunk of fp32 logits; None: CHUNK_BYTES of the device.
+        kept_bytes: most bytes that are kept for backward, so that it need not compute these chunks again.
         topk_labels_RK: global ids of further tokens to score.
         fp32_product: compute the logits, and in backward the gradients of both operands, with float32 products of the
             operands as they are, instead of products rounded to the operands' dtype. Both gradients are rounded to that
@@ -69,7 +74,8 @@ def token_scores(
     upcast = fp32_product and weight_VH.dtype != torch.float32
     head = _Float32Head(max(1, chunk // (4 * weight_VH.shape[1]))) if upcast else _Head()
     log_sigma = None if noise is None else noise.log_sigma
-    settings = _Settings(temperature, start, real, group, rows, head, noise)
+    kept = kept_bytes // (4 * real) if torch.is_grad_enabled() else 0
+    settings = _Settings(temperature, start, real, group, rows, kept, head, noise)
     return _TokenScores.apply(hidden_RH, weight_VH, log_sigma, labels_R - start, topk, settings)
 
 
@@ -83,6 +89,7 @@ class _Settings:
         real: number of tokens in this rank's slice, without padding.
         group: tensor-parallel group.
         rows: rows of hidden states per chunk.
+        kept: rows whose log-probabilities may be kept for backward, in whole chunks.
         head: computes the products with the output weights.
         noise: noise on the logits; None: no noise.
     """
@@ -92,6 +99,7 @@ class _Settings:
     real: int
     group: dist.ProcessGroup
     rows: int
+    kept: int
     head: "_Head"
     noise: LogitNoise | None
 
@@ -183,6 +191,7 @@ class _TokenScores(torch.autograd.Function):
         total = hidden.shape[0]
         topk = None if local_topk is None else hidden.new_empty(local_topk.shape, dtype=torch.float32)
         logp, entropy, log_z = (hidden.new_empty(total, dtype=torch.float32) for _ in range(3))
+        kept: list[torch.Tensor] = []
         for at in range(0, total, rows):
             part = slice(at, at + rows)
             x = settings.logits(hidden, weight, part)
@@ -199,8 +208,10 @@ class _TokenScores(torch.autograd.Function):
             if topk is not None:
                 topk[part] = (wanted[1:] - log_z[part]).t()
             entropy[part] = log_z[part] - weighted / z
+            if at + len(x) <= settings.kept:
+                kept.append(x.sub_(log_z[part, None]))
             log_z[part] += peak
-        ctx.save_for_backward(hidden, weight, column, owned, log_z, entropy, log_sigma)
+        ctx.save_for_backward(hidden, weight, column, owned, log_z, entropy, log_sigma, *kept)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
         return (logp, entropy) if topk is None else (logp, entropy, topk)
@@ -212,7 +223,7 @@ class _TokenScores(torch.autograd.Function):
         grad_entropy: torch.Tensor | None,
         grad_topk: torch.Tensor | None = None,
     ) -> tuple[Any, ...]:
-        hidden, weight, column, owned, log_z, entropy, _ = ctx.saved_tensors
+        hidden, weight, column, owned, log_z, entropy, _, *kept = ctx.saved_tensors
         settings: _Settings = ctx.settings
         real, rows, noise = settings.real, settings.rows, settings.noise if ctx.needs_input_grad[2] else None
         if grad_logp is None:
@@ -228,7 +239,11 @@ class _TokenScores(torch.autograd.Function):
         d_log_sigma = None if noise is None else torch.zeros(1, dtype=torch.float64, device=weight.device)
         for at in range(0, hidden.shape[0], rows):
             part = slice(at, at + rows)
-            log_p = settings.logits(hidden, weight, part).sub_(log_z[part, None])
+            number = at // rows
+            if number >= len(kept):
+                log_p = settings.logits(hidden, weight, part).sub_(log_z[part, None])
+            else:  # a later backward may need it, too
+                log_p = kept[number] if grad_entropy is None else kept[number].clone()
             p = log_p.exp()
             if grad_entropy is None:
                 d_x = p.mul_(-total_grad[part, None])

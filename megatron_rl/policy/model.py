@@ -17,7 +17,7 @@ from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError
 from megatron_rl.policy.core_config import transformer_config
 from megatron_rl.policy.expert_rules import check_experts
-from megatron_rl.policy.logprobs import token_scores
+from megatron_rl.policy.logprobs import KEPT_BYTES, token_scores
 from megatron_rl.policy.modules import block_spec, has_te_layers
 from megatron_rl.policy.packing import Shard
 from megatron_rl.policy.parallel import Mesh
@@ -92,6 +92,7 @@ class PolicyModel(GPTModel):
             temperature=self.temperature,
             vocab_size=self.real_vocab_size,
             group=group,
+            kept_bytes=0 if self.config.recompute_granularity else KEPT_BYTES[hidden.device.type],
             topk_labels_RK=shard.topk_labels,
             fp32_product=self.fp32_head,
             noise=None if draw is None or self.perturbation is None else self.perturbation.noise(draw, shard.rows),

@@ -85,7 +85,9 @@ class Case:
         }
 
 
-def scores(layout: dict[str, Any], vocab: int, temperature: float, chunk_bytes: int) -> dict[str, np.ndarray]:
+def scores(
+    layout: dict[str, Any], vocab: int, temperature: float, chunk_bytes: int, kept_bytes: int
+) -> dict[str, np.ndarray]:
     """Return scores and gradients from the policy's head on every rank. d_hidden and d_weight are of whole tensors.
 
     Args:
@@ -93,6 +95,7 @@ def scores(layout: dict[str, Any], vocab: int, temperature: float, chunk_bytes: 
         vocab: size of the vocabulary.
         temperature: the logits are divided by it.
         chunk_bytes: as in `token_scores`.
+        kept_bytes: as in `token_scores`.
     """
     config = ParallelConfig(**layout)
     mesh = parallel.initialize(config, pick_device("cpu"), seed=0)
@@ -117,6 +120,7 @@ def scores(layout: dict[str, Any], vocab: int, temperature: float, chunk_bytes: 
         vocab_size=vocab,
         group=group,
         chunk_bytes=chunk_bytes,
+        kept_bytes=kept_bytes,
         topk_labels_RK=case.topk,
     )
     torch.autograd.backward([logp, entropy, topk], [case.grad_logp, case.grad_entropy, case.grad_topk])

@@ -13,7 +13,8 @@ LAYOUTS = {"tp2": {"tensor": 2}, "tp2_sp": {"tensor": 2, "sequence": True}}
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_every_rank_scores_and_differentiates_the_whole_vocabulary(two_ranks, layout, vocab, temperature):
     expected = Case.make(vocab).reference(temperature, topk=True)
-    for chunk_bytes in (1 << 20, 1):  # all rows at once, and row by row
+    # All rows at once; row by row; row by row, with the first few kept for backward.
+    for chunk_bytes, kept_bytes in ((1 << 20, 0), (1, 0), (1, 5000)):
         results = two_ranks.run(
             "tests.parallel.score_steps",
             "scores",
@@ -21,6 +22,7 @@ def test_every_rank_scores_and_differentiates_the_whole_vocabulary(two_ranks, la
             vocab=vocab,
             temperature=temperature,
             chunk_bytes=chunk_bytes,
+            kept_bytes=kept_bytes,
         )
         for result in results:
             for name, value in expected.items():

@@ -28,13 +28,16 @@ def alone() -> dist.ProcessGroup:
     return dist.group.WORLD
 
 
-def scored(case: Case, group: dist.ProcessGroup, *, rows: int = 10_000, temperature: float = 1.0) -> dict[str, Tensor]:
+def scored(
+    case: Case, group: dist.ProcessGroup, *, rows: int = 10_000, kept: int = 0, temperature: float = 1.0
+) -> dict[str, Tensor]:
     """Return the scores and their gradients with respect to hidden states and projection.
 
     Args:
         case: the inputs.
         group: process group of the vocabulary.
         rows: rows per chunk.
+        kept: rows that may be kept for backward.
         temperature: the logits are divided by it.
     """
     hidden, weight = (t.clone().requires_grad_() for t in (case.hidden, case.weight))
@@ -47,6 +50,7 @@ def scored(case: Case, group: dist.ProcessGroup, *, rows: int = 10_000, temperat
         vocab_size=vocab,
         group=group,
         chunk_bytes=rows * vocab * 4,
+        kept_bytes=kept * vocab * 4,
         topk_labels_RK=case.topk,
     )
     torch.autograd.backward([logp, entropy, topk], [case.grad_logp, case.grad_entropy, case.grad_topk])
@@ -84,8 +88,15 @@ def test_scores_and_gradients_are_those_of_log_softmax_in_float64(alone, tempera
     assert_close(scored(case, alone, temperature=temperature), case.reference(temperature, topk=True))
 
 
-@given(st.integers(2, 300), st.integers(2, 60), st.integers(1, 70), st.integers(0, 99), st.floats(0.3, 3))
-def test_no_chunk_size_changes_the_result(alone, vocab, tokens, rows, seed, heat):
+@given(
+    st.integers(2, 300),
+    st.integers(2, 60),
+    st.integers(1, 70),
+    st.integers(0, 70),
+    st.integers(0, 99),
+    st.floats(0.3, 3),
+)
+def test_no_chunk_size_and_no_kept_chunk_changes_the_result(alone, vocab, tokens, rows, kept, seed, heat):
     case = Case.make(vocab, tokens, seed=seed)
     # If a token has a probability p near 1, its gradient is 1 - p. It is only as exact as numbers near 1 are.
     from_above_R = (case.grad_logp.abs() + case.grad_entropy.abs() + case.grad_topk.abs().sum(1))[:, None] / heat
@@ -94,7 +105,7 @@ def test_no_chunk_size_changes_the_result(alone, vocab, tokens, rows, seed, heat
         "d_hidden": float(from_above_R.max() * case.weight.abs().max()),
     }
     assert_close(
-        scored(case, alone, rows=rows, temperature=heat),
+        scored(case, alone, rows=rows, kept=kept, temperature=heat),
         case.reference(heat, topk=True),
         tolerance=2e-5,
         summands=summands,
@@ -217,18 +228,51 @@ def test_the_same_measure_sees_the_buffer_when_the_chunk_takes_all_rows(alone, m
     assert largest.numel == 600 * 1000
 
 
-def test_nothing_of_the_size_of_the_vocabulary_is_kept_for_a_token(alone, many_tokens):
+def kept_numbers(case: Case, group: dist.ProcessGroup, kept: int) -> int:
+    """Return how many numbers are kept for backward beside the inputs, in chunks of 16 rows, if `kept` rows may be."""
     saved: list[int] = []
 
     def note(tensor: Tensor) -> Tensor:
         saved.append(tensor.numel())
         return tensor
 
-    weight = many_tokens.weight.clone().requires_grad_()
-    hidden = many_tokens.hidden[many_tokens.rows].requires_grad_()
+    weight = case.weight.clone().requires_grad_()
+    hidden = case.hidden[case.rows].requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         token_scores(
-            hidden, weight, many_tokens.labels, temperature=1.0, vocab_size=1000, group=alone, chunk_bytes=64_000
+            hidden,
+            weight,
+            case.labels,
+            temperature=1.0,
+            vocab_size=1000,
+            group=group,
+            chunk_bytes=64_000,
+            kept_bytes=kept * 4000,
         )
-    inputs = hidden.numel() + weight.numel()
-    assert inputs <= sum(saved) <= inputs + 8 * len(hidden)
+    return sum(saved) - hidden.numel() - weight.numel()
+
+
+def test_only_whole_chunks_within_the_budget_are_kept(alone, many_tokens):
+    few = kept_numbers(many_tokens, alone, kept=0)
+    assert 0 <= few <= 8 * len(many_tokens.rows)
+    for rows, kept in ((15, 0), (16, 16), (40, 32)):
+        assert kept_numbers(many_tokens, alone, rows) == few + 1000 * kept
+
+
+def test_backward_may_run_twice_with_kept_chunks(alone):
+    case = Case.make()
+    weight = case.weight.clone().requires_grad_()
+    logp, entropy = token_scores(
+        case.hidden[case.rows],
+        weight,
+        case.labels,
+        temperature=1.0,
+        vocab_size=len(weight),
+        group=alone,
+        kept_bytes=1 << 20,
+    )
+    total = logp.sum() + entropy.sum()
+    total.backward(retain_graph=True)
+    once = weight.grad.clone()
+    total.backward()
+    assert torch.equal(weight.grad, 2 * once)
