@@ -96,6 +96,19 @@ def test_a_checkpoint_of_two_ranks_loads_on_four(two_ranks, four_ranks, qwen3, t
     assert close(loaded["next"]["weights"], saved["next"]["weights"])
 
 
+def test_a_checkpoint_of_two_ranks_loads_on_one(two_ranks, qwen3, tmp_path):
+    one_rank = RankGroup(1)
+    try:
+        for layout, sections in (({"tensor": 2}, {}), ({"data": 2}, SHARDED)):
+            arguments = {"model": qwen3, "folder": tmp_path / next(iter(layout)), **sections}
+            saved = two_ranks.run(STEPS, "save_and_go_on", **arguments, layout=layout)[0]
+            loaded = one_rank.run(STEPS, "load_and_go_on", **arguments, layout={})[0]
+            assert same_bits(loaded["weights"], saved["weights"])
+            assert close(loaded["next"]["weights"], saved["next"]["weights"])
+    finally:
+        one_rank.close()
+
+
 @pytest.mark.parametrize(
     "arguments", [{"layout": {"tensor": 2}}, {"layout": {"data": 2}, **SHARDED}], ids=["tp2", "dp2_sharded"]
 )
