@@ -25,11 +25,11 @@ from megatron_rl.convert.hf_parts import as_bytes, grouped
 from megatron_rl.convert.parts import Part, PartReport
 from megatron_rl.convert.sources import WeightSource
 from megatron_rl.errors import CheckpointError
+from megatron_rl.precision.finite import is_finite
 from megatron_rl.weights.dist_index import METADATA_JSON
 from megatron_rl.weights.families import ModelShape
 from megatron_rl.weights.megatron_keys import extra_state_key, megatron_place
 from megatron_rl.weights.name_table import Entry
-from megatron_rl.weights.quantized import is_finite
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from megatron_rl.convert.codes import Coder
 from megatron_rl.convert.parts import Part, PartReport
 from megatron_rl.convert.sources import WeightSource
 from megatron_rl.errors import CheckpointError
+from megatron_rl.precision.finite import is_finite
 from megatron_rl.weights.hf_folder import INDEX, SINGLE
 from megatron_rl.weights.hf_model import HFModel
 from megatron_rl.weights.name_table import Entry
-from megatron_rl.weights.quantized import is_finite
 from megatron_rl.weights.safetensors_header import DTYPE_NAMES, TensorInfo
 
 ALIGNMENT = 8  # bytes; data begins at a multiple of it, as the library writes it

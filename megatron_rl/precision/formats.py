@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_rl.errors import PrecisionError
 from megatron_rl.precision import fp4, fp8
 from megatron_rl.precision.blocks import broadcast_tiles, to_matrix, to_tiles
+from megatron_rl.precision.finite import is_finite
 from megatron_rl.precision.scales import (
     FP32_MAX,
     DelayedScale,
@@ -237,7 +238,7 @@ def _scales(tiles: Tensor, fmt: Format, dtype: torch.dtype, given: Tensor | None
     if fmt.kind == "mx":
         exponents = e8m0_of_amax(peak, fmt.max)
         return _Scales(e8m0_reciprocal(exponents), exponents)
-    if fmt.kind == "channel" and not bool(tiles.isfinite().all()):
+    if fmt.kind == "channel" and not is_finite(tiles):
         raise PrecisionError(
             f"{fmt.name} has no code for NaN or inf, and the matrix holds some; look for where they arose"
         )

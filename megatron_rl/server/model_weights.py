@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from megatron_rl.errors import CheckpointError
 from megatron_rl.files import parse_json
+from megatron_rl.precision.finite import is_finite
 from megatron_rl.precision.plan import DTYPES, PrecisionPlan
 from megatron_rl.server.quantized_linear import use_quantized_products
 from megatron_rl.weights.digest import tensor_digest
@@ -26,7 +27,6 @@ from megatron_rl.weights.hf_folder import MANIFEST
 from megatron_rl.weights.quantized import (
     check_config,
     dequantize_tensors,
-    is_finite,
     is_scale,
     model_shapes,
     quantize_at_load,

@@ -9,13 +9,13 @@ from torch import Tensor
 from megatron_rl.engines.control import Traits
 from megatron_rl.engines.pool import EnginePool
 from megatron_rl.errors import CheckpointError, EngineError, MegatronRLError, UserError
+from megatron_rl.precision.finite import is_finite
 from megatron_rl.weight_sync.confirmation import ScoreProbe, has_expected_digests
 from megatron_rl.weight_sync.expected_digests import DigestFunction, ExpectedDigests
 from megatron_rl.weight_sync.transaction import Transaction, Version
 from megatron_rl.weight_sync.transports.transport import Transport, each
 from megatron_rl.weights.digest import device_digests, tensor_digests
 from megatron_rl.weights.hf_folder import ModelFiles
-from megatron_rl.weights.quantized import is_finite
 
 
 @dataclass(frozen=True, slots=True)

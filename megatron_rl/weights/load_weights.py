@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from megatron_rl.errors import CheckpointError, PrecisionError
+from megatron_rl.precision.finite import is_finite
 from megatron_rl.weights.hf_model import HFModel
 from megatron_rl.weights.name_table import entries, local_tensors
 
@@ -44,7 +45,7 @@ def load_weights(chunks: Sequence[nn.Module], model: HFModel, *, tp_rank: int, t
 def find_bad_weights(models: Sequence[nn.Module], source: HFModel) -> CheckpointError | PrecisionError | None:
     """Return the error for loaded weights of this rank that are not finite, or that float16 cannot hold, or None."""
     for entry, tensor in local_tensors(models, entries(source.family, source.shape)).values():
-        if torch.isfinite(tensor).all():
+        if is_finite(tensor):
             continue
         where = f"tensor {' or '.join(entry.rule.hf)} of {source.path}"
         if tensor.dtype == torch.float16 and not torch.isnan(tensor).any():

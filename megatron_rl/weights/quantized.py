@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.errors import CheckpointError
+from megatron_rl.precision.finite import is_finite
 from megatron_rl.precision.formats import Format, Quantized, find_format, quantize
 from megatron_rl.precision.fp4 import pack_nibbles, unpack_nibbles
 from megatron_rl.precision.plan import DTYPES, PrecisionPlan
@@ -87,7 +88,7 @@ class WireTensors(Iterator[tuple[str, Tensor | None]]):
         name, tensor = next(self._stream)
         if tensor is None or self._failed or not _coded(self._plan, name):
             return name, tensor
-        if not torch.isfinite(tensor).all():  # codes saturate, so they would hide it
+        if not is_finite(tensor):  # codes saturate, so they would hide it
             self._failed = True
             raise CheckpointError(
                 f"tensor '{name}' holds values that are not finite: the engines keep the weights they have"
@@ -112,16 +113,6 @@ def scale_name(name: str, fmt: Format | str) -> str:
 def is_scale(name: str) -> bool:
     """Return whether a tensor name is that of a quantization scale."""
     return name.endswith(tuple(f".weight{suffix}" for suffix in _SUFFIXES))
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Return whether every element is a finite number. The tensor may hold codes."""
-    if tensor.dtype == torch.float8_e4m3fn:  # this dtype has no inf, and torch has no such test for it on CPU
-        return not bool(((tensor.view(torch.uint8) & 0x7F) == 0x7F).any())
-    if not tensor.dtype.is_floating_point or not tensor.numel():
-        return True
-    # aminmax passes NaN through and is many times faster than isfinite on every element.
-    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def quantization_config(plan: PrecisionPlan, names: Iterable[str]) -> dict[str, Any] | None:

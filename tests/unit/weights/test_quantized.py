@@ -15,6 +15,7 @@ from megatron_rl.errors import CheckpointError
 from megatron_rl.policy import parallel
 from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.device_port import pick_device
+from megatron_rl.precision.finite import is_finite
 from megatron_rl.precision.formats import fake_quantize, quantize
 from megatron_rl.precision.fp4 import unpack_nibbles
 from megatron_rl.precision.plan import DTYPES, PrecisionPlan
@@ -26,7 +27,6 @@ from megatron_rl.weights.quantized import (
     WireTensors,
     check_config,
     dequantize_tensors,
-    is_finite,
     quantization_config,
     quantize_at_load,
 )
