@@ -69,14 +69,14 @@ class Controls(ABC):
             repeat: retry the call after a lost connection.
             method: HTTP method.
         """
-        answer = self._run(self._controlled(url, method, path, body, _RETRIES if repeat else 1))
+        reply = self._run(self._controlled(url, method, path, body, _RETRIES if repeat else 1))
         try:
-            answer = parse_json(answer)
+            reply = parse_json(reply)
         except ValueError:
             return {}  # SGLang responds to some control calls in plain text
-        if isinstance(answer, dict) and answer.get("success") is False:
-            raise EngineError(f"{url}{path} failed: {answer.get('message', answer)}")
-        return answer
+        if isinstance(reply, dict) and reply.get("success") is False:
+            raise EngineError(f"{url}{path} failed: {reply.get('message', reply)}")
+        return reply
 
     async def _controlled(self, url: str, method: str, path: str, body: dict[str, Any] | None, attempts: int) -> bytes:
         url = self._base_url(url)
@@ -230,10 +230,10 @@ class Controls(ABC):
         An embedded server reports the tensors as it received them. SGLang reports them as it holds them: fused, under
         SGLang's names. `@rank` follows the name if the server has several ranks.
         """
-        answer = self._control(url, "/weights_checker", {"action": "checksum"})
-        ranks = answer.get("ranks") if isinstance(answer, dict) else None
+        reply = self._control(url, "/weights_checker", {"action": "checksum"})
+        ranks = reply.get("ranks") if isinstance(reply, dict) else None
         if not ranks:
-            return _digests(_field(answer, "checksums", url), url)
+            return _digests(_field(reply, "checksums", url), url)
         if not isinstance(ranks, list):
             raise EngineError(f"{url} reports the checksums of its ranks wrongly: {str(ranks)[:200]}")
         mark = (lambda rank: f"@{rank}") if len(ranks) > 1 else (lambda rank: "")
@@ -286,8 +286,8 @@ class Controls(ABC):
 
         The states are "held", "released" and "empty" (allocated again, without weights).
         """
-        answer = self._model_info(url)
-        return answer.get("memory") if isinstance(answer, dict) else None
+        reply = self._model_info(url)
+        return reply.get("memory") if isinstance(reply, dict) else None
 
     def holds_weights(self, url: str) -> bool:
         """Return whether the server holds weights. True if it does not report the state of its memory."""
@@ -321,26 +321,26 @@ def refusal_error(url: str, path: str, response: httpx.Response) -> EngineError:
     return EngineError(f"{url} has no {path} (404): name a server of `megatron-rl serve`{able} in rollout.urls")
 
 
-def _object(answer: Any, path: str, url: str) -> dict[str, Any]:
-    if not isinstance(answer, dict):
-        raise EngineError(f"{url}{path} is no JSON object: {str(answer)[:200]}")
-    return answer
+def _object(reply: Any, path: str, url: str) -> dict[str, Any]:
+    if not isinstance(reply, dict):
+        raise EngineError(f"{url}{path} is no JSON object: {str(reply)[:200]}")
+    return reply
 
 
-def _field(answer: Any, name: str, url: str) -> Any:
-    if not isinstance(answer, Mapping) or name not in answer:
-        raise EngineError(f"{url} does not name its '{name}': {str(answer)[:200]}")
-    return answer[name]
+def _field(reply: Any, name: str, url: str) -> Any:
+    if not isinstance(reply, Mapping) or name not in reply:
+        raise EngineError(f"{url} does not name its '{name}': {str(reply)[:200]}")
+    return reply[name]
 
 
-def _count(answer: dict[str, Any], name: str, url: str) -> int:
-    number = _field(answer, name, url)
+def _count(reply: dict[str, Any], name: str, url: str) -> int:
+    number = _field(reply, name, url)
     if not isinstance(number, int) or number < 1:
         raise EngineError(f"{url} reports '{name}' as {str(number)[:200]!r}, which is no number of processes")
     return number
 
 
-def _digests(answer: Any, url: str) -> dict[str, str]:
-    if not isinstance(answer, dict) or not all(isinstance(digest, str) for digest in answer.values()):
-        raise EngineError(f"{url} reports its checksums wrongly: {str(answer)[:200]}")
-    return answer
+def _digests(reply: Any, url: str) -> dict[str, str]:
+    if not isinstance(reply, dict) or not all(isinstance(digest, str) for digest in reply.values()):
+        raise EngineError(f"{url} reports its checksums wrongly: {str(reply)[:200]}")
+    return reply

@@ -1,7 +1,7 @@
 """Engine pool: the trainer's client of the generation servers, over SGLang's HTTP contract.
 
 All requests run in one asyncio loop on a thread of the pool. `sample` is only for coroutines in this loop; `run` and
-`start` put coroutines into it. All other methods are synchronous. A server that stops answering is lost, and its
+`start` put coroutines into it. All other methods are synchronous. A server that stops responding is lost, and its
 requests are redone on the other servers, as is a request whose response is wrong. Every request gets exactly one
 result.
 """
@@ -111,7 +111,7 @@ class EnginePool(Members):
         self._timeout_s, self._vocab_size, self.api_key = timeout_s, vocab_size, api_key
         self._loop = asyncio.new_event_loop()
         self._loop.set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="engine-pool"))
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="engine-answers")
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="engine-responses")
         most = raise_file_limit() - _OTHER_FILES
         in_flight = most if registry is not None else min(_IN_FLIGHT * len(set(urls)), most)
         self._gate = asyncio.Semaphore(max(1, in_flight))
@@ -258,7 +258,7 @@ class EnginePool(Members):
                 content = await cancel_if_lost(engine.dead, self._post(engine.url, request, body))
         except TimeoutError:
             await self._abort(engine, rid)
-            late = f"no answer to request '{request.rid}' within {self._timeout_s:g} s (rollout.timeout_s)"
+            late = f"no response to request '{request.rid}' within {self._timeout_s:g} s (rollout.timeout_s)"
             if engine is not self._roster.front:  # behind a router, a server hangs; the check after a failure finds it
                 self._roster.mark_lost(engine, late)
             raise RequestFailed(late) from None
@@ -272,7 +272,7 @@ class EnginePool(Members):
         samples = await self._read(engine.url, request, content, rid)
         oldest = min((int(v.min()) for sample in samples if len(v := sample.columns["versions"])), default=expected)
         if oldest < expected:
-            why = f"it answered with weight version {oldest} after version {expected}: it was restarted"
+            why = f"it responded with weight version {oldest} after version {expected}: it was restarted"
             self._roster.quarantine(engine, why)
             raise RequestFailed(why)
         return samples
@@ -303,7 +303,7 @@ class EnginePool(Members):
                 headers=_HEADERS,
             )
         except (ResponseTooLarge, httpx.DecodingError) as error:
-            raise WrongResponse(f"{url} answered request '{request.rid}' wrongly: {error}") from error
+            raise WrongResponse(f"{url} responded to request '{request.rid}' wrongly: {error}") from error
         except httpx.HTTPError as error:
             raise RequestFailed(f"{type(error).__name__} {error}".strip()) from error
         if says_later(response):

@@ -15,7 +15,7 @@ from megatron_rl.protocol.ready_file import read_ready_file
 
 _log = logging.getLogger(__name__)
 _POLL_S = 1.0
-_ANSWER_S = 5.0
+_RESPONSE_S = 5.0
 
 
 class Registry:
@@ -56,7 +56,7 @@ class Registry:
             EngineError: fewer engines respond in time.
         """
         end = time.monotonic() + timeout_s
-        with httpx.Client(timeout=_ANSWER_S, headers=headers, trust_env=False) as http:
+        with httpx.Client(timeout=_RESPONSE_S, headers=headers, trust_env=False) as http:
             while True:
                 registered = list(self.read())
                 ready = [url for url in registered if _responds(http, url)]

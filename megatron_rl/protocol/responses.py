@@ -53,7 +53,7 @@ def read_samples(
         WrongResponse: the response is malformed, or does not fit the request.
         EngineError: the engine lacks something that the request needs.
     """
-    of = f"{url} answered request '{request.rid}'"
+    of = f"{url} responded to request '{request.rid}'"
     try:
         response = orjson.loads(content)
     except ValueError as error:

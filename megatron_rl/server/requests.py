@@ -145,13 +145,13 @@ def response_entries(engine: Engine, job: Job, body: GenerateBody) -> list[dict[
             meta["output_top_logprobs"] = [_entries(logps, ids) for logps, ids in tops]
         if job.routed and row.routing is not None:
             meta["routed_experts"] = encode_routing(row.routing)
-        answer: dict[str, Any] = {"output_ids": row.tokens, "meta_info": meta}
+        reply: dict[str, Any] = {"output_ids": row.tokens, "meta_info": meta}
         if body.return_prompt_token_ids:
-            answer["prompt_token_ids"] = job.prompt
+            reply["prompt_token_ids"] = job.prompt
         if engine.tokenizer is not None:
             shown = row.tokens[:-1] if finish.get("type") == "stop" else row.tokens
-            answer["text"] = engine.tokenizer.decode(shown, skip_special_tokens=True)
-        out.append(answer)
+            reply["text"] = engine.tokenizer.decode(shown, skip_special_tokens=True)
+        out.append(reply)
     return out
 
 

@@ -43,12 +43,12 @@ class RemoteReward(OwnReward):
             raise UserError(
                 f"{self.place}: metadata of prompt '{prompt.id}' cannot be sent as JSON: {error}"
             ) from error
-        answer = self._post(body)
-        if isinstance(answer, Fault):
-            return iter([answer] * len(responses))
-        rewards = answer.get("rewards") if isinstance(answer, dict) else None
+        reply = self._post(body)
+        if isinstance(reply, Fault):
+            return iter([reply] * len(responses))
+        rewards = reply.get("rewards") if isinstance(reply, dict) else None
         if not isinstance(rewards, list) or len(rewards) != len(responses):
-            fault = Fault(f"answered {_cut(repr(answer))}; {{'rewards': [{len(responses)} rewards]}} is expected")
+            fault = Fault(f"responded with {_cut(repr(reply))}; {{'rewards': [{len(responses)} rewards]}} is expected")
             return iter([fault] * len(responses))
         return iter(rewards)
 
@@ -56,29 +56,29 @@ class RemoteReward(OwnReward):
         self._client.close()
 
     def _post(self, body: bytes) -> Any:
-        """Return the decoded answer, or a Fault. Connection errors and status 5xx are tried again, nothing else."""
+        """Return the decoded reply, or a Fault. Connection errors and status 5xx are tried again, nothing else."""
         fault = Fault("was not called")
         for pause in (0.0, *PAUSES_S):
             time.sleep(pause)
-            (answer,) = call_in_order([lambda: self._attempt(body)], self.limit_s)
-            if not isinstance(answer, _Unreachable):
-                return answer
-            fault = Fault(f"{answer.reason}, {len(PAUSES_S) + 1} times in a row")
+            (reply,) = call_in_order([lambda: self._attempt(body)], self.limit_s)
+            if not isinstance(reply, _Unreachable):
+                return reply
+            fault = Fault(f"{reply.reason}, {len(PAUSES_S) + 1} times in a row")
         return fault
 
     def _attempt(self, body: bytes) -> Any:
         try:
-            answer = self._client.post(self._url, content=body, headers={"Content-Type": "application/json"})
+            reply = self._client.post(self._url, content=body, headers={"Content-Type": "application/json"})
         except httpx.TransportError as error:
             return _Unreachable(f"cannot be reached ({type(error).__name__}: {error})")
-        if answer.status_code >= 500:
-            return _Unreachable(f"answered with status {answer.status_code}")
-        if answer.status_code != 200:
-            return Fault(f"answered with status {answer.status_code}: {_cut(answer.text)}")
+        if reply.status_code >= 500:
+            return _Unreachable(f"responded with status {reply.status_code}")
+        if reply.status_code != 200:
+            return Fault(f"responded with status {reply.status_code}: {_cut(reply.text)}")
         try:
-            return answer.json()
+            return reply.json()
         except ValueError:
-            return Fault(f"answered {_cut(repr(answer.text))}, which is no JSON")
+            return Fault(f"responded with {_cut(repr(reply.text))}, which is no JSON")
 
 
 class _Unreachable(Fault):

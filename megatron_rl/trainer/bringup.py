@@ -139,7 +139,7 @@ def _watch_control(
 def _long_lived_objects() -> Iterator[None]:
     """Exempt every object that exists now from garbage collection.
 
-    There are half a million. Reading an engine's answer makes enough lists to start collections, and walking all
+    There are half a million. Reading an engine's response makes enough lists to start collections, and walking all
     objects each time costs ten times as much as reading.
     """
     gc.collect()

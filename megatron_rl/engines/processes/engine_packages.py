@@ -53,10 +53,10 @@ def own_packages() -> EnginePackages:
 
 def read_packages(python: Path) -> EnginePackages:
     """Return the packages of another interpreter's environment. Raises EngineError if it cannot list them."""
-    answer = subprocess.run([python.absolute(), "-I", "-c", _ASK], capture_output=True, text=True, check=False)
-    if answer.returncode != 0:
-        raise EngineError(f"rollout.sglang.python: {python} cannot list its packages: {answer.stderr.strip()[-300:]}")
-    return EnginePackages(json.loads(answer.stdout))
+    reply = subprocess.run([python.absolute(), "-I", "-c", _ASK], capture_output=True, text=True, check=False)
+    if reply.returncode != 0:
+        raise EngineError(f"rollout.sglang.python: {python} cannot list its packages: {reply.stderr.strip()[-300:]}")
+    return EnginePackages(json.loads(reply.stdout))
 
 
 def check_gpu_packages(python: Path, theirs: EnginePackages, ours: EnginePackages, *, broadcasts: bool) -> None:

@@ -183,10 +183,10 @@ def find_problems(facts: Sequence[Mapping[str, Any]], limits: Mapping[str, Any])
             min_free_gb, scratch, run, written (hosts whose file the conductor has read).
     """
     problems: List[Problem] = []
-    answered = {one["host"] for one in facts}
+    replied = {one["host"] for one in facts}
     for host in limits["hosts"]:
-        if host not in answered:
-            problems.append(Problem(host, "gave no answer to preflight: see preflight.log", True))
+        if host not in replied:
+            problems.append(Problem(host, "did not reply to preflight: see preflight.log", True))
     for one in facts:
         problems += [Problem(one["host"], text, True) for text in _refusals(one, limits)]
         problems += [Problem(one["host"], text, False) for text in _warnings(one, limits)]

@@ -243,8 +243,8 @@ def is_healthy(url: str) -> bool:
     """Return whether a server returns 200 for /health within 2 s."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy does not know the nodes
     try:
-        with opener.open(url + "/health", timeout=2) as answer:
-            return bool(answer.status == 200)
+        with opener.open(url + "/health", timeout=2) as reply:
+            return bool(reply.status == 200)
     except (OSError, ValueError):
         return False
 

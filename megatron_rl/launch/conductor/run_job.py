@@ -188,12 +188,12 @@ def _carry_out(
     if not place.key:
         return None
     if verdict.what == "requeue":
-        answer = requeue_job(place.key)
-        if answer.code == 0:
+        reply = requeue_job(place.key)
+        if reply.code == 0:
             say("requeued")
             _await_end(signals)
             return GAVE_UP
-        say("scontrol requeue failed (%s): submitting again" % answer.out.strip())
+        say("scontrol requeue failed (%s): submitting again" % reply.out.strip())
     return _resubmit(job, place, files, verdict)
 
 
@@ -204,13 +204,13 @@ def _resubmit(job: Mapping[str, Any], place: JobHosts, files: RunFiles, verdict:
     options += ["--exclude=" + excluded] if excluded else []
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         options.append("--array=" + os.environ["SLURM_ARRAY_TASK_ID"])
-    answer = resubmit_job(job["script"], options)
-    if answer.code:
-        why = "%s; but sbatch refused it (%s)" % (verdict.why, answer.out.strip())
+    reply = resubmit_job(job["script"], options)
+    if reply.code:
+        why = "%s; but sbatch refused it (%s)" % (verdict.why, reply.out.strip())
         return _exit(files, JobVerdict("exit", GAVE_UP, why), place)
-    say("submitted again as job %s" % answer.out)
+    say("submitted again as job %s" % reply.out)
     record = read_json(job["submit"]) or {}
-    record["jobs"] = list(record.get("jobs", [])) + [answer.out]
+    record["jobs"] = list(record.get("jobs", [])) + [reply.out]
     write_json(job["submit"], record)
     return verdict.code
 

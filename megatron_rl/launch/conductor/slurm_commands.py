@@ -25,14 +25,14 @@ def call_slurm(command: Sequence[str], tries: int = 1, env: Optional[Mapping[str
         tries: how often it is run at most.
         env: the environment; None: this process's.
     """
-    answer = SlurmReply(1, "")
+    reply = SlurmReply(1, "")
     for number in range(tries):
         if number:
             time.sleep(2.0**number / 2)
-        answer = _call_once(command, os.environ if env is None else env)
-        if answer.code == 0:
+        reply = _call_once(command, os.environ if env is None else env)
+        if reply.code == 0:
             break
-    return answer
+    return reply
 
 
 def _call_once(command: Sequence[str], env: Mapping[str, str]) -> SlurmReply:
@@ -50,7 +50,7 @@ def _call_once(command: Sequence[str], env: Mapping[str, str]) -> SlurmReply:
             start_new_session=True,
         )
     except subprocess.TimeoutExpired:
-        return SlurmReply(124, "%s gave no answer within %d s" % (command[0], _TIMEOUT_S))
+        return SlurmReply(124, "%s did not reply within %d s" % (command[0], _TIMEOUT_S))
     except OSError as error:
         return SlurmReply(127, "%s: %s" % (command[0], error))
     return SlurmReply(done.returncode, done.stdout)
@@ -75,9 +75,9 @@ def job_state(key: str) -> str:
     for number in range(_TRIES):
         if number:
             time.sleep(2.0**number / 2)
-        answer = call_slurm(["squeue", "-h", "-j", key, "-o", "%T"])
-        if answer.code == 0:
-            return (answer.out.split() or [FORGOTTEN])[0]
+        reply = call_slurm(["squeue", "-h", "-j", key, "-o", "%T"])
+        if reply.code == 0:
+            return (reply.out.split() or [FORGOTTEN])[0]
         if call_slurm(["sinfo", "-h", "-o", "%R"]).code == 0:
             return FORGOTTEN
     return SILENT
@@ -85,25 +85,25 @@ def job_state(key: str) -> str:
 
 def end_of_job(key: str, env: Mapping[str, str]) -> float:
     """Return the time at which the allocation ends, in seconds since 1970; 0: not known."""
-    answer = call_slurm(["squeue", "-h", "-j", key, "-o", "%e"])
-    word = answer.out.split()[0] if answer.code == 0 and answer.out.split() else ""
+    reply = call_slurm(["squeue", "-h", "-j", key, "-o", "%e"])
+    word = reply.out.split()[0] if reply.code == 0 and reply.out.split() else ""
     try:
         return time.mktime(time.strptime(word, "%Y-%m-%dT%H:%M:%S"))
-    except (ValueError, OverflowError):  # no limit, or an answer of another kind
+    except (ValueError, OverflowError):  # no limit, or a reply of another kind
         return float(env.get("SLURM_JOB_END_TIME", 0))
 
 
 def steps_of_job(key: str) -> Dict[str, str]:
     """Return the ids of a job's steps by their names. Ids are in any order, so a step is identified by its name."""
-    answer = call_slurm(["squeue", "-h", "-s", "-j", key, "-o", "%i %j"], 3)
-    pairs = [line.split(None, 1) for line in answer.out.split("\n")]
+    reply = call_slurm(["squeue", "-h", "-s", "-j", key, "-o", "%i %j"], 3)
+    pairs = [line.split(None, 1) for line in reply.out.split("\n")]
     return {pair[1].strip(): pair[0] for pair in pairs if len(pair) == 2}
 
 
 def lost_nodes(nodes: Sequence[str]) -> List[str]:
     """Return those of the nodes that Slurm calls down, failed or silent."""
-    answer = call_slurm(["sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%N %T"])
-    pairs = [line.split() for line in answer.out.split("\n")]
+    reply = call_slurm(["sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%N %T"])
+    pairs = [line.split() for line in reply.out.split("\n")]
     bad = ("down", "fail", "unknown")
     return sorted({pair[0] for pair in pairs if len(pair) == 2 and (pair[1].startswith(bad) or pair[1].endswith("*"))})
 
@@ -128,5 +128,5 @@ def clean_environment(env: Mapping[str, str]) -> Dict[str, str]:
 
 def resubmit_job(script: str, options: Sequence[str]) -> SlurmReply:
     """Submit a job file again. On success the output is the id of the new job."""
-    answer = call_slurm(["sbatch", "--parsable"] + list(options) + [script], 1, clean_environment(os.environ))
-    return answer._replace(out=answer.out.strip().split(";")[0]) if answer.code == 0 else answer
+    reply = call_slurm(["sbatch", "--parsable"] + list(options) + [script], 1, clean_environment(os.environ))
+    return reply._replace(out=reply.out.strip().split(";")[0]) if reply.code == 0 else reply

@@ -23,7 +23,7 @@ from megatron_rl.weight_sync.transports.transport import BucketTransport, each
 
 T = TypeVar("T")
 
-_GRACE_S = 1.0  # time for the engines of a failed broadcast to answer before our part is stopped
+_GRACE_S = 1.0  # time for the engines of a failed broadcast to respond before our part is stopped
 
 
 class DistributedTransport(BucketTransport):
@@ -162,22 +162,22 @@ def _together(
     Thread(target=_settle, args=(ours, local), name="collective", daemon=True).start()
     failed: dict[str, EngineError] = {}
     with ThreadPoolExecutor(len(calls)) as threads:
-        answers = {threads.submit(call): url for url, call in calls.items()}
-        left: set[Future[Any]] = {ours, *answers}
+        replies = {threads.submit(call): url for url, call in calls.items()}
+        left: set[Future[Any]] = {ours, *replies}
         while left and not failed and not (ours.done() and ours.exception()):
             done, left = wait(left, return_when=FIRST_COMPLETED)
-            failed |= _failures(done, answers)
+            failed |= _failures(done, replies)
         for url in failed:
             with suppress(EngineError):
                 free(url)
         if left:
             # An engine that fails by itself caused the error. One that fails because we left did not.
             done, left = wait(left, timeout=_GRACE_S)
-            failed |= _failures(done, answers)
+            failed |= _failures(done, replies)
         if left and (ours.done() or stop_ours):
             stop()
             done, _ = wait(left)
-            failed = failed or _failures(done, answers)
+            failed = failed or _failures(done, replies)
     if not ours.done():
         return None, failed
     error = ours.exception()
@@ -195,12 +195,12 @@ def _settle(future: "Future[T]", work: Callable[[], T]) -> None:
         future.set_exception(error)
 
 
-def _failures(done: set[Future[Any]], answers: Mapping[Future[None], str]) -> dict[str, EngineError]:
+def _failures(done: set[Future[Any]], replies: Mapping[Future[None], str]) -> dict[str, EngineError]:
     found = {}
     for future in done:
         error = future.exception()
-        if future in answers and isinstance(error, EngineError):
-            found[answers[future]] = error
-        elif future in answers and error is not None:
+        if future in replies and isinstance(error, EngineError):
+            found[replies[future]] = error
+        elif future in replies and error is not None:
             raise error
     return found

@@ -13,7 +13,7 @@ from megatron_rl.weight_sync.transports.transport import BucketTransport, each
 
 
 class TensorTransport(BucketTransport):
-    """Transport of one bucket at a time in shared memory. Engines map it, copy their part, and answer."""
+    """Transport of one bucket at a time in shared memory. Engines map it, copy their part, and respond."""
 
     def deliver(self, engines: EnginePool, ranks: Mapping[str, int]) -> dict[str, EngineError]:
         """Send all buckets. Memory of a GPU is new for each version: torch keeps a record of every share of a buffer.
@@ -32,7 +32,7 @@ class TensorTransport(BucketTransport):
         return shared_buffer(nbytes, device)
 
     def discard(self, engines: EnginePool, urls: Sequence[str]) -> None:
-        """Do nothing: every bucket was answered, so no engine waits."""
+        """Do nothing: every bucket was confirmed, so no engine waits."""
 
     def close(self, engines: EnginePool | None) -> None:
         """Release the memory of the buckets."""

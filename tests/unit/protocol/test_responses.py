@@ -71,7 +71,7 @@ def test_likeliest_tokens_are_asked_for_and_read_only_when_wanted() -> None:
     ids=["none at all", "one position missing", "one entry missing", "one entry too many", "no token id", "no ids"],
 )
 def test_an_answer_with_other_than_k_tokens_at_every_position_is_refused(tops: Any) -> None:
-    with pytest.raises(EngineError, match="http://engine answered request 'r' in an unknown shape"):
+    with pytest.raises(EngineError, match="http://engine responded to request 'r' in an unknown shape"):
         read(TOP2, answer(tops))
 
 
@@ -143,7 +143,7 @@ def test_a_prompt_is_scored_from_its_second_token_on() -> None:
     ids=["none at all", "one missing", "another token", "a first entry that nothing precedes"],
 )
 def test_scores_of_another_prompt_are_refused(entries: list[list[Any]]) -> None:
-    with pytest.raises(EngineError, match="http://engine answered request 'r' in an unknown shape"):
+    with pytest.raises(EngineError, match="http://engine responded to request 'r' in an unknown shape"):
         read(SCORED, scored(entries))
 
 
@@ -192,5 +192,5 @@ def test_an_aborted_sample_may_lack_its_experts() -> None:
     ids=["a token missing", "above", "below", "twice the same", "other integers"],
 )
 def test_experts_that_cannot_be_are_refused(experts: np.ndarray, words: str) -> None:
-    with pytest.raises(EngineError, match=rf"http://engine answered request 'r' in an unknown shape: .*{words}"):
+    with pytest.raises(EngineError, match=rf"http://engine responded to request 'r' in an unknown shape: .*{words}"):
         read(ROUTED, answer_with_experts(experts))

@@ -87,7 +87,7 @@ def test_a_status_of_5xx_is_tried_again(server):
 
 def test_a_server_that_stays_down_is_an_error_with_url_and_prompt(server):
     server.answers = [(500, "down")]
-    message = r"task.reward http://.*/score answered with status 500, 4 times in a row, for a response to prompt 'p7'"
+    message = r"task.reward http://.*/score responded with status 500, 4 times in a row, for a response to prompt 'p7'"
     with pytest.raises(UserError, match=message):
         scores(server.url)
     assert len(server.bodies) == 4
@@ -102,11 +102,11 @@ def test_nothing_listens_there(server):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ((400, "no such model"), "answered with status 400: no such model"),
-        ((307, ""), "answered with status 307"),
-        ((200, "<html>"), "answered '<html>', which is no JSON"),
-        ((200, [1, 2]), r"answered \[1, 2\]; {'rewards': \[2 rewards\]} is expected"),
-        ((200, {"rewards": [1]}), r"answered {'rewards': \[1\]}; {'rewards': \[2 rewards\]} is expected"),
+        ((400, "no such model"), "responded with status 400: no such model"),
+        ((307, ""), "responded with status 307"),
+        ((200, "<html>"), "responded with '<html>', which is no JSON"),
+        ((200, [1, 2]), r"responded with \[1, 2\]; {'rewards': \[2 rewards\]} is expected"),
+        ((200, {"rewards": [1]}), r"responded with {'rewards': \[1\]}; {'rewards': \[2 rewards\]} is expected"),
         ((200, {"rewards": [1, "x"]}), "returned 'x', a str"),
         ((200, '{"rewards": [1, NaN]}'), "which is not finite"),
     ],
