@@ -93,7 +93,7 @@ benchmark: install
 bench-check: install
 	$(BIN)/python benchmarks/check.py
 
-# A run of 300 steps whose processes must not grow.
+# A run of 600 steps whose processes must not grow.
 soak: install
 	$(BIN)/python benchmarks/soak.py
 

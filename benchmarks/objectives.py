@@ -48,6 +48,7 @@ def make_inputs(args: argparse.Namespace) -> LossInputs:
         advantages=advantages,
         mask=(torch.arange(args.length) < lengths[:, None]).float(),
         logold=logp + 0.1 * torch.randn(shape, generator=g),
+        logref=logp + 0.2 * torch.randn(shape, generator=g),
         rewards=(advantages > 0).float(),
         topk=(topk, topk + 0.01),
     )
@@ -62,13 +63,15 @@ def pack(x: LossInputs) -> LossInputs:
     def flat(values: Tensor) -> Tensor:
         return (values[:, None].expand_as(x.mask) if values.ndim == 1 else values)[keep][None]
 
-    assert x.logmu is not None and x.logold is not None and x.rewards is not None and x.topk is not None
+    assert x.logmu is not None and x.logold is not None and x.logref is not None
+    assert x.rewards is not None and x.topk is not None
     return LossInputs(
         logp=flat(x.logp),
         logmu=flat(x.logmu),
         advantages=flat(x.advantages),
         mask=flat(x.mask),
         logold=flat(x.logold),
+        logref=flat(x.logref),
         rewards=flat(x.rewards),
         topk=(flat(x.topk[0]), flat(x.topk[1])),
         seq_ids=flat(owner),

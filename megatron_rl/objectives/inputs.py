@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.errors import ConfigError, UserError, did_you_mean
-from megatron_rl.objectives.packed_rows import PackedRows, packed_running_sum, packed_sort
+from megatron_rl.objectives.packed_rows import PackedRows, packed_sort
 
 LOG_RATIO_LIMIT = 20.0  # exp(20) is far outside any trust region, and its square still fits float32
 
@@ -162,7 +162,7 @@ class LossInputs:
         """Return the sum of `values` [B, T] over each sequence up to and including each token, [B, T]."""
         if self.seq_ids is None:
             return values.double().cumsum(1).to(values.dtype)
-        return packed_running_sum(values[0], self._rows.of_token)[None]
+        return self._rows.running_sums(values[0])[None]
 
     def sequence_quantile(self, values: Tensor, q: float) -> Tensor:
         """Return the `q`-quantile over the trained tokens of each sequence, with linear interpolation.

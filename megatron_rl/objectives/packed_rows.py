@@ -18,10 +18,12 @@ class PackedRows:
 
     def __init__(self, ids: Tensor, *, by_runs: bool) -> None:
         self._offsets: Tensor | None = None  # where the runs begin and end, [R + 1]
+        self._one_run_each = False
         if by_runs:
             runs, self._run_of_token, lengths = torch.unique_consecutive(ids, return_inverse=True, return_counts=True)
             self._offsets = pad(lengths.cumsum(0), (1, 0))
-            self._rows = runs.unique(return_inverse=True)[1]  # sequence of each run, [R]
+            distinct, self._rows = runs.unique(return_inverse=True)  # and the sequence of each run, [R]
+            self._one_run_each = len(distinct) == len(runs)
         else:
             self._rows = dense_ids(ids)  # every token is a run of its own
 
@@ -40,6 +42,19 @@ class PackedRows:
         """Return for each token the value of its sequence, [T]."""
         return self._of_tokens(by_row.index_select(0, self._rows))
 
+    def running_sums(self, values: Tensor) -> Tensor:
+        """Return the sum of `values` [T] up to and including each token of its sequence, [T], summed in float64."""
+        if self._offsets is not None and self._one_run_each:
+            running = values.double().cumsum(0)
+            before = (running - values).index_select(0, self._offsets[:-1])
+            return (running - self._of_tokens(before)).to(values.dtype)
+        rows = self.of_token
+        order = rows.argsort(stable=True)  # the tokens of a sequence become adjacent and keep their order
+        running = values[order].double().cumsum(0)
+        first = torch.searchsorted(rows[order], rows[order])  # index at which the token's sequence begins
+        before = (running - values[order])[first]
+        return torch.zeros_like(values).index_copy(0, order, (running - before).to(values.dtype))
+
     def _of_tokens(self, by_run: Tensor) -> Tensor:
         return by_run if self._offsets is None else by_run.index_select(0, self._run_of_token)
 
@@ -51,15 +66,6 @@ def dense_ids(ids: Tensor) -> Tensor:
     ranks = torch.zeros_like(order)
     ranks[1:] = (ascending[1:] != ascending[:-1]).cumsum(0)
     return torch.zeros_like(order).scatter(0, order, ranks)
-
-
-def packed_running_sum(values: Tensor, rows: Tensor) -> Tensor:
-    """Return the sum of `values` [T] up to and including each token of its sequence `rows` [T], summed in float64."""
-    order = rows.argsort(stable=True)  # the tokens of a sequence become adjacent and keep their order
-    running = values[order].double().cumsum(0)
-    first = torch.searchsorted(rows[order], rows[order])  # index at which the token's sequence begins
-    before = (running - values[order])[first]
-    return torch.zeros_like(values).index_copy(0, order, (running - before).to(values.dtype))
 
 
 def packed_sort(values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

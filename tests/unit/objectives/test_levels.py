@@ -67,6 +67,11 @@ def test_sequences_are_numbered_and_summed_alike_on_every_device(ids):
         rows = PackedRows(torch.tensor(ids), by_runs=by_runs)
         assert rows.of_token.tolist() == [distinct.index(i) for i in ids]
         assert rows.spread(rows.sums(values)).tolist() == [total[i] for i in ids]
+        running = [
+            sum(v for v, other in zip(values[: at + 1].tolist(), ids, strict=False) if other == i)
+            for at, i in enumerate(ids)
+        ]
+        assert rows.running_sums(values).tolist() == running
 
 
 @settings(max_examples=25)
