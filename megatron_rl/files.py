@@ -4,6 +4,7 @@ And the JSON in files that may be damaged.
 """
 
 import errno
+import io
 import json
 import os
 from collections.abc import Callable
@@ -22,6 +23,29 @@ def parse_json(content: bytes | str) -> Any:
         return json.loads(content)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
+
+
+class LargeFile(io.FileIO):
+    """A file for large contents. A write of many megabytes reaches the system in pieces.
+
+    Linux gives one large write large pages, and it clears and searches for them: on ext4 (Linux 6.18) a GB took 1.9 to
+    3.4 s of CPU time, and in pieces 0.3 s.
+    """
+
+    PIECE = 1 << 18  # bytes
+
+    def write(self, content: Any) -> int:
+        """Write all of a bytes-like object and return its size. Raises OSError."""
+        view = memoryview(content).cast("B")
+        at = 0
+        while at < len(view):
+            at += super().write(view[at : at + self.PIECE])
+        return at
+
+
+def create_large_file(path: Path | str) -> io.BufferedWriter:
+    """Create or empty a file for large contents, see `LargeFile`."""
+    return io.BufferedWriter(LargeFile(path, "w"))
 
 
 def replace_file(path: Path, content: bytes | Callable[[IO[bytes]], Any]) -> None:

@@ -7,7 +7,9 @@ import argparse
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo, _StoragePrefix
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
@@ -25,6 +27,7 @@ from megatron_rl.convert.hf_parts import as_bytes, grouped
 from megatron_rl.convert.parts import Part, PartReport
 from megatron_rl.convert.sources import WeightSource
 from megatron_rl.errors import CheckpointError
+from megatron_rl.files import create_large_file
 from megatron_rl.precision.finite import is_finite
 from megatron_rl.weights.dist_index import METADATA_JSON
 from megatron_rl.weights.families import ModelShape
@@ -76,6 +79,7 @@ def file_part(file: DistFile, source: WeightSource, dtype: torch.dtype | None) -
         own = path.with_name(f"{path.name}.d")
         own.mkdir(exist_ok=True)
         writer = FileSystemWriter(str(own), single_file_per_rank=True, sync_files=False, thread_count=1)
+        writer.fs = _LargeFiles()
         # Readers do not check the CRC-32 of records, and the manifest has a SHA-256: computing it took an eighth.
         had = torch.serialization.get_crc32_options()
         torch.serialization.set_crc32_options(False)
@@ -93,6 +97,16 @@ def file_part(file: DistFile, source: WeightSource, dtype: torch.dtype | None) -
 
     names = tuple(dict.fromkeys(name for entry in file.entries for name in entry.rule.hf))
     return Part(file.file, sum(source.nbytes(entry) for entry in file.entries), names, write)
+
+
+class _LargeFiles(FileSystem):
+    """torch's access to files, whose streams write large contents fast."""
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        assert mode == "wb"
+        with create_large_file(Path(path)) as stream:
+            yield stream
 
 
 def _place(result: WriteResult) -> tuple[int, int]:

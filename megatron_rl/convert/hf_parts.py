@@ -14,6 +14,7 @@ from megatron_rl.convert.codes import Coder
 from megatron_rl.convert.parts import Part, PartReport
 from megatron_rl.convert.sources import WeightSource
 from megatron_rl.errors import CheckpointError
+from megatron_rl.files import create_large_file
 from megatron_rl.precision.finite import is_finite
 from megatron_rl.weights.hf_folder import INDEX, SINGLE
 from megatron_rl.weights.hf_model import HFModel
@@ -134,7 +135,7 @@ def _part(file: str, written: Mapping[str, TensorInfo], pieces: Callable[[], Ite
     def write(path: Path, add: Callable[[int], None]) -> PartReport:
         records: dict[str, PartReport] = {}
         hashes: dict[str, Any] = {}
-        with path.open("wb") as opened:
+        with create_large_file(path) as opened:
             opened.write(header_bytes(written))
             for name, tensor, origin in pieces():
                 info = written[name]

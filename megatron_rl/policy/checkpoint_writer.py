@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAM
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_rl.errors import CheckpointError, StorageError
-from megatron_rl.files import replace_file, sync_folder
+from megatron_rl.files import LargeFile, replace_file, sync_folder
 from megatron_rl.policy.checkpoint_files import NEEDED, FileList, file_digest
 from megatron_rl.policy.core_versions import ASYNC_SAVE
 from megatron_rl.policy.parallel import Mesh
@@ -86,7 +86,7 @@ class _DigestingFile(io.BufferedWriter):
     """A new file that reports the digest of everything that was written, once it is closed without an error."""
 
     def __init__(self, reports: _Reports, path: str, mode: str) -> None:
-        super().__init__(io.FileIO(path, mode.replace("b", "")))
+        super().__init__(LargeFile(path, mode.replace("b", "")))
         self._reports, self._path = reports, path
         self._digest, self._size = xxhash.xxh3_128(), 0
 
