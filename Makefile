@@ -18,7 +18,7 @@ NEWEST := PYTHONPATH="$(CURDIR)/.mcore-newest"
 
 PYTEST := $(BIN)/python -m pytest
 # Tests of engines, jobs and single rooms. All others, of whole runs and groups of ranks, take about as long.
-ENGINE_TESTS := tests/contract tests/slurm tests/te_cpu tests/unit
+ENGINE_TESTS := tests/contract tests/slurm tests/unit
 
 .PHONY: install gpu gpu-tests sglang te-cpu newest-core mcore-ends mbridge quickstart test test-fast test-engines \
   test-runs durations lint format benchmark bench-check soak peers walks rooms reference clean
