@@ -22,7 +22,7 @@ class PackedRows:
         if by_runs:
             runs, self._run_of_token, lengths = torch.unique_consecutive(ids, return_inverse=True, return_counts=True)
             self._offsets = pad(lengths.cumsum(0), (1, 0))
-            distinct, self._rows = runs.unique(return_inverse=True)  # and the sequence of each run, [R]
+            distinct, self._rows = runs.unique(return_inverse=True)  # `_rows`: sequence of each run, [R]
             self._one_run_each = len(distinct) == len(runs)
         else:
             self._rows = dense_ids(ids)  # every token is a run of its own
