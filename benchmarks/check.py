@@ -80,14 +80,20 @@ def measure(name: str) -> dict[str, float]:
 
 
 def processor() -> str:
-    """Return the name of the processor, and the number of its cores that are usable."""
+    """Return the name of the processor, and the number of cores that this process may use."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+    return f"{names[0] if names else platform.processor()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def compare(found: dict[str, float], baseline: dict[str, float], tolerances: dict[str, float]) -> list[str]:
-    """Print every ratio beside its baseline. Return the names of those that exceed it by more than the tolerance."""
+    """Print every ratio beside its baseline. Return the names of those that exceed it by more than the tolerance.
+
+    Args:
+        found: the ratios by name.
+        baseline: the stored ratios by name; a name that `found` lacks is printed, too.
+        tolerances: the factor of each benchmark.
+    """
     slower = []
     print(f"{'ratio of ours to plain':44} {'baseline':>9} {'now':>7}")
     for name, ratio in found.items():
@@ -97,6 +103,8 @@ def compare(found: dict[str, float], baseline: dict[str, float], tolerances: dic
         slower += [name] if worse else []
         known = "-" if before is None else f"{before:.2f}"
         print(f"{name:44} {known:>9} {ratio:7.2f}{f'  slower than {limit:.2f}' if worse else ''}")
+    for name in sorted(baseline.keys() - found.keys()):
+        print(f"{name:44} {baseline[name]:9.2f}  not measured")
     return slower
 
 
@@ -110,11 +118,16 @@ def main() -> None:
         print(f"{name} ...", file=sys.stderr, flush=True)
         found |= measure(name)
     stored = json.loads(BASELINE.read_text()) if BASELINE.exists() else {"ratios": {}}
-    if stored.get("processor") not in (None, processor()):
+    chosen = {name: ratio for name, ratio in stored["ratios"].items() if name.partition(":")[0] in args.only}
+    other = stored.get("processor") not in (None, processor())
+    if other:
         print(f"the baseline is of another processor: {stored['processor']}")
-    slower = compare(found, stored["ratios"], {name: check.tolerance for name, check in CHECKS.items()})
+    slower = compare(found, chosen, {name: check.tolerance for name, check in CHECKS.items()})
+    if args.update and other and set(args.only) != set(CHECKS):
+        sys.exit("a part of a baseline cannot come from another processor: leave out --only")
     if args.update:
-        ratios = stored["ratios"] | {name: round(ratio, 3) for name, ratio in found.items()}
+        kept = {name: ratio for name, ratio in stored["ratios"].items() if name not in chosen}
+        ratios = kept | {name: round(ratio, 3) for name, ratio in found.items()}
         BASELINE.write_text(json.dumps({"processor": processor(), "ratios": ratios}, indent=2) + "\n")
     elif slower:
         sys.exit(f"slower than the baseline allows: {', '.join(slower)}")

@@ -3,7 +3,7 @@
 Trains a tiny model with random weights and the embedded engine, TP2 and a step of staleness, so that every kind of
 thread and connection is in use. Every 10 steps each process is measured. The first half of the steps is warm-up: pools,
 caches and the heap fill. After it, the growth of resident memory is the slope of a line through the measurements, in MB
-per 100 steps; of files and threads, the most of each half are compared. Exits with 1 if something grows.
+per 100 steps; of files, threads and processes, the most of each half are compared. Exits with 1 if something grows.
 
     make soak      # or: python benchmarks/soak.py [--steps 600] [--json]
 """
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import psutil
 from megatron_rl.tiny_model import make_tiny_model
 
 EVERY = 10  # steps between measurements
+LEAST = 80  # steps
 MOST_MB = 2.0  # growth of one process in 100 steps that is no leak: fragments of the heap
 LIMIT_S = 120.0  # until `EVERY` steps are done
 MIB = 1 << 20
@@ -70,13 +72,28 @@ def wait_for(process: psutil.Popen, folder: Path, steps: int) -> None:
         time.sleep(0.05)
 
 
-def measure(process: psutil.Popen, seen: dict[int, Seen]) -> None:
-    """Add one measurement of every process of the run."""
-    for one in [process, *process.children(recursive=True)]:
-        entry = seen.setdefault(one.pid, Seen(one.name()))
-        entry.rss.append(one.memory_info().rss / MIB)
-        entry.files.append(one.num_fds())
-        entry.threads.append(one.num_threads())
+def measure(process: psutil.Popen, seen: dict[int, Seen]) -> int:
+    """Add one measurement of every process of the run. Return how many there are. One may end meanwhile."""
+    tree = [process, *process.children(recursive=True)]
+    for one in tree:
+        with suppress(psutil.NoSuchProcess):
+            rss, files, threads = one.memory_info().rss / MIB, one.num_fds(), one.num_threads()
+            entry = seen.setdefault(one.pid, Seen(one.name()))
+            entry.rss.append(rss)
+            entry.files.append(files)
+            entry.threads.append(threads)
+    return len(tree)
+
+
+def end(process: psutil.Popen) -> None:
+    """Kill every process of the run."""
+    tree: list[psutil.Process] = [process]
+    with suppress(psutil.NoSuchProcess):
+        tree += process.children(recursive=True)
+    for one in tree:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait()
 
 
 def slope(values: list[float]) -> float:
@@ -84,12 +101,13 @@ def slope(values: list[float]) -> float:
     return float(np.polyfit(np.arange(len(values)), values, 1)[0]) * 100 / EVERY
 
 
-def report(seen: dict[int, Seen], steps: int, as_json: bool) -> bool:
-    """Print a table. Return whether something grows."""
-    rows, grows = [], False
+def report(seen: dict[int, Seen], counts: list[int], as_json: bool) -> bool:
+    """Print a table of processes, of which there were `counts` at each measurement. Return whether something grows."""
+    before, after = max(counts[: len(counts) // 2]), max(counts[len(counts) // 2 :])
+    rows, grows = [], after > before
     print(f"{'process':18} {'MB':>8} {'MB/100 steps':>13} {'files':>12} {'threads':>12}")
     for entry in seen.values():
-        if len(entry.rss) < steps // EVERY:
+        if len(entry.rss) < len(counts) - 1:
             continue  # a process of one checkpoint
         half = len(entry.rss) // 2
         growth = slope(entry.rss[half:])
@@ -100,8 +118,9 @@ def report(seen: dict[int, Seen], steps: int, as_json: bool) -> bool:
             f"{entry.name:18} {entry.rss[-1]:8.0f} {growth:13.2f} {f'{files[0]} -> {files[1]}':>12} "
             f"{f'{threads[0]} -> {threads[1]}':>12}"
         )
+    print(f"processes at a time: {before} -> {after}")
     if as_json:
-        print(json.dumps({"steps": steps, "processes": rows}))
+        print(json.dumps({"steps": EVERY * len(counts), "counts": [before, after], "processes": rows}))
     return grows
 
 
@@ -110,7 +129,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if args.steps < LEAST:
+        parser.error(f"--steps is {args.steps}: a line needs at least {LEAST}")
     seen: dict[int, Seen] = {}
+    counts = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         texts = [f"{a}+{b}={a + b}" for a in range(51) for b in range(51)]
@@ -118,12 +140,10 @@ def main() -> None:
         try:
             for steps in range(EVERY, args.steps + 1, EVERY):
                 wait_for(process, folder, steps)
-                measure(process, seen)
+                counts.append(measure(process, seen))
         finally:
-            for one in [*process.children(recursive=True), process]:
-                one.kill()
-            process.wait()
-    sys.exit(report(seen, args.steps, args.json))
+            end(process)
+    sys.exit(report(seen, counts, args.json))
 
 
 if __name__ == "__main__":

@@ -36,8 +36,9 @@ class LargeFile(io.FileIO):
 
     def write(self, content: Any) -> int:
         """Write all of a bytes-like object and return its size. Raises OSError."""
-        view = memoryview(content).cast("B")
-        at = 0
+        if not memoryview(content).nbytes:
+            return 0
+        view, at = memoryview(content).cast("B"), 0
         while at < len(view):
             at += super().write(view[at : at + self.PIECE])
         return at

@@ -45,7 +45,7 @@ class ParallelConfig(Block):
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
         description="what backward recomputes; none: logits beyond 1 GiB (CPU: 256 MiB) of a micro-batch; selective: "
-        "all logits, and attention from q, k, v to its output; full: whole layers",
+        "all logits, and attention from q, k, v to its output; full: all logits and whole layers",
     )
 
     @property

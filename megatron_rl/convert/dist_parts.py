@@ -104,8 +104,7 @@ class _LargeFiles(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
-        assert mode == "wb"
-        with create_large_file(Path(path)) as stream:
+        with create_large_file(Path(path)) if mode == "wb" else super().create_stream(path, mode) as stream:
             yield stream
 
 

@@ -1,11 +1,12 @@
-"""Log-probabilities and entropy of next tokens, computed from the last hidden states without a buffer of all logits.
+"""Log-probabilities and entropy of next tokens, computed from the last hidden states in chunks of rows.
 
-The output projection is part of the function. Forward and backward process chunks of rows. So the largest buffer is
-[chunk, vocab / tensor_parallel] in fp32, for any number of tokens. Backward computes the logits again, except those of
-the first chunks, which are kept as far as a fixed budget allows. A float32 projection of
-16-bit weights casts one block of the vocabulary at a time, at most as large as that buffer. Every chunk of rows casts
-the weights again, which costs little next to the multiplication. On CUDA, the logits of such a projection need no cast:
-tensor cores multiply the 16-bit operands and sum in float32.
+The output projection is part of the function. The largest buffer is [chunk, vocab / tensor_parallel] in fp32. Backward
+computes the logits again, except those of the first chunks, which are kept as far as a budget allows. So memory does
+not grow with the number of tokens beyond that budget.
+
+A float32 projection of 16-bit weights casts one block of the vocabulary at a time, at most as large as that buffer.
+Every chunk of rows casts the weights again, which costs little next to the multiplication. On CUDA, the logits of such
+a projection need no cast: tensor cores multiply the 16-bit operands and sum in float32.
 """
 
 from dataclasses import dataclass

@@ -120,7 +120,7 @@ def test_a_machine_that_allows_few_files_is_warned_of(spec):
     assert warning in judge(spec, [few], before=started)
 
 
-def test_a_machine_that_gives_no_answer(spec):
+def test_a_machine_that_does_not_reply(spec):
     (found,) = [one for one in judge(spec, hosts=[HOST, "silent"]) if one.refused]
     assert found.node == "silent" and "did not reply" in found.text
     assert os.path.exists(Path(spec["run"]) / "control" / f"probe-{HOST}")

@@ -373,5 +373,8 @@ def test_finite_is_known_of_every_code() -> None:
     codes = torch.arange(256, dtype=torch.uint8)
     found = [is_finite(codes[i : i + 1].view(torch.float8_e4m3fn)) for i in range(256)]
     assert [i for i, finite in enumerate(found) if not finite] == [0x7F, 0xFF]
+    found = [is_finite(codes[i : i + 1].view(torch.float8_e5m2)) for i in range(256)]
+    assert [i & 0x7F for i, finite in enumerate(found) if not finite] == 2 * [0x7C, 0x7D, 0x7E, 0x7F]
+    assert not is_finite(torch.tensor([1j, complex(0.0, float("inf"))]))
     assert is_finite(torch.tensor([1, -128], dtype=torch.int8))
     assert not is_finite(torch.tensor([1.0, float("nan")], dtype=torch.bfloat16))
