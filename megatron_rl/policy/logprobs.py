@@ -191,14 +191,14 @@ class _TokenScores(torch.autograd.Function):
         column = local.clamp(0, real - 1)
         total = hidden.shape[0]
         topk = None if local_topk is None else hidden.new_empty(local_topk.shape, dtype=torch.float32)
-        logp, entropy, log_z = (hidden.new_empty(total, dtype=torch.float32) for _ in range(3))
+        logp, entropy, log_z, peak = (hidden.new_empty(total, dtype=torch.float32) for _ in range(4))
         kept: list[torch.Tensor] = []
         for at in range(0, total, rows):
             part = slice(at, at + rows)
             x = settings.logits(hidden, weight, part)
-            peak = x.amax(-1)
-            dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
-            x.sub_(peak[:, None])
+            peak[part] = x.amax(-1)
+            dist.all_reduce(peak[part], op=dist.ReduceOp.MAX, group=group)
+            x.sub_(peak[part, None])
             wanted = x.gather(-1, column[part]).mul_(owned[part]).t()
             exp = x.exp()
             stats = torch.cat([exp.sum(-1)[None], torch.linalg.vecdot(exp, x)[None], wanted])
@@ -211,8 +211,7 @@ class _TokenScores(torch.autograd.Function):
             entropy[part] = log_z[part] - weighted / z
             if at + len(x) <= settings.kept:
                 kept.append(x.sub_(log_z[part, None]))
-            log_z[part] += peak
-        ctx.save_for_backward(hidden, weight, column, owned, log_z, entropy, log_sigma, *kept)
+        ctx.save_for_backward(hidden, weight, column, owned, peak, log_z, entropy, log_sigma, *kept)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
         return (logp, entropy) if topk is None else (logp, entropy, topk)
@@ -224,7 +223,7 @@ class _TokenScores(torch.autograd.Function):
         grad_entropy: torch.Tensor | None,
         grad_topk: torch.Tensor | None = None,
     ) -> tuple[Any, ...]:
-        hidden, weight, column, owned, log_z, entropy, _, *kept = ctx.saved_tensors
+        hidden, weight, column, owned, peak, log_z, entropy, _, *kept = ctx.saved_tensors
         settings: _Settings = ctx.settings
         real, rows, noise = settings.real, settings.rows, settings.noise if ctx.needs_input_grad[2] else None
         if grad_logp is None:
@@ -242,7 +241,8 @@ class _TokenScores(torch.autograd.Function):
             part = slice(at, at + rows)
             number = at // rows
             if number >= len(kept):
-                log_p = settings.logits(hidden, weight, part).sub_(log_z[part, None])
+                # In two steps, as in forward: every bit is that of a kept chunk.
+                log_p = settings.logits(hidden, weight, part).sub_(peak[part, None]).sub_(log_z[part, None])
             else:  # a later backward may need it, too
                 log_p = kept[number] if grad_entropy is None else kept[number].clone()
             p = log_p.exp()

@@ -259,6 +259,12 @@ def test_only_whole_chunks_within_the_budget_are_kept(alone, many_tokens):
         assert kept_numbers(many_tokens, alone, rows) == few + 1000 * kept
 
 
+@pytest.mark.parametrize("kept", [16, 40, 600])
+def test_kept_chunks_change_no_bit(alone, many_tokens, kept):
+    found, plain = (scored(many_tokens, alone, rows=16, kept=rows, temperature=0.7) for rows in (kept, 0))
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
 def test_backward_may_run_twice_with_kept_chunks(alone):
     case = Case.make()
     weight = case.weight.clone().requires_grad_()
