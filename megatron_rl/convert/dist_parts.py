@@ -213,7 +213,7 @@ class _Planner(SavePlanner):
         return None
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        raise NotImplementedError
+        raise NotImplementedError("`write_index` makes the global plan, from the files of all processes")
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         return new_plan

@@ -45,6 +45,7 @@ from megatron_rl.server.decode_batch import Job
 from megatron_rl.server.engine import Engine, JobFailed
 from megatron_rl.server.http_limits import BodyLimits, TimedProtocol
 from megatron_rl.server.requests import parse_jobs, response_entries
+from megatron_rl.server.weight_updates import UpdateGroups
 from megatron_rl.server.workers import Workers
 from megatron_rl.supervise import block_stops, die_with_parent, raise_file_limit
 
@@ -88,6 +89,7 @@ def create_app(engine: Engine, access: Access = Access()) -> FastAPI:  # noqa: B
     _add_generation(app, engine, workers, access)
     _add_control(app, engine, workers, access)
     _add_updates(app, engine, workers)
+    _add_update_groups(app, engine.updates.groups, workers)
     return app
 
 
@@ -244,32 +246,6 @@ def _add_updates(app: FastAPI, engine: Engine, workers: Workers) -> None:
         await workers.slow(updates.abort)
         return _done(f"serving weight version {engine.weight_version}", weight_version=engine.weight_version)
 
-    @app.post("/init_weights_update_group")
-    async def init_weights_update_group(body: JoinGroupBody, request: Request) -> Response:
-        work = partial(
-            updates.groups.join,
-            body.group_name,
-            body.master_address,
-            body.master_port,
-            rank=body.rank_offset,
-            world=body.world_size,
-            backend=body.backend,
-        )
-        joining, left = asyncio.ensure_future(workers.join(work)), asyncio.create_task(_client_left(request))
-        racing: set[asyncio.Future[Any]] = {joining, left}
-        await asyncio.wait(racing, return_when=asyncio.FIRST_COMPLETED)
-        if not joining.done():
-            joining.cancel()  # if it has not begun, it never will
-            return Response(status_code=499)
-        left.cancel()
-        await joining
-        return _done()
-
-    @app.post("/destroy_weights_update_group")
-    async def destroy_weights_update_group(body: LeaveGroupBody) -> Response:
-        await workers.slow(updates.groups.leave, body.group_name)
-        return _done()
-
     @app.post("/update_weights_from_distributed")
     async def update_weights_from_distributed(body: DistributedBody) -> Response:
         if body.flush_cache:
@@ -295,6 +271,36 @@ def _add_updates(app: FastAPI, engine: Engine, workers: Workers) -> None:
             updates.load(unpack_payload(body.serialized_named_tensors[0]), body.weight_version)
 
         await workers.slow(load)
+        return _done()
+
+
+def _add_update_groups(app: FastAPI, groups: UpdateGroups, workers: Workers) -> None:
+    """Add the calls that join and leave the process group of broadcast weights."""
+
+    @app.post("/init_weights_update_group")
+    async def init_weights_update_group(body: JoinGroupBody, request: Request) -> Response:
+        work = partial(
+            groups.join,
+            body.group_name,
+            body.master_address,
+            body.master_port,
+            rank=body.rank_offset,
+            world=body.world_size,
+            backend=body.backend,
+        )
+        joining, left = asyncio.ensure_future(workers.join(work)), asyncio.create_task(_client_left(request))
+        racing: set[asyncio.Future[Any]] = {joining, left}
+        await asyncio.wait(racing, return_when=asyncio.FIRST_COMPLETED)
+        if not joining.done():
+            joining.cancel()  # if it has not begun, it never will
+            return Response(status_code=499)
+        left.cancel()
+        await joining
+        return _done()
+
+    @app.post("/destroy_weights_update_group")
+    async def destroy_weights_update_group(body: LeaveGroupBody) -> Response:
+        await workers.slow(groups.leave, body.group_name)
         return _done()
 
 

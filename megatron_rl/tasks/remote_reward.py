@@ -19,7 +19,7 @@ PAUSES_S = (0.5, 1.0, 2.0)  # before each further attempt
 class RemoteReward(OwnReward):
     """Reward of a server.
 
-    The body is `{"prompts": [{"id", "prompt", "response", "tokens", "metadata", "answer"}, ...]}`, the answer
+    The body is `{"prompts": [{"id", "prompt", "response", "tokens", "metadata", "answer"}, ...]}`, the response
     `{"rewards": [number or {"score": number, metric: number}, ...]}`, one for each prompt in order.
 
     Args:

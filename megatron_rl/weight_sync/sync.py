@@ -178,7 +178,7 @@ class WeightSync:
 
 
 def plain_digests(traits: Iterable[Traits]) -> DigestFunction | None:
-    """Return what computes the plain digests of a version that is sent in buckets; None if nobody needs them.
+    """Return what computes the plain digests of a version that is sent in buckets; None if no engine needs them.
 
     An embedded engine reports digests of the host. If no digest of an engine can be computed, versions are compared
     with each other alone. Then no weight needs to leave the trainer's device.

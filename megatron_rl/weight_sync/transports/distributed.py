@@ -1,6 +1,6 @@
 """Transport by broadcast from the trainer's rank 0 to every process of every engine: gloo on CPU, NCCL on a GPU.
 
-NCCL cannot tell that an engine refuses or is gone. So before each broadcast of a watched group every engine must
+NCCL does not report that an engine refuses or is lost. So before each broadcast of a watched group every engine must
 respond, and after a failure the group is aborted.
 """
 
