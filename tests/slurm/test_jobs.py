@@ -21,6 +21,7 @@ from tests.slurm.conftest import ROOT
 from tests.slurm.virtual_cluster import HERE, FakeRun, wait_for
 
 pytestmark = pytest.mark.slurm
+ENDLESS = 100_000  # steps; Slurm may take a minute to see a dead node, and no run may be done before that
 FOUR_NODES = ["parallel.tensor=2", "rollout.servers=2"]
 
 
@@ -33,9 +34,9 @@ def batch(cluster, model, tmp_path_factory):
     """Runs on two or three nodes, submitted together because each waits for Slurm most of the time."""
     names = ("asked", "cancelled", "short", "engine", "rank", "stuck", "mistake", "next", "never")
     runs = {name: FakeRun(cluster, tmp_path_factory.mktemp("batch") / "runs", model) for name in names}
-    runs["asked"].wish(steps=1000)
-    runs["cancelled"].wish(steps=1000)
-    runs["short"].wish(steps=1000)
+    runs["asked"].wish(steps=ENDLESS)
+    runs["cancelled"].wish(steps=ENDLESS)
+    runs["short"].wish(steps=ENDLESS)
     runs["engine"].wish(steps=12, die_engine_0_1="7")
     runs["rank"].wish(steps=12, die_trainer_1="139 1")
     runs["stuck"].wish(never_save=1, die_trainer_1="1 0", die_trainer_2="1 0", die_trainer_3="1 0")
@@ -177,7 +178,7 @@ def test_a_requeue_after_success_does_nothing(fake_run):
 
 
 def test_cancel_with_save_writes_a_checkpoint_and_ends(fake_run):
-    fake_run.wish(steps=1000)
+    fake_run.wish(steps=ENDLESS)
     fake_run.submit()
     fake_run.until_step(3)
     said = cancel_run(fake_run.run, save=True, patience_s=30)
@@ -192,7 +193,7 @@ def test_an_array_has_a_run_for_each_file(fake_run, tmp_path):
     (tmp_path / "sweep").mkdir()
     for name, rate in (("low", 1.0e-6), ("high", 1.0e-5)):
         (tmp_path / "sweep" / f"{name}.yaml").write_text(f"optimizer: {{lr: {rate}}}\n")
-    fake_run.wish(steps=1000)
+    fake_run.wish(steps=ENDLESS)
     fake_run.submit(array=tmp_path / "sweep", settings=["array_limit=2"])
     refusal = rf"job {fake_run.job} is [A-Z]+ and works in .*launch cancel"
     with pytest.raises(ConfigError, match=refusal):
@@ -219,7 +220,7 @@ def test_a_study_runs_as_an_array_of_its_cells(fake_run):
     def states():
         return [state.status for state in read_states(folder, folder.record())]
 
-    fake_run.wish(steps=1000)
+    fake_run.wish(steps=ENDLESS)
     assert run_study(request) == 0
     runs = [FakeRun.at(fake_run, f"run/runs/{cell}") for cell in folder.record()["cells"]]
     for run in runs:
@@ -241,7 +242,7 @@ def test_test_only_asks_slurm_and_submits_nothing(fake_run, capsys):
 
 
 def test_attach_opens_a_shell_on_a_node_of_the_job(fake_run):
-    fake_run.wish(steps=1000)
+    fake_run.wish(steps=ENDLESS)
     fake_run.submit()
     fake_run.until_step(1)
     command = shlex.join(attach_command(fake_run.run, "node2"))
@@ -257,7 +258,7 @@ def test_a_lost_engine_is_started_again_while_training_goes_on(fake_run):
     def urls():
         return json.loads((fake_run.run / "log.jsonl").read_text().splitlines()[-1])["urls"]
 
-    fake_run.wish(steps=1000)
+    fake_run.wish(steps=ENDLESS)
     settings = ["on_engine_loss=continue", "spare_nodes=1"]
     fake_run.submit(settings=settings, overrides=["rollout.servers=2"])
     fake_run.until_step(3)
@@ -285,13 +286,13 @@ def test_a_lost_engine_is_started_again_while_training_goes_on(fake_run):
 
 def test_a_preempted_job_saves_and_comes_back(fake_run):
     cluster = fake_run.cluster
-    fake_run.wish(steps=1000)
+    fake_run.wish(steps=ENDLESS)
     fake_run.submit()
     fake_run.until_step(3)
     cluster.ask(
         "sbatch", "-p", "high", "-w", "node1,node2", "--gpus-per-node=8", "-o", "/dev/null", "--wrap", "sleep 1"
     )
-    wait_for(lambda: len(fake_run.attempts()) == 2, "the second attempt")
+    fake_run.until_attempt(2)
     first, second = fake_run.attempts()
     assert second["checkpoint"] >= 3 and first["job"] == second["job"]
     fake_run.wish(steps=second["checkpoint"] + 3)
@@ -299,7 +300,7 @@ def test_a_preempted_job_saves_and_comes_back(fake_run):
 
 
 def test_a_second_job_in_the_same_folder_is_refused_also_if_it_is_started_by_hand(fake_run):
-    fake_run.wish(steps=1000)
+    fake_run.wish(steps=ENDLESS)
     fake_run.submit()
     with pytest.raises(ConfigError, match=rf"job {fake_run.job} is [A-Z]+ and works in .*launch cancel"):
         fake_run.submit()
@@ -400,7 +401,7 @@ def test_host_lists_are_those_of_slurm(cluster, text):
 
 
 def test_a_killed_node_is_replaced_by_a_requeue(fake_run):
-    fake_run.wish(steps=300)
+    fake_run.wish(steps=ENDLESS)
     fake_run.submit()
     fake_run.until_step(3)
     fake_run.cluster.node("kill", "node2")
@@ -408,7 +409,7 @@ def test_a_killed_node_is_replaced_by_a_requeue(fake_run):
         job = fake_run.job
         wait_for(lambda: fake_run.cluster.ask("squeue", "-h", "-j", job, "-o", "%T") == "PENDING", "a requeue")
         fake_run.cluster.node("start", "node2")
-        wait_for(lambda: len(fake_run.attempts()) == 2, "the second attempt")
+        fake_run.until_attempt(2)
     finally:
         fake_run.cluster.node("start", "node2")
     saved = fake_run.attempts()[1]["checkpoint"]

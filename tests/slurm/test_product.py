@@ -61,7 +61,7 @@ def test_a_run_that_loses_an_engine_and_nodes_equals_one_that_does_not(cluster, 
         cluster.ask("scancel", "--signal=KILL", steps_of_job(run.job)["engine-1"])
         until_record(run, 3)
         cluster.ask("scancel", "--batch", "--signal=USR1", run.job)
-        wait_for(lambda: len(run.attempts()) == 2, "the second attempt", 200)
+        run.until_attempt(2, 200)
         until_record(run, 7)
         cluster.node("kill", "node2", "node4")  # of the trainer, and of an engine
         wait_for(lambda: cluster.ask("squeue", "-h", "-j", run.job, "-o", "%T") != "RUNNING", "a requeue", 200)

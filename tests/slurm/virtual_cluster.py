@@ -56,6 +56,10 @@ class VirtualCluster:
         """Run a command that may fail."""
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
+    def controller_log(self, lines: int = 100) -> str:
+        """Return the last lines of the log of Slurm's controller."""
+        return "\n".join((self.folder / "log" / "slurmctld.log").read_text().splitlines()[-lines:])
+
     def until_idle(self) -> None:
         """Cancel what runs, and wait until all nodes are free."""
         for job in self.ask("squeue", "-h", "-o", "%A").split():
@@ -144,10 +148,7 @@ class FakeRun:
 
     def result(self, patience: float = 120.0) -> dict[str, Any]:
         """Wait for the result of the run."""
-        try:
-            return wait_for(lambda: self.control("result.json"), f"a result of {self.run}", patience)
-        except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.log()}\n{self.cluster.ask('scontrol', 'show', 'job')}") from None
+        return self._wait_for(lambda: self.control("result.json"), "a result", patience)
 
     def attempts(self) -> list[dict[str, Any]]:
         return summarize(read_json_lines(str(self.run / "control" / ATTEMPTS)))
@@ -157,7 +158,20 @@ class FakeRun:
         return [json.loads(line)["step"] for line in log.read_text().splitlines()] if log.exists() else []
 
     def until_step(self, step: int) -> None:
-        wait_for(lambda: step in self.steps(), f"step {step}")
+        self._wait_for(lambda: step in self.steps(), f"step {step}")
+
+    def until_attempt(self, number: int, patience: float = 120.0) -> dict[str, Any]:
+        """Wait until an attempt has begun, counted from 1. Return what is known of it."""
+        self._wait_for(lambda: len(self.attempts()) >= number, f"attempt {number}", patience)
+        return self.attempts()[number - 1]
+
+    def _wait_for(self, condition: Callable[[], Any], what: str, patience: float = 120.0) -> Any:
+        """Wait as `wait_for` does. A failure shows what the conductor and Slurm say of the run."""
+        try:
+            return wait_for(condition, f"{what} of {self.run}", patience)
+        except AssertionError as error:
+            slurm = [self.cluster.attempt("scontrol", "show", kind).stdout for kind in ("job", "node")]
+            raise AssertionError("\n".join([str(error), self.log(), *slurm, self.cluster.controller_log()])) from None
 
     def log(self) -> str:
         """Return what the conductor has said."""
