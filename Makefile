@@ -17,6 +17,9 @@ FOLDER := VENV="$(VENV)" sh requirements/folder.sh
 NEWEST := PYTHONPATH="$(CURDIR)/.mcore-newest"
 
 PYTEST := $(BIN)/python -m pytest
+# How often a failed test that starts processes runs again. The summary shows each failure, also of those that pass then.
+RERUNS ?= 0
+LANE := $(PYTEST) --reruns $(RERUNS) --rerun-show-tracebacks
 # Tests of engines, jobs and single rooms. All others, of whole runs and groups of ranks, take about as long.
 ENGINE_TESTS := tests/contract tests/slurm tests/unit
 
@@ -42,7 +45,7 @@ te-cpu: install
 # Named cases with the newest megatron-core that is allowed; `make test` has the oldest.
 newest-core: install
 	@FOLDER=.mcore-newest PINS=requirements/newest-core.txt $(FOLDER)
-	$(NEWEST) $(PYTEST) @tests/newest_core.txt
+	$(NEWEST) $(LANE) @tests/newest_core.txt
 
 # All tests with both.
 mcore-ends: test newest-core
@@ -62,10 +65,10 @@ test: test-fast
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-engines test-runs
 
 test-engines: install
-	$(PYTEST) -m "not fast" $(ENGINE_TESTS)
+	$(LANE) -m "not fast" $(ENGINE_TESTS)
 
 test-runs: install
-	$(PYTEST) -m "not fast" $(ENGINE_TESTS:%=--ignore=%)
+	$(LANE) -m "not fast" $(ENGINE_TESTS:%=--ignore=%)
 
 # Unit tests that start no process.
 test-fast: install
