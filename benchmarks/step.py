@@ -31,6 +31,7 @@ from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.device_copy import on_device
 from megatron_rl.policy.device_port import pick_device
 from megatron_rl.policy.packing import pack, shard
+from megatron_rl.policy.shares import make_shares
 from megatron_rl.types import Batch
 
 
@@ -64,7 +65,8 @@ def bare_step(policy: Policy, batch: Batch, budget: int) -> Callable[[], None]:
         batch: trajectories that fill one micro-batch.
         budget: tokens of the micro-batch.
     """
-    micro = pack(batch, budget=budget, align=1, multiple=1, unit=budget)[0]
+    (share,) = make_shares(batch, replicas=1, budget=budget, align=1, multiple=1, unit=budget)
+    micro = pack(share)[0]
     here = micro, shard(micro, cp_size=1, cp_rank=0, max_length=budget + 1)
     micro, piece = on_device(here, policy.mesh.device)
     labels, mask = micro.labels[None], micro.mask[None]

@@ -90,8 +90,11 @@ def _with_wrong_digit(solution: str, rng: np.random.Generator) -> str:
 
 
 def expected_pass_rate(policy: Policy, batch: Batch) -> float:
-    """Return the probability that a sample at the rollout temperature is the solution, mean over the problems."""
-    logp = policy.logprobs(batch).astype(np.float64)
+    """Return the probability that a sample at the rollout temperature is the solution, mean over the problems.
+
+    Collective; every rank gets it.
+    """
+    logp = np.asarray(policy.mesh.broadcast(policy.logprobs(batch)), dtype=np.float64)
     return float(np.exp(np.add.reduceat(logp * batch.mask, batch.cu_seqlens[:-1])).mean())
 
 

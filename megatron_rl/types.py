@@ -166,7 +166,10 @@ class Trajectory:
 
 
 class Batch:
-    """Trajectories as columns; identical on every rank. A column is an attribute, None if the batch does not have it.
+    """Trajectories as columns. A column is an attribute, None if the batch does not have it.
+
+    The batch of a step is on rank 0. Other ranks hold a batch of the same columns without trajectories, so every rank
+    runs the same code; see `policy.shares`.
 
     B trajectories, N = sum of their lengths (prompt and response). Per-token columns are flat: [N, ...].
 
@@ -207,6 +210,10 @@ class Batch:
     def with_columns(self, **columns: np.ndarray | None) -> "Batch":
         """Return the batch with these columns replaced or added; None removes a column."""
         return Batch(cu_seqlens=self.cu_seqlens, **{**self.columns, **columns})
+
+    def without_rows(self) -> "Batch":
+        """Return a batch of the same columns that has no trajectory."""
+        return self.select(np.zeros(0, dtype=np.int64))
 
     def check_finite(self) -> None:
         """Check that every number of a trained token is finite.

@@ -42,5 +42,5 @@ def score_clean(policy: Policy, part: Batch) -> CleanScores:
     """
     budget = policy.settings.tokens_per_microbatch // 2
     count = int(np.searchsorted(np.cumsum(part.lengths), budget, side="right"))
-    few = part.select(np.arange(max(1, count)))
+    few = part.select(np.arange(min(len(part), max(1, count))))
     return CleanScores(part, policy.logprobs(few))

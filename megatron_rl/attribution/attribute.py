@@ -209,7 +209,7 @@ def attribute(
     trained = batch.mask > 0
 
     def score() -> np.ndarray:
-        return policy.logprobs(batch)[trained].astype(np.float64)
+        return np.asarray(mesh.broadcast(policy.logprobs(batch)))[trained].astype(np.float64)
 
     def score_served(weights: Path, quantized_inputs: bool = False) -> np.ndarray:
         with ExitStack() as products:

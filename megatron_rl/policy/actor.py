@@ -97,7 +97,7 @@ class Policy:
         makes no step: parameters, moments and warm-up stay as they are.
 
         Args:
-            batch: the whole batch, equal on all ranks.
+            batch: the whole batch; that of rank 0 is read.
             objective: computes the loss of a micro-batch.
             norm: how the loss is normalized.
 
@@ -106,11 +106,7 @@ class Policy:
                 optimizer state and delayed scales are then unchanged.
             UserError: if a column of the batch is not finite.
         """
-        try:
-            batch.check_finite()
-        except UserError as error:  # every rank holds the same batch
-            self.mesh.raise_everywhere(error)
-        whole = global_norm(norm, batch, self.settings.max_new_tokens)
+        whole = self.mesh.on_lead(lambda: self._checked_norm(batch, norm))
         scales = [scale.clone() for scale in self.products.scale_tensors()]
         try:
             (results, computed), gradients = self.optimizer.fill(
@@ -125,6 +121,10 @@ class Policy:
         sigmas = gather_sigmas(self.mesh, self.models, self.shape.num_layers) if self.settings.alp else {}
         stats = gather_stats(self.mesh, batch, results, gradients, lr, sigmas)
         return stats if stats.metrics is None else replace(stats, metrics=stats.metrics | computed)
+
+    def _checked_norm(self, batch: Batch, norm: LossNorm) -> LossNorm:
+        batch.check_finite()
+        return global_norm(norm, batch, self.settings.max_new_tokens)
 
     def _differentiate(
         self, batch: Batch, objective: LossFunction, norm: LossNorm, scales: list[torch.Tensor]
@@ -141,7 +141,7 @@ class Policy:
         self.products.start()
         draw = self.optimizer.updates if self.settings.alp else None
         results = self._run(batch, lambda micro, scores: self._loss(micro, scores, objective, norm), draw=draw)
-        self._refuse_non_finite(batch, results)
+        self._refuse_non_finite(results)
         return results, self.products.record() | self.routing.record(batch)
 
     def _put_scales(self, scales: list[torch.Tensor]) -> None:
@@ -150,15 +150,19 @@ class Policy:
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> np.ndarray:
-        """Return the log-probability of every trained token of the batch, 0 elsewhere: [N] float32, on every rank."""
+        """Return the log-probability of every trained token of the batch, 0 elsewhere: [N] float32, on rank 0.
+
+        Other ranks get an array without entries. `batch` is the whole batch; that of rank 0 is read.
+        """
 
         def keep(micro: Microbatch, scores: Scores) -> tuple[torch.Tensor, dict[str, Any]]:
             logp = scores.logp
-            return logp.sum(), {"source": micro.source, "mask": micro.mask, "logp": logp, "loss": logp.new_zeros(())}
+            report = {"source": micro.source, "ids": micro.ids, "mask": micro.mask, "logp": logp}
+            return logp.sum(), report | {"loss": logp.new_zeros(())}
 
         results = self._run(batch.with_columns(topk_ids=None, topk_logmu=None), keep, forward_only=True)
-        self._refuse_non_finite(batch, results)
-        return self.mesh.broadcast(gather_columns(self.mesh, batch, results, ("logp",)).get("logp"))
+        self._refuse_non_finite(results)
+        return gather_columns(self.mesh, batch, results, ("logp",)).get("logp", np.zeros(0, dtype=np.float32))
 
     # Copies of the weights ---------------------------------------------------------------------------------
 
@@ -209,7 +213,7 @@ class Policy:
             mine.copy_(other)
 
     def reference_logprobs(self, batch: Batch) -> np.ndarray:
-        """Return `logprobs` under the reference policy: [N] float32.
+        """Return `logprobs` under the reference policy: [N] float32, on rank 0.
 
         The policy's own weights are restored afterwards, bit by bit, also after an error. Raises UserError if no
         reference is kept.
@@ -314,20 +318,20 @@ class Policy:
             "loss": out.loss.detach(),
             "metrics": out.metrics,
             "source": micro.source,
+            "ids": micro.ids,
             "mask": micro.mask,
             "logp": torch.where(finite, logp, math.nan).detach(),
             "entropy": entropy.detach(),
         }
         return out.loss, report
 
-    def _refuse_non_finite(self, batch: Batch, results: list[dict[str, Any]]) -> None:
+    def _refuse_non_finite(self, results: list[dict[str, Any]]) -> None:
         flags = [~torch.isfinite(r["logp"]).all() | ~torch.isfinite(r["loss"]) for r in results]
         if not self.mesh.any(bool(torch.stack(flags).any()) if flags else False):
             return
         bad: set[int] = set()
         for report in results:
-            rows = report["source"][~torch.isfinite(report["logp"])].cpu().numpy()
-            bad.update(batch.ids[np.searchsorted(batch.cu_seqlens, rows, side="right") - 1].tolist())
+            bad.update(report["ids"][~torch.isfinite(report["logp"])].tolist())
         found = self.mesh.broadcast(sorted(set().union(*self.mesh.gather(bad))))
         what = f"non-finite log-probabilities in trajectories {found[:20]}" if found else "a non-finite loss"
         mend = "the update is refused, parameters are untouched; lower optimizer.lr or train in fp32"

@@ -1,4 +1,4 @@
-"""Packing: a batch of trajectories becomes micro-batches of one length.
+"""Packing: a share of trajectories becomes micro-batches of one length.
 
 A micro-batch is one stream of at most `tokens_per_microbatch` positions. The streams of a batch are as short as its
 fullest one allows, because padding is computed like any token. Position t *predicts* the next token, so the per-token
@@ -7,7 +7,6 @@ inside a trajectory, and mask, logmu, ... at t belong to that label. The last to
 predict nothing.
 """
 
-import heapq
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +15,10 @@ import numpy as np
 import torch
 
 from megatron_rl.alp.noise import NoiseRows
-from megatron_rl.errors import UserError
 from megatron_rl.policy.attention import PackedStream, plan_attention
+from megatron_rl.policy.shares import Share
 from megatron_rl.precision.plan_checks import BLOCK
-from megatron_rl.types import COLUMNS, Batch, Column
+from megatron_rl.types import COLUMNS, Column
 
 # Lengths of streams are multiples of it where the budget is. On a CPU every position costs. On CUDA few shapes let the
 # allocator use its blocks again.
@@ -35,9 +34,9 @@ class Microbatch:
         tokens: [T] int64.
         labels: [T] int64, the next tokens.
         positions: [T] int64, positions in the sequence.
-        seq_ids: [T] int64, row of the trajectory in its batch, -1 on padding.
+        seq_ids: [T] int64, row of the trajectory in the whole batch, -1 on padding.
         ids: [T] int64, id of the trajectory in the run, -1 on padding.
-        source: [T] int64, flat index of the label in the batch, -1 where nothing is predicted.
+        source: [T] int64, flat index of the label in the whole batch, -1 where nothing is predicted.
         cu_seqlens: host list of sequence boundaries, multiples of the alignment.
         columns: the batch's columns that are packed, [T, ...]; see `types.COLUMNS`. A per-trajectory column has the
             trajectory's entry on each of its tokens. `advantages` are the batch's token_advantages if it has them.
@@ -99,88 +98,41 @@ def stream_unit(budget: int, tensor: int, context: int, device: str) -> int:
     return math.lcm(math.gcd(budget, LENGTH_STEP[device]), blocks, 2 * ranks)
 
 
-def pack(batch: Batch, *, budget: int, align: int, multiple: int, unit: int) -> list[Microbatch]:
-    """Pack trajectories into as few streams as first-fit decreasing needs, all of one length.
-
-    Args:
-        batch: the trajectories.
-        budget: most tokens of a stream.
-        align: every trajectory is padded to a multiple of it (2 x cp under context parallelism).
-        multiple: the number of micro-batches is a multiple of it (ranks that share the work). Empty micro-batches are
-            added as needed.
-        unit: the length of the streams is a multiple of it; a divisor of the budget.
-
-    Raises:
-        UserError: a trajectory is longer than the budget.
-    """
-    padded = -(-batch.lengths // align) * align
-    too_long = np.flatnonzero(padded > budget)
-    if len(too_long):
-        raise UserError(
-            f"trajectory {batch.ids[too_long[0]]} has {batch.lengths[too_long[0]]} tokens, more than "
-            f"optimizer.tokens_per_microbatch = {budget}"
-        )
-    bins = _bins(padded, budget)
-    length = max((int(padded[rows].sum()) for rows in bins), default=0)
-    length = max(1, -(-length // unit)) * unit
-    bins += [[] for _ in range(-len(bins) % multiple)]
-    return [_stream(batch, rows, padded, length, align) for rows in bins]
+def pack(share: Share) -> list[Microbatch]:
+    """Return the micro-batches of a share."""
+    return [_stream(share, rows) for rows in share.streams]
 
 
-def _bins(lengths: np.ndarray, budget: int) -> list[list[int]]:
-    """Return rows that share a stream: as many streams as first-fit decreasing makes, filled as evenly as possible."""
-    order = np.argsort(-lengths, kind="stable").tolist()
-    first_fit = _first_fit(lengths, order, budget)
-    fills = [(0, number) for number in range(len(first_fit))]
-    even: list[list[int]] = [[] for _ in first_fit]
-    for row in order:  # the longest into the emptiest
-        fill, number = heapq.heappop(fills)
-        even[number].append(row)
-        heapq.heappush(fills, (fill + int(lengths[row]), number))
-    return first_fit if any(fill > budget for fill, _ in fills) else even
-
-
-def _first_fit(lengths: np.ndarray, order: list[int], budget: int) -> list[list[int]]:
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for row in order:
-        place = next((i for i, free in enumerate(room) if free >= lengths[row]), None)
-        if place is None:
-            bins.append([])
-            room.append(budget)
-            place = len(bins) - 1
-        bins[place].append(row)
-        room[place] -= int(lengths[row])
-    return bins
-
-
-def _stream(batch: Batch, rows: list[int], padded: np.ndarray, size: int, align: int) -> Microbatch:
-    used = int(padded[rows].sum()) if rows else 0
+def _stream(share: Share, rows: list[int]) -> Microbatch:
+    batch, size, align = share.batch, share.length, share.align
+    padded = -(-batch.lengths[rows] // align) * align if rows else np.zeros(0, dtype=np.int64)
     segment = -(-PADDING_SEGMENT // align) * align
-    padding = [min(segment, size - at) for at in range(used, size, segment)]
-    cu = np.concatenate([[0], np.cumsum([*padded[rows], *padding])]).astype(np.int64)
+    padding = [min(segment, size - at) for at in range(int(padded.sum()), size, segment)]
+    cu = np.concatenate([[0], np.cumsum([*padded, *padding])]).astype(np.int64)
     seq = np.repeat(np.arange(len(cu) - 1), np.diff(cu))
     positions = np.arange(size) - cu[seq]
-    length = np.zeros(len(cu) - 1, dtype=np.int64)
-    length[: len(rows)] = batch.lengths[rows]
-    start = np.zeros(len(cu) - 1, dtype=np.int64)
-    start[: len(rows)] = batch.cu_seqlens[rows]
-    flat = start[seq] + positions  # flat index in the batch of the token at each position
-    real = positions < length[seq]
-    predicts = positions < length[seq] - 1
+
+    def of_sequences(values: np.ndarray, padding: int = 0) -> np.ndarray:
+        """Return an entry for each position, from one for each row of the share."""
+        own = np.full(len(cu) - 1, padding, dtype=np.int64)
+        own[: len(rows)] = values[rows]
+        return own[seq]
+
+    length, start = of_sequences(batch.lengths), of_sequences(batch.cu_seqlens[:-1])
+    flat = start + positions  # index in the share of the token at each position
+    real = positions < length
+    predicts = positions < length - 1
 
     tokens = np.zeros(size, dtype=np.int64)
     tokens[real] = batch.tokens[flat[real]]
-    source = np.where(predicts, flat + 1, -1)
     labels = np.zeros(size, dtype=np.int64)
-    labels[predicts] = batch.tokens[source[predicts]]
-    row_ids = np.full(len(cu) - 1, -1, dtype=np.int64)
-    row_ids[: len(rows)] = rows
-    seq_ids = np.where(real, row_ids[seq], -1)
+    labels[predicts] = batch.tokens[flat[predicts] + 1]
+    source = np.where(predicts, of_sequences(share.starts) + positions + 1, -1)
+    row = of_sequences(np.arange(len(batch)))
 
     def packed(column: Column, values: np.ndarray) -> torch.Tensor:
         if not column.per_token:
-            spread = values[np.maximum(seq_ids, 0)] if len(batch) else column.fill
+            spread = values[row] if len(batch) else column.fill
             return torch.from_numpy(np.where(real, spread, column.fill).astype(column.dtype))
         out = np.full((size, *values.shape[1:]), column.fill, dtype=column.packed_dtype or column.dtype)
         if column.packed == "label":
@@ -195,8 +147,8 @@ def _stream(batch: Batch, rows: list[int], padded: np.ndarray, size: int, align:
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
         positions=torch.from_numpy(positions),
-        seq_ids=torch.from_numpy(seq_ids),
-        ids=torch.from_numpy(np.where(real, batch.ids[np.maximum(seq_ids, 0)], -1) if len(batch) else seq_ids),
+        seq_ids=torch.from_numpy(np.where(real, of_sequences(share.rows, -1), -1)),
+        ids=torch.from_numpy(np.where(real, of_sequences(batch.ids, -1), -1)),
         source=torch.from_numpy(source),
         cu_seqlens=cu.tolist(),
         columns=columns,

@@ -22,6 +22,7 @@ from megatron_rl.policy.device_port import pick_device
 T = TypeVar("T")
 _LEAVE_S = 10.0  # time for the other ranks to close what they own
 _EXIT_S = 1.0  # time for their interpreters to end
+_HOST_TIMEOUT = timedelta(hours=6)  # ranks wait for rank 0, and rank 0 for engines
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class Mesh:
         dp_size: data-parallel size.
         device: this rank's device.
         control: gloo group over all ranks for host objects.
+        leaders: gloo group of the first rank of each data-parallel replica; None with one replica.
+        replica: gloo group of the ranks of this replica; None if this rank is its only one.
+        leader: number of the first rank of this replica.
     """
 
     rank: int
@@ -55,6 +59,9 @@ class Mesh:
     dp_size: int
     device: torch.device
     control: dist.ProcessGroup
+    leaders: dist.ProcessGroup | None
+    replica: dist.ProcessGroup | None
+    leader: int
 
     @property
     def reports(self) -> bool:
@@ -75,14 +82,43 @@ class Mesh:
 
     def on_lead(self, work: Callable[[], T]) -> T:
         """Run `work` on rank 0 and return its result on every rank. Raise its error or interrupt on every rank."""
-        outcome: tuple[Any, BaseException | None] = (None, None)
+        value, failure = self.broadcast(_outcome(work) if self.rank == 0 else None)
+        self.raise_everywhere(failure)
+        return value
+
+    def keep_on_lead(self, work: Callable[[], T], elsewhere: Callable[[T], T]) -> T:
+        """Run `work` on rank 0 and return its result there. Other ranks get the small part of it that they need.
+
+        Args:
+            work: its error or interrupt is raised on every rank.
+            elsewhere: returns the part for the other ranks.
+        """
+        kept: list[T] = []
+
+        def run() -> T:
+            kept.append(work())
+            return elsewhere(kept[0])
+
+        part = self.on_lead(run)
+        return kept[0] if kept else part
+
+    def scatter(self, work: Callable[[], Sequence[T]]) -> T:
+        """Run `work` on rank 0, and return its r-th result on the ranks of data-parallel replica r.
+
+        Rank 0 sends a result once, to the first rank of the replica, which broadcasts it to the others. An error or
+        interrupt of `work` is raised on every rank.
+        """
+        box: list[Any] = [None]
+        outcomes: list[Any] | None = None
         if self.rank == 0:
-            try:
-                outcome = (work(), None)
-            # Every error must reach the other ranks, which wait for the outcome.
-            except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
-                outcome = (None, error)
-        value, failure = self.broadcast(outcome)
+            values, failure = _outcome(work)
+            outcomes = [(None if values is None else values[r], failure) for r in range(self.dp_size)]
+            box = outcomes[:1]
+        if self.leaders is not None and self.rank == self.leader:
+            dist.scatter_object_list(box, outcomes, src=0, group=self.leaders)
+        if self.replica is not None:
+            dist.broadcast_object_list(box, src=self.leader, group=self.replica)
+        value, failure = box[0]
         self.raise_everywhere(failure)
         return value
 
@@ -101,6 +137,14 @@ class Mesh:
 
     def barrier(self) -> None:
         dist.barrier(group=self.control)
+
+
+def _outcome(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    """Return the result of `work`, or its error: other ranks wait for the outcome, so every error must reach them."""
+    try:
+        return work(), None
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
+        return None, error
 
 
 _control: dist.ProcessGroup | None = None
@@ -127,7 +171,7 @@ def initialize(config: ParallelConfig, device: torch.device, seed: int) -> Mesh:
         options: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30), **options)
-        _control = dist.new_group(backend="gloo", timeout=timedelta(hours=6))
+        _control = dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT)
         if device.type == "cuda":
             refuse_shared_gpus(_gather(_gpu_name(device), _control))
     world = dist.get_world_size()
@@ -150,6 +194,7 @@ def initialize(config: ParallelConfig, device: torch.device, seed: int) -> Mesh:
     )
     model_parallel_cuda_manual_seed(seed)
     assert _control is not None
+    leaders, replica, leader = _host_groups(parallel_state.get_data_parallel_rank(), _control)
     return Mesh(
         rank=dist.get_rank(),
         world=world,
@@ -163,7 +208,29 @@ def initialize(config: ParallelConfig, device: torch.device, seed: int) -> Mesh:
         dp_size=config.data,
         device=device,
         control=_control,
+        leaders=leaders,
+        replica=replica,
+        leader=leader,
     )
+
+
+def _host_groups(
+    dp_rank: int, control: dist.ProcessGroup
+) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None, int]:
+    """Return `Mesh.leaders`, `Mesh.replica` and `Mesh.leader` of this rank. Collective."""
+    replicas: dict[int, list[int]] = {}
+    for rank, replica in enumerate(_gather(dp_rank, control)):
+        replicas.setdefault(replica, []).append(rank)
+    firsts = sorted(ranks[0] for ranks in replicas.values())
+
+    def group(ranks: list[int]) -> dist.ProcessGroup | None:
+        if len(ranks) in (1, dist.get_world_size()):
+            return None if len(ranks) == 1 else control
+        return dist.new_group(ranks, backend="gloo", timeout=_HOST_TIMEOUT)
+
+    leaders = group(firsts)
+    groups = {replica: group(ranks) for replica, ranks in sorted(replicas.items())}
+    return leaders, groups[dp_rank], replicas[dp_rank][0]
 
 
 def refuse_shared_gpus(names: Sequence[str]) -> None:
@@ -186,7 +253,7 @@ def _gpu_name(device: torch.device) -> str:
     return f"{torch.cuda.get_device_properties(device).uuid} of {socket.gethostname()}"
 
 
-def _gather(value: str, group: dist.ProcessGroup) -> list[str]:
+def _gather(value: T, group: dist.ProcessGroup) -> list[T]:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value, group=group)
     return found

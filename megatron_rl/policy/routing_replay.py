@@ -84,13 +84,16 @@ class RoutingReplay:
             layer.mlp.router.router_replay for m in models for layer in _layers_with_experts(m)
         ]
 
-    def start(self, batch: Batch) -> None:
-        """Reset the counts. Raise UserError on all ranks if this model cannot replay the experts of the batch."""
+    def reset(self) -> None:
+        """Reset the counts."""
         for replay in self.replays:
             replay.counts = None
+
+    def check(self, batch: Batch) -> None:
+        """Raise UserError if this model cannot replay the experts of the whole batch. For rank 0."""
         wrong = self._what_is_wrong(batch)
         if wrong is not None:
-            self.mesh.raise_everywhere(UserError(f"{wrong}: the batch is refused"))
+            raise UserError(f"{wrong}: the batch is refused")
 
     def _what_is_wrong(self, batch: Batch) -> str | None:
         experts, routing = self.shape.experts, batch.routing
@@ -131,7 +134,7 @@ class RoutingReplay:
         return routing[own].long()
 
     def record(self, batch: Batch) -> dict[str, float]:
-        """Return the statistics of replay since `start`, on rank 0 (elsewhere empty). Collective; empty without replay.
+        """Return the statistics of replay since `reset`, on rank 0 (elsewhere empty). Collective; empty without replay.
 
         `routing/replayed` is the share of (token, layer) pairs of the batch that were replayed. `routing/agreement` is
         the share of these pairs for which the trainer's router would have chosen the same set.

@@ -14,6 +14,7 @@ from megatron_rl.policy.device_copy import on_device
 from megatron_rl.policy.packing import Microbatch, Shard, noise_rows, pack, shard, stream_unit
 from megatron_rl.policy.parallel import Mesh
 from megatron_rl.policy.routing_replay import RoutingReplay
+from megatron_rl.policy.shares import Share, make_shares
 from megatron_rl.types import Batch
 
 
@@ -80,7 +81,7 @@ class Schedule:
         """Run forward, and backward unless `forward_only`. Collective.
 
         Args:
-            batch: the whole batch, equal on all ranks.
+            batch: the whole batch; that of rank 0 is read, and each replica is sent its share.
             loss: function of a micro-batch and its scores that returns the loss and a report.
             forward_only: compute no gradient.
             noise: perturbs every layer; None for no noise.
@@ -88,19 +89,11 @@ class Schedule:
         Returns:
             The report of each of this rank's micro-batches, from the last pipeline stage.
         """
-        self.routing.start(batch)
-        mesh = self.mesh
-        virtual = len(self.chunks) > 1
-        packed = pack(
-            batch,
-            budget=self.budget,
-            align=2 * mesh.cp_size if mesh.cp_size > 1 else 1,
-            multiple=mesh.dp_size * (mesh.pp_size if virtual else 1),
-            unit=stream_unit(self.budget, mesh.tp_size, mesh.cp_size, mesh.device.type),
-        )
-        mine = packed[mesh.dp_rank :: mesh.dp_size]
+        self.routing.reset()
+        share = self.mesh.scatter(lambda: self._shares(batch))
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-        pairs = [self._moved(micro, self._shard(micro, noise), last) for micro in mine]
+        pairs = [self._moved(micro, self._shard(micro, noise), last) for micro in pack(share)]
+        virtual = len(self.chunks) > 1
 
         def forward_step(
             feed: Iterator[tuple[Microbatch, Shard]], chunk: torch.nn.Module
@@ -113,10 +106,23 @@ class Schedule:
             forward_step_func=forward_step,
             data_iterator=feeds if virtual else feeds[0],
             model=self.chunks if virtual else self.chunks[0],
-            num_microbatches=len(mine),
-            seq_length=len(packed[0].tokens) if packed else self.budget,
+            num_microbatches=len(pairs),
+            seq_length=share.length,
             micro_batch_size=1,
             forward_only=forward_only,
+        )
+
+    def _shares(self, batch: Batch) -> list[Share]:
+        """Return the share of each data-parallel replica. Raise UserError if the model cannot compute the batch."""
+        mesh = self.mesh
+        self.routing.check(batch)
+        return make_shares(
+            batch,
+            replicas=mesh.dp_size,
+            budget=self.budget,
+            align=2 * mesh.cp_size if mesh.cp_size > 1 else 1,
+            multiple=mesh.pp_size if len(self.chunks) > 1 else 1,
+            unit=stream_unit(self.budget, mesh.tp_size, mesh.cp_size, mesh.device.type),
         )
 
     def _moved(self, micro: Microbatch, piece: Shard, scored: bool) -> tuple[Microbatch, Shard]:

@@ -12,7 +12,7 @@ class Algorithm(Protocol):
     """A training method. Both calls are collective: every rank makes them in the same order."""
 
     def collect(self, trainer: Trainer, watch: Stopwatch) -> Batch:
-        """Return the batch of the next step, on every rank."""
+        """Return the batch of the next step on rank 0; on other ranks, its columns without rows."""
         ...
 
     def learn(self, trainer: Trainer, batch: Batch, watch: Stopwatch) -> Learned:

@@ -8,13 +8,17 @@ kernels and weight sync. It is done twice, so that an update of the weights is b
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from megatron_rl.config import Config, RunConfig
 from megatron_rl.diagnostics.mismatch import ratio_record
 from megatron_rl.errors import ConfigError
 from megatron_rl.trainer.bringup import open_run
 from megatron_rl.trainer.metrics import Stopwatch
+from megatron_rl.types import Batch
 
 ROUNDS = 2
 
@@ -58,15 +62,30 @@ def check_sync(config: Config) -> bool:
             trainer.publish(version)
             batch = trainer.collect(watch)
             trainer.turn_to_trainer(watch)
-            logp, trained = trainer.policy.logprobs(batch), batch.mask > 0
-            if not trained.any():
-                raise ConfigError("the engines sampled no token that is trained on: nothing can be compared")
-            measured = ratio_record(logp[trained], batch.logmu[trained])
-            records.append(measured | {"version": float(version), "tokens": float(trained.sum())})
+            logp = trainer.policy.logprobs(batch)
+            records.append(trainer.mesh.on_lead(partial(mismatch_record, batch, logp, version)))
             trainer.advance(step + 1, version + 1)
         if trainer.lead is not None:
             print("\n".join(sync_lines(records)), flush=True)
         return not bars_above(records)
+
+
+def mismatch_record(batch: Batch, logp: np.ndarray, version: int) -> dict[str, float]:
+    """Return the mismatch of the engines' samples.
+
+    Args:
+        batch: the sampled trajectories.
+        logp: [N], the trainer's log-probabilities under the same weights.
+        version: version of the weights.
+
+    Raises:
+        ConfigError: no sampled token is trained on.
+    """
+    trained = batch.mask > 0
+    if not trained.any():
+        raise ConfigError("the engines sampled no token that is trained on: nothing can be compared")
+    measured = ratio_record(logp[trained], batch.logmu[trained])
+    return measured | {"version": float(version), "tokens": float(trained.sum())}
 
 
 def without_updates(config: Config, folder: Path) -> Config:

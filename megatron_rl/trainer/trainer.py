@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from megatron_rl.config import Config
@@ -61,11 +62,11 @@ class Trainer:
     def on_lead(self, work: Callable[[Lead], T]) -> T:
         """Run `work` on rank 0 and return its result on every rank. An error is raised on every rank."""
 
-        def run() -> T:
-            assert self.lead is not None  # `mesh.on_lead` calls this on rank 0 only
-            return work(self.lead)
+        return self.mesh.on_lead(partial(self._with_lead, work))
 
-        return self.mesh.on_lead(run)
+    def _with_lead(self, work: Callable[[Lead], T]) -> T:
+        assert self.lead is not None  # the mesh calls this on rank 0 only
+        return work(self.lead)
 
     def stop_if_due(self) -> None:
         """Raise KeyboardInterrupt on every rank if the run must stop before its next step."""
@@ -91,22 +92,30 @@ class Trainer:
             self.save(wait=False)
 
     def collect(self, watch: Stopwatch) -> Batch:
-        """Return the batch of the next step. Raises KeyboardInterrupt when a stop was requested."""
+        """Return the batch of the next step on rank 0; on other ranks, its columns without rows.
+
+        Raises KeyboardInterrupt when a stop was requested.
+        """
 
         def collect(lead: Lead) -> Batch:
             if lead.interrupted:
                 raise KeyboardInterrupt
             return lead.rollouts.collect(self.state.step, self.state.version, watch)
 
-        return self._sampled(collect)
+        return self._sampled(collect, Batch.without_rows)
 
-    def _sampled(self, sample: Callable[[Lead], T]) -> T:
+    def _sampled(self, sample: Callable[[Lead], T], elsewhere: Callable[[T], T]) -> T:
         """Run `sample` on rank 0. If data or reward fail there, keep the steps that were done, then raise.
 
-        Raises KeyboardInterrupt if engines fail after a stop was requested: its signal may have reached them, too.
+        Args:
+            sample: its result is returned on rank 0.
+            elsewhere: returns the part of the result that the other ranks get.
+
+        Raises:
+            KeyboardInterrupt: engines failed after a stop was requested. Its signal may have reached them, too.
         """
         try:
-            return self.on_lead(sample)
+            return self.mesh.keep_on_lead(partial(self._with_lead, sample), elsewhere)
         except EngineError:
             if self.interrupted():
                 raise KeyboardInterrupt from None
@@ -154,7 +163,7 @@ class Trainer:
         def evaluate(lead: Lead) -> dict[str, float]:
             return lead.record_evaluation(lead.rollouts.evaluate(self.state.step), self.state.version)
 
-        rates = self._sampled(evaluate)
+        rates = self._sampled(evaluate, lambda found: found)
         text = ", ".join(f"{name.removeprefix('eval/')} {rate:.1%}" for name, rate in rates.items())
         self.print_line(f"held-out pass rate after {self.state.step} steps: {text}")
 

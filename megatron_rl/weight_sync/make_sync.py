@@ -90,7 +90,7 @@ def score_probe(config: Config, policy: Policy, precision: PrecisionPlan) -> Sco
         routing=_free_choice(policy, length) if config.rollout.routing_replay else None,
     )
     with at_temperature_one(policy):  # engines score a prompt at temperature 1
-        logp = policy.logprobs(batch)[1:length]
+        logp = np.asarray(policy.mesh.broadcast(policy.logprobs(batch)))[1:length]
     low = precision.rolls_out_low or precision.trains_low
     tolerance = _LOW_TOLERANCE if low else max(_TOLERANCE[precision.engine], _TOLERANCE[precision.train])
     return ScoreProbe(tuple(tokens.tolist()), tuple(logp.tolist()), tolerance)

@@ -102,7 +102,8 @@ def update(model: Path, layout: dict[str, Any], folder: Path, shift: int = 0) ->
     try:
         policy = make_policy(model, layout)
         batch = policy.mesh.on_lead(lambda: resumed(folder))
-        stats = policy.update(batch, ReadsDraft(batch, shift), LossNorm("token_mean"))
+        held = batch if policy.mesh.rank == 0 else batch.without_rows()
+        stats = policy.update(held, ReadsDraft(batch, shift), LossNorm("token_mean"))
         return {**(stats.metrics or {}), "trained": float(batch.mask.sum())}
     finally:
         del COLUMNS[DRAFT.name]

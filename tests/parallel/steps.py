@@ -123,7 +123,7 @@ def noted_update(
     batch: Batch | None = None,
     method: dict[str, Any] | None = None,
 ) -> tuple[UpdateStats, dict[str, np.ndarray]]:
-    """Make one update. Return its stats and, on rank 0, its gradients.
+    """Make one update of the batch, which only rank 0 has. Return its stats and, on rank 0, its gradients.
 
     Args:
         policy: the policy.
@@ -140,7 +140,8 @@ def noted_update(
         optimizer_step(grad_norm)
 
     policy.optimizer.step = noting_step  # type: ignore[method-assign]
-    return policy.update(batch or make_batch(), objective, objective.norm), grads
+    held = policy.mesh.keep_on_lead(lambda: batch or make_batch(), Batch.without_rows)
+    return policy.update(held, objective, objective.norm), grads
 
 
 def overlapped_step(model: Path, layout: dict[str, Any], **sections: Any) -> dict[str, Any]:

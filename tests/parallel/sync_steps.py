@@ -56,12 +56,13 @@ def update_live_engine(
 
 def _largest_difference(policy: Policy, pool: EnginePool | None) -> float:
     """Return the largest difference of the log-probabilities of tokens that the engine samples now."""
-    batch: Batch = policy.mesh.broadcast(None if pool is None else _sampled(pool))
-    trained = batch.mask > 0
-    return float(np.abs(policy.logprobs(batch) - batch.logmu)[trained].max())
+    batch = policy.mesh.keep_on_lead(lambda: _sampled(pool), Batch.without_rows)
+    logp = policy.logprobs(batch)
+    return policy.mesh.on_lead(lambda: float(np.abs(logp - batch.logmu)[batch.mask > 0].max()))
 
 
-def _sampled(pool: EnginePool) -> Batch:
+def _sampled(pool: EnginePool | None) -> Batch:
+    assert pool is not None  # called on rank 0
     sampling = SamplingParams(max_new_tokens=24, ignore_eos=True)
     requests = [GenerationRequest(f"prompt-{number}", prompt, 2, sampling) for number, prompt in enumerate(PROMPTS)]
     found = [(prompt, s) for prompt, group in zip(PROMPTS, pool.generate(requests), strict=True) for s in group]

@@ -45,7 +45,7 @@ class ERPD:
         trainer.ensure_saved()
         step, version = trainer.state.step, trainer.state.version
         folder = _folder(trainer, step)
-        found = trainer.mesh.on_lead(folder.read_batch)
+        found = trainer.mesh.keep_on_lead(folder.read_batch, _without_rows)
         if found is not None:
             batch, sampling = found
             trainer.on_lead(lambda lead: lead.rollouts.restore(step, version, sampling))
@@ -92,6 +92,14 @@ def with_new_names(asked: dict[str, Any]) -> dict[str, Any]:
         tree.setdefault(section, {})[name] = dict(value) if isinstance(value, dict) else value
     rename_old_keys(tree)
     return {f"{section}.{name}": value for section, block in tree.items() for name, value in block.items()}
+
+
+def _without_rows(found: tuple[Batch, dict[str, Any]] | None) -> tuple[Batch, dict[str, Any]] | None:
+    return None if found is None else (found[0].without_rows(), found[1])
+
+
+def _without_entries(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: values[:0] for name, values in columns.items()}
 
 
 def _folder(trainer: Trainer, step: int) -> RoundFolder:
@@ -182,7 +190,7 @@ class _Round:
 
     def _with_own_columns(self) -> Batch:
         """Return the batch with log-probabilities under pi_old, and under the reference if an objective needs them."""
-        known = self.mesh.on_lead(self.folder.columns)
+        known = self.mesh.keep_on_lead(self.folder.columns, _without_entries)
         batch = self.bare.with_columns(logold=known.get("old"), logref=known.get("ref"))
         needs = self.teacher_objective.needs | self.student_objective.needs | {"logold"}
         batch = with_columns(self.policy, batch, needs)

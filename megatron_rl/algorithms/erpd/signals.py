@@ -45,7 +45,7 @@ class Signals:
             if signal.student is not None:
                 wanted[signal.denominator] = self._run, signal.student
         wanted[teacher_column(self._plan.teacher_updates)] = self._teacher, self._plan.teacher_updates
-        known = self._mesh.on_lead(self._folder.columns)
+        known = self._mesh.on_lead(lambda: list(self._folder.columns()))
         for name, (checkpoints, number) in wanted.items():
             if name not in known:
                 checkpoints.load_weights(number)
@@ -64,7 +64,7 @@ class Signals:
             return self._advantages
         else:
             moving = None
-        advantages = self._mesh.on_lead(lambda: self._token_advantages(signal, moving))
+        advantages = self._mesh.keep_on_lead(lambda: self._token_advantages(signal, moving), lambda found: found[:0])
         self._signal, self._advantages = number, self._batch.with_columns(token_advantages=advantages)
         return self._advantages
 

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from megatron_rl.errors import UserError
 from megatron_rl.policy.attention import AttentionPlan, plan_attention
-from megatron_rl.policy.packing import local_positions, pack, shard, stream_unit, zigzag_index
+from megatron_rl.policy.packing import Microbatch, local_positions, shard, stream_unit, zigzag_index
+from megatron_rl.policy.packing import pack as pack_share
+from megatron_rl.policy.shares import make_shares
 from megatron_rl.types import Batch
 
 BUDGET = 48
@@ -47,6 +49,12 @@ def batch_of(lengths: list[int], seed: int = 0, *, columns: bool = True) -> Batc
         topk_logmu=distinct(total, 3) * mask[:, None] if columns else None,
         routing=rng.permutation(6 * total).reshape(total, 3, 2).astype(np.int32) if columns else None,
     )
+
+
+def pack(batch: Batch, *, budget: int, align: int, multiple: int, unit: int) -> list[Microbatch]:
+    """Return the micro-batches of one replica."""
+    (share,) = make_shares(batch, replicas=1, budget=budget, align=align, multiple=multiple, unit=unit)
+    return pack_share(share)
 
 
 batches = st.builds(batch_of, st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(0, 1000))
