@@ -8,7 +8,7 @@ half generate. A step has one prompt for every two GPUs. `?` marks a cell with a
 
 - ingest: CPU time of rank 0 for each token, with 8, 64 and 128 engines whose responses have a real size
 - control: CPU time and wall time of a control call to as many engines, all at the same time
-- batch: bytes per second of one hop, when a batch is broadcast to 2 and 4 ranks
+- batch: bytes per second that leave rank 0, when it scatters a batch to 2 and 4 replicas
 
     python benchmarks/scale.py [--replay] [--bucket-mb 256] [--check]
 """
@@ -108,7 +108,7 @@ def check_control(engines: int, rounds: int = 5) -> dict[str, float]:
 
 
 def _rank(rank: int, world: int, port: int, size: int, pipe: Connection) -> None:
-    """Take part in broadcasts of a batch from rank 0. Rank 0 sends the seconds of each."""
+    """Take part when rank 0 scatters a batch. Rank 0 sends the seconds of each round."""
     import numpy as np
     import torch.distributed as dist
 
@@ -116,10 +116,11 @@ def _rank(rank: int, world: int, port: int, size: int, pipe: Connection) -> None
     dist.init_process_group("gloo")
     took = []
     for _ in range(6):
-        box = [np.zeros(size, np.uint8) if rank == 0 else None]
+        box: list[object] = [None]
+        shares = [np.zeros(size // world, np.uint8) for _ in range(world)] if rank == 0 else None
         dist.barrier()
         start = time.perf_counter()
-        dist.broadcast_object_list(box, src=0)
+        dist.scatter_object_list(box, shares, src=0)
         dist.barrier()
         took.append(time.perf_counter() - start)
     if rank == 0:
@@ -128,7 +129,7 @@ def _rank(rank: int, world: int, port: int, size: int, pipe: Connection) -> None
 
 
 def check_batch(ranks: int, size: int = 32_000_000) -> dict[str, float]:
-    """Return GB/s of one hop of a broadcast of `size` bytes as a Python object: bytes x hops / time."""
+    """Return GB/s that leave rank 0 when it scatters a batch of `size` bytes in Python objects, one a replica."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     port = free_port()
@@ -137,14 +138,13 @@ def check_batch(ranks: int, size: int = 32_000_000) -> dict[str, float]:
         process.start()
     try:
         if not ours.poll(_BATCH_S):
-            raise SystemExit(f"{ranks} ranks have not finished their broadcasts after {_BATCH_S} s")
+            raise SystemExit(f"{ranks} ranks have not finished after {_BATCH_S} s")
         took = ours.recv()
     finally:
         for process in processes:
             process.join(_END_S)
             process.kill()  # of one that has not ended by itself
-    hops = (ranks - 1).bit_length()
-    return {"gb_per_s": size * hops / statistics.median(took) / 1e9}
+    return {"gb_per_s": size / ranks * (ranks - 1) / statistics.median(took) / 1e9}
 
 
 def check_terms(engines: Sequence[int], ranks: Sequence[int]) -> dict[str, dict[str, float]]:

@@ -137,14 +137,16 @@ def terms(c: Mapping[str, Coefficient], work: Work, at: Sizes) -> dict[str, Term
         return Term(seconds(*(c[name].value for name in uses)), uses)
 
     tokens, wire, copy = work.tokens, work.wire_bytes, work.parameters
-    hops = math.ceil(math.log2(at.ranks)) if at.ranks > 1 else 0
+    each = min(at.ranks, work.model_parallel)  # ranks of a replica
+    replicas = math.ceil(at.ranks / each)
+    shares = (replicas - 1 + math.ceil(math.log2(each))) / replicas  # sent by rank 0, then on inside a replica
     flops = (6 + 2 * work.passes) * work.active * tokens
     buckets = math.ceil(wire / work.bucket_bytes)
     return {
         "generate": term(lambda rate: tokens / (at.rollout_gpus * rate), "generate_rate"),
         "tail": term(lambda token_s: work.longest * token_s, "token_s"),
         "ingest": term(lambda client_s: tokens * client_s, "client_s"),
-        "batch": term(lambda bw: tokens * work.token_bytes * hops / bw, "batch_bw"),
+        "batch": term(lambda bw: (1 + work.passes) * tokens * work.token_bytes * shares / bw, "batch_bw"),
         "train": term(
             lambda peak, mfu, bubble: flops / (at.ranks * peak * mfu * (1 - bubble)), "peak_flops", "mfu", "bubble"
         ),
