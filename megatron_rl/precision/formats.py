@@ -30,6 +30,7 @@ from megatron_rl.precision.scales import (
 __all__ = ["FORMATS", "DelayedScale", "Format", "Quantized", "amax", "fake_quantize", "find_format", "quantize"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_WHOLE, _STRIP = 1 << 22, 1 << 19  # elements that are quantized at once: of a matrix, and of a strip of a larger one
 _NVFP4_RANGE = 448.0 * fp4.MAX
 
 
@@ -141,6 +142,29 @@ def quantize(x: Tensor, fmt: Format | str, *, scale: Tensor | None = None, eps: 
     """
     fmt = find_format(fmt)
     _check(x, fmt, scale)
+    rows = _strip_rows(x, fmt)
+    if rows >= x.shape[0]:
+        return _quantize(x, fmt, scale, eps)
+    codes, inverse = torch.empty(x.shape, dtype=fmt.element), []
+    for strip, into in zip(x.split(rows), codes.split(rows), strict=True):
+        part = _quantize(strip, fmt, None, eps)
+        into.copy_(part.codes)
+        inverse.append(part.scale_inv)
+    return Quantized(codes, torch.cat(inverse), fmt, (x.shape[0], x.shape[1]))
+
+
+def _strip_rows(x: Tensor, fmt: Format) -> int:
+    """Return how many rows are quantized at once: all of them, unless strips give the same result in half the time.
+
+    On a CPU, the first use of the memory of a large fp32 copy costs more than the arithmetic. Strips use it again.
+    """
+    if x.is_cuda or x.numel() <= _WHOLE or fmt.kind not in ("block", "mx", "channel"):
+        return x.shape[0]
+    tile = fmt.block[0] if fmt.block is not None else 1
+    return max(1, _STRIP // max(1, tile * x.shape[1])) * tile
+
+
+def _quantize(x: Tensor, fmt: Format, scale: Tensor | None, eps: float) -> Quantized:
     shape = (x.shape[0], x.shape[1])
     y, scales = _scaled(x.contiguous(), fmt, fmt.tile(*shape), scale, eps)
     y = to_matrix(y, shape)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rl.errors import PrecisionError
-from megatron_rl.precision import fp4
+from megatron_rl.precision import formats, fp4
 from megatron_rl.precision.formats import FORMATS, DelayedScale, fake_quantize, find_format, quantize
 from megatron_rl.precision.scales import e8m0_reciprocal, e8m0_value, scale_of_amax
 
@@ -171,6 +171,24 @@ def test_strides_do_not_matter_and_neither_does_the_input_change(x, name):
     assert torch.equal(raw(strided.scale_inv), raw(dense.scale_inv))
     fake_quantize(x, name)
     assert same(x, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", FORMATS)
+def test_strips_of_a_large_matrix_have_the_codes_and_scales_of_the_whole(monkeypatch, name, dtype):
+    x = torch.randn(391, 273, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[130, 5], x[260:, 100:] = 300.0, 0.0
+    whole = quantize(x, name)
+    monkeypatch.setattr(formats, "_WHOLE", 0)
+    monkeypatch.setattr(formats, "_STRIP", 1)
+    parts = []
+    quantize_whole = formats._quantize
+    monkeypatch.setattr(formats, "_quantize", lambda *args: parts.append(len(args[0])) or quantize_whole(*args))
+    strips = quantize(x, name)
+    assert (len(parts) > 1) == (FORMATS[name].kind in ("block", "mx", "channel")) and sum(parts) == len(x)
+    assert strips.shape == whole.shape and torch.equal(raw(strips.codes), raw(whole.codes))
+    assert torch.equal(raw(strips.scale_inv), raw(whole.scale_inv))
+    assert strips.scale_inv.shape == whole.scale_inv.shape and same(strips.dequantize(), whole.dequantize())
 
 
 @LAWS
