@@ -69,10 +69,8 @@ def save(content: dict[str, Any], folder: Path, mesh: Mesh) -> tuple[float, floa
     folder.mkdir(parents=True)
     os.sync()  # what earlier rounds left in the page cache must not count
     began, cpu = time.perf_counter(), cpu_seconds()
-    work = checkpoint_writer.Save(content, folder, mesh)
-    work.request.add_finalize_fn(lambda: work.complete(lambda: None))
     queue = AsyncCallsQueue(persistent=False)
-    queue.schedule_async_request(work.request)
+    checkpoint_writer.start_save(content, folder, mesh, queue, lambda: None)
     queue.maybe_finalize_async_calls(blocking=True)
     return time.perf_counter() - began, cpu_seconds() - cpu
 

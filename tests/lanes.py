@@ -22,6 +22,7 @@ _PROCESS = (
     "unit/launch/",
     "unit/loggers/test_wandb_logger.py",
     "unit/policy/test_device_port.py",
+    "unit/policy/test_garbage.py",
     "unit/protocol/test_payload.py",
     "unit/sandbox/",
     "unit/tasks/test_verifier_benchmark.py",

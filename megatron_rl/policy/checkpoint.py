@@ -29,7 +29,7 @@ from megatron_rl.policy.actor import Policy
 from megatron_rl.policy.checkpoint_files import PARTIAL, FileList, check_digests, find_defect, read_list, shares
 from megatron_rl.policy.checkpoint_reader import Unreadable, inspect, read_content
 from megatron_rl.policy.checkpoint_state import TrainState, candidates
-from megatron_rl.policy.checkpoint_writer import Save
+from megatron_rl.policy.checkpoint_writer import start_save
 from megatron_rl.policy.routing_replay import weight_buffers
 from megatron_rl.weights.digest import tensor_digest
 
@@ -94,10 +94,10 @@ class Checkpoints:
         partial = final.with_name(final.name + PARTIAL)
         began = time.time()
         self.policy.mesh.on_lead(lambda: self._begin(partial))
-        save = Save(self._content(state), partial, self.policy.mesh)
-        save.request.add_finalize_fn(lambda: save.complete(lambda: self._publish(partial, final, began)))
+        start_save(
+            self._content(state), partial, self.policy.mesh, self.queue, lambda: self._publish(partial, final, began)
+        )
         self.saved = state.number
-        self.queue.schedule_async_request(save.request)
         self.finish(wait=wait)
 
     def finish(self, *, wait: bool) -> None:

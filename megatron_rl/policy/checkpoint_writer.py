@@ -20,7 +20,7 @@ import xxhash
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
@@ -142,34 +142,42 @@ class _Strategy(TorchDistSaveShardedStrategy):
         return AsyncRequest(write, arguments, [], preload_fn=preload)
 
 
-class Save:
-    """One asynchronous save of this rank's part of a checkpoint, into a new folder. Collective.
+def start_save(
+    content: dict[str, Any], folder: Path, mesh: Mesh, queue: AsyncCallsQueue, publish: Callable[[], None]
+) -> None:
+    """Let writer processes save this rank's part of a checkpoint into a new folder. Collective.
 
     Args:
         content: sharded and common state.
         folder: an empty folder.
         mesh: this rank's position.
+        queue: completes the save after the writer processes of every rank have ended. It raises CheckpointError, on
+            every rank, if a file cannot be written.
+        publish: gives the folder its final name; called on rank 0 when everything is on disk.
     """
+    strategy = _Strategy()
+    sharded, common = save_preprocess(content)
+    # Bytes, because the state changes. Rank 0 writes them at the end of the save, where every rank gets its error.
+    buffer = io.BytesIO()
+    torch.save(common, buffer)
+    request = strategy.async_save(sharded, str(folder))
+    # The request refers to the save, so the save must not refer to the request: it holds copies of this rank's tensors,
+    # and a cycle would keep them until Python's collector walks all objects.
+    request.add_finalize_fn(_Save(folder, mesh, strategy, buffer.getvalue(), publish).complete)
+    queue.schedule_async_request(request)
 
-    def __init__(self, content: dict[str, Any], folder: Path, mesh: Mesh) -> None:
-        self.folder, self.mesh = folder, mesh
-        self._strategy = _Strategy()
-        sharded, common = save_preprocess(content)
-        # Bytes, because the state changes. Rank 0 writes them at the end of the save, where every rank gets its error.
-        buffer = io.BytesIO()
-        torch.save(common, buffer)
-        self._common = buffer.getvalue()
-        self.request: AsyncRequest = self._strategy.async_save(sharded, str(folder))
 
-    def complete(self, publish: Callable[[], None]) -> None:
-        """Complete the save after the writer processes of every rank have ended. Collective.
+class _Save:
+    """A save whose files are being written."""
 
-        Args:
-            publish: gives the folder its final name; called on rank 0 when everything is on disk.
+    def __init__(
+        self, folder: Path, mesh: Mesh, strategy: _Strategy, common: bytes, publish: Callable[[], None]
+    ) -> None:
+        self.folder, self.mesh, self._publish = folder, mesh, publish
+        self._strategy, self._common = strategy, common
 
-        Raises:
-            CheckpointError: a file cannot be written; on every rank.
-        """
+    def complete(self) -> None:
+        """Complete the save after the writer processes of every rank have ended. Collective; see `start_save`."""
         strategy = self._strategy
         results = strategy.writer.retrieve_write_results()
         files, failure = strategy.reports.files()
@@ -185,7 +193,7 @@ class Save:
                     raise self._cannot_write(f"rank {rank}: {failure}")
             try:
                 self._write_rest([results for _, results, _ in gathered], [files for *_, files in gathered])
-                publish()
+                self._publish()
             except OSError as error:
                 raise self._cannot_write(_reason(error)) from error
 
