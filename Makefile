@@ -24,7 +24,7 @@ LANE := $(PYTEST) --reruns $(RERUNS) --rerun-show-tracebacks
 ENGINE_TESTS := tests/contract tests/slurm tests/unit
 
 .PHONY: install gpu gpu-tests sglang te-cpu newest-core mcore-ends mbridge quickstart test test-fast test-engines \
-  test-runs durations lint format benchmark bench-check soak peers walks rooms reference clean
+  test-runs durations lint format benchmark bench-check soak peers verl-losses walks rooms reference clean
 
 install:
 	@VENV="$(VENV)" PINS=requirements/cpu.txt $(INSTALL)
@@ -104,6 +104,11 @@ soak: install
 peers: install
 	@VENV=.venv-peers PINS=requirements/peers.txt $(INSTALL)
 	$(BIN)/python benchmarks/peers.py --trl .venv-peers/bin/python
+
+# Objectives and verl's functions of the same name, in turns.
+verl-losses: install
+	@FOLDER=.verl PINS=requirements/verl.txt $(FOLDER)
+	OMP_NUM_THREADS=1 PYTHONPATH=.verl $(BIN)/python benchmarks/verl_losses.py
 
 # The map of rooms in docs/design.md, and the hand-overs of three walks through them.
 rooms: install
