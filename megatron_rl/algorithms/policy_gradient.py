@@ -57,19 +57,42 @@ class PolicyGradient:
 
     def learn(self, trainer: Trainer, batch: Batch, watch: Stopwatch) -> Updates:
         """Make the step's optimizer updates. Collective."""
-        policy, objective = trainer.policy, self.objective
+        policy, objective, alp = trainer.policy, self.objective, trainer.config.alp.enabled
         with watch("update"):
-            batch = with_columns(policy, batch, objective.needs)
             if "staleness" in objective.needs:
                 batch = with_staleness(batch, trainer.state.version)
-            parts = split_updates(batch, trainer.config.optimizer.updates_per_step)
-            clean = score_clean(policy, parts[0]) if trainer.config.alp.enabled else None
-            stats = [policy.update(part, objective, trainer.plan.algorithm.norm) for part in parts]
+            # Without noise, the forward pass of the first update computes `logold` of its own part.
+            own = "logold" in objective.needs and batch.logold is None and not alp
+            parts = scored_parts(policy, batch, objective.needs, trainer.config.optimizer.updates_per_step, own)
+            clean = score_clean(policy, parts[0]) if alp else None
+            norm = trainer.plan.algorithm.norm
+            stats = [policy.update(parts[0], objective, norm, own_logold=own)]
+            stats += [policy.update(part, objective, norm) for part in parts[1:]]
         if clean is None or trainer.lead is None:
             return Updates(parts, stats, objective)
         record = clean.record(stats[0])
         trainer.lead.warn_once(rounding_warning(record) if record else None)
         return Updates(parts, stats, objective, record)
+
+
+def scored_parts(policy: Policy, batch: Batch, needs: frozenset[str], updates: int, own_logold: bool) -> list[Batch]:
+    """Return the batches of a step's updates, with the log-probabilities of the trainer that `needs` names. Collective.
+
+    Args:
+        policy: the trainer's policy.
+        batch: the step's batch.
+        needs: `Objective.needs`.
+        updates: number of updates.
+        own_logold: the first update computes its `logold` itself: that part has none.
+    """
+    if not own_logold:
+        return split_updates(with_columns(policy, batch, needs), updates)
+    batch = with_columns(policy, batch, needs - {"logold"})
+    first, *later = split_updates(batch, updates)
+    if not later:
+        return [first]
+    rest = batch.select(np.flatnonzero(~np.isin(batch.groups, first.groups)))
+    return [first, *split_updates(with_columns(policy, rest, needs), updates - 1)]
 
 
 def with_columns(policy: Policy, batch: Batch, needs: frozenset[str]) -> Batch:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ class Policy:
         )
         self._reference: list[torch.Tensor] | None = None
 
-    def update(self, batch: Batch, objective: LossFunction, norm: LossNorm) -> UpdateStats:
+    def update(self, batch: Batch, objective: LossFunction, norm: LossNorm, *, own_logold: bool = False) -> UpdateStats:
         """Make one optimizer update on the whole batch. With ALP, new noise perturbs its forward pass at every update.
 
         If the gradient is exactly 0, for example because no token is trained or every advantage is 0, the optimizer
@@ -100,6 +101,8 @@ class Policy:
             batch: the whole batch; that of rank 0 is read.
             objective: computes the loss of a micro-batch.
             norm: how the loss is normalized.
+            own_logold: `logold` are the log-probabilities of the update's own forward pass. Only for an update without
+                noise from the weights that `logold` is about: it saves the pass that would compute it.
 
         Raises:
             PrecisionError: names the trajectories if a loss, log-probability or gradient is not finite. Parameters,
@@ -110,7 +113,7 @@ class Policy:
         scales = [scale.clone() for scale in self.products.scale_tensors()]
         try:
             (results, computed), gradients = self.optimizer.fill(
-                lambda: self._differentiate(batch, objective, whole, scales)
+                lambda: self._differentiate(batch, objective, whole, scales, own_logold)
             )
         except PrecisionError:
             self._put_scales(scales)
@@ -127,12 +130,17 @@ class Policy:
         return global_norm(norm, batch, self.settings.max_new_tokens)
 
     def _differentiate(
-        self, batch: Batch, objective: LossFunction, norm: LossNorm, scales: list[torch.Tensor]
+        self,
+        batch: Batch,
+        objective: LossFunction,
+        norm: LossNorm,
+        scales: list[torch.Tensor],
+        own_logold: bool,
     ) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """Run forward and backward of the whole batch into empty gradients.
 
-        Two calls with the same weights and the same delayed `scales` do the same. Returns the reports of this rank's
-        micro-batches, and metrics of how they were computed.
+        Two calls with the same weights and the same delayed `scales` do the same. The arguments are those of `update`.
+        Returns the reports of this rank's micro-batches, and metrics of how they were computed.
         """
         self._put_scales(scales)
         for chunk in self.chunks:
@@ -140,7 +148,8 @@ class Policy:
         self.optimizer.zero_grad()
         self.products.start()
         draw = self.optimizer.updates if self.settings.alp else None
-        results = self._run(batch, lambda micro, scores: self._loss(micro, scores, objective, norm), draw=draw)
+        loss = partial(self._loss, objective=objective, norm=norm, own_logold=own_logold)
+        results = self._run(batch, loss, draw=draw)
         self._refuse_non_finite(results)
         return results, self.products.record() | self.routing.record(batch)
 
@@ -292,7 +301,7 @@ class Policy:
         return self._schedule.run(batch, loss, forward_only=forward_only, noise=noise)
 
     def _loss(
-        self, micro: Microbatch, scores: Scores, objective: LossFunction, norm: LossNorm
+        self, micro: Microbatch, scores: Scores, *, objective: LossFunction, norm: LossNorm, own_logold: bool
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         logp, entropy = scores.logp, scores.entropy
         # A non-finite value must not raise on one rank in the middle of a schedule: it is noted here, replaced by a
@@ -305,9 +314,12 @@ class Policy:
             topk_logp = scores.topk if attached else scores.topk.detach()
             topk = torch.where(finite[:, None], topk_logp, 0.0)[None], topk_logmu
         columns.pop("topk_ids", None)  # `scores.topk` are their log-probabilities
+        used = torch.where(finite, logp, 0.0)[None]
+        if own_logold:
+            columns["logold"] = used.detach()
         inputs = LossInputs.of(
             columns,
-            logp=torch.where(finite, logp, 0.0)[None],
+            logp=used,
             entropy=torch.where(finite, entropy, 0.0)[None],
             seq_ids=micro.seq_ids[None],
             topk=topk,

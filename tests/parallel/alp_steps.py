@@ -6,6 +6,7 @@ The common arguments are described in `tests.parallel.steps`.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +145,8 @@ def gradient_by_differences(model: Path, layout: dict[str, Any], **sections: Any
 
     def loss() -> float:
         with torch.no_grad():
-            results = policy._run(
-                batch, lambda micro, scores: policy._loss(micro, scores, objective, whole), forward_only=True, draw=0
-            )
+            one = partial(policy._loss, objective=objective, norm=whole, own_logold=False)
+            results = policy._run(batch, one, forward_only=True, draw=0)
         return sum(float(report["loss"]) for report in results)
 
     answer = {}

@@ -110,9 +110,9 @@ def _divide_by_local_counts(policy: Policy) -> None:
     """Make each micro-batch divide by its own number of sequences, a common but wrong convention."""
     correct = policy._loss
 
-    def local_mean(micro: Any, scores: Any, objective: Any, norm: Any) -> Any:
+    def local_mean(micro: Any, scores: Any, *, norm: Any, **more: Any) -> Any:
         own = len(micro.seq_ids[micro.mask > 0].unique())
-        return correct(micro, scores, objective, replace(norm, sequences=max(1, own)))
+        return correct(micro, scores, norm=replace(norm, sequences=max(1, own)), **more)
 
     policy._loss = local_mean  # type: ignore[method-assign]
 
@@ -124,6 +124,8 @@ def noted_update(
     method: dict[str, Any] | None = None,
 ) -> tuple[UpdateStats, dict[str, np.ndarray]]:
     """Make one update of the batch, which only rank 0 has. Return its stats and, on rank 0, its gradients.
+
+    An objective that needs `logold` gets that of the update's own pass.
 
     Args:
         policy: the policy.
@@ -141,7 +143,8 @@ def noted_update(
 
     policy.optimizer.step = noting_step  # type: ignore[method-assign]
     held = policy.mesh.keep_on_lead(lambda: batch or make_batch(), Batch.without_rows)
-    return policy.update(held, objective, objective.norm), grads
+    own_logold = "logold" in objective.needs
+    return policy.update(held, objective, objective.norm, own_logold=own_logold), grads
 
 
 def overlapped_step(model: Path, layout: dict[str, Any], **sections: Any) -> dict[str, Any]:

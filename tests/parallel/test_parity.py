@@ -121,6 +121,7 @@ def test_four_rank_layouts_make_the_reference_step(four_ranks, qwen3, reference,
     assert_same_step(four_ranks.run("tests.parallel.steps", "step", model=qwen3, layout=layout)[0], reference)
 
 
+OLD = {"name": "grpo", "ratio_denominator": "trainer_old", "log_ratio_coef": 0.1}
 # A budget that a response's tokens share, and a penalty on every token.
 PREFIXES = {"name": "cppo", "delta": 0.02, "delta_b": 0.0, "log_ratio_coef": 0.1}
 
@@ -144,6 +145,19 @@ def test_a_budget_of_responses_does_not_depend_on_the_layout(two_ranks, qwen3, p
     assert_same_step(result, replicas)
     with pytest.raises(AssertionError):
         assert_same_step(result, equal_weights)
+
+
+@pytest.fixture(scope="module")
+def first_of_a_step(two_ranks, qwen3):
+    """Return the step of two replicas whose ratio is to the log-probabilities of the same pass."""
+    return two_ranks.run("tests.parallel.steps", "step", model=qwen3, layout=TWO["dp2"], method=OLD)[0]
+
+
+@pytest.mark.parametrize("name", ["tp2_sp", "pp2_vpp2", "cp2"])
+def test_the_ratio_of_a_first_update_is_one_in_every_layout(two_ranks, qwen3, first_of_a_step, name):
+    result = two_ranks.run("tests.parallel.steps", "step", model=qwen3, layout=TWO[name], method=OLD)[0]
+    assert result["metrics"]["log_ratio/square"] == 0
+    assert_same_step(result, first_of_a_step)
 
 
 @pytest.mark.parametrize("layout", [TWO["tp2_sp"], TWO["pp2"], TWO["pp2_vpp2"]], ids=["tp2_sp", "pp2", "pp2_vpp2"])
