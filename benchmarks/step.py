@@ -65,7 +65,7 @@ def bare_step(policy: Policy, batch: Batch, budget: int) -> Callable[[], None]:
         batch: trajectories that fill one micro-batch.
         budget: tokens of the micro-batch.
     """
-    (share,) = make_shares(batch, replicas=1, budget=budget, align=1, multiple=1, unit=budget)
+    (share,) = make_shares(batch, replicas=1, budget=budget, align=1, multiple=1, unit=budget, split=True)
     micro = pack(share)[0]
     here = micro, shard(micro, cp_size=1, cp_rank=0, max_length=budget + 1)
     micro, piece = on_device(here, policy.mesh.device)

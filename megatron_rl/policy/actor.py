@@ -87,7 +87,12 @@ class Policy:
         self.products, self.routing = products, routing
         self.tf_config = models[0].config
         self._schedule = Schedule(
-            chunks, mesh, routing, settings.tokens_per_microbatch, boundaries=models[0].reads_boundaries
+            chunks,
+            mesh,
+            routing,
+            settings.tokens_per_microbatch,
+            boundaries=models[0].reads_boundaries,
+            split=not products.plan.trains_low,
         )
         self._reference: list[torch.Tensor] | None = None
 

@@ -62,6 +62,7 @@ class Schedule:
         tokens_per_microbatch: int,
         *,
         boundaries: bool,
+        split: bool,
     ) -> None:
         """Set the model and its layout.
 
@@ -71,8 +72,10 @@ class Schedule:
             routing: replays the engine's choice of experts.
             tokens_per_microbatch: token budget of a packed micro-batch.
             boundaries: the layers read the boundaries of sequences.
+            split: streams are split for replicas and pipeline stages. With quantized products they must not be:
+                scales and blocks span the tokens of a stream, and results would depend on the layout.
         """
-        self.boundaries = boundaries
+        self.boundaries, self.split = boundaries, split
         self.chunks, self.mesh, self.routing, self.budget = list(chunks), mesh, routing, tokens_per_microbatch
 
     def run(
@@ -121,7 +124,8 @@ class Schedule:
             replicas=mesh.dp_size,
             budget=self.budget,
             align=2 * mesh.cp_size if mesh.cp_size > 1 else 1,
-            multiple=mesh.pp_size if len(self.chunks) > 1 else 1,
+            multiple=mesh.pp_size if self.split or len(self.chunks) > 1 else 1,
+            split=self.split,
             unit=stream_unit(self.budget, mesh.tp_size, mesh.cp_size, mesh.device.type),
         )
 

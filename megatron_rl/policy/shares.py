@@ -30,16 +30,20 @@ class Share:
     align: int
 
 
-def make_shares(batch: Batch, *, replicas: int, budget: int, align: int, multiple: int, unit: int) -> list[Share]:
-    """Divide trajectories into as few streams of one length as first-fit decreasing needs, and these over replicas.
+def make_shares(
+    batch: Batch, *, replicas: int, budget: int, align: int, multiple: int, unit: int, split: bool
+) -> list[Share]:
+    """Divide trajectories into streams of one length, and these over replicas.
 
     Args:
         batch: the trajectories.
         replicas: number of data-parallel replicas.
         budget: most tokens of a stream.
         align: every trajectory is padded to a multiple of it (2 x cp under context parallelism).
-        multiple: each replica's number of micro-batches is a multiple of it. Empty micro-batches are added as needed.
+        multiple: each replica's number of micro-batches is a multiple of it.
         unit: the length of the streams is a multiple of it; a divisor of the budget.
+        split: make shorter streams, so that all replicas have some. False: as few streams as first-fit decreasing
+            needs, and empty ones for the other replicas. Then the streams do not depend on the number of replicas.
 
     Raises:
         UserError: a trajectory is longer than the budget.
@@ -51,10 +55,11 @@ def make_shares(batch: Batch, *, replicas: int, budget: int, align: int, multipl
             f"trajectory {batch.ids[too_long[0]]} has {batch.lengths[too_long[0]]} tokens, more than "
             f"optimizer.tokens_per_microbatch = {budget}"
         )
-    bins = _bins(padded, budget)
+    count = replicas * multiple
+    bins = _bins(padded, budget, count if split else 1)
+    bins += [[] for _ in range(-len(bins) % count)]
     length = max((int(padded[rows].sum()) for rows in bins), default=0)
     length = max(1, -(-length // unit)) * unit
-    bins += [[] for _ in range(-len(bins) % (replicas * multiple))]
     return [_share(batch, bins[replica::replicas], length, align) for replica in range(replicas)]
 
 
@@ -70,10 +75,14 @@ def _share(batch: Batch, bins: list[list[int]], length: int, align: int) -> Shar
     )
 
 
-def _bins(lengths: np.ndarray, budget: int) -> list[list[int]]:
-    """Return rows that share a stream: as many streams as first-fit decreasing makes, filled as evenly as possible."""
+def _bins(lengths: np.ndarray, budget: int, multiple: int) -> list[list[int]]:
+    """Return rows that share a stream. The number of streams is a multiple of `multiple`.
+
+    It is the smallest that is not less than first-fit decreasing needs. Streams are filled as evenly as possible.
+    """
     order = np.argsort(-lengths, kind="stable").tolist()
     first_fit = _first_fit(lengths, order, budget)
+    first_fit += [[] for _ in range(-len(first_fit) % multiple)]
     fills = [(0, number) for number in range(len(first_fit))]
     even: list[list[int]] = [[] for _ in first_fit]
     for row in order:  # the longest into the emptiest

@@ -53,7 +53,7 @@ def batch_of(lengths: list[int], seed: int = 0, *, columns: bool = True) -> Batc
 
 def pack(batch: Batch, *, budget: int, align: int, multiple: int, unit: int) -> list[Microbatch]:
     """Return the micro-batches of one replica."""
-    (share,) = make_shares(batch, replicas=1, budget=budget, align=align, multiple=multiple, unit=unit)
+    (share,) = make_shares(batch, replicas=1, budget=budget, align=align, multiple=multiple, unit=unit, split=True)
     return pack_share(share)
 
 

@@ -14,13 +14,17 @@ from tests.unit.policy.test_packing import batch_of, batches
 BUDGET = 64
 
 
-def shares_of(batch, replicas: int, multiple: int = 1, align: int = 1) -> list[Share]:
-    return make_shares(batch, replicas=replicas, budget=BUDGET, align=align, multiple=multiple, unit=16)
+def shares_of(
+    batch, replicas: int, multiple: int = 1, align: int = 1, unit: int = 16, split: bool = True
+) -> list[Share]:
+    return make_shares(
+        batch, replicas=replicas, budget=BUDGET, align=align, multiple=multiple, unit=unit, split=split
+    )
 
 
-@given(batches, st.integers(1, 5), st.integers(1, 3), st.sampled_from([1, 4]))
-def test_every_row_is_in_one_share_with_its_own_entries(batch, replicas, multiple, align):
-    shares = shares_of(batch, replicas, multiple, align)
+@given(batches, st.integers(1, 5), st.integers(1, 3), st.sampled_from([1, 4]), st.booleans())
+def test_every_row_is_in_one_share_with_its_own_entries(batch, replicas, multiple, align, split):
+    shares = shares_of(batch, replicas, multiple, align, split=split)
     assert sorted(np.concatenate([share.rows for share in shares]).tolist()) == list(range(len(batch)))
     assert {len(share.streams) for share in shares} == {len(shares[0].streams)}
     assert len(shares[0].streams) % multiple == 0 and {share.length for share in shares} == {shares[0].length}
@@ -35,8 +39,33 @@ def test_every_row_is_in_one_share_with_its_own_entries(batch, replicas, multipl
 
 @given(batches, st.integers(1, 5))
 def test_streams_point_into_the_whole_batch_however_many_replicas_there_are(batch, replicas):
-    alone = pack(shares_of(batch, 1)[0])
-    several = [pack(share) for share in shares_of(batch, replicas)]
+    sources = []
+    for micro in (micro for share in shares_of(batch, replicas) for micro in pack(share)):
+        scored = np.flatnonzero(np.asarray(micro.mask) > 0)
+        source = np.asarray(micro.source)[scored]
+        np.testing.assert_array_equal(np.asarray(micro.labels)[scored], batch.tokens[source])
+        np.testing.assert_array_equal(np.asarray(micro.ids)[scored], np.repeat(batch.ids, batch.lengths)[source])
+        sources.extend(source.tolist())
+    assert sorted(sources) == np.flatnonzero(batch.mask > 0).tolist()
+
+
+@pytest.mark.parametrize(("replicas", "streams", "length"), [(1, 3, 60), (2, 4, 60), (3, 3, 60), (4, 4, 60), (8, 8, 40)])
+def test_streams_become_shorter_where_a_replica_would_compute_padding_alone(replicas, streams, length):
+    """Nine responses of 20 tokens fill three streams of 64."""
+    shares = shares_of(batch_of([20] * 9), replicas, unit=1)
+    assert {len(share.streams) for share in shares} == {streams // replicas}
+    assert all(rows for share in shares for rows in share.streams) and shares[0].length == length
+
+
+def test_one_stream_is_cut_into_one_for_each_replica():
+    shares = shares_of(batch_of([8] * 8), 4, unit=1)
+    assert [(len(share.batch), share.length) for share in shares] == [(2, 16)] * 4
+
+
+@given(batches, st.integers(2, 5), st.integers(1, 3))
+def test_streams_that_are_not_split_do_not_depend_on_the_layout(batch, replicas, multiple):
+    alone = pack(shares_of(batch, 1, split=False)[0])
+    several = [pack(share) for share in shares_of(batch, replicas, multiple, split=False)]
     together = [micro for turn in zip(*several, strict=True) for micro in turn]
     for one, other in zip(alone, together, strict=False):
         for name in ("tokens", "labels", "positions", "seq_ids", "ids", "source", "mask"):
