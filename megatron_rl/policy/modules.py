@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_rl.alp.layer import perturbed_spec
 from megatron_rl.alp.layer_noise import LayerNoise
 from megatron_rl.policy.attention import PackedAttention
+from megatron_rl.policy.rms_norm import rms_norm
 from megatron_rl.precision.linear import quantized_layer
 from megatron_rl.precision.machine import load_transformer_engine, this_machine, uses_transformer_engine
 from megatron_rl.precision.plan import PrecisionPlan
@@ -46,6 +47,11 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.get_default_device())
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the normalized vectors of the last dimension of `x`."""
+        assert self.eps is not None
+        return rms_norm(x, self.weight, self.eps)
 
 
 class LatentNorm(RMSNorm):

@@ -17,9 +17,7 @@ BUDGET = 64
 def shares_of(
     batch, replicas: int, multiple: int = 1, align: int = 1, unit: int = 16, split: bool = True
 ) -> list[Share]:
-    return make_shares(
-        batch, replicas=replicas, budget=BUDGET, align=align, multiple=multiple, unit=unit, split=split
-    )
+    return make_shares(batch, replicas=replicas, budget=BUDGET, align=align, multiple=multiple, unit=unit, split=split)
 
 
 @given(batches, st.integers(1, 5), st.integers(1, 3), st.sampled_from([1, 4]), st.booleans())
@@ -49,7 +47,9 @@ def test_streams_point_into_the_whole_batch_however_many_replicas_there_are(batc
     assert sorted(sources) == np.flatnonzero(batch.mask > 0).tolist()
 
 
-@pytest.mark.parametrize(("replicas", "streams", "length"), [(1, 3, 60), (2, 4, 60), (3, 3, 60), (4, 4, 60), (8, 8, 40)])
+@pytest.mark.parametrize(
+    ("replicas", "streams", "length"), [(1, 3, 60), (2, 4, 60), (3, 3, 60), (4, 4, 60), (8, 8, 40)]
+)
 def test_streams_become_shorter_where_a_replica_would_compute_padding_alone(replicas, streams, length):
     """Nine responses of 20 tokens fill three streams of 64."""
     shares = shares_of(batch_of([20] * 9), replicas, unit=1)
