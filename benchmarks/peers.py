@@ -28,6 +28,7 @@ LIMIT_S = 600.0  # until a trainer has made the steps of a turn
 VARIANTS = {
     "tp1": {},
     "tp2": {"parallel.tensor": 2},
+    "dp2, 2 servers": {"parallel.data": 2, "rollout.servers": 2},
     "tp1, staleness 1": {"rollout.max_staleness": 1},
 }
 
