@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from products import products_seconds
 
 LIMIT_S = 600.0  # until a trainer has made the steps of a turn
 VARIANTS = {
@@ -201,7 +202,7 @@ def main() -> None:
 def report(trainers: Sequence[Trainer], args: argparse.Namespace) -> None:
     """Print medians over turns, and the median of each turn's ratio to TRL."""
     trl = trainers[0]
-    rows = []
+    table = []
     print(f"{'trainer':20} {'s/step':>8} {'to TRL':>8} {'CPU s':>8} {'memory':>10} {'reward':>8} {'steps':>6}")
     for trainer in trainers:
         steps = trainer.steps()
@@ -215,16 +216,22 @@ def report(trainers: Sequence[Trainer], args: argparse.Namespace) -> None:
             "reward": statistics.mean(rewards[-10:]),
             "steps": len(steps),
         }
-        rows.append(row)
+        table.append(row)
         print(
             f"{row['trainer']:20} {row['seconds']:8.3f} {row['ratio']:8.2f} {row['cpu']:8.3f} "
             f"{row['bytes'] / 2**20:7.0f} MB {row['reward']:8.3f} {row['steps']:6}"
         )
+    rows = args.prompts * args.samples
+    alone = products_seconds(
+        args.model, rows=rows, new_tokens=args.new_tokens, updates=args.updates, threads=args.threads
+    )
+    print(f"matrix products of a step alone, {args.threads} threads: {alone:.3f} s")
     for trainer in trainers[1:]:
         parts = ", ".join(f"{name} {_median_of(trainer, name):.3f}" for name in ("rollout", "batch", "update", "sync"))
         print(f"seconds of a step, {trainer.name}: {parts}")
     if args.json:
-        print(json.dumps({"new_tokens": args.new_tokens, "threads": args.threads, "trainers": rows}))
+        sizes = {"new_tokens": args.new_tokens, "threads": args.threads}
+        print(json.dumps(sizes | {"products": alone, "trainers": table}))
 
 
 def _median_of(trainer: Trainer, phase: str) -> float:

@@ -38,13 +38,14 @@ def turn_end_id(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> int:
     return tokenizer.eos_token_id if tokenizer.eos_token_id in ids else ids[0]
 
 
+@lru_cache(maxsize=16)  # because every response is stripped, and a tokenizer takes long to name its tokens
 def end_texts(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
-    """Return the texts of the tokens that end or pad a response, the longest first.
+    """Return the texts of the tokens that end or pad a response, the longest first. A tokenizer is read once.
 
     They are those of the tokenizer, and of the configuration files in the folder that it was loaded from.
     """
     texts = {token for token in (tokenizer.eos_token, tokenizer.pad_token) if token}
-    ids = _remembered_ids(tokenizer.name_or_path) if tokenizer.name_or_path else ()
+    ids = _named_ids(Path(tokenizer.name_or_path)) if tokenizer.name_or_path else ()
     texts.update(token for token in tokenizer.convert_ids_to_tokens(list(ids)) if token)
     return tuple(sorted(texts, key=len, reverse=True))
 
@@ -73,11 +74,6 @@ def decode_turns(tokenizer: "PreTrainedTokenizerBase", turns: Sequence["TokenIds
     left_out = np.array(sorted({*special, *stops} - tags), dtype=np.int64)
     kept = [ids[~np.isin(ids, left_out)] for ids in map(np.asarray, turns)]
     return tokenizer.batch_decode(kept, skip_special_tokens=False)
-
-
-@lru_cache(maxsize=16)  # because every response is stripped
-def _remembered_ids(folder: str) -> tuple[int, ...]:
-    return _named_ids(Path(folder))
 
 
 def _named_ids(folder: Path) -> tuple[int, ...]:
