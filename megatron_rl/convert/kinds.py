@@ -1,5 +1,6 @@
 """Which kind of checkpoint a folder holds, found from names and the first bytes of files."""
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -82,8 +83,11 @@ def find_kind(path: Path) -> FoundCheckpoint:
 
 def _of_tracker(root: Path) -> FoundCheckpoint:
     text = (root / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
-    folder = root / "release" if text == "release" else root / f"iter_{int(text):07d}" if text.isdigit() else None
-    if folder is None:
+    if text == "release":
+        folder = root / "release"
+    elif re.fullmatch("[0-9]{1,18}", text):
+        folder = root / f"iter_{int(text):07d}"
+    else:
         raise CheckpointError(f"{root / TRACKER} holds {text[:40]!r}, a number or 'release' is needed")
     if not folder.is_dir():
         raise CheckpointError(f"{root / TRACKER} names {folder.name}, which does not exist: the copy is incomplete")

@@ -33,7 +33,7 @@ def find_run(name: str) -> Path:
     Raises:
         UserError: there is no run folder, or Slurm does not know the job.
     """
-    if not name.split("_")[0].isdigit() or Path(name).is_dir():
+    if not name.split("_")[0].isdecimal() or Path(name).is_dir():
         if not (Path(name) / "control").is_dir():
             raise UserError(f"{name} is not the folder of a launched run: it has no folder control")
         return Path(name).absolute()

@@ -302,7 +302,7 @@ def _dependency(after: str | None) -> list[str]:
         return []
     job, _, kind = after.partition(":")
     kind = kind or _DEPENDENCIES[0]
-    if kind not in _DEPENDENCIES or not job.replace("_", "").isdigit():
+    if kind not in _DEPENDENCIES or not job.replace("_", "").isdecimal():
         raise ConfigError(f"--after is '{shorten(after)}'; write JOB, JOB:afterok or JOB:afterany")
     return [f"--dependency={kind}:{job}", "--kill-on-invalid-dep=yes"]
 

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from megatron_rl.diagnostics import read_log
 from megatron_rl.diagnostics.evaluations import Evaluation, read_evaluations
+from megatron_rl.errors import UserError
 from megatron_rl.files import replace_file
 from megatron_rl.launch.conductor.control_files import read_json_lines
 from megatron_rl.study.cell_status import DONE, CellState, read_states
@@ -57,7 +58,7 @@ def collect_results(folder: StudyFolder) -> list[CellState]:
         about = folder.part(state.cell)
         if about.is_file():
             cells[state.cell] = read_part(folder, state.cell)
-            found = {name: pq.read_table(parts / f"{state.cell}.{name}.parquet") for name in TABLES}
+            found = {name: _read_table(parts / f"{state.cell}.{name}.parquet", about) for name in TABLES}
         else:
             provenance = read_json_lines(str(folder.run(state.cell) / PROVENANCE_NAME))
             cells[state.cell] = _describe(record["cells"][state.cell], state, provenance)
@@ -73,6 +74,16 @@ def collect_results(folder: StudyFolder) -> list[CellState]:
     _write_json(folder.results / "cells.json", cells)
     _write_json(folder.results / "study.json", record)
     return states
+
+
+def _read_table(path: Path, about: Path) -> pa.Table:
+    """Return a table of a finished cell. Raises UserError that names `about`, the file that says the cell was read."""
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): remove {about}, and the results are made again from the run folder"
+        ) from error
 
 
 def _describe(about: Record, state: CellState, provenance: _Rows) -> Record:

@@ -190,7 +190,7 @@ def _by_cell(path: Path) -> dict[str, Columns]:
         table = pq.read_table(path)
     except FileNotFoundError:
         raise UserError(_no_results(path)) from None
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read ({error}): {_MEND}") from error
     absent = [key for key in (*_KEYS, "step") if key not in table.column_names]
     if absent:

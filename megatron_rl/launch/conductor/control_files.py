@@ -23,23 +23,23 @@ def read_json(path: str) -> Optional[Dict[str, Any]]:
     try:
         with open(path) as file:
             value = json.load(file)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # the last one for nesting that is too deep
         return None
     return value if isinstance(value, dict) else None
 
 
 def read_json_lines(path: str) -> List[Dict[str, Any]]:
-    """Return the complete lines of a file of JSON lines; a line cut by a crash is left out."""
+    """Return the complete lines of a file of JSON lines; a damaged line, such as one cut by a crash, is left out."""
     try:
-        with open(path) as file:
-            lines = file.read().split("\n")[:-1]
+        with open(path, "rb") as file:
+            lines = file.read().split(b"\n")[:-1]
     except OSError:
         return []
     found = []
     for line in lines:
         try:
             found.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return found
 
@@ -76,7 +76,7 @@ def newest_checkpoint(run: str) -> int:
         int(name[5:])
         for name in names
         if name.startswith("step_")
-        and name[5:].isdigit()
+        and name[5:].isdecimal()
         and os.path.isfile(os.path.join(folder, name, "complete.json"))
     ]
     return max(steps, default=-1)

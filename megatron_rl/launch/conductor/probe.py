@@ -122,7 +122,7 @@ def _interface(peers: Sequence[str]) -> str:
 
 def _read(path: str) -> str:
     try:
-        with open(path) as file:
+        with open(path, errors="replace") as file:
             return file.read()
     except OSError as error:
         return "unreadable: %s" % error

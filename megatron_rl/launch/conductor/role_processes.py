@@ -116,4 +116,4 @@ def last_lines(path: str, count: int) -> List[str]:
 def number_of(value: Optional[str]) -> int:
     """Return the number at the start of a job's name, such as 12 of `12_3`; 0 without one."""
     digits = (value or "").split("_")[0].split("+")[0]
-    return int(digits) if digits.isdigit() else 0
+    return int(digits) if digits.isdecimal() else 0

@@ -158,7 +158,7 @@ def write_text(path: str, text: str) -> None:
 def read_text(path: str) -> str:
     """Return the text of a small file; empty if it cannot be read."""
     try:
-        with open(path) as file:
+        with open(path, errors="replace") as file:
             return file.read()
     except OSError:
         return ""

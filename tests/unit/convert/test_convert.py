@@ -328,6 +328,13 @@ def test_a_dry_run_writes_nothing_and_a_full_disk_is_named(
     assert same_tensors(tmp_path / "out", model)
 
 
+@pytest.mark.parametrize("text", ["9" * 5000, "\N{SUPERSCRIPT TWO}", "-1", "7.0", "", "\0", "../release"])
+def test_a_tracker_that_names_no_iteration_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(text)
+    with pytest.raises(CheckpointError, match="a number or 'release' is needed"):
+        inspect_checkpoint(tmp_path)
+
+
 def test_an_inspection_names_what_it_finds_and_what_is_refused(model: Path, tmp_path: Path) -> None:
     report = inspect_checkpoint(model, "*.layers.1.mlp.gate.weight")
     assert report.architecture == "Qwen3MoeForCausalLM" and not report.refused and len(report.tensors) == 1

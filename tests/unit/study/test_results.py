@@ -129,6 +129,22 @@ def test_damaged_results_of_a_cell_are_named_with_the_mend(tmp_path):
         read_states(folder, folder.record())
 
 
+@pytest.mark.parametrize("damage", [b"", bytes(100), None], ids=["empty", "zeros", "cut"])
+@pytest.mark.parametrize("table", ["evals", "steps"])
+def test_damaged_tables_of_a_cell_are_named_and_made_again(tmp_path, table, damage):
+    folder = written(tmp_path, axes={}, seeds=[0])
+    make_run(folder, "all-s0", 3)
+    collect_results(folder)
+    before = rows(folder, table)
+    part = folder.results / "parts" / f"all-s0.{table}.parquet"
+    part.write_bytes(part.read_bytes()[:200] if damage is None else damage)
+    with pytest.raises(UserError, match=rf"all-s0.{table}.parquet cannot be read .*remove .*all-s0.json"):
+        collect_results(folder)
+    folder.part("all-s0").unlink()
+    collect_results(folder)
+    assert rows(folder, table) == before
+
+
 def test_a_study_without_any_result_has_empty_tables_with_their_columns(tmp_path):
     folder = written(tmp_path)
     collect_results(folder)
