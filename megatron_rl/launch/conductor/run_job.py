@@ -23,6 +23,7 @@ from megatron_rl.launch.conductor.slurm_commands import (
     lost_nodes,
     requeue_job,
     resubmit_job,
+    state_at_end,
 )
 from megatron_rl.launch.conductor.slurm_states import SILENT
 
@@ -153,7 +154,7 @@ def _after_end(
         stopped=stopped is not None and stopped.get("attempt", files.number) == files.number,
         attempts=files.attempts,
         without_progress=files.without_progress(checkpoint),
-        state=job_state(place.key) if place.key else "RUNNING",
+        state=state_at_end(place.key, lambda: "TERM" in signals) if place.key else "RUNNING",
         cancelled=os.path.exists(files.control("cancel")),
         lost=tuple(lost_nodes(place.hosts)) if place.key and state.first_bad is not None else (),
         failed_twice=files.failed_before(suspects),

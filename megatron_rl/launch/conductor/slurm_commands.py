@@ -3,11 +3,12 @@
 import os
 import subprocess
 import time
-from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 from megatron_rl.launch.conductor.slurm_states import FORGOTTEN, SILENT
 
 _TIMEOUT_S, _TRIES = 30, 5
+_PATIENCE_S, _PAUSE_S = 1800.0, 10.0  # a controller that restarts or moves to another machine is back within minutes
 
 
 class SlurmReply(NamedTuple):
@@ -81,6 +82,23 @@ def job_state(key: str) -> str:
         if call_slurm(["sinfo", "-h", "-o", "%R"]).code == 0:
             return FORGOTTEN
     return SILENT
+
+
+def state_at_end(key: str, ended: Callable[[], bool]) -> str:
+    """Return `job_state` for the end of an attempt. While Slurm does not respond, it is asked again for half an hour.
+
+    Without the state, the job could only end: nobody would start the run again.
+
+    Args:
+        key: Slurm's name of the job.
+        ended: returns whether Slurm has told this process to end.
+    """
+    limit = time.monotonic() + _PATIENCE_S
+    state = job_state(key)
+    while state == SILENT and time.monotonic() < limit and not ended():
+        time.sleep(_PAUSE_S)
+        state = job_state(key)
+    return state
 
 
 def end_of_job(key: str, env: Mapping[str, str]) -> float:

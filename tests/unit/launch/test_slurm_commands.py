@@ -12,7 +12,7 @@ from megatron_rl.launch.conductor.control_files import write_json
 from megatron_rl.launch.conductor.run_attempt import JobHosts
 from megatron_rl.launch.conductor.run_files import RunFiles
 from megatron_rl.launch.conductor.run_job import _other_job
-from megatron_rl.launch.conductor.slurm_commands import job_state, requeue_job
+from megatron_rl.launch.conductor.slurm_commands import job_state, requeue_job, state_at_end
 from megatron_rl.launch.conductor.slurm_states import FORGOTTEN, SILENT
 from megatron_rl.launch.job_of_folder import job_of
 from megatron_rl.launch.status import cancel_run, find_run, read_status, status_lines
@@ -59,6 +59,20 @@ def run(tmp_path: Path) -> Path:
 def test_the_state_of_a_job(slurm: Slurm, squeue: str, sinfo: str, state: str) -> None:
     slurm(squeue=squeue, sinfo=sinfo)
     assert job_state("77") == state
+
+
+def test_the_end_of_an_attempt_waits_for_a_slurm_that_comes_back(slurm: Slurm, tmp_path: Path) -> None:
+    asked = tmp_path / "asked"
+    slurm(squeue=f"echo >>{asked}; [ $(wc -l <{asked}) -gt 12 ] && echo RUNNING", sinfo="exit 1")
+    assert state_at_end("77", lambda: False) == "RUNNING"
+    assert len(asked.read_text()) == 13
+
+
+def test_the_wait_for_slurm_has_an_end(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm(**SILENCE)
+    assert state_at_end("77", lambda: True) == SILENT  # the job's time is over
+    monkeypatch.setattr(slurm_commands, "_PATIENCE_S", 0.0)
+    assert state_at_end("77", lambda: False) == SILENT
 
 
 def test_a_forgotten_job_frees_its_folder_and_a_silent_slurm_does_not(slurm: Slurm, run: Path) -> None:
