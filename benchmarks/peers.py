@@ -1,9 +1,9 @@
 """Steps of this trainer against those of TRL's GRPOTrainer: same model, prompts, reward, updates, learning rate, dtype.
 
 All trainers run at the same time, and all but one are stopped (SIGSTOP). Each has a turn of some steps, in rotation, so
-that what else the machine does affects all of them. The step in which a turn begins is not counted. Both sides compute
-the log-probabilities of the sampled tokens once before the updates. Prints a table; with --json a line for
-docs/benchmarks.md.
+that what else the machine does affects all of them. The step in which a turn begins is not counted. TRL computes old
+log-probabilities of all sampled tokens in a pass before the updates; this trainer does not for the first update, whose
+own pass gives them. Prints a table; with --json a line for docs/benchmarks.md.
 
     make peers      # or: python benchmarks/peers.py --trl .venv-peers/bin/python [--model MODEL --new-tokens 6]
 """
