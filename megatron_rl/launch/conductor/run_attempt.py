@@ -100,13 +100,16 @@ class AttemptRunner:
         if self._due("health", HEALTH_S):
             events += [Event("ready", name, now=now) for name in self._newly_healthy()]
         if self._due("beat", BEAT_S):
-            write_json(
-                self._files.control("conductor"), {"time": now, "phase": self.state.phase, "job": self._place.key}
-            )
+            self.beat()
         if self._place.key and self._due("deadline", DEADLINE_S):
             events += self._read_deadline()
         events.append(Event("tick", now=now))
         return events
+
+    def beat(self) -> None:
+        """Write that this conductor works, so that no other job starts in the run folder."""
+        beat = {"time": time.time(), "phase": self.state.phase, "job": self._place.key}
+        write_json(self._files.control("conductor"), beat)
 
     def _take_signals(self) -> List[str]:
         taken = list(self._signals)

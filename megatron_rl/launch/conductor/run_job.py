@@ -6,14 +6,16 @@ import resource
 import signal
 import socket
 import sys
+import threading
 import time
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from megatron_rl.launch.conductor.control_files import newest_checkpoint, read_json, write_json
 from megatron_rl.launch.conductor.decide import GAVE_UP, STOPPED, USER_ERROR, Facts, JobVerdict, Rules, judge
 from megatron_rl.launch.conductor.nodelist import expand_hosts
 from megatron_rl.launch.conductor.probe import run_probe
-from megatron_rl.launch.conductor.run_attempt import AttemptRunner, JobHosts, say
+from megatron_rl.launch.conductor.run_attempt import BEAT_S, AttemptRunner, JobHosts, say
 from megatron_rl.launch.conductor.run_files import RunFiles
 from megatron_rl.launch.conductor.run_preflight import Preflight, run_bandwidth
 from megatron_rl.launch.conductor.run_task import run_task
@@ -111,7 +113,29 @@ def _run_once(job: Mapping[str, Any], place: JobHosts, signals: List[str]) -> Op
         say("the attempt cannot run: %s" % error)
         runner.give_up()
     del signals[:]  # of this attempt
-    return _after_end(job, place, files, runner, signals)
+    with _beating(runner):
+        return _after_end(job, place, files, runner, signals)
+
+
+@contextmanager
+def _beating(runner: AttemptRunner) -> Iterator[None]:
+    """Let a thread write that this conductor works. Between attempts it may wait for Slurm for a long time."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(BEAT_S):
+            try:
+                runner.beat()
+            except OSError as error:  # the next one may succeed
+                say("the sign of life cannot be written: %s" % error)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _before_start(job: Mapping[str, Any], files: RunFiles) -> Optional[JobVerdict]:

@@ -87,11 +87,11 @@ def job_state(key: str) -> str:
 def state_at_end(key: str, ended: Callable[[], bool]) -> str:
     """Return `job_state` for the end of an attempt. While Slurm does not respond, it is asked again for half an hour.
 
-    Without the state, the job could only end: nobody would start the run again.
+    A job is not requeued if its state is not known.
 
     Args:
         key: Slurm's name of the job.
-        ended: returns whether Slurm has told this process to end.
+        ended: returns whether Slurm has sent this process the signal to end.
     """
     limit = time.monotonic() + _PATIENCE_S
     state = job_state(key)

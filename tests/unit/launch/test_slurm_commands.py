@@ -1,17 +1,19 @@
 """A Slurm that does not respond is distinguished from a forgotten job. Scripts stand for Slurm's commands."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 
 import pytest
 
 from megatron_rl.errors import ConfigError, UserError
-from megatron_rl.launch.conductor import slurm_commands
+from megatron_rl.launch.conductor import run_job, slurm_commands
 from megatron_rl.launch.conductor.control_files import write_json
 from megatron_rl.launch.conductor.run_attempt import JobHosts
 from megatron_rl.launch.conductor.run_files import RunFiles
-from megatron_rl.launch.conductor.run_job import _other_job
+from megatron_rl.launch.conductor.run_job import _beating, _other_job
 from megatron_rl.launch.conductor.slurm_commands import job_state, requeue_job, state_at_end
 from megatron_rl.launch.conductor.slurm_states import FORGOTTEN, SILENT
 from megatron_rl.launch.job_of_folder import job_of
@@ -73,6 +75,29 @@ def test_the_wait_for_slurm_has_an_end(slurm: Slurm, monkeypatch: pytest.MonkeyP
     assert state_at_end("77", lambda: True) == SILENT  # the job's time is over
     monkeypatch.setattr(slurm_commands, "_PATIENCE_S", 0.0)
     assert state_at_end("77", lambda: False) == SILENT
+
+
+class Signs:
+    """A runner that counts its signs of life. The first cannot be written."""
+
+    count = 0
+
+    def beat(self) -> None:
+        self.count += 1
+        if self.count == 1:
+            raise OSError("no space left on device")
+
+
+def test_a_conductor_that_waits_between_attempts_goes_on_giving_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_job, "BEAT_S", 0.001)
+    runner, limit = Signs(), time.monotonic() + 30
+    with _beating(runner):  # type: ignore[arg-type]
+        while runner.count < 3 and time.monotonic() < limit:
+            Event().wait(0.001)
+    assert runner.count >= 3
+    count = runner.count
+    Event().wait(0.05)
+    assert runner.count == count
 
 
 def test_a_forgotten_job_frees_its_folder_and_a_silent_slurm_does_not(slurm: Slurm, run: Path) -> None:
